@@ -1,0 +1,65 @@
+"""Mixed-precision training for HuggingFace Trainer and Accelerate that explains itself and survives.
+
+Names that need transformers or accelerate load them when first used; `import hf_amp` alone loads neither.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_amp.config import MixedPrecisionConfig, NumberFormat, PrecisionMode, ScalingStrategy
+from hf_amp.errors import (
+    AttachError,
+    ConfigError,
+    HfAmpError,
+    NotAvailableError,
+    ScalerError,
+    StateError,
+    UnknownOptionError,
+)
+from hf_amp.events import AmpEvent, Cause, EventKind
+from hf_amp.scaling.scaler import AdvancedGradScaler
+from hf_amp.session import AmpSession
+
+if TYPE_CHECKING:
+    from hf_amp.integrations.accelerate import attach
+    from hf_amp.integrations.transformers import MixedPrecisionCallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdvancedGradScaler",
+    "AmpEvent",
+    "AmpSession",
+    "AttachError",
+    "Cause",
+    "ConfigError",
+    "EventKind",
+    "HfAmpError",
+    "MixedPrecisionCallback",
+    "MixedPrecisionConfig",
+    "NotAvailableError",
+    "NumberFormat",
+    "PrecisionMode",
+    "ScalerError",
+    "ScalingStrategy",
+    "StateError",
+    "UnknownOptionError",
+    "attach",
+]
+
+_LAZY = {
+    "MixedPrecisionCallback": "hf_amp.integrations.transformers",
+    "attach": "hf_amp.integrations.accelerate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'hf_amp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

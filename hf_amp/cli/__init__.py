@@ -1,0 +1,20 @@
+"""`hf-amp`, the command line."""
+
+from __future__ import annotations
+
+import typer
+
+from hf_amp.cli.demo import demo
+
+app = typer.Typer(
+    name="hf-amp",
+    help="Mixed-precision training that explains itself and survives.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(demo)
+
+
+@app.callback()
+def main() -> None:
+    """Mixed-precision training that explains itself and survives."""

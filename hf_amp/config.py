@@ -1,0 +1,314 @@
+"""`MixedPrecisionConfig`, the enumerations it speaks in, and the facts of the number formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_amp.errors import ConfigError, NotAvailableError, UnknownOptionError
+
+
+class PrecisionMode(str, enum.Enum):
+    """What the forward and backward passes of a run, or of one module, compute in."""
+
+    FP32 = "FP32"
+    """Single precision throughout; no autocast, no loss scaling."""
+    FP16 = "FP16"
+    """Half-precision parameters with FP32 master weights (memory before everything)."""
+    MIXED = "MIXED"
+    """FP16 autocast over FP32 parameters, with loss scaling: `fp16=True` of Trainer and Accelerator."""
+    BF16 = "BF16"
+    """BF16 autocast over FP32 parameters: `bf16=True` of Trainer and Accelerator."""
+    DYNAMIC = "DYNAMIC"
+    """The fastest of the precisions that are stable on this device, chosen while training."""
+
+
+class ScalingStrategy(str, enum.Enum):
+    """How the loss scale is chosen."""
+
+    CONSTANT = "CONSTANT"
+    """`init_scale` throughout."""
+    DYNAMIC = "DYNAMIC"
+    """Back off on overflow, grow after `growth_interval` clean steps; the rule of `torch.amp.GradScaler`."""
+    ADAPTIVE = "ADAPTIVE"
+    """From the running distribution of the gradients."""
+    PERFORMANCE_OPTIMIZED = "PERFORMANCE_OPTIMIZED"
+    """No host read in the step."""
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """Range of a floating-point format, read from `torch.finfo`, never written down as a literal."""
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def largest(self) -> float:
+        """Largest finite value."""
+        return float(torch.finfo(self.dtype).max)
+
+    @property
+    def smallest_normal(self) -> float:
+        """Smallest positive value held with full precision."""
+        return float(torch.finfo(self.dtype).smallest_normal)
+
+    @property
+    def smallest_subnormal(self) -> float:
+        """Smallest positive value. Source: IEEE 754-2019, 3.3: smallest normal times the spacing at one."""
+        return self.smallest_normal * float(torch.finfo(self.dtype).eps)
+
+    @classmethod
+    def of(cls, mode: PrecisionMode) -> NumberFormat:
+        """The format that matrix products run in under `mode`; FP32 where the mode changes nothing."""
+        return {
+            PrecisionMode.FP16: FP16_FORMAT,
+            PrecisionMode.MIXED: FP16_FORMAT,
+            PrecisionMode.BF16: BF16_FORMAT,
+        }.get(mode, FP32_FORMAT)
+
+
+FP16_FORMAT = NumberFormat("FP16", torch.float16)
+BF16_FORMAT = NumberFormat("BF16", torch.bfloat16)
+FP32_FORMAT = NumberFormat("FP32", torch.float32)
+
+SMALLEST_SCALE = FP16_FORMAT.smallest_subnormal
+LARGEST_SCALE = 2.0 ** math.floor(math.log2(FP32_FORMAT.largest))
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """The values that an option takes: in words for people, and as a check."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_SWITCH = _Allowed("True or False", lambda v: isinstance(v, bool))
+_POSITIVE = _Allowed("a positive finite number", lambda v: _is_real(v) and v > 0)
+_ABOVE_ONE = _Allowed("a finite number above 1", lambda v: _is_real(v) and v > 1)
+_FRACTION = _Allowed("a number above 0 and below 1", lambda v: _is_real(v) and 0 < v < 1)
+_STEPS = _Allowed("a whole number of steps, at least 1", _is_count)
+_COUNT = _Allowed("a whole number, at least 1", _is_count)
+_MODE = _Allowed(
+    "None or one of " + ", ".join(PrecisionMode.__members__),
+    lambda v: v is None or isinstance(v, PrecisionMode),
+)
+_STRATEGY = _Allowed(
+    "one of " + ", ".join(ScalingStrategy.__members__), lambda v: isinstance(v, ScalingStrategy)
+)
+
+
+def _option(default: Any, allowed: _Allowed) -> Any:
+    return field(default=default, metadata={"allowed": allowed})
+
+
+# Options and values whose engine has not landed: each is an error, never silently ignored.
+_NOT_YET: Mapping[str, Callable[[Any], bool]] = {
+    "precision_mode": lambda v: v in (PrecisionMode.FP16, PrecisionMode.DYNAMIC),
+    "scaling_strategy": lambda v: v in (ScalingStrategy.ADAPTIVE, ScalingStrategy.PERFORMANCE_OPTIMIZED),
+    "automatic_fallback": bool,
+    "fallback_threshold": lambda v: v != 1e-6,
+    "fallback_window": lambda v: v != 128,
+    "recovery_steps": lambda v: v != 1000,
+    "memory_efficient": bool,
+    "gradient_accumulation_friendly": bool,
+    "distributed_amp": bool,
+    "sync_grad_scaler": bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecisionConfig:
+    """Every option of hf_amp. Frozen; wrong values and combinations raise `ConfigError` here, not in step 1.
+
+    All options are keyword arguments, and the defaults are what we would run in production.
+    """
+
+    enabled: bool = _option(True, _SWITCH)
+    """Off: hf_amp attaches to nothing and changes nothing; a scaler passes losses and steps through."""
+
+    precision_mode: PrecisionMode | None = _option(None, _MODE)
+    """None follows the Trainer or Accelerator (`fp16`, `bf16` or neither), and is MIXED where there is none.
+    Anything that contradicts them is an error at attach. Names are accepted as strings, in any case."""
+
+    scaling_strategy: ScalingStrategy = _option(ScalingStrategy.DYNAMIC, _STRATEGY)
+    """How the loss scale is chosen; used in FP16 only. Names are accepted as strings, in any case."""
+
+    init_scale: float = _option(2.0**16, _POSITIVE)
+    """Scale of the first step, dimensionless. Powers of two scale without rounding. Default 65536.
+    Source: `torch.amp.GradScaler`."""
+
+    growth_factor: float = _option(2.0, _ABOVE_ONE)
+    """What a growth multiplies the scale by. Default 2, which is exact. Source: `torch.amp.GradScaler`."""
+
+    backoff_factor: float = _option(0.5, _FRACTION)
+    """What a backoff multiplies the scale by. Default 0.5, which is exact. Source: `torch.amp.GradScaler`."""
+
+    growth_interval: int = _option(2000, _STEPS)
+    """Clean optimizer steps in a row before a growth. Default 2000. Source: `torch.amp.GradScaler`."""
+
+    hysteresis: int = _option(1, _COUNT)
+    """Overflowing steps before a backoff. Default 1, as stock; DeepSpeed and Megatron use 2."""
+
+    consecutive_hysteresis: bool = _option(False, _SWITCH)
+    """Whether every clean step refills `hysteresis`, or only a growth does (default).
+    Source: DeepSpeed's `consecutive_hysteresis`."""
+
+    min_scale: float = _option(SMALLEST_SCALE, _POSITIVE)
+    """Floor of the scale. Default 2^-24, the smallest positive FP16 value: below it the gradient that backward
+    starts from is itself 0 in FP16, so no smaller scale can help."""
+
+    max_scale: float = _option(LARGEST_SCALE, _POSITIVE)
+    """Ceiling of the scale. Default 2^127, the largest power of two in FP32, where the stock scaler stops too."""
+
+    enable_monitoring: bool = _option(True, _SWITCH)
+    """Whether gradient statistics are taken. Off: counters, scale and events remain."""
+
+    monitoring_interval: int = _option(10, _STEPS)
+    """Optimizer steps between two samples of what costs extra (the underflow fraction). Default 10."""
+
+    emulate: bool = _option(True, _SWITCH)
+    """FP16 on a CPU: emulate it (default: FP32 arithmetic rounded to FP16 around every matrix product, close to
+    FP32's speed) or run the CPU's half kernels (False: about 20 times slower). Other devices run real FP16."""
+
+    automatic_fallback: bool = _option(False, _SWITCH)
+    """Whether modules, then the run, leave FP16 where no scale can cure an overflow."""
+
+    fallback_threshold: float = _option(1e-6, _FRACTION)
+    """Tolerated share of non-finite gradient elements among overflows that the scale does not cure."""
+
+    fallback_window: int = _option(128, _STEPS)
+    """Optimizer steps over which `fallback_threshold` is judged."""
+
+    recovery_steps: int = _option(1000, _STEPS)
+    """Quiet optimizer steps before a module is tried in FP16 again."""
+
+    memory_efficient: bool = _option(False, _SWITCH)
+    """Whether memory is preferred to speed where the two compete."""
+
+    gradient_accumulation_friendly: bool = _option(False, _SWITCH)
+    """Whether work per micro-batch is moved to the step boundary."""
+
+    distributed_amp: bool = _option(False, _SWITCH)
+    """Whether several processes or devices train together."""
+
+    sync_grad_scaler: bool = _option(False, _SWITCH)
+    """Whether the processes agree on every verdict and scale."""
+
+    def __post_init__(self) -> None:
+        for name, enumeration in (
+            ("precision_mode", PrecisionMode),
+            ("scaling_strategy", ScalingStrategy),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.upper() in enumeration.__members__:
+                object.__setattr__(self, name, enumeration[value.upper()])
+        for option in dataclasses.fields(self):
+            self._check_value(option)
+        self._check_combinations()
+
+    def _check_value(self, option: dataclasses.Field[Any]) -> None:
+        value = getattr(self, option.name)
+        allowed: _Allowed = option.metadata["allowed"]
+        if not allowed.accepts(value):
+            default = getattr(option.default, "value", option.default)
+            raise ConfigError(
+                f"MixedPrecisionConfig({option.name}={value!r}): {option.name} must be {allowed.words}; "
+                f"leave it out for the default ({default})."
+            )
+        if option.name in _NOT_YET and _NOT_YET[option.name](value):
+            shown = getattr(value, "value", value)
+            raise NotAvailableError(
+                f"MixedPrecisionConfig({option.name}={shown}): not available yet in this version of hf_amp; "
+                f"leave {option.name} out until a release lists it in CHANGELOG.md."
+            )
+
+    def _check_combinations(self) -> None:
+        if not self.min_scale <= self.max_scale <= LARGEST_SCALE:
+            raise ConfigError(
+                f"MixedPrecisionConfig(min_scale={self.min_scale!r}, max_scale={self.max_scale!r}): the floor must "
+                f"not be above the ceiling, nor the ceiling above {LARGEST_SCALE!r} (2^127, so that the scale and "
+                "its reciprocal stay finite in FP32); lower min_scale or set max_scale in between."
+            )
+        if not self.min_scale <= self.init_scale <= self.max_scale:
+            raise ConfigError(
+                f"MixedPrecisionConfig(init_scale={self.init_scale!r}): init_scale must lie in [min_scale, "
+                f"max_scale] = [{self.min_scale!r}, {self.max_scale!r}]; move it or widen the bounds."
+            )
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> MixedPrecisionConfig:
+        """A config from plain data, such as parsed YAML or JSON.
+
+        Raises:
+            UnknownOptionError: a key is no option; the nearest option is named.
+            ConfigError: a value is wrong.
+        """
+        if not isinstance(options, Mapping):
+            raise ConfigError(
+                f"MixedPrecisionConfig.from_dict got {type(options).__name__}: pass a mapping of option names to "
+                "values."
+            )
+        known = [option.name for option in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+                raise UnknownOptionError(
+                    f"MixedPrecisionConfig has no option {key!r}; the nearest is {near!r}. Allowed: "
+                    + ", ".join(known)
+                    + "."
+                )
+        return cls(**options)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> MixedPrecisionConfig:
+        """A config from a `.json`, `.yaml` or `.yml` file that holds one mapping.
+
+        Raises:
+            ConfigError: the file cannot be read, is neither format, or holds a wrong option.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".json":
+                options = json.loads(text)
+            elif path.suffix in (".yaml", ".yml"):
+                import yaml  # a dependency of accelerate and transformers; not needed to import hf_amp
+
+                options = yaml.safe_load(text)
+            else:
+                raise ConfigError(f"{path}: a config file must end in .json, .yaml or .yml.")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error}); pass the path of a readable config file."
+            ) from error
+        except ConfigError:
+            raise
+        except Exception as error:  # json and yaml raise unrelated trees
+            raise ConfigError(
+                f"{path}: not valid {path.suffix[1:].upper()} ({error}); mend the file."
+            ) from error
+        return cls.from_dict(options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""
+        plain = dataclasses.asdict(self)
+        return {name: value.value if isinstance(value, enum.Enum) else value for name, value in plain.items()}

@@ -1,0 +1,96 @@
+"""FP16 on a machine without units for it: FP32 arithmetic rounded to FP16 around every matrix product.
+
+What autocast would run in half precision runs in FP32 on operands rounded to the format, and its result is rounded
+too, forward and backward: values beyond 65504 become inf and values below 2^-25 become 0, where real FP16 has them.
+What lies between two matrix products stays in FP32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hf_amp.config import FP16_FORMAT
+
+# Source: PyTorch documentation, "Autocast Op Reference", ops that can autocast to float16, as Python sees them.
+_REDUCED_PRECISION_FUNCTIONS = frozenset(
+    [
+        F.linear, F.bilinear, F.scaled_dot_product_attention, F.multi_head_attention_forward,
+        F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+        torch.conv1d, torch.conv2d, torch.conv3d,
+        torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d, torch.convolution,
+        torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.addmv, torch.addr, torch.addbmm,
+        torch.baddbmm, torch.chain_matmul, torch.linalg.multi_dot, torch.einsum,
+        torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
+        torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell, torch.prelu,
+        Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv,
+        Tensor.addmm, Tensor.addmv, Tensor.addr, Tensor.addbmm, Tensor.baddbmm,
+    ]
+)  # fmt: skip
+
+_LIBRARY = torch.library.Library("hf_amp", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("round_to(Tensor x, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.impl(  # type: ignore[no-untyped-call]
+    "round_to", lambda x, dtype: x.to(dtype).to(x.dtype), "CompositeExplicitAutograd"
+)
+torch.library.register_fake("hf_amp::round_to", lambda x, _dtype: torch.empty_like(x), lib=_LIBRARY)
+torch.library.register_autograd(
+    "hf_amp::round_to",
+    lambda ctx, gradient: (torch.ops.hf_amp.round_to(gradient, ctx.dtype), None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "dtype", inputs[1]),
+    lib=_LIBRARY,
+)
+
+
+class _RoundEager(torch.autograd.Function):
+    """The same rounding without the dispatcher's cost, for eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype).to(gradients[0].dtype), None
+
+
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x`, and in backward its gradient, rounded to the nearest value of `dtype`; shape and dtype stay.
+
+    Under `torch.compile` an opaque operator does it, because Inductor removes a cast to FP16 and back.
+    """
+    if torch.compiler.is_compiling():
+        return cast(Tensor, torch.ops.hf_amp.round_to(x, dtype))
+    return cast(Tensor, _RoundEager.apply(x, dtype))  # type: ignore[no-untyped-call]
+
+
+def _map_float32(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with every FP32 tensor in it converted. Autocast leaves other dtypes alone, and so does this."""
+    if isinstance(value, Tensor):
+        return convert(value) if value.dtype == torch.float32 else value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_map_float32(convert, item) for item in value)
+    return value
+
+
+class EmulatedFP16(TorchFunctionMode):
+    """Context in which the functions that autocast runs in half precision run as emulated FP16; others as they are."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _REDUCED_PRECISION_FUNCTIONS:
+            return func(*args, **kwargs)
+
+        def convert(x: Tensor) -> Tensor:
+            return round_to(x, FP16_FORMAT.dtype)
+
+        rounded = {name: _map_float32(convert, value) for name, value in kwargs.items()}
+        return _map_float32(convert, func(*_map_float32(convert, args), **rounded))

@@ -1,0 +1,65 @@
+"""What happened: the record that the log, the metrics and the session all get."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Cause(str, enum.Enum):
+    """Why an optimizer step was skipped."""
+
+    SCALE = "SCALE"
+    """Finite loss; a smaller scale cures it."""
+    ACTIVATION = "ACTIVATION"
+    """A forward value left the format's range."""
+    INPUT = "INPUT"
+    """The batch holds non-finite values."""
+    WEIGHTS = "WEIGHTS"
+    """The parameters hold non-finite values."""
+    LOSS = "LOSS"
+    """Finite outputs, non-finite loss."""
+    UNKNOWN = "UNKNOWN"
+    """None of the above could be shown."""
+
+
+class EventKind(str, enum.Enum):
+    """The closed list of events."""
+
+    ATTACHED = "attached"
+    DETACHED = "detached"
+    STEP_SKIPPED = "step_skipped"
+    SCALE_AT_FLOOR = "scale_at_floor"
+    TRAINING_STARTED = "training_started"
+    TRAINING_ENDED = "training_ended"
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the event is worth a console line."""
+        return self in (EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR)
+
+
+@dataclass(frozen=True)
+class AmpEvent:
+    """One thing that happened.
+
+    Attributes:
+        step: optimizer step at which it happened, counted from 1; 0 is before the first.
+        kind: what happened.
+        cause: why; None where nothing went wrong.
+        before: the value that changed (a scale, a precision), before.
+        after: the same, after.
+        modules: qualified names of the modules concerned; empty for the whole model.
+        message: one sentence for people, with what to do where something is to be done.
+    """
+
+    step: int
+    kind: EventKind
+    cause: Cause | None = None
+    before: float | str | None = None
+    after: float | str | None = None
+    modules: tuple[str, ...] = ()
+    message: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """Figures that belong to the event, by catalogue name."""

@@ -1,0 +1,56 @@
+"""What a device can run in half precision, and how, as a frozen record."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What FP16 and BF16 mean on one device.
+
+    Attributes:
+        device: the device's type, such as `cuda` or `cpu`.
+        name: the device's name as its driver or the operating system gives it.
+        fp16: `native` (units for it), `slow` (kernels without units) or `none`.
+        bf16: the same for BF16.
+    """
+
+    device: str
+    name: str
+    fp16: str
+    bf16: str
+
+    def describe_fp16(self, emulate: bool) -> str:
+        """One phrase that says what FP16 is on this device."""
+        if self.device == "cpu" and emulate:
+            return "FP16 emulated on the CPU (FP32 arithmetic rounded to FP16; not faster than FP32)"
+        if self.fp16 == "slow":
+            return (
+                f"real FP16 kernels on {self.name}, which has no units for them (many times slower than FP32)"
+            )
+        return f"real FP16 on {self.name}"
+
+
+def probe(device: torch.device | str) -> Hardware:
+    """What `device` can run. Reads no tensor.
+
+    Source: CUDA C++ Programming Guide, table of arithmetic instructions: FP16 tensor cores since compute
+    capability 7.0, BF16 since 8.0.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return Hardware(
+            device="cuda",
+            name=torch.cuda.get_device_name(device),
+            fp16="native" if capability >= (7, 0) else "slow",
+            bf16="native" if capability >= (8, 0) else "slow",
+        )
+    if device.type == "cpu":
+        name = platform.processor() or platform.machine()
+        return Hardware(device="cpu", name=name, fp16="slow", bf16="slow")
+    return Hardware(device=device.type, name=device.type, fp16="native", bf16="native")

@@ -1,0 +1,1 @@
+"""Where hf_amp meets accelerate and transformers; nothing else imports them."""

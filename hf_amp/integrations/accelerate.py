@@ -1,0 +1,196 @@
+"""`attach`: hf_amp on an `accelerate.Accelerator`, before or after `prepare`."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import AutocastKwargs, DistributedType, convert_outputs_to_fp32
+from torch import nn
+
+from hf_amp.config import MixedPrecisionConfig, PrecisionMode
+from hf_amp.emulation import EmulatedFP16
+from hf_amp.errors import AttachError, ConfigError
+from hf_amp.events import EventKind
+from hf_amp.forward_context import ForwardContext
+from hf_amp.hardware import probe
+from hf_amp.scaling.scaler import AdvancedGradScaler
+from hf_amp.session import AmpSession
+
+_MODES = {"fp16": PrecisionMode.MIXED, "bf16": PrecisionMode.BF16, "no": PrecisionMode.FP32}
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None) -> AmpSession:
+    """Puts hf_amp to work on `accelerator` and on everything it has prepared or will prepare.
+
+    Args:
+        accelerator: with `mixed_precision` "fp16", "bf16" or "no", which is followed.
+        config: options; None for the defaults.
+
+    Returns:
+        The session. `session.detach()`, or leaving it as a context manager, gives everything its former state.
+
+    Raises:
+        ConfigError: `config.precision_mode` contradicts the accelerator.
+        AttachError: the accelerator runs something that hf_amp does not support, or has a session already.
+    """
+    config = config if config is not None else MixedPrecisionConfig()
+    _check_supported(accelerator)
+    mode = _mode_of(accelerator, config)
+    device = accelerator.device
+    scaler = AdvancedGradScaler(_with_mode(config, mode), device)
+    session = AmpSession(config, scaler, mode, probe(device))
+    if scaler.is_enabled():
+        _take_over_scaling(accelerator, session)
+        if device.type == "cpu":
+            _make_cpu_run_fp16(accelerator, session)
+    session.note(
+        EventKind.ATTACHED,
+        f"hf_amp is attached: {session.what_runs() if config.enabled else 'disabled by the config'}.",
+        device=str(device),
+        precision=mode.value,
+        strategy=config.scaling_strategy.value,
+    )
+    return session
+
+
+def _check_supported(accelerator: Accelerator) -> None:
+    if not isinstance(accelerator, Accelerator):
+        raise AttachError(
+            f"hf_amp.attach got {type(accelerator).__name__}: pass an accelerate.Accelerator. For a Trainer add "
+            "hf_amp.MixedPrecisionCallback() to its callbacks instead."
+        )
+    if isinstance(accelerator.scaler, AdvancedGradScaler):
+        raise AttachError(
+            "this Accelerator has an hf_amp session already: use that one, or call its detach() first."
+        )
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise AttachError(
+            f"hf_amp does not support {accelerator.distributed_type.value} yet: use one process, or several with "
+            "DistributedDataParallel (MULTI_GPU, MULTI_CPU)."
+        )
+
+
+def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> PrecisionMode:
+    if accelerator.mixed_precision not in _MODES:
+        raise AttachError(
+            f"hf_amp does not support mixed_precision={accelerator.mixed_precision!r} yet: use 'fp16', 'bf16' or 'no'."
+        )
+    mode = _MODES[accelerator.mixed_precision]
+    if config.precision_mode not in (None, mode):
+        raise ConfigError(
+            f"MixedPrecisionConfig(precision_mode={config.precision_mode.value}) contradicts "
+            f"mixed_precision={accelerator.mixed_precision!r} of the Accelerator (in a Trainer: fp16 and bf16 of "
+            f"TrainingArguments), which is {mode.value}: leave precision_mode out, or make the two agree."
+        )
+    return mode
+
+
+def _with_mode(config: MixedPrecisionConfig, mode: PrecisionMode) -> MixedPrecisionConfig:
+    return MixedPrecisionConfig(**{**config.to_dict(), "precision_mode": mode})
+
+
+def _take_over_scaling(accelerator: Accelerator, session: AmpSession) -> None:
+    """Puts the session's scaler in the place of the stock one, in the accelerator and in its optimizers."""
+    stock = accelerator.scaler
+    if stock is not None and stock.is_enabled():
+        used = stock.state_dict()
+        if used != type(stock)(accelerator.device.type).state_dict():
+            session.scaler.load_state_dict(used)  # resumed, or made with GradScalerKwargs
+    session.changes.set_attribute(accelerator, "scaler", session.scaler)
+    adopted: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
+
+    def adopt(optimizer: AcceleratedOptimizer) -> None:
+        adopted.add(optimizer)
+        if optimizer.scaler is not session.scaler:
+            replace_scaler(optimizer, session.scaler)
+
+    def give_back() -> None:
+        for optimizer in adopted:
+            replace_scaler(optimizer, stock)
+
+    session.changes.call_on_undo(give_back)
+    for prepared in prepared_optimizers(accelerator):
+        adopt(prepared)
+
+    prepare_optimizer = accelerator.prepare_optimizer
+
+    @functools.wraps(prepare_optimizer)
+    def prepare_and_adopt(*args: Any, **kwargs: Any) -> Any:
+        optimizer = prepare_optimizer(*args, **kwargs)
+        adopt(optimizer)
+        return optimizer
+
+    session.changes.set_attribute(accelerator, "prepare_optimizer", prepare_and_adopt)
+
+
+def _make_cpu_run_fp16(accelerator: Accelerator, session: AmpSession) -> None:
+    """Makes "fp16" mean FP16 on a CPU, where accelerate builds neither scaler nor autocast and runs FP32."""
+    emulate = session.config.emulate
+    # With it set, accelerate unscales before clipping; its own autocast is kept out, ours is entered by hooks.
+    session.changes.set_attribute(accelerator, "native_amp", True)
+    if emulate:
+        session.changes.set_attribute(accelerator, "autocast_handler", AutocastKwargs(enabled=False))
+    context = ForwardContext(EmulatedFP16 if emulate else _half_kernels)
+
+    def adopt(model: nn.Module) -> None:
+        if session.adopt(model):
+            session.changes.call_on_undo(context.install(model))
+            if not emulate:
+                handle = model.register_forward_hook(_outputs_to_fp32)
+                session.changes.call_on_undo(handle.remove)
+
+    for prepared in prepared_models(accelerator):
+        adopt(accelerator.unwrap_model(prepared))
+
+    prepare_model = accelerator.prepare_model
+
+    @functools.wraps(prepare_model)
+    def adopt_and_prepare(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        adopt(accelerator.unwrap_model(model))
+        accelerator.native_amp = False
+        try:
+            return prepare_model(model, *args, **kwargs)
+        finally:
+            accelerator.native_amp = True
+
+    session.changes.set_attribute(accelerator, "prepare_model", adopt_and_prepare)
+
+
+def _half_kernels() -> torch.autocast:
+    return torch.autocast("cpu", torch.float16)
+
+
+def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:
+    """As accelerate does on other devices."""
+    return convert_outputs_to_fp32(lambda: output)()
+
+
+# ---- private names of accelerate, each read in one place; tests/contract fails by name if one goes -------------
+
+
+def prepared_optimizers(accelerator: Accelerator) -> list[AcceleratedOptimizer]:
+    """The optimizers that `accelerator` has prepared."""
+    return list(accelerator._optimizers)
+
+
+def prepared_models(accelerator: Accelerator) -> list[nn.Module]:
+    """The models that `accelerator` has prepared."""
+    return list(accelerator._models)
+
+
+def replace_scaler(optimizer: AcceleratedOptimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """Gives a prepared optimizer another scaler, by the way that it is unpickled, which sets up what it needs for it."""
+    optimizer.__setstate__({**optimizer.__getstate__(), "scaler": scaler})
+    if scaler is None:
+        for name in (
+            "_accelerate_step_called",
+            "_optimizer_original_step_method",
+            "_optimizer_patched_step_method",
+        ):
+            vars(optimizer).pop(name, None)

@@ -1,0 +1,56 @@
+"""The catalogue: every metric that hf_amp reports, once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LOG_PREFIX = "amp/"
+"""Stands before a metric's name in Trainer logs and trackers."""
+
+
+class Metric(NamedTuple):
+    """One metric."""
+
+    name: str
+    unit: str
+    meaning: str
+    remedy: str
+    """What to do when it is bad."""
+
+
+CATALOGUE: tuple[Metric, ...] = (
+    Metric(
+        "scale",
+        "1",
+        "loss scale that the newest step used; after a skip, the one that the next step will use",
+        "falls without end: the overflow is not the scale's; read the cause of the skips",
+    ),
+    Metric("applied_steps", "steps", "optimizer steps applied since the run began", "stands still: read the cause"),
+    Metric(
+        "skipped_steps", "steps", "optimizer steps skipped since the run began", "more than a few: read the cause"
+    ),
+    Metric(
+        "skipped_steps_scale", "steps", "skipped with a finite loss: the scale was too large", "grows for ever: lower init_scale or raise growth_interval"
+    ),
+    Metric(
+        "skipped_steps_weights", "steps", "skipped because parameters are not finite", "go back to the last good checkpoint"
+    ),
+    Metric(
+        "skipped_steps_unknown", "steps", "skipped with a non-finite loss of unknown cause", "look at the batch, the loss function and activations"
+    ),
+    Metric("skip_rate", "1", "skipped share of all optimizer steps", "above 0.01 after the first steps: read the cause"),
+    Metric(
+        "grad_norm", "1", "2-norm of the unscaled gradients before clipping; absent when the step was skipped", "jumps: lower the learning rate or clip"
+    ),
+    Metric("grad_amax", "1", "largest magnitude among the unscaled gradients; absent likewise", "jumps: as grad_norm"),
+    Metric(
+        "headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)); absent likewise", "below 1: an overflow is near; above 12: the scale could grow"
+    ),
+    Metric(
+        "underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, sampled every monitoring_interval steps", "above 0.1 and rising: raise the scale"
+    ),
+    Metric("inf_elements", "elements", "infinite gradient elements in the newest skipped step", "read the cause"),
+    Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause"),
+)  # fmt: skip
+
+NAMES = frozenset(metric.name for metric in CATALOGUE)

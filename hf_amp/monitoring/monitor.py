@@ -1,0 +1,89 @@
+"""`PrecisionMonitor`: the newest figures of a run, on the host, at no host read of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from typing import Any
+
+from hf_amp.config import FP16_FORMAT
+from hf_amp.events import Cause
+
+
+@dataclasses.dataclass
+class PrecisionMonitor:
+    """Counts steps and keeps the newest figures. Constant size, however long the run.
+
+    Fed with what a step boundary read; `metrics` is a dictionary look-up away at any time.
+    """
+
+    applied_steps: int = 0
+    skipped_by_cause: Counter[str] = dataclasses.field(default_factory=Counter)
+    scale: float | None = None
+    grad_norm: float | None = None
+    grad_amax: float | None = None
+    underflow_fraction: float | None = None
+    inf_elements: int | None = None
+    nan_elements: int | None = None
+
+    def record_applied(
+        self,
+        scale: float,
+        grad_norm: float | None,
+        grad_amax: float | None,
+        underflow_fraction: float | None,
+    ) -> None:
+        """One applied step. None stands for what was not measured; a sampled figure keeps its last value."""
+        self.applied_steps += 1
+        self.scale, self.grad_norm, self.grad_amax = scale, grad_norm, grad_amax
+        if underflow_fraction is not None:
+            self.underflow_fraction = underflow_fraction
+
+    def record_skipped(self, cause: Cause, next_scale: float, inf_elements: int, nan_elements: int) -> None:
+        """One skipped step, which has no gradient norm to tell."""
+        self.skipped_by_cause[cause.value] += 1
+        self.scale, self.grad_norm, self.grad_amax = next_scale, None, None
+        self.inf_elements, self.nan_elements = inf_elements, nan_elements
+
+    @property
+    def skipped_steps(self) -> int:
+        """Skipped steps of every cause."""
+        return sum(self.skipped_by_cause.values())
+
+    def metrics(self) -> dict[str, float]:
+        """Catalogue name → value; finite numbers only. What is not known is absent."""
+        steps = self.applied_steps + self.skipped_steps
+        figures: dict[str, float | None] = {
+            "scale": self.scale,
+            "applied_steps": self.applied_steps,
+            "skipped_steps": self.skipped_steps,
+            **{
+                f"skipped_steps_{cause.lower()}": count
+                for cause, count in sorted(self.skipped_by_cause.items())
+            },
+            "skip_rate": self.skipped_steps / steps if steps else None,
+            "grad_norm": self.grad_norm,
+            "grad_amax": self.grad_amax,
+            "headroom_bits": self._headroom_bits(),
+            "underflow_fraction": self.underflow_fraction,
+            "inf_elements": self.inf_elements,
+            "nan_elements": self.nan_elements,
+        }
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def _headroom_bits(self) -> float | None:
+        if not self.grad_amax or not self.scale:
+            return None
+        return math.log2(FP16_FORMAT.largest) - math.log2(self.grad_amax) - math.log2(self.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every field, as numbers, None and one flat mapping."""
+        return {**dataclasses.asdict(self), "skipped_by_cause": dict(self.skipped_by_cause)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from `state_dict`; fields it does not have keep their values."""
+        for name in (option.name for option in dataclasses.fields(self)):
+            if name in state_dict:
+                setattr(self, name, state_dict[name])
+        self.skipped_by_cause = Counter(self.skipped_by_cause)

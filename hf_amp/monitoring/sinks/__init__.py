@@ -1,0 +1,1 @@
+"""Where events go. Each sink imports its library by itself."""

@@ -1,0 +1,64 @@
+"""Events as JSON lines, for people with `jq` and for log collectors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from hf_amp.events import AmpEvent
+
+FILE_NAME = "amp_events.jsonl"
+_FIRST_KEYS = ("timestamp", "level", "event", "run_id", "rank", "step")
+
+
+def _known_keys_first(logger: Any, method: str, line: Any) -> dict[str, Any]:
+    return {name: line[name] for name in _FIRST_KEYS} | dict(line)
+
+
+class JsonLinesSink:
+    """Appends one line per event: UTC ISO-8601 timestamp, level, event, run id, rank, step, and the event's fields.
+
+    Every line is written and flushed at once. The user's logging configuration is not touched.
+
+    Raises:
+        OSError: the file cannot be opened for appending.
+    """
+
+    def __init__(self, path: str | Path, run_id: str, rank: int) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._log: Any = structlog.wrap_logger(
+            structlog.WriteLogger(self._file),
+            processors=[
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                _known_keys_first,
+                structlog.processors.JSONRenderer(serializer=json.dumps, allow_nan=False),
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(0),
+            context_class=dict,
+            run_id=run_id,
+            rank=rank,
+        )
+
+    def write(self, event: AmpEvent) -> None:
+        """Writes one event. Control characters in names and messages are escaped, so they cannot forge a line."""
+        emit = self._log.warning if event.kind.needs_attention else self._log.info
+        emit(
+            event.kind.value,
+            step=event.step,
+            cause=event.cause.value if event.cause else None,
+            before=event.before,
+            after=event.after,
+            modules=list(event.modules),
+            message=event.message,
+            **event.figures,
+        )
+
+    def close(self) -> None:
+        """Closes the file. Harmless when called again."""
+        self._file.close()

@@ -1,0 +1,36 @@
+"""Dividing gradients by the scale, and finding non-finite ones, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_amp.statistics.gradients import by_device_and_dtype
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, shape [], float32. Rounded once from FP64, as `torch.amp.GradScaler.unscale_` does; MPS has none."""
+    if scale.device.type == "mps":
+        return scale.reciprocal()
+    return scale.double().reciprocal().float()
+
+
+@torch.no_grad()
+def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Tensor:
+    """Multiplies `gradients` in place by `inverse_scale`; says whether any element was not finite before or after.
+
+    Returns:
+        Tensor of shape [], float32, on the device of `inverse_scale`: 0 where all were finite. No host read.
+
+    The kernel is the stock scaler's own, which has no public name; `tests/contract` fails by name if it goes.
+    """
+    found = torch.zeros((), dtype=torch.float32, device=inverse_scale.device)
+    for (device, _), group in by_device_and_dtype(gradients).items():
+        found_here = torch.zeros((), dtype=torch.float32, device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            group, found_here, inverse_scale.to(device, non_blocking=True)
+        )
+        found = torch.maximum(found, found_here.to(found.device, non_blocking=True))
+    return found

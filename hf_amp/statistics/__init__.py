@@ -1,0 +1,1 @@
+"""Statistics of gradients, taken on their device; `snapshot.read` is the only host read."""
