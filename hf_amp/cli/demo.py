@@ -80,8 +80,8 @@ def _quieten_libraries() -> None:
     """The progress display tells what there is to tell; warnings of hf_amp itself still show."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _summary(result: DemoResult) -> Table:

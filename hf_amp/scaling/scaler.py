@@ -111,7 +111,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return outputs * self._backward_scale.to(outputs.device, non_blocking=True)
         if isinstance(outputs, (list, tuple)):
             return type(outputs)(self._scale_nested(item) for item in outputs)
-        if hasattr(outputs, "__iter__"):
+        if hasattr(outputs, "__iter__") and not isinstance(outputs, (str, bytes)):
             return map(self._scale_nested, outputs)
         raise ScalerError(
             f"AdvancedGradScaler.scale got {type(outputs).__name__}: pass a tensor or an iterable of tensors."

@@ -1,0 +1,84 @@
+"""Every private or semi-private name of an upstream library that hf_amp relies on: fails by name when one goes."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import Trainer, TrainerCallback
+
+from hf_amp.integrations.accelerate import prepared_models, prepared_optimizers, replace_scaler
+
+
+def test_torch_has_the_unscale_kernel() -> None:
+    """`torch._amp_foreach_non_finite_check_and_unscale_` multiplies in place and flags what is not finite."""
+    gradients, found = [torch.tensor([2.0, 4.0]), torch.tensor([torch.inf])], torch.zeros(())
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.tensor(0.5))
+    assert gradients[0].tolist() == [1.0, 2.0]
+    assert found.item() == 1.0
+
+
+@pytest.mark.parametrize(
+    "name", ["_scale", "_growth_tracker", "_enabled", "_device", "_init_scale", "_lazy_init_scale_growth_tracker"]
+)  # fmt: skip
+def test_torch_grad_scaler_has(name: str) -> None:
+    """The attributes that AdvancedGradScaler keeps in step with its parent class are still the parent's."""
+    assert hasattr(torch.amp.GradScaler("cpu"), name)
+
+
+def test_torch_fused_optimizers_announce_themselves() -> None:
+    """A fused optimizer carries `_step_supports_amp_scaling`, and one that is not fused does not."""
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    assert torch.optim.AdamW(parameters, fused=True)._step_supports_amp_scaling
+    assert not getattr(torch.optim.AdamW(parameters), "_step_supports_amp_scaling", False)
+
+
+def test_accelerate_lists_what_it_prepared() -> None:
+    """`Accelerator._models` and `_optimizers` hold the prepared objects."""
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert prepared_models(accelerator) == [model]
+    assert prepared_optimizers(accelerator) == [optimizer]
+
+
+def test_accelerate_optimizer_takes_another_scaler_by_its_pickling_protocol() -> None:
+    """`__setstate__` sets up all that `step` needs with a scaler, and undoing it leaves the attributes of before."""
+    accelerator = Accelerator(cpu=True)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer: AcceleratedOptimizer = accelerator.prepare(torch.optim.SGD([parameter], lr=1.0))
+    before = dict(vars(optimizer))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    replace_scaler(optimizer, scaler)
+    scaler.scale(parameter.sum()).backward()
+    optimizer.step()
+    assert parameter.tolist() == [0.0, 0.0]
+    replace_scaler(optimizer, None)
+    assert vars(optimizer) == before
+
+
+@pytest.mark.parametrize("name", ["native_amp", "scaler", "autocast_handler"])
+def test_accelerator_has(name: str) -> None:
+    """The attributes that attach changes are there."""
+    assert name in vars(Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("name", ["prepare_model", "prepare_optimizer"])
+def test_accelerator_prepares_through(name: str) -> None:
+    """`Accelerator.prepare` calls its own public method, so that an instance can watch it."""
+    accelerator = Accelerator(cpu=True)
+    calls = []
+    original = getattr(accelerator, name)
+    setattr(accelerator, name, lambda *a, **k: calls.append(name) or original(*a, **k))
+    model = torch.nn.Linear(2, 2)
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert calls == [name]
+
+
+def test_trainer_calls_its_callbacks_with_itself_on_the_stack() -> None:
+    """`Trainer.callback_handler.callbacks` holds the callbacks, and the Trainer is a caller's `self`."""
+    assert "callback_handler" in inspect.getsource(Trainer.__init__)
+    assert "on_init_end" in vars(TrainerCallback)

@@ -1,0 +1,159 @@
+"""`hf_amp.attach` on a raw Accelerate loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradScalerKwargs
+from torch import nn
+
+import hf_amp
+from hf_amp import AttachError, MixedPrecisionConfig
+from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot, tiny_mlp
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator_state() -> Any:
+    """Accelerators share their state within a process: each test starts and ends without."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(order: str, fused: bool, overflowing: int | None = 2, **options: Any) -> dict[str, Any]:
+    """Six steps of a small network; attach `order` prepare."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(**options)) if order == "before" else None
+    model = tiny_mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    session = session or hf_amp.attach(accelerator, MixedPrecisionConfig(**options))
+    skipped, rates, moved = [], [], []
+    for step in range(6):
+        before = snapshot(model, optimizer)
+        loss = model(torch.linspace(-1, 1, 20).reshape(5, 4)).square().mean()
+        accelerator.backward(OverflowInBackward.apply(loss) if step == overflowing else loss)
+        accelerator.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        skipped.append(accelerator.optimizer_step_was_skipped)
+        rates.append(scheduler.get_last_lr()[0])
+        moved.append(
+            any(not torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=False))
+        )
+    return {
+        "accelerator": accelerator,
+        "session": session,
+        "model": model,
+        "optimizer": optimizer,
+        "skipped": skipped,
+        "rates": rates,
+        "moved": moved,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_loop_with_one_overflow(order: str, fused: bool) -> None:
+    """Attached before or after prepare: the overflowing step, and it alone, is skipped and told."""
+    result = run(order, fused)
+    assert result["skipped"] == [False, False, True, False, False, False]
+    assert result["moved"] == [True, True, False, True, True, True]
+    assert result["rates"][2] == result["rates"][1] > result["rates"][3]
+    assert result["session"].metrics()["skipped_steps"] == 1
+    assert result["session"].events[-1].cause == "SCALE"
+
+
+def test_before_and_after_prepare_train_alike() -> None:
+    """The order of attach and prepare does not change a bit of the parameters."""
+    results = [run(order, fused=True) for order in ("before", "after")]
+    assert_bitwise_equal(*(snapshot(r["model"], r["optimizer"]) for r in results))
+
+
+def test_detach_restores_what_was_there() -> None:
+    """After detach, and after leaving the context manager, every attribute is what it was before attach."""
+
+    def attributes(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> list[Any]:
+        return [
+            dict(vars(accelerator)),
+            dict(vars(optimizer)),
+            {name: value for name, value in vars(model).items() if name[0] != "_"},
+            [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        ]
+
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    model = tiny_mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = attributes(accelerator, model, optimizer)
+    with hf_amp.attach(accelerator) as session:
+        assert attributes(accelerator, model, optimizer) != before
+    assert attributes(accelerator, model, optimizer) == before
+    session.detach()
+    assert attributes(accelerator, model, optimizer) == before
+    hf_amp.attach(accelerator).detach()
+    assert attributes(accelerator, model, optimizer) == before
+
+
+def test_second_attach_is_a_clear_error() -> None:
+    """Two scalers on one loss are refused."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    hf_amp.attach(accelerator)
+    with pytest.raises(AttachError, match="detach"):
+        hf_amp.attach(accelerator)
+
+
+@pytest.mark.parametrize("wrong", [None, "accelerator", nn.Linear(1, 1)])
+def test_attach_to_something_else_is_a_clear_error(wrong: object) -> None:
+    """The error says what to pass, and what to do with a Trainer."""
+    with pytest.raises(AttachError, match=r"pass an accelerate.Accelerator.*MixedPrecisionCallback"):
+        hf_amp.attach(wrong)
+
+
+def test_two_optimizers_each_move_once() -> None:
+    """A GAN's two optimizers with one clip call: both are unscaled once and move as in FP32."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=1024.0))
+    models = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    for model in models:
+        nn.init.constant_(model.weight, 1.0)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.25) for model in models]
+    models, optimizers = accelerator.prepare(*models), accelerator.prepare(*optimizers)
+    accelerator.backward(sum(model(torch.ones(1, 1)).sum() for model in models))
+    accelerator.clip_grad_norm_([p for model in models for p in model.parameters()], 100.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert [model.weight.item() for model in models] == [0.75, 0.75]
+
+
+def test_released_objects_are_not_kept_alive() -> None:
+    """After free_memory a session holds neither the model nor the optimizer."""
+    import gc
+    import weakref
+
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator)
+    model = tiny_mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    references = [weakref.ref(model), weakref.ref(optimizer)]
+    del model, optimizer
+    accelerator.free_memory()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+    session.detach()
+
+
+@pytest.mark.gpu
+def test_scaler_kwargs_of_the_accelerator_are_followed() -> None:
+    """What GradScalerKwargs set is what our scaler starts with."""
+    accelerator = Accelerator(
+        mixed_precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=256.0, growth_interval=7)]
+    )
+    session = hf_amp.attach(accelerator)
+    assert session.scaler.get_scale() == 256.0
+    assert session.scaler.get_growth_interval() == 7

@@ -1,0 +1,318 @@
+"""What `AdvancedGradScaler` promises beyond the stock class."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError, StateError
+from tests.host_reads import count_host_reads
+from tests.reference import (
+    OverflowInBackward,
+    adamw,
+    assert_bitwise_equal,
+    losses,
+    snapshot,
+    tiny_mlp,
+)
+
+
+def scaler_with(**options: object) -> AdvancedGradScaler:
+    return AdvancedGradScaler(MixedPrecisionConfig(**options), "cpu")
+
+
+def one_step(scaler: AdvancedGradScaler, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_step_moves_nothing_and_never_calls_the_optimizer(fused: bool) -> None:
+    """On an overflow parameters and optimizer state stay to the last bit, and `optimizer.step` is not called."""
+    model, scaler = tiny_mlp(), scaler_with()
+    optimizer = adamw(model, fused)
+    calls: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    for step, loss in enumerate(losses(model, 4, lambda step: step == 2)):
+        before = snapshot(model, optimizer)
+        one_step(scaler, loss, optimizer)
+        if step == 2:
+            assert_bitwise_equal(before, snapshot(model, optimizer))
+            assert not scaler.last_outcome.applied
+    assert len(calls) == 3
+    assert (scaler.applied_steps, scaler.skipped_steps) == (3, 1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_one_host_read_a_step(fused: bool, clip: bool) -> None:
+    """A clean step in exact mode, monitoring on, reads the host once; sampling underflow adds none."""
+    model, scaler = tiny_mlp(), scaler_with(monitoring_interval=2)
+    optimizer = adamw(model, fused)
+    stream = losses(model, 4, lambda step: False)
+    one_step(scaler, next(stream), optimizer)
+    for loss in stream:
+        optimizer.zero_grad()
+        with count_host_reads() as reads:
+            scaler.scale(loss).backward()
+            if clip:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer_reads = 0 if fused else _host_reads_of_plain_step(model)
+        assert reads.count == 1 + optimizer_reads
+
+
+def _host_reads_of_plain_step(model: nn.Module) -> int:
+    """What the optimizer itself reads: step counters live on the CPU and are read there."""
+    twin = tiny_mlp()
+    optimizer = adamw(twin, fused=False)
+    for _ in range(2):
+        twin(torch.ones(2, 4)).sum().backward()
+        with count_host_reads() as reads:
+            optimizer.step()
+    return reads.count
+
+
+def test_floor_holds_and_the_next_clean_step_is_exact() -> None:
+    """After 10,000 overflows in a row the scale is at its floor, and a clean step equals an FP32 step."""
+    parameter, twin = (nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    scaler = scaler_with()
+    optimizer, plain = torch.optim.SGD([parameter], lr=0.5), torch.optim.SGD([twin], lr=0.5)
+    for _ in range(10_000):
+        one_step(scaler, OverflowInBackward.apply(parameter.sum()), optimizer)
+    assert scaler.get_scale() == MixedPrecisionConfig().min_scale > 0
+    one_step(scaler, parameter.square().sum(), optimizer)
+    twin.square().sum().backward()
+    plain.step()
+    assert torch.equal(parameter, twin)
+    assert (scaler.applied_steps, scaler.skipped_steps) == (1, 10_000)
+
+
+def test_stock_scaler_corrupts_after_as_many_overflows() -> None:
+    """The stock class, which has no floor, writes non-finite weights in that case: the reason for ours."""
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD([parameter], lr=0.5)
+    for _ in range(144):
+        optimizer.zero_grad()
+        scaler.scale(OverflowInBackward.apply(parameter.sum())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(optimizer)
+    assert not parameter.isfinite().all()
+
+
+def test_gradients_are_divided_by_the_scale_of_their_own_backward() -> None:
+    """A overflows and its update halves the scale; B, whose backward came before, is still divided by the old one."""
+    scaler = scaler_with(init_scale=1024.0)
+    a, b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([1.0]))
+    optimizer_a, optimizer_b = (torch.optim.SGD([p], lr=1.0) for p in (a, b))
+    scaler.scale(OverflowInBackward.apply(a.sum())).backward()
+    scaler.scale(3 * b.sum()).backward()
+    for optimizer in (optimizer_a, optimizer_b):
+        scaler.step(optimizer)
+        scaler.update()
+    assert a.tolist() == [1.0]
+    assert b.tolist() == [-2.0]
+    assert scaler.get_scale() == 512.0
+
+
+def test_one_clip_for_two_optimizers_unscales_each_once() -> None:
+    """`unscale_` on both, then step and update for each in turn: neither is divided twice."""
+    scaler = scaler_with(init_scale=1024.0)
+    a, b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([1.0]))
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in (a, b)]
+    scaler.scale(2 * a.sum() + 3 * b.sum()).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        scaler.update()
+    assert (a.item(), b.item()) == (-1.0, -2.0)
+
+
+def test_unscaled_but_never_stepped_gradients_do_not_poison_the_next_step() -> None:
+    """An optimizer that was unscaled and not stepped is unscaled again for its next backward, as in the stock class."""
+    scaler = scaler_with(init_scale=1024.0)
+    a, b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([1.0]))
+    optimizer_a, optimizer_b = (torch.optim.SGD([p], lr=1.0) for p in (a, b))
+    scaler.scale(a.sum() + b.sum()).backward()
+    scaler.unscale_(optimizer_a)
+    scaler.unscale_(optimizer_b)
+    scaler.step(optimizer_a)
+    scaler.update()
+    optimizer_b.zero_grad()
+    scaler.scale(3 * b.sum()).backward()
+    scaler.step(optimizer_b)
+    scaler.update()
+    assert b.item() == -2.0
+
+
+def test_optimizer_without_gradients_is_a_no_op() -> None:
+    """No gradient this step: nothing moves, nothing is counted as skipped, nothing is raised."""
+    scaler, parameter = scaler_with(), nn.Parameter(torch.tensor([1.0]))
+    idle = torch.optim.SGD([nn.Parameter(torch.tensor([5.0]))], lr=1.0)
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(idle)
+    scaler.update()
+    assert scaler.skipped_steps == 0
+    assert idle.param_groups[0]["params"][0].tolist() == [5.0]
+
+
+def test_sparse_duplicates_that_overflow_only_in_sum_are_seen() -> None:
+    """64000 + 64000 in FP16 is inf once coalesced, and the step is skipped."""
+    parameter = nn.Parameter(torch.zeros(3))
+    indices = torch.tensor([[1, 1]])
+    optimizer, scaler = torch.optim.SGD([parameter], lr=1.0), scaler_with(init_scale=1.0)
+    scaler.scale(parameter.sum()).backward()
+    huge = torch.finfo(torch.float32).max
+    parameter.grad = torch.sparse_coo_tensor(indices, torch.tensor([huge, huge]), (3,))
+    scaler.step(optimizer)
+    assert not scaler.last_outcome.applied
+    assert parameter.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_outcome_tells_norm_and_amax_before_clipping() -> None:
+    """The outcome's norm and amax are those of the unscaled gradients, whether or not they were clipped after."""
+    model, scaler = tiny_mlp(), scaler_with()
+    optimizer = adamw(model, fused=False)
+    model(torch.ones(2, 4)).sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    optimizer.zero_grad()
+    scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    scaler.step(optimizer)
+    assert math.isclose(scaler.last_outcome.grad_norm, gradients.norm().item(), rel_tol=1e-6)
+    assert math.isclose(scaler.last_outcome.grad_amax, gradients.abs().max().item(), rel_tol=1e-6)
+
+
+def test_non_finite_loss_is_told_from_a_scale_that_was_too_large() -> None:
+    """Both skip; `loss_finite` tells them apart, without another host read."""
+    scaler, parameter = scaler_with(), nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    one_step(scaler, OverflowInBackward.apply(parameter.sum()), optimizer)
+    assert (scaler.last_outcome.applied, scaler.last_outcome.loss_finite) == (False, True)
+    one_step(scaler, (parameter * torch.nan).sum(), optimizer)
+    assert (scaler.last_outcome.applied, scaler.last_outcome.loss_finite) == (False, False)
+    one_step(scaler, parameter.sum(), optimizer)
+    assert (scaler.last_outcome.applied, scaler.last_outcome.loss_finite) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("misuse", "advice"),
+    [
+        (lambda s, o, p: s.step(o), "scale(loss).backward()"),
+        (lambda s, o, p: s.update(), "step(optimizer)"),
+        (lambda s, o, p: s.scale("loss"), "pass a tensor"),
+        (lambda s, o, p: s.step(o, closure=lambda: None), "without a closure"),
+        (lambda s, o, p: (s.scale(p.sum()).backward(), s.step(o), s.step(o)), "call update()"),
+        (lambda s, o, p: (s.scale(p.sum()).backward(), s.step(o), s.unscale_(o)), "call update()"),
+        (
+            lambda s, o, p: [(s.scale(p.sum()).backward(), s.unscale_(o)) for _ in range(2)],
+            "only after the last backward",
+        ),
+        (lambda s, o, p: (s.scale(p.sum()), s.update(math.inf)), "positive finite number"),
+        (lambda s, o, p: (s.scale(p.sum()), s.update(torch.ones(2))), "one element"),
+    ],
+)
+def test_misuse_says_what_to_do(misuse: object, advice: str) -> None:
+    """Calls in an order that has no meaning raise ScalerError, a RuntimeError as in the stock class."""
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    with pytest.raises(ScalerError) as raised:
+        misuse(scaler_with(), torch.optim.SGD([parameter], lr=1.0), parameter)
+    assert advice in str(raised.value)
+    assert isinstance(raised.value, RuntimeError)
+
+
+def test_fp16_parameters_are_a_clear_error() -> None:
+    """FP16 gradients raise an error that says to keep parameters in FP32, not a kernel's message."""
+    parameter, scaler = nn.Parameter(torch.ones(2, dtype=torch.float16)), scaler_with(init_scale=1.0)
+    scaler.scale(parameter.float().sum()).backward()
+    with pytest.raises(ScalerError, match="keep trainable parameters in FP32"):
+        scaler.unscale_(torch.optim.SGD([parameter], lr=1.0))
+
+
+def test_state_resumes_exactly() -> None:
+    """Saved with torch.save, loaded with weights_only=True: the rest of the run is the same, counters included."""
+    model = tiny_mlp()
+    optimizer = adamw(model, fused=False)
+    scaler = scaler_with(hysteresis=2, growth_interval=3)
+    pattern = [False, True, False, False, False, True, True, False, False, False, False]
+    stream = losses(model, len(pattern), pattern.__getitem__)
+    trajectory, resumed = [], None
+    for step, loss in enumerate(stream):
+        if step == 4:
+            file = io.BytesIO()
+            torch.save(scaler.state_dict(), file)
+            file.seek(0)
+            resumed = scaler_with(hysteresis=2, growth_interval=3)
+            resumed.load_state_dict(torch.load(file, weights_only=True))
+        one_step(scaler, loss, optimizer)
+        trajectory.append(scaler.get_scale())
+    twin = tiny_mlp()
+    twin_optimizer = adamw(twin, fused=False)
+    for step, loss in enumerate(losses(twin, len(pattern), pattern.__getitem__)):
+        if step >= 4:
+            one_step(resumed, loss, twin_optimizer)
+            assert resumed.get_scale() == trajectory[step]
+    assert resumed.state_dict() == scaler.state_dict()
+
+
+def test_pickle_round_trip() -> None:
+    """A scaler pickles between steps with all its state, and refuses in between."""
+    scaler, parameter = scaler_with(init_scale=8.0), nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    one_step(scaler, parameter.sum(), optimizer)
+    assert pickle.loads(pickle.dumps(scaler)).state_dict() == scaler.state_dict()
+    scaler.scale(parameter.sum()).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(ScalerError, match="between update"):
+        pickle.dumps(scaler)
+
+
+@pytest.mark.parametrize("saved", [{}, {"scale": math.nan}, {"scale": "big"}, [1.0], None])
+def test_foreign_state_is_refused(saved: object) -> None:
+    """What is not a scaler's state raises StateError, and the scaler stays usable."""
+    scaler = scaler_with()
+    with pytest.raises(StateError):
+        scaler.load_state_dict(saved)
+    assert scaler.get_scale() == 65536.0
+
+
+@pytest.mark.parametrize("dead_scale", [0.0, math.inf])
+def test_dead_stock_scale_is_brought_back_into_bounds(dead_scale: float) -> None:
+    """A stock checkpoint whose scale went to 0 or inf continues at the nearest bound."""
+    saved = {**torch.amp.GradScaler("cpu").state_dict(), "scale": dead_scale}
+    scaler = scaler_with(max_scale=2.0**24)
+    scaler.load_state_dict(saved)
+    assert scaler.get_scale() == (scaler.config.min_scale if dead_scale == 0 else 2.0**24)
+
+
+def test_disabled_scaler_passes_through() -> None:
+    """enabled=False: losses and steps pass, the state is empty, as in the stock class."""
+    scaler, parameter = scaler_with(enabled=False), nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    one_step(scaler, parameter.sum(), optimizer)
+    assert parameter.item() == 0.0
+    assert scaler.state_dict() == {}
+    assert scaler.get_scale() == 1.0
+
+
+def test_seed_example_scales_outputs() -> None:
+    """`scaler.scale` takes any tensor, and nested lists and tuples of tensors."""
+    scaler = scaler_with(init_scale=2.0)
+    assert scaler.scale(torch.tensor([1.0, 2.0, 3.0])).tolist() == [2.0, 4.0, 6.0]
+    nested = scaler.scale([torch.ones(1), (torch.ones(2),)])
+    assert isinstance(nested[1], tuple)
+    assert nested[1][0].tolist() == [2.0, 2.0]

@@ -1,0 +1,304 @@
+"""Gradient statistics equal what slow and obvious code finds, and stay on the device."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_amp.config import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
+from hf_amp.statistics.gradients import (
+    SAMPLES_PER_TENSOR,
+    by_device_and_dtype,
+    collect,
+    count_non_finite,
+    measure,
+    underflow_fraction,
+)
+from tests.host_reads import count_host_reads
+
+CPU = torch.device("cpu")
+META = torch.device(
+    "meta"
+)  # tensors without values: whatever needs one raises, and the branches are an accelerator's
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+NON_FINITE = [math.inf, -math.inf, math.nan]
+
+
+def elements(gradients: list[Tensor]) -> list[float]:
+    """Every element of every tensor, as a Python number."""
+    return [value for gradient in gradients for value in gradient.double().reshape(-1).tolist()]
+
+
+def norm_of(gradients: list[Tensor]) -> float:
+    return math.sqrt(math.fsum(value * value for value in elements(gradients)))
+
+
+def amax_of(gradients: list[Tensor]) -> float:
+    return max((abs(value) for value in elements(gradients)), default=0.0)
+
+
+def underflow_of(gradients: list[Tensor], smallest_normal: float) -> float:
+    values = elements(gradients)
+    return sum(abs(value) < smallest_normal for value in values) / len(values)
+
+
+def random_gradients(seed: int, dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Seven tensors of random shapes, an empty and a 0-d one among them; magnitudes from 1e-4 to 1e1."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(3,), (), (0,), (5, 4), (2, 3, 2), (17,), (1, 1)]
+    return [
+        (torch.randn(shape, generator=generator) * 10.0 ** (seed % 6 - 4)).to(dtypes[i % len(dtypes)])
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def optimizer_with(*gradients: Tensor | None) -> torch.optim.Optimizer:
+    """An optimizer whose parameters hold these gradients, the first in a group of its own."""
+    parameters = []
+    for gradient in gradients:
+        parameter = nn.Parameter(torch.zeros((1,) if gradient is None else gradient.shape))
+        if gradient is not None:
+            parameter = nn.Parameter(torch.zeros(gradient.shape, dtype=gradient.dtype))
+            parameter.grad = gradient
+        parameters.append(parameter)
+    return torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=0.1)
+
+
+def sparse(indices: list[int], values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uncoalesced sparse vector of length 5."""
+    made = torch.sparse_coo_tensor(
+        torch.tensor([indices]), torch.tensor(values, dtype=dtype), (5,), check_invariants=True
+    )
+    assert not made.is_coalesced()
+    return made
+
+
+# ---- collect ------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_collected_in_parameter_order():
+    """Over all groups, and the very tensors, so that they can be unscaled in place."""
+    first, second, third = torch.ones(2), torch.zeros(3), torch.ones(1)
+    collected = collect(optimizer_with(first, second, third))
+    assert [id(gradient) for gradient in collected] == [id(first), id(second), id(third)]
+
+
+def test_parameters_without_gradients_are_left_out():
+    """Frozen and unused parameters have nothing to say."""
+    gradient = torch.ones(2)
+    assert len(collect(optimizer_with(None, gradient, None))) == 1
+    assert collect(optimizer_with(None)) == []
+
+
+def test_collecting_dense_gradients_reads_nothing():
+    """The healthy path does not wait for the device."""
+    optimizer = optimizer_with(torch.ones(2), None, torch.ones(3, dtype=torch.float16))
+    with count_host_reads() as reads:
+        collect(optimizer)
+    assert reads.sources == []
+
+
+def test_sparse_duplicates_are_added_up():
+    """What the optimizer would apply to one row is one value."""
+    optimizer = optimizer_with(sparse([1, 3, 1], [2.0, 5.0, 4.0]))
+    (values,) = collect(optimizer)
+    assert sorted(values.tolist()) == [5.0, 6.0]
+
+
+def test_sparse_duplicates_that_overflow_only_in_sum_are_seen():
+    """64000 + 64000 is infinite in FP16, though neither part is."""
+    gradients = collect(optimizer_with(sparse([2, 2], [64000.0, 64000.0], torch.float16)))
+    assert count_non_finite(gradients) == (1, 0)
+    assert measure(gradients, CPU).amax.isinf()
+
+
+def test_a_change_to_sparse_values_reaches_the_optimizer():
+    """The values that are collected are those that the optimizer applies, coalesced before or now."""
+    for gradient in (sparse([1, 1], [2.0, 4.0]), sparse([1, 1], [2.0, 4.0]).coalesce()):
+        optimizer = optimizer_with(gradient)
+        collect(optimizer)[0].mul_(0.5)
+        assert optimizer.param_groups[0]["params"][0].grad.to_dense().tolist() == [0.0, 3.0, 0.0, 0.0, 0.0]
+
+
+def test_groups_have_one_device_and_dtype_and_lose_nothing():
+    """Every gradient is in the group of its device and dtype, in order."""
+    gradients = [torch.ones(1, dtype=dtype) for dtype in DTYPES * 2]
+    groups = by_device_and_dtype(gradients)
+    assert list(groups) == [(CPU, dtype) for dtype in DTYPES]
+    for i, group in enumerate(groups.values()):
+        assert [id(gradient) for gradient in group] == [id(gradients[i]), id(gradients[i + len(DTYPES)])]
+
+
+# ---- norm and amax ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_norm_and_amax_of_fp32_gradients(seed):
+    """Both equal a sum over Python numbers."""
+    gradients = random_gradients(seed, [torch.float32])
+    measured = measure(gradients, CPU)
+    assert measured.norm.item() == pytest.approx(norm_of(gradients), rel=1e-5)
+    assert measured.amax.item() == amax_of(gradients)
+
+
+@pytest.mark.parametrize("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES], ids=str)
+@pytest.mark.parametrize("seed", range(3, 6))
+def test_norm_and_amax_of_any_dtypes(seed, dtypes):
+    """Mixed dtypes are measured as one set; a norm is as exact as the coarsest dtype, a maximum as FP32."""
+    gradients = random_gradients(seed, dtypes)
+    measured = measure(gradients, CPU)
+    assert measured.norm.item() == pytest.approx(norm_of(gradients), rel=2 * torch.finfo(torch.bfloat16).eps)
+    assert measured.amax.item() == pytest.approx(amax_of(gradients), rel=torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], DTYPES], ids=["fp32", "mixed"])
+@pytest.mark.parametrize("bad", NON_FINITE)
+@pytest.mark.parametrize("where", [0, 3, 5])
+def test_one_bad_element_shows_in_norm_and_amax(where, bad, dtypes):
+    """Infinity and NaN are never lost, whichever tensor they are in."""
+    gradients = random_gradients(4, dtypes)
+    gradients[where].view(-1)[-1] = bad
+    measured = measure(gradients, CPU)
+    assert not measured.norm.isfinite()
+    assert not measured.amax.isfinite()
+
+
+def test_a_large_negative_element_is_the_largest_magnitude():
+    """Magnitude has no sign."""
+    assert measure([torch.tensor([1.0, -7.0, 3.0])], CPU).amax == 7.0
+
+
+@pytest.mark.parametrize("gradients", [[], [torch.zeros(0)], [torch.zeros(0), torch.zeros(2, 0)]])
+def test_nothing_measures_as_zero(gradients):
+    """No gradients, or only empty ones, have norm and amax 0."""
+    measured = measure(gradients, CPU)
+    assert (measured.norm.item(), measured.amax.item()) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES], ids=str)
+def test_measures_are_scalars_in_fp32_on_the_device_asked_for(dtypes):
+    """Whatever the gradients are, both measures have shape [], float32, and the device asked for."""
+    for measured in measure(random_gradients(1, dtypes), CPU):
+        assert (measured.shape, measured.dtype, measured.device) == ((), torch.float32, CPU)
+        assert not measured.requires_grad
+
+
+def test_measuring_leaves_the_gradients_alone():
+    """Statistics change nothing."""
+    gradients = random_gradients(2, DTYPES)
+    before = [gradient.clone() for gradient in gradients]
+    measure(gradients, CPU)
+    underflow_fraction(gradients, FP16_FORMAT)
+    count_non_finite(gradients)
+    assert all(torch.equal(was, now) for was, now in zip(before, gradients, strict=True))
+
+
+# ---- underflow ----------------------------------------------------------------------------------------------
+
+EDGES = [0.0, -0.0, 2.0**-25, -(2.0**-24), 2.0**-15, -(2.0**-14), 2.0**-14, 1.0, 65504.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_and_subnormal_elements_underflow(dtype):
+    """The smallest normal value does not count, whatever is below it does, in every dtype."""
+    gradient = torch.tensor(EDGES, dtype=dtype)
+    assert underflow_fraction([gradient], FP16_FORMAT).item() == pytest.approx(5 / len(EDGES))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_fraction_of_small_tensors_is_exact(seed):
+    """Tensors up to the sample's size are counted whole, and weigh by their size."""
+    gradients = [gradient * 1e-2 for gradient in random_gradients(seed, [torch.float32])]
+    gradients.append(torch.zeros(SAMPLES_PER_TENSOR))
+    expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
+    assert underflow_fraction(gradients, FP16_FORMAT).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.0])
+def test_the_fraction_of_large_tensors_is_close(share):
+    """Samples of 16 large tensors, of different sizes and shares, give it to 0.02."""
+    torch.manual_seed(0)
+    gradients = []
+    for i in range(16):
+        gradient = torch.rand(10_000 + 2_000 * i, 2) + 1
+        gradient[torch.rand_like(gradient) < share * (1 + i % 2) / 1.5] = 2.0**-20
+        gradients.append(gradient)
+    expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
+    assert underflow_fraction(gradients, FP16_FORMAT).item() == pytest.approx(expected, abs=0.02)
+
+
+def test_a_large_tensor_outweighs_a_small_one():
+    """The fraction is one of elements, not of tensors."""
+    gradients = [torch.zeros(10), torch.ones(99_990)]
+    assert underflow_fraction(gradients, FP16_FORMAT).item() == pytest.approx(1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("number_format", [FP16_FORMAT, BF16_FORMAT, FP32_FORMAT])
+def test_the_format_draws_the_line(number_format):
+    """Each format's own smallest normal value is the limit."""
+    edge = number_format.smallest_normal
+    gradient = torch.tensor([0.0, edge / 2, edge, 2 * edge], dtype=torch.float64)
+    assert underflow_fraction([gradient], number_format).item() == 0.5
+
+
+@pytest.mark.parametrize("bad", NON_FINITE)
+def test_bad_elements_do_not_underflow(bad):
+    """An overflowing step still gives a fraction."""
+    assert underflow_fraction([torch.tensor([bad, 0.0])], FP16_FORMAT).item() == 0.5
+
+
+def test_only_empty_tensors_underflow_nothing():
+    """Without elements the fraction is 0, not 0/0."""
+    assert underflow_fraction([torch.zeros(0), torch.zeros(0, 3)], FP16_FORMAT).item() == 0.0
+
+
+# ---- host reads ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], DTYPES], ids=["fp32", "mixed"])
+def test_measuring_and_sampling_read_nothing(dtypes):
+    """Neither waits for the device, on small, large and empty tensors."""
+    gradients = [*random_gradients(0, dtypes), torch.ones(3 * SAMPLES_PER_TENSOR)]
+    with count_host_reads() as reads:
+        measure(gradients, CPU)
+        underflow_fraction(gradients, FP16_FORMAT)
+    assert reads.sources == []
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], DTYPES], ids=["fp32", "mixed"])
+def test_no_value_is_needed_on_an_accelerator_either(dtypes):
+    """Tensors that have no values at all, and are not on the CPU, are measured and sampled without an error."""
+    gradients = [torch.empty(5000, dtype=dtype, device=META) for dtype in dtypes * 2]
+    results = [*measure(gradients, META), underflow_fraction(gradients, FP16_FORMAT)]
+    assert {(result.shape, result.dtype, result.device) for result in results} == {((), torch.float32, META)}
+
+
+# ---- counting what is not finite ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_infinite_and_nan_elements_are_counted_apart(seed):
+    """Both infinities count as infinite; the counts equal a loop over Python numbers."""
+    gradients = random_gradients(seed, DTYPES)
+    generator = torch.Generator().manual_seed(seed)
+    for gradient in gradients:
+        for bad in NON_FINITE:
+            gradient[torch.rand(gradient.shape, generator=generator) < 0.2] = bad
+    values = elements(gradients)
+    assert count_non_finite(gradients) == (sum(map(math.isinf, values)), sum(map(math.isnan, values)))
+
+
+@pytest.mark.parametrize("tensors", [1, 30])
+def test_counting_reads_once(tensors):
+    """One host read, however many tensors."""
+    with count_host_reads() as reads:
+        count_non_finite([torch.ones(3) for _ in range(tensors)])
+    assert reads.count == 1, reads.sources
+
+
+def test_counting_nothing_reads_nothing():
+    """Without gradients there is nothing to wait for."""
+    with count_host_reads() as reads:
+        assert count_non_finite([]) == (0, 0)
+    assert reads.count == 0

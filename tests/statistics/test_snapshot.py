@@ -1,0 +1,88 @@
+"""`snapshot.read` brings values to the host, exactly, all in one read."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_amp.statistics import snapshot
+from tests.host_reads import count_host_reads
+
+
+@pytest.mark.parametrize("tensors", [1, 2, 50])
+def test_any_number_of_values_is_one_read(tensors):
+    """The device is waited for once, however many values are wanted."""
+    values = {f"value {i}": torch.tensor(float(i)) for i in range(tensors)}
+    with count_host_reads() as reads:
+        host = snapshot.read(values)
+    assert reads.count == 1, reads.sources
+    assert host == {f"value {i}": float(i) for i in range(tensors)}
+
+
+def test_nothing_to_read_is_no_read():
+    """An empty mapping does not touch a device."""
+    with count_host_reads() as reads:
+        assert snapshot.read({}) == {}
+    assert reads.count == 0
+
+
+def test_names_come_back_in_the_order_given():
+    """The result can be zipped with what was asked for."""
+    names = ["zeta", "alpha", "mid"]
+    assert list(snapshot.read({name: torch.tensor(1.0) for name in names})) == names
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (0.1, torch.float64),
+        (2.0**-149, torch.float32),
+        (torch.finfo(torch.float32).max, torch.float32),
+        (65504.0, torch.float16),
+        (2.0**-24, torch.float16),
+        (3.0, torch.bfloat16),
+        (2**53 - 1, torch.int64),
+        (-(2**31), torch.int32),
+        (float("inf"), torch.float32),
+        (float("-inf"), torch.float16),
+    ],
+)
+def test_a_value_arrives_exactly(value, dtype):
+    """Neither range nor digits of any format up to FP64 are lost on the way."""
+    assert snapshot.read({"value": torch.tensor(value, dtype=dtype)}) == {"value": value}
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=8))
+def test_all_fp32_values_arrive_exactly(numbers):
+    """Every FP32 number is itself on the host."""
+    host = snapshot.read({str(i): torch.tensor(number) for i, number in enumerate(numbers)})
+    assert list(host.values()) == numbers
+
+
+def test_a_nan_arrives_as_nan():
+    """What is not a number stays that."""
+    value = snapshot.read({"value": torch.tensor(float("nan"))})["value"]
+    assert value != value
+
+
+def test_truth_values_arrive_as_numbers():
+    """Flags are 0.0 and 1.0."""
+    assert snapshot.read({"yes": torch.tensor(True), "no": torch.tensor(False)}) == {"yes": 1.0, "no": 0.0}
+
+
+def test_mixed_dtypes_share_one_read():
+    """Flags, counters and figures go together."""
+    values = {"flag": torch.tensor(True), "count": torch.tensor(7), "norm": torch.tensor(0.5)}
+    with count_host_reads() as reads:
+        host = snapshot.read(values)
+    assert (reads.count, host) == (1, {"flag": 1.0, "count": 7.0, "norm": 0.5})
+
+
+def test_a_value_with_a_graph_can_be_read():
+    """A loss is read without detaching it first, and keeps its graph."""
+    weight = torch.tensor(2.0, requires_grad=True)
+    loss = weight * 3
+    assert snapshot.read({"loss": loss}) == {"loss": 6.0}
+    loss.backward()
+    assert weight.grad == 3

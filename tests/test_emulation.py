@@ -1,0 +1,175 @@
+"""Emulated FP16 overflows and underflows where real FP16 does."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_amp.emulation import EmulatedFP16, round_to
+from hf_amp.forward_context import ForwardContext
+
+
+def tiny_gpt2(activation: str = "gelu") -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, activation_function=activation,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def scaled_gradients(model: nn.Module, tokens: Tensor, scale: float, context: object) -> Tensor:
+    """All gradients of the scaled loss, flat."""
+    model.zero_grad()
+    with context:
+        loss = model(input_ids=tokens, labels=tokens).loss
+    (loss * scale).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("activation", "smallest"), [("gelu", -14), ("gelu_new", -8)])
+def test_zero_fractions_and_overflowing_scales_are_those_of_real_half(activation: str, smallest: int) -> None:
+    """For scales up to 2^26: zero fractions agree with CPU half kernels within 0.005, the same scales overflow.
+
+    From 2^-14 where the activation function is one kernel; from 2^-8 where it is a chain of elementwise operations.
+    """
+    model = tiny_gpt2(activation)
+    tokens = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(1))
+    overflowing: dict[str, set[int]] = {"real": set(), "emulated": set()}
+    underflows = False
+    for exponent in range(smallest, 27, 2):
+        real = scaled_gradients(model, tokens, 2.0**exponent, torch.autocast("cpu", torch.float16))
+        emulated = scaled_gradients(model, tokens, 2.0**exponent, EmulatedFP16())
+        for name, gradient in (("real", real), ("emulated", emulated)):
+            if not gradient.isfinite().all():
+                overflowing[name].add(exponent)
+        if exponent not in overflowing["real"]:
+            zeros = [(g == 0).float().mean().item() for g in (real, emulated)]
+            assert abs(zeros[0] - zeros[1]) <= 0.005, (exponent, zeros)
+            underflows |= zeros[0] > 0.05
+    assert underflows
+    assert overflowing["real"] == overflowing["emulated"] != set()
+
+
+def test_forward_is_close_to_real_half() -> None:
+    """The loss of a forward pass agrees with CPU half kernels to FP16's precision, and differs from FP32's."""
+    model, tokens = tiny_gpt2(), torch.arange(16)[None]
+    values = []
+    for context in (nullcontext(), torch.autocast("cpu", torch.float16), EmulatedFP16()):
+        with context:
+            values.append(model(input_ids=tokens, labels=tokens).loss.item())
+    fp32, real, emulated = values
+    assert emulated != fp32
+    assert emulated == pytest.approx(real, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda a, b: a @ b,
+        lambda a, b: torch.matmul(a, b),
+        lambda a, b: torch.einsum("ij,jk->ik", a, b),
+        lambda a, b: nn.functional.linear(a, b.T),
+        lambda a, b: torch.bmm(a[None], b[None]),
+        lambda a, b: torch.addmm(torch.zeros(2, 2), a, b),
+    ],
+)
+def test_products_beyond_65504_become_inf(product: object) -> None:
+    """300 * 300 is 90000, which FP16 does not have; other functions keep it."""
+    a = torch.full((2, 1), 300.0)
+    with EmulatedFP16():
+        assert product(a, a.T).isinf().all()
+        assert (a * a).eq(90000.0).all()
+
+
+def test_rounding_is_ieee_and_rounds_gradients_too() -> None:
+    """Values and gradients take the nearest FP16 value; 2^-25 becomes 0 and 2^-24 stays."""
+    x = torch.tensor([1 / 3, 2.0**-24, 2.0**-26, 65519.0, 65520.0], requires_grad=True)
+    y = round_to(x, torch.float16)
+    assert torch.equal(y, x.half().float())
+    assert y.tolist()[1:] == [2.0**-24, 0.0, 65504.0, torch.inf]
+    y.backward(torch.tensor([1 / 3, 2.0**-26, 1e6, 1.0, 1.0]))
+    assert x.grad.tolist() == [torch.tensor(1 / 3).half().item(), 0.0, torch.inf, 1.0, 1.0]
+
+
+class TwoStages(nn.Module):
+    """A network whose second stage is recomputed in backward when `recompute`."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.recompute = nn.Linear(8, 8), nn.Linear(8, 8), recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return checkpoint(self.second, x, use_reentrant=False) if self.recompute else self.second(x)
+
+
+def gradients_inside_context(model: nn.Module) -> list[Tensor]:
+    remove = ForwardContext(EmulatedFP16).install(model)
+    x = torch.linspace(-1, 1, 32).reshape(4, 8)
+    model(x).square().sum().backward()
+    remove()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return gradients
+
+
+def test_gradient_checkpointing_recomputes_in_the_same_precision() -> None:
+    """What is recomputed in backward is emulated too: gradients equal those without checkpointing."""
+    plain, recomputed = (gradients_inside_context(TwoStages(flag)) for flag in (False, True))
+    for a, b in zip(plain, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_model_rounds_as_the_eager_one() -> None:
+    """Inductor, which drops casts to FP16 and back, does not drop ours."""
+    eager = TwoStages(recompute=False)
+    ForwardContext(EmulatedFP16).install(eager)
+    x = torch.linspace(-1, 1, 32).reshape(4, 8)
+    compiled = torch.compile(eager)
+    assert torch.allclose(compiled(x), eager(x), rtol=0, atol=1e-6)
+    assert not compiled(x * 1e6).isfinite().all()
+
+
+def test_exception_leaves_the_context_clean() -> None:
+    """After a forward pass that raised, nothing outside of the model is rounded."""
+    model = TwoStages(recompute=False)
+    ForwardContext(EmulatedFP16).install(model)
+    with pytest.raises(RuntimeError):
+        model(torch.ones(4, 5))
+    a = torch.full((2, 1), 300.0)
+    assert (a @ a.T).isfinite().all()
+
+
+def test_removal_leaves_no_hook() -> None:
+    """After removal a module has the hooks it had before, and computes in FP32."""
+    model = TwoStages(recompute=False)
+    x = torch.ones(2, 8) / 3
+    expected = model(x)
+    remove = ForwardContext(EmulatedFP16).install(model)
+    assert not torch.equal(model(x), expected)
+    remove()
+    assert torch.equal(model(x), expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_emulated_on_their_own(copier: object) -> None:
+    """A deep copy or unpickled model computes as its original does, also after that one's removal."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    remove = ForwardContext(EmulatedFP16).install(model)
+    x = torch.ones(2, 8) / 3
+    expected = model(x)
+    twin = copier(model)
+    remove()
+    assert torch.equal(twin(x), expected)
+    assert not torch.equal(model(x), expected)

@@ -1,0 +1,57 @@
+"""What a device can run is said truthfully."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hf_amp.hardware import Hardware, probe
+from tests.host_reads import count_host_reads
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cpu:0"])
+def test_a_cpu_has_kernels_but_no_units(device):
+    """FP16 and BF16 run on a CPU, slowly, and the CPU has a name."""
+    hardware = probe(device)
+    assert (hardware.device, hardware.fp16, hardware.bf16) == ("cpu", "slow", "slow")
+    assert hardware.name
+
+
+def test_a_device_of_another_type_is_taken_as_native():
+    """Accelerators without a capability to ask are named by their type."""
+    assert probe("meta") == Hardware("meta", "meta", fp16="native", bf16="native")
+
+
+def test_probing_reads_no_tensor():
+    """Finding out costs no host read."""
+    with count_host_reads() as reads:
+        probe("cpu")
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("field", ["device", "name", "fp16", "bf16"])
+def test_the_record_is_frozen(field):
+    """What was found is not changed."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(probe("cpu"), field, "native")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "emulate", "words"),
+    [
+        (Hardware("cpu", "x86_64", "slow", "slow"), True, ["emulated", "not faster than FP32"]),
+        (Hardware("cpu", "x86_64", "slow", "slow"), False, ["real FP16", "x86_64", "slower than FP32"]),
+        (Hardware("cuda", "GTX 1080", "slow", "slow"), True, ["real FP16", "GTX 1080", "slower than FP32"]),
+    ],
+)
+def test_slow_fp16_is_called_slow(hardware, emulate, words):
+    """Nobody is told that FP16 is fast where it is emulated or has no units."""
+    phrase = hardware.describe_fp16(emulate)
+    assert [word for word in words if word not in phrase] == []
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_native_fp16_is_never_called_emulated(emulate):
+    """The emulate option concerns CPUs only."""
+    phrase = Hardware("cuda", "H100", "native", "native").describe_fp16(emulate)
+    assert phrase == "real FP16 on H100"
