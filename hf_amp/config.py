@@ -7,6 +7,7 @@ import difflib
 import enum
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,7 @@ BF16_FORMAT = NumberFormat("BF16", torch.bfloat16)
 FP32_FORMAT = NumberFormat("FP32", torch.float32)
 
 SMALLEST_SCALE = FP16_FORMAT.smallest_subnormal
+LARGEST_COUNT = torch.iinfo(torch.int32).max
 LARGEST_SCALE = 2.0 ** math.floor(math.log2(FP32_FORMAT.largest))
 
 
@@ -94,19 +96,22 @@ class _Allowed:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
 
 
 _SWITCH = _Allowed("True or False", lambda v: isinstance(v, bool))
+_SWITCH_OR_NONE = _Allowed("None, True or False", lambda v: v is None or isinstance(v, bool))
 _POSITIVE = _Allowed("a positive finite number", lambda v: _is_real(v) and v > 0)
 _ABOVE_ONE = _Allowed("a finite number above 1", lambda v: _is_real(v) and v > 1)
 _FRACTION = _Allowed("a number above 0 and below 1", lambda v: _is_real(v) and 0 < v < 1)
-_STEPS = _Allowed("a whole number of steps, at least 1", _is_count)
-_COUNT = _Allowed("a whole number, at least 1", _is_count)
+_SHARE = _Allowed("a number from 0 up to, but not, 1", lambda v: _is_real(v) and 0 <= v < 1)
+_STEPS = _Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", _is_count)
+_COUNT = _Allowed(f"a whole number from 1 to {LARGEST_COUNT}", _is_count)
 _MODE = _Allowed(
     "None or one of " + ", ".join(PrecisionMode.__members__),
     lambda v: v is None or isinstance(v, PrecisionMode),
@@ -131,7 +136,6 @@ _NOT_YET: Mapping[str, Callable[[Any], bool]] = {
     "memory_efficient": bool,
     "gradient_accumulation_friendly": bool,
     "distributed_amp": bool,
-    "sync_grad_scaler": bool,
 }
 
 
@@ -172,12 +176,29 @@ class MixedPrecisionConfig:
     """Whether every clean step refills `hysteresis`, or only a growth does (default).
     Source: DeepSpeed's `consecutive_hysteresis`."""
 
+    overflow_tolerance: float = _option(0.0, _SHARE)
+    """DYNAMIC: share of overflowing steps since the last change of scale up to which an overflow only skips.
+    Default 0: every one counts. Source: fairseq's `fp16_scale_tolerance`."""
+
+    overflow_budget: float = _option(1e-3, _FRACTION)
+    """ADAPTIVE and PERFORMANCE_OPTIMIZED: probability of an overflow in a step that the scale is chosen for.
+    Default 1e-3: at most one skipped step in a thousand."""
+
     min_scale: float = _option(SMALLEST_SCALE, _POSITIVE)
     """Floor of the scale. Default 2^-24, the smallest positive FP16 value: below it the gradient that backward
     starts from is itself 0 in FP16, so no smaller scale can help."""
 
     max_scale: float = _option(LARGEST_SCALE, _POSITIVE)
     """Ceiling of the scale. Default 2^127, the largest power of two in FP32, where the stock scaler stops too."""
+
+    recheck_gradients: bool = _option(False, _SWITCH)
+    """Whether gradients that were unscaled before the step are looked at again in the step, for what user code in
+    between has made of them; one more read of the gradients. Default off."""
+
+    fold_clipping: bool | None = _option(None, _SWITCH_OR_NONE)
+    """Whether clipping by norm through Trainer or Accelerator folds into the optimizer step, which saves passes over the
+    gradients; until the step they are then still scaled and unclipped. None: where hf_amp can see that nobody looks
+    at them in between, which is a Trainer without a callback on `on_pre_optimizer_step`. True: your loop does not."""
 
     enable_monitoring: bool = _option(True, _SWITCH)
     """Whether gradient statistics are taken. Off: counters, scale and events remain."""
@@ -211,7 +232,8 @@ class MixedPrecisionConfig:
     """Whether several processes or devices train together."""
 
     sync_grad_scaler: bool = _option(False, _SWITCH)
-    """Whether the processes agree on every verdict and scale."""
+    """Whether the processes agree on every verdict and scale, by one small all-reduce a step. `attach` turns it on
+    where there are several; needed by hand with DistributedDataParallel or FSDP1 outside of accelerate."""
 
     def __post_init__(self) -> None:
         for name, enumeration in (
@@ -242,6 +264,12 @@ class MixedPrecisionConfig:
             )
 
     def _check_combinations(self) -> None:
+        if self.min_scale < FP32_FORMAT.smallest_normal:
+            raise ConfigError(
+                f"MixedPrecisionConfig(min_scale={self.min_scale!r}): the floor must be at least "
+                f"{FP32_FORMAT.smallest_normal!r} (2^-126), below which gradients cannot be divided by the scale in FP32; "
+                f"leave min_scale out for the default ({SMALLEST_SCALE!r})."
+            )
         if not self.min_scale <= self.max_scale <= LARGEST_SCALE:
             raise ConfigError(
                 f"MixedPrecisionConfig(min_scale={self.min_scale!r}, max_scale={self.max_scale!r}): the floor must "

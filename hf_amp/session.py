@@ -32,10 +32,11 @@ class AmpSession:
 
     Attributes:
         config: the options in force.
-        scaler: the gradient scaler; disabled in FP32 and BF16.
+        scaler: the gradient scaler; in FP32 and BF16 it scales nothing and only guards.
         plan: which precision runs where.
         hardware: what the device can run.
-        upcoming_step: number that the next optimizer step will have in events, from 1.
+        first_step: what the scaler's first decided step is called in events; 1, or later in a resumed run.
+        folds_clipping: whether clipping by norm may fold into the optimizer step: nobody looks at gradients before it.
         run_id: names the run in logs.
         sinks: called with every event.
         changes: what was changed on the instances attached to; undone by `detach`.
@@ -52,7 +53,8 @@ class AmpSession:
         self.scaler = scaler
         self.plan = PrecisionPlan(default=mode)
         self.hardware = hardware
-        self.upcoming_step = 1
+        self.first_step = 1
+        self.folds_clipping = False
         self.run_id = uuid.uuid4().hex[:12]
         self.sinks: list[Callable[[AmpEvent], None]] = [console.write]
         self.changes = ReversibleChanges()
@@ -60,6 +62,7 @@ class AmpSession:
         self._monitor = PrecisionMonitor()
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
         self._at_floor = False
+        self._newest_step = 0
         scaler.observers.append(self._record_step)
         scaler.companions["monitor"] = self._monitor
 
@@ -97,7 +100,12 @@ class AmpSession:
 
     def note(self, kind: EventKind, message: str, **figures: Any) -> None:
         """Records an event in which nothing went wrong."""
-        self.record(AmpEvent(self.upcoming_step - 1, kind, message=message, figures=figures))
+        self.record(AmpEvent(self._newest_step, kind, message=message, figures=figures))
+
+    def begin_at(self, completed_steps: int) -> None:
+        """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""
+        self.first_step = completed_steps + 1 - self.scaler.decided_steps
+        self._newest_step = completed_steps
 
     def detach(self) -> None:
         """Gives everything that was attached to its former state. Harmless when called again."""
@@ -120,8 +128,8 @@ class AmpSession:
     # ---- one optimizer step ---------------------------------------------------------------------------------
 
     def _record_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
-        step = self.upcoming_step
-        self.upcoming_step += 1
+        step = self.first_step + outcome.attempt - 1
+        self._newest_step = step
         if outcome.applied:
             self._monitor.record_applied(
                 outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction

@@ -19,14 +19,15 @@ class Diagnosis(NamedTuple):
     message: str
 
 
-def diagnose(loss_finite: bool, parameters: Iterable[tuple[str, Tensor]]) -> Diagnosis:
+def diagnose(loss_finite: bool | None, parameters: Iterable[tuple[str, Tensor]]) -> Diagnosis:
     """The cause of a step whose gradients were not finite.
 
     A finite loss shows that forward was sound, so the scale was too large for backward. A non-finite loss is never
     the scale's fault: the parameters are looked at, which costs one read of them and one of the host.
 
     Args:
-        loss_finite: whether every loss behind the gradients was finite before scaling.
+        loss_finite: whether every loss behind the gradients was finite before scaling; None where nothing was
+            scaled (BF16, FP32), and so no loss was seen.
         parameters: (qualified name, parameter) of what the optimizer holds.
     """
     if loss_finite:
@@ -41,6 +42,12 @@ def diagnose(loss_finite: bool, parameters: Iterable[tuple[str, Tensor]]) -> Dia
             Cause.WEIGHTS,
             f"{len(poisoned)} parameters already hold non-finite values, {poisoned[0]} among them; no step can mend "
             "that. Go back to the last good checkpoint.",
+        )
+    if loss_finite is None:
+        return Diagnosis(
+            Cause.UNKNOWN,
+            "the gradients were not finite, and there is no loss scale to blame. Look at this step's batch (NaN, "
+            "empty inputs, every label ignored) and at the loss function.",
         )
     return Diagnosis(
         Cause.UNKNOWN,

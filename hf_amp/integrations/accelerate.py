@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from typing import Any
@@ -21,6 +22,7 @@ from hf_amp.hardware import probe
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
+_SESSION = "_hf_amp_session"
 _MODES = {"fp16": PrecisionMode.MIXED, "bf16": PrecisionMode.BF16, "no": PrecisionMode.FP32}
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -43,12 +45,24 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     _check_supported(accelerator)
     mode = _mode_of(accelerator, config)
     device = accelerator.device
-    scaler = AdvancedGradScaler(_with_mode(config, mode), device)
+    scaler = AdvancedGradScaler(
+        dataclasses.replace(
+            config,
+            precision_mode=mode,
+            sync_grad_scaler=config.sync_grad_scaler or accelerator.num_processes > 1,
+        ),
+        device,
+    )
     session = AmpSession(config, scaler, mode, probe(device))
+    session.folds_clipping = config.fold_clipping is True
     if scaler.is_enabled():
-        _take_over_scaling(accelerator, session)
-        if device.type == "cpu":
-            _make_cpu_run_fp16(accelerator, session)
+        session.changes.set_attribute(accelerator, _SESSION, session)
+        adopted = _give_optimizers_the_scaler(accelerator, session)
+        if not scaler.guards_only:
+            _scale_losses(accelerator, session)
+            _fold_clipping(accelerator, session, adopted)
+            if device.type == "cpu":
+                _make_cpu_run_fp16(accelerator, session)
     session.note(
         EventKind.ATTACHED,
         f"hf_amp is attached: {session.what_runs() if config.enabled else 'disabled by the config'}.",
@@ -65,7 +79,7 @@ def _check_supported(accelerator: Accelerator) -> None:
             f"hf_amp.attach got {type(accelerator).__name__}: pass an accelerate.Accelerator. For a Trainer add "
             "hf_amp.MixedPrecisionCallback() to its callbacks instead."
         )
-    if isinstance(accelerator.scaler, AdvancedGradScaler):
+    if hasattr(accelerator, _SESSION):
         raise AttachError(
             "this Accelerator has an hf_amp session already: use that one, or call its detach() first."
         )
@@ -91,18 +105,21 @@ def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> Precisio
     return mode
 
 
-def _with_mode(config: MixedPrecisionConfig, mode: PrecisionMode) -> MixedPrecisionConfig:
-    return MixedPrecisionConfig(**{**config.to_dict(), "precision_mode": mode})
-
-
-def _take_over_scaling(accelerator: Accelerator, session: AmpSession) -> None:
-    """Puts the session's scaler in the place of the stock one, in the accelerator and in its optimizers."""
+def _scale_losses(accelerator: Accelerator, session: AmpSession) -> None:
+    """Makes `accelerator.backward` scale with the session's scaler, which goes on where a used stock one was."""
     stock = accelerator.scaler
     if stock is not None and stock.is_enabled():
         used = stock.state_dict()
         if used != type(stock)(accelerator.device.type).state_dict():
             session.scaler.load_state_dict(used)  # resumed, or made with GradScalerKwargs
     session.changes.set_attribute(accelerator, "scaler", session.scaler)
+
+
+def _give_optimizers_the_scaler(
+    accelerator: Accelerator, session: AmpSession
+) -> weakref.WeakSet[AcceleratedOptimizer]:
+    """Lets the session's scaler decide the steps of all optimizers, prepared or to be; returns the set of them."""
+    former = accelerator.scaler
     adopted: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
 
     def adopt(optimizer: AcceleratedOptimizer) -> None:
@@ -112,12 +129,11 @@ def _take_over_scaling(accelerator: Accelerator, session: AmpSession) -> None:
 
     def give_back() -> None:
         for optimizer in adopted:
-            replace_scaler(optimizer, stock)
+            replace_scaler(optimizer, former)
 
     session.changes.call_on_undo(give_back)
     for prepared in prepared_optimizers(accelerator):
         adopt(prepared)
-
     prepare_optimizer = accelerator.prepare_optimizer
 
     @functools.wraps(prepare_optimizer)
@@ -127,6 +143,34 @@ def _take_over_scaling(accelerator: Accelerator, session: AmpSession) -> None:
         return optimizer
 
     session.changes.set_attribute(accelerator, "prepare_optimizer", prepare_and_adopt)
+    return adopted
+
+
+def _fold_clipping(
+    accelerator: Accelerator,
+    session: AmpSession,
+    adopted: weakref.WeakSet[AcceleratedOptimizer],
+) -> None:
+    """Lets `accelerator.clip_grad_norm_` fold into the optimizer step where the session says that nobody looks."""
+    clip_grad_norm_ = accelerator.clip_grad_norm_
+
+    @functools.wraps(clip_grad_norm_)
+    def clip_or_fold(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if session.folds_clipping and norm_type == 2 and len(adopted) == 1:
+            (optimizer,) = adopted
+            inner = optimizer.optimizer
+            if _holds_exactly(inner, parameters) and not has_step_hooks(inner):
+                return session.scaler.clip_grad_norm_(inner, max_norm)
+        return clip_grad_norm_(parameters, max_norm, norm_type)
+
+    session.changes.set_attribute(accelerator, "clip_grad_norm_", clip_or_fold)
+
+
+def _holds_exactly(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> bool:
+    """Whether the gradients of `parameters` are those that `optimizer` will apply, all of them and no other."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    return held == {id(p) for p in parameters if p.grad is not None}
 
 
 def _make_cpu_run_fp16(accelerator: Accelerator, session: AmpSession) -> None:
@@ -171,12 +215,17 @@ def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:
     return convert_outputs_to_fp32(lambda: output)()
 
 
-# ---- private names of accelerate, each read in one place; tests/contract fails by name if one goes -------------
+# ---- private names of accelerate and torch, each read in one place; tests/contract fails by name if one goes -------------
 
 
 def prepared_optimizers(accelerator: Accelerator) -> list[AcceleratedOptimizer]:
     """The optimizers that `accelerator` has prepared."""
     return list(accelerator._optimizers)
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anybody has registered a hook that runs before `optimizer.step`, and may look at gradients there."""
+    return bool(optimizer._optimizer_step_pre_hooks)
 
 
 def prepared_models(accelerator: Accelerator) -> list[nn.Module]:

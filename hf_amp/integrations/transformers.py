@@ -57,7 +57,9 @@ class MixedPrecisionCallback(TrainerCallback):
     ) -> None:
         session = self._attach_to(calling_trainer(self))
         session.adopt(kwargs["model"])
-        session.upcoming_step = state.global_step + 1
+        session.begin_at(state.global_step)
+        if self.config.fold_clipping is None:
+            session.folds_clipping = not _others_look_at_gradients(calling_trainer(self), self)
         if state.is_world_process_zero and self._sink is None:
             self._sink = JsonLinesSink(Path(args.output_dir or ".") / FILE_NAME, session.run_id, rank=0)
             session.sinks.append(self._sink.write)
@@ -68,17 +70,12 @@ class MixedPrecisionCallback(TrainerCallback):
             config=self.config.to_dict(),
         )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.session is not None:
-            self.session.upcoming_step = state.global_step + 1
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.session is None:
             return
+        self.session.scaler.flush()
         figures = self.session.metrics()
         self.session.note(
             EventKind.TRAINING_ENDED,
@@ -102,6 +99,16 @@ class MixedPrecisionCallback(TrainerCallback):
         self._trainer, self._accelerator = trainer, accelerator
         _merge_metrics_into_logs(trainer, session, session.changes)
         return session
+
+
+def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:
+    """Whether a callback listens between clipping and the optimizer step, where folded gradients are still scaled."""
+    silent = TrainerCallback.on_pre_optimizer_step
+    return any(
+        type(callback).on_pre_optimizer_step is not silent
+        for callback in trainer.callback_handler.callbacks
+        if callback is not ours
+    )
 
 
 def _as_config(config: Any) -> MixedPrecisionConfig:

@@ -33,10 +33,19 @@ CATALOGUE: tuple[Metric, ...] = (
         "skipped_steps_scale", "steps", "skipped with a finite loss: the scale was too large", "grows for ever: lower init_scale or raise growth_interval"
     ),
     Metric(
+        "skipped_steps_activation", "steps", "skipped because a forward value left the format's range", "train the module that the event names in FP32 or BF16"
+    ),
+    Metric(
+        "skipped_steps_input", "steps", "skipped because the batch holds non-finite values", "mend the data"
+    ),
+    Metric(
+        "skipped_steps_loss", "steps", "skipped with finite outputs and a non-finite loss", "look at the loss function and the labels"
+    ),
+    Metric(
         "skipped_steps_weights", "steps", "skipped because parameters are not finite", "go back to the last good checkpoint"
     ),
     Metric(
-        "skipped_steps_unknown", "steps", "skipped with a non-finite loss of unknown cause", "look at the batch, the loss function and activations"
+        "skipped_steps_unknown", "steps", "skipped without a cause that could be shown", "look at the batch, the loss function and activations"
     ),
     Metric("skip_rate", "1", "skipped share of all optimizer steps", "above 0.01 after the first steps: read the cause"),
     Metric(

@@ -40,7 +40,9 @@ class PrecisionMonitor:
         if underflow_fraction is not None:
             self.underflow_fraction = underflow_fraction
 
-    def record_skipped(self, cause: Cause, next_scale: float, inf_elements: int, nan_elements: int) -> None:
+    def record_skipped(
+        self, cause: Cause, next_scale: float, inf_elements: int | None, nan_elements: int | None
+    ) -> None:
         """One skipped step, which has no gradient norm to tell."""
         self.skipped_by_cause[cause.value] += 1
         self.scale, self.grad_norm, self.grad_amax = next_scale, None, None

@@ -1,8 +1,10 @@
-"""One optimizer's gradients at a step boundary: examined on their device, decided on with one host read."""
+"""One optimizer's gradients at a step boundary: examined on their device, decided on, and applied."""
 
 from __future__ import annotations
 
+import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,31 +13,118 @@ from torch import Tensor
 
 from hf_amp.config import FP16_FORMAT
 from hf_amp.errors import ScalerError
-from hf_amp.scaling.outcome import StepOutcome
-from hf_amp.scaling.unscale import reciprocal, unscale_and_check_
+from hf_amp.scaling import agreement
+from hf_amp.scaling.unscale import multiply_, reciprocal, unscale_and_check_
 from hf_amp.statistics import gradients as statistics
-from hf_amp.statistics import snapshot
+
+
+class Treatment(enum.Enum):
+    """What becomes of the gradients while they are examined."""
+
+    DIVIDE = "divide"
+    """Unscaled in place, so that the caller can look at them or clip them."""
+    FOLD = "fold"
+    """Left scaled: whatever applies them divides by the scale, and clips, on the way."""
+    CHECK = "check"
+    """Never scaled (BF16, FP32): only looked at."""
 
 
 @dataclass
 class Boundary:
-    """What is known of one optimizer's gradients, from their examination until the update after their step."""
+    """What is known of one optimizer's gradients, from their examination until the update after their step.
+
+    All tensors have shape [] and are float32, on the scale's device.
+    """
 
     backward: int
     """Number of the backward that made the gradients."""
     scale: Tensor
-    """The scale which that backward used; shape [], float32."""
+    """The scale which that backward used."""
     gradients: list[Tensor]
+    treatment: Treatment
     found_inf: Tensor
-    """Above 0 where an element is not finite; shape [], float32."""
-    unscaled: bool
-    """Whether the gradients have been divided by the scale."""
-    figures: dict[str, Tensor]
-    """What the outcome reports, still on the device; each of shape []."""
+    """Above 0 where an element is not finite."""
+    loss_non_finite: Tensor | None
+    """Above 0 where a loss was not finite; None where the scaler saw none."""
+    norm: Tensor | None = None
+    """2-norm of the unscaled gradients, before clipping."""
+    amax: Tensor | None = None
+    """Largest magnitude of the unscaled gradients."""
+    underflow_fraction: Tensor | None = None
+    clip_coefficient: Tensor | None = None
+    """What a folded clip multiplies the unscaled gradients by."""
+    max_norm: float = math.inf
+    """What a folded clip limits the norm to."""
     stepped: bool = False
     """Whether the optimizer's step has been decided."""
     observed: bool = False
-    """Whether the policy has seen `found_inf`."""
+    """Whether the policy has seen it."""
+
+    def figures(self) -> dict[str, Tensor]:
+        """What the host wants to know, by name."""
+        named = {
+            "found_inf": self.found_inf,
+            "scale": self.scale,
+            "loss_non_finite": self.loss_non_finite,
+            "norm": self.norm,
+            "amax": self.amax,
+            "underflow_fraction": self.underflow_fraction,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def clip(self, max_norm: float, trusting: bool) -> Tensor:
+        """Folds a clip into what will apply the gradients. Returns their norm before it, unscaled; no host read.
+
+        Source of the coefficient: `torch.nn.utils.clip_grads_with_norm_`.
+
+        Args:
+            trusting: take the norm as it is, because the host will mend one that is inf by overflow of its squares.
+                Otherwise such a norm is replaced, for the coefficient, by its upper bound amax * sqrt(elements).
+        """
+        norm = before = cast(Tensor, self.norm)
+        if not trusting:
+            elements = sum(gradient.numel() for gradient in self.gradients)
+            norm = torch.where(norm.isfinite(), norm, cast(Tensor, self.amax) * math.sqrt(elements))
+        if self.clip_coefficient is not None:
+            before = norm * self.clip_coefficient
+        self.max_norm = min(self.max_norm, max_norm)
+        if math.isfinite(self.max_norm):
+            self.clip_coefficient = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return before
+
+    def mend_norm(self) -> None:
+        """Takes a norm whose FP32 sum of squares was inf again in FP64, and the clip that it led to. Slow, rare."""
+        if self.norm is None:
+            return
+        exact = statistics.exact_norm(self.gradients, self.scale.device)
+        if self.treatment is Treatment.FOLD:
+            exact = exact * reciprocal(self.scale)
+        self.norm.copy_(exact)  # in place: the caller of clip holds it
+        if self.clip_coefficient is not None:
+            self.clip_coefficient = None
+            self.clip(self.max_norm, trusting=True)
+
+    def recheck(self) -> None:
+        """Looks at the gradients again, for what has happened to them since; one more read of them."""
+        again = statistics.total_amax(self.gradients, self.scale.device)
+        self.found_inf = torch.maximum(self.found_inf, (~again.isfinite()).float())
+
+
+@dataclass(frozen=True)
+class Look:
+    """What `examine` is to find out beyond whether all is finite.
+
+    Attributes:
+        norm: the 2-norm.
+        amax: the largest magnitude.
+        sample_seed: the underflow fraction, from a sample with this seed; None for not.
+        agree: exchange what is local to a rank with the other ranks.
+    """
+
+    norm: bool
+    amax: bool
+    sample_seed: int | None
+    agree: bool
 
 
 def examine(
@@ -43,74 +132,118 @@ def examine(
     *,
     backward: int,
     scale: Tensor,
-    divide: bool,
-    measure: bool,
-    sample: bool,
+    treatment: Treatment,
+    loss_non_finite: Tensor | None,
+    look: Look,
 ) -> Boundary:
-    """Looks at `optimizer`'s gradients, and divides them by `scale` on the way if `divide`. No host read.
+    """Finds out what `optimizer`'s gradients are; treats them on the way. No host read.
 
-    Args:
-        measure: also take norm and amax, which are reported unscaled and before any clipping.
-        sample: also sample the underflow fraction.
+    Sharded gradients (DTensors) are always divided in place, and their verdict is that of all shards.
 
     Raises:
-        ScalerError: `divide`, and a gradient is FP16: unscaling it in place would round what scaling has saved.
+        ScalerError: they are to be divided and one is FP16: that would round away what scaling has saved.
     """
+    sharded = _is_sharded(optimizer)
+    if sharded and treatment is Treatment.FOLD:
+        treatment = Treatment.DIVIDE
     gradients = statistics.collect(optimizer)
-    figures: dict[str, Tensor] = {}
-    if sample and gradients:
-        figures["underflow_fraction"] = statistics.underflow_fraction(gradients, FP16_FORMAT)
-    inverse = reciprocal(scale)
-    if divide:
-        if any(gradient.dtype == torch.float16 for gradient in gradients):
-            raise ScalerError(
-                "the optimizer holds FP16 parameters, whose gradients cannot be unscaled in place: keep trainable "
-                "parameters in FP32 (model.float(), or dtype=torch.float32 in from_pretrained); autocast casts them."
-            )
-        found_inf = unscale_and_check_(gradients, inverse)
-        if measure:
-            figures.update(statistics.measure(gradients, scale.device)._asdict())
+    underflow = None
+    if look.sample_seed is not None and gradients:
+        underflow = statistics.underflow_fraction(gradients, FP16_FORMAT, look.sample_seed)
+    amax = norm = None
+    if treatment is Treatment.DIVIDE:
+        _refuse_fp16(gradients)
+        found_inf = unscale_and_check_(gradients, reciprocal(scale))
+        if look.amax:
+            amax = statistics.total_amax(gradients, scale.device)
     else:
-        scaled = statistics.measure(gradients, scale.device)
-        found_inf = (~scaled.amax.isfinite()).float()
-        if measure:
-            figures.update(norm=scaled.norm * inverse, amax=scaled.amax * inverse)
-    return Boundary(backward, scale, gradients, found_inf, divide, figures)
-
-
-def decide(boundary: Boundary, loss_finite: Tensor | None) -> StepOutcome:
-    """What is to become of the step. One host read; on an overflow one more, to count what is not finite."""
-    figures = dict(boundary.figures, found_inf=boundary.found_inf, scale=boundary.scale)
-    if loss_finite is not None:
-        figures["loss_finite"] = loss_finite
-    host = snapshot.read(figures)
-    applied = host["found_inf"] == 0
-    infinite, nan = (0, 0) if applied else statistics.count_non_finite(boundary.gradients)
-
-    def finite(name: str) -> float | None:
-        value = host.get(name, math.nan)
-        return value if math.isfinite(value) else None
-
-    return StepOutcome(
-        applied=applied,
-        scale=host["scale"],
-        loss_finite=bool(host.get("loss_finite", 1.0)),
-        grad_norm=finite("norm") if applied else None,
-        grad_amax=finite("amax") if applied else None,
-        underflow_fraction=finite("underflow_fraction"),
-        inf_elements=infinite,
-        nan_elements=nan,
+        # found_inf must be exact, which a sum of squares is not: take the amax even where nobody asks for it
+        amax = statistics.total_amax(gradients, scale.device)
+        found_inf = (~amax.isfinite()).float()
+    if look.norm and not sharded:
+        norm = statistics.total_norm(gradients, scale.device)
+    if treatment is Treatment.FOLD:
+        inverse = reciprocal(scale)
+        amax = cast(Tensor, amax) * inverse
+        norm = None if norm is None else norm * inverse
+    if sharded or look.agree:
+        worst, loss_non_finite, amax, underflow = _agreed(found_inf, loss_non_finite, amax, underflow)
+        found_inf = cast(Tensor, worst)
+    return Boundary(
+        backward=backward,
+        scale=scale,
+        gradients=gradients,
+        treatment=treatment,
+        found_inf=found_inf,
+        loss_non_finite=loss_non_finite,
+        norm=norm,
+        amax=None if treatment is Treatment.CHECK else amax,  # clipped before anybody could look
+        underflow_fraction=underflow,
     )
 
 
-def apply(optimizer: torch.optim.Optimizer, boundary: Boundary, *args: Any, **kwargs: Any) -> float | None:
-    """Runs the optimizer on gradients that were found finite; one that is fused divides them itself if need be."""
-    if boundary.unscaled:
-        return cast("float | None", optimizer.step(*args, **kwargs))
-    # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale`.
+def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    return any(
+        parameter.grad is not None and statistics.is_sharded(parameter.grad)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+
+
+def _refuse_fp16(gradients: list[Tensor]) -> None:
+    if any(gradient.dtype == torch.float16 for gradient in gradients):
+        raise ScalerError(
+            "the optimizer holds FP16 parameters, whose gradients cannot be unscaled in place: keep trainable "
+            "parameters in FP32 (model.float(), or dtype=torch.float32 in from_pretrained); autocast casts them."
+        )
+
+
+def _agreed(*values: Tensor | None) -> list[Tensor | None]:
+    """The largest over all ranks of each; None stays, which all ranks have in the same places."""
+    known = [value for value in values if value is not None]
+    if not agreement.is_needed():
+        return list(values)
+    agreed = iter(agreement.largest_over_ranks(*known))
+    return [None if value is None else next(agreed) for value in values]
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer` divides by `grad_scale` and skips by `found_inf` itself."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def apply(
+    optimizer: torch.optim.Optimizer,
+    boundary: Boundary,
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any],
+    *,
+    on_device: bool = False,
+) -> float | None:
+    """Runs the optimizer on `boundary`'s gradients.
+
+    Args:
+        on_device: the verdict is not known on the host: a fused optimizer reads it on the device. Otherwise the
+            gradients were found finite.
+    """
+    folded = boundary.treatment is Treatment.FOLD
+    if not is_fused(optimizer) or not (folded or on_device):
+        if folded:
+            factor = reciprocal(boundary.scale)
+            if boundary.clip_coefficient is not None:
+                factor = factor * boundary.clip_coefficient
+            multiply_(boundary.gradients, factor)
+        return cast("float | None", optimizer.step(*arguments, **options))
+    # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
+    # where `found_inf` is not 0.
     fused = cast(Any, optimizer)
-    fused.grad_scale, fused.found_inf = boundary.scale, boundary.found_inf
+    fused.grad_scale = None
+    if folded:
+        fused.grad_scale = boundary.scale
+        if boundary.clip_coefficient is not None:
+            fused.grad_scale = boundary.scale / boundary.clip_coefficient
+    fused.found_inf = boundary.found_inf
     try:
-        return cast("float | None", optimizer.step(*args, **kwargs))
+        return cast("float | None", optimizer.step(*arguments, **options))
     finally:
         del fused.grad_scale, fused.found_inf

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.scaling.policy import Observation, scalar
+from hf_amp.scaling.policy import Observation, options_for, scalar
 
 
 class ConstantState(NamedTuple):
@@ -25,9 +25,12 @@ class ConstantScale:
 
     init_scale: float
 
+    needs_amax: ClassVar[bool] = False
+    needs_underflow: ClassVar[bool] = False
+
     @classmethod
     def from_config(cls, config: MixedPrecisionConfig) -> ConstantScale:
-        return cls(init_scale=config.init_scale)
+        return cls(**options_for(cls, config))
 
     def init_state(self, device: torch.device) -> ConstantState:
         return ConstantState(scale=scalar(self.init_scale, torch.float32, device))

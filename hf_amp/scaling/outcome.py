@@ -10,21 +10,23 @@ class StepOutcome:
     """One optimizer step.
 
     Attributes:
-        applied: whether the optimizer ran; where not, parameters and optimizer state did not move.
+        attempt: number of the step among all that the scaler decided, from 1.
+        applied: whether the optimizer moved anything; where not, parameters and optimizer state are as before.
         scale: the scale that the gradients' backward used.
-        loss_finite: whether every loss behind the gradients was finite.
+        loss_finite: whether every loss behind the gradients was finite; None where the scaler saw no loss.
         grad_norm: 2-norm of the unscaled gradients before clipping; None where unknown or not finite.
         grad_amax: largest magnitude of the same; None likewise.
         underflow_fraction: share of scaled gradient elements that are zero or subnormal; None where not sampled.
-        inf_elements: infinite gradient elements, counted on skipped steps only.
+        inf_elements: infinite gradient elements of a skipped step; None where not counted.
         nan_elements: NaN gradient elements, likewise.
     """
 
+    attempt: int
     applied: bool
     scale: float
-    loss_finite: bool
+    loss_finite: bool | None = None
     grad_norm: float | None = None
     grad_amax: float | None = None
     underflow_fraction: float | None = None
-    inf_elements: int = 0
-    nan_elements: int = 0
+    inf_elements: int | None = None
+    nan_elements: int | None = None

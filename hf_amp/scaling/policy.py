@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from hf_amp.config import MixedPrecisionConfig
+from hf_amp.scaling.boundary import Boundary
+
 
 class Observation(NamedTuple):
-    """What one step boundary showed. All of shape [], on the scaler's device."""
+    """What one step boundary showed. All of shape [], float32, on the scaler's device."""
 
     found_inf: Tensor
-    """float32; above 0 where a gradient element was not finite."""
-    loss_finite: Tensor
-    """bool; whether every loss since the last update was finite."""
+    """Above 0 where a gradient element was not finite."""
+    loss_non_finite: Tensor
+    """Above 0 where a loss was not finite; 0 where the scaler saw none."""
+    grad_amax: Tensor
+    """Largest magnitude of the unscaled gradients; not finite on an overflow, 0 where it was not taken."""
+    underflow_fraction: Tensor
+    """Share of scaled gradient elements that are zero or subnormal in FP16; NaN where it was not sampled."""
 
 
 class ScaleState(Protocol):
@@ -31,11 +40,40 @@ class ScaleState(Protocol):
 class ScalePolicy(Protocol):
     """Chooses the next scale. Implementations are pure, read no host, and keep the scale finite and in bounds."""
 
+    needs_amax: ClassVar[bool]
+    """Whether `Observation.grad_amax` must be there at every step."""
+    needs_underflow: ClassVar[bool]
+    """Whether `Observation.underflow_fraction` must be sampled every few steps."""
+
     def init_state(self, device: torch.device) -> Any:
         """The state before the first step, on `device`."""
 
     def next_state(self, state: Any, observation: Observation) -> Any:
         """The state after one step boundary; a new object, never the old one changed in place."""
+
+
+def observation_of(boundaries: Sequence[Boundary]) -> Observation:
+    """What the boundaries of one update showed together: the worst of them. At least one. No host read."""
+    first = boundaries[0].found_inf
+    zero, unknown = torch.zeros_like(first), torch.full_like(first, torch.nan)
+
+    def largest(values: list[Tensor | None], otherwise: Tensor) -> Tensor:
+        known = [value for value in values if value is not None]
+        if len(known) == 1:
+            return known[0]
+        return torch.stack(known).amax() if known else otherwise
+
+    return Observation(
+        found_inf=largest([b.found_inf for b in boundaries], zero),
+        loss_non_finite=largest([b.loss_non_finite for b in boundaries], zero),
+        grad_amax=largest([b.amax for b in boundaries], zero),
+        underflow_fraction=largest([b.underflow_fraction for b in boundaries], unknown),
+    )
+
+
+def options_for(policy: type[Any], config: MixedPrecisionConfig) -> dict[str, Any]:
+    """The options of `config` that are fields of the dataclass `policy`, which bear the same names."""
+    return {option.name: getattr(config, option.name) for option in dataclasses.fields(policy)}
 
 
 def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:

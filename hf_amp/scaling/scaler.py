@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
@@ -14,16 +15,20 @@ from torch import Tensor
 from hf_amp.config import MixedPrecisionConfig, PrecisionMode, ScalingStrategy
 from hf_amp.errors import ScalerError
 from hf_amp.scaling import state as state_of_policy
-from hf_amp.scaling.boundary import Boundary, apply, decide, examine
+from hf_amp.scaling.adaptive import AdaptiveScale
+from hf_amp.scaling.boundary import Boundary, Look, Treatment, apply, examine, is_fused
 from hf_amp.scaling.constant import ConstantScale
 from hf_amp.scaling.dynamic import DynamicScale
 from hf_amp.scaling.outcome import StepOutcome
-from hf_amp.scaling.policy import Observation, ScalePolicy, scalar
+from hf_amp.scaling.policy import ScalePolicy, observation_of, scalar
+from hf_amp.scaling.verdict import PendingVerdict, outcome_now
 from hf_amp.statistics import snapshot
 
 _POLICIES: Mapping[ScalingStrategy, Callable[[MixedPrecisionConfig], ScalePolicy]] = {
     ScalingStrategy.CONSTANT: ConstantScale.from_config,
     ScalingStrategy.DYNAMIC: DynamicScale.from_config,
+    ScalingStrategy.ADAPTIVE: AdaptiveScale.from_config,
+    ScalingStrategy.PERFORMANCE_OPTIMIZED: AdaptiveScale.from_config,
 }
 
 _log = logging.getLogger("hf_amp")
@@ -48,15 +53,20 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     - Gradients are divided by the scale that their own backward used, whatever `update()` did in between.
     - Unscaling the same gradients twice is harmless, and an optimizer without gradients is no error.
     - `step` reads the host once. `scale`, `unscale_` and `update` never do; `get_scale` and `state_dict` do.
+    - PERFORMANCE_OPTIMIZED with a fused optimizer reads nothing in the step: the optimizer is called and skips on
+      the device, counters and outcomes follow one step late, and whoever infers a skip from whether the optimizer
+      was called (accelerate, and so the LR schedule) does not notice it.
+    - In BF16 and FP32 (`precision_mode`) it is a guard: scale 1, the same check and skip, gradients read once.
 
     Args:
         config: scaling options; None for the defaults.
         device: where the scale lives, such as "cuda"; None for CUDA where there is one, else the CPU.
 
     Attributes:
+        decided_steps: optimizer steps decided, on the host or on the device.
         applied_steps: optimizer steps that were applied.
         skipped_steps: optimizer steps that were skipped.
-        last_outcome: the newest step; None before the first.
+        last_outcome: the newest step that is known on the host; None before the first.
         observers: called with (outcome, optimizer) for every step, in the update that follows it.
         companions: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
     """
@@ -69,29 +79,33 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         config = config if config is not None else MixedPrecisionConfig()
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        scales = config.precision_mode not in (PrecisionMode.FP32, PrecisionMode.BF16)
         super().__init__(
             device=torch.device(device).type,
             init_scale=config.init_scale,
             growth_factor=config.growth_factor,
             backoff_factor=config.backoff_factor,
             growth_interval=config.growth_interval,
-            enabled=config.enabled and scales,
+            enabled=config.enabled,
         )
         self.config = config
+        self.guards_only = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
         self.applied_steps = 0
         self.skipped_steps = 0
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
         self.companions: dict[str, Companion] = {}
-        self._policy = _POLICIES[config.scaling_strategy](config)
+        self._policy: ScalePolicy = (
+            ConstantScale(1.0) if self.guards_only else _POLICIES[config.scaling_strategy](config)
+        )
         self._state: Any = None
         self._loaded_state: dict[str, float] | None = None
         self._boundaries: dict[int, Boundary] = {}
+        self._pending: deque[PendingVerdict] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
+        self.decided_steps = 0
         self._backwards = 0
         self._backward_scale: Tensor | None = None
-        self._loss_finite: Tensor | None = None
+        self._loss_non_finite: Tensor | None = None
 
     # ---- backward -------------------------------------------------------------------------------------------
 
@@ -106,8 +120,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if isinstance(outputs, Tensor):
             if self._state is None:
                 self._lazy_init_scale_growth_tracker(outputs.device)
-            self._backward_scale = self._state.scale
+            self._backward_scale = cast(Tensor, self._state.scale)
             self._note_loss(outputs)
+            if self.guards_only:
+                return outputs
             return outputs * self._backward_scale.to(outputs.device, non_blocking=True)
         if isinstance(outputs, (list, tuple)):
             return type(outputs)(self._scale_nested(item) for item in outputs)
@@ -118,8 +134,11 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         )
 
     def _note_loss(self, outputs: Tensor) -> None:
-        finite = outputs.detach().isfinite().all().to(self._state.scale.device, non_blocking=True)
-        self._loss_finite = finite if self._loss_finite is None else self._loss_finite & finite
+        non_finite = (~outputs.detach().isfinite().all()).float()
+        non_finite = non_finite.to(self._state.scale.device, non_blocking=True)
+        if self._loss_non_finite is not None:
+            non_finite = torch.maximum(self._loss_non_finite, non_finite)
+        self._loss_non_finite = non_finite
 
     # ---- step boundary --------------------------------------------------------------------------------------
 
@@ -132,20 +151,40 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             ScalerError: no loss was scaled before; gradients are FP16; `step` was called already; or more gradients
                 were accumulated on top of ones already unscaled.
         """
-        if not self._enabled:
+        if not self._enabled or self.guards_only:
             return
         boundary = self._current_boundary(optimizer)
         if boundary is None:
-            self._examine(optimizer, divide=True)
+            self._examine(optimizer, Treatment.DIVIDE)
         elif boundary.stepped:
             raise ScalerError(
                 "unscale_() after step() on the same optimizer: call update() first, then scale(loss).backward()."
             )
 
+    def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+        """Clips all gradients of `optimizer` to `max_norm` without touching them: `step` divides and clips in one.
+
+        Until then they stay scaled: nobody may look at them or change them in between. Where somebody does, call
+        `unscale_` and `torch.nn.utils.clip_grad_norm_` instead. Calling it again clips further. No host read.
+
+        Returns:
+            The norm before clipping, unscaled: tensor of shape [], float32. Squares are summed in FP32; a sum that
+            is inf although all gradients are finite is mended in place by `step`.
+        """
+        if not self._enabled or self.guards_only:
+            raise ScalerError("clip_grad_norm_ folds into loss scaling, and this scaler scales nothing.")
+        boundary = self._current_boundary(optimizer)
+        if boundary is None:
+            boundary = self._examine(optimizer, Treatment.FOLD, norm=True)
+        if boundary.treatment is not Treatment.FOLD:
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            return torch.nn.utils.clip_grad_norm_(held, max_norm)
+        return boundary.clip(float(max_norm), trusting=not self._defers(optimizer))
+
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Runs `optimizer.step()` if all its gradients are finite; skips it by not calling it otherwise.
 
-        Reads the host once. A fused optimizer that was not unscaled divides by the scale itself.
+        Reads the host once; not at all in PERFORMANCE_OPTIMIZED with a fused optimizer.
 
         Raises:
             ScalerError: a closure was passed, or `step` was called already since the last `update`.
@@ -155,27 +194,28 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if kwargs.get("closure") is not None or any(callable(argument) for argument in args):
             raise ScalerError(
                 f"{type(optimizer).__name__}.step with a closure cannot be loss-scaled, because the closure runs "
-                "backward several times within one step; use an optimizer without a closure, or FP32 or BF16."
+                "backward several times within one step; use an optimizer without a closure, or FP32 or BF16 without "
+                "hf_amp."
             )
         boundary = self._current_boundary(optimizer)
-        if boundary is not None and boundary.stepped:
+        if boundary is None:
+            boundary = self._examine(optimizer, self._treatment_for(optimizer))
+        elif boundary.stepped:
             raise ScalerError(
                 "step() was already called on this optimizer since the last update(): call update()."
             )
-        if boundary is None:
-            fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-            boundary = self._examine(optimizer, divide=not fused)
-        outcome = decide(boundary, self._loss_finite)
-        result = None
-        if outcome.applied:
-            result = apply(optimizer, boundary, *args, **kwargs)
-            self.applied_steps += 1
-        else:
-            self.skipped_steps += 1
+        elif self.config.recheck_gradients:
+            boundary.recheck()
         boundary.stepped = True
+        self.decided_steps += 1
+        if self._defers(optimizer):
+            self._pending.append(PendingVerdict(self.decided_steps, boundary, optimizer))
+            result = apply(optimizer, boundary, args, kwargs, on_device=True)
+        else:
+            outcome = outcome_now(self.decided_steps, boundary)
+            result = apply(optimizer, boundary, args, kwargs) if outcome.applied else None
+            self._count(outcome, optimizer)
         boundary.gradients = []
-        self.last_outcome = outcome
-        self._undelivered.append((outcome, optimizer))
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -196,18 +236,44 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if new_scale is not None:
             self._set_state(self._state._replace(scale=self._checked_scale(new_scale)))
         else:
-            fresh = [b.found_inf for b in self._boundaries.values() if not b.observed]
+            fresh = [boundary for boundary in self._boundaries.values() if not boundary.observed]
             if fresh:
-                found_inf = fresh[0] if len(fresh) == 1 else torch.stack(fresh).amax()
-                loss_finite = self._loss_finite
-                if loss_finite is None:
-                    loss_finite = torch.ones((), dtype=torch.bool, device=found_inf.device)
-                self._set_state(self._policy.next_state(self._state, Observation(found_inf, loss_finite)))
+                self._set_state(self._policy.next_state(self._state, observation_of(fresh)))
         for boundary in self._boundaries.values():
             boundary.observed = True
         self._boundaries = {key: b for key, b in self._boundaries.items() if not b.stepped}
         if not self._boundaries:
-            self._loss_finite = None
+            self._loss_non_finite = None
+        self._deliver()
+
+    def flush(self) -> None:
+        """Waits for verdicts that are still on the device and delivers them; nothing to do unless steps defer."""
+        while self._pending:
+            pending = self._pending.popleft()
+            self._count(pending.outcome(), pending.optimizer)
+        self._deliver()
+
+    def _treatment_for(self, optimizer: torch.optim.Optimizer) -> Treatment:
+        if self.guards_only:
+            return Treatment.CHECK
+        return Treatment.FOLD if is_fused(optimizer) else Treatment.DIVIDE
+
+    def _defers(self, optimizer: torch.optim.Optimizer) -> bool:
+        return self.config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED and is_fused(optimizer)
+
+    def _count(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
+        if outcome.applied:
+            self.applied_steps += 1
+        else:
+            self.skipped_steps += 1
+        self.last_outcome = outcome
+        self._undelivered.append((outcome, optimizer))
+
+    def _deliver(self) -> None:
+        """Hands every outcome that is known to the observers; asks for deferred ones, but never waits for them."""
+        while self._pending and self._pending[0].age(self.decided_steps) >= 1 and self._pending[0].ready():
+            pending = self._pending.popleft()
+            self._count(pending.outcome(), pending.optimizer)
         delivered, self._undelivered = self._undelivered, []
         for outcome, optimizer in delivered:
             for observer in self.observers:
@@ -222,33 +288,47 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             del self._boundaries[id(optimizer)]
             return None
         raise ScalerError(
-            "more gradients were accumulated onto ones that unscale_() had divided already: call unscale_() or clip "
+            "more gradients were accumulated onto ones that unscale_() or a clip had treated already: unscale or clip "
             "only after the last backward of the accumulation window."
         )
 
-    def _examine(self, optimizer: torch.optim.Optimizer, divide: bool) -> Boundary:
+    def _examine(
+        self, optimizer: torch.optim.Optimizer, treatment: Treatment, norm: bool = False
+    ) -> Boundary:
         if self._backward_scale is None:
-            raise ScalerError(
-                "no loss was scaled before the optimizer's step: call scaler.scale(loss).backward(), or "
-                "accelerator.backward(loss)."
-            )
-        steps = self.applied_steps + self.skipped_steps
+            if not self.guards_only:
+                raise ScalerError(
+                    "no loss was scaled before the optimizer's step: call scaler.scale(loss).backward(), or "
+                    "accelerator.backward(loss)."
+                )
+            self._lazy_init_scale_growth_tracker(_device_of(optimizer, self._device))
+            self._backward_scale = self._state.scale
+        monitors = self.config.enable_monitoring
         boundary = examine(
             optimizer,
             backward=self._backwards,
-            scale=self._backward_scale,
-            divide=divide,
-            measure=self.config.enable_monitoring,
-            sample=self.config.enable_monitoring and steps % self.config.monitoring_interval == 0,
+            scale=cast(Tensor, self._backward_scale),
+            treatment=treatment,
+            loss_non_finite=self._loss_non_finite,
+            look=Look(
+                norm=norm or (monitors and not self.guards_only),
+                amax=monitors or self._policy.needs_amax,
+                sample_seed=self.decided_steps if self._samples_now() else None,
+                agree=self.config.sync_grad_scaler,
+            ),
         )
         self._boundaries[id(optimizer)] = boundary
         return boundary
+
+    def _samples_now(self) -> bool:
+        wanted = self._policy.needs_underflow or self.config.enable_monitoring
+        return wanted and not self.guards_only and self.decided_steps % self.config.monitoring_interval == 0
 
     # ---- scale and state ------------------------------------------------------------------------------------
 
     def get_scale(self) -> float:
         """The scale that the next backward will use. Reads the host."""
-        if not self._enabled:
+        if not self._enabled or self.guards_only:
             return 1.0
         if self._state is None:
             return (self._loaded_state or {}).get("scale", self._init_scale)
@@ -281,6 +361,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return {}
+        self.flush()
         if self._state is not None:
             fields = state_of_policy.read_fields(self._state)
         else:
@@ -326,6 +407,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._set_state(state_of_policy.restored(self._state, fields))
         self.applied_steps = counters.get("applied_steps", self.applied_steps)
         self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
+        self.decided_steps = self.applied_steps + self.skipped_steps
         for name, companion_state in state_dict.get("hf_amp", {}).get("companions", {}).items():
             if name in self.companions:
                 self.companions[name].load_state_dict(companion_state)
@@ -372,3 +454,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         AdvancedGradScaler.__init__(self, MixedPrecisionConfig.from_dict(state["config"]), state["device"])
         if state["state"]:
             self.load_state_dict(state["state"])
+
+
+def _device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            return cast(torch.device, parameter.device)
+    return torch.device(default)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_amp.statistics.gradients import by_device_and_dtype
+from hf_amp.statistics.gradients import by_device_and_dtype, total_amax
+
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -24,13 +26,24 @@ def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Te
     Returns:
         Tensor of shape [], float32, on the device of `inverse_scale`: 0 where all were finite. No host read.
 
-    The kernel is the stock scaler's own, which has no public name; `tests/contract` fails by name if it goes.
+    The kernel is the stock scaler's own, which has no public name; `tests/contract` fails by name if it goes. It
+    does not know BF16 on every device, for which two public operators do the same.
     """
     found = torch.zeros((), dtype=torch.float32, device=inverse_scale.device)
-    for (device, _), group in by_device_and_dtype(gradients).items():
-        found_here = torch.zeros((), dtype=torch.float32, device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(
-            group, found_here, inverse_scale.to(device, non_blocking=True)
-        )
+    for (device, dtype), group in by_device_and_dtype(gradients).items():
+        factor = inverse_scale.to(device, non_blocking=True)
+        if dtype in _KERNEL_DTYPES:
+            found_here = torch.zeros((), dtype=torch.float32, device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(group, found_here, factor)
+        else:
+            torch._foreach_mul_(group, factor)
+            found_here = (~total_amax(group, device).isfinite()).float()
         found = torch.maximum(found, found_here.to(found.device, non_blocking=True))
     return found
+
+
+@torch.no_grad()
+def multiply_(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies `gradients` in place by `factor`, shape []. No host read."""
+    for (device, _), group in by_device_and_dtype(gradients).items():
+        torch._foreach_mul_(group, factor.to(device, non_blocking=True))

@@ -1,4 +1,4 @@
-"""The one place where hf_amp reads a device."""
+"""The one place where hf_amp reads a device: at once, or later without waiting."""
 
 from __future__ import annotations
 
@@ -21,8 +21,41 @@ def read(values: Mapping[str, Tensor]) -> dict[str, float]:
     for name, value in values.items():
         by_device.setdefault(value.device, []).append(name)
     host: dict[str, float] = {}
-    for device, names in by_device.items():
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        packed = torch.stack([values[name].detach().to(wide) for name in names])
-        host.update(zip(names, packed.tolist(), strict=True))
+    for names in by_device.values():
+        host.update(zip(names, _packed(values, names).tolist(), strict=True))
     return {name: host[name] for name in values}
+
+
+class PendingRead:
+    """Values on their way to the host: copied into pinned memory behind the work already queued, with an event.
+
+    Args:
+        values: name → tensor of shape [], all on one device.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._names = list(values)
+        packed = _packed(values, self._names)
+        self._event: torch.cuda.Event | None = None
+        if packed.device.type == "cuda":
+            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(packed.device))
+        else:
+            self._host = packed
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def result(self) -> dict[str, float]:
+        """The values; waits for the device where `ready` is False."""
+        if self._event is not None:
+            self._event.synchronize()
+        return dict(zip(self._names, self._host.tolist(), strict=True))
+
+
+def _packed(values: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    wide = torch.float32 if values[names[0]].device.type == "mps" else torch.float64
+    return torch.stack([values[name].detach().to(wide) for name in names])

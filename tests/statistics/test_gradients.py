@@ -1,6 +1,7 @@
 """Gradient statistics equal what slow and obvious code finds, and stay on the device."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,12 +13,24 @@ from hf_amp.statistics.gradients import (
     by_device_and_dtype,
     collect,
     count_non_finite,
-    measure,
+    total_amax,
+    total_norm,
     underflow_fraction,
 )
 from tests.host_reads import count_host_reads
 
 CPU = torch.device("cpu")
+
+
+class Measured(NamedTuple):
+    norm: Tensor
+    amax: Tensor
+
+
+def measure(gradients: list[Tensor], device: torch.device) -> Measured:
+    return Measured(total_norm(gradients, device), total_amax(gradients, device))
+
+
 META = torch.device(
     "meta"
 )  # tensors without values: whatever needs one raises, and the branches are an accelerator's
@@ -189,7 +202,7 @@ def test_measuring_leaves_the_gradients_alone():
     gradients = random_gradients(2, DTYPES)
     before = [gradient.clone() for gradient in gradients]
     measure(gradients, CPU)
-    underflow_fraction(gradients, FP16_FORMAT)
+    underflow_fraction(gradients, FP16_FORMAT, 0)
     count_non_finite(gradients)
     assert all(torch.equal(was, now) for was, now in zip(before, gradients, strict=True))
 
@@ -203,7 +216,7 @@ EDGES = [0.0, -0.0, 2.0**-25, -(2.0**-24), 2.0**-15, -(2.0**-14), 2.0**-14, 1.0,
 def test_zero_and_subnormal_elements_underflow(dtype):
     """The smallest normal value does not count, whatever is below it does, in every dtype."""
     gradient = torch.tensor(EDGES, dtype=dtype)
-    assert underflow_fraction([gradient], FP16_FORMAT).item() == pytest.approx(5 / len(EDGES))
+    assert underflow_fraction([gradient], FP16_FORMAT, 0).item() == pytest.approx(5 / len(EDGES))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -212,7 +225,7 @@ def test_the_fraction_of_small_tensors_is_exact(seed):
     gradients = [gradient * 1e-2 for gradient in random_gradients(seed, [torch.float32])]
     gradients.append(torch.zeros(SAMPLES_PER_TENSOR))
     expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
-    assert underflow_fraction(gradients, FP16_FORMAT).item() == pytest.approx(expected, abs=1e-6)
+    assert underflow_fraction(gradients, FP16_FORMAT, 0).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.0])
@@ -225,13 +238,13 @@ def test_the_fraction_of_large_tensors_is_close(share):
         gradient[torch.rand_like(gradient) < share * (1 + i % 2) / 1.5] = 2.0**-20
         gradients.append(gradient)
     expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
-    assert underflow_fraction(gradients, FP16_FORMAT).item() == pytest.approx(expected, abs=0.02)
+    assert underflow_fraction(gradients, FP16_FORMAT, 0).item() == pytest.approx(expected, abs=0.02)
 
 
 def test_a_large_tensor_outweighs_a_small_one():
     """The fraction is one of elements, not of tensors."""
     gradients = [torch.zeros(10), torch.ones(99_990)]
-    assert underflow_fraction(gradients, FP16_FORMAT).item() == pytest.approx(1e-4, rel=1e-3)
+    assert underflow_fraction(gradients, FP16_FORMAT, 0).item() == pytest.approx(1e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("number_format", [FP16_FORMAT, BF16_FORMAT, FP32_FORMAT])
@@ -239,18 +252,18 @@ def test_the_format_draws_the_line(number_format):
     """Each format's own smallest normal value is the limit."""
     edge = number_format.smallest_normal
     gradient = torch.tensor([0.0, edge / 2, edge, 2 * edge], dtype=torch.float64)
-    assert underflow_fraction([gradient], number_format).item() == 0.5
+    assert underflow_fraction([gradient], number_format, 0).item() == 0.5
 
 
 @pytest.mark.parametrize("bad", NON_FINITE)
 def test_bad_elements_do_not_underflow(bad):
     """An overflowing step still gives a fraction."""
-    assert underflow_fraction([torch.tensor([bad, 0.0])], FP16_FORMAT).item() == 0.5
+    assert underflow_fraction([torch.tensor([bad, 0.0])], FP16_FORMAT, 0).item() == 0.5
 
 
 def test_only_empty_tensors_underflow_nothing():
     """Without elements the fraction is 0, not 0/0."""
-    assert underflow_fraction([torch.zeros(0), torch.zeros(0, 3)], FP16_FORMAT).item() == 0.0
+    assert underflow_fraction([torch.zeros(0), torch.zeros(0, 3)], FP16_FORMAT, 0).item() == 0.0
 
 
 # ---- host reads ---------------------------------------------------------------------------------------------
@@ -262,7 +275,7 @@ def test_measuring_and_sampling_read_nothing(dtypes):
     gradients = [*random_gradients(0, dtypes), torch.ones(3 * SAMPLES_PER_TENSOR)]
     with count_host_reads() as reads:
         measure(gradients, CPU)
-        underflow_fraction(gradients, FP16_FORMAT)
+        underflow_fraction(gradients, FP16_FORMAT, 0)
     assert reads.sources == []
 
 
@@ -270,7 +283,7 @@ def test_measuring_and_sampling_read_nothing(dtypes):
 def test_no_value_is_needed_on_an_accelerator_either(dtypes):
     """Tensors that have no values at all, and are not on the CPU, are measured and sampled without an error."""
     gradients = [torch.empty(5000, dtype=dtype, device=META) for dtype in dtypes * 2]
-    results = [*measure(gradients, META), underflow_fraction(gradients, FP16_FORMAT)]
+    results = [*measure(gradients, META), underflow_fraction(gradients, FP16_FORMAT, 0)]
     assert {(result.shape, result.dtype, result.device) for result in results} == {((), torch.float32, META)}
 
 

@@ -1,0 +1,65 @@
+"""From figures on the device to a `StepOutcome` on the host: now, or one step late without waiting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from hf_amp.scaling.boundary import Boundary
+from hf_amp.scaling.outcome import StepOutcome
+from hf_amp.statistics import snapshot
+from hf_amp.statistics.gradients import count_non_finite
+
+
+def outcome_now(attempt: int, boundary: Boundary) -> StepOutcome:
+    """What is to become of the step. One host read; one more where it overflowed or its norm is not to be had in FP32."""
+    host = snapshot.read(boundary.figures())
+    if host["found_inf"]:
+        return _outcome(attempt, host, count_non_finite(boundary.gradients))
+    if not math.isfinite(host.get("norm", 0.0)):
+        boundary.mend_norm()
+        host = snapshot.read(boundary.figures())
+    return _outcome(attempt, host, None)
+
+
+class PendingVerdict:
+    """The outcome of a step whose optimizer decides on the device, on its way to the host."""
+
+    def __init__(self, attempt: int, boundary: Boundary, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._attempt = attempt
+        self._read = snapshot.PendingRead(boundary.figures())
+
+    def age(self, attempts: int) -> int:
+        """Steps decided since."""
+        return attempts - self._attempt
+
+    def ready(self) -> bool:
+        """Whether `outcome` would not wait for the device."""
+        return self._read.ready()
+
+    def outcome(self) -> StepOutcome:
+        """The outcome; waits for the device where `ready` is False. What was not finite has not been counted."""
+        return _outcome(self._attempt, self._read.result(), None)
+
+
+def _outcome(attempt: int, host: Mapping[str, float], non_finite: tuple[int, int] | None) -> StepOutcome:
+    applied = host["found_inf"] == 0
+
+    def finite(name: str) -> float | None:
+        value = host.get(name, math.nan)
+        return value if math.isfinite(value) else None
+
+    return StepOutcome(
+        attempt=attempt,
+        applied=applied,
+        scale=host["scale"],
+        loss_finite=host["loss_non_finite"] == 0 if "loss_non_finite" in host else None,
+        grad_norm=finite("norm") if applied else None,
+        grad_amax=finite("amax") if applied else None,
+        underflow_fraction=finite("underflow_fraction"),
+        inf_elements=non_finite[0] if non_finite else None,
+        nan_elements=non_finite[1] if non_finite else None,
+    )

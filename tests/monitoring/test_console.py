@@ -1,0 +1,53 @@
+"""The console: a line for trouble, silence otherwise."""
+
+import logging
+
+import pytest
+
+from hf_amp import AmpEvent, Cause, EventKind
+from hf_amp.monitoring.sinks import console
+
+TROUBLE = [kind for kind in EventKind if kind.needs_attention]
+CALM = [kind for kind in EventKind if not kind.needs_attention]
+
+
+@pytest.mark.parametrize("kind", TROUBLE)
+def test_trouble_is_one_warning(caplog, kind):
+    """It shows with Python's default logging, from the logger "hf_amp"."""
+    console.write(AmpEvent(12, kind, message="read the cause"))
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("hf_amp", logging.WARNING)
+    assert record.getMessage().startswith(f"step 12: {kind.value}")
+    assert "read the cause" in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", CALM)
+def test_nothing_shows_when_nothing_is_wrong(caplog, kind):
+    """Starting and ending print no line, unless debug lines are asked for."""
+    with caplog.at_level(logging.INFO, logger="hf_amp"):
+        console.write(AmpEvent(0, kind, message="hf_amp is attached"))
+    assert caplog.records == []
+    with caplog.at_level(logging.DEBUG, logger="hf_amp"):
+        console.write(AmpEvent(0, kind, message="hf_amp is attached"))
+    assert [record.levelno for record in caplog.records] == [logging.DEBUG]
+
+
+def test_a_skip_names_cause_and_change_of_the_scale(caplog):
+    """Why, from what, to what."""
+    console.write(
+        AmpEvent(3, EventKind.STEP_SKIPPED, Cause.SCALE, before=65536.0, after=32768.0, message="normal")
+    )
+    assert caplog.messages == ["step 3: step_skipped (SCALE): 65536 -> 32768: normal"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, None), (65536.0, None), ("MIXED", "BF16")])
+def test_a_change_that_is_no_pair_of_numbers_prints_no_arrow(caplog, before, after):
+    """A line never shows half of a change."""
+    console.write(AmpEvent(3, EventKind.STEP_SKIPPED, before=before, after=after, message="text"))
+    assert caplog.messages == ["step 3: step_skipped: text"]
+
+
+def test_percent_signs_are_text(caplog):
+    """A message is never taken as a format."""
+    console.write(AmpEvent(1, EventKind.STEP_SKIPPED, message="100%s of %d"))
+    assert caplog.messages == ["step 1: step_skipped: 100%s of %d"]

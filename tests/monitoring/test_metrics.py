@@ -1,0 +1,55 @@
+"""The catalogue of metrics is complete, and says something about each."""
+
+import pytest
+
+from hf_amp import Cause
+from hf_amp.monitoring.metrics import CATALOGUE, LOG_PREFIX, NAMES
+from hf_amp.monitoring.monitor import PrecisionMonitor
+
+
+def full_monitor(cause: Cause) -> PrecisionMonitor:
+    """A monitor that has a value for everything, with one step skipped for `cause`."""
+    monitor = PrecisionMonitor()
+    monitor.record_skipped(cause, 2.0, inf_elements=1, nan_elements=1)
+    monitor.record_applied(2.0, grad_norm=1.0, grad_amax=0.5, underflow_fraction=0.1)
+    return monitor
+
+
+def test_no_metric_is_listed_twice():
+    """A name means one thing."""
+    names = [metric.name for metric in CATALOGUE]
+    assert len(names) == len(set(names)) == len(NAMES)
+
+
+@pytest.mark.parametrize("metric", CATALOGUE, ids=lambda metric: metric.name)
+def test_every_metric_is_explained(metric):
+    """Unit, meaning and remedy are there; the name is one that loggers and attribute access take."""
+    assert metric.unit.strip()
+    assert len(metric.meaning.split()) > 2
+    assert len(metric.remedy.split()) > 2
+    assert metric.name.isidentifier()
+    assert metric.name == metric.name.lower()
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_whatever_the_monitor_reports_is_in_the_catalogue(cause):
+    """No figure is logged that the catalogue does not explain, whatever the cause of a skip."""
+    assert set(full_monitor(cause).metrics()) - NAMES == set()
+
+
+def test_whatever_is_in_the_catalogue_can_be_reported():
+    """No metric is promised that the monitor never gives."""
+    reported = {name for cause in Cause for name in full_monitor(cause).metrics()}
+    assert reported >= NAMES
+
+
+def test_no_metric_has_the_name_of_an_event_field():
+    """Metrics are written into event lines beside the event's own keys, and must not collide with them."""
+    keys = {"timestamp", "level", "event", "run_id", "rank", "step", "kind"}
+    keys |= {"cause", "before", "after", "modules", "message", "figures"}
+    assert keys & NAMES == set()
+
+
+def test_the_log_prefix_makes_a_group():
+    """TensorBoard and W&B group by what stands before a slash."""
+    assert LOG_PREFIX == "amp/"

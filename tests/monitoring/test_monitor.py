@@ -1,0 +1,160 @@
+"""`PrecisionMonitor` counts truthfully and reports only what is known."""
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+
+from hf_amp import Cause
+from hf_amp.monitoring.monitor import PrecisionMonitor
+
+
+@pytest.fixture
+def monitor() -> PrecisionMonitor:
+    return PrecisionMonitor()
+
+
+def record(monitor: PrecisionMonitor, steps: str) -> None:
+    """One step a letter: `a` applied, any other the first letter of the cause that it was skipped for."""
+    causes = {cause.value[0].lower(): cause for cause in Cause if cause is not Cause.ACTIVATION}
+    for step in steps:
+        if step == "a":
+            monitor.record_applied(4.0, grad_norm=3.0, grad_amax=2.0, underflow_fraction=None)
+        else:
+            monitor.record_skipped(causes[step], next_scale=2.0, inf_elements=5, nan_elements=1)
+
+
+def test_before_the_first_step_nothing_but_the_counts_is_known(monitor):
+    """A new monitor reports two zeros, and no rate, scale or norm."""
+    assert monitor.metrics() == {"applied_steps": 0, "skipped_steps": 0}
+
+
+@pytest.mark.parametrize("steps", ["a", "s", "aaas", "sswwwua", "ssssiiillluuuaaaaaaaa"])
+def test_steps_are_counted_by_what_became_of_them(monitor, steps):
+    """Applied and skipped steps add up, skips add up over their causes, and the rate is the skipped share."""
+    record(monitor, steps)
+    figures = monitor.metrics()
+    applied = steps.count("a")
+    by_cause = {name: value for name, value in figures.items() if name.startswith("skipped_steps_")}
+    assert figures["applied_steps"] == applied
+    assert figures["skipped_steps"] == monitor.skipped_steps == sum(by_cause.values()) == len(steps) - applied
+    assert figures["skip_rate"] == (len(steps) - applied) / len(steps)
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_a_skip_counts_for_its_cause_alone(monitor, cause):
+    """The counter of the cause is there, those of other causes are absent."""
+    monitor.record_skipped(cause, 2.0, inf_elements=0, nan_elements=0)
+    by_cause = {name: value for name, value in monitor.metrics().items() if name.startswith("skipped_steps_")}
+    assert by_cause == {f"skipped_steps_{cause.value.lower()}": 1}
+
+
+def test_a_skipped_step_has_no_norm(monitor):
+    """The norm of the step before is not passed off as that of the skipped one; no nan stands in for it."""
+    record(monitor, "as")
+    figures = monitor.metrics()
+    assert {"grad_norm", "grad_amax", "headroom_bits"} & set(figures) == set()
+    assert (figures["inf_elements"], figures["nan_elements"]) == (5, 1)
+
+
+def test_the_scale_is_that_of_the_step_and_after_a_skip_the_next(monitor):
+    """After an applied step the scale that it used; after a skip the one that was backed off to."""
+    record(monitor, "a")
+    assert monitor.metrics()["scale"] == 4.0
+    record(monitor, "s")
+    assert monitor.metrics()["scale"] == 2.0
+
+
+def test_norms_come_back_with_the_next_applied_step(monitor):
+    """Figures are those of the newest step that has them."""
+    record(monitor, "asa")
+    figures = monitor.metrics()
+    assert (figures["grad_norm"], figures["grad_amax"]) == (3.0, 2.0)
+
+
+def test_what_was_not_measured_is_absent(monitor):
+    """With monitoring off there are counts and the scale, nothing else."""
+    monitor.record_applied(4.0, None, None, None)
+    assert set(monitor.metrics()) == {"scale", "applied_steps", "skipped_steps", "skip_rate"}
+
+
+def test_a_sampled_figure_stays_until_the_next_sample(monitor):
+    """The underflow fraction is taken now and then, and reported in between."""
+    for sampled in (0.25, None, None):
+        monitor.record_applied(4.0, 1.0, 1.0, sampled)
+        assert monitor.metrics()["underflow_fraction"] == 0.25
+    monitor.record_applied(4.0, 1.0, 1.0, 0.0)
+    assert monitor.metrics()["underflow_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("scale", [2.0**-24, 1.0, 65536.0, 2.0**127])
+@pytest.mark.parametrize("amax", [1e-30, 0.5, 3.0, 1e30])
+def test_headroom_is_the_distance_to_65504_in_bits(monitor, scale, amax):
+    """log2(65504 / (amax * scale)): 1 where one doubling is left, negative beyond the format."""
+    monitor.record_applied(scale, amax, amax, None)
+    expected = math.log2(65504) - math.log2(amax) - math.log2(scale)
+    assert monitor.metrics()["headroom_bits"] == pytest.approx(expected)
+
+
+def test_half_of_the_range_leaves_one_bit(monitor):
+    """The unit is doublings of the scale."""
+    monitor.record_applied(2.0, grad_norm=20000.0, grad_amax=65504 / 4, underflow_fraction=None)
+    assert monitor.metrics()["headroom_bits"] == pytest.approx(1.0)
+
+
+def test_gradients_of_zero_have_no_headroom_to_tell(monitor):
+    """An infinite distance is no number to log."""
+    monitor.record_applied(4.0, grad_norm=0.0, grad_amax=0.0, underflow_fraction=1.0)
+    figures = monitor.metrics()
+    assert "headroom_bits" not in figures
+    assert figures["grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize("steps", ["", "a", "s", "aswia", "aaaassllu"])
+def test_every_figure_survives_a_checkpoint(monitor, steps):
+    """State goes through JSON into a new monitor, which reports the same."""
+    record(monitor, steps)
+    saved = json.loads(json.dumps(monitor.state_dict()))
+    resumed = PrecisionMonitor()
+    resumed.load_state_dict(saved)
+    assert resumed == monitor
+    assert resumed.metrics() == monitor.metrics()
+
+
+def test_a_resumed_monitor_goes_on_counting(monitor):
+    """N steps, save, load, M steps count as N + M, causes never seen before included."""
+    record(monitor, "aas")
+    resumed = PrecisionMonitor()
+    resumed.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    for each in (monitor, resumed):
+        record(each, "swa")
+    assert resumed == monitor
+    assert resumed.metrics()["skipped_steps_scale"] == 2
+
+
+def test_the_state_is_a_copy(monitor):
+    """A saved state does not change with the steps that follow, nor does the monitor with the state."""
+    record(monitor, "s")
+    saved = monitor.state_dict()
+    record(monitor, "s")
+    assert saved["skipped_by_cause"] == {"SCALE": 1}
+    resumed = PrecisionMonitor()
+    resumed.load_state_dict(saved)
+    record(resumed, "s")
+    assert saved["skipped_by_cause"] == {"SCALE": 1}
+
+
+@pytest.mark.parametrize("missing", [field.name for field in fields(PrecisionMonitor)])
+def test_a_state_without_a_field_leaves_it_as_it_is(monitor, missing):
+    """A checkpoint of an older version loads."""
+    record(monitor, "aws")
+    before = getattr(monitor, missing)
+    other = PrecisionMonitor()
+    record(other, "alla")
+    state = other.state_dict()
+    del state[missing]
+    monitor.load_state_dict(state)
+    assert getattr(monitor, missing) == before
+    rest = [field.name for field in fields(PrecisionMonitor) if field.name != missing]
+    assert all(getattr(monitor, name) == getattr(other, name) for name in rest)
