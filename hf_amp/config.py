@@ -128,7 +128,6 @@ def _option(default: Any, allowed: _Allowed) -> Any:
 # Options and values whose engine has not landed: each is an error, never silently ignored.
 _NOT_YET: Mapping[str, Callable[[Any], bool]] = {
     "precision_mode": lambda v: v in (PrecisionMode.FP16, PrecisionMode.DYNAMIC),
-    "scaling_strategy": lambda v: v in (ScalingStrategy.ADAPTIVE, ScalingStrategy.PERFORMANCE_OPTIMIZED),
     "automatic_fallback": bool,
     "fallback_threshold": lambda v: v != 1e-6,
     "fallback_window": lambda v: v != 128,
@@ -252,9 +251,11 @@ class MixedPrecisionConfig:
         allowed: _Allowed = option.metadata["allowed"]
         if not allowed.accepts(value):
             default = getattr(option.default, "value", option.default)
+            text = isinstance(value, str) and isinstance(option.default, (int, float))
+            hint = " It is text: YAML wants a point in numbers such as 1.0e-6." if text else ""
             raise ConfigError(
                 f"MixedPrecisionConfig({option.name}={value!r}): {option.name} must be {allowed.words}; "
-                f"leave it out for the default ({default})."
+                f"leave it out for the default ({default}).{hint}"
             )
         if option.name in _NOT_YET and _NOT_YET[option.name](value):
             shown = getattr(value, "value", value)
@@ -334,7 +335,10 @@ class MixedPrecisionConfig:
             raise ConfigError(
                 f"{path}: not valid {path.suffix[1:].upper()} ({error}); mend the file."
             ) from error
-        return cls.from_dict(options)
+        try:
+            return cls.from_dict(options)
+        except ConfigError as error:
+            raise type(error)(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""

@@ -61,5 +61,5 @@ class AmpEvent:
     after: float | str | None = None
     modules: tuple[str, ...] = ()
     message: str = ""
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict, hash=False)
     """Figures that belong to the event, by catalogue name."""

@@ -90,6 +90,8 @@ def _depends_on_values(func: Any, args: Any) -> bool:
 
 
 def _leaves_device(args: Any, kwargs: Any, result: Any) -> bool:
-    if not (isinstance(result, Tensor) and result.device.type == "cpu") or (kwargs or {}).get("non_blocking"):
+    if not (isinstance(result, Tensor) and result.device.type == "cpu"):
         return False
+    if (kwargs or {}).get("non_blocking") or any(argument is True for argument in args):
+        return False  # a copy that is not waited for; `copy_` takes that as its third argument
     return any(isinstance(argument, Tensor) and argument.device.type != "cpu" for argument in args)

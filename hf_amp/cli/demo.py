@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,16 +92,19 @@ def _summary(result: DemoResult) -> Table:
     table = Table(title="hf-amp demo", show_header=False)
     table.add_row("ran", result.session.what_runs())
     table.add_row("loss", f"{result.losses[0][1]:.4f} first, {result.losses[-1][1]:.4f} last")
-    if "scale" in figures:
-        table.add_row("scale", f"{figures['scale']:g} ({result.session.config.scaling_strategy.value})")
-        table.add_row("applied steps", f"{figures['applied_steps']:g}")
-        causes = [
-            f"{value:g} {name.removeprefix('skipped_steps_').upper()}"
-            for name, value in figures.items()
-            if name.startswith("skipped_steps_")
-        ]
-        table.add_row("skipped steps", f"{figures['skipped_steps']:g}  {', '.join(causes)}".rstrip())
+    if result.session.scaler.guards_only:
+        table.add_row("scale", "none: only FP16 is scaled; non-finite steps are skipped all the same")
     else:
-        table.add_row("scale", "none: only FP16 is scaled")
-    table.add_row("step time", f"{result.step_seconds * 1000:.0f} ms")
+        table.add_row("scale", f"{figures['scale']:g} ({result.session.config.scaling_strategy.value})")
+    table.add_row("applied steps", f"{figures['applied_steps']:g}")
+    causes = [
+        f"{value:g} {name.removeprefix('skipped_steps_').upper()}"
+        for name, value in figures.items()
+        if name.startswith("skipped_steps_")
+    ]
+    table.add_row("skipped steps", ", ".join(causes) or "0")
+    measured = math.isfinite(result.step_seconds)
+    table.add_row(
+        "step time", f"{result.step_seconds * 1000:.0f} ms" if measured else "not measured: one step only"
+    )
     return table

@@ -72,7 +72,7 @@ class PrecisionMonitor:
             "inf_elements": self.inf_elements,
             "nan_elements": self.nan_elements,
         }
-        return {name: value for name, value in figures.items() if value is not None}
+        return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
     def _headroom_bits(self) -> float | None:
         if not self.grad_amax or not self.scale:

@@ -116,13 +116,11 @@ class Look:
 
     Attributes:
         norm: the 2-norm.
-        amax: the largest magnitude.
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
     """
 
     norm: bool
-    amax: bool
     sample_seed: int | None
     agree: bool
 
@@ -150,22 +148,21 @@ def examine(
     underflow = None
     if look.sample_seed is not None and gradients:
         underflow = statistics.underflow_fraction(gradients, FP16_FORMAT, look.sample_seed)
-    amax = norm = None
+    inverse = reciprocal(scale)
+    found_inf = torch.zeros_like(scale)
     if treatment is Treatment.DIVIDE:
         _refuse_fp16(gradients)
-        found_inf = unscale_and_check_(gradients, reciprocal(scale))
-        if look.amax:
-            amax = statistics.total_amax(gradients, scale.device)
-    else:
-        # found_inf must be exact, which a sum of squares is not: take the amax even where nobody asks for it
-        amax = statistics.total_amax(gradients, scale.device)
-        found_inf = (~amax.isfinite()).float()
+        found_inf = unscale_and_check_(gradients, inverse)
+    amax: Tensor | None = statistics.total_amax(gradients, scale.device)
+    norm = None
     if look.norm and not sharded:
         norm = statistics.total_norm(gradients, scale.device)
     if treatment is Treatment.FOLD:
-        inverse = reciprocal(scale)
         amax = cast(Tensor, amax) * inverse
         norm = None if norm is None else norm * inverse
+    # Of the unscaled amax: it is not finite either where dividing by a scale below 1 overflows. A sum of squares would
+    # not do, because it overflows by itself.
+    found_inf = torch.maximum(found_inf, (~cast(Tensor, amax).isfinite()).float())
     if sharded or look.agree:
         worst, loss_non_finite, amax, underflow = _agreed(found_inf, loss_non_finite, amax, underflow)
         found_inf = cast(Tensor, worst)

@@ -46,7 +46,6 @@ class DynamicScale:
     min_scale: float
     max_scale: float
 
-    needs_amax: ClassVar[bool] = False
     needs_underflow: ClassVar[bool] = False
 
     @classmethod

@@ -21,7 +21,7 @@ def reciprocal(scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Tensor:
-    """Multiplies `gradients` in place by `inverse_scale`; says whether any element was not finite before or after.
+    """Multiplies `gradients` in place by `inverse_scale`; says whether any element was not finite before.
 
     Returns:
         Tensor of shape [], float32, on the device of `inverse_scale`: 0 where all were finite. No host read.

@@ -67,10 +67,13 @@ def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def exact_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """2-norm with squares summed in FP64: finite wherever all gradients are. Slow; for when `total_norm` is not."""
+    """2-norm with squares summed in FP64, at most FP32's largest value: finite wherever all gradients are.
+
+    Slow; for when `total_norm` is not finite although the gradients are.
+    """
     wide = [torch.linalg.vector_norm(g, dtype=torch.float64).to(device) for g in gradients]
     total: Tensor = torch.linalg.vector_norm(torch.stack(wide))
-    return total.float()
+    return total.clamp(max=torch.finfo(torch.float32).max).float()
 
 
 @torch.no_grad()
@@ -118,17 +121,17 @@ def underflow_fraction(gradients: Sequence[Tensor], number_format: NumberFormat,
     total = sum(gradient.numel() for gradient in gradients)
     fraction = torch.zeros((), device=device)
     # Drawn once on the CPU for all tensors: copying them over is cheaper than a launch per tensor.
-    drawn = torch.rand(SAMPLES_PER_TENSOR, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator)
     positions: dict[torch.device, Tensor] = {}
     for gradient in gradients:
         sample = gradient.reshape(-1)
         if sample.numel() > SAMPLES_PER_TENSOR:
             if sample.device not in positions:
                 positions[sample.device] = drawn.to(sample.device, non_blocking=True)
-            chosen = (positions[sample.device] * sample.numel()).long()
-            sample = sample[chosen.clamp_(max=sample.numel() - 1)]
+            sample = sample[positions[sample.device] % sample.numel()]
         if sample.numel():
-            small = (sample.abs() < number_format.smallest_normal).float().mean()
+            small = (sample.float().abs() < number_format.smallest_normal).float().mean()
             fraction += small.to(device) * (gradient.numel() / total)
     return fraction
 

@@ -77,8 +77,9 @@ def test_the_table_names_what_ran(run):
 
 def test_the_table_accounts_for_every_step(run):
     """Applied and skipped steps add up to the steps asked for."""
-    applied, skipped = (float(row(run, name).split()[0]) for name in ("applied steps", "skipped steps"))
-    assert applied + skipped == STEPS
+    skips = re.findall(r"(\d+) [A-Z]+", row(run, "skipped steps"))
+    applied = float(row(run, "applied steps"))
+    assert applied + sum(map(int, skips)) == STEPS
     assert applied > 0
 
 
@@ -115,7 +116,7 @@ def test_the_event_log_tells_the_run_from_start_to_end(run, folder):
 def test_every_skip_of_the_table_is_in_the_event_log(run, folder):
     """The log and the table are of the same run."""
     skips = [event for event in events(folder) if event["event"] == "step_skipped"]
-    assert len(skips) == float(row(run, "skipped steps").split()[0])
+    assert len(skips) == sum(map(int, re.findall(r"(\d+) [A-Z]+", row(run, "skipped steps"))))
 
 
 def test_the_checkpoint_is_a_model(run, folder):
@@ -138,14 +139,14 @@ def test_fp32_runs_without_a_scale(tmp_path):
     result = invoke("demo", "--steps", 4, "--precision", "fp32", "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
     assert row(result, "ran").startswith("FP32 on ")
-    assert row(result, "scale") == "none: only FP16 is scaled"
+    assert row(result, "scale").startswith("none: only FP16 is scaled")
     assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--strategy", "NOPE"], "one of CONSTANT, DYNAMIC, ADAPTIVE, PERFORMANCE_OPTIMIZED"),
+        (["--strategy", "NOPE", "--steps", "1"], "one of CONSTANT, DYNAMIC, ADAPTIVE, PERFORMANCE_OPTIMIZED"),
         (["--precision", "fp8"], "'fp16', 'bf16', 'fp32'"),
         (["--steps", "0"], "1"),
     ],

@@ -178,35 +178,41 @@ def test_closing_twice_is_harmless(sink, path):
     assert len(lines(path)) == 1
 
 
-def test_the_logging_of_the_user_is_left_alone(path):
+@pytest.fixture
+def untouched_structlog():
+    """structlog as it is before anybody has configured it; afterwards as it was."""
+    configured, config = structlog.is_configured(), structlog.get_config()
+    structlog.reset_defaults()
+    yield
+    structlog.reset_defaults()
+    if configured:
+        structlog.configure(**config)
+
+
+def test_the_logging_of_the_user_is_left_alone(untouched_structlog, path):
     """Neither structlog's configuration nor the root logger changes."""
-    configured = structlog.is_configured()
     before = structlog.get_config()
     processors = list(before["processors"])
-    handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     sink = JsonLinesSink(path, "abc", rank=0)
     sink.write(SKIP)
     sink.close()
-    assert structlog.is_configured() == configured
+    assert not structlog.is_configured()
     assert structlog.get_config() == before
     assert structlog.get_config()["processors"] == processors
-    assert (logging.getLogger().handlers, logging.getLogger().level) == (handlers, level)
+    assert (root.handlers, root.level) == (handlers, level)
 
 
-def test_the_users_structlog_settings_do_not_change_our_lines(path):
+def test_the_users_structlog_settings_do_not_change_our_lines(untouched_structlog, path):
     """A user who drops events below CRITICAL, or binds context, still gets our log whole."""
-    before, configured = structlog.get_config(), structlog.is_configured()
     structlog.configure(
         processors=[structlog.processors.KeyValueRenderer()],
         wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL),
     )
-    structlog.contextvars.bind_contextvars(user="theirs")
-    try:
-        sink = JsonLinesSink(path, "abc", rank=0)
+    sink = JsonLinesSink(path, "abc", rank=0)
+    with structlog.contextvars.bound_contextvars(user="theirs"):
         sink.write(AmpEvent(0, EventKind.ATTACHED))
-        sink.close()
-    finally:
-        structlog.contextvars.unbind_contextvars("user")
-        structlog.configure(**before) if configured else structlog.reset_defaults()
+    sink.close()
     (line,) = lines(path)
     assert "user" not in line

@@ -316,3 +316,17 @@ def test_seed_example_scales_outputs() -> None:
     nested = scaler.scale([torch.ones(1), (torch.ones(2),)])
     assert isinstance(nested[1], tuple)
     assert nested[1][0].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("monitoring", [False, True])
+def test_gradients_that_overflow_only_when_divided_are_skipped(fused: bool, monitoring: bool) -> None:
+    """At a scale below 1 a finite scaled gradient can be inf unscaled: it does not reach the parameters."""
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=fused)
+    scaler = scaler_with(init_scale=2.0**-20, enable_monitoring=monitoring)
+    scaler.scale(parameter.sum()).backward()
+    parameter.grad.fill_(3e38)
+    scaler.step(optimizer)
+    assert parameter.item() == 1.0
+    assert scaler.skipped_steps == 1

@@ -13,6 +13,7 @@ from hf_amp.statistics.gradients import (
     by_device_and_dtype,
     collect,
     count_non_finite,
+    exact_norm,
     total_amax,
     total_norm,
     underflow_fraction,
@@ -20,20 +21,8 @@ from hf_amp.statistics.gradients import (
 from tests.host_reads import count_host_reads
 
 CPU = torch.device("cpu")
-
-
-class Measured(NamedTuple):
-    norm: Tensor
-    amax: Tensor
-
-
-def measure(gradients: list[Tensor], device: torch.device) -> Measured:
-    return Measured(total_norm(gradients, device), total_amax(gradients, device))
-
-
-META = torch.device(
-    "meta"
-)  # tensors without values: whatever needs one raises, and the branches are an accelerator's
+# Tensors without values: whatever needs one raises, and the branches taken are those of an accelerator.
+META = torch.device("meta")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 NON_FINITE = [math.inf, -math.inf, math.nan]
 
@@ -41,6 +30,18 @@ NON_FINITE = [math.inf, -math.inf, math.nan]
 def elements(gradients: list[Tensor]) -> list[float]:
     """Every element of every tensor, as a Python number."""
     return [value for gradient in gradients for value in gradient.double().reshape(-1).tolist()]
+
+
+class Measured(NamedTuple):
+    """Norm and largest magnitude of the same gradients."""
+
+    norm: Tensor
+    amax: Tensor
+
+
+def measure(gradients: list[Tensor], device: torch.device) -> Measured:
+    """Both measures as hf_amp takes them."""
+    return Measured(total_norm(gradients, device), total_amax(gradients, device))
 
 
 def norm_of(gradients: list[Tensor]) -> float:
@@ -207,6 +208,22 @@ def test_measuring_leaves_the_gradients_alone():
     assert all(torch.equal(was, now) for was, now in zip(before, gradients, strict=True))
 
 
+def test_the_exact_norm_is_finite_wherever_the_gradients_are():
+    """Squares beyond the range of FP32 do not spoil it; those of the fast norm do, which is why there are two."""
+    gradients = [torch.full((3,), 2e19), torch.full((4,), -1e30), torch.ones(2, dtype=torch.bfloat16)]
+    assert exact_norm(gradients, CPU).item() == pytest.approx(norm_of(gradients), rel=1e-6)
+    assert total_norm(gradients, CPU).isinf()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_both_norms_agree_within_the_range(seed):
+    """Where the fast norm is finite, the exact one is the same to FP32's precision."""
+    gradients = random_gradients(seed, [torch.float32, torch.float64])
+    fast, exact = total_norm(gradients, CPU), exact_norm(gradients, CPU)
+    assert fast.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert (exact.shape, exact.dtype) == ((), torch.float32)
+
+
 # ---- underflow ----------------------------------------------------------------------------------------------
 
 EDGES = [0.0, -0.0, 2.0**-25, -(2.0**-24), 2.0**-15, -(2.0**-14), 2.0**-14, 1.0, 65504.0]
@@ -264,6 +281,24 @@ def test_bad_elements_do_not_underflow(bad):
 def test_only_empty_tensors_underflow_nothing():
     """Without elements the fraction is 0, not 0/0."""
     assert underflow_fraction([torch.zeros(0), torch.zeros(0, 3)], FP16_FORMAT, 0).item() == 0.0
+
+
+def test_sampling_leaves_the_random_state_alone():
+    """Dropout and shuffling are the same with monitoring on or off."""
+    before = torch.get_rng_state()
+    underflow_fraction([torch.ones(3 * SAMPLES_PER_TENSOR)], FP16_FORMAT, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_seed_chooses_the_sample():
+    """Ranks with the same gradients and seed agree to the last bit; other seeds look at other elements."""
+    torch.manual_seed(0)
+    gradient = torch.rand(100 * SAMPLES_PER_TENSOR) * 2 * FP16_FORMAT.smallest_normal
+    fractions = [underflow_fraction([gradient], FP16_FORMAT, seed).item() for seed in range(20)]
+    again = [underflow_fraction([gradient.clone()], FP16_FORMAT, seed).item() for seed in range(20)]
+    assert fractions == again
+    assert len(set(fractions)) > 1
+    assert sum(fractions) / len(fractions) == pytest.approx(0.5, abs=0.02)
 
 
 # ---- host reads ---------------------------------------------------------------------------------------------

@@ -79,6 +79,23 @@ def test_mixed_dtypes_share_one_read():
     assert (reads.count, host) == (1, {"flag": 1.0, "count": 7.0, "norm": 0.5})
 
 
+def test_a_pending_read_gives_the_same_values():
+    """Reading later is reading the same, also when the tensors have changed in the meantime."""
+    values = {"flag": torch.tensor(True), "count": torch.tensor(7), "norm": torch.tensor(0.5)}
+    expected = snapshot.read(values)
+    pending = snapshot.PendingRead(values)
+    values["norm"].zero_()
+    assert pending.ready()
+    assert pending.result() == pending.result() == expected
+
+
+def test_starting_a_pending_read_reads_nothing():
+    """Only asking for the result can wait."""
+    with count_host_reads() as reads:
+        snapshot.PendingRead({"norm": torch.tensor(0.5), "count": torch.tensor(7)}).ready()
+    assert reads.sources == []
+
+
 def test_a_value_with_a_graph_can_be_read():
     """A loss is read without detaching it first, and keeps its graph."""
     weight = torch.tensor(2.0, requires_grad=True)

@@ -18,4 +18,5 @@ def write(event: AmpEvent) -> None:
         if isinstance(event.before, float) and isinstance(event.after, float)
         else ""
     )
-    _log.log(level, "step %d: %s%s:%s %s", event.step, event.kind.value, cause, change, event.message)
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in event.message)
+    _log.log(level, "step %d: %s%s:%s %s", event.step, event.kind.value, cause, change, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,18 @@ from hf_amp.events import AmpEvent
 
 FILE_NAME = "amp_events.jsonl"
 _FIRST_KEYS = ("timestamp", "level", "event", "run_id", "rank", "step")
+
+
+_TAKEN_KEYS = (*_FIRST_KEYS, "level", "cause", "before", "after", "modules", "message")
+
+
+def _free_name(name: str) -> str:
+    return f"figure_{name}" if name in _TAKEN_KEYS else name
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _known_keys_first(logger: Any, method: str, line: Any) -> dict[str, Any]:
@@ -52,11 +65,11 @@ class JsonLinesSink:
             event.kind.value,
             step=event.step,
             cause=event.cause.value if event.cause else None,
-            before=event.before,
-            after=event.after,
+            before=_plain(event.before),
+            after=_plain(event.after),
             modules=list(event.modules),
             message=event.message,
-            **event.figures,
+            **{_free_name(name): _plain(value) for name, value in event.figures.items()},
         )
 
     def close(self) -> None:

@@ -1,0 +1,51 @@
+"""Observations made by hand, and a device whose gradients overflow where we say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from hf_amp import MixedPrecisionConfig
+from hf_amp.scaling.adaptive import LIMIT_BITS, AdaptiveScale
+from hf_amp.scaling.policy import Observation, ScalePolicy
+
+
+def observed(
+    overflow: bool = False,
+    loss_finite: bool = True,
+    amax: float = 1.0,
+    underflow: float = math.nan,
+) -> Observation:
+    """An observation; the amax of an overflowing step is inf, as it is in FP16."""
+    values = (float(overflow), float(not loss_finite), math.inf if overflow else amax, underflow)
+    return Observation(*(torch.tensor(value) for value in values))
+
+
+def scales_under(policy: ScalePolicy, overflows: Iterable[bool], loss_finite: bool = True) -> list[float]:
+    """The scale after each of a row of steps."""
+    state, scales = policy.init_state(torch.device("cpu")), []
+    for overflow in overflows:
+        state = policy.next_state(state, observed(overflow, loss_finite))
+        scales.append(state.scale.item())
+    return scales
+
+
+def simulate(
+    log_amax: Iterable[float], *, gap_bits: float = 0.0, **options: float
+) -> tuple[list[int], list[float]]:
+    """ADAPTIVE on gradients of these magnitudes (log2). Returns the skipped steps, and log2(scale) at each step.
+
+    A step overflows where log_amax + log2(scale) exceeds FP16's limit less `gap_bits`, which stands for activation
+    gradients that are larger than weight gradients.
+    """
+    policy = AdaptiveScale.from_config(MixedPrecisionConfig(scaling_strategy="ADAPTIVE", **options))
+    state, skipped, bits = policy.init_state(torch.device("cpu")), [], []
+    for step, x in enumerate(log_amax):
+        bits.append(math.log2(state.scale.item()))
+        overflow = x + bits[-1] > LIMIT_BITS - gap_bits
+        if overflow:
+            skipped.append(step)
+        state = policy.next_state(state, observed(overflow, amax=2.0**x))
+    return skipped, bits

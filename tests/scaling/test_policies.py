@@ -1,0 +1,158 @@
+"""The contract that every scaling policy keeps, and the rules that DYNAMIC takes over from others."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_amp import MixedPrecisionConfig, ScalingStrategy
+from hf_amp.scaling.policy import Observation, ScalePolicy
+from hf_amp.scaling.scaler import _POLICIES
+from hf_amp.scaling.state import read_fields, restored
+from tests.host_reads import count_host_reads
+from tests.scaling.observations import observed, scales_under
+
+MAGNITUDES = st.floats(min_value=0, max_value=2.0**127, width=32)
+SHARES = st.one_of(st.just(float("nan")), st.floats(min_value=0, max_value=1, width=32))
+STEPS = st.lists(
+    st.builds(observed, st.booleans(), st.booleans(), MAGNITUDES, SHARES), min_size=1, max_size=60
+)
+STRATEGIES = pytest.mark.parametrize("strategy", list(ScalingStrategy))
+
+
+def policy_of(strategy: ScalingStrategy, **options: object) -> ScalePolicy:
+    return _POLICIES[strategy](MixedPrecisionConfig(scaling_strategy=strategy, **options))
+
+
+def run(policy: ScalePolicy, steps: list[Observation]) -> list[object]:
+    states = [policy.init_state(torch.device("cpu"))]
+    for observation in steps:
+        states.append(policy.next_state(states[-1], observation))
+    return states
+
+
+@STRATEGIES
+@settings(max_examples=40, deadline=None)
+@given(steps=STEPS, hysteresis=st.integers(1, 3), tolerance=st.sampled_from([0.0, 0.25]))
+def test_scale_is_positive_finite_and_in_bounds(
+    strategy: ScalingStrategy, steps: list[Observation], hysteresis: int, tolerance: float
+) -> None:
+    """Whatever is observed: the scale stays in [min_scale, max_scale], and no field changes dtype, shape or device."""
+    policy = policy_of(
+        strategy, min_scale=2.0**-6, max_scale=2.0**20, growth_interval=2,
+        hysteresis=hysteresis, overflow_tolerance=tolerance,
+    )  # fmt: skip
+    states = run(policy, steps)
+    for state in states:
+        assert 2.0**-6 <= state.scale.item() <= 2.0**20
+        for field, first in zip(state, states[0], strict=True):
+            assert (field.dtype, field.shape, field.device) == (first.dtype, (), first.device)
+
+
+@STRATEGIES
+@settings(max_examples=20, deadline=None)
+@given(steps=STEPS)
+def test_state_round_trips_and_ranks_agree(strategy: ScalingStrategy, steps: list[Observation]) -> None:
+    """A state written as numbers and read back continues alike; so do two ranks that observe the same."""
+    policy = policy_of(strategy, growth_interval=3)
+    whole = run(policy, steps + steps)[-1]
+    middle = run(policy, steps)[-1]
+    resumed = restored(policy.init_state(torch.device("cpu")), read_fields(middle))
+    for observation in steps:
+        resumed = policy.next_state(resumed, observation)
+    for a, b, c in zip(whole, resumed, run(policy, steps + steps)[-1], strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@STRATEGIES
+def test_next_state_reads_no_host(strategy: ScalingStrategy) -> None:
+    """A scale update never waits for the device."""
+    policy = policy_of(strategy, hysteresis=2, overflow_tolerance=0.1)
+    steps = [observed(True), observed(), observed(underflow=0.5)]
+    with count_host_reads() as reads:
+        run(policy, steps)
+    assert reads.count == 0
+
+
+def test_constant_stays() -> None:
+    """CONSTANT keeps its scale through overflows and clean steps."""
+    policy = policy_of(ScalingStrategy.CONSTANT, init_scale=512.0)
+    assert scales_under(policy, [True, False] * 5) == [512.0] * 10
+
+
+def test_dynamic_halves_grows_and_stops_at_its_bounds() -> None:
+    """One halving an overflow down to the floor; one doubling an interval up to the ceiling."""
+    policy = policy_of(
+        ScalingStrategy.DYNAMIC, init_scale=8.0, min_scale=2.0, max_scale=16.0, growth_interval=2
+    )
+    assert scales_under(policy, [True] * 4) == [4.0, 2.0, 2.0, 2.0]
+    assert scales_under(policy, [False] * 6) == [8.0, 16.0, 16.0, 16.0, 16.0, 16.0]
+    assert scales_under(policy, [False, True, False, False]) == [8.0, 4.0, 4.0, 8.0]
+
+
+class DeepSpeedReference:
+    """DeepSpeed's rule, slow and obvious. Source: its documentation of `loss_scale_window`, `hysteresis`."""
+
+    def __init__(self, scale: float, window: int, hysteresis: int, floor: float, consecutive: bool) -> None:
+        self.scale, self.window, self.hysteresis, self.floor = scale, window, hysteresis, floor
+        self.left, self.clean, self.consecutive = hysteresis, 0, consecutive
+
+    def update(self, overflow: bool) -> float:
+        if overflow:
+            self.clean = 0
+            if self.left == 1:
+                self.scale = max(self.scale / 2, self.floor)
+            else:
+                self.left -= 1
+        else:
+            self.clean += 1
+            if self.consecutive:
+                self.left = self.hysteresis
+            if self.clean == self.window:
+                self.scale *= 2
+                self.left = self.hysteresis
+                self.clean = 0
+        return self.scale
+
+
+@pytest.mark.parametrize("consecutive", [False, True])
+@pytest.mark.parametrize("hysteresis", [1, 2, 3])
+def test_hysteresis_is_deepspeeds(consecutive: bool, hysteresis: int) -> None:
+    """Over every pattern of 10 steps, with either refill rule: DeepSpeed's scales."""
+    options = {"init_scale": 256.0, "min_scale": 8.0, "growth_interval": 3, "hysteresis": hysteresis}
+    policy = policy_of(ScalingStrategy.DYNAMIC, consecutive_hysteresis=consecutive, **options)
+    for pattern in itertools.product([False, True], repeat=7):
+        reference = DeepSpeedReference(256.0, 3, hysteresis, 8.0, consecutive)
+        assert scales_under(policy, pattern) == [reference.update(overflow) for overflow in pattern]
+
+
+class FairseqReference:
+    """fairseq's tolerance, slow and obvious: back off only where the rate since the last change is above it."""
+
+    def __init__(self, scale: float, window: int, tolerance: float) -> None:
+        self.scale, self.window, self.tolerance = scale, window, tolerance
+        self.clean = self.steps = self.overflows = 0
+
+    def update(self, overflow: bool) -> float:
+        self.steps += 1
+        self.overflows += overflow
+        self.clean = 0 if overflow else self.clean + 1
+        if overflow and self.overflows / self.steps >= self.tolerance:
+            self.scale, self.steps, self.overflows = self.scale / 2, 0, 0
+        elif self.clean == self.window:
+            self.scale, self.steps, self.overflows, self.clean = self.scale * 2, 0, 0, 0
+        return self.scale
+
+
+@pytest.mark.parametrize("tolerance", [0.25, 0.5])
+def test_tolerance_is_fairseqs(tolerance: float) -> None:
+    """Over every pattern of 7 steps: an overflow below the tolerated rate only skips."""
+    policy = policy_of(ScalingStrategy.DYNAMIC, growth_interval=4, overflow_tolerance=tolerance)
+    for pattern in itertools.product([False, True], repeat=7):
+        reference = FairseqReference(65536.0, 4, tolerance)
+        assert scales_under(policy, pattern) == [reference.update(overflow) for overflow in pattern]
