@@ -56,6 +56,6 @@ def test_percent_signs_are_text(caplog):
 def test_a_newline_in_a_message_cannot_forge_a_line(caplog):
     """Control characters are written as escapes."""
     with caplog.at_level(logging.DEBUG, logger="hf_amp"):
-        write(AmpEvent(1, EventKind.STEP_SKIPPED, message="a\nstep 2: all is well\x1b[2J"))
+        console.write(AmpEvent(1, EventKind.STEP_SKIPPED, message="a\nstep 2: all is well\x1b[2J"))
     assert caplog.messages[-1].count("\n") == 0
     assert r"a\nstep 2: all is well\x1b[2J" in caplog.messages[-1]

@@ -1,0 +1,75 @@
+"""BF16 and FP32 runs: the same finite check and skip, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_amp import Cause, EventKind, MixedPrecisionCallback
+from tests.integrations.trainers import OverflowAt, trainer_with
+
+MODES = pytest.mark.parametrize(
+    "mode", [{"fp16": False}, {"fp16": False, "bf16": True}], ids=["fp32", "bf16"]
+)
+
+
+@MODES
+def test_one_bad_batch_kills_a_stock_run(tmp_path: Path, mode: dict[str, Any]) -> None:
+    """Without the callback one batch with non-finite gradients makes every later loss NaN: the reason for the guard."""
+    trainer, _ = trainer_with(tmp_path, OverflowAt(3), logging_nan_inf_filter=False, **mode)
+    trainer.train()
+    assert not all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+@MODES
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
+def test_guard_skips_the_bad_batch(tmp_path: Path, mode: dict[str, Any], optim: str) -> None:
+    """With it the step is skipped, told and counted; parameters and optimizer state stay finite and the run goes on."""
+    callback = MixedPrecisionCallback()
+    trainer, witness = trainer_with(tmp_path, callback, OverflowAt(3), optim=optim, **mode)
+    trainer.train()
+    assert witness.moved == [True, True, False, True, True, True]
+    assert witness.skipped == [False, False, True, False, False, False]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    skip = next(e for e in callback.session.events if e.kind is EventKind.STEP_SKIPPED)
+    assert (skip.step, skip.cause) == (3, Cause.UNKNOWN)
+    assert "no loss scale to blame" in skip.message
+    assert callback.session.metrics()["skipped_steps"] == 1
+
+
+@MODES
+@pytest.mark.parametrize("late", [False, True])
+def test_without_faults_the_callback_changes_no_bit(tmp_path: Path, mode: dict[str, Any], late: bool) -> None:
+    """Losses, gradient norms and parameters of a run with and without the callback are the same to the last bit."""
+    histories, parameters = [], []
+    for guarded in (False, True):
+        callback = MixedPrecisionCallback()
+        trainer, _ = trainer_with(tmp_path, *([callback] if guarded and not late else []), **mode)
+        if guarded and late:
+            trainer.add_callback(callback)
+        trainer.train()
+        timing = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+        histories.append(
+            [
+                {k: v for k, v in entry.items() if not k.startswith("amp/") and k not in timing}
+                for entry in trainer.state.log_history
+            ]
+        )
+        parameters.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert histories[0] == histories[1]
+    assert all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+
+
+def test_guarded_checkpoint_resumes_without_hf_amp(tmp_path: Path) -> None:
+    """A guard leaves no scaler.pt behind, which a Trainer without a scaler could not load."""
+    options = {"fp16": False, "save_strategy": "steps", "save_steps": 3}
+    trainer, _ = trainer_with(tmp_path, MixedPrecisionCallback(), **options)
+    trainer.train()
+    assert not (tmp_path / "checkpoint-3" / "scaler.pt").exists()
+    stock, _ = trainer_with(tmp_path / "stock", **options)
+    stock.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for a, b in zip(trainer.model.parameters(), stock.model.parameters(), strict=True):
+        assert torch.equal(a, b)
