@@ -203,7 +203,8 @@ class MixedPrecisionConfig:
     """Whether gradient statistics are taken. Off: counters, scale and events remain."""
 
     monitoring_interval: int = _option(10, _STEPS)
-    """Optimizer steps between two samples of what costs extra (the underflow fraction). Default 10."""
+    """Optimizer steps between two looks at what costs extra: the underflow fraction, and, where the strategy does not need
+    it at every step, the gradient amax. Default 10."""
 
     emulate: bool = _option(True, _SWITCH)
     """FP16 on a CPU: emulate it (default: FP32 arithmetic rounded to FP16 around every matrix product, close to

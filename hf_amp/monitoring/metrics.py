@@ -51,9 +51,9 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         "grad_norm", "1", "2-norm of the unscaled gradients before clipping; absent when the step was skipped", "jumps: lower the learning rate or clip"
     ),
-    Metric("grad_amax", "1", "largest magnitude among the unscaled gradients; absent likewise", "jumps: as grad_norm"),
+    Metric("grad_amax", "1", "largest magnitude among the unscaled gradients, every monitoring_interval steps or, in ADAPTIVE, every step", "jumps: as grad_norm"),
     Metric(
-        "headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)); absent likewise", "below 1: an overflow is near; above 12: the scale could grow"
+        "headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)), as of the newest grad_amax", "below 1: an overflow is near; above 12: the scale could grow"
     ),
     Metric(
         "underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, sampled every monitoring_interval steps", "above 0.1 and rising: raise the scale"

@@ -36,7 +36,9 @@ class PrecisionMonitor:
     ) -> None:
         """One applied step. None stands for what was not measured; a sampled figure keeps its last value."""
         self.applied_steps += 1
-        self.scale, self.grad_norm, self.grad_amax = scale, grad_norm, grad_amax
+        self.scale, self.grad_norm = scale, grad_norm
+        if grad_amax is not None:
+            self.grad_amax = grad_amax
         if underflow_fraction is not None:
             self.underflow_fraction = underflow_fraction
 

@@ -82,6 +82,7 @@ class AdaptiveScale:
     max_scale: float
     overflow_budget: float
 
+    needs_amax: ClassVar[bool] = True
     needs_underflow: ClassVar[bool] = True
 
     @classmethod

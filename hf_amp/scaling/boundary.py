@@ -55,6 +55,8 @@ class Boundary:
     """What a folded clip multiplies the unscaled gradients by."""
     max_norm: float = math.inf
     """What a folded clip limits the norm to."""
+    inferred: bool = False
+    """Whether `found_inf` was inferred from a norm, whose FP32 sum of squares can overflow by itself."""
     stepped: bool = False
     """Whether the optimizer's step has been decided."""
     observed: bool = False
@@ -92,6 +94,14 @@ class Boundary:
             self.clip_coefficient = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         return before
 
+    def verify(self) -> None:
+        """Takes a `found_inf` that was inferred from the norm again from the amax, which is exact."""
+        self.amax = statistics.total_amax(self.gradients, self.scale.device)
+        if self.treatment is Treatment.FOLD:
+            self.amax = self.amax * reciprocal(self.scale)
+        self.found_inf = (~self.amax.isfinite()).float()
+        self.inferred = False
+
     def mend_norm(self) -> None:
         """Takes a norm whose FP32 sum of squares was inf again in FP64, and the clip that it led to. Slow, rare."""
         if self.norm is None:
@@ -116,11 +126,13 @@ class Look:
 
     Attributes:
         norm: the 2-norm.
+        amax: the largest magnitude, which makes `found_inf` exact; otherwise `Boundary.verify` must follow up.
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
     """
 
     norm: bool
+    amax: bool
     sample_seed: int | None
     agree: bool
 
@@ -149,20 +161,21 @@ def examine(
     if look.sample_seed is not None and gradients:
         underflow = statistics.underflow_fraction(gradients, FP16_FORMAT, look.sample_seed)
     inverse = reciprocal(scale)
-    found_inf = torch.zeros_like(scale)
+    found_inf = None
     if treatment is Treatment.DIVIDE:
         _refuse_fp16(gradients)
         found_inf = unscale_and_check_(gradients, inverse)
-    amax: Tensor | None = statistics.total_amax(gradients, scale.device)
+    takes_amax = look.amax or sharded or look.agree
+    amax = statistics.total_amax(gradients, scale.device) if takes_amax else None
     norm = None
-    if look.norm and not sharded:
+    if (look.norm and not sharded) or not takes_amax:
         norm = statistics.total_norm(gradients, scale.device)
     if treatment is Treatment.FOLD:
-        amax = cast(Tensor, amax) * inverse
+        amax = None if amax is None else amax * inverse
         norm = None if norm is None else norm * inverse
-    # Of the unscaled amax: it is not finite either where dividing by a scale below 1 overflows. A sum of squares would
-    # not do, because it overflows by itself.
-    found_inf = torch.maximum(found_inf, (~cast(Tensor, amax).isfinite()).float())
+    # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well.
+    evidence = (~cast(Tensor, norm if amax is None else amax).isfinite()).float()
+    found_inf = evidence if found_inf is None else torch.maximum(found_inf, evidence)
     if sharded or look.agree:
         worst, loss_non_finite, amax, underflow = _agreed(found_inf, loss_non_finite, amax, underflow)
         found_inf = cast(Tensor, worst)
@@ -173,9 +186,10 @@ def examine(
         treatment=treatment,
         found_inf=found_inf,
         loss_non_finite=loss_non_finite,
-        norm=norm,
-        amax=None if treatment is Treatment.CHECK else amax,  # clipped before anybody could look
+        norm=norm if look.norm else None,
+        amax=amax,
         underflow_fraction=underflow,
+        inferred=not takes_amax,
     )
 
 

@@ -25,6 +25,7 @@ class ConstantScale:
 
     init_scale: float
 
+    needs_amax: ClassVar[bool] = False
     needs_underflow: ClassVar[bool] = False
 
     @classmethod

@@ -46,6 +46,7 @@ class DynamicScale:
     min_scale: float
     max_scale: float
 
+    needs_amax: ClassVar[bool] = False
     needs_underflow: ClassVar[bool] = False
 
     @classmethod

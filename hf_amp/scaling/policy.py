@@ -40,6 +40,8 @@ class ScaleState(Protocol):
 class ScalePolicy(Protocol):
     """Chooses the next scale. Implementations are pure, read no host, and keep the scale finite and in bounds."""
 
+    needs_amax: ClassVar[bool]
+    """Whether `Observation.grad_amax` must be there at every step."""
     needs_underflow: ClassVar[bool]
     """Whether `Observation.underflow_fraction` must be sampled every few steps."""
 

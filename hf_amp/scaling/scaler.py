@@ -312,6 +312,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             loss_non_finite=self._loss_non_finite,
             look=Look(
                 norm=norm or (monitors and not self.guards_only),
+                amax=self._policy.needs_amax or self._samples_now(),
                 sample_seed=self.decided_steps if self._samples_now() else None,
                 agree=self.config.sync_grad_scaler,
             ),

@@ -14,8 +14,11 @@ from hf_amp.statistics.gradients import count_non_finite
 
 
 def outcome_now(attempt: int, boundary: Boundary) -> StepOutcome:
-    """What is to become of the step. One host read; one more where it overflowed or its norm is not to be had in FP32."""
+    """What is to become of the step. One host read; more where it overflowed, to look closer."""
     host = snapshot.read(boundary.figures())
+    if host["found_inf"] and boundary.inferred:
+        boundary.verify()
+        host = snapshot.read(boundary.figures())
     if host["found_inf"]:
         return _outcome(attempt, host, count_non_finite(boundary.gradients))
     if not math.isfinite(host.get("norm", 0.0)):
