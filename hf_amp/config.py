@@ -7,15 +7,26 @@ import difflib
 import enum
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_amp.errors import ConfigError, NotAvailableError, UnknownOptionError
+from hf_amp.options import (
+    ABOVE_ONE,
+    COUNT,
+    FRACTION,
+    POSITIVE,
+    SHARE,
+    STEPS,
+    SWITCH,
+    SWITCH_OR_NONE,
+    Allowed,
+    option_field,
+)
 
 
 class PrecisionMode(str, enum.Enum):
@@ -83,47 +94,16 @@ BF16_FORMAT = NumberFormat("BF16", torch.bfloat16)
 FP32_FORMAT = NumberFormat("FP32", torch.float32)
 
 SMALLEST_SCALE = FP16_FORMAT.smallest_subnormal
-LARGEST_COUNT = torch.iinfo(torch.int32).max
 LARGEST_SCALE = 2.0 ** math.floor(math.log2(FP32_FORMAT.largest))
 
 
-@dataclass(frozen=True)
-class _Allowed:
-    """The values that an option takes: in words for people, and as a check."""
-
-    words: str
-    accepts: Callable[[Any], bool]
-
-
-def _is_real(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and -sys.float_info.max <= value <= sys.float_info.max
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
-
-
-_SWITCH = _Allowed("True or False", lambda v: isinstance(v, bool))
-_SWITCH_OR_NONE = _Allowed("None, True or False", lambda v: v is None or isinstance(v, bool))
-_POSITIVE = _Allowed("a positive finite number", lambda v: _is_real(v) and v > 0)
-_ABOVE_ONE = _Allowed("a finite number above 1", lambda v: _is_real(v) and v > 1)
-_FRACTION = _Allowed("a number above 0 and below 1", lambda v: _is_real(v) and 0 < v < 1)
-_SHARE = _Allowed("a number from 0 up to, but not, 1", lambda v: _is_real(v) and 0 <= v < 1)
-_STEPS = _Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", _is_count)
-_COUNT = _Allowed(f"a whole number from 1 to {LARGEST_COUNT}", _is_count)
-_MODE = _Allowed(
+_MODE = Allowed(
     "None or one of " + ", ".join(PrecisionMode.__members__),
     lambda v: v is None or isinstance(v, PrecisionMode),
 )
-_STRATEGY = _Allowed(
+_STRATEGY = Allowed(
     "one of " + ", ".join(ScalingStrategy.__members__), lambda v: isinstance(v, ScalingStrategy)
 )
-
-
-def _option(default: Any, allowed: _Allowed) -> Any:
-    return field(default=default, metadata={"allowed": allowed})
-
 
 # Options and values whose engine has not landed: each is an error, never silently ignored.
 _NOT_YET: Mapping[str, Callable[[Any], bool]] = {
@@ -145,93 +125,93 @@ class MixedPrecisionConfig:
     All options are keyword arguments, and the defaults are what we would run in production.
     """
 
-    enabled: bool = _option(True, _SWITCH)
+    enabled: bool = option_field(True, SWITCH)
     """Off: hf_amp attaches to nothing and changes nothing; a scaler passes losses and steps through."""
 
-    precision_mode: PrecisionMode | None = _option(None, _MODE)
+    precision_mode: PrecisionMode | None = option_field(None, _MODE)
     """None follows the Trainer or Accelerator (`fp16`, `bf16` or neither), and is MIXED where there is none.
     Anything that contradicts them is an error at attach. Names are accepted as strings, in any case."""
 
-    scaling_strategy: ScalingStrategy = _option(ScalingStrategy.DYNAMIC, _STRATEGY)
+    scaling_strategy: ScalingStrategy = option_field(ScalingStrategy.DYNAMIC, _STRATEGY)
     """How the loss scale is chosen; used in FP16 only. Names are accepted as strings, in any case."""
 
-    init_scale: float = _option(2.0**16, _POSITIVE)
+    init_scale: float = option_field(2.0**16, POSITIVE)
     """Scale of the first step, dimensionless. Powers of two scale without rounding. Default 65536.
     Source: `torch.amp.GradScaler`."""
 
-    growth_factor: float = _option(2.0, _ABOVE_ONE)
+    growth_factor: float = option_field(2.0, ABOVE_ONE)
     """What a growth multiplies the scale by. Default 2, which is exact. Source: `torch.amp.GradScaler`."""
 
-    backoff_factor: float = _option(0.5, _FRACTION)
+    backoff_factor: float = option_field(0.5, FRACTION)
     """What a backoff multiplies the scale by. Default 0.5, which is exact. Source: `torch.amp.GradScaler`."""
 
-    growth_interval: int = _option(2000, _STEPS)
+    growth_interval: int = option_field(2000, STEPS)
     """Clean optimizer steps in a row before a growth. Default 2000. Source: `torch.amp.GradScaler`."""
 
-    hysteresis: int = _option(1, _COUNT)
+    hysteresis: int = option_field(1, COUNT)
     """Overflowing steps before a backoff. Default 1, as stock; DeepSpeed and Megatron use 2."""
 
-    consecutive_hysteresis: bool = _option(False, _SWITCH)
+    consecutive_hysteresis: bool = option_field(False, SWITCH)
     """Whether every clean step refills `hysteresis`, or only a growth does (default).
     Source: DeepSpeed's `consecutive_hysteresis`."""
 
-    overflow_tolerance: float = _option(0.0, _SHARE)
+    overflow_tolerance: float = option_field(0.0, SHARE)
     """DYNAMIC: share of overflowing steps since the last change of scale up to which an overflow only skips.
     Default 0: every one counts. Source: fairseq's `fp16_scale_tolerance`."""
 
-    overflow_budget: float = _option(1e-3, _FRACTION)
+    overflow_budget: float = option_field(1e-3, FRACTION)
     """ADAPTIVE and PERFORMANCE_OPTIMIZED: probability of an overflow in a step that the scale is chosen for.
     Default 1e-3: at most one skipped step in a thousand."""
 
-    min_scale: float = _option(SMALLEST_SCALE, _POSITIVE)
+    min_scale: float = option_field(SMALLEST_SCALE, POSITIVE)
     """Floor of the scale. Default 2^-24, the smallest positive FP16 value: below it the gradient that backward
     starts from is itself 0 in FP16, so no smaller scale can help."""
 
-    max_scale: float = _option(LARGEST_SCALE, _POSITIVE)
+    max_scale: float = option_field(LARGEST_SCALE, POSITIVE)
     """Ceiling of the scale. Default 2^127, the largest power of two in FP32, where the stock scaler stops too."""
 
-    recheck_gradients: bool = _option(False, _SWITCH)
+    recheck_gradients: bool = option_field(False, SWITCH)
     """Whether gradients that were unscaled before the step are looked at again in the step, for what user code in
     between has made of them; one more read of the gradients. Default off."""
 
-    fold_clipping: bool | None = _option(None, _SWITCH_OR_NONE)
+    fold_clipping: bool | None = option_field(None, SWITCH_OR_NONE)
     """Whether clipping by norm through Trainer or Accelerator folds into the optimizer step, which saves passes over the
     gradients; until the step they are then still scaled and unclipped. None: where hf_amp can see that nobody looks
     at them in between, which is a Trainer without a callback on `on_pre_optimizer_step`. True: your loop does not."""
 
-    enable_monitoring: bool = _option(True, _SWITCH)
+    enable_monitoring: bool = option_field(True, SWITCH)
     """Whether gradient statistics are taken. Off: counters, scale and events remain."""
 
-    monitoring_interval: int = _option(10, _STEPS)
+    monitoring_interval: int = option_field(10, STEPS)
     """Optimizer steps between two looks at what costs extra: the underflow fraction, and, where the strategy does not need
     it at every step, the gradient amax. Default 10."""
 
-    emulate: bool = _option(True, _SWITCH)
+    emulate: bool = option_field(True, SWITCH)
     """FP16 on a CPU: emulate it (default: FP32 arithmetic rounded to FP16 around every matrix product, close to
     FP32's speed) or run the CPU's half kernels (False: about 20 times slower). Other devices run real FP16."""
 
-    automatic_fallback: bool = _option(False, _SWITCH)
+    automatic_fallback: bool = option_field(False, SWITCH)
     """Whether modules, then the run, leave FP16 where no scale can cure an overflow."""
 
-    fallback_threshold: float = _option(1e-6, _FRACTION)
+    fallback_threshold: float = option_field(1e-6, FRACTION)
     """Tolerated share of non-finite gradient elements among overflows that the scale does not cure."""
 
-    fallback_window: int = _option(128, _STEPS)
+    fallback_window: int = option_field(128, STEPS)
     """Optimizer steps over which `fallback_threshold` is judged."""
 
-    recovery_steps: int = _option(1000, _STEPS)
+    recovery_steps: int = option_field(1000, STEPS)
     """Quiet optimizer steps before a module is tried in FP16 again."""
 
-    memory_efficient: bool = _option(False, _SWITCH)
+    memory_efficient: bool = option_field(False, SWITCH)
     """Whether memory is preferred to speed where the two compete."""
 
-    gradient_accumulation_friendly: bool = _option(False, _SWITCH)
+    gradient_accumulation_friendly: bool = option_field(False, SWITCH)
     """Whether work per micro-batch is moved to the step boundary."""
 
-    distributed_amp: bool = _option(False, _SWITCH)
+    distributed_amp: bool = option_field(False, SWITCH)
     """Whether several processes or devices train together."""
 
-    sync_grad_scaler: bool = _option(False, _SWITCH)
+    sync_grad_scaler: bool = option_field(False, SWITCH)
     """Whether the processes agree on every verdict and scale, by one small all-reduce a step. `attach` turns it on
     where there are several; needed by hand with DistributedDataParallel or FSDP1 outside of accelerate."""
 
@@ -249,7 +229,7 @@ class MixedPrecisionConfig:
 
     def _check_value(self, option: dataclasses.Field[Any]) -> None:
         value = getattr(self, option.name)
-        allowed: _Allowed = option.metadata["allowed"]
+        allowed: Allowed = option.metadata["allowed"]
         if not allowed.accepts(value):
             default = getattr(option.default, "value", option.default)
             text = isinstance(value, str) and isinstance(option.default, (int, float))

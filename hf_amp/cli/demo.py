@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hf_amp.cli.demo_training import DemoResult
+    from hf_amp.config import MixedPrecisionConfig
 
 
 class Precision(str, enum.Enum):
@@ -30,7 +31,12 @@ def demo(
         Path | None, typer.Option(help="Run folder. [default: runs/demo-<date>-<time>]", show_default=False)
     ] = None,
     precision: Annotated[Precision, typer.Option(case_sensitive=False)] = Precision.FP16,
-    strategy: Annotated[str, typer.Option(help="Scaling strategy, such as DYNAMIC or CONSTANT.")] = "DYNAMIC",
+    strategy: Annotated[
+        str | None, typer.Option(help="CONSTANT, DYNAMIC (default), ADAPTIVE or PERFORMANCE_OPTIMIZED.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file with options of MixedPrecisionConfig.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of parameters and batches.")] = 0,
     real_half: Annotated[
         bool,
@@ -40,14 +46,8 @@ def demo(
     """Train a small GPT-2 on Python's help topics with a stock Trainer and one callback."""
     from rich.console import Console
 
-    from hf_amp.config import MixedPrecisionConfig
-    from hf_amp.errors import ConfigError
-
     console = Console()
-    try:
-        config = MixedPrecisionConfig.from_dict({"scaling_strategy": strategy, "emulate": not real_half})
-    except ConfigError as error:
-        raise typer.BadParameter(str(error), param_hint="--strategy") from error
+    chosen = _config(config, strategy, real_half)
     folder = output_dir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     with console.status("Loading PyTorch and Transformers ..."):
         from hf_amp.cli.demo_training import train
@@ -65,7 +65,7 @@ def demo(
         def on_step(step: int, loss: float | None) -> None:
             progress.update(bar, completed=step, loss="" if loss is None else f"loss {loss:.3f}")
 
-        result = train(precision.value, config, steps, seed, folder, on_step)
+        result = train(precision.value, chosen, steps, seed, folder, on_step)
     console.print(_summary(result))
     console.print("Look at it:")
     console.print(f"  tensorboard --logdir {folder}", highlight=False)
@@ -75,6 +75,24 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _config(file: Path | None, strategy: str | None, real_half: bool) -> MixedPrecisionConfig:
+    """The file's options, with those of the command line over them."""
+    from hf_amp.config import MixedPrecisionConfig
+    from hf_amp.errors import ConfigError
+
+    parameter = "--config"
+    try:
+        options = MixedPrecisionConfig.from_file(file).to_dict() if file else {}
+        parameter = "--strategy"
+        if strategy is not None:
+            options["scaling_strategy"] = strategy
+        if real_half:
+            options["emulate"] = False
+        return MixedPrecisionConfig.from_dict(options)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint=parameter) from error
 
 
 def _quieten_libraries() -> None:

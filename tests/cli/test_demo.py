@@ -158,3 +158,18 @@ def test_a_wrong_option_ends_at_once_and_says_what_is_allowed(tmp_path, argument
     assert arguments[0] in words(result)
     assert expected in words(result)
     assert not (tmp_path / "run").exists()
+
+
+def test_options_come_from_a_file_too(tmp_path):
+    """--config takes a YAML file; a typo in it ends at once and names the nearest option and the file."""
+    file = tmp_path / "amp.yaml"
+    file.write_text("init_scale: 256.0\nscaling_strategy: CONSTANT\n")
+    result = invoke("demo", "--steps", 1, "--config", file, "--output-dir", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert row(result, "scale") == "256 (CONSTANT)"
+    assert row(result, "step time") == "not measured: one step only"
+    file.write_text("init_scal: 256.0\n")
+    result = invoke("demo", "--config", file, "--output-dir", tmp_path / "other")
+    assert result.exit_code == 2
+    assert "init_scale" in words(result)
+    assert not (tmp_path / "other").exists()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_amp import MixedPrecisionConfig, ScalingStrategy
 from hf_amp.scaling.policy import Observation, ScalePolicy
-from hf_amp.scaling.scaler import _POLICIES
+from hf_amp.scaling.scale_keeper import POLICIES
 from hf_amp.scaling.state import read_fields, restored
 from tests.host_reads import count_host_reads
 from tests.scaling.observations import observed, scales_under
@@ -25,7 +25,7 @@ STRATEGIES = pytest.mark.parametrize("strategy", list(ScalingStrategy))
 
 
 def policy_of(strategy: ScalingStrategy, **options: object) -> ScalePolicy:
-    return _POLICIES[strategy](MixedPrecisionConfig(scaling_strategy=strategy, **options))
+    return POLICIES[strategy](MixedPrecisionConfig(scaling_strategy=strategy, **options))
 
 
 def run(policy: ScalePolicy, steps: list[Observation]) -> list[object]:

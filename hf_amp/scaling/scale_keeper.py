@@ -1,0 +1,179 @@
+"""Keeps the scale: the policy that chooses it, the policy's state, and both as a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_amp.config import MixedPrecisionConfig, PrecisionMode, ScalingStrategy
+from hf_amp.errors import ScalerError
+from hf_amp.scaling import state as state_of_policy
+from hf_amp.scaling.adaptive import AdaptiveScale
+from hf_amp.scaling.constant import ConstantScale
+from hf_amp.scaling.dynamic import DynamicScale
+from hf_amp.scaling.policy import ScalePolicy, scalar
+from hf_amp.statistics import snapshot
+
+POLICIES: Mapping[ScalingStrategy, Callable[[MixedPrecisionConfig], ScalePolicy]] = {
+    ScalingStrategy.CONSTANT: ConstantScale.from_config,
+    ScalingStrategy.DYNAMIC: DynamicScale.from_config,
+    ScalingStrategy.ADAPTIVE: AdaptiveScale.from_config,
+    ScalingStrategy.PERFORMANCE_OPTIMIZED: AdaptiveScale.from_config,
+}
+
+_log = logging.getLogger("hf_amp")
+
+
+class Companion(Protocol):
+    """What rides in the scaler's checkpoint, because Trainer and Accelerator save no other file for us."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class ScaleKeeper(torch.amp.GradScaler):
+    """The part of `AdvancedGradScaler` that has nothing to do with gradients: options, scale, counters, checkpoint."""
+
+    def __init__(self, config: MixedPrecisionConfig, device: torch.device | str) -> None:
+        super().__init__(
+            device=torch.device(device).type,
+            init_scale=config.init_scale,
+            growth_factor=config.growth_factor,
+            backoff_factor=config.backoff_factor,
+            growth_interval=config.growth_interval,
+            enabled=config.enabled,
+        )
+        self.config = config
+        self.guards_only = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
+        self.decided_steps = 0
+        self.applied_steps = 0
+        self.skipped_steps = 0
+        self.companions: dict[str, Companion] = {}
+        self._policy: ScalePolicy = (
+            ConstantScale(1.0) if self.guards_only else POLICIES[config.scaling_strategy](config)
+        )
+        self._state: Any = None
+        self._loaded_state: dict[str, float] | None = None
+
+    def flush(self) -> None:
+        """Brings the counters up to date; nothing to do where they always are."""
+
+    def get_scale(self) -> float:
+        """The scale that the next backward will use. Reads the host."""
+        if not self._enabled or self.guards_only:
+            return 1.0
+        if self._state is None:
+            return (self._loaded_state or {}).get("scale", self._init_scale)
+        return snapshot.read({"scale": self._state.scale})["scale"]
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        """Changes the growth factor from now on."""
+        self._change_options(growth_factor=new_factor)
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        """Changes the backoff factor from now on."""
+        self._change_options(backoff_factor=new_factor)
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        """Changes the growth interval from now on."""
+        self._change_options(growth_interval=new_interval)
+
+    def _change_options(self, **options: Any) -> None:
+        """Checks the options as a config would, then gives them to the policy; its state stays."""
+        self.config = dataclasses.replace(self.config, **options)
+        self._policy = POLICIES[self.config.scaling_strategy](self.config)
+        self._growth_factor = self.config.growth_factor
+        self._backoff_factor = self.config.backoff_factor
+        self._growth_interval = self.config.growth_interval
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and strings only: the stock scaler's entries, and ours under "hf_amp". Reads the host.
+
+        Call it after `update()`. Empty where the scaler is disabled, as in the stock class.
+        """
+        if not self._enabled:
+            return {}
+        self.flush()
+        if self._state is not None:
+            fields = state_of_policy.read_fields(self._state)
+        else:
+            untouched = self._policy.init_state(torch.device("cpu"))
+            fields = state_of_policy.read_fields(
+                state_of_policy.restored(untouched, self._loaded_state or {})
+            )
+        counters = {"applied_steps": self.applied_steps, "skipped_steps": self.skipped_steps}
+        plain = state_of_policy.to_plain(self.config, fields, counters)
+        plain["hf_amp"]["companions"] = {
+            name: companion.state_dict() for name, companion in self.companions.items()
+        }
+        return plain
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from `state_dict`, ours or the stock scaler's, before the first step or later.
+
+        As in the stock class the saved growth and backoff options replace the config's; where they differ, that is
+        logged. A scale outside of the bounds is clamped, which is logged too.
+
+        Raises:
+            StateError: it is not a scaler's state.
+        """
+        if not self._enabled:
+            return
+        fields, counters = state_of_policy.from_plain(state_dict, self.config)
+        saved = {
+            name: state_dict[name]
+            for name in state_of_policy.STOCK_OPTIONS
+            if state_dict.get(name, getattr(self.config, name)) != getattr(self.config, name)
+        }
+        if saved:
+            _log.warning("the loaded scaler state replaces the config's options: %s", saved)
+            self._change_options(**saved)
+        bounded = min(max(fields["scale"], self.config.min_scale), self.config.max_scale)
+        if bounded != fields["scale"]:
+            _log.warning(
+                "the loaded scale %g is out of [min_scale, max_scale]: using %g", fields["scale"], bounded
+            )
+            fields["scale"] = bounded
+        self._loaded_state = fields
+        if self._state is not None:
+            self._set_state(state_of_policy.restored(self._state, fields))
+        self.applied_steps = counters.get("applied_steps", self.applied_steps)
+        self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
+        self.decided_steps = self.applied_steps + self.skipped_steps
+        for name, companion_state in state_dict.get("hf_amp", {}).get("companions", {}).items():
+            if name in self.companions:
+                self.companions[name].load_state_dict(companion_state)
+
+    def _lazy_init_scale_growth_tracker(self, dev: torch.device | str) -> None:
+        """Puts the state on a device. The stock class's name, because accelerate's FSDP2 loading calls it."""
+        state = self._policy.init_state(torch.device(dev))
+        self._set_state(state_of_policy.restored(state, self._loaded_state or {}))
+
+    def _set_state(self, state: Any) -> None:
+        """Keeps the two attributes of the stock class, which other libraries read, in step with the policy's state."""
+        self._state = state
+        self._scale = state.scale
+        tracker = getattr(state, "growth_tracker", None)
+        self._growth_tracker = scalar(0, torch.int32, state.scale.device) if tracker is None else tracker
+
+    def _checked_scale(self, new_scale: float | Tensor) -> Tensor:
+        current: Tensor = self._state.scale
+        if isinstance(new_scale, Tensor):
+            if new_scale.numel() != 1 or new_scale.requires_grad:
+                raise ScalerError(
+                    "update(new_scale): a tensor must have one element and not require grad, got shape "
+                    f"{tuple(new_scale.shape)}; pass a float or new_scale.detach()."
+                )
+            chosen = new_scale.reshape(()).to(current)
+        elif isinstance(new_scale, (int, float)) and math.isfinite(new_scale) and new_scale > 0:
+            chosen = torch.full_like(current, new_scale)
+        else:
+            raise ScalerError(f"update(new_scale={new_scale!r}): pass a positive finite number.")
+        return chosen.clamp(self.config.min_scale, self.config.max_scale)
