@@ -85,12 +85,9 @@ class AmpSession:
 
     # ---- what integrations call -----------------------------------------------------------------------------
 
-    def adopt(self, model: nn.Module) -> bool:
-        """Remembers `model`, for the names of its parameters; False if it was known already."""
-        if model in self._models:
-            return False
+    def adopt(self, model: nn.Module) -> None:
+        """Remembers `model`, for the names of its parameters, without keeping it alive."""
         self._models.add(model)
-        return True
 
     def record(self, event: AmpEvent) -> None:
         """Gives one event to the session's list and to every sink."""
@@ -153,7 +150,7 @@ class AmpSession:
                 },
             )
         )
-        if outcome.scale <= self.config.min_scale and not self._at_floor:
+        if outcome.loss_finite and outcome.scale <= self.config.min_scale and not self._at_floor:
             self._at_floor = True
             self.record(
                 AmpEvent(

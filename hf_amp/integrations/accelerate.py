@@ -181,9 +181,12 @@ def _make_cpu_run_fp16(accelerator: Accelerator, session: AmpSession) -> None:
     if emulate:
         session.changes.set_attribute(accelerator, "autocast_handler", AutocastKwargs(enabled=False))
     context = ForwardContext(EmulatedFP16 if emulate else _half_kernels)
+    adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def adopt(model: nn.Module) -> None:
-        if session.adopt(model):
+        session.adopt(model)
+        if model not in adopted:
+            adopted.add(model)
             session.changes.call_on_undo(context.install(model))
             if not emulate:
                 handle = model.register_forward_hook(_outputs_to_fp32)

@@ -83,8 +83,11 @@ class MixedPrecisionCallback(TrainerCallback):
             f"{figures.get('skipped_steps', 0):g} skipped.",
             **figures,
         )
+        self._close_sink(self.session)
+
+    def _close_sink(self, session: AmpSession) -> None:
         if self._sink is not None:
-            self.session.sinks.remove(self._sink.write)
+            session.sinks.remove(self._sink.write)
             self._sink.close()
             self._sink = None
 
@@ -95,6 +98,7 @@ class MixedPrecisionCallback(TrainerCallback):
             if self._trainer is trainer and self._accelerator is accelerator:
                 return self.session
             self.session.detach()
+            self._close_sink(self.session)
         self.session = session = attach(accelerator, self.config)
         self._trainer, self._accelerator = trainer, accelerator
         _merge_metrics_into_logs(trainer, session, session.changes)

@@ -1,0 +1,116 @@
+"""One session: what it tells of the steps that a scaler decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_amp import (
+    AdvancedGradScaler,
+    AmpSession,
+    Cause,
+    EventKind,
+    MixedPrecisionConfig,
+    PrecisionMode,
+)
+from hf_amp.hardware import probe
+from hf_amp.monitoring.metrics import NAMES
+from hf_amp.session import EVENTS_KEPT
+from tests.reference import OverflowInBackward
+
+
+class Run:
+    """One weight under a session."""
+
+    def __init__(self, **options: Any) -> None:
+        config = MixedPrecisionConfig(**options)
+        self.scaler = AdvancedGradScaler(config, "cpu")
+        self.session = AmpSession(config, self.scaler, PrecisionMode.MIXED, probe("cpu"))
+        self.model = nn.Linear(1, 1, bias=False)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
+
+    def step(self, loss: str = "finite") -> None:
+        self.optimizer.zero_grad()
+        value = self.model(torch.ones(1, 1)).sum()
+        if loss == "overflow":
+            value = OverflowInBackward.apply(value)
+        elif loss == "nan":
+            value = value * torch.nan
+        self.scaler.scale(value).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def kinds(self) -> list[EventKind]:
+        return [event.kind for event in self.session.events]
+
+
+def test_floor_is_told_once_until_a_step_applies() -> None:
+    """At the floor and still overflowing is one event, however long it lasts, and one more after a recovery."""
+    run = Run(init_scale=2.0, min_scale=1.0)
+    for kind in ["overflow"] * 5 + ["finite"] + ["overflow"] * 3:
+        run.step(kind)
+    floors = [event for event in run.session.events if event.kind is EventKind.SCALE_AT_FLOOR]
+    assert [event.step for event in floors] == [2, 7]
+    assert "BF16 or FP32" in floors[0].message
+
+
+def test_non_finite_losses_at_the_floor_do_not_blame_the_floor() -> None:
+    """A NaN loss is never the scale's fault, at the floor neither."""
+    run = Run(init_scale=1.0, min_scale=1.0)
+    run.step("nan")
+    assert run.kinds() == [EventKind.STEP_SKIPPED]
+    assert run.session.events[0].cause is Cause.UNKNOWN
+
+
+def test_every_skip_is_one_event_with_cause_before_and_after() -> None:
+    """Skips are told in order, with the scale before and after; applied steps are not events."""
+    run = Run(init_scale=8.0)
+    for kind in ("finite", "overflow", "finite", "overflow"):
+        run.step(kind)
+    told = [(e.step, e.cause, e.before, e.after) for e in run.session.events]
+    assert told == [(2, Cause.SCALE, 8.0, 4.0), (4, Cause.SCALE, 4.0, 2.0)]
+    figures = run.session.metrics()
+    assert figures["skipped_steps_scale"] == 2
+    assert figures["skip_rate"] == 0.5
+    assert set(figures) <= NAMES
+
+
+def test_weights_are_named_when_the_model_is_known() -> None:
+    """A NaN parameter is the cause WEIGHTS, with its qualified name."""
+    run = Run()
+    run.session.adopt(run.model)
+    with torch.no_grad():
+        run.model.weight.fill_(torch.nan)
+    run.step("nan")
+    event = run.session.events[0]
+    assert event.cause is Cause.WEIGHTS
+    assert "weight among them" in event.message
+
+
+def test_step_numbers_go_on_in_a_resumed_run() -> None:
+    """After begin_at(100) the next step is the 101st, whatever the scaler has counted before."""
+    run = Run()
+    run.step()
+    run.session.begin_at(100)
+    run.step("overflow")
+    assert run.session.events[0].step == 101
+
+
+def test_events_are_bounded() -> None:
+    """A session keeps the newest 10,000 events."""
+    run = Run()
+    for _ in range(EVENTS_KEPT + 5):
+        run.session.note(EventKind.TRAINING_STARTED, "again")
+    assert len(run.session.events) == EVENTS_KEPT
+
+
+def test_detached_session_records_nothing_more() -> None:
+    """After detach the scaler goes on without it; detaching again does nothing."""
+    run = Run()
+    with run.session:
+        run.step("overflow")
+    run.session.detach()
+    run.step("overflow")
+    assert run.kinds() == [EventKind.STEP_SKIPPED, EventKind.DETACHED]
