@@ -65,6 +65,10 @@ class ScaleKeeper(torch.amp.GradScaler):
     def flush(self) -> None:
         """Brings the counters up to date; nothing to do where they always are."""
 
+    def _is_within_step(self) -> bool:
+        """Whether gradients have been examined for a step that is not over."""
+        return False
+
     def get_scale(self) -> float:
         """The scale that the next backward will use. Reads the host."""
         if not self._enabled or self.guards_only:
@@ -177,3 +181,19 @@ class ScaleKeeper(torch.amp.GradScaler):
         else:
             raise ScalerError(f"update(new_scale={new_scale!r}): pass a positive finite number.")
         return chosen.clamp(self.config.min_scale, self.config.max_scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_within_step():
+            raise ScalerError(
+                "a scaler can be pickled between update() and the next unscale_() or step(), not in between."
+            )
+        return {
+            "config": self.config.to_dict(),
+            "device": self._device,
+            "state": self.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(MixedPrecisionConfig.from_dict(state["config"]), state["device"])  # type: ignore[misc]
+        if state["state"]:
+            self.load_state_dict(state["state"])

@@ -211,6 +211,9 @@ class AdvancedGradScaler(ScaleKeeper):
             self._count(pending.outcome(), pending.optimizer)
         self._deliver()
 
+    def _is_within_step(self) -> bool:
+        return bool(self._boundaries)
+
     def _treatment_for(self, optimizer: torch.optim.Optimizer) -> Treatment:
         if self.guards_only:
             return Treatment.CHECK
@@ -281,22 +284,6 @@ class AdvancedGradScaler(ScaleKeeper):
     def _samples_now(self) -> bool:
         wanted = self._policy.needs_underflow or self.config.enable_monitoring
         return wanted and not self.guards_only and self.decided_steps % self.config.monitoring_interval == 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._boundaries:
-            raise ScalerError(
-                "a scaler can be pickled between update() and the next unscale_() or step(), not in between."
-            )
-        return {
-            "config": self.config.to_dict(),
-            "device": self._device,
-            "state": self.state_dict(),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        AdvancedGradScaler.__init__(self, MixedPrecisionConfig.from_dict(state["config"]), state["device"])
-        if state["state"]:
-            self.load_state_dict(state["state"])
 
 
 def _device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
