@@ -247,7 +247,7 @@ def test_state_resumes_exactly() -> None:
     """Saved with torch.save, loaded with weights_only=True: the rest of the run is the same, counters included."""
     model = tiny_mlp()
     optimizer = adamw(model, fused=False)
-    scaler = scaler_with(hysteresis=2, growth_interval=3)
+    scaler = scaler_with(hysteresis=2, growth_interval=5)
     pattern = [False, True, False, False, False, True, True, False, False, False, False]
     stream = losses(model, len(pattern), pattern.__getitem__)
     trajectory, resumed = [], None
@@ -256,7 +256,7 @@ def test_state_resumes_exactly() -> None:
             file = io.BytesIO()
             torch.save(scaler.state_dict(), file)
             file.seek(0)
-            resumed = scaler_with(hysteresis=2, growth_interval=3)
+            resumed = scaler_with(hysteresis=2, growth_interval=5)
             resumed.load_state_dict(torch.load(file, weights_only=True))
         one_step(scaler, loss, optimizer)
         trajectory.append(scaler.get_scale())
