@@ -107,9 +107,14 @@ class AdaptiveScale:
             least_underflow=torch.fmin(state.least_underflow, sampled),
         )
         state = self._learned_from_clean(state, x, seen, log_scale)
-        state = self._learned_from_overflow(state, at_fault, log_scale)
+        expected = self._expected(state)
+        state = state._replace(
+            proven=torch.where(seen, torch.maximum(state.proven, expected + log_scale), state.proven)
+        )
+        state = self._learned_from_overflow(state, at_fault, log_scale, expected)
 
-        target = (state.limit - MARGIN_BITS - self._expected(state)).floor()
+        expected = torch.maximum(expected, state.suspected)
+        target = (state.limit - MARGIN_BITS - expected).floor()
         target = torch.minimum(target, log_scale + STEP_BITS)
         blind = at_fault & (state.weight == 0)  # nothing is known of the gradients yet
         target = torch.where(blind, log_scale - DROP_BITS, target)
@@ -127,7 +132,7 @@ class AdaptiveScale:
     def _learned_from_clean(
         self, state: AdaptiveState, x: Tensor, seen: Tensor, log_scale: Tensor
     ) -> AdaptiveState:
-        """Takes x into moments, peak and what is proven where it was `seen`; lets what overflows taught fade."""
+        """Takes x into moments and peak where it was `seen`; lets what overflows taught fade."""
         was_blind = state.weight == 0
         x = torch.where(seen, x, -math.inf)
         past = torch.where(seen, MEMORY, 1.0)
@@ -145,7 +150,7 @@ class AdaptiveScale:
         limit = (state.limit + fade).clamp(max=LIMIT_BITS)
         limit = torch.where(too_high, would_have_been - STEP_BITS, limit)
         gone = explained | too_high
-        state = state._replace(
+        return state._replace(
             weight=past * state.weight + (1 - past),
             mean=past * state.mean + (1 - past) * known,
             square=past * state.square + (1 - past) * known.square(),
@@ -156,15 +161,12 @@ class AdaptiveScale:
             suspected=torch.where(gone, -math.inf, state.suspected - fade),
             overflowed_at=torch.where(gone, -math.inf, state.overflowed_at),
         )
-        proven = torch.maximum(state.proven, self._expected(state) + log_scale)
-        return state._replace(proven=torch.where(seen, proven, state.proven))
 
     def _learned_from_overflow(
-        self, state: AdaptiveState, at_fault: Tensor, log_scale: Tensor
+        self, state: AdaptiveState, at_fault: Tensor, log_scale: Tensor, expected: Tensor
     ) -> AdaptiveState:
         """Lowers the limit, or suspects an outlier, where an overflow is not explained by what was expected."""
         blind = state.weight == 0
-        expected = self._expected(state)
         reached = expected + log_scale
         unexplained = at_fault & ~blind & (reached <= state.limit)
         too_high = unexplained & (reached > state.proven + MARGIN_BITS)

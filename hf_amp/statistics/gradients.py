@@ -118,22 +118,25 @@ def underflow_fraction(gradients: Sequence[Tensor], number_format: NumberFormat,
         flushed arrives as zero, so zeros count as well; exact zeros of the FP32 gradient cannot be told from them.
     """
     device = gradients[0].device
-    total = sum(gradient.numel() for gradient in gradients)
-    fraction = torch.zeros((), device=device)
-    # Drawn once on the CPU for all tensors: copying them over is cheaper than a launch per tensor.
+    filled = [gradient for gradient in gradients if gradient.numel()]
+    if not filled:
+        return torch.zeros((), device=device)
+    total = sum(gradient.numel() for gradient in filled)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator)
-    positions: dict[torch.device, Tensor] = {}
-    for gradient in gradients:
-        sample = gradient.reshape(-1)
-        if sample.numel() > SAMPLES_PER_TENSOR:
-            if sample.device not in positions:
-                positions[sample.device] = drawn.to(sample.device, non_blocking=True)
-            sample = sample[positions[sample.device] % sample.numel()]
-        if sample.numel():
-            small = (sample.float().abs() < number_format.smallest_normal).float().mean()
-            fraction += small.to(device) * (gradient.numel() / total)
-    return fraction
+    positions: dict[tuple[torch.device, int], Tensor] = {}
+    samples, weights = [], []
+    for gradient in filled:
+        sample, size = gradient.reshape(-1), gradient.numel()
+        if size > SAMPLES_PER_TENSOR:
+            key = (gradient.device, size)
+            if key not in positions:
+                positions[key] = (drawn % size).to(gradient.device, non_blocking=True)
+            sample = sample[positions[key]]
+        samples.append(sample.float().to(device, non_blocking=True))
+        weights.append(torch.full((sample.numel(),), size / total / sample.numel()))
+    small = torch.cat(samples).abs_() < number_format.smallest_normal
+    return (small * torch.cat(weights).to(device, non_blocking=True)).sum()
 
 
 @torch.no_grad()
