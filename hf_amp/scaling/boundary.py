@@ -57,6 +57,8 @@ class Boundary:
     """What a folded clip limits the norm to."""
     inferred: bool = False
     """Whether `found_inf` was inferred from a norm, whose FP32 sum of squares can overflow by itself."""
+    found_while_dividing: Tensor | None = None
+    """What the unscaling kernel itself found, which stands whatever the caller makes of the gradients since."""
     stepped: bool = False
     """Whether the optimizer's step has been decided."""
     observed: bool = False
@@ -100,6 +102,8 @@ class Boundary:
         if self.treatment is Treatment.FOLD:
             self.amax = self.amax * reciprocal(self.scale)
         self.found_inf = (~self.amax.isfinite()).float()
+        if self.found_while_dividing is not None:
+            self.found_inf = torch.maximum(self.found_inf, self.found_while_dividing)
         self.inferred = False
 
     def mend_norm(self) -> None:
@@ -161,10 +165,10 @@ def examine(
     if look.sample_seed is not None and gradients:
         underflow = statistics.underflow_fraction(gradients, FP16_FORMAT, look.sample_seed)
     inverse = reciprocal(scale)
-    found_inf = None
+    found_while_dividing = None
     if treatment is Treatment.DIVIDE:
         _refuse_fp16(gradients)
-        found_inf = unscale_and_check_(gradients, inverse)
+        found_while_dividing = unscale_and_check_(gradients, inverse)
     takes_amax = look.amax or sharded or look.agree
     amax = statistics.total_amax(gradients, scale.device) if takes_amax else None
     norm = None
@@ -174,8 +178,9 @@ def examine(
         amax = None if amax is None else amax * inverse
         norm = None if norm is None else norm * inverse
     # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well.
-    evidence = (~cast(Tensor, norm if amax is None else amax).isfinite()).float()
-    found_inf = evidence if found_inf is None else torch.maximum(found_inf, evidence)
+    found_inf = (~cast(Tensor, norm if amax is None else amax).isfinite()).float()
+    if found_while_dividing is not None:
+        found_inf = torch.maximum(found_inf, found_while_dividing)
     if sharded or look.agree:
         worst, loss_non_finite, amax, underflow = _agreed(found_inf, loss_non_finite, amax, underflow)
         found_inf = cast(Tensor, worst)
@@ -190,6 +195,7 @@ def examine(
         amax=amax,
         underflow_fraction=underflow,
         inferred=not takes_amax,
+        found_while_dividing=found_while_dividing,
     )
 
 

@@ -17,7 +17,8 @@ class StepOutcome:
         grad_norm: 2-norm of the unscaled gradients before clipping; None where unknown or not finite.
         grad_amax: largest magnitude of the same; None likewise.
         underflow_fraction: share of scaled gradient elements that are zero or subnormal; None where not sampled.
-        inf_elements: infinite gradient elements of a skipped step; None where not counted.
+        inf_elements: infinite gradient elements of a skipped step, as they are when it is decided: a plain clip before
+            has made all of them NaN, a folded one has not. None where not counted.
         nan_elements: NaN gradient elements, likewise.
     """
 

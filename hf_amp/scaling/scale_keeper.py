@@ -56,11 +56,12 @@ class ScaleKeeper(torch.amp.GradScaler):
         self.applied_steps = 0
         self.skipped_steps = 0
         self.companions: dict[str, Companion] = {}
-        self._policy: ScalePolicy = (
-            ConstantScale(1.0) if self.guards_only else POLICIES[config.scaling_strategy](config)
-        )
+        self._policy = self._chosen_policy()
         self._state: Any = None
         self._loaded_state: dict[str, float] | None = None
+
+    def _chosen_policy(self) -> ScalePolicy:
+        return ConstantScale(1.0) if self.guards_only else POLICIES[self.config.scaling_strategy](self.config)
 
     def flush(self) -> None:
         """Brings the counters up to date; nothing to do where they always are."""
@@ -92,7 +93,7 @@ class ScaleKeeper(torch.amp.GradScaler):
     def _change_options(self, **options: Any) -> None:
         """Checks the options as a config would, then gives them to the policy; its state stays."""
         self.config = dataclasses.replace(self.config, **options)
-        self._policy = POLICIES[self.config.scaling_strategy](self.config)
+        self._policy = self._chosen_policy()
         self._growth_factor = self.config.growth_factor
         self._backoff_factor = self.config.backoff_factor
         self._growth_interval = self.config.growth_interval
@@ -123,7 +124,8 @@ class ScaleKeeper(torch.amp.GradScaler):
         """Continues from `state_dict`, ours or the stock scaler's, before the first step or later.
 
         As in the stock class the saved growth and backoff options replace the config's; where they differ, that is
-        logged. A scale outside of the bounds is clamped, which is logged too.
+        logged. A scale outside of the bounds is clamped, which is logged too. A guard keeps its scale of 1: it takes
+        over the counters only.
 
         Raises:
             StateError: it is not a scaler's state.
@@ -145,9 +147,10 @@ class ScaleKeeper(torch.amp.GradScaler):
                 "the loaded scale %g is out of [min_scale, max_scale]: using %g", fields["scale"], bounded
             )
             fields["scale"] = bounded
-        self._loaded_state = fields
-        if self._state is not None:
-            self._set_state(state_of_policy.restored(self._state, fields))
+        if not self.guards_only:
+            self._loaded_state = fields
+            if self._state is not None:
+                self._set_state(state_of_policy.restored(self._state, fields))
         self.applied_steps = counters.get("applied_steps", self.applied_steps)
         self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
         self.decided_steps = self.applied_steps + self.skipped_steps

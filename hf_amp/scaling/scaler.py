@@ -273,7 +273,7 @@ class AdvancedGradScaler(ScaleKeeper):
             loss_non_finite=self._loss_non_finite,
             look=Look(
                 norm=norm or (monitors and not self.guards_only),
-                amax=self._policy.needs_amax or self._samples_now(),
+                amax=self._policy.needs_amax or self._samples_now() or self._defers(optimizer),
                 sample_seed=self.decided_steps if self._samples_now() else None,
                 agree=self.config.sync_grad_scaler,
             ),

@@ -330,3 +330,44 @@ def test_gradients_that_overflow_only_when_divided_are_skipped(fused: bool, moni
     scaler.step(optimizer)
     assert parameter.item() == 1.0
     assert scaler.skipped_steps == 1
+
+
+def test_gradients_made_finite_after_unscale_are_skipped_all_the_same() -> None:
+    """As in the stock class: what unscale_ found stands, though user code has replaced the inf since."""
+    parameter = nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scaler = scaler_with(monitoring_interval=2)
+    one_step(scaler, parameter.sum(), optimizer)  # the second step takes no amax
+    optimizer.zero_grad()
+    scaler.scale(OverflowInBackward.apply(parameter.sum())).backward()
+    scaler.unscale_(optimizer)
+    parameter.grad.nan_to_num_(posinf=1.0)
+    scaler.step(optimizer)
+    assert parameter.tolist() == [0.0, 0.0]
+    assert scaler.skipped_steps == 1
+
+
+def test_guard_takes_counters_from_a_scaled_run_and_keeps_its_scale() -> None:
+    """FP16 state, with other options, loaded into a BF16 guard: the scale stays 1, steps go on, counters continue."""
+    scaled, parameter = scaler_with(growth_interval=7), nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=0.25)
+    one_step(scaled, parameter.sum(), optimizer)
+    guard = scaler_with(precision_mode="BF16")
+    guard.load_state_dict(scaled.state_dict())
+    one_step(guard, parameter.sum(), optimizer)
+    assert parameter.item() == 0.5
+    assert (guard.last_outcome.scale, guard.get_scale(), guard.applied_steps) == (1.0, 1.0, 2)
+
+
+@pytest.mark.parametrize("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
+def test_guard_is_exact_where_a_sum_of_squares_is_not(strategy: str) -> None:
+    """Finite gradients of 1e25, whose squares overflow FP32, are applied, also where the verdict stays on the device."""
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+    guard = scaler_with(precision_mode="FP32", scaling_strategy=strategy)
+    (parameter * 1e25).sum().backward()
+    guard.step(optimizer)
+    guard.update()
+    guard.flush()
+    assert parameter.tolist() == pytest.approx([-1e25] * 4)
+    assert guard.applied_steps == 1
