@@ -108,10 +108,6 @@ _STRATEGY = Allowed(
 # Options and values whose engine has not landed: each is an error, never silently ignored.
 _NOT_YET: Mapping[str, Callable[[Any], bool]] = {
     "precision_mode": lambda v: v in (PrecisionMode.FP16, PrecisionMode.DYNAMIC),
-    "automatic_fallback": bool,
-    "fallback_threshold": lambda v: v != 1e-6,
-    "fallback_window": lambda v: v != 128,
-    "recovery_steps": lambda v: v != 1000,
     "memory_efficient": bool,
     "gradient_accumulation_friendly": bool,
     "distributed_amp": bool,
@@ -190,17 +186,19 @@ class MixedPrecisionConfig:
     """FP16 on a CPU: emulate it (default: FP32 arithmetic rounded to FP16 around every matrix product, close to
     FP32's speed) or run the CPU's half kernels (False: about 20 times slower). Other devices run real FP16."""
 
-    automatic_fallback: bool = option_field(False, SWITCH)
-    """Whether modules, then the run, leave FP16 where no scale can cure an overflow."""
+    automatic_fallback: bool = option_field(True, SWITCH)
+    """Whether modules, then the whole model, leave FP16 where no scale can cure an overflow, and come back. Default on."""
 
     fallback_threshold: float = option_field(1e-6, FRACTION)
-    """Tolerated share of non-finite gradient elements among overflows that the scale does not cure."""
+    """Share of non-finite gradient elements over `fallback_window`, among the overflows that the scale does not cure, up to
+    which they only skip. Default 1e-6: one such step is enough, because a single one of 128 is 0.008."""
 
     fallback_window: int = option_field(128, STEPS)
-    """Optimizer steps over which `fallback_threshold` is judged."""
+    """Optimizer steps over which `fallback_threshold` is judged. Default 128."""
 
     recovery_steps: int = option_field(1000, STEPS)
-    """Quiet optimizer steps before a module is tried in FP16 again."""
+    """Quiet optimizer steps before what has left FP16 is tried there again; doubled by every relapse. Default 1000, at
+    which a relapse costs a thousandth of the steps at first, and ever less."""
 
     memory_efficient: bool = option_field(False, SWITCH)
     """Whether memory is preferred to speed where the two compete."""

@@ -1,4 +1,4 @@
-"""FP16 on a machine without units for it: FP32 arithmetic rounded to FP16 around every matrix product.
+"""FP16 or BF16 on a machine without units for it: FP32 arithmetic rounded to the format around every matrix product.
 
 What autocast would run in half precision runs in FP32 on operands rounded to the format, and its result is rounded
 too, forward and backward: values beyond 65504 become inf and values below 2^-25 become 0, where real FP16 has them.
@@ -8,15 +8,16 @@ What lies between two matrix products stays in FP32: an activation function of m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+import threading
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hf_amp.config import FP16_FORMAT
+from hf_amp.config import FP16_FORMAT, NumberFormat
+from hf_amp.nested import map_tensors
 
 # Source: PyTorch documentation, "Autocast Op Reference", ops that can autocast to float16, as Python sees them.
 _REDUCED_PRECISION_FUNCTIONS = frozenset(
@@ -71,27 +72,44 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, _RoundEager.apply(x, dtype))  # type: ignore[no-untyped-call]
 
 
-def _map_float32(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with every FP32 tensor in it converted. Autocast leaves other dtypes alone, and so does this."""
-    if isinstance(value, Tensor):
-        return convert(value) if value.dtype == torch.float32 else value
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_map_float32(convert, item) for item in value)
-    return value
+class EmulatedPrecision(TorchFunctionMode):
+    """Context in which the functions that autocast runs in half precision run as emulated `number_format`.
 
+    Contexts nest as autocast does: the innermost one alone acts. In FP32's nothing is rounded.
+    """
 
-class EmulatedFP16(TorchFunctionMode):
-    """Context in which the functions that autocast runs in half precision run as emulated FP16; others as they are."""
+    _innermost: ClassVar[threading.local] = (
+        threading.local()
+    )  # DataParallel calls replicas from several threads
+
+    def __init__(self, number_format: NumberFormat = FP16_FORMAT) -> None:
+        super().__init__()
+        self.number_format = number_format
+        self._outer: EmulatedPrecision | None = None
+
+    def __enter__(self) -> EmulatedPrecision:
+        self._outer = getattr(self._innermost, "mode", None)
+        self._innermost.mode = self
+        return cast(EmulatedPrecision, super().__enter__())  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        self._innermost.mode = self._outer
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _REDUCED_PRECISION_FUNCTIONS or kwargs.get("out") is not None:
-            return func(*args, **kwargs)  # `out=` is how compiled code, which rounds by itself, calls kernels
+        dtype = self.number_format.dtype
+        exact = dtype == torch.float32 or self._innermost.mode is not self
+        # `out=` is how compiled code, which rounds by itself, calls kernels.
+        if exact or func not in _REDUCED_PRECISION_FUNCTIONS or kwargs.get("out") is not None:
+            return func(*args, **kwargs)
 
         def convert(x: Tensor) -> Tensor:
-            return round_to(x, FP16_FORMAT.dtype)
+            return (
+                round_to(x, dtype) if x.dtype == torch.float32 else x
+            )  # as autocast leaves other dtypes alone
 
-        rounded = {name: _map_float32(convert, value) for name, value in kwargs.items()}
-        return _map_float32(convert, func(*_map_float32(convert, args), **rounded))
+        rounded = {name: map_tensors(convert, value) for name, value in kwargs.items()}
+        return map_tensors(convert, func(*map_tensors(convert, args), **rounded))

@@ -31,13 +31,14 @@ class EventKind(str, enum.Enum):
     DETACHED = "detached"
     STEP_SKIPPED = "step_skipped"
     SCALE_AT_FLOOR = "scale_at_floor"
+    PRECISION_CHANGED = "precision_changed"
     TRAINING_STARTED = "training_started"
     TRAINING_ENDED = "training_ended"
 
     @property
     def needs_attention(self) -> bool:
         """Whether the event is worth a console line."""
-        return self in (EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR)
+        return self in (EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR, EventKind.PRECISION_CHANGED)
 
 
 @dataclass(frozen=True)

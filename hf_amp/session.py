@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import uuid
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig, PrecisionMode
 from hf_amp.events import AmpEvent, Cause, EventKind
-from hf_amp.fallback.cause import diagnose
+from hf_amp.fallback.apply import CurrentPrecision
+from hf_amp.fallback.cause import Diagnosis
 from hf_amp.fallback.plan import PrecisionPlan
+from hf_amp.fallback.plan_keeper import PlanKeeper, Transition
 from hf_amp.hardware import Hardware
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.sinks import console
@@ -33,7 +35,7 @@ class AmpSession:
     Attributes:
         config: the options in force.
         scaler: the gradient scaler; in FP32 and BF16 it scales nothing and only guards.
-        plan: which precision runs where.
+        asked_for: the precision that the Trainer or Accelerator was given, where the plan begins.
         hardware: what the device can run.
         first_step: what the scaler's first decided step is called in events; 1, or later in a resumed run.
         folds_clipping: whether clipping by norm may fold into the optimizer step: nobody looks at gradients before it.
@@ -51,22 +53,29 @@ class AmpSession:
     ) -> None:
         self.config = config
         self.scaler = scaler
-        self.plan = PrecisionPlan(default=mode)
         self.hardware = hardware
         self.first_step = 1
         self.folds_clipping = False
         self.run_id = uuid.uuid4().hex[:12]
         self.sinks: list[Callable[[AmpEvent], None]] = [console.write]
         self.changes = ReversibleChanges()
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.asked_for = mode
+        self._keeper = PlanKeeper(config, mode, hardware, step=lambda: scaler.decided_steps + 1)
+        self.changes.call_on_undo(self._keeper.remove)
         self._monitor = PrecisionMonitor()
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
         self._at_floor = False
         self._newest_step = 0
         scaler.observers.append(self._record_step)
         scaler.companions["monitor"] = self._monitor
+        scaler.companions["fallback"] = self._keeper
 
     # ---- what people read -----------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        """Which precision runs where, now."""
+        return self._keeper.plan
 
     @property
     def events(self) -> Sequence[AmpEvent]:
@@ -85,9 +94,45 @@ class AmpSession:
 
     # ---- what integrations call -----------------------------------------------------------------------------
 
-    def adopt(self, model: nn.Module) -> None:
-        """Remembers `model`, for the names of its parameters, without keeping it alive."""
-        self._models.add(model)
+    def adopt(self, model: nn.Module, entry_point: nn.Module | None = None) -> None:
+        """Lets `model` follow the plan, and a skipped step of it be diagnosed, without keeping it alive.
+
+        Args:
+            model: the model itself, unwrapped.
+            entry_point: what is called in its place, such as a DistributedDataParallel or compiled module around it.
+        """
+        self.changes.call_on_undo(
+            self._keeper.adopt(model, entry_point if entry_point is not None else model)
+        )
+
+    @property
+    def current_precision(self) -> CurrentPrecision:
+        """Gives, at every call, a new context of the plan's default as it is by then."""
+        return self._keeper.runner.current
+
+    def follow_default(self, change: Callable[[PrecisionMode], None]) -> None:
+        """Has `change` called with every new default of the plan, for models that do not enter it by themselves."""
+        self._keeper.runner.on_default_change.append(change)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A context in which a forward pass runs in the plan's default precision, for loops without accelerate."""
+        return self.current_precision()
+
+    def recover(self, error: BaseException) -> bool:
+        """Whether the step that raised `error` can be tried again, because the plan that caused it is withdrawn.
+
+        That is where memory ran out under a plan that had just widened precision: the former plan is in force again,
+        and the gradients of the adopted models are cleared. Several processes cannot recover so: the others wait in
+        backward for the one that failed.
+        """
+        withdrawn = self._keeper.recover_from(error)
+        if withdrawn is None:
+            return False
+        self.scaler.abandon_step()
+        for model in self._keeper.runner.models():
+            model.zero_grad(set_to_none=True)
+        self._follow(withdrawn, None, None)
+        return True
 
     def record(self, event: AmpEvent) -> None:
         """Gives one event to the session's list and to every sink."""
@@ -132,9 +177,10 @@ class AmpSession:
                 outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction
             )
             self._at_floor = False
+            self._follow(self._keeper.note_applied(), None, None)
             return
         next_scale = self.scaler.get_scale()
-        diagnosis = diagnose(outcome.loss_finite, self._named_parameters(optimizer))
+        diagnosis = self._diagnose(outcome, next_scale, optimizer)
         self._monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
         self.record(
             AmpEvent(
@@ -143,6 +189,7 @@ class AmpSession:
                 cause=diagnosis.cause,
                 before=outcome.scale,
                 after=next_scale,
+                modules=diagnosis.modules,
                 message=diagnosis.message,
                 figures={
                     "inf_elements": outcome.inf_elements,
@@ -150,21 +197,80 @@ class AmpSession:
                 },
             )
         )
-        if outcome.loss_finite and outcome.scale <= self.config.min_scale and not self._at_floor:
-            self._at_floor = True
-            self.record(
-                AmpEvent(
-                    step=step,
-                    kind=EventKind.SCALE_AT_FLOOR,
-                    cause=Cause.UNKNOWN,
-                    before=outcome.scale,
-                    after=next_scale,
-                    message="the gradients overflow even at the smallest scale, so the scale is not the cause; "
-                    "train in BF16 or FP32 and look for activations beyond 65504.",
-                )
+        self._tell_of_floor(step, outcome, next_scale)
+        fraction = _non_finite_fraction(outcome, optimizer)
+        self._follow(self._keeper.note_skipped(diagnosis, fraction), diagnosis.cause, outcome.scale)
+
+    def _diagnose(
+        self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
+    ) -> Diagnosis:
+        parameters = self._named_parameters(optimizer)
+        diagnosis = self._keeper.diagnose(
+            outcome.attempt, outcome.loss_finite, parameters, agree=self.scaler.config.sync_grad_scaler
+        )
+        gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
+        return self._keeper.blame_backward(diagnosis, outcome.scale, next_scale, gradients)
+
+    def _tell_of_floor(self, step: int, outcome: StepOutcome, next_scale: float) -> None:
+        if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
+            return
+        self._at_floor = True
+        self.record(
+            AmpEvent(
+                step=step,
+                kind=EventKind.SCALE_AT_FLOOR,
+                cause=Cause.UNKNOWN,
+                before=outcome.scale,
+                after=next_scale,
+                message="the gradients overflow even at the smallest scale, so the scale is not the cause; "
+                "train in BF16 or FP32 and look for activations beyond 65504.",
             )
+        )
+
+    def _follow(self, transition: Transition | None, cause: Cause | None, skipped_at: float | None) -> None:
+        """Tells of a change of plan, and sees to the scale, which was not to blame for it.
+
+        Args:
+            skipped_at: the scale of the skipped step that led to the change; None where the plan goes back.
+        """
+        if transition is None:
+            return
+        keeper, before, after = self._keeper, transition.before, transition.after
+        self._monitor.record_plan(len(after.modules))
+        if skipped_at is not None:
+            self.scaler.set_scale(skipped_at)
+            if before.default is not after.default and keeper.scale_at_rest is None:
+                keeper.scale_at_rest = skipped_at
+        elif keeper.scale_at_rest is not None and after.default is self.asked_for:
+            self.scaler.set_scale(min(keeper.scale_at_rest, self.scaler.get_scale()))
+            keeper.scale_at_rest = None
+        self.record(
+            AmpEvent(
+                step=self._newest_step,
+                kind=EventKind.PRECISION_CHANGED,
+                cause=cause,
+                before=_precision_in(before, transition.modules),
+                after=_precision_in(after, transition.modules),
+                modules=transition.modules,
+                message=transition.message,
+            )
+        )
 
     def _named_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-        names = {p: name for model in self._models for name, p in model.named_parameters()}
+        names = {p: name for name, p in self._keeper.runner.named_parameters()}
         held = [p for group in optimizer.param_groups for p in group["params"]]
         return [(names.get(p, f"parameter {index}"), p) for index, p in enumerate(held)]
+
+
+def _precision_in(plan: PrecisionPlan, modules: tuple[str, ...]) -> str:
+    """The precision of `modules`, or of the whole model, under `plan`."""
+    return (plan.modules.get(modules[0], plan.default) if modules else plan.default).value
+
+
+def _non_finite_fraction(outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> float:
+    """Share of the step's gradient elements that are not finite; 1 where they were not counted."""
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    total: int = sum(p.grad.numel() for p in held)
+    if outcome.inf_elements is None or outcome.nan_elements is None or not total:
+        return 1.0
+    return (outcome.inf_elements + outcome.nan_elements) / total

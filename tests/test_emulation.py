@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_amp.emulation import EmulatedFP16, round_to
+from hf_amp.emulation import EmulatedPrecision, round_to
 from hf_amp.forward_context import ForwardContext
 
 
@@ -47,7 +47,7 @@ def test_zero_fractions_and_overflowing_scales_are_those_of_real_half(activation
     underflows = False
     for exponent in range(smallest, 27, 2):
         real = scaled_gradients(model, tokens, 2.0**exponent, torch.autocast("cpu", torch.float16))
-        emulated = scaled_gradients(model, tokens, 2.0**exponent, EmulatedFP16())
+        emulated = scaled_gradients(model, tokens, 2.0**exponent, EmulatedPrecision())
         for name, gradient in (("real", real), ("emulated", emulated)):
             if not gradient.isfinite().all():
                 overflowing[name].add(exponent)
@@ -63,7 +63,7 @@ def test_forward_is_close_to_real_half() -> None:
     """The loss of a forward pass agrees with CPU half kernels to FP16's precision, and differs from FP32's."""
     model, tokens = tiny_gpt2(), torch.arange(16)[None]
     values = []
-    for context in (nullcontext(), torch.autocast("cpu", torch.float16), EmulatedFP16()):
+    for context in (nullcontext(), torch.autocast("cpu", torch.float16), EmulatedPrecision()):
         with context:
             values.append(model(input_ids=tokens, labels=tokens).loss.item())
     fp32, real, emulated = values
@@ -85,7 +85,7 @@ def test_forward_is_close_to_real_half() -> None:
 def test_products_beyond_65504_become_inf(product: object) -> None:
     """300 * 300 is 90000, which FP16 does not have; other functions keep it."""
     a = torch.full((2, 1), 300.0)
-    with EmulatedFP16():
+    with EmulatedPrecision():
         assert product(a, a.T).isinf().all()
         assert (a * a).eq(90000.0).all()
 
@@ -114,7 +114,7 @@ class TwoStages(nn.Module):
 
 
 def gradients_inside_context(model: nn.Module) -> list[Tensor]:
-    remove = ForwardContext(EmulatedFP16).install(model)
+    remove = ForwardContext(EmulatedPrecision).install(model)
     x = torch.linspace(-1, 1, 32).reshape(4, 8)
     model(x).square().sum().backward()
     remove()
@@ -133,7 +133,7 @@ def test_gradient_checkpointing_recomputes_in_the_same_precision() -> None:
 def test_compiled_model_rounds_as_the_eager_one() -> None:
     """Inductor, which drops casts to FP16 and back, does not drop ours."""
     eager = TwoStages(recompute=False)
-    ForwardContext(EmulatedFP16).install(eager)
+    ForwardContext(EmulatedPrecision).install(eager)
     x = torch.linspace(-1, 1, 32).reshape(4, 8)
     compiled = torch.compile(eager)
     assert torch.allclose(compiled(x), eager(x), rtol=0, atol=1e-6)
@@ -143,7 +143,7 @@ def test_compiled_model_rounds_as_the_eager_one() -> None:
 def test_exception_leaves_the_context_clean() -> None:
     """After a forward pass that raised, nothing outside of the model is rounded."""
     model = TwoStages(recompute=False)
-    ForwardContext(EmulatedFP16).install(model)
+    ForwardContext(EmulatedPrecision).install(model)
     with pytest.raises(RuntimeError):
         model(torch.ones(4, 5))
     a = torch.full((2, 1), 300.0)
@@ -155,7 +155,7 @@ def test_removal_leaves_no_hook() -> None:
     model = TwoStages(recompute=False)
     x = torch.ones(2, 8) / 3
     expected = model(x)
-    remove = ForwardContext(EmulatedFP16).install(model)
+    remove = ForwardContext(EmulatedPrecision).install(model)
     assert not torch.equal(model(x), expected)
     remove()
     assert torch.equal(model(x), expected)
@@ -166,7 +166,7 @@ def test_removal_leaves_no_hook() -> None:
 def test_copies_are_emulated_on_their_own(copier: object) -> None:
     """A deep copy or unpickled model computes as its original does, also after that one's removal."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    remove = ForwardContext(EmulatedFP16).install(model)
+    remove = ForwardContext(EmulatedPrecision).install(model)
     x = torch.ones(2, 8) / 3
     expected = model(x)
     twin = copier(model)

@@ -6,7 +6,7 @@ import pytest
 
 from hf_amp import AmpEvent, Cause, EventKind
 
-ATTENTION = {EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR}
+ATTENTION = {EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR, EventKind.PRECISION_CHANGED}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(AmpEvent)])
@@ -42,7 +42,7 @@ def test_equal_events_are_equal():
 
 @pytest.mark.parametrize("kind", EventKind)
 def test_only_trouble_needs_attention(kind):
-    """Skipped steps and a scale at its floor ask for attention; starting and ending do not."""
+    """Skipped steps, a scale at its floor and a change of precision ask for attention; starting and ending do not."""
     assert kind.needs_attention == (kind in ATTENTION)
 
 

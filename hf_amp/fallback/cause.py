@@ -2,61 +2,171 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_amp.config import FP16_FORMAT
 from hf_amp.events import Cause
+from hf_amp.fallback.apply import CurrentPrecision
+from hf_amp.fallback.locate import ForwardFindings, locate
+from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.nested import tensors_in
 from hf_amp.statistics import snapshot
+
+SCALE_IS_CURING = (
+    "the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in the "
+    "first steps of a run; nothing to do."
+)
+MENTIONED = 3
+"""Names that a sentence mentions; the event has all."""
 
 
 class Diagnosis(NamedTuple):
-    """A cause, and a sentence that says what to do."""
+    """A cause, a sentence that says what to do, and the qualified names of the modules to blame."""
 
     cause: Cause
     message: str
+    modules: tuple[str, ...] = ()
 
 
-def diagnose(loss_finite: bool | None, parameters: Iterable[tuple[str, Tensor]]) -> Diagnosis:
-    """The cause of a step whose gradients were not finite.
+def diagnose(
+    loss_finite: bool | None,
+    parameters: Iterable[tuple[str, Tensor]],
+    forwards: Sequence[RecordedForward],
+    current: CurrentPrecision,
+    name_of: Callable[[nn.Module], str],
+) -> Diagnosis:
+    """Looks closer at a step whose gradients were not finite: the parameters, the batch, the forward pass once more.
 
-    A finite loss shows that forward was sound, so the scale was too large for backward. A non-finite loss is never
-    the scale's fault: the parameters are looked at, which costs one read of them and one of the host.
+    Costs a read of the parameters, and one more forward pass per micro-batch until one shows the cause.
 
     Args:
         loss_finite: whether every loss behind the gradients was finite before scaling; None where nothing was
             scaled (BF16, FP32), and so no loss was seen.
         parameters: (qualified name, parameter) of what the optimizer holds.
+        forwards: the forward passes behind the gradients.
+        current: the precision that they ran in.
+        name_of: gives what stands before the names of a model's modules.
     """
-    if loss_finite:
-        return Diagnosis(
-            Cause.SCALE,
-            "the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal "
-            "in the first steps of a run; nothing to do.",
-        )
-    poisoned = _non_finite_names(parameters)
+    poisoned = non_finite_names(parameters)
     if poisoned:
         return Diagnosis(
             Cause.WEIGHTS,
             f"{len(poisoned)} parameters already hold non-finite values, {poisoned[0]} among them; no step can mend "
             "that. Go back to the last good checkpoint.",
         )
-    if loss_finite is None:
-        return Diagnosis(
-            Cause.UNKNOWN,
-            "the gradients were not finite, and there is no loss scale to blame. Look at this step's batch (NaN, "
-            "empty inputs, every label ignored) and at the loss function.",
-        )
+    for forward in forwards:
+        described = _describe_input(forward)
+        if described:
+            return Diagnosis(
+                Cause.INPUT,
+                f"the batch {described}; no precision can cure that. Mend the data, or drop such batches.",
+            )
+    findings = []
+    for forward in forwards:
+        found = locate(forward, current)
+        findings.append(found)
+        if found.overflowing:
+            prefix = name_of(forward.model)
+            return _activation(tuple(".".join(filter(None, (prefix, n))) for n in found.overflowing))
+        if found.unsound is not None:
+            return _unsound(found, forward)
+    return _nothing_found(loss_finite, findings)
+
+
+def _activation(names: tuple[str, ...]) -> Diagnosis:
+    which = ", ".join(name or "the model's own forward" for name in names[:MENTIONED])
+    more = f" and {len(names) - MENTIONED} more" if len(names) > MENTIONED else ""
     return Diagnosis(
-        Cause.UNKNOWN,
-        "the loss was not finite before it was scaled, so no scale can cure it. Look at this step's batch (NaN, empty "
-        "inputs, every label ignored), at the loss function, and for activations beyond 65504.",
+        Cause.ACTIVATION,
+        f"a forward value left the range of FP16 (±{FP16_FORMAT.largest:.0f}) in {which}{more}, from finite inputs; no "
+        "scale can cure that, FP32 or BF16 does.",
+        names,
     )
 
 
-def _non_finite_names(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
+def _unsound(found: ForwardFindings, forward: RecordedForward) -> Diagnosis:
+    if found.only_loss:
+        return Diagnosis(
+            Cause.LOSS, f"the model's outputs are finite, its loss is not: {_why_loss(forward)}."
+        )
+    where = found.unsound or "the model's own forward"
+    return Diagnosis(
+        Cause.UNKNOWN,
+        f"{where} gives non-finite values from finite ones in FP32 too, so precision is not to blame: look there for a "
+        "division by zero, a log or root of zero, or an empty mean.",
+    )
+
+
+def _why_loss(forward: RecordedForward) -> str:
+    labels = [x for name, x in _named_inputs(forward) if "label" in name and not x.is_floating_point()]
+    if labels and snapshot.read({"any": torch.stack([(x >= 0).any() for x in labels]).any()})["any"] == 0:
+        return "every label of the batch is ignored (-100), and a mean over none is NaN; mend the data"
+    return "look at the loss function (log or division by zero) and at this step's labels"
+
+
+def _nothing_found(loss_finite: bool | None, findings: Sequence[ForwardFindings]) -> Diagnosis:
+    failed = next((found.error for found in findings if found.error), None)
+    if loss_finite:
+        return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
+    if failed is not None or not findings:
+        why = f"failed ({failed})" if failed else "is not possible: no forward pass was seen"
+        return Diagnosis(
+            Cause.UNKNOWN,
+            f"a closer look {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "
+            "function, and for activations beyond 65504.",
+        )
+    if loss_finite is None:
+        return Diagnosis(
+            Cause.UNKNOWN,
+            "the forward pass is sound, the gradients are not, and there is no loss scale to blame. Look at the loss "
+            "function, and for a root or division at zero, whose derivative is infinite.",
+        )
+    if not any(found.returns_loss for found in findings):
+        return Diagnosis(
+            Cause.LOSS,
+            "the model's outputs are finite, the loss made from them is not: look at the loss function (log or "
+            "division by zero) and at this step's labels.",
+        )
+    return Diagnosis(
+        Cause.UNKNOWN,
+        "the loss was not finite, but the same batch gives finite values now: dropout drew anew, or the loss is made "
+        "outside of the model. Look at the loss function and at this step's labels.",
+    )
+
+
+def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of those that hold inf or NaN, in order. One host read."""
     with torch.no_grad():
-        flags = {name: ~(p._values() if p.is_sparse else p).isfinite().all() for name, p in parameters}
+        flags = {name: ~(x._values() if x.is_sparse else x).isfinite().all() for name, x in tensors}
     return [name for name, flag in snapshot.read(flags).items() if flag] if flags else []
+
+
+def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor that the model was called with, positional ones under their parameter's name."""
+
+    names = list(inspect.signature(type(forward.model).forward).parameters)[1:]
+    positional: dict[str, Any] = dict(zip(names, forward.arguments, strict=False))
+    return list(tensors_in({**positional, **forward.options}))
+
+
+def _describe_input(forward: RecordedForward) -> str | None:
+    """What is wrong with the first bad tensor of the batch, or None. One host read."""
+    inputs = [(name, x) for name, x in _named_inputs(forward) if x.is_floating_point()]
+    if not inputs:
+        return None
+    flags: dict[str, Tensor] = {}
+    for name, x in inputs:
+        flags[f"NaN {name}"] = x.isnan().any()
+        # Additive attention masks hold -inf by design.
+        masks = "mask" in name or "bias" in name
+        flags[f"inf {name}"] = (x.isposinf() if masks else x.isinf()).any()
+    for key, flag in snapshot.read(flags).items():
+        if flag:
+            kind, name = key.split(" ", 1)
+            return f"holds {kind} in {name}"
+    return None

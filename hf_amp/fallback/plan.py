@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from hf_amp.config import PrecisionMode
 
@@ -15,8 +16,46 @@ class PrecisionPlan:
 
     Attributes:
         default: precision of every module that `modules` does not name.
-        modules: qualified module name → precision. Read-only.
+        modules: qualified module name → precision, which holds for what is inside of the module too. Read-only.
     """
 
     default: PrecisionMode
     modules: Mapping[str, PrecisionMode] = field(default_factory=lambda: MappingProxyType({}))
+
+    def with_default(self, default: PrecisionMode) -> PrecisionPlan:
+        """The same modules under another default."""
+        return PrecisionPlan(default, self.modules)
+
+    def with_modules(self, names: Iterable[str], precision: PrecisionMode) -> PrecisionPlan:
+        """The same, with the modules of these names in `precision`."""
+        return PrecisionPlan(
+            self.default, MappingProxyType({**self.modules, **dict.fromkeys(names, precision)})
+        )
+
+    def without_modules(self, names: Iterable[str]) -> PrecisionPlan:
+        """The same, with the modules of these names back in the default."""
+        gone = set(names)
+        kept = {name: precision for name, precision in self.modules.items() if name not in gone}
+        return PrecisionPlan(self.default, MappingProxyType(kept))
+
+    def holds(self, name: str) -> bool:
+        """Whether the module of this name, or one that it is inside of, is among `modules`."""
+        return any(name == held or name.startswith(f"{held}.") for held in self.modules)
+
+    def describe(self) -> str:
+        """One phrase."""
+        inside = f" with {len(self.modules)} in FP32" if self.modules else ""
+        return f"{self.default.value}{inside}"
+
+    def to_plain(self) -> dict[str, Any]:
+        """Strings only, for checkpoints."""
+        return {
+            "default": self.default.value,
+            "modules": {name: precision.value for name, precision in self.modules.items()},
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> PrecisionPlan:
+        """The plan that `to_plain` gave `plain` for."""
+        modules = {name: PrecisionMode(value) for name, value in plain["modules"].items()}
+        return cls(PrecisionMode(plain["default"]), MappingProxyType(modules))

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import AutocastKwargs, DistributedType, convert_outputs_to_fp32
-from torch import nn
+from accelerate.utils import DistributedType
 
 from hf_amp.config import MixedPrecisionConfig, PrecisionMode
-from hf_amp.emulation import EmulatedFP16
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
-from hf_amp.forward_context import ForwardContext
 from hf_amp.hardware import probe
+from hf_amp.integrations.adoption import adopt_models, lead_autocast
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
@@ -61,8 +59,8 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
         if not scaler.guards_only:
             _scale_losses(accelerator, session)
             _fold_clipping(accelerator, session, adopted)
-            if device.type == "cpu":
-                _make_cpu_run_fp16(accelerator, session)
+        adopt_models(accelerator, session)
+        lead_autocast(accelerator, session)
     session.note(
         EventKind.ATTACHED,
         f"hf_amp is attached: {session.what_runs() if config.enabled else 'disabled by the config'}.",
@@ -173,51 +171,6 @@ def _holds_exactly(optimizer: torch.optim.Optimizer, parameters: list[torch.Tens
     return held == {id(p) for p in parameters if p.grad is not None}
 
 
-def _make_cpu_run_fp16(accelerator: Accelerator, session: AmpSession) -> None:
-    """Makes "fp16" mean FP16 on a CPU, where accelerate builds neither scaler nor autocast and runs FP32."""
-    emulate = session.config.emulate
-    # With it set, accelerate unscales before clipping; its own autocast is kept out, ours is entered by hooks.
-    session.changes.set_attribute(accelerator, "native_amp", True)
-    if emulate:
-        session.changes.set_attribute(accelerator, "autocast_handler", AutocastKwargs(enabled=False))
-    context = ForwardContext(EmulatedFP16 if emulate else _half_kernels)
-    adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-    def adopt(model: nn.Module) -> None:
-        session.adopt(model)
-        if model not in adopted:
-            adopted.add(model)
-            session.changes.call_on_undo(context.install(model))
-            if not emulate:
-                handle = model.register_forward_hook(_outputs_to_fp32)
-                session.changes.call_on_undo(handle.remove)
-
-    for prepared in prepared_models(accelerator):
-        adopt(accelerator.unwrap_model(prepared))
-
-    prepare_model = accelerator.prepare_model
-
-    @functools.wraps(prepare_model)
-    def adopt_and_prepare(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        adopt(accelerator.unwrap_model(model))
-        accelerator.native_amp = False
-        try:
-            return prepare_model(model, *args, **kwargs)
-        finally:
-            accelerator.native_amp = True
-
-    session.changes.set_attribute(accelerator, "prepare_model", adopt_and_prepare)
-
-
-def _half_kernels() -> torch.autocast:
-    return torch.autocast("cpu", torch.float16)
-
-
-def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:
-    """As accelerate does on other devices."""
-    return convert_outputs_to_fp32(lambda: output)()
-
-
 # ---- private names of accelerate and torch, each read in one place; tests/contract fails by name if one goes -------------
 
 
@@ -229,11 +182,6 @@ def prepared_optimizers(accelerator: Accelerator) -> list[AcceleratedOptimizer]:
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether anybody has registered a hook that runs before `optimizer.step`, and may look at gradients there."""
     return bool(optimizer._optimizer_step_pre_hooks)
-
-
-def prepared_models(accelerator: Accelerator) -> list[nn.Module]:
-    """The models that `accelerator` has prepared."""
-    return list(accelerator._models)
 
 
 def replace_scaler(optimizer: AcceleratedOptimizer, scaler: torch.amp.GradScaler | None) -> None:

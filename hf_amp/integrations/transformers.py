@@ -56,7 +56,6 @@ class MixedPrecisionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         session = self._attach_to(calling_trainer(self))
-        session.adopt(kwargs["model"])
         session.begin_at(state.global_step)
         if self.config.fold_clipping is None:
             session.folds_clipping = not _others_look_at_gradients(calling_trainer(self), self)

@@ -60,6 +60,8 @@ CATALOGUE: tuple[Metric, ...] = (
     ),
     Metric("inf_elements", "elements", "infinite gradient elements in the newest skipped step", "read the cause"),
     Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause"),
+    Metric("transitions", "changes", "changes of the precision plan since the run began", "one after another: read the events"),
+    Metric("modules_in_fp32", "modules", "modules that the plan runs in FP32 inside of a half-precision run", "most of the model: train in BF16"),
 )  # fmt: skip
 
 NAMES = frozenset(metric.name for metric in CATALOGUE)

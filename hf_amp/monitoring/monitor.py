@@ -26,6 +26,8 @@ class PrecisionMonitor:
     underflow_fraction: float | None = None
     inf_elements: int | None = None
     nan_elements: int | None = None
+    transitions: int = 0
+    modules_in_fp32: int = 0
 
     def record_applied(
         self,
@@ -50,6 +52,11 @@ class PrecisionMonitor:
         self.scale, self.grad_norm, self.grad_amax = next_scale, None, None
         self.inf_elements, self.nan_elements = inf_elements, nan_elements
 
+    def record_plan(self, modules_in_fp32: int) -> None:
+        """One change of plan."""
+        self.transitions += 1
+        self.modules_in_fp32 = modules_in_fp32
+
     @property
     def skipped_steps(self) -> int:
         """Skipped steps of every cause."""
@@ -73,6 +80,8 @@ class PrecisionMonitor:
             "underflow_fraction": self.underflow_fraction,
             "inf_elements": self.inf_elements,
             "nan_elements": self.nan_elements,
+            "transitions": self.transitions,
+            "modules_in_fp32": self.modules_in_fp32,
         }
         return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 

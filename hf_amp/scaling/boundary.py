@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hf_amp.config import FP16_FORMAT
 from hf_amp.errors import ScalerError
-from hf_amp.scaling import agreement
 from hf_amp.scaling.unscale import multiply_, reciprocal, unscale_and_check_
+from hf_amp.statistics import agreement
 from hf_amp.statistics import gradients as statistics
 
 

@@ -78,6 +78,11 @@ class ScaleKeeper(torch.amp.GradScaler):
             return (self._loaded_state or {}).get("scale", self._init_scale)
         return snapshot.read({"scale": self._state.scale})["scale"]
 
+    def set_scale(self, scale: float) -> None:
+        """Makes `scale`, clamped to the bounds, that of the next backward. A guard keeps its scale of 1. No host read."""
+        if self._enabled and not self.guards_only and self._state is not None:
+            self._set_state(self._state._replace(scale=self._checked_scale(scale)))
+
     def set_growth_factor(self, new_factor: float) -> None:
         """Changes the growth factor from now on."""
         self._change_options(growth_factor=new_factor)

@@ -204,6 +204,11 @@ class AdvancedGradScaler(ScaleKeeper):
             self._loss_non_finite = None
         self._deliver()
 
+    def abandon_step(self) -> None:
+        """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
+        self._boundaries.clear()
+        self._loss_non_finite = None
+
     def flush(self) -> None:
         """Waits for verdicts that are still on the device and delivers them; nothing to do unless steps defer."""
         while self._pending:

@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
 from hf_amp.cli.demo_training import help_topics
 from hf_amp.config import FP16_FORMAT
-from hf_amp.emulation import EmulatedFP16
+from hf_amp.emulation import EmulatedPrecision
 from tests.benchmarks.measuring import write
 from tests.benchmarks.scaling_rules import HistogramRule, HysteresisRule, LogMaxRule, RuleScaler
 
@@ -66,7 +66,7 @@ def train(make_scaler: Callable[[], Any] | None, steps: int) -> dict[str, float]
     scaler = make_scaler() if make_scaler else AdvancedGradScaler(MixedPrecisionConfig(enabled=False))
     losses, underflow, skipped = [], [], 0
     for step, batch in enumerate(batches):
-        with EmulatedFP16() if make_scaler else nullcontext():
+        with EmulatedPrecision() if make_scaler else nullcontext():
             loss = model(input_ids=batch, labels=batch).loss
         losses.append(loss.item())
         outlier = (step + 1) % OUTLIER_EVERY == 0

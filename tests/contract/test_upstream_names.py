@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback
 
-from hf_amp.integrations.accelerate import prepared_models, prepared_optimizers, replace_scaler
+from hf_amp.integrations.accelerate import prepared_optimizers, replace_scaler
+from hf_amp.integrations.adoption import forward_before_autocast, prepared_models
 
 
 def test_torch_has_the_unscale_kernel() -> None:
@@ -43,6 +44,17 @@ def test_accelerate_lists_what_it_prepared() -> None:
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert prepared_models(accelerator) == [model]
     assert prepared_optimizers(accelerator) == [optimizer]
+
+
+@pytest.mark.usefixtures("fresh_accelerator_state")
+def test_accelerate_keeps_the_forward_that_it_wraps() -> None:
+    """`_original_forward` is the model's own, which does not enter autocast."""
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    plain = forward_before_autocast(model)
+    assert "_original_forward" in vars(model)
+    assert plain is torch.nn.Linear.forward
+    assert model(torch.full((1, 2), 1 / 3)).equal(plain(model, torch.full((1, 2), 1 / 3))) is False
 
 
 def test_accelerate_optimizer_takes_another_scaler_by_its_pickling_protocol() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 from torch import nn
 
@@ -15,13 +14,7 @@ import hf_amp
 from hf_amp import AttachError, MixedPrecisionConfig
 from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot, tiny_mlp
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator_state() -> Any:
-    """Accelerators share their state within a process: each test starts and ends without."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
 
 def run(order: str, fused: bool, overflowing: int | None = 2, **options: Any) -> dict[str, Any]:

@@ -26,8 +26,9 @@ def record(monitor: PrecisionMonitor, steps: str) -> None:
 
 
 def test_before_the_first_step_nothing_but_the_counts_is_known(monitor):
-    """A new monitor reports two zeros, and no rate, scale or norm."""
-    assert monitor.metrics() == {"applied_steps": 0, "skipped_steps": 0}
+    """A new monitor reports zeros, and no rate, scale or norm."""
+    counts = ("applied_steps", "skipped_steps", "transitions", "modules_in_fp32")
+    assert monitor.metrics() == dict.fromkeys(counts, 0)
 
 
 @pytest.mark.parametrize("steps", ["a", "s", "aaas", "sswwwua", "ssssiiillluuuaaaaaaaa"])
@@ -76,7 +77,8 @@ def test_norms_come_back_with_the_next_applied_step(monitor):
 def test_what_was_not_measured_is_absent(monitor):
     """With monitoring off there are counts and the scale, nothing else."""
     monitor.record_applied(4.0, None, None, None)
-    assert set(monitor.metrics()) == {"scale", "applied_steps", "skipped_steps", "skip_rate"}
+    counts = {"applied_steps", "skipped_steps", "transitions", "modules_in_fp32"}
+    assert set(monitor.metrics()) == {"scale", "skip_rate"} | counts
 
 
 def test_a_sampled_figure_stays_until_the_next_sample(monitor):

@@ -1,0 +1,157 @@
+"""Makes models run under a plan: a context around each forward pass, never a converted parameter."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_amp.config import NumberFormat, PrecisionMode
+from hf_amp.emulation import EmulatedPrecision
+from hf_amp.fallback.plan import PrecisionPlan
+from hf_amp.forward_context import InnerForwardContext
+
+
+@dataclass(frozen=True)
+class PrecisionEntry:
+    """How a precision is entered on one device.
+
+    Attributes:
+        device_type: such as "cuda".
+        emulate: round FP32 arithmetic to the format instead of running its kernels.
+    """
+
+    device_type: str
+    emulate: bool
+
+    def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
+        """A new context manager in which what autocast would cast runs in `precision`, whatever is around it."""
+        number_format = NumberFormat.of(precision)
+        if self.emulate:
+            return EmulatedPrecision(number_format)
+        if number_format.dtype == torch.float32:
+            return torch.autocast(self.device_type, enabled=False)
+        return torch.autocast(self.device_type, number_format.dtype)
+
+
+class CurrentPrecision:
+    """Gives the context of the plan's default, whatever that is by then. Copies of a model share it."""
+
+    def __init__(self, entry: PrecisionEntry, mode: PrecisionMode) -> None:
+        self.entry = entry
+        self.mode = mode
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        return self.entry.context(self.mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CurrentPrecision:
+        return self
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """Gives the context of one precision; picklable, because it goes with the hooks of a module."""
+
+    entry: PrecisionEntry
+    precision: PrecisionMode
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        return self.entry.context(self.precision)
+
+
+class PlanRunner:
+    """The models of a run, and the plan that their forward passes follow.
+
+    A module that the plan names runs inside a context of its own: FP32 kernels on FP32 copies of its half-precision
+    arguments. Where the whole model changes, `current` gives another context from then on, and `on_default_change`
+    is called for models that do not enter `current` by themselves.
+
+    Attributes:
+        current: the context of the default, for whoever runs a forward pass.
+        on_default_change: called with the new default.
+    """
+
+    def __init__(self, entry: PrecisionEntry, default: PrecisionMode) -> None:
+        self.entry = entry
+        self.current = CurrentPrecision(entry, default)
+        self.on_default_change: list[Callable[[PrecisionMode], None]] = []
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._inner: dict[str, Callable[[], None]] = {}
+        self._host = default
+        self._plan = PrecisionPlan(default)
+
+    def adopt(self, model: nn.Module) -> None:
+        """Lets `model` follow the plan, without keeping it alive. Harmless when called again."""
+        if model in self.models():
+            return
+        for index, reference in enumerate(self._models):
+            if reference() is None:
+                self._models[index] = weakref.ref(model)
+                break
+        else:
+            self._models.append(weakref.ref(model))
+        self.apply(self._plan)
+
+    def models(self) -> list[nn.Module]:
+        """The models that are alive, in order of adoption."""
+        return [model for _, model in self._prefixed()]
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(qualified name, module) of every module of every model.
+
+        Names are those of `named_modules`; from the second model on "model_2." stands before them. The name of a
+        whole first model is "".
+        """
+        for prefix, model in self._prefixed():
+            yield from model.named_modules(prefix=prefix)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(qualified name, parameter) of every parameter of every model, under the same names."""
+        for prefix, model in self._prefixed():
+            yield from model.named_parameters(prefix=prefix)
+
+    def name_of(self, model: nn.Module) -> str:
+        """What stands before the names of `model`'s modules."""
+        return next(prefix for prefix, known in self._prefixed() if known is model)
+
+    def _prefixed(self) -> Iterator[tuple[str, nn.Module]]:
+        for index, reference in enumerate(self._models):
+            model = reference()
+            if model is not None:
+                yield f"model_{index + 1}" if index else "", model
+
+    def apply(self, plan: PrecisionPlan) -> None:
+        """Makes the next forward passes follow `plan`. Modules that it names but nobody has are left out."""
+        modules = dict(self.named_modules())
+        changed = plan.default is not self._plan.default
+        for name in [name for name in self._inner if plan.modules.get(name) != self._plan.modules.get(name)]:
+            self._inner.pop(name)()
+            changed = True
+        for name, precision in plan.modules.items():
+            if name in modules and name not in self._inner:
+                context = InnerForwardContext(_Inner(self.entry, precision))
+                self._inner[name] = context.install(modules[name])
+                changed = True
+        self._plan = plan
+        if plan.default is not self.current.mode:
+            self.current.mode = plan.default
+            for notify in self.on_default_change:
+                notify(plan.default)
+        if changed:
+            _forget_compiled_code()
+
+    def remove(self) -> None:
+        """Takes every context back, and the default that the run asked for."""
+        self.apply(PrecisionPlan(self._host))
+
+
+def _forget_compiled_code() -> None:
+    """Compiled code does not watch the hooks of modules: whatever is compiled is compiled anew, at its next call."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -1,0 +1,155 @@
+"""Where a forward pass leaves the range of its format: the pass once more, watched, on the batch that went wrong."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_amp.config import PrecisionMode
+from hf_amp.fallback.apply import CurrentPrecision
+from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.forward_context import to_float32
+from hf_amp.nested import tensors_in
+from hf_amp.statistics import snapshot
+
+
+@dataclass
+class ForwardFindings:
+    """What a forward pass was seen to do.
+
+    Attributes:
+        overflowing: names of the modules whose output is not finite in the run's precision, and is in FP32, in the
+            order in which they ran; "" for what the model computes outside of its modules.
+        unsound: the first module whose output is not finite in FP32 either; None where none.
+        only_loss: whether all that is not finite there is a single number, the loss.
+        returns_loss: whether the model returns a single number among its outputs.
+        error: why the pass could not be repeated; None where it could.
+    """
+
+    overflowing: list[str] = field(default_factory=list)
+    unsound: str | None = None
+    only_loss: bool = False
+    returns_loss: bool = False
+    error: str | None = None
+
+
+def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindings:
+    """Repeats `forward` under the precision of the run and tells which modules leave its range.
+
+    A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
+    with the FP32 output, so that one pass finds every such module. Nothing of the run changes: no gradients, buffers
+    and random state are put back, caches are not used. Dropout draws anew, so what overflowed by a hair may not again.
+    Reads the host once a module: for steps that went wrong only. Never raises.
+    """
+    watch = _Watch(current)
+    names = {module: name for name, module in forward.model.named_modules()}
+    handles = [
+        module.register_forward_hook(watch.look_at(name), with_kwargs=True) for module, name in names.items()
+    ]
+    try:
+        with _nothing_changes(forward.model), current():
+            forward.model(*forward.arguments, **_without_caches(forward))
+    except Exception as error:  # out of memory, or whatever the model raises on this batch
+        watch.findings.error = f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return watch.findings
+
+
+class _Watch:
+    """Looks at the output of every module as it returns, innermost first."""
+
+    def __init__(self, current: CurrentPrecision) -> None:
+        self.findings = ForwardFindings()
+        self._current = current
+        self._repeats = False
+        self._suspect: tuple[str, bool] | None = None
+
+    def look_at(self, name: str) -> Callable[..., Any]:
+        """A forward hook for the module of that name."""
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...], options: Any, output: Any) -> Any:
+            if self._repeats or self.findings.unsound is not None:
+                return None
+            if name == "":
+                self.findings.returns_loss = any(x.dim() == 0 for _, x in float_tensors(output))
+            cured = self._cured(name, module, arguments, options, output)
+            if name == "" and cured is None and self._suspect and broken_tensors(output):
+                self.findings.unsound, self.findings.only_loss = self._suspect
+            return cured
+
+        return hook
+
+    def _cured(
+        self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any, output: Any
+    ) -> Any:
+        """The output in FP32 where that is finite and `output` is not; None otherwise."""
+        broken = broken_tensors(output)
+        if not broken:
+            return None
+        self._repeats = True
+        try:
+            with self._current.entry.context(PrecisionMode.FP32):
+                # The whole model's own attribute may be a wrapper that enters autocast again, as accelerate's does.
+                forward = module.forward if name else functools.partial(type(module).forward, module)
+                exact = forward(*to_float32(arguments), **to_float32(options))
+        finally:
+            self._repeats = False
+        broken_in_fp32 = broken_tensors(exact)
+        if not broken_in_fp32:
+            if name not in self.findings.overflowing:
+                self.findings.overflowing.append(name)
+            return exact
+        # An infinity may be meant (a mask): it is held against the module only if the model's output is not finite.
+        if self._suspect is None:
+            self._suspect = name, all(x.dim() == 0 for x in broken_in_fp32)
+        return None
+
+
+def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
+    """(path, tensor) of the floating-point tensors inside of `value`."""
+    return [(path, x) for path, x in tensors_in(value) if x.is_floating_point()]
+
+
+def broken_tensors(value: Any) -> list[Tensor]:
+    """The floating-point tensors inside of `value` that hold inf or NaN. One host read."""
+    found = float_tensors(value)
+    if not found:
+        return []
+    flags = snapshot.read({str(i): x.detach().isfinite().all() for i, (_, x) in enumerate(found)})
+    return [x for i, (_, x) in enumerate(found) if not flags[str(i)]]
+
+
+def _without_caches(forward: RecordedForward) -> dict[str, Any]:
+    """A cache of keys and values would grow again where a module runs twice."""
+    accepted = inspect.signature(type(forward.model).forward).parameters
+    return {**forward.options, "use_cache": False} if "use_cache" in accepted else forward.options
+
+
+@contextmanager
+def _nothing_changes(model: nn.Module) -> Iterator[None]:
+    """Buffers and random state are afterwards what they are now; nothing is recorded for backward or compiled."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # which takes seconds to import
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for buffer, former in buffers:
+                buffer.copy_(former)

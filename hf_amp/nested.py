@@ -1,0 +1,42 @@
+"""Tensors inside of what modules take and return: tuples, lists, mappings, named tuples and dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(dotted path, tensor) of every tensor in `value`. Other objects, such as caches, are not looked into."""
+    for path, item in _items(value):
+        yield from tensors_in(item, f"{name}.{path}" if name else path)
+    if isinstance(value, Tensor):
+        yield name, value
+
+
+def map_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with every tensor in its tuples, lists and mappings converted; their types stay.
+
+    Dataclasses, and objects of which nothing is known, are passed on as they are.
+    """
+    if isinstance(value, Tensor):
+        return convert(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(convert, item) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(convert, item) for item in value)
+    if type(value) is dict:
+        return {key: map_tensors(convert, item) for key, item in value.items()}
+    return value
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(index), item) for index, item in enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
