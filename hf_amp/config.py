@@ -107,7 +107,7 @@ _STRATEGY = Allowed(
 
 # Options and values whose engine has not landed: each is an error, never silently ignored.
 _NOT_YET: Mapping[str, Callable[[Any], bool]] = {
-    "precision_mode": lambda v: v in (PrecisionMode.FP16, PrecisionMode.DYNAMIC),
+    "precision_mode": lambda v: v is PrecisionMode.FP16,
     "memory_efficient": bool,
     "gradient_accumulation_friendly": bool,
     "distributed_amp": bool,
@@ -126,7 +126,9 @@ class MixedPrecisionConfig:
 
     precision_mode: PrecisionMode | None = option_field(None, _MODE)
     """None follows the Trainer or Accelerator (`fp16`, `bf16` or neither), and is MIXED where there is none.
-    Anything that contradicts them is an error at attach. Names are accepted as strings, in any case."""
+    DYNAMIC takes theirs as the narrowest of the precisions that it tries in the first steps (11 each, with BF16 where
+    there are units for it, and FP32); it then runs the fastest. Anything that contradicts them is an error at attach.
+    Names are accepted as strings, in any case."""
 
     scaling_strategy: ScalingStrategy = option_field(ScalingStrategy.DYNAMIC, _STRATEGY)
     """How the loss scale is chosen; used in FP16 only. Names are accepted as strings, in any case."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -66,6 +67,7 @@ class AmpSession:
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
         self._at_floor = False
         self._newest_step = 0
+        self._last_step_at: float | None = None
         scaler.observers.append(self._record_step)
         scaler.companions["monitor"] = self._monitor
         scaler.companions["fallback"] = self._keeper
@@ -177,8 +179,9 @@ class AmpSession:
                 outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction
             )
             self._at_floor = False
-            self._follow(self._keeper.note_applied(), None, None)
+            self._follow(self._keeper.note_applied(self._seconds_since_last_step()), None, None)
             return
+        self._last_step_at = None
         next_scale = self.scaler.get_scale()
         diagnosis = self._diagnose(outcome, next_scale, optimizer)
         self._monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
@@ -200,6 +203,12 @@ class AmpSession:
         self._tell_of_floor(step, outcome, next_scale)
         fraction = _non_finite_fraction(outcome, optimizer)
         self._follow(self._keeper.note_skipped(diagnosis, fraction), diagnosis.cause, outcome.scale)
+
+    def _seconds_since_last_step(self) -> float | None:
+        """Wall-clock time since the applied step before this one; the host has waited for the device in both."""
+        now, before = time.perf_counter(), self._last_step_at
+        self._last_step_at = now
+        return None if before is None else now - before
 
     def _diagnose(
         self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from hf_amp.fallback.cause import SCALE_IS_CURING, Diagnosis, diagnose, non_fini
 from hf_amp.fallback.controller import Fallback, FallbackState, StepFacts
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import ForwardRecorder
+from hf_amp.fallback.speed import SpeedTrial
 from hf_amp.hardware import Hardware
 from hf_amp.statistics import agreement
 
@@ -75,7 +77,7 @@ class PlanKeeper:
         emulate = config.emulate and hardware.device == "cpu" and mode is PrecisionMode.MIXED
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(step)
-        self._acts = config.automatic_fallback
+        self._acts = config.automatic_fallback and mode is not PrecisionMode.FP16
         self._patience_with_scale = SCALE_SKIPS_BEFORE_A_LOOK + config.hysteresis
         self._fallback = Fallback(
             ladder_of(mode, hardware),
@@ -84,6 +86,8 @@ class PlanKeeper:
             config.recovery_steps,
         )
         self._state = self._fallback.init_state()
+        dynamic = config.precision_mode is PrecisionMode.DYNAMIC
+        self._trial = SpeedTrial(self._fallback.ladder) if dynamic else None
         self.scale_at_rest: float | None = None
         self._scale_skips = 0
         self._newest: Transition | None = None
@@ -98,16 +102,47 @@ class PlanKeeper:
         self.runner.adopt(model)
         return self.recorder.watch(entry_point, model)
 
-    def note_applied(self) -> Transition | None:
-        """One applied step; what it lets the plan go back to."""
+    def note_applied(self, step_seconds: float | None = None) -> Transition | None:
+        """One applied step; what it lets the plan go back to, or, in a speed trial, on to.
+
+        Args:
+            step_seconds: wall-clock time since the step before; None where that is not known.
+        """
         self._scale_skips = 0
         self._newest = None
-        return self._decide(StepFacts())
+        if self._trial is None or self._trial.running is None:
+            return self._decide(StepFacts())
+        if step_seconds is not None:
+            self._trial.note(step_seconds)
+        return self._continue_trial(self._trial)
 
     def note_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float) -> Transition | None:
         """One skipped step; what is done about it."""
         self._scale_skips = self._scale_skips + 1 if diagnosis.cause is Cause.SCALE else 0
-        return self._decide(StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction))
+        facts = StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction)
+        if self._trial is not None and self._trial.running is not None:
+            next_state = self._fallback.next_state(self._state, facts)
+            if next_state.plan.default is not self.plan.default:
+                self._trial.reject()
+                return self._continue_trial(self._trial)
+        return self._decide(facts)
+
+    def _continue_trial(self, trial: SpeedTrial) -> Transition | None:
+        """Enters the next candidate, or the fastest when all are through."""
+        before, running = self.plan, trial.running
+        chosen = running or trial.fastest()
+        if running is None:
+            self._fallback = replace(self._fallback, ladder=trial.choices())
+        if chosen is before.default and running is not None:
+            return None
+        self._state = replace(self._state, plan=before.with_default(chosen), quiet_steps=0)
+        self.runner.apply(self.plan)
+        if running is not None:
+            return Transition(before, self.plan, (), f"measuring the step time in {chosen.value}.")
+        times = ", ".join(f"{s * 1000:.1f} ms in {mode.value}" for mode, s in trial.step_seconds().items())
+        return Transition(
+            before, self.plan, (), f"{chosen.value} is the fastest stable precision here: {times} a step."
+        )
 
     def diagnose(
         self, step: int, loss_finite: bool | None, parameters: Iterable[tuple[str, Tensor]], agree: bool
@@ -209,10 +244,15 @@ class PlanKeeper:
             **self._state.to_plain(),
             "scale_skips": self._scale_skips,
             "scale_at_rest": self.scale_at_rest,
+            "trial": self._trial.state_dict() if self._trial is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`, plan included. A default that this run cannot have is left behind."""
+        if self._trial is not None and state_dict["trial"] is not None:
+            self._trial.load_state_dict(state_dict["trial"])
+            if self._trial.running is None:
+                self._fallback = replace(self._fallback, ladder=self._trial.choices())
         self._state = self._fallback.restored(FallbackState.from_plain(state_dict))
         self._scale_skips = state_dict["scale_skips"]
         self.scale_at_rest = state_dict["scale_at_rest"]

@@ -94,7 +94,8 @@ def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> Precisio
             f"hf_amp does not support mixed_precision={accelerator.mixed_precision!r} yet: use 'fp16', 'bf16' or 'no'."
         )
     mode = _MODES[accelerator.mixed_precision]
-    if config.precision_mode not in (None, mode):
+    dynamic = config.precision_mode is PrecisionMode.DYNAMIC and mode is not PrecisionMode.FP32
+    if config.precision_mode not in (None, mode) and not dynamic:
         raise ConfigError(
             f"MixedPrecisionConfig(precision_mode={config.precision_mode.value}) contradicts "
             f"mixed_precision={accelerator.mixed_precision!r} of the Accelerator (in a Trainer: fp16 and bf16 of "
