@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-
-from hf_amp.emulation import _REDUCED_PRECISION_FUNCTIONS
 
 Batch = dict[str, Tensor]
 
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution}
+"""What linear layers, convolutions, einsum and attention (its MATH kernel) come down to."""
 
-class _Amax(TorchFunctionMode):
-    """Notes, per module, the largest magnitude that goes into or comes out of what autocast runs in FP16."""
+
+class _Amax(TorchDispatchMode):
+    """Notes, per module, the largest magnitude that goes into or comes out of a matrix product."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -28,38 +30,25 @@ class _Amax(TorchFunctionMode):
             module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name))
             module.register_forward_hook(lambda *_: self._running.pop() and None)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func in _REDUCED_PRECISION_FUNCTIONS:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _PRODUCTS:
             name = self._running[-1]
-            factors = {
-                name: value for name, value in kwargs.items() if name != "attn_mask"
-            }  # masks hold -inf
-            for tensor in _floats((args[:3], factors, output)):
-                amax = float(tensor.detach().abs().max())
-                self.amax[name] = max(amax, self.amax.get(name, 0.0))
+            for tensor in (*args, output):
+                if isinstance(tensor, Tensor):
+                    self.amax[name] = max(float(tensor.abs().max()), self.amax.get(name, 0.0))
         return output
-
-
-def _floats(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield from [value] if value.is_floating_point() else []
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _floats(item)
-    elif isinstance(value, dict):
-        yield from _floats(list(value.values()))
 
 
 def matmul_amax(model: nn.Module, batch: Batch) -> dict[str, float]:
     """Qualified name of the innermost module → largest magnitude in the operands and results of its matrix products.
 
-    An FP64 forward pass of a copy; every matrix product, convolution and attention is looked at.
+    An FP64 forward pass of a copy of a model that nothing is attached to; every matrix product is looked at, those
+    inside of attention too.
     """
     double = copy.deepcopy(model).double()
     inputs = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
-    with torch.no_grad(), _Amax(double) as seen:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Amax(double) as seen:
         double(**inputs)
     return seen.amax
 
