@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_amp.emulation import EmulatedFP16
+from hf_amp.emulation import EmulatedPrecision
 from tests.fallback.range_reference import fp16_flop_share, matmul_amax, modules_out_of_range
 from tests.fallback.rescaled import ZOO, RescaledModel
 
@@ -91,7 +91,7 @@ def test_the_stock_scaler_skips_every_step(entry: RescaledModel) -> None:
     optimizer, scaler = make_optimizer(model), torch.amp.GradScaler("cpu")
     for _ in range(20):
         optimizer.zero_grad()
-        with EmulatedFP16():
+        with EmulatedPrecision():
             loss = model(**next(batches)).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)

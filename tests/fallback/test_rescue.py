@@ -1,0 +1,254 @@
+"""Models that FP16 cannot train are trained in FP16: the modules that leave its range are found and run in FP32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import hf_amp
+from hf_amp import AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
+from hf_amp.emulation import EmulatedPrecision
+from hf_amp.fallback.plan import PrecisionPlan
+from tests.fallback.range_reference import fp16_flop_share, modules_out_of_range
+from tests.fallback.rescaled import ZOO, RescaledModel
+from tests.host_reads import count_host_reads
+from tests.reference import assert_bitwise_equal, snapshot
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
+STEPS = 200
+BY_NAME = {entry.name: entry for entry in ZOO}
+
+
+@dataclass
+class Run:
+    """A training run, and what is left of it."""
+
+    losses: list[float]
+    model: nn.Module
+    session: AmpSession
+
+    @property
+    def final_loss(self) -> float:
+        """Mean of the last 20 steps."""
+        return sum(self.losses[-20:]) / 20
+
+
+def train(entry: RescaledModel, steps: int, precision: str = "fp16", **options: Any) -> Run:
+    """A raw Accelerate loop that tries a skipped batch again, so that the data of `steps` FP32 steps is learned."""
+    accelerator = Accelerator(mixed_precision=precision, cpu=True)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(**options))
+    plain, batches, make_optimizer = entry.build(0)
+    model, optimizer = accelerator.prepare(plain, make_optimizer(plain))
+    losses = []
+    batch = next(batches)
+    while len(losses) < steps:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            losses.append(loss.item())
+            batch = next(batches)
+    return Run(losses, plain, session)
+
+
+@cache
+def final_loss_in_fp32(name: str) -> float:
+    """Of the same run without hf_amp."""
+    entry = BY_NAME[name]
+    model, batches, make_optimizer = entry.build(0)
+    optimizer = make_optimizer(model)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(**next(batches)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20
+
+
+def outermost(names: Iterator[str] | set[str]) -> set[str]:
+    """Those that are not inside of another one."""
+    names = set(names)
+    return {n for n in names if not any(n != other and n.startswith(f"{other}.") for other in names)}
+
+
+def stock_skips(entry: RescaledModel, steps: int) -> int:
+    """Steps that the stock scaler skips in the same emulated FP16."""
+    model, batches, make_optimizer = entry.build(0)
+    optimizer, scaler, skipped = make_optimizer(model), torch.amp.GradScaler("cpu"), 0
+    for _ in range(steps):
+        with EmulatedPrecision():
+            loss = model(**next(batches)).loss
+        scaler.scale(loss).backward()
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += scaler.get_scale() < before
+        optimizer.zero_grad()
+    return skipped
+
+
+@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+def test_a_model_beyond_the_range_of_fp16_trains_in_it(
+    entry: RescaledModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stock skips every step. hf_amp skips at most 5, names exactly the modules that an FP64 forward shows to leave the
+    range, ends within 1% of FP32, and keeps at least 60% of the matrix products in FP16."""
+    assert stock_skips(entry, 20) == 20
+    run = train(entry, STEPS)
+    figures = run.session.metrics()
+    assert 1 <= figures["skipped_steps"] <= 5
+    batch = next(entry.batches(0))
+    blamed = set(run.session.plan.modules)
+    assert outermost(blamed) == outermost(set(modules_out_of_range(run.model, batch)))
+    assert set(run.session.plan.modules.values()) == {PrecisionMode.FP32}
+    expected = final_loss_in_fp32(entry.name)
+    assert abs(run.final_loss / expected - 1) <= 0.01
+    share = fp16_flop_share(run.model, batch, blamed)
+    with capsys.disabled():
+        print(
+            f"\n{entry.name}: {share:.0%} of the products in FP16, {figures['skipped_steps']:g} skipped, "
+            f"final loss {run.final_loss:.4f}, {expected:.4f} in FP32"
+        )
+    assert share >= 0.6
+    skips = [event for event in run.session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert skips[0].cause is Cause.ACTIVATION
+    assert set(skips[0].modules) <= blamed
+
+
+def test_it_does_so_on_real_half_kernels() -> None:
+    """The CPU's own FP16 kernels: the same modules are blamed as under emulation, and the loss falls."""
+    entry = BY_NAME["GPT-2"]
+    run = train(entry, 12, emulate=False)
+    assert set(run.session.plan.modules) == set(train(entry, 1).session.plan.modules)
+    assert run.session.metrics()["skipped_steps"] <= 5
+    assert run.losses[-1] < run.losses[0]
+
+
+class Writer(nn.Module):
+    """A layer whose output leaves FP16's range as long as its weight is large; a norm takes the size away again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.write, self.read = nn.Linear(8, 8), nn.Linear(8, 1)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(self.norm(self.write(x)))
+
+    def grow(self, factor: float) -> None:
+        with torch.no_grad():
+            self.write.weight.mul_(factor)
+            self.write.bias.mul_(factor)
+
+
+class Loop:
+    """A raw Accelerate loop on `Writer`."""
+
+    def __init__(self, **options: Any) -> None:
+        self.accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+        self.session = hf_amp.attach(
+            self.accelerator, MixedPrecisionConfig(**{"recovery_steps": 4, "init_scale": 256.0, **options})
+        )
+        self.writer = Writer()
+        self.model, self.optimizer = self.accelerator.prepare(
+            self.writer, torch.optim.AdamW(self.writer.parameters(), lr=1e-3, fused=True)
+        )
+        self.generator = torch.Generator().manual_seed(1)
+
+    def step(self) -> None:
+        loss = self.model(torch.randn(4, 8, generator=self.generator)).square().mean()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    def changes(self) -> list[tuple[int, str, str, tuple[str, ...]]]:
+        changed = EventKind.PRECISION_CHANGED
+        return [(e.step, e.before, e.after, e.modules) for e in self.session.events if e.kind is changed]
+
+
+def test_when_the_overflow_goes_away_the_module_comes_back() -> None:
+    """Out at step 1 and, too early, at 6; the weights shrink, and after 8 quiet steps the run is plain FP16 for good."""
+    loop = Loop()
+    loop.writer.grow(1e7)
+    loop.steps(8)
+    loop.writer.grow(1e-7)
+    loop.steps(40)
+    out, back = ("MIXED", "FP32", ("write",)), ("FP32", "MIXED", ("write",))
+    assert loop.changes() == [(1, *out), (5, *back), (6, *out), (14, *back)]
+    assert loop.session.plan == PrecisionPlan(PrecisionMode.MIXED)
+    assert loop.session.metrics()["skipped_steps_activation"] == 2
+    assert loop.session.scaler.get_scale() == 256.0
+
+
+def test_a_module_that_never_fits_is_tried_ever_less_often() -> None:
+    """Over 300 steps it overflows whenever it comes back, and does so 7 times: after 4, 8, 16, … quiet steps."""
+    loop = Loop()
+    loop.writer.grow(1e7)
+    loop.steps(300)
+    steps = [step for step, before, _, _ in loop.changes() if before == "MIXED"]
+    assert [later - sooner - 1 for sooner, later in pairwise(steps)] == [4, 8, 16, 32, 64, 128]
+    assert loop.session.metrics()["skipped_steps"] == len(steps) == 7
+
+
+def test_resume_is_exact_plan_and_patience_included() -> None:
+    """9 steps, a checkpoint in the middle of the way back, 12 more: parameters, events and figures of 21 steps."""
+
+    def prepared() -> Loop:
+        loop = Loop()
+        loop.writer.grow(1e7)
+        return loop
+
+    whole, first, second = prepared(), prepared(), prepared()
+    whole.steps(21)
+    first.steps(9)
+    second.writer.load_state_dict(first.writer.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.session.scaler.load_state_dict(first.session.scaler.state_dict())
+    second.session.begin_at(9)
+    second.generator.set_state(first.generator.get_state())
+    assert second.session.plan == first.session.plan
+    second.steps(12)
+    assert_bitwise_equal(
+        snapshot(whole.writer, whole.optimizer.optimizer), snapshot(second.writer, second.optimizer.optimizer)
+    )
+    assert second.session.plan == whole.session.plan
+    assert second.session.metrics() == whole.session.metrics()
+    assert whole.changes() == [*first.changes(), *second.changes()] != []
+
+
+def test_a_healthy_step_reads_the_host_once_and_a_plan_in_force_adds_nothing() -> None:
+    """Without an overflow, and with a module in FP32: one read a step, as without the fallback."""
+    for growth in (1.0, 1e7):
+        loop = Loop(recovery_steps=1000, monitoring_interval=1000)
+        loop.writer.grow(growth)
+        loop.steps(3)
+        with count_host_reads() as reads:
+            loop.steps(5)
+        assert reads.count == 5, growth
+
+
+def test_without_automatic_fallback_the_cause_is_told_and_nothing_changes() -> None:
+    """Every step is skipped, each with its cause and module."""
+    loop = Loop(automatic_fallback=False)
+    loop.writer.grow(1e7)
+    loop.steps(3)
+    skips = [(e.cause, e.modules) for e in loop.session.events if e.kind is EventKind.STEP_SKIPPED]
+    assert skips == [(Cause.ACTIVATION, ("write",))] * 3
+    assert loop.changes() == []
