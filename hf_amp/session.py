@@ -218,7 +218,7 @@ class AmpSession:
             outcome.attempt, outcome.loss_finite, parameters, agree=self.scaler.config.sync_grad_scaler
         )
         gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
-        return self._keeper.blame_backward(diagnosis, outcome.scale, next_scale, gradients)
+        return self._keeper.doubt_scale(diagnosis, outcome.scale, next_scale, gradients)
 
     def _tell_of_floor(self, step: int, outcome: StepOutcome, next_scale: float) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:

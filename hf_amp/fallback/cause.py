@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import FP16_FORMAT
+from hf_amp.config import NumberFormat
 from hf_amp.events import Cause
 from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.locate import ForwardFindings, locate
@@ -72,19 +72,25 @@ def diagnose(
         findings.append(found)
         if found.overflowing:
             prefix = name_of(forward.model)
-            return _activation(tuple(".".join(filter(None, (prefix, n))) for n in found.overflowing))
+            return _activation(tuple(joined(prefix, name) for name in found.overflowing), current)
         if found.unsound is not None:
             return _unsound(found, forward)
     return _nothing_found(loss_finite, findings)
 
 
-def _activation(names: tuple[str, ...]) -> Diagnosis:
+def joined(prefix: str, name: str) -> str:
+    """The qualified name of what is called `name` inside of the model `prefix`."""
+    return ".".join(filter(None, (prefix, name)))
+
+
+def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
     which = ", ".join(name or "the model's own forward" for name in names[:MENTIONED])
     more = f" and {len(names) - MENTIONED} more" if len(names) > MENTIONED else ""
+    left = NumberFormat.of(current.mode)
     return Diagnosis(
         Cause.ACTIVATION,
-        f"a forward value left the range of FP16 (±{FP16_FORMAT.largest:.0f}) in {which}{more}, from finite inputs; no "
-        "scale can cure that, FP32 or BF16 does.",
+        f"a forward value left the range of {left.name} (±{left.largest:g}) in {which}{more}, from finite inputs; no scale "
+        "can cure that, a wider range does.",
         names,
     )
 

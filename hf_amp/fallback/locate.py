@@ -66,6 +66,26 @@ def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindin
     return watch.findings
 
 
+def parameters_overflowing_unscaled(forward: RecordedForward, current: CurrentPrecision) -> list[str] | None:
+    """Repeats `forward` and its backward without a loss scale: names of the parameters whose gradients are not finite.
+
+    Where there are any, no scale is to blame. None where that cannot be told: the model returns no loss, or the
+    repetition failed. Costs one step without its optimizer, and memory for the gradients; nothing of the run changes.
+    """
+    named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
+    try:
+        with _nothing_changes(forward.model), torch.enable_grad(), current():
+            output = forward.model(*forward.arguments, **_without_caches(forward))
+            losses = [x for _, x in float_tensors(output) if x.dim() == 0 and x.requires_grad]
+            if not losses:
+                return None
+            gradients = torch.autograd.grad(losses[0], [p for _, p in named], allow_unused=True)
+    except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
+        return None
+    known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
+    return [name for name, g in known if broken_tensors(g)]
+
+
 class _Watch:
     """Looks at the output of every module as it returns, innermost first."""
 
@@ -153,3 +173,4 @@ def _nothing_changes(model: nn.Module) -> Iterator[None]:
         finally:
             for buffer, former in buffers:
                 buffer.copy_(former)
+            torch.clear_autocast_cache()  # it may hold casts that were made while gradients were off

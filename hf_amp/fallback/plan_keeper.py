@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from hf_amp.config import MixedPrecisionConfig, PrecisionMode
 from hf_amp.events import Cause
 from hf_amp.fallback.apply import PlanRunner, PrecisionEntry
-from hf_amp.fallback.cause import SCALE_IS_CURING, Diagnosis, diagnose, non_finite_names
+from hf_amp.fallback.cause import SCALE_IS_CURING, Diagnosis, diagnose, joined, non_finite_names
 from hf_amp.fallback.controller import Fallback, FallbackState, StepFacts
+from hf_amp.fallback.locate import parameters_overflowing_unscaled
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.fallback.recorder import ForwardRecorder
+from hf_amp.fallback.recorder import ForwardRecorder, RecordedForward
 from hf_amp.fallback.speed import SpeedTrial
 from hf_amp.hardware import Hardware
 from hf_amp.statistics import agreement
 
 SCALE_SKIPS_BEFORE_A_LOOK = 3
-"""Overflows in a row with a finite loss after which forward is looked at all the same: an infinite activation can hide
-behind a saturating function."""
+"""Overflows in a row with a finite loss after which the step is looked at all the same: an infinite activation can hide
+behind a saturating function, and a derivative can be infinite by itself."""
 _GRAVITY = (Cause.UNKNOWN, Cause.SCALE, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)
 """Where ranks see different causes, the last of these stands: the others only see its traces."""
 
@@ -154,16 +155,13 @@ class PlanKeeper:
         Args:
             agree: exchange what was found with the other ranks, which all call this for the same step.
         """
-        if loss_finite and self._scale_skips < SCALE_SKIPS_BEFORE_A_LOOK:
+        if loss_finite and not self._looks_closer():
             return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
+        forwards = self.recorder.forwards_of(step)
         try:
-            found = diagnose(
-                loss_finite,
-                parameters,
-                self.recorder.forwards_of(step),
-                self.runner.current,
-                self.runner.name_of,
-            )
+            found = diagnose(loss_finite, parameters, forwards, self.runner.current, self.runner.name_of)
+            if found.cause is Cause.SCALE:
+                found = self._without_scale(forwards) or found
         except Exception as error:  # a rank that fails here must not keep the others waiting
             found = Diagnosis(Cause.UNKNOWN, f"a closer look failed ({type(error).__name__}: {error}).")
         return self._agreed(found) if agree and agreement.is_needed() else found
@@ -180,13 +178,36 @@ class PlanKeeper:
             return found
         return Diagnosis(cause, f"another rank has found the cause. Here: {found.message}", modules)
 
-    def blame_backward(
+    def _looks_closer(self) -> bool:
+        """Whether it is time to doubt that a smaller scale cures: at the 4th, 8th, 16th, … such skip in a row."""
+        count = self._scale_skips + 1
+        return count > SCALE_SKIPS_BEFORE_A_LOOK and count & (count - 1) == 0
+
+    def _without_scale(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
+        """The diagnosis of a backward that overflows without a scale too; None where none is seen to."""
+        for forward in forwards:
+            broken = parameters_overflowing_unscaled(forward, self.runner.current)
+            if broken:
+                prefix = self.runner.name_of(forward.model)
+                return self._backward_overflow([joined(prefix, name) for name in broken], "without a scale")
+        return None
+
+    def _backward_overflow(self, parameters: Iterable[str], when: str) -> Diagnosis:
+        """Names the module where backward, which runs from the last to the first, met the first bad value."""
+        owners = {name.rpartition(".")[0] for name in parameters}
+        known = [name for name, _ in self.runner.named_modules() if name in owners]
+        where = f"The first gradient that is not finite is that of {known[-1]}" if known else "Look"
+        return Diagnosis(
+            Cause.UNKNOWN,
+            f"the loss was finite, but backward overflows {when} as well. {where}: look there for a root or a division "
+            "at zero, whose derivative is infinite.",
+            tuple(known[-1:]),
+        )
+
+    def doubt_scale(
         self, diagnosis: Diagnosis, scale: float, next_scale: float, gradients: Iterable[tuple[str, Tensor]]
     ) -> Diagnosis:
         """`diagnosis`, unless it is that of a scale which cures nothing: at most 1, or no longer being lowered.
-
-        Then the module is named where backward, which runs from the last module to the first, met the first value
-        that is not finite.
 
         Args:
             gradients: (qualified parameter name, gradient).
@@ -194,14 +215,7 @@ class PlanKeeper:
         held = next_scale >= scale and self._scale_skips > self._patience_with_scale
         if diagnosis.cause is not Cause.SCALE or not (scale <= 1 or held):
             return diagnosis
-        owners = {name.rpartition(".")[0] for name in non_finite_names(gradients)}
-        known = [name for name, _ in self.runner.named_modules() if name in owners]
-        return Diagnosis(
-            Cause.UNKNOWN,
-            f"the loss was finite, but backward overflows even at a scale of {scale:g}, so the scale is not to blame. "
-            + (f"The first non-finite gradient is that of {known[-1]}." if known else ""),
-            tuple(known[-1:]),
-        )
+        return self._backward_overflow(non_finite_names(gradients), f"at a scale of {scale:g}")
 
     def recover_from(self, error: BaseException) -> Transition | None:
         """Goes back to the plan before the newest change, if `error` is an out-of-memory that the change has caused.

@@ -252,3 +252,31 @@ def test_without_automatic_fallback_the_cause_is_told_and_nothing_changes() -> N
     skips = [(e.cause, e.modules) for e in loop.session.events if e.kind is EventKind.STEP_SKIPPED]
     assert skips == [(Cause.ACTIVATION, ("write",))] * 3
     assert loop.changes() == []
+
+
+class RootAtZero(nn.Module):
+    """Its loss is finite, the derivative of its square root at zero is not, with or without a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.last(self.first(x)) * 0.0).abs().sqrt().mean()
+
+
+def test_a_scale_that_cures_nothing_is_found_out_at_the_fourth_skip() -> None:
+    """Three skips are put down to the scale; then backward is tried without one, and the module it starts in is named."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator)
+    model = RootAtZero()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(4):
+        accelerator.backward(model(torch.ones(2, 4)))
+        optimizer.step()
+        optimizer.zero_grad()
+    skips = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert [event.cause for event in skips] == [Cause.SCALE] * 3 + [Cause.UNKNOWN]
+    assert skips[-1].modules == ("last",)
+    assert "without a scale" in skips[-1].message
+    assert [event.before for event in skips] == [65536.0, 32768.0, 16384.0, 8192.0]
