@@ -236,8 +236,15 @@ class AdvancedGradScaler(ScaleKeeper):
         self._undelivered.append((outcome, optimizer))
 
     def _deliver(self) -> None:
-        """Hands every outcome that is known to the observers; asks for deferred ones, but never waits for them."""
-        while self._pending and self._pending[0].age(self.decided_steps) >= 1 and self._pending[0].ready():
+        """Hands every outcome that is known to the observers; asks for deferred ones, but never waits for them.
+
+        Among several ranks it does wait for the one of the step before: observers may exchange what they find, so all
+        ranks must come to it at the same step.
+        """
+        agrees = self.config.sync_grad_scaler
+        while self._pending and self._pending[0].age(self.decided_steps) >= 1:
+            if not (agrees or self._pending[0].ready()):
+                break
             pending = self._pending.popleft()
             self._count(pending.outcome(), pending.optimizer)
         delivered, self._undelivered = self._undelivered, []
