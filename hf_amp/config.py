@@ -101,13 +101,16 @@ _MODE = Allowed(
     "None or one of " + ", ".join(PrecisionMode.__members__),
     lambda v: v is None or isinstance(v, PrecisionMode),
 )
+_HALF_PARAMETERS = Allowed(
+    "None or one of 'error', 'upcast', 'master_weights'",
+    lambda v: v is None or (isinstance(v, str) and v in ("error", "upcast", "master_weights")),
+)
 _STRATEGY = Allowed(
     "one of " + ", ".join(ScalingStrategy.__members__), lambda v: isinstance(v, ScalingStrategy)
 )
 
 # Options and values whose engine has not landed: each is an error, never silently ignored.
 _NOT_YET: Mapping[str, Callable[[Any], bool]] = {
-    "precision_mode": lambda v: v is PrecisionMode.FP16,
     "memory_efficient": bool,
     "gradient_accumulation_friendly": bool,
     "distributed_amp": bool,
@@ -129,6 +132,15 @@ class MixedPrecisionConfig:
     DYNAMIC takes theirs as the narrowest of the precisions that it tries in the first steps (11 each, with BF16 where
     there are units for it, and FP32); it then runs the fastest. Anything that contradicts them is an error at attach.
     Names are accepted as strings, in any case."""
+
+    half_parameters: str | None = option_field(None, _HALF_PARAMETERS)
+    """What becomes of trainable FP16 and BF16 parameters, which `from_pretrained` makes by default (dtype="auto"), before
+    the first step. Frozen ones are always fine. "error": refused, and named. "upcast": made FP32 in place, which loses
+    nothing and doubles their memory; they stay FP32 after detach, because rounding trained weights back would lose
+    what they learned. "master_weights": they stay as they are, and the optimizer moves FP32 copies of them.
+    None: "upcast" in FP16 and DYNAMIC runs, which could not train otherwise and ask for FP32 parameters under autocast; a
+    warning and the metric `lost_update_fraction` in BF16 and FP32 runs, which train, but lose updates; "master_weights"
+    in precision_mode FP16, which allows nothing else. With master weights nothing falls back to FP32."""
 
     scaling_strategy: ScalingStrategy = option_field(ScalingStrategy.DYNAMIC, _STRATEGY)
     """How the loss scale is chosen; used in FP16 only. Names are accepted as strings, in any case."""
@@ -246,6 +258,12 @@ class MixedPrecisionConfig:
             )
 
     def _check_combinations(self) -> None:
+        if self.precision_mode is PrecisionMode.FP16 and self.half_parameters in ("error", "upcast"):
+            raise ConfigError(
+                f"MixedPrecisionConfig(precision_mode=FP16, half_parameters={self.half_parameters!r}): FP16 trains "
+                "half-precision parameters with FP32 master weights; leave half_parameters out, or train FP32 parameters "
+                "under FP16 autocast with precision_mode=MIXED."
+            )
         if self.min_scale < FP32_FORMAT.smallest_normal:
             raise ConfigError(
                 f"MixedPrecisionConfig(min_scale={self.min_scale!r}): the floor must be at least "

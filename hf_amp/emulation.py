@@ -4,6 +4,9 @@ What autocast would run in half precision runs in FP32 on operands rounded to th
 too, forward and backward: values beyond 65504 become inf and values below 2^-25 become 0, where real FP16 has them.
 What lies between two matrix products stays in FP32: an activation function of many elementwise operations (GPT-2's
 `gelu_new`) loses a little more to underflow in real FP16, at scales where most of the gradient is lost already.
+
+Where parameters are FP16 (or BF16) themselves, what is computed from them is FP16 as well, also between two matrix
+products, and what autocast runs in FP32 does so from FP16 operands: as on a device that runs FP16.
 """
 
 from __future__ import annotations
@@ -34,6 +37,25 @@ _REDUCED_PRECISION_FUNCTIONS = frozenset(
         Tensor.addmm, Tensor.addmv, Tensor.addr, Tensor.addbmm, Tensor.baddbmm,
     ]
 )  # fmt: skip
+
+# Source: the same page, ops that autocast to float32 on CUDA; of them those that Python code calls by these names.
+_FULL_PRECISION_FUNCTIONS = frozenset(
+    [
+        F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax, F.softmin, F.softplus, F.cosine_similarity,
+        F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div, F.soft_margin_loss,
+        F.binary_cross_entropy_with_logits, F.cosine_embedding_loss, F.hinge_embedding_loss, F.margin_ranking_loss,
+        F.multilabel_margin_loss, F.multi_margin_loss, F.triplet_margin_loss, F.poisson_nll_loss, F.pdist,
+        torch.softmax, torch.log_softmax, torch.exp, torch.expm1, torch.log, torch.log10, torch.log1p, torch.log2,
+        torch.pow, torch.rsqrt, torch.reciprocal, torch.sum, torch.prod, torch.cumsum, torch.cumprod, torch.norm,
+        torch.cdist, torch.dist, torch.renorm, torch.acos, torch.asin, torch.cosh, torch.sinh, torch.tan,
+        torch.erfinv, torch.layer_norm, torch.group_norm, torch.rms_norm,
+        Tensor.softmax, Tensor.log_softmax, Tensor.exp, Tensor.expm1, Tensor.log, Tensor.log10, Tensor.log1p, Tensor.log2,
+        Tensor.pow, Tensor.__pow__, Tensor.__rpow__, Tensor.rsqrt, Tensor.reciprocal, Tensor.sum, Tensor.prod,
+        Tensor.cumsum, Tensor.cumprod, Tensor.norm, Tensor.dist, Tensor.renorm, Tensor.acos, Tensor.asin, Tensor.cosh,
+        Tensor.sinh, Tensor.tan, Tensor.erfinv,
+    ]
+)  # fmt: skip
+_HALF = (torch.float16, torch.bfloat16)
 
 _LIBRARY = torch.library.Library("hf_amp", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("round_to(Tensor x, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
@@ -100,16 +122,35 @@ class EmulatedPrecision(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        dtype = self.number_format.dtype
-        exact = dtype == torch.float32 or self._innermost.mode is not self
+        rounds, widens = func in _REDUCED_PRECISION_FUNCTIONS, func in _FULL_PRECISION_FUNCTIONS
         # `out=` is how compiled code, which rounds by itself, calls kernels.
-        if exact or func not in _REDUCED_PRECISION_FUNCTIONS or kwargs.get("out") is not None:
+        if not (rounds or widens) or self._innermost.mode is not self or kwargs.get("out") is not None:
             return func(*args, **kwargs)
+        half = _holds_half(args) or _holds_half(tuple(kwargs.values()))
+        rounds = rounds and self.number_format.dtype != torch.float32
+        if not (rounds or half):
+            return func(*args, **kwargs)
+        convert = self._round if rounds else _widened
+        converted = {name: map_tensors(convert, value) for name, value in kwargs.items()}
+        result = func(*map_tensors(convert, args), **converted)
+        if not rounds:
+            return result
+        return map_tensors(self._narrow if half else self._round, result)
 
-        def convert(x: Tensor) -> Tensor:
-            return (
-                round_to(x, dtype) if x.dtype == torch.float32 else x
-            )  # as autocast leaves other dtypes alone
+    def _round(self, x: Tensor) -> Tensor:
+        """An operand or result as the format has it, in FP32. Autocast leaves FP64 and integers alone, and so does this."""
+        x = _widened(x)
+        return round_to(x, self.number_format.dtype) if x.dtype == torch.float32 else x
 
-        rounded = {name: map_tensors(convert, value) for name, value in kwargs.items()}
-        return map_tensors(convert, func(*map_tensors(convert, args), **rounded))
+    def _narrow(self, x: Tensor) -> Tensor:
+        return x.to(self.number_format.dtype) if x.dtype == torch.float32 else x
+
+
+def _holds_half(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dtype in _HALF
+    return isinstance(value, (list, tuple)) and any(map(_holds_half, value))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _HALF else x

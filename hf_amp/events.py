@@ -32,13 +32,22 @@ class EventKind(str, enum.Enum):
     STEP_SKIPPED = "step_skipped"
     SCALE_AT_FLOOR = "scale_at_floor"
     PRECISION_CHANGED = "precision_changed"
+    HALF_PARAMETERS = "half_parameters"
+    PARAMETERS_CONVERTED = "parameters_converted"
+    MASTER_WEIGHTS_KEPT = "master_weights_kept"
     TRAINING_STARTED = "training_started"
     TRAINING_ENDED = "training_ended"
 
     @property
     def needs_attention(self) -> bool:
         """Whether the event is worth a console line."""
-        return self in (EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR, EventKind.PRECISION_CHANGED)
+        return self in (
+            EventKind.STEP_SKIPPED,
+            EventKind.SCALE_AT_FLOOR,
+            EventKind.PRECISION_CHANGED,
+            EventKind.HALF_PARAMETERS,
+            EventKind.PARAMETERS_CONVERTED,
+        )
 
 
 @dataclass(frozen=True)

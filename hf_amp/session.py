@@ -174,6 +174,7 @@ class AmpSession:
     def _record_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         step = self.first_step + outcome.attempt - 1
         self._newest_step = step
+        self._monitor.record_lost_updates(outcome.lost_update_fraction)
         if outcome.applied:
             self._monitor.record_applied(
                 outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction

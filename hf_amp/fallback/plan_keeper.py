@@ -75,10 +75,13 @@ class PlanKeeper:
         hardware: Hardware,
         step: Callable[[], int],
     ) -> None:
-        emulate = config.emulate and hardware.device == "cpu" and mode is PrecisionMode.MIXED
+        on_cpu_in_fp16 = hardware.device == "cpu" and mode in (PrecisionMode.MIXED, PrecisionMode.FP16)
+        emulate = config.emulate and on_cpu_in_fp16
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(step)
-        self._acts = config.automatic_fallback and mode is not PrecisionMode.FP16
+        # What leaves FP16 needs FP32 parameters.
+        half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
+        self._acts = config.automatic_fallback and not half
         self._patience_with_scale = SCALE_SKIPS_BEFORE_A_LOOK + config.hysteresis
         self._fallback = Fallback(
             ladder_of(mode, hardware),

@@ -16,7 +16,8 @@ from hf_amp.config import MixedPrecisionConfig, PrecisionMode
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
 from hf_amp.hardware import probe
-from hf_amp.integrations.adoption import adopt_models, lead_autocast
+from hf_amp.integrations.adoption import adopt_models, lead_autocast, prepared_models
+from hf_amp.integrations.parameter_precision import settle_parameters
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
@@ -37,7 +38,8 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
 
     Raises:
         ConfigError: `config.precision_mode` contradicts the accelerator.
-        AttachError: the accelerator runs something that hf_amp does not support, or has a session already.
+        AttachError: the accelerator runs something that hf_amp does not support, or has a session already; or a prepared
+            model has half-precision parameters that `config.half_parameters` does not allow.
     """
     config = config if config is not None else MixedPrecisionConfig()
     _check_supported(accelerator)
@@ -54,13 +56,11 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     session = AmpSession(config, scaler, mode, probe(device))
     session.folds_clipping = config.fold_clipping is True
     if scaler.is_enabled():
-        session.changes.set_attribute(accelerator, _SESSION, session)
-        adopted = _give_optimizers_the_scaler(accelerator, session)
-        if not scaler.guards_only:
-            _scale_losses(accelerator, session)
-            _fold_clipping(accelerator, session, adopted)
-        adopt_models(accelerator, session)
-        lead_autocast(accelerator, session)
+        try:
+            _take_over(accelerator, session)
+        except Exception:
+            session.changes.undo()
+            raise
     session.note(
         EventKind.ATTACHED,
         f"hf_amp is attached: {session.what_runs() if config.enabled else 'disabled by the config'}.",
@@ -69,6 +69,21 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
         strategy=config.scaling_strategy.value,
     )
     return session
+
+
+def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
+    session.changes.set_attribute(accelerator, _SESSION, session)
+    adopted = _give_optimizers_the_scaler(accelerator, session)
+    if not session.scaler.guards_only:
+        _scale_losses(accelerator, session)
+        _fold_clipping(accelerator, session, adopted)
+    elif session.scaler.master_weights is not None:
+        _widen_gradients_before_clipping(accelerator, session, adopted)
+    adopt_models(accelerator, session)
+    lead_autocast(accelerator, session)
+    settle_parameters(
+        accelerator, session, prepared_models(accelerator), [optimizer.optimizer for optimizer in adopted]
+    )
 
 
 def _check_supported(accelerator: Accelerator) -> None:
@@ -94,6 +109,8 @@ def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> Precisio
             f"hf_amp does not support mixed_precision={accelerator.mixed_precision!r} yet: use 'fp16', 'bf16' or 'no'."
         )
     mode = _MODES[accelerator.mixed_precision]
+    if mode is PrecisionMode.MIXED and config.precision_mode is PrecisionMode.FP16:
+        return PrecisionMode.FP16  # the same arithmetic, on half-precision parameters
     dynamic = config.precision_mode is PrecisionMode.DYNAMIC and mode is not PrecisionMode.FP32
     if config.precision_mode not in (None, mode) and not dynamic:
         raise ConfigError(
@@ -164,6 +181,23 @@ def _fold_clipping(
         return clip_grad_norm_(parameters, max_norm, norm_type)
 
     session.changes.set_attribute(accelerator, "clip_grad_norm_", clip_or_fold)
+
+
+def _widen_gradients_before_clipping(
+    accelerator: Accelerator,
+    session: AmpSession,
+    adopted: weakref.WeakSet[AcceleratedOptimizer],
+) -> None:
+    """Lets clipping see the FP32 gradients that master weights are moved by, also where no loss is scaled."""
+    unscale_gradients = accelerator.unscale_gradients
+
+    @functools.wraps(unscale_gradients)
+    def widen(optimizer: Any = None) -> None:
+        for each in adopted:
+            session.scaler.unscale_(each.optimizer)
+        unscale_gradients(optimizer)
+
+    session.changes.set_attribute(accelerator, "unscale_gradients", widen)
 
 
 def _holds_exactly(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> bool:

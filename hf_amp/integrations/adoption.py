@@ -38,7 +38,9 @@ def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
         session.adopt(model, entry_point=prepared)
         if on_cpu:
             session.changes.call_on_undo(context.install(model))
-            if not session.config.emulate:
+            if (
+                not session.config.emulate or session.scaler.master_weights is not None
+            ):  # outputs are half precision
                 handle = model.register_forward_hook(_outputs_to_fp32)
                 session.changes.call_on_undo(handle.remove)
         else:

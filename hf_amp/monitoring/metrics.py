@@ -58,6 +58,9 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         "underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, sampled every monitoring_interval steps", "above 0.1 and rising: raise the scale"
     ),
+    Metric(
+        "lost_update_fraction", "1", "share of FP16 and BF16 parameter elements that the optimizer did not change, sampled every monitoring_interval applied steps and told a step later; absent where it moves FP32 parameters or master weights", "above 0.5: the updates are smaller than half a rounding step; half_parameters='master_weights' or 'upcast'"
+    ),
     Metric("inf_elements", "elements", "infinite gradient elements in the newest skipped step", "read the cause"),
     Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause"),
     Metric("transitions", "changes", "changes of the precision plan since the run began", "one after another: read the events"),

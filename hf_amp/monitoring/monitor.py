@@ -24,6 +24,7 @@ class PrecisionMonitor:
     grad_norm: float | None = None
     grad_amax: float | None = None
     underflow_fraction: float | None = None
+    lost_update_fraction: float | None = None
     inf_elements: int | None = None
     nan_elements: int | None = None
     transitions: int = 0
@@ -43,6 +44,11 @@ class PrecisionMonitor:
             self.grad_amax = grad_amax
         if underflow_fraction is not None:
             self.underflow_fraction = underflow_fraction
+
+    def record_lost_updates(self, fraction: float | None) -> None:
+        """What a sampled step did not change; known with the step after it, applied or not. None: no news."""
+        if fraction is not None:
+            self.lost_update_fraction = fraction
 
     def record_skipped(
         self, cause: Cause, next_scale: float, inf_elements: int | None, nan_elements: int | None
@@ -78,6 +84,7 @@ class PrecisionMonitor:
             "grad_amax": self.grad_amax,
             "headroom_bits": self._headroom_bits(),
             "underflow_fraction": self.underflow_fraction,
+            "lost_update_fraction": self.lost_update_fraction,
             "inf_elements": self.inf_elements,
             "nan_elements": self.nan_elements,
             "transitions": self.transitions,

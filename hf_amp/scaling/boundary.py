@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hf_amp.config import FP16_FORMAT
 from hf_amp.errors import ScalerError
-from hf_amp.scaling.unscale import multiply_, reciprocal, unscale_and_check_
+from hf_amp.scaling.unscale import reciprocal, unscale_and_check_
 from hf_amp.statistics import agreement
 from hf_amp.statistics import gradients as statistics
 
@@ -55,6 +54,8 @@ class Boundary:
     """What a folded clip multiplies the unscaled gradients by."""
     max_norm: float = math.inf
     """What a folded clip limits the norm to."""
+    lost_update_fraction: Tensor | None = None
+    """Share of low-precision elements that the newest sampled step before this one did not change."""
     inferred: bool = False
     """Whether `found_inf` was inferred from a norm, whose FP32 sum of squares can overflow by itself."""
     found_while_dividing: Tensor | None = None
@@ -73,6 +74,7 @@ class Boundary:
             "norm": self.norm,
             "amax": self.amax,
             "underflow_fraction": self.underflow_fraction,
+            "lost_update_fraction": self.lost_update_fraction,
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -211,7 +213,8 @@ def _refuse_fp16(gradients: list[Tensor]) -> None:
     if any(gradient.dtype == torch.float16 for gradient in gradients):
         raise ScalerError(
             "the optimizer holds FP16 parameters, whose gradients cannot be unscaled in place: keep trainable "
-            "parameters in FP32 (model.float(), or dtype=torch.float32 in from_pretrained); autocast casts them."
+            "parameters in FP32 (model.float(), or dtype=torch.float32 in from_pretrained), which autocast casts, or "
+            "keep FP32 master weights of them with MixedPrecisionConfig(half_parameters='master_weights')."
         )
 
 
@@ -222,45 +225,3 @@ def _agreed(*values: Tensor | None) -> list[Tensor | None]:
         return list(values)
     agreed = iter(agreement.largest_over_ranks(*known))
     return [None if value is None else next(agreed) for value in values]
-
-
-def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `optimizer` divides by `grad_scale` and skips by `found_inf` itself."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def apply(
-    optimizer: torch.optim.Optimizer,
-    boundary: Boundary,
-    arguments: tuple[Any, ...],
-    options: Mapping[str, Any],
-    *,
-    on_device: bool = False,
-) -> float | None:
-    """Runs the optimizer on `boundary`'s gradients.
-
-    Args:
-        on_device: the verdict is not known on the host: a fused optimizer reads it on the device. Otherwise the
-            gradients were found finite.
-    """
-    folded = boundary.treatment is Treatment.FOLD
-    if not is_fused(optimizer) or not (folded or on_device):
-        if folded:
-            factor = reciprocal(boundary.scale)
-            if boundary.clip_coefficient is not None:
-                factor = factor * boundary.clip_coefficient
-            multiply_(boundary.gradients, factor)
-        return cast("float | None", optimizer.step(*arguments, **options))
-    # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
-    # where `found_inf` is not 0.
-    fused = cast(Any, optimizer)
-    fused.grad_scale = None
-    if folded:
-        fused.grad_scale = boundary.scale
-        if boundary.clip_coefficient is not None:
-            fused.grad_scale = boundary.scale / boundary.clip_coefficient
-    fused.found_inf = boundary.found_inf
-    try:
-        return cast("float | None", optimizer.step(*arguments, **options))
-    finally:
-        del fused.grad_scale, fused.found_inf

@@ -17,6 +17,8 @@ class StepOutcome:
         grad_norm: 2-norm of the unscaled gradients before clipping; None where unknown or not finite.
         grad_amax: largest magnitude of the same; None likewise.
         underflow_fraction: share of scaled gradient elements that are zero or subnormal; None where not sampled.
+        lost_update_fraction: share of low-precision parameter elements that the newest sampled step, an earlier one, did
+            not change; None where none was sampled since the last outcome.
         inf_elements: infinite gradient elements of a skipped step, as they are when it is decided: a plain clip before
             has made all of them NaN, a folded one has not. None where not counted.
         nan_elements: NaN gradient elements, likewise.
@@ -29,5 +31,6 @@ class StepOutcome:
     grad_norm: float | None = None
     grad_amax: float | None = None
     underflow_fraction: float | None = None
+    lost_update_fraction: float | None = None
     inf_elements: int | None = None
     nan_elements: int | None = None

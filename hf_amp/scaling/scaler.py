@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig, ScalingStrategy
 from hf_amp.errors import ScalerError
-from hf_amp.scaling.boundary import Boundary, Look, Treatment, apply, examine, is_fused
+from hf_amp.scaling.application import Application, is_fused
+from hf_amp.scaling.boundary import Boundary, Look, Treatment, examine
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.policy import observation_of
 from hf_amp.scaling.scale_keeper import ScaleKeeper
@@ -32,6 +33,8 @@ class AdvancedGradScaler(ScaleKeeper):
     - PERFORMANCE_OPTIMIZED with a fused optimizer reads nothing in the step: the optimizer is called and skips on
       the device, counters and outcomes follow one step late, and whoever infers a skip from whether the optimizer
       was called (accelerate, and so the LR schedule) does not notice it.
+    - In FP16 (`precision_mode`), or with `half_parameters="master_weights"`, optimizers move FP32 master weights of their
+      half-precision parameters, whose gradients are FP32 between `unscale_` and `step`, and None after it.
     - In BF16 and FP32 (`precision_mode`) it is a guard: scale 1, the same check and skip, gradients read once.
 
     Args:
@@ -44,6 +47,7 @@ class AdvancedGradScaler(ScaleKeeper):
         skipped_steps: optimizer steps that were skipped.
         last_outcome: the newest step that is known on the host; None before the first.
         observers: called with (outcome, optimizer) for every step, in the update that follows it.
+        master_weights: FP32 copies of half-precision parameters; None where the config asks for none.
         companions: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
     """
 
@@ -58,6 +62,8 @@ class AdvancedGradScaler(ScaleKeeper):
         super().__init__(config, device)
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
+        self._application = Application(config)
+        self.master_weights = self._application.masters
         self._boundaries: dict[int, Boundary] = {}
         self._pending: deque[PendingVerdict] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
@@ -109,6 +115,8 @@ class AdvancedGradScaler(ScaleKeeper):
             ScalerError: no loss was scaled before; gradients are FP16; `step` was called already; or more gradients
                 were accumulated on top of ones already unscaled.
         """
+        if self._enabled and self.guards_only:
+            self._application.ready_gradients(optimizer)
         if not self._enabled or self.guards_only:
             return
         boundary = self._current_boundary(optimizer)
@@ -165,13 +173,21 @@ class AdvancedGradScaler(ScaleKeeper):
         elif self.config.recheck_gradients:
             boundary.recheck()
         boundary.stepped = True
+        boundary.lost_update_fraction = self._application.take_lost_update_fraction(optimizer)
+        seed = self.decided_steps if self.config.enable_monitoring and self._is_interval() else None
         self.decided_steps += 1
+        result = None
         if self._defers(optimizer):
             self._pending.append(PendingVerdict(self.decided_steps, boundary, optimizer))
-            result = apply(optimizer, boundary, args, kwargs, on_device=True)
+            result = self._application.run(
+                optimizer, boundary, args, kwargs, on_device=True, sample_seed=seed
+            )
         else:
             outcome = outcome_now(self.decided_steps, boundary)
-            result = apply(optimizer, boundary, args, kwargs) if outcome.applied else None
+            if outcome.applied:
+                result = self._application.run(optimizer, boundary, args, kwargs, sample_seed=seed)
+            else:
+                self._application.leave_out(optimizer)
             self._count(outcome, optimizer)
         boundary.gradients = []
         return result
@@ -215,6 +231,15 @@ class AdvancedGradScaler(ScaleKeeper):
             pending = self._pending.popleft()
             self._count(pending.outcome(), pending.optimizer)
         self._deliver()
+
+    def keep_master_weights(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets `optimizer.state_dict()` carry FP32 master weights, and `load_state_dict` take them, unrounded.
+
+        Happens by itself in the first step. To resume, call it before `optimizer.load_state_dict`, because PyTorch
+        rounds what an optimizer loads to the dtype of its parameters. Nothing to do where no masters are kept.
+        """
+        if self.master_weights is not None:
+            self.master_weights.adopt(optimizer)
 
     def _is_within_step(self) -> bool:
         return bool(self._boundaries)
@@ -276,6 +301,7 @@ class AdvancedGradScaler(ScaleKeeper):
                 )
             self._lazy_init_scale_growth_tracker(_device_of(optimizer, self._device))
             self._backward_scale = self._state.scale
+        self._application.ready_gradients(optimizer)
         monitors = self.config.enable_monitoring
         boundary = examine(
             optimizer,
@@ -295,7 +321,10 @@ class AdvancedGradScaler(ScaleKeeper):
 
     def _samples_now(self) -> bool:
         wanted = self._policy.needs_underflow or self.config.enable_monitoring
-        return wanted and not self.guards_only and self.decided_steps % self.config.monitoring_interval == 0
+        return wanted and not self.guards_only and self._is_interval()
+
+    def _is_interval(self) -> bool:
+        return self.decided_steps % self.config.monitoring_interval == 0
 
 
 def _device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:

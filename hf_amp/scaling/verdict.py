@@ -63,6 +63,7 @@ def _outcome(attempt: int, host: Mapping[str, float], non_finite: tuple[int, int
         grad_norm=finite("norm") if applied else None,
         grad_amax=finite("amax") if applied else None,
         underflow_fraction=finite("underflow_fraction"),
+        lost_update_fraction=finite("lost_update_fraction"),
         inf_elements=non_finite[0] if non_finite else None,
         nan_elements=non_finite[1] if non_finite else None,
     )

@@ -117,26 +117,38 @@ def underflow_fraction(gradients: Sequence[Tensor], number_format: NumberFormat,
         Tensor of shape [], float32, on the device of the first gradient, weighted by tensor size. What FP16 has
         flushed arrives as zero, so zeros count as well; exact zeros of the FP32 gradient cannot be told from them.
     """
-    device = gradients[0].device
-    filled = [gradient for gradient in gradients if gradient.numel()]
+    values, weights = random_elements(gradients, seed)
+    small = values.abs_() < number_format.smallest_normal
+    return (small * weights).sum()
+
+
+@torch.no_grad()
+def random_elements(tensors: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """At most 1024 random elements of each of `tensors`, the same for the same sizes and seed. No host read.
+
+    Returns:
+        (values, weights), of one shape [n], float32, on the device of the first tensor. A weight is the share of all
+        elements that a value stands for; together they are 1, or nothing where there are no elements.
+    """
+    device = tensors[0].device
+    filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
-        return torch.zeros((), device=device)
-    total = sum(gradient.numel() for gradient in filled)
+        return torch.zeros(0, device=device), torch.zeros(0, device=device)
+    total = sum(tensor.numel() for tensor in filled)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator)
     positions: dict[tuple[torch.device, int], Tensor] = {}
     samples, weights = [], []
-    for gradient in filled:
-        sample, size = gradient.reshape(-1), gradient.numel()
+    for tensor in filled:
+        sample, size = tensor.reshape(-1), tensor.numel()
         if size > SAMPLES_PER_TENSOR:
-            key = (gradient.device, size)
+            key = (tensor.device, size)
             if key not in positions:
-                positions[key] = (drawn % size).to(gradient.device, non_blocking=True)
+                positions[key] = (drawn % size).to(tensor.device, non_blocking=True)
             sample = sample[positions[key]]
         samples.append(sample.float().to(device, non_blocking=True))
         weights.append(torch.full((sample.numel(),), size / total / sample.numel()))
-    small = torch.cat(samples).abs_() < number_format.smallest_normal
-    return (small * torch.cat(weights).to(device, non_blocking=True)).sum()
+    return torch.cat(samples), torch.cat(weights).to(device, non_blocking=True)
 
 
 @torch.no_grad()

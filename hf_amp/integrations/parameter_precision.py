@@ -1,0 +1,82 @@
+"""Preflight of parameter dtypes on an Accelerator: before the first step, and before DDP counts on them."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_amp.events import EventKind
+from hf_amp.scaling.half_parameters import settle
+from hf_amp.scaling.master_weights import widen_state
+from hf_amp.session import AmpSession
+
+
+def settle_parameters(
+    accelerator: Accelerator,
+    session: AmpSession,
+    models: Iterable[nn.Module],
+    optimizers: Iterable[torch.optim.Optimizer],
+) -> None:
+    """Settles what becomes of half-precision parameters, now and whenever `accelerator` prepares more.
+
+    Args:
+        models: those that are prepared already, as prepared.
+        optimizers: those that are prepared already, unwrapped.
+
+    Raises:
+        AttachError: `half_parameters` forbids what a model has, or it cannot be converted any more.
+    """
+    masters = session.scaler.master_weights
+    known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+    settled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    converted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def settle_model(prepared: nn.Module) -> None:
+        model = accelerator.unwrap_model(prepared)
+        if model in settled:
+            return
+        fixed = isinstance(prepared, DistributedDataParallel)
+        event = settle(model, session.config, session.plan.default, known, masters, fixed)
+        settled.add(model)
+        if event is not None:
+            session.record(event)
+            if event.kind is EventKind.PARAMETERS_CONVERTED:
+                converted.add(model)
+
+    def settle_optimizer(optimizer: torch.optim.Optimizer) -> None:
+        known.add(optimizer)
+        if masters is not None:
+            masters.adopt(optimizer)
+        for model in converted:
+            widen_state(optimizer, model.parameters())
+
+    if masters is not None:
+        # Inside DDP a change of dtype would cut parameters off from the reduction of their gradients.
+        session.changes.call_on_undo(lambda: masters.release(restore=accelerator.num_processes == 1))
+    for optimizer in optimizers:
+        settle_optimizer(optimizer)
+    for model in models:
+        settle_model(model)
+    prepare_model, prepare_optimizer = accelerator.prepare_model, accelerator.prepare_optimizer
+
+    @functools.wraps(prepare_model)
+    def settle_and_prepare_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        settle_model(model)
+        return prepare_model(model, *args, **kwargs)
+
+    @functools.wraps(prepare_optimizer)
+    def settle_and_prepare_optimizer(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        # Before, because preparing loads the optimizer's state, which rounds it to what its parameters are.
+        settle_optimizer(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
+        return prepare_optimizer(optimizer, *args, **kwargs)
+
+    session.changes.set_attribute(accelerator, "prepare_model", settle_and_prepare_model)
+    session.changes.set_attribute(accelerator, "prepare_optimizer", settle_and_prepare_optimizer)

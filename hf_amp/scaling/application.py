@@ -1,0 +1,120 @@
+"""Applying examined gradients: fused or not, to the parameters or to their master weights, and what that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hf_amp.config import MixedPrecisionConfig, PrecisionMode
+from hf_amp.scaling.boundary import Boundary, Treatment
+from hf_amp.scaling.master_weights import MasterWeights, half_parameters
+from hf_amp.scaling.unscale import multiply_, reciprocal
+from hf_amp.statistics.gradients import random_elements
+
+
+class Application:
+    """How one scaler's optimizers are run.
+
+    Attributes:
+        masters: FP32 master weights of half-precision parameters; None where the config does not ask for them.
+    """
+
+    def __init__(self, config: MixedPrecisionConfig) -> None:
+        keeps = config.precision_mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
+        self.masters = MasterWeights() if config.enabled and keeps else None
+        self._lost: dict[int, Tensor] = {}
+
+    def ready_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Brings gradients into the precision that they are examined and applied in. No host read."""
+        if self.masters is not None:
+            self.masters.widen_gradients(optimizer)
+
+    def run(
+        self,
+        optimizer: torch.optim.Optimizer,
+        boundary: Boundary,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+        *,
+        on_device: bool = False,
+        sample_seed: int | None = None,
+    ) -> float | None:
+        """Runs the optimizer on `boundary`'s gradients. No host read.
+
+        Args:
+            on_device: the verdict is not known on the host: a fused optimizer reads it on the device. Otherwise the
+                gradients were found finite.
+            sample_seed: takes the lost-update fraction, from a sample with this seed; None for not.
+        """
+        low = self._moved_in_half(optimizer) if sample_seed is not None else []
+        if not low:
+            with self._on_masters(optimizer):
+                return _apply(optimizer, boundary, arguments, options, on_device)
+        before, weights = random_elements(low, cast(int, sample_seed))
+        result = _apply(optimizer, boundary, arguments, options, on_device)
+        after, _ = random_elements(low, cast(int, sample_seed))
+        lost = ((before == after) * weights).sum().to(boundary.scale.device, non_blocking=True)
+        # A step that the device has skipped changed nothing, and lost nothing.
+        self._lost[id(optimizer)] = torch.where(boundary.found_inf > 0, torch.nan, lost)
+        return result
+
+    def leave_out(self, optimizer: torch.optim.Optimizer) -> None:
+        """Ends a step that is skipped."""
+        if self.masters is not None:
+            self.masters.narrow_gradients(optimizer)
+
+    def take_lost_update_fraction(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Share of low-precision elements that `optimizer`'s newest sampled step left as they were; None the next time.
+
+        Returns:
+            Tensor of shape [], float32, on the scale's device; NaN where the device skipped the step. The host learns
+            of it in the read of the step after, because that of its own was before it moved anything.
+        """
+        return self._lost.pop(id(optimizer), None)
+
+    def _moved_in_half(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        if self.masters is not None:
+            return []
+        return [p.detach() for p in half_parameters(optimizer) if p.grad is not None]
+
+    def _on_masters(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        return nullcontext() if self.masters is None else self.masters.in_place_of_parameters(optimizer)
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer` divides by `grad_scale` and skips by `found_inf` itself."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _apply(
+    optimizer: torch.optim.Optimizer,
+    boundary: Boundary,
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any],
+    on_device: bool,
+) -> float | None:
+    folded = boundary.treatment is Treatment.FOLD
+    if not is_fused(optimizer) or not (folded or on_device):
+        if folded:
+            factor = reciprocal(boundary.scale)
+            if boundary.clip_coefficient is not None:
+                factor = factor * boundary.clip_coefficient
+            multiply_(boundary.gradients, factor)
+        return cast("float | None", optimizer.step(*arguments, **options))
+    # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
+    # where `found_inf` is not 0.
+    fused = cast(Any, optimizer)
+    fused.grad_scale = None
+    if folded:
+        fused.grad_scale = boundary.scale
+        if boundary.clip_coefficient is not None:
+            fused.grad_scale = boundary.scale / boundary.clip_coefficient
+    fused.found_inf = boundary.found_inf
+    try:
+        return cast("float | None", optimizer.step(*arguments, **options))
+    finally:
+        del fused.grad_scale, fused.found_inf

@@ -1,0 +1,271 @@
+"""FP32 master weights: half-precision parameters whose optimizer moves FP32 copies of them.
+
+A weight in FP16 or BF16 cannot take an update that is smaller than half the distance to its neighbour, so the optimizer
+works on an FP32 copy, from which the half-precision weight is rounded after every step.
+Source: Micikevicius et al., "Mixed Precision Training" (2018), section 3.1.
+
+`optimizer.param_groups`, `optimizer.state` and the model go on holding the parameters themselves: the copies stand in for
+them while the optimizer runs, and at no other time, so that schedulers, `zero_grad`, checkpoints and whoever keeps a
+reference see what they saw before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hf_amp.config import FP16_FORMAT, FP32_FORMAT
+from hf_amp.errors import ScalerError
+from hf_amp.statistics.gradients import is_sharded
+
+STATE_KEY = "hf_amp_master_weights"
+"""Where the master weights stand in `optimizer.state_dict()`, by the parameter's index."""
+
+_HALF = (torch.float16, torch.bfloat16)
+_WIDE = FP32_FORMAT.dtype
+
+
+@dataclass
+class _Master:
+    weight: torch.nn.Parameter
+    """FP32, of the parameter's shape, on its device."""
+    agreed_with: tuple[int, int] | None
+    """The parameter's memory and version when the two last agreed; None where that is to be checked."""
+
+
+class MasterWeights:
+    """The FP32 copies of all half-precision parameters of the optimizers that one scaler steps.
+
+    Whoever writes to a parameter between two steps (loading a checkpoint, clamping) is followed: elements that are no
+    longer the rounded master replace it. Writes through `.data`, which PyTorch does not count, are not seen.
+    Nothing here reads the host. Optimizers and parameters are not kept alive.
+    """
+
+    def __init__(self) -> None:
+        self._masters: MutableMapping[Tensor, _Master] = WeakTensorKeyDictionary()
+        self._former_dtypes: MutableMapping[Tensor, torch.dtype] = WeakTensorKeyDictionary()
+        self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._loading: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def narrow_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Makes `parameters` FP16 in place; their values, unrounded, become the master weights.
+
+        The caller has seen to it that they are below 65504, and that nothing counts on their dtype, as
+        DistributedDataParallel does.
+        """
+        for parameter in parameters:
+            master = _Master(torch.nn.Parameter(parameter.detach().to(_WIDE, copy=True)), None)
+            self._former_dtypes[parameter] = parameter.dtype
+            parameter.grad = None
+            parameter.data = parameter.data.to(FP16_FORMAT.dtype)
+            master.agreed_with = _memory_of(parameter)
+            self._masters[parameter] = master
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets `optimizer`'s checkpoints carry the master weights from now on. Harmless when called again.
+
+        State that it has made in half precision already is converted to FP32.
+        """
+        if optimizer in self._hooks:
+            return
+        widen_state(optimizer, half_parameters(optimizer))
+        self._hooks[optimizer] = [
+            optimizer.register_state_dict_post_hook(self._add_to_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._remember_loaded),
+            optimizer.register_load_state_dict_post_hook(self._load_unrounded),
+        ]
+
+    def release(self, restore: bool = True) -> None:
+        """Undoes `adopt` and, where `restore`, `narrow_`: parameters get their former dtype and the master's value."""
+        for handle in itertools.chain.from_iterable(self._hooks.values()):
+            handle.remove()
+        self._hooks.clear()
+        for parameter, dtype in list(self._former_dtypes.items()) if restore else ():
+            self._follow([parameter])
+            parameter.grad = None
+            parameter.data = self._masters[parameter].weight.data.to(dtype)
+        self._former_dtypes.clear()
+        self._masters.clear()
+
+    # ---- one step -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def widen_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes half-precision gradients FP32, exactly, so that they can be unscaled without rounding.
+
+        `p.grad` of a half-precision parameter is FP32 from then until the step, or until it is set to None.
+
+        Raises:
+            ScalerError: the optimizer loaded or made its state before anybody told it of master weights, or a
+                parameter is sharded.
+        """
+        narrow = [p for p in half_parameters(optimizer) if p.grad is not None and p.grad.dtype != _WIDE]
+        if not narrow:
+            return
+        if optimizer not in self._hooks:
+            _refuse_half_state(optimizer, narrow)
+            self.adopt(optimizer)
+        gradients = [_checked(p) for p in narrow]
+        wide = [g.to(_WIDE) if g.is_sparse else torch.empty_like(g, dtype=_WIDE) for g in gradients]
+        dense = [index for index, g in enumerate(gradients) if not g.is_sparse]
+        if dense:
+            torch._foreach_copy_([wide[index] for index in dense], [gradients[index] for index in dense])
+        for parameter, gradient in zip(narrow, wide, strict=True):
+            parameter.grad_dtype = None  # any
+            parameter.grad = gradient
+
+    @torch.no_grad()
+    def narrow_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Rounds gradients back to their parameters' dtype after a skipped step, for whoever looks for the culprit."""
+        for parameter in half_parameters(optimizer):
+            if parameter.grad is not None and parameter.grad.dtype == _WIDE:
+                _set_gradient(parameter, parameter.grad.to(parameter.dtype))
+
+    @contextmanager
+    def in_place_of_parameters(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Inside, `optimizer` holds the masters with the FP32 gradients; afterwards the parameters, rounded from them.
+
+        The gradients are used up: `p.grad` of a half-precision parameter is None afterwards.
+        """
+        moved = [p for p in half_parameters(optimizer) if p.grad is not None]
+        self._follow(moved)
+        masters = {p: self._masters[p].weight for p in moved}
+        for parameter, master in masters.items():
+            master.grad = parameter.grad
+            _set_gradient(parameter, None)
+        groups = [(group, group["params"]) for group in optimizer.param_groups]
+        for group, parameters in groups:
+            group["params"] = [masters.get(p, p) for p in parameters]
+        _rename_state(optimizer, masters)
+        try:
+            yield
+        finally:
+            for group, parameters in groups:
+                group["params"] = parameters
+            _rename_state(optimizer, {master: p for p, master in masters.items()})
+            self._round(masters)
+
+    @torch.no_grad()
+    def _round(self, masters: Mapping[torch.nn.Parameter, torch.nn.Parameter]) -> None:
+        if masters:
+            torch._foreach_copy_(list(masters), list(masters.values()))
+        for parameter, master in masters.items():
+            master.grad = None
+            self._masters[parameter].agreed_with = _memory_of(parameter)
+
+    @torch.no_grad()
+    def _follow(self, parameters: Iterable[Tensor]) -> None:
+        """Gives every parameter a master, and brings those up to date whose parameter was written to."""
+        for parameter in parameters:
+            master = self._masters.get(parameter)
+            if master is None:
+                weight = torch.nn.Parameter(parameter.detach().to(_WIDE, copy=True))
+                self._masters[parameter] = _Master(weight, _memory_of(parameter))
+            elif master.agreed_with != _memory_of(parameter):
+                former = master.weight.to(parameter.device)
+                same = former.to(parameter.dtype) == parameter
+                master.weight = torch.nn.Parameter(torch.where(same, former, parameter.to(_WIDE)))
+                master.agreed_with = _memory_of(parameter)
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------
+
+    def _add_to_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        held = {i: p for i, p in enumerate(_parameters(optimizer)) if p in self._masters}
+        if not held:
+            return
+        self._follow(held.values())
+        state_dict[STATE_KEY] = {i: self._masters[p].weight.detach() for i, p in held.items()}
+
+    def _remember_loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        self._loading[optimizer] = state_dict
+
+    def _load_unrounded(self, optimizer: torch.optim.Optimizer) -> None:
+        """Loads again, in FP32, what `Optimizer.load_state_dict` has rounded to its parameters' dtype."""
+        saved = self._loading.pop(optimizer)
+        masters = saved.get(STATE_KEY, {})
+        indices = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
+        for index, parameter in zip(indices, _parameters(optimizer), strict=True):
+            if parameter.dtype not in _HALF:
+                continue
+            for name, rounded in optimizer.state.get(parameter, {}).items():
+                if _is_float(rounded) and rounded.dtype in _HALF:
+                    unrounded = saved["state"][index][name]
+                    optimizer.state[parameter][name] = unrounded.to(parameter.device, _WIDE)
+            if index in masters:
+                weight = masters[index].to(parameter.device, _WIDE, copy=True)
+                self._masters[parameter] = _Master(torch.nn.Parameter(weight), None)
+
+
+def half_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """The FP16 and BF16 parameters that `optimizer` holds, in its order."""
+    return [p for p in _parameters(optimizer) if p.dtype in _HALF]
+
+
+def widen_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Makes the half-precision state that `optimizer` has for `parameters` FP32, in place of the old."""
+    for parameter in parameters:
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if _is_float(value) and value.dtype in _HALF:
+                optimizer.state[parameter][name] = value.to(_WIDE)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
+    return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _set_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
+    parameter.grad = None
+    parameter.grad_dtype = parameter.dtype
+    parameter.grad = gradient
+
+
+def _rename_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, torch.nn.Parameter]
+) -> None:
+    for old, new in names.items():
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
+
+
+def _memory_of(parameter: Tensor) -> tuple[int, int]:
+    """Changes whenever a parameter is written to, or given other memory. `_version` is autograd's own counter."""
+    return parameter._version, parameter.data_ptr()
+
+
+def _checked(parameter: torch.nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    assert gradient is not None
+    if is_sharded(gradient):
+        raise ScalerError(
+            f"a sharded parameter is {str(parameter.dtype).removeprefix('torch.')}: master weights are for parameters "
+            "that are whole. Shard them in FP32 and let FSDP cast (MixedPrecisionPolicy(param_dtype=torch.float16)), "
+            "which makes the FP32 shards the master weights."
+        )
+    return gradient
+
+
+def _refuse_half_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+    values = itertools.chain.from_iterable(optimizer.state.get(p, {}).values() for p in parameters)
+    if any(_is_float(value) and value.dtype in _HALF for value in values):
+        raise ScalerError(
+            f"{type(optimizer).__name__} has half-precision state from before its first step with master weights, so a "
+            "checkpoint was rounded when it was loaded: call scaler.keep_master_weights(optimizer) before "
+            "optimizer.load_state_dict(...), or, if the state is as you want it, before the first step."
+        )
