@@ -264,6 +264,11 @@ class MixedPrecisionConfig:
                 "half-precision parameters with FP32 master weights; leave half_parameters out, or train FP32 parameters "
                 "under FP16 autocast with precision_mode=MIXED."
             )
+        if self.precision_mode is PrecisionMode.DYNAMIC and self.half_parameters == "master_weights":
+            raise ConfigError(
+                "MixedPrecisionConfig(precision_mode=DYNAMIC, half_parameters='master_weights'): DYNAMIC moves between "
+                "precisions, which needs FP32 parameters; leave half_parameters out, or choose another precision_mode."
+            )
         if self.min_scale < FP32_FORMAT.smallest_normal:
             raise ConfigError(
                 f"MixedPrecisionConfig(min_scale={self.min_scale!r}): the floor must be at least "

@@ -119,20 +119,24 @@ class MasterWeights:
             _refuse_half_state(optimizer, narrow)
             self.adopt(optimizer)
         gradients = [_checked(p) for p in narrow]
-        wide = [g.to(_WIDE) if g.is_sparse else torch.empty_like(g, dtype=_WIDE) for g in gradients]
+        wide = [
+            g.to(_WIDE).coalesce() if g.is_sparse else torch.empty_like(g, dtype=_WIDE) for g in gradients
+        ]
         dense = [index for index, g in enumerate(gradients) if not g.is_sparse]
         if dense:
             torch._foreach_copy_([wide[index] for index in dense], [gradients[index] for index in dense])
-        for parameter, gradient in zip(narrow, wide, strict=True):
-            parameter.grad_dtype = None  # any
-            parameter.grad = gradient
+        for gradient, data in zip(gradients, wide, strict=True):
+            gradient.data = (
+                data  # assigning to `p.grad` would want the parameter's dtype, and `p.grad_dtype` would stay
+            )
 
     @torch.no_grad()
     def narrow_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Rounds gradients back to their parameters' dtype after a skipped step, for whoever looks for the culprit."""
         for parameter in half_parameters(optimizer):
             if parameter.grad is not None and parameter.grad.dtype == _WIDE:
-                _set_gradient(parameter, parameter.grad.to(parameter.dtype))
+                gradient, parameter.grad = parameter.grad.to(parameter.dtype), None
+                parameter.grad = gradient
 
     @contextmanager
     def in_place_of_parameters(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -144,8 +148,7 @@ class MasterWeights:
         self._follow(moved)
         masters = {p: self._masters[p].weight for p in moved}
         for parameter, master in masters.items():
-            master.grad = parameter.grad
-            _set_gradient(parameter, None)
+            master.grad, parameter.grad = parameter.grad, None
         groups = [(group, group["params"]) for group in optimizer.param_groups]
         for group, parameters in groups:
             group["params"] = [masters.get(p, p) for p in parameters]
@@ -230,12 +233,6 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _set_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
-    parameter.grad = None
-    parameter.grad_dtype = parameter.dtype
-    parameter.grad = gradient
-
-
 def _rename_state(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, torch.nn.Parameter]
 ) -> None:
@@ -254,7 +251,7 @@ def _checked(parameter: torch.nn.Parameter) -> Tensor:
     assert gradient is not None
     if is_sharded(gradient):
         raise ScalerError(
-            f"a sharded parameter is {str(parameter.dtype).removeprefix('torch.')}: master weights are for parameters "
+            f"a sharded parameter is {parameter.dtype}: master weights are for parameters "
             "that are whole. Shard them in FP32 and let FSDP cast (MixedPrecisionPolicy(param_dtype=torch.float16)), "
             "which makes the FP32 shards the master weights."
         )

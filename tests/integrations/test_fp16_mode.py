@@ -1,0 +1,294 @@
+"""PrecisionMode.FP16 through Accelerate and the Trainer: FP16 parameters and gradients, FP32 master weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+import hf_amp
+from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
+from hf_amp.emulation import EmulatedPrecision
+from hf_amp.scaling.master_weights import STATE_KEY
+from tests.integrations.half_models import dtypes
+from tests.integrations.trainers import OverflowAt, trainer_with
+from tests.reference import OverflowInBackward, assert_bitwise_equal, tiny_mlp
+
+STEPS, OVERFLOW, ACCUMULATION, MAX_NORM = 8, 3, 2, 0.05
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator_state() -> Iterator[None]:
+    """Accelerators share their state within a process: each test starts and ends without."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def batch(step: int, micro: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * step + micro)
+    return torch.randn(5, 4, generator=generator)
+
+
+def loss_of(model: nn.Module, step: int, micro: int) -> torch.Tensor:
+    loss = model(batch(step, micro)).float().square().mean()
+    last = micro == ACCUMULATION - 1
+    return OverflowInBackward.apply(loss) if last and step == OVERFLOW else loss
+
+
+class Loop:
+    """An Accelerate loop in FP16 mode with accumulation, clipping and a schedule."""
+
+    def __init__(
+        self, folder: Path | None = None, fused: bool = True, late: bool = False, **options: Any
+    ) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.accelerator = Accelerator(
+            mixed_precision="fp16", cpu=True, gradient_accumulation_steps=ACCUMULATION
+        )
+        config = MixedPrecisionConfig(precision_mode="FP16", init_scale=1024.0, **options)
+        if not late:
+            self.session = hf_amp.attach(self.accelerator, config)
+        plain = torch.optim.AdamW((model := tiny_mlp()).parameters(), lr=1e-3, fused=fused)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(plain, 0.9)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, plain, schedule)
+        if late:
+            self.session = hf_amp.attach(self.accelerator, config)
+        self.norms: list[float] = []
+        self.skipped: list[bool] = []
+
+    def run(self, steps: range) -> Loop:
+        for step in steps:
+            for micro in range(ACCUMULATION):
+                with self.accelerator.accumulate(self.model):
+                    self.accelerator.backward(loss_of(self.model, step, micro))
+                    if self.accelerator.sync_gradients:
+                        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+                    self.optimizer.step()
+                    self.schedule.step()
+                    self.optimizer.zero_grad()
+            self.norms.append(norm.item())
+            self.skipped.append(self.accelerator.optimizer_step_was_skipped)
+        return self
+
+    def state(self) -> list[torch.Tensor]:
+        saved = self.optimizer.state_dict()
+        moments = [t for entry in saved["state"].values() for t in entry.values()]
+        return [*(p.detach().clone() for p in self.model.parameters()), *saved[STATE_KEY].values(), *moments]
+
+
+def reference(fused: bool) -> tuple[list[torch.Tensor], list[float]]:
+    """The same with explicit copies, the plain rules and the emulation entered by hand."""
+    wide = tiny_mlp()
+    model = copy.deepcopy(wide).half()
+    masters = list(wide.parameters())
+    optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=fused)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    scale, norms = 1024.0, []
+    for step in range(STEPS):
+        model.zero_grad()
+        for micro in range(ACCUMULATION):
+            with EmulatedPrecision():
+                loss = loss_of(model, step, micro) / ACCUMULATION
+            (loss * scale).backward()
+        for p, master in zip(model.parameters(), masters, strict=True):
+            master.grad = p.grad.float() / scale
+        norms.append(nn.utils.clip_grad_norm_(masters, MAX_NORM).item())
+        if step == OVERFLOW:
+            scale /= 2
+            continue
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for p, master in zip(model.parameters(), masters, strict=True):
+                p.copy_(master)
+    moments = [t for master in masters for t in optimizer.state[master].values()]
+    tensors = [*model.parameters(), *masters, *moments]
+    return [t.detach().clone() for t in tensors], norms
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["attach first", "attach last"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_accelerate_loop_is_the_reference_bit_for_bit(fused: bool, late: bool) -> None:
+    """Accumulation, clipping, an overflow, a schedule: parameters, masters, optimizer state, norms and skips."""
+    loop = Loop(fused=fused, late=late).run(range(STEPS))
+    expected, norms = reference(fused)
+    assert_bitwise_equal(loop.state(), expected)
+    clean = [step for step in range(STEPS) if step != OVERFLOW]
+    assert [loop.norms[step] for step in clean] == [norms[step] for step in clean]
+    assert loop.skipped == [step == OVERFLOW for step in range(STEPS)]
+    assert dtypes(loop.model) == {torch.float16}
+
+
+def test_gradients_are_half() -> None:
+    """Between backward and clipping gradients are FP16, as is what they are accumulated in."""
+    loop = Loop()
+    loop.accelerator.backward(loss_of(loop.model, 0, 0))
+    assert {p.grad.dtype for p in loop.model.parameters()} == {torch.float16}
+
+
+def test_real_half_kernels() -> None:
+    """emulate=False computes the same with the CPU's half kernels, to FP16's precision."""
+    expected, _ = reference(True)
+    loop = Loop(emulate=False).run(range(STEPS))
+    assert loop.skipped == [step == OVERFLOW for step in range(STEPS)]
+    for ours, theirs in zip(loop.model.parameters(), expected, strict=False):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=2e-3)
+
+
+def test_accelerate_resume_is_exact(tmp_path: Path) -> None:
+    """save_state after four steps, load_state into a new loop, four more: equal to eight, masters included."""
+    whole = Loop().run(range(STEPS))
+    first = Loop().run(range(4))
+    first.accelerator.save_state(str(tmp_path))
+    resumed = Loop()
+    resumed.accelerator.load_state(str(tmp_path))
+    resumed.run(range(4, STEPS))
+    assert_bitwise_equal(resumed.state(), whole.state())
+    assert resumed.session.metrics() == whole.session.metrics()
+
+
+def test_detach_gives_parameters_their_dtype_and_the_masters_values() -> None:
+    """Right after attach detach restores every bit; after training, FP32 parameters hold the masters. No hook stays."""
+    loop = Loop()
+    loop.session.detach()
+    assert_bitwise_equal([p.detach() for p in loop.model.parameters()], [*tiny_mlp().parameters()])
+    loop = Loop().run(range(4))
+    masters = list(loop.optimizer.state_dict()[STATE_KEY].values())
+    loop.session.detach()
+    assert dtypes(loop.model) == {torch.float32}
+    assert_bitwise_equal([p.detach() for p in loop.model.parameters()], masters)
+    assert STATE_KEY not in loop.optimizer.state_dict()
+    assert loop.accelerator.scaler is None
+    loop.model(batch(0, 0)).sum().backward()
+    loop.optimizer.step()
+    assert all(p.isfinite().all() for p in loop.model.parameters())
+
+
+def test_weights_beyond_fp16_are_a_clear_error() -> None:
+    """A weight of 1e5 cannot become FP16: named before step 1, and nothing is converted."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    hf_amp.attach(accelerator, MixedPrecisionConfig(precision_mode="FP16"))
+    model = tiny_mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = 1e5
+    with pytest.raises(AttachError, match=r"1 FP32 parameter \(2.weight\).*precision_mode=MIXED"):
+        accelerator.prepare(model)
+    assert dtypes(model) == {torch.float32}
+
+
+def test_batch_norm_stays_fp32() -> None:
+    """Batch normalisation keeps FP32 parameters beside its FP32 statistics, and trains."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    hf_amp.attach(accelerator, MixedPrecisionConfig(precision_mode="FP16", init_scale=1024.0))
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 2))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = [p.detach().clone() for p in model.parameters()]
+    accelerator.backward(model(torch.randn(4, 1, 8, 8)).square().mean())
+    optimizer.step()
+    assert [p.dtype for p in model[1].parameters()] == [torch.float32] * 2
+    assert [p.dtype for p in model[0].parameters()] == [torch.float16] * 2
+    assert not torch.equal(before[-1], model[3].bias)
+
+
+# ---- Trainer ----------------------------------------------------------------------------------------------------
+
+
+def fp16_callback() -> MixedPrecisionCallback:
+    return MixedPrecisionCallback({"precision_mode": "FP16"})
+
+
+def test_trainer_in_fp16_mode(tmp_path: Path) -> None:
+    """precision_mode FP16 with fp16=True is no contradiction: FP16 parameters, truthful skips, losses near MIXED's."""
+    losses = []
+    for callback in (fp16_callback(), MixedPrecisionCallback()):
+        trainer, witness = trainer_with(tmp_path, callback, OverflowAt(3), learning_rate=1e-2)
+        trainer.train()
+        assert witness.skipped == [False, False, True, False, False, False]
+        assert witness.moved == [True, True, False, True, True, True]
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        norms = [entry.get("grad_norm") for entry in trainer.state.log_history[:6]]
+        assert [norm is None for norm in norms] == witness.skipped
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    assert losses[0] != losses[1]
+
+
+def test_trainer_tells_of_the_conversion(tmp_path: Path) -> None:
+    """One event before step 1 says what became FP16; parameters are FP16 throughout, and evaluation works."""
+    callback = fp16_callback()
+    trainer, _ = trainer_with(tmp_path, callback, max_steps=2)
+    trainer.train()
+    assert callback.session.plan.default is PrecisionMode.FP16
+    (event,) = [e for e in callback.session.events if e.kind is EventKind.PARAMETERS_CONVERTED]
+    assert (event.before, event.after, event.step) == ("FP32", "FP16", 0)
+    assert dtypes(trainer.model) == {torch.float16}
+    assert trainer.evaluate(trainer.train_dataset.select(range(4)))["eval_loss"] < 8
+    assert trainer.model(torch.zeros(1, 4, dtype=torch.long)).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
+def test_trainer_resume_is_exact(tmp_path: Path, optim: str) -> None:
+    """A checkpoint after three of six steps resumes to the same bits: the masters ride in optimizer.pt."""
+    options = {"optim": optim, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3}
+    whole, again = fp16_callback(), fp16_callback()
+    trainer, _ = trainer_with(tmp_path, whole, OverflowAt(2, 5), **options)
+    trainer.train()
+    resumed, _ = trainer_with(tmp_path / "again", again, OverflowAt(2, 5), seed=1, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    masters = [t.optimizer.state_dict()[STATE_KEY] for t in (trainer, resumed)]
+    assert_bitwise_equal(*(list(m.values()) for m in masters))
+    for a, b in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert again.session.metrics() == whole.session.metrics()
+
+
+def test_checkpoint_resumes_in_mixed_and_back(tmp_path: Path) -> None:
+    """A run saved in FP16 mode goes on in MIXED without masters, and one saved in MIXED goes on in FP16 mode."""
+    options = {"save_strategy": "steps", "save_steps": 3}
+    for name, first, second in (
+        ("from", fp16_callback(), MixedPrecisionCallback()),
+        ("to", MixedPrecisionCallback(), fp16_callback()),
+    ):
+        trainer, _ = trainer_with(tmp_path / name, first, **options)
+        trainer.train()
+        resumed, _ = trainer_with(tmp_path / name / "again", second, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-3"))
+        for a, b in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=1e-2, atol=3e-3)
+        assert second.session.metrics()["applied_steps"] == 6
+
+
+@pytest.mark.parametrize("arguments", [{"fp16": False}, {"fp16": False, "bf16": True}])
+def test_fp16_mode_without_fp16_is_a_contradiction(tmp_path: Path, arguments: dict[str, bool]) -> None:
+    """precision_mode FP16 asks for fp16=True; anything else is an error that names both."""
+    with pytest.raises(hf_amp.ConfigError, match=r"precision_mode=FP16\) contradicts"):
+        trainer_with(tmp_path, fp16_callback(), **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_fp16_mode_on_cuda(fused: bool) -> None:
+    """The same on a GPU in real FP16: steps move masters, the overflow is skipped, the loss falls."""
+    accelerator = Accelerator(mixed_precision="fp16")
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(precision_mode="FP16"))
+    model = tiny_mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused))
+    losses = []
+    for step in range(STEPS):
+        loss = model(batch(0, 0).cuda()).float().square().mean()
+        losses.append(loss.item())
+        accelerator.backward(OverflowInBackward.apply(loss) if step == OVERFLOW else loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert dtypes(model) == {torch.float16}
+    assert session.metrics()["skipped_steps"] == 1
+    assert losses[-1] < losses[0]
+    assert losses[OVERFLOW] == losses[OVERFLOW + 1]

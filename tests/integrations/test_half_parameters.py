@@ -1,0 +1,268 @@
+"""What becomes of half-precision parameters before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import Trainer, set_seed
+
+import hf_amp
+from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig as Config
+from hf_amp.scaling.half_parameters import settle
+from hf_amp.scaling.master_weights import MasterWeights
+from tests.integrations.half_models import dtypes, loaded
+from tests.integrations.trainers import arguments, text
+from tests.reference import tiny_mlp
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator_state() -> Iterator[None]:
+    """Accelerators share their state within a process: each test starts and ends without."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trainer_on(model: nn.Module, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    set_seed(0)
+    return Trainer(model, arguments(folder, **options), train_dataset=text(), callbacks=list(callbacks))
+
+
+def notices(session: hf_amp.AmpSession) -> list[hf_amp.AmpEvent]:
+    """The events of the preflight."""
+    kinds = (EventKind.HALF_PARAMETERS, EventKind.PARAMETERS_CONVERTED, EventKind.MASTER_WEIGHTS_KEPT)
+    return [event for event in session.events if event.kind in kinds]
+
+
+# ---- Trainer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_fp16_trainer_upcasts_what_from_pretrained_loaded(tmp_path: Path, dtype: torch.dtype) -> None:
+    """fp16=True on an FP16 or BF16 model: FP32 before step 1, one event that names parameters, and the loss falls."""
+    model = loaded(tmp_path / "model", dtype)
+    callback = MixedPrecisionCallback()
+    trainer = trainer_on(model, tmp_path, callback, max_steps=8, learning_rate=1e-2)
+    trainer.train()
+    (event,) = notices(callback.session)
+    assert (event.step, event.kind, event.after) == (0, EventKind.PARAMETERS_CONVERTED, "FP32")
+    assert event.before == {torch.float16: "FP16", torch.bfloat16: "BF16"}[dtype]
+    assert "transformer.wte.weight" in event.message
+    assert "and 13 more" in event.message
+    assert event.figures == {"parameters": 16, "elements": sum(p.numel() for p in model.parameters())}
+    assert dtypes(model) == {torch.float32}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert callback.session.metrics()["applied_steps"] == 8
+
+
+def test_upcasting_late_changes_nothing(tmp_path: Path) -> None:
+    """add_callback, and a second train() with optimizer state, train the parameters that `callbacks=[...]` trains."""
+    ends = []
+    for late in (False, True):
+        model = loaded(tmp_path / "model", torch.bfloat16)
+        callback = MixedPrecisionCallback()
+        trainer = trainer_on(model, tmp_path, *([] if late else [callback]))
+        if late:
+            trainer.add_callback(callback)
+        trainer.train()
+        trainer.train()
+        assert len(notices(callback.session)) == 1
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_error_names_parameters_and_remedies(tmp_path: Path, dtype: torch.dtype) -> None:
+    """half_parameters="error" stops before step 1: which parameters, how many, what is allowed, what to do."""
+    callback = MixedPrecisionCallback({"half_parameters": "error"})
+    trainer = trainer_on(loaded(tmp_path / "model", dtype), tmp_path, callback)
+    with pytest.raises(AttachError) as raised:
+        trainer.train()
+    message = str(raised.value)
+    name = {torch.float16: "FP16", torch.bfloat16: "BF16"}[dtype]
+    assert f"16 {name} parameters (transformer.wte.weight, transformer.wpe.weight" in message
+    for words in ('half_parameters="error"', "MIXED", "dtype=torch.float32", "freeze", '"master_weights"'):
+        assert words in message
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("mode", ["fp16", "bf16", "no"])
+@pytest.mark.parametrize("choice", ["error", "upcast", "master_weights", None])
+def test_frozen_half_parameters_are_fine(tmp_path: Path, mode: str, choice: str | None) -> None:
+    """A frozen half-precision body under an FP32 head, as in LoRA, is left as it is, whatever is configured."""
+    model = loaded(tmp_path / "model", torch.float16 if mode == "fp16" else torch.bfloat16)
+    model.requires_grad_(False)
+    model.transformer.ln_f.float().requires_grad_(True)
+    before = [p.dtype for p in model.parameters()]
+    accelerator = Accelerator(mixed_precision=mode, cpu=True)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(half_parameters=choice))
+    accelerator.prepare(model)
+    assert notices(session) == []
+    assert [p.dtype for p in model.parameters()] == before
+
+
+def test_lora_like_fp16_run_trains(tmp_path: Path) -> None:
+    """fp16=True with a frozen FP16 body and an FP32 norm that trains: every step is applied, the body does not move."""
+    model = loaded(tmp_path / "model", torch.float16)
+    model.requires_grad_(False)
+    model.transformer.ln_f.float().requires_grad_(True)
+    body, head = model.transformer.wte.weight.clone(), model.transformer.ln_f.weight.clone()
+    callback = MixedPrecisionCallback()
+    trainer_on(model, tmp_path, callback).train()
+    assert callback.session.metrics()["applied_steps"] == 6
+    assert torch.equal(body, model.transformer.wte.weight)
+    assert not torch.equal(head, model.transformer.ln_f.weight)
+
+
+# ---- BF16 runs: training works, and loses updates ---------------------------------------------------------------
+
+
+def test_stock_bf16_trainer_loses_updates_in_silence(tmp_path: Path) -> None:
+    """FIELD.md 8: at lr 1e-5 a stock bf16=True run leaves most weights of a BF16 model as they were, without a word."""
+    model = loaded(tmp_path / "model", torch.bfloat16)
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer_on(model, tmp_path, fp16=False, bf16=True, learning_rate=1e-5, max_steps=1).train()
+    assert unchanged(model, before) > 0.8
+
+
+def unchanged(model: nn.Module, before: list[torch.Tensor]) -> float:
+    """The exact share of elements that are what they were."""
+    same = sum((p == old).sum().item() for p, old in zip(model.parameters(), before, strict=True))
+    return same / sum(p.numel() for p in model.parameters())
+
+
+def test_bf16_run_warns_and_measures_what_is_lost(tmp_path: Path) -> None:
+    """With hf_amp the same run has a warning, trains the same bits, and `lost_update_fraction` is the exact count's."""
+    ends, callback = [], MixedPrecisionCallback({"monitoring_interval": 1})
+    options = {"fp16": False, "bf16": True, "learning_rate": 1e-5}
+    for callbacks in ([], [callback]):
+        model = loaded(tmp_path / "model", torch.bfloat16)
+        before = [p.detach().clone() for p in model.parameters()]
+        trainer_on(model, tmp_path, *callbacks, max_steps=1, **options).train()
+        ends.append([p.detach().clone() for p in model.parameters()])
+        exact = unchanged(model, before)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    (event,) = notices(callback.session)
+    assert event.kind is EventKind.HALF_PARAMETERS
+    assert event.kind.needs_attention
+    assert "lost_update_fraction" in event.message
+    two = MixedPrecisionCallback({"monitoring_interval": 100})
+    trainer = trainer_on(loaded(tmp_path / "model", torch.bfloat16), tmp_path, two, max_steps=2, **options)
+    trainer.train()
+    told = [entry.get("amp/lost_update_fraction") for entry in trainer.state.log_history[:2]]
+    assert told[0] is None  # the first step's share is known with the second
+    assert told[1] == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize("choice", ["upcast", "master_weights"])
+def test_remedies_lose_no_update(tmp_path: Path, choice: str) -> None:
+    """Either remedy in a BF16 run: after 30 steps at lr 1e-5 nearly every weight's FP32 value has moved; no metric is told."""
+    model = loaded(tmp_path / "model", torch.bfloat16)
+    before = [p.detach().float().clone() for p in model.parameters()]
+    callback = MixedPrecisionCallback({"half_parameters": choice, "monitoring_interval": 1})
+    trainer = trainer_on(model, tmp_path, callback, fp16=False, bf16=True, learning_rate=1e-5)
+    trainer.train()
+    if choice == "upcast":
+        wide = [p.detach() for p in model.parameters()]
+    else:
+        assert dtypes(model) == {torch.bfloat16}
+        by_parameter = dict(
+            zip(
+                (p for g in trainer.optimizer.param_groups for p in g["params"]),
+                trainer.optimizer.state_dict()["hf_amp_master_weights"].values(),
+                strict=True,
+            )
+        )
+        wide = [by_parameter[p] for p in model.parameters()]
+    moved = sum((a != b).sum().item() for a, b in zip(wide, before, strict=True))
+    unseen = (
+        16 * 256
+    )  # at most all rows of the embedding, which the loss reaches only through the bytes in the batch
+    assert moved >= sum(p.numel() for p in before) - unseen
+    assert "lost_update_fraction" not in callback.session.metrics()
+
+
+# ---- Accelerate -------------------------------------------------------------------------------------------------
+
+
+def step(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
+    accelerator.backward(model(torch.ones(2, 4)).float().square().mean())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("order", ["attach first", "attach last", "optimizer first"])
+def test_optimizer_made_before_goes_on(order: str) -> None:
+    """Upcasting keeps the parameters that an optimizer holds, and widens the state that it has made for them."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    model = tiny_mlp().to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    held = list(model.parameters())
+    assert optimizer.state[held[0]]["exp_avg"].dtype == torch.bfloat16
+    moment = optimizer.state[held[0]]["exp_avg"].float()
+    if order != "attach last":
+        hf_amp.attach(accelerator)
+    if order == "optimizer first":
+        prepared = accelerator.prepare(optimizer, device_placement=[False])
+        model = accelerator.prepare(model)
+    else:
+        model, prepared = accelerator.prepare(model, optimizer, device_placement=[False, False])
+    if order == "attach last":
+        hf_amp.attach(accelerator)
+    assert torch.equal(optimizer.state[held[0]]["exp_avg"], moment)
+    assert {p.dtype for p in held} == {torch.float32}
+    assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], held, strict=True))
+    assert all(p.grad is None for p in held)
+    before = [p.detach().clone() for p in held]
+    step(accelerator, model, prepared)
+    assert not any(torch.equal(a, b) for a, b in zip(before, held, strict=True))
+
+
+def test_refused_attach_leaves_the_accelerator_alone() -> None:
+    """Where attach finds what it must refuse, the accelerator is as before, and can be attached to again."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    model = tiny_mlp().half()
+    accelerator.prepare(model)
+    before = dict(vars(accelerator))
+    with pytest.raises(AttachError, match="4 FP16 parameters"):
+        hf_amp.attach(accelerator, MixedPrecisionConfig(half_parameters="error"))
+    assert vars(accelerator) == before
+    hf_amp.attach(accelerator)
+    assert dtypes(model) == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", [PrecisionMode.MIXED, PrecisionMode.FP16])
+def test_conversion_inside_ddp_is_too_late(mode: PrecisionMode) -> None:
+    """DDP hooks onto gradients by dtype: a conversion after it is refused, with the way that works."""
+    model = tiny_mlp().to(torch.bfloat16)
+    config = Config(precision_mode=mode)
+    with pytest.raises(
+        AttachError, match=r"attach hf_amp before accelerator.prepare|Attach hf_amp before"
+    ) as raised:
+        settle(model, config, mode, [], MasterWeights(), fixed=True)
+    assert "callbacks=[MixedPrecisionCallback(...)]" in str(raised.value)
+    assert dtypes(model) == {torch.bfloat16}
+
+
+def test_why_it_is_too_late() -> None:
+    """A change of dtype gives a parameter a new gradient accumulator, without the hook that DDP has on the old one."""
+    weight, calls = nn.Parameter(torch.ones(2, dtype=torch.float16)), []
+    accumulator = torch.autograd.graph.get_gradient_edge(weight).node
+    accumulator.register_hook(lambda *_: calls.append(1))
+    weight.sum().backward()
+    weight.grad, weight.data = None, weight.data.float()
+    weight.sum().backward()
+    assert calls == [1]
