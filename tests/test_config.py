@@ -77,6 +77,9 @@ KINDS = {
     "mode": (
         "None or one of FP32, FP16, MIXED, BF16, DYNAMIC", ["FP8", "", "FP 16", 16, True, ["FP32"]], ["precision_mode"],
     ),
+    "half parameters": (
+        "None or one of 'error', 'upcast', 'master_weights'", ["", "UPCAST", "warn", 16, True, ["error"]], ["half_parameters"],
+    ),
     "strategy": (
         "one of CONSTANT, DYNAMIC, ADAPTIVE, PERFORMANCE_OPTIMIZED",
         [None, "NOPE", "", 2, False, b"DYNAMIC", PrecisionMode.FP32], ["scaling_strategy"],
@@ -129,6 +132,22 @@ def test_a_ceiling_above_2_to_the_127_is_refused():
     """Above it the scale or its next growth is not finite in FP32."""
     assert "2^127" in refusal(max_scale=2.0**128)
     assert MixedPrecisionConfig(max_scale=2.0**127).max_scale == 2.0**127
+
+
+@pytest.mark.parametrize("choice", ["error", "upcast"])
+def test_fp16_mode_has_no_choice_about_half_parameters(choice):
+    """FP16 means master weights: another remedy contradicts it, and the message names both options."""
+    message = refusal(precision_mode="FP16", half_parameters=choice)
+    assert f"precision_mode=FP16, half_parameters='{choice}'" in message
+    assert "precision_mode=MIXED" in message
+    assert MixedPrecisionConfig(precision_mode="FP16", half_parameters="master_weights").enabled
+
+
+def test_dynamic_precision_needs_fp32_parameters():
+    """DYNAMIC leaves half precision at times, which half parameters cannot."""
+    message = refusal(precision_mode="DYNAMIC", half_parameters="master_weights")
+    assert "precision_mode=DYNAMIC, half_parameters='master_weights'" in message
+    assert MixedPrecisionConfig(precision_mode="DYNAMIC", half_parameters="upcast").enabled
 
 
 @pytest.mark.parametrize("floor", [2.0**-128, 1e-40, 1e-300])
@@ -265,6 +284,7 @@ def valid_options(draw):
     optional = {
         "precision_mode": available("precision_mode", [None, *PrecisionMode]),
         "scaling_strategy": available("scaling_strategy", list(ScalingStrategy)),
+        "half_parameters": st.just(None),
         "growth_factor": st.floats(1, 1e6, exclude_min=True),
         "backoff_factor": st.floats(0, 1, exclude_min=True, exclude_max=True),
         "growth_interval": COUNTS,

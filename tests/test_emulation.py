@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_amp.config import FP32_FORMAT
 from hf_amp.emulation import EmulatedPrecision, round_to
 from hf_amp.forward_context import ForwardContext
 
@@ -173,3 +174,58 @@ def test_copies_are_emulated_on_their_own(copier: object) -> None:
     remove()
     assert torch.equal(twin(x), expected)
     assert not torch.equal(model(x), expected)
+
+
+# ---- FP16 parameters --------------------------------------------------------------------------------------------
+
+
+def test_half_model_is_close_to_real_half_forward_and_backward() -> None:
+    """A GPT-2 with FP16 parameters: losses and gradients agree with the CPU's half kernels, gradients are FP16."""
+    model, tokens = tiny_gpt2("gelu_new").half(), torch.arange(16)[None]
+    results = {}
+    for name, context in (("real", torch.autocast("cpu", torch.float16)), ("emulated", EmulatedPrecision())):
+        model.zero_grad()
+        with context:
+            output = model(input_ids=tokens, labels=tokens)
+        (output.loss * 1024).backward()
+        assert output.logits.dtype == torch.float16
+        assert {p.grad.dtype for p in model.parameters()} == {torch.float16}
+        results[name] = (
+            output.loss.item(),
+            torch.cat([p.grad.float().flatten() for p in model.parameters()]),
+        )
+    assert results["emulated"][0] == pytest.approx(results["real"][0], rel=2e-3)
+    real, emulated = results["real"][1], results["emulated"][1]
+    assert (real - emulated).norm() < 0.02 * real.norm()
+
+
+def test_half_operands_of_what_autocast_runs_in_fp32() -> None:
+    """Normalisation and losses take FP16 and FP32 mixed, compute in FP32 and give FP32, as under autocast on CUDA."""
+    half, wide = torch.randn(4, 8, dtype=torch.float16), torch.randn(8)
+    with EmulatedPrecision():
+        normalised = nn.functional.layer_norm(half, (8,), wide, wide.half())
+        loss = nn.functional.cross_entropy(half, torch.tensor([0, 1, 2, 3]))
+    assert normalised.dtype == loss.dtype == torch.float32
+    assert torch.equal(normalised, nn.functional.layer_norm(half.float(), (8,), wide, wide.half().float()))
+    assert torch.equal(loss, nn.functional.cross_entropy(half.float(), torch.tensor([0, 1, 2, 3])))
+
+
+def test_products_of_half_operands_are_rounded_once() -> None:
+    """FP16 operands, mixed with FP32 or not, give FP16: the FP32 product rounded; beyond 65504 it is inf."""
+    half, wide = torch.randn(4, 4, dtype=torch.float16), torch.randn(4, 4)
+    with EmulatedPrecision():
+        mixed, pure = wide @ half, half @ half
+        beyond = (half * 0 + 250) @ (half * 0 + 250)
+    assert torch.equal(mixed, (wide.half().float() @ half.float()).half())
+    assert torch.equal(pure, (half.float() @ half.float()).half())
+    assert beyond.isinf().all()
+
+
+def test_fp32_context_takes_half_parameters() -> None:
+    """An FP32 context, which a fallback enters, computes in FP32 also from FP16 weights."""
+    layer = nn.Linear(4, 4).half()
+    x = torch.randn(2, 4) * 1e4
+    with EmulatedPrecision(FP32_FORMAT):
+        y = layer(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, nn.functional.linear(x, layer.weight.float(), layer.bias.float()))

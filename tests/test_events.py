@@ -6,7 +6,10 @@ import pytest
 
 from hf_amp import AmpEvent, Cause, EventKind
 
-ATTENTION = {EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR, EventKind.PRECISION_CHANGED}
+ATTENTION = {
+    EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR, EventKind.PRECISION_CHANGED, EventKind.HALF_PARAMETERS,
+    EventKind.PARAMETERS_CONVERTED,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(AmpEvent)])
@@ -42,7 +45,7 @@ def test_equal_events_are_equal():
 
 @pytest.mark.parametrize("kind", EventKind)
 def test_only_trouble_needs_attention(kind):
-    """Skipped steps, a scale at its floor and a change of precision ask for attention; starting and ending do not."""
+    """Skips, a scale at its floor, changes of precision and half parameters do; starting and ending do not."""
     assert kind.needs_attention == (kind in ATTENTION)
 
 

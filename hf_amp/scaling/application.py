@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hf_amp.config import MixedPrecisionConfig, PrecisionMode
 from hf_amp.scaling.boundary import Boundary, Treatment
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.unscale import multiply_, reciprocal
@@ -19,19 +18,18 @@ from hf_amp.statistics.gradients import random_elements
 class Application:
     """How one scaler's optimizers are run.
 
-    Attributes:
-        masters: FP32 master weights of half-precision parameters; None where the config does not ask for them.
+    Args:
+        masters: FP32 copies of their half-precision parameters; None where none are kept.
     """
 
-    def __init__(self, config: MixedPrecisionConfig) -> None:
-        keeps = config.precision_mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
-        self.masters = MasterWeights() if config.enabled and keeps else None
+    def __init__(self, masters: MasterWeights | None) -> None:
+        self._masters = masters
         self._lost: dict[int, Tensor] = {}
 
     def ready_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Brings gradients into the precision that they are examined and applied in. No host read."""
-        if self.masters is not None:
-            self.masters.widen_gradients(optimizer)
+        if self._masters is not None:
+            self._masters.widen_gradients(optimizer)
 
     def run(
         self,
@@ -64,8 +62,8 @@ class Application:
 
     def leave_out(self, optimizer: torch.optim.Optimizer) -> None:
         """Ends a step that is skipped."""
-        if self.masters is not None:
-            self.masters.narrow_gradients(optimizer)
+        if self._masters is not None:
+            self._masters.narrow_gradients(optimizer)
 
     def take_lost_update_fraction(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Share of low-precision elements that `optimizer`'s newest sampled step left as they were; None the next time.
@@ -77,17 +75,25 @@ class Application:
         return self._lost.pop(id(optimizer), None)
 
     def _moved_in_half(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        if self.masters is not None:
+        if self._masters is not None:
             return []
         return [p.detach() for p in half_parameters(optimizer) if p.grad is not None]
 
     def _on_masters(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        return nullcontext() if self.masters is None else self.masters.in_place_of_parameters(optimizer)
+        return nullcontext() if self._masters is None else self._masters.in_place_of_parameters(optimizer)
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `optimizer` divides by `grad_scale` and skips by `found_inf` itself."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
+    """Where `optimizer`'s first parameter is; `default` where it has none."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            return cast(torch.device, parameter.device)
+    return torch.device(default)
 
 
 def _apply(

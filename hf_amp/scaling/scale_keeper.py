@@ -17,6 +17,7 @@ from hf_amp.scaling import state as state_of_policy
 from hf_amp.scaling.adaptive import AdaptiveScale
 from hf_amp.scaling.constant import ConstantScale
 from hf_amp.scaling.dynamic import DynamicScale
+from hf_amp.scaling.master_weights import MasterWeights
 from hf_amp.scaling.policy import ScalePolicy, scalar
 from hf_amp.statistics import snapshot
 
@@ -55,6 +56,8 @@ class ScaleKeeper(torch.amp.GradScaler):
         self.decided_steps = 0
         self.applied_steps = 0
         self.skipped_steps = 0
+        keeps = config.precision_mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
+        self.master_weights = MasterWeights() if config.enabled and keeps else None
         self.companions: dict[str, Companion] = {}
         self._policy = self._chosen_policy()
         self._state: Any = None
@@ -162,6 +165,15 @@ class ScaleKeeper(torch.amp.GradScaler):
         for name, companion_state in state_dict.get("hf_amp", {}).get("companions", {}).items():
             if name in self.companions:
                 self.companions[name].load_state_dict(companion_state)
+
+    def keep_master_weights(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets `optimizer.state_dict()` carry FP32 master weights, and `load_state_dict` take them, unrounded.
+
+        Happens by itself in the first step. To resume, call it before `optimizer.load_state_dict`, because PyTorch
+        rounds what an optimizer loads to the dtype of its parameters. Nothing to do where no masters are kept.
+        """
+        if self.master_weights is not None:
+            self.master_weights.adopt(optimizer)
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device | str) -> None:
         """Puts the state on a device. The stock class's name, because accelerate's FSDP2 loading calls it."""

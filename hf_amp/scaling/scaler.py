@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig, ScalingStrategy
 from hf_amp.errors import ScalerError
-from hf_amp.scaling.application import Application, is_fused
+from hf_amp.scaling.application import Application, device_of, is_fused
 from hf_amp.scaling.boundary import Boundary, Look, Treatment, examine
+from hf_amp.scaling.loss import map_losses, non_finite
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.policy import observation_of
 from hf_amp.scaling.scale_keeper import ScaleKeeper
@@ -62,8 +63,7 @@ class AdvancedGradScaler(ScaleKeeper):
         super().__init__(config, device)
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
-        self._application = Application(config)
-        self.master_weights = self._application.masters
+        self._application = Application(self.master_weights)
         self._boundaries: dict[int, Boundary] = {}
         self._pending: deque[PendingVerdict] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
@@ -78,31 +78,14 @@ class AdvancedGradScaler(ScaleKeeper):
         if not self._enabled:
             return outputs
         self._backwards += 1
-        return self._scale_nested(outputs)
+        return map_losses(self._scale_one, outputs)
 
-    def _scale_nested(self, outputs: Any) -> Any:
-        if isinstance(outputs, Tensor):
-            if self._state is None:
-                self._lazy_init_scale_growth_tracker(outputs.device)
-            self._backward_scale = cast(Tensor, self._state.scale)
-            self._note_loss(outputs)
-            if self.guards_only:
-                return outputs
-            return outputs * self._backward_scale.to(outputs.device, non_blocking=True)
-        if isinstance(outputs, (list, tuple)):
-            return type(outputs)(self._scale_nested(item) for item in outputs)
-        if hasattr(outputs, "__iter__") and not isinstance(outputs, (str, bytes)):
-            return map(self._scale_nested, outputs)
-        raise ScalerError(
-            f"AdvancedGradScaler.scale got {type(outputs).__name__}: pass a tensor or an iterable of tensors."
-        )
-
-    def _note_loss(self, outputs: Tensor) -> None:
-        non_finite = (~outputs.detach().isfinite().all()).float()
-        non_finite = non_finite.to(self._state.scale.device, non_blocking=True)
-        if self._loss_non_finite is not None:
-            non_finite = torch.maximum(self._loss_non_finite, non_finite)
-        self._loss_non_finite = non_finite
+    def _scale_one(self, loss: Tensor) -> Tensor:
+        if self._state is None:
+            self._lazy_init_scale_growth_tracker(loss.device)
+        scale = self._backward_scale = cast(Tensor, self._state.scale)
+        self._loss_non_finite = non_finite(loss, self._loss_non_finite, scale.device)
+        return loss if self.guards_only else loss * scale.to(loss.device, non_blocking=True)
 
     # ---- step boundary --------------------------------------------------------------------------------------
 
@@ -232,15 +215,6 @@ class AdvancedGradScaler(ScaleKeeper):
             self._count(pending.outcome(), pending.optimizer)
         self._deliver()
 
-    def keep_master_weights(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lets `optimizer.state_dict()` carry FP32 master weights, and `load_state_dict` take them, unrounded.
-
-        Happens by itself in the first step. To resume, call it before `optimizer.load_state_dict`, because PyTorch
-        rounds what an optimizer loads to the dtype of its parameters. Nothing to do where no masters are kept.
-        """
-        if self.master_weights is not None:
-            self.master_weights.adopt(optimizer)
-
     def _is_within_step(self) -> bool:
         return bool(self._boundaries)
 
@@ -299,7 +273,7 @@ class AdvancedGradScaler(ScaleKeeper):
                     "no loss was scaled before the optimizer's step: call scaler.scale(loss).backward(), or "
                     "accelerator.backward(loss)."
                 )
-            self._lazy_init_scale_growth_tracker(_device_of(optimizer, self._device))
+            self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
             self._backward_scale = self._state.scale
         self._application.ready_gradients(optimizer)
         monitors = self.config.enable_monitoring
@@ -325,10 +299,3 @@ class AdvancedGradScaler(ScaleKeeper):
 
     def _is_interval(self) -> bool:
         return self.decided_steps % self.config.monitoring_interval == 0
-
-
-def _device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            return cast(torch.device, parameter.device)
-    return torch.device(default)
