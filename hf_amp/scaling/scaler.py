@@ -63,6 +63,7 @@ class AdvancedGradScaler(ScaleKeeper):
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
         self._backwards = 0
         self._backward_scale: Tensor | None = None
+        self._losses = 0
         self._loss_non_finite: Tensor | None = None
 
     # ---- backward -------------------------------------------------------------------------------------------
@@ -92,10 +93,12 @@ class AdvancedGradScaler(ScaleKeeper):
         )
 
     def _note_loss(self, outputs: Tensor) -> None:
-        non_finite = (~outputs.detach().isfinite().all()).float()
-        non_finite = non_finite.to(self._state.scale.device, non_blocking=True)
+        non_finite = (
+            (~outputs.detach().isfinite().all()).float().to(self._state.scale.device, non_blocking=True)
+        )
+        self._losses += 1
         if self._loss_non_finite is not None:
-            non_finite = torch.maximum(self._loss_non_finite, non_finite)
+            non_finite = non_finite + self._loss_non_finite
         self._loss_non_finite = non_finite
 
     # ---- step boundary --------------------------------------------------------------------------------------
@@ -201,13 +204,13 @@ class AdvancedGradScaler(ScaleKeeper):
             boundary.observed = True
         self._boundaries = {key: b for key, b in self._boundaries.items() if not b.stepped}
         if not self._boundaries:
-            self._loss_non_finite = None
+            self._losses, self._loss_non_finite = 0, None
         self._deliver()
 
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
         self._boundaries.clear()
-        self._loss_non_finite = None
+        self._losses, self._loss_non_finite = 0, None
 
     def flush(self) -> None:
         """Waits for verdicts that are still on the device and delivers them; nothing to do unless steps defer."""
@@ -275,6 +278,7 @@ class AdvancedGradScaler(ScaleKeeper):
             backward=self._backwards,
             scale=cast(Tensor, self._backward_scale),
             treatment=treatment,
+            losses=self._losses,
             loss_non_finite=self._loss_non_finite,
             look=Look(
                 norm=norm or (monitors and not self.guards_only),
