@@ -32,13 +32,35 @@ class EventKind(str, enum.Enum):
     STEP_SKIPPED = "step_skipped"
     SCALE_AT_FLOOR = "scale_at_floor"
     PRECISION_CHANGED = "precision_changed"
+    ZERO_GRADIENTS = "zero_gradients"
+    """An applied step whose gradients are all exactly zero; told for the first of several in a row."""
+    HOPELESS = "hopeless"
+    """Nothing can be learned any more."""
+    TRAINING_STOPPED = "training_stopped"
+    """A hopeless run was stopped, as configured."""
+    EVALUATION_LOST_BATCHES = "evaluation_lost_batches"
+    """The evaluation loss leaves out batches whose loss was not finite."""
+    CHECKPOINT_WITHHELD = "checkpoint_withheld"
+    """A checkpoint with non-finite weights was not written."""
     TRAINING_STARTED = "training_started"
     TRAINING_ENDED = "training_ended"
 
     @property
     def needs_attention(self) -> bool:
         """Whether the event is worth a console line."""
-        return self in (EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR, EventKind.PRECISION_CHANGED)
+        return self in _TROUBLE
+
+
+_TROUBLE = (
+    EventKind.STEP_SKIPPED,
+    EventKind.SCALE_AT_FLOOR,
+    EventKind.PRECISION_CHANGED,
+    EventKind.ZERO_GRADIENTS,
+    EventKind.HOPELESS,
+    EventKind.TRAINING_STOPPED,
+    EventKind.EVALUATION_LOST_BATCHES,
+    EventKind.CHECKPOINT_WITHHELD,
+)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from hf_amp.config import MixedPrecisionConfig, PrecisionMode
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.fallback.apply import CurrentPrecision
-from hf_amp.fallback.cause import Diagnosis
+from hf_amp.fallback.cause import Diagnosis, non_finite_names
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.plan_keeper import PlanKeeper, Transition
 from hf_amp.hardware import Hardware
+from hf_amp.monitoring.hopeless import Finding, HopeWatch
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.sinks import console
 from hf_amp.reversible import ReversibleChanges
@@ -41,6 +42,8 @@ class AmpSession:
         folds_clipping: whether clipping by norm may fold into the optimizer step: nobody looks at gradients before it.
         run_id: names the run in logs.
         sinks: called with every event.
+        monitor: counts and newest figures.
+        hope: whether anything can be learned yet.
         changes: what was changed on the instances attached to; undone by `detach`.
     """
 
@@ -62,13 +65,13 @@ class AmpSession:
         self.asked_for = mode
         self._keeper = PlanKeeper(config, mode, hardware, step=lambda: scaler.decided_steps + 1)
         self.changes.call_on_undo(self._keeper.remove)
-        self._monitor = PrecisionMonitor()
+        self.monitor = PrecisionMonitor()
+        self.hope = HopeWatch(config.patience)
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
         self._at_floor = False
         self._newest_step = 0
         scaler.observers.append(self._record_step)
-        scaler.companions["monitor"] = self._monitor
-        scaler.companions["fallback"] = self._keeper
+        scaler.companions.update(monitor=self.monitor, hope=self.hope, fallback=self._keeper)
 
     # ---- what people read -----------------------------------------------------------------------------------
 
@@ -84,7 +87,7 @@ class AmpSession:
 
     def metrics(self) -> dict[str, float]:
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No host read."""
-        return self._monitor.metrics()
+        return self.monitor.metrics()
 
     def what_runs(self) -> str:
         """One phrase: the precision of the run, and what that means on this device."""
@@ -144,6 +147,19 @@ class AmpSession:
         """Records an event in which nothing went wrong."""
         self.record(AmpEvent(self._newest_step, kind, message=message, figures=figures))
 
+    def non_finite_parameters(self) -> list[str]:
+        """Qualified names of the parameters of adopted models that hold non-finite values. One host read."""
+        return non_finite_names(
+            (name, p)
+            for name, p in self._keeper.runner.named_parameters()
+            if p.is_floating_point() and p.element_size() > 1  # FP8 knows no isfinite
+        )
+
+    def tell(self, finding: Finding | None) -> None:
+        """Records what the watch over the run's hope has found, if anything."""
+        if finding is not None:
+            self.record(AmpEvent(self._newest_step, finding.kind, finding.cause, message=finding.message))
+
     def begin_at(self, completed_steps: int) -> None:
         """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""
         self.first_step = completed_steps + 1 - self.scaler.decided_steps
@@ -172,16 +188,18 @@ class AmpSession:
     def _record_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         step = self.first_step + outcome.attempt - 1
         self._newest_step = step
+        self.monitor.record_losses(outcome.losses, outcome.non_finite_losses)
         if outcome.applied:
-            self._monitor.record_applied(
+            self.monitor.record_applied(
                 outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction
             )
             self._at_floor = False
             self._follow(self._keeper.note_applied(), None, None)
+            self.tell(self.hope.record_applied(outcome.zero_gradients, outcome.loss_finite, outcome.scale))
             return
         next_scale = self.scaler.get_scale()
         diagnosis = self._diagnose(outcome, next_scale, optimizer)
-        self._monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
+        self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
         self.record(
             AmpEvent(
                 step=step,
@@ -194,19 +212,24 @@ class AmpSession:
                 figures={
                     "inf_elements": outcome.inf_elements,
                     "nan_elements": outcome.nan_elements,
+                    "losses": outcome.losses,
+                    "non_finite_losses": outcome.non_finite_losses,
                 },
             )
         )
         self._tell_of_floor(step, outcome, next_scale)
         fraction = _non_finite_fraction(outcome, optimizer)
         self._follow(self._keeper.note_skipped(diagnosis, fraction), diagnosis.cause, outcome.scale)
+        self.tell(self.hope.record_skipped(diagnosis.cause))
 
     def _diagnose(
         self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
     ) -> Diagnosis:
         parameters = self._named_parameters(optimizer)
+        # A finite loss shows that the scale is to blame, but only where there is one.
+        loss_finite = None if self.scaler.guards_only and outcome.loss_finite else outcome.loss_finite
         diagnosis = self._keeper.diagnose(
-            outcome.attempt, outcome.loss_finite, parameters, agree=self.scaler.config.sync_grad_scaler
+            outcome.attempt, loss_finite, parameters, agree=self.scaler.config.sync_grad_scaler
         )
         gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
         return self._keeper.blame_backward(diagnosis, outcome.scale, next_scale, gradients)
@@ -236,7 +259,7 @@ class AmpSession:
         if transition is None:
             return
         keeper, before, after = self._keeper, transition.before, transition.after
-        self._monitor.record_plan(len(after.modules))
+        self.monitor.record_plan(len(after.modules))
         if skipped_at is not None:
             self.scaler.set_scale(skipped_at)
             if before.default is not after.default and keeper.scale_at_rest is None:

@@ -6,7 +6,16 @@ import pytest
 
 from hf_amp import AmpEvent, Cause, EventKind
 
-ATTENTION = {EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR, EventKind.PRECISION_CHANGED}
+ATTENTION = {
+    EventKind.STEP_SKIPPED,
+    EventKind.SCALE_AT_FLOOR,
+    EventKind.PRECISION_CHANGED,
+    EventKind.ZERO_GRADIENTS,
+    EventKind.HOPELESS,
+    EventKind.TRAINING_STOPPED,
+    EventKind.EVALUATION_LOST_BATCHES,
+    EventKind.CHECKPOINT_WITHHELD,
+}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(AmpEvent)])
@@ -42,7 +51,7 @@ def test_equal_events_are_equal():
 
 @pytest.mark.parametrize("kind", EventKind)
 def test_only_trouble_needs_attention(kind):
-    """Skipped steps, a scale at its floor and a change of precision ask for attention; starting and ending do not."""
+    """What went wrong asks for attention; starting and ending do not."""
     assert kind.needs_attention == (kind in ATTENTION)
 
 

@@ -241,6 +241,14 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
+    """Where `optimizer`'s first parameter lies; `default` where it has none."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            return cast(torch.device, parameter.device)
+    return torch.device(default)
+
+
 def apply(
     optimizer: torch.optim.Optimizer,
     boundary: Boundary,

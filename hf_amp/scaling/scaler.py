@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig, ScalingStrategy
 from hf_amp.errors import ScalerError
-from hf_amp.scaling.boundary import Boundary, Look, Treatment, apply, examine, is_fused
+from hf_amp.scaling.boundary import Boundary, Look, Treatment, apply, device_of, examine, is_fused
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.policy import observation_of
 from hf_amp.scaling.scale_keeper import ScaleKeeper
@@ -270,7 +270,7 @@ class AdvancedGradScaler(ScaleKeeper):
                     "no loss was scaled before the optimizer's step: call scaler.scale(loss).backward(), or "
                     "accelerator.backward(loss)."
                 )
-            self._lazy_init_scale_growth_tracker(_device_of(optimizer, self._device))
+            self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
             self._backward_scale = self._state.scale
         monitors = self.config.enable_monitoring
         boundary = examine(
@@ -293,10 +293,3 @@ class AdvancedGradScaler(ScaleKeeper):
     def _samples_now(self) -> bool:
         wanted = self._policy.needs_underflow or self.config.enable_monitoring
         return wanted and not self.guards_only and self.decided_steps % self.config.monitoring_interval == 0
-
-
-def _device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            return cast(torch.device, parameter.device)
-    return torch.device(default)
