@@ -29,7 +29,7 @@ def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     )
 
 
-def non_finite(loss: Tensor, earlier: Tensor | None, device: torch.device) -> Tensor:
-    """Above 0 where `loss` or an `earlier` one holds a non-finite value; shape [], float32. No host read."""
+def count_non_finite(loss: Tensor, earlier: Tensor | None, device: torch.device) -> Tensor:
+    """How many losses, `earlier` ones included, hold a non-finite value; shape [], float32. No host read."""
     found = (~loss.detach().isfinite().all()).float().to(device, non_blocking=True)
-    return found if earlier is None else torch.maximum(earlier, found)
+    return found if earlier is None else earlier + found
