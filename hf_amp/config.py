@@ -214,6 +214,14 @@ class MixedPrecisionConfig:
     """Quiet optimizer steps before what has left FP16 is tried there again; doubled by every relapse. Default 1000, at
     which a relapse costs a thousandth of the steps at first, and ever less."""
 
+    patience: int = option_field(50, STEPS)
+    """Optimizer steps in a row that are skipped, or have no gradient but zeros, after which the run is told to be
+    hopeless. Default 50, more than the 40 halvings from the default scale to the floor. Non-finite weights are hopeless
+    at once."""
+
+    stop_when_hopeless: bool = option_field(False, SWITCH)
+    """Whether a hopeless run is stopped, in a Trainer, at the end of the step. Default off: it is told only."""
+
     memory_efficient: bool = option_field(False, SWITCH)
     """Whether memory is preferred to speed where the two compete."""
 
@@ -241,13 +249,13 @@ class MixedPrecisionConfig:
 
     def _check_value(self, option: dataclasses.Field[Any]) -> None:
         value = getattr(self, option.name)
-        allowed: Allowed = option.metadata["allowed"]
+        allowed: Allowed = option.metadata["help"]
         if not allowed.accepts(value):
             default = getattr(option.default, "value", option.default)
             text = isinstance(value, str) and isinstance(option.default, (int, float))
             hint = " It is text: YAML wants a point in numbers such as 1.0e-6." if text else ""
             raise ConfigError(
-                f"MixedPrecisionConfig({option.name}={value!r}): {option.name} must be {allowed.words}; "
+                f"MixedPrecisionConfig({option.name}={value!r}): {option.name} must be {allowed}; "
                 f"leave it out for the default ({default}).{hint}"
             )
         if option.name in _NOT_YET and _NOT_YET[option.name](value):

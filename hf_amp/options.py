@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -13,12 +13,18 @@ LARGEST_COUNT = torch.iinfo(torch.int32).max
 """Steps are counted in int32 on the device."""
 
 
-@dataclass(frozen=True)
-class Allowed:
-    """The values that an option takes: in words for people, and as a check."""
+class Allowed(str):
+    """The values that an option takes: in words for people, which the text is, and as a check.
 
-    words: str
+    A text, because `transformers.HfArgumentParser` hands a field's metadata to argparse, which knows `help` alone.
+    """
+
     accepts: Callable[[Any], bool]
+
+    def __new__(cls, words: str, accepts: Callable[[Any], bool]) -> Allowed:
+        allowed = super().__new__(cls, words)
+        allowed.accepts = accepts
+        return allowed
 
 
 def is_real(value: Any) -> bool:
@@ -41,4 +47,4 @@ COUNT = Allowed(f"a whole number from 1 to {LARGEST_COUNT}", is_count)
 
 
 def option_field(default: Any, allowed: Allowed) -> Any:
-    return field(default=default, metadata={"allowed": allowed})
+    return field(default=default, metadata={"help": allowed})

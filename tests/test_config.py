@@ -57,7 +57,7 @@ KINDS = {
         [None, 0, 1, 1.0, "True", "yes", [], torch.tensor(True)],
         [
             "enabled", "consecutive_hysteresis", "enable_monitoring", "emulate", "automatic_fallback",
-            "memory_efficient", "gradient_accumulation_friendly", "distributed_amp", "sync_grad_scaler", "recheck_gradients",
+            "memory_efficient", "gradient_accumulation_friendly", "distributed_amp", "sync_grad_scaler", "recheck_gradients", "stop_when_hopeless",
         ],
     ),
     "positive": (
@@ -71,7 +71,7 @@ KINDS = {
     "switch or none": ("None, True or False", [0, 1, 0.0, "yes", [True]], ["fold_clipping"]),
     "steps": (
         "a whole number of steps from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS],
-        ["growth_interval", "monitoring_interval", "fallback_window", "recovery_steps"],
+        ["growth_interval", "monitoring_interval", "fallback_window", "recovery_steps", "patience"],
     ),
     "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis"]),
     "mode": (
