@@ -43,8 +43,12 @@ class Boundary:
     treatment: Treatment
     found_inf: Tensor
     """Above 0 where an element is not finite."""
+    losses: int
+    """Losses (micro-batches) behind the gradients that the scaler saw."""
     loss_non_finite: Tensor | None
-    """Above 0 where a loss was not finite; None where the scaler saw none."""
+    """How many of them were not finite, on the worst rank; None where the scaler saw none."""
+    magnitude: Tensor
+    """What `found_inf` was found in: the norm or the amax of the unscaled gradients."""
     norm: Tensor | None = None
     """2-norm of the unscaled gradients, before clipping."""
     amax: Tensor | None = None
@@ -60,6 +64,8 @@ class Boundary:
     """Whether `found_inf` was inferred from a norm, whose FP32 sum of squares can overflow by itself."""
     found_while_dividing: Tensor | None = None
     """What the unscaling kernel itself found, which stands whatever the caller makes of the gradients since."""
+    has_gradients: bool = True
+    """Whether any parameter had a gradient."""
     stepped: bool = False
     """Whether the optimizer's step has been decided."""
     observed: bool = False
@@ -75,6 +81,7 @@ class Boundary:
             "amax": self.amax,
             "underflow_fraction": self.underflow_fraction,
             "lost_update_fraction": self.lost_update_fraction,
+            "magnitude": self.magnitude if self.norm is None and self.amax is None else None,
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -149,6 +156,7 @@ def examine(
     backward: int,
     scale: Tensor,
     treatment: Treatment,
+    losses: int,
     loss_non_finite: Tensor | None,
     look: Look,
 ) -> Boundary:
@@ -180,7 +188,8 @@ def examine(
         amax = None if amax is None else amax * inverse
         norm = None if norm is None else norm * inverse
     # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well.
-    found_inf = (~cast(Tensor, norm if amax is None else amax).isfinite()).float()
+    magnitude = cast(Tensor, norm if amax is None else amax)
+    found_inf = (~magnitude.isfinite()).float()
     if found_while_dividing is not None:
         found_inf = torch.maximum(found_inf, found_while_dividing)
     if sharded or look.agree:
@@ -192,12 +201,15 @@ def examine(
         gradients=gradients,
         treatment=treatment,
         found_inf=found_inf,
+        losses=losses,
         loss_non_finite=loss_non_finite,
+        magnitude=magnitude,
         norm=norm if look.norm else None,
         amax=amax,
         underflow_fraction=underflow,
         inferred=not takes_amax,
         found_while_dividing=found_while_dividing,
+        has_gradients=bool(gradients),
     )
 
 

@@ -14,6 +14,9 @@ class StepOutcome:
         applied: whether the optimizer moved anything; where not, parameters and optimizer state are as before.
         scale: the scale that the gradients' backward used.
         loss_finite: whether every loss behind the gradients was finite; None where the scaler saw no loss.
+        losses: how many losses (micro-batches) the scaler saw behind the gradients.
+        non_finite_losses: how many of them were not finite; with several processes, on the worst of them.
+        zero_gradients: whether there are gradients and every element of them is exactly zero: nothing is learned.
         grad_norm: 2-norm of the unscaled gradients before clipping; None where unknown or not finite.
         grad_amax: largest magnitude of the same; None likewise.
         underflow_fraction: share of scaled gradient elements that are zero or subnormal; None where not sampled.
@@ -28,6 +31,9 @@ class StepOutcome:
     applied: bool
     scale: float
     loss_finite: bool | None = None
+    losses: int = 0
+    non_finite_losses: int = 0
+    zero_gradients: bool = False
     grad_norm: float | None = None
     grad_amax: float | None = None
     underflow_fraction: float | None = None

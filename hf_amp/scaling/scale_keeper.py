@@ -121,12 +121,27 @@ class ScaleKeeper(torch.amp.GradScaler):
             fields = state_of_policy.read_fields(
                 state_of_policy.restored(untouched, self._loaded_state or {})
             )
-        counters = {"applied_steps": self.applied_steps, "skipped_steps": self.skipped_steps}
-        plain = state_of_policy.to_plain(self.config, fields, counters)
-        plain["hf_amp"]["companions"] = {
-            name: companion.state_dict() for name, companion in self.companions.items()
-        }
+        plain = state_of_policy.to_plain(self.config, fields)
+        plain["hf_amp"].update(self.progress())
         return plain
+
+    def progress(self) -> dict[str, Any]:
+        """The part of the state that means the same in every precision: counters, and the companions' state."""
+        self.flush()
+        return {
+            "counters": {"applied_steps": self.applied_steps, "skipped_steps": self.skipped_steps},
+            "companions": {name: companion.state_dict() for name, companion in self.companions.items()},
+        }
+
+    def load_progress(self, saved: Mapping[str, Any]) -> None:
+        """Goes on counting from `progress`; what it does not have is left as it is."""
+        counters = saved.get("counters", {})
+        self.applied_steps = counters.get("applied_steps", self.applied_steps)
+        self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
+        self.decided_steps = self.applied_steps + self.skipped_steps
+        for name, companion_state in saved.get("companions", {}).items():
+            if name in self.companions:
+                self.companions[name].load_state_dict(companion_state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`, ours or the stock scaler's, before the first step or later.
@@ -140,7 +155,7 @@ class ScaleKeeper(torch.amp.GradScaler):
         """
         if not self._enabled:
             return
-        fields, counters = state_of_policy.from_plain(state_dict, self.config)
+        fields = state_of_policy.from_plain(state_dict, self.config)
         saved = {
             name: state_dict[name]
             for name in state_of_policy.STOCK_OPTIONS
@@ -159,12 +174,7 @@ class ScaleKeeper(torch.amp.GradScaler):
             self._loaded_state = fields
             if self._state is not None:
                 self._set_state(state_of_policy.restored(self._state, fields))
-        self.applied_steps = counters.get("applied_steps", self.applied_steps)
-        self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
-        self.decided_steps = self.applied_steps + self.skipped_steps
-        for name, companion_state in state_dict.get("hf_amp", {}).get("companions", {}).items():
-            if name in self.companions:
-                self.companions[name].load_state_dict(companion_state)
+        self.load_progress(state_dict.get("hf_amp", {}))
 
     def keep_master_weights(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets `optimizer.state_dict()` carry FP32 master weights, and `load_state_dict` take them, unrounded.

@@ -17,10 +17,8 @@ STOCK_OPTIONS = ("growth_factor", "backoff_factor", "growth_interval")
 _VERSION = 1
 
 
-def to_plain(
-    config: MixedPrecisionConfig, fields: Mapping[str, float], counters: Mapping[str, int]
-) -> dict[str, Any]:
-    """The saved form: the stock scaler's five entries, and under "hf_amp" what only we have."""
+def to_plain(config: MixedPrecisionConfig, fields: Mapping[str, float]) -> dict[str, Any]:
+    """The saved form: the stock scaler's five entries, and under "hf_amp" what only our policies have."""
     return {
         "scale": fields["scale"],
         **{name: getattr(config, name) for name in STOCK_OPTIONS},
@@ -29,15 +27,12 @@ def to_plain(
             "version": _VERSION,
             "strategy": config.scaling_strategy.value,
             "policy": dict(fields),
-            "counters": dict(counters),
         },
     }
 
 
-def from_plain(
-    saved: Mapping[str, Any], config: MixedPrecisionConfig
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Policy fields and counters out of a saved form, ours or stock. Fields of another strategy are left out.
+def from_plain(saved: Mapping[str, Any], config: MixedPrecisionConfig) -> dict[str, float]:
+    """Policy fields out of a saved form, ours or stock. Fields of another strategy are left out.
 
     Raises:
         StateError: it is no scaler's state, a newer version wrote it, or its scale is no number.
@@ -60,7 +55,7 @@ def from_plain(
     fields = {"scale": float(scale), "growth_tracker": saved.get("_growth_tracker", 0)}
     if ours.get("strategy") == config.scaling_strategy.value:
         fields = {**ours["policy"], **fields}
-    return fields, dict(ours.get("counters", {}))
+    return fields
 
 
 def read_fields(state: ScaleState) -> dict[str, float]:

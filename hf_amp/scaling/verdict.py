@@ -20,11 +20,11 @@ def outcome_now(attempt: int, boundary: Boundary) -> StepOutcome:
         boundary.verify()
         host = snapshot.read(boundary.figures())
     if host["found_inf"]:
-        return _outcome(attempt, host, count_non_finite(boundary.gradients))
+        return _outcome(attempt, boundary, host, count_non_finite(boundary.gradients))
     if not math.isfinite(host.get("norm", 0.0)):
         boundary.mend_norm()
         host = snapshot.read(boundary.figures())
-    return _outcome(attempt, host, None)
+    return _outcome(attempt, boundary, host, None)
 
 
 class PendingVerdict:
@@ -33,6 +33,7 @@ class PendingVerdict:
     def __init__(self, attempt: int, boundary: Boundary, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self._attempt = attempt
+        self._facts = boundary
         self._read = snapshot.PendingRead(boundary.figures())
 
     def age(self, attempts: int) -> int:
@@ -45,11 +46,14 @@ class PendingVerdict:
 
     def outcome(self) -> StepOutcome:
         """The outcome; waits for the device where `ready` is False. What was not finite has not been counted."""
-        return _outcome(self._attempt, self._read.result(), None)
+        return _outcome(self._attempt, self._facts, self._read.result(), None)
 
 
-def _outcome(attempt: int, host: Mapping[str, float], non_finite: tuple[int, int] | None) -> StepOutcome:
+def _outcome(
+    attempt: int, boundary: Boundary, host: Mapping[str, float], non_finite: tuple[int, int] | None
+) -> StepOutcome:
     applied = host["found_inf"] == 0
+    magnitude = min(host[name] for name in ("norm", "amax", "magnitude") if name in host)
 
     def finite(name: str) -> float | None:
         value = host.get(name, math.nan)
@@ -60,6 +64,9 @@ def _outcome(attempt: int, host: Mapping[str, float], non_finite: tuple[int, int
         applied=applied,
         scale=host["scale"],
         loss_finite=host["loss_non_finite"] == 0 if "loss_non_finite" in host else None,
+        losses=boundary.losses,
+        non_finite_losses=int(host.get("loss_non_finite", 0)),
+        zero_gradients=magnitude == 0 and boundary.has_gradients,
         grad_norm=finite("norm") if applied else None,
         grad_amax=finite("amax") if applied else None,
         underflow_fraction=finite("underflow_fraction"),

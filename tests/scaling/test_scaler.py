@@ -371,3 +371,52 @@ def test_guard_is_exact_where_a_sum_of_squares_is_not(strategy: str) -> None:
     guard.flush()
     assert parameter.tolist() == pytest.approx([-1e25] * 4)
     assert guard.applied_steps == 1
+
+
+@pytest.mark.parametrize("mode", ["MIXED", "FP32"])
+def test_losses_of_a_window_are_counted(mode: str) -> None:
+    """An outcome says how many losses it stands on and how many were not finite, in a guard too; the next starts at 0."""
+    scaler = AdvancedGradScaler(MixedPrecisionConfig(precision_mode=mode), "cpu")
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    counts = []
+    for factors in ((1.0, torch.nan, torch.inf, 1.0), (1.0, 1.0)):
+        for factor in factors:
+            scaler.scale(weight.sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        counts.append((scaler.last_outcome.losses, scaler.last_outcome.non_finite_losses))
+    assert counts == [(4, 2), (2, 0)]
+
+
+@pytest.mark.parametrize("mode", ["MIXED", "FP32"])
+@pytest.mark.parametrize("factor", [0.0, 1e-3])
+def test_gradients_of_zero_are_noticed(mode: str, factor: float) -> None:
+    """Only where every element is exactly zero, and there are any; without another host read."""
+    scaler = AdvancedGradScaler(MixedPrecisionConfig(precision_mode=mode), "cpu")
+    weight = nn.Parameter(torch.ones(2))
+    optimizer, idle = (torch.optim.SGD([p], lr=0.0) for p in (weight, nn.Parameter(torch.ones(1))))
+    scaler.scale(weight.sum() * factor).backward()
+    with count_host_reads() as reads:
+        scaler.step(optimizer)
+    assert reads.count == 1
+    assert scaler.last_outcome.zero_gradients is (factor == 0.0)
+    scaler.step(idle)
+    assert scaler.last_outcome.zero_gradients is False
+
+
+def test_an_abandoned_step_leaves_nothing_behind() -> None:
+    """Losses noted and gradients unscaled before an exception do not count for the next step."""
+    scaler = AdvancedGradScaler(MixedPrecisionConfig(init_scale=4.0), "cpu")
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler.scale(weight.sum() * torch.nan).backward()
+    scaler.unscale_(optimizer)
+    optimizer.zero_grad()
+    scaler.abandon_step()
+    scaler.scale(weight.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.tolist() == [0.0, 0.0]
+    assert (scaler.last_outcome.losses, scaler.last_outcome.loss_finite) == (1, True)
