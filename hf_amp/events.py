@@ -35,19 +35,37 @@ class EventKind(str, enum.Enum):
     HALF_PARAMETERS = "half_parameters"
     PARAMETERS_CONVERTED = "parameters_converted"
     MASTER_WEIGHTS_KEPT = "master_weights_kept"
+    ZERO_GRADIENTS = "zero_gradients"
+    """An applied step whose gradients are all exactly zero; told for the first of several in a row."""
+    HOPELESS = "hopeless"
+    """Nothing can be learned any more."""
+    TRAINING_STOPPED = "training_stopped"
+    """A hopeless run was stopped, as configured."""
+    EVALUATION_LOST_BATCHES = "evaluation_lost_batches"
+    """The evaluation loss leaves out batches whose loss was not finite."""
+    CHECKPOINT_WITHHELD = "checkpoint_withheld"
+    """A checkpoint with non-finite weights was not written."""
     TRAINING_STARTED = "training_started"
     TRAINING_ENDED = "training_ended"
 
     @property
     def needs_attention(self) -> bool:
         """Whether the event is worth a console line."""
-        return self in (
-            EventKind.STEP_SKIPPED,
-            EventKind.SCALE_AT_FLOOR,
-            EventKind.PRECISION_CHANGED,
-            EventKind.HALF_PARAMETERS,
-            EventKind.PARAMETERS_CONVERTED,
-        )
+        return self in _TROUBLE
+
+
+_TROUBLE = (
+    EventKind.STEP_SKIPPED,
+    EventKind.SCALE_AT_FLOOR,
+    EventKind.PRECISION_CHANGED,
+    EventKind.HALF_PARAMETERS,
+    EventKind.PARAMETERS_CONVERTED,
+    EventKind.ZERO_GRADIENTS,
+    EventKind.HOPELESS,
+    EventKind.TRAINING_STOPPED,
+    EventKind.EVALUATION_LOST_BATCHES,
+    EventKind.CHECKPOINT_WITHHELD,
+)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from hf_amp.config import MixedPrecisionConfig, PrecisionMode
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.fallback.apply import CurrentPrecision
-from hf_amp.fallback.cause import Diagnosis
+from hf_amp.fallback.cause import Diagnosis, non_finite_names
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.plan_keeper import PlanKeeper, Transition
 from hf_amp.hardware import Hardware
+from hf_amp.monitoring.hopeless import Finding, HopeWatch
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.sinks import console
 from hf_amp.reversible import ReversibleChanges
@@ -42,6 +43,8 @@ class AmpSession:
         folds_clipping: whether clipping by norm may fold into the optimizer step: nobody looks at gradients before it.
         run_id: names the run in logs.
         sinks: called with every event.
+        monitor: counts and newest figures.
+        hope: whether anything can be learned yet.
         changes: what was changed on the instances attached to; undone by `detach`.
     """
 
@@ -63,14 +66,14 @@ class AmpSession:
         self.asked_for = mode
         self._keeper = PlanKeeper(config, mode, hardware, step=lambda: scaler.decided_steps + 1)
         self.changes.call_on_undo(self._keeper.remove)
-        self._monitor = PrecisionMonitor()
+        self.monitor = PrecisionMonitor()
+        self.hope = HopeWatch(config.patience)
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
         self._at_floor = False
         self._newest_step = 0
         self._last_step_at: float | None = None
         scaler.observers.append(self._record_step)
-        scaler.companions["monitor"] = self._monitor
-        scaler.companions["fallback"] = self._keeper
+        scaler.companions.update(monitor=self.monitor, hope=self.hope, fallback=self._keeper)
 
     # ---- what people read -----------------------------------------------------------------------------------
 
@@ -86,7 +89,7 @@ class AmpSession:
 
     def metrics(self) -> dict[str, float]:
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No host read."""
-        return self._monitor.metrics()
+        return self.monitor.metrics()
 
     def what_runs(self) -> str:
         """One phrase: the precision of the run, and what that means on this device."""
@@ -146,6 +149,19 @@ class AmpSession:
         """Records an event in which nothing went wrong."""
         self.record(AmpEvent(self._newest_step, kind, message=message, figures=figures))
 
+    def non_finite_parameters(self) -> list[str]:
+        """Qualified names of the parameters of adopted models that hold non-finite values. One host read."""
+        return non_finite_names(
+            (name, p)
+            for name, p in self._keeper.runner.named_parameters()
+            if p.is_floating_point() and p.element_size() > 1  # FP8 knows no isfinite
+        )
+
+    def tell(self, finding: Finding | None) -> None:
+        """Records what the watch over the run's hope has found, if anything."""
+        if finding is not None:
+            self.record(AmpEvent(self._newest_step, finding.kind, finding.cause, message=finding.message))
+
     def begin_at(self, completed_steps: int) -> None:
         """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""
         self.first_step = completed_steps + 1 - self.scaler.decided_steps
@@ -174,18 +190,20 @@ class AmpSession:
     def _record_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         step = self.first_step + outcome.attempt - 1
         self._newest_step = step
-        self._monitor.record_lost_updates(outcome.lost_update_fraction)
+        self.monitor.record_lost_updates(outcome.lost_update_fraction)
+        self.monitor.record_losses(outcome.losses, outcome.non_finite_losses)
         if outcome.applied:
-            self._monitor.record_applied(
+            self.monitor.record_applied(
                 outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction
             )
             self._at_floor = False
             self._follow(self._keeper.note_applied(self._seconds_since_last_step()), None, None)
+            self.tell(self.hope.record_applied(outcome.zero_gradients, outcome.loss_finite, outcome.scale))
             return
         self._last_step_at = None
         next_scale = self.scaler.get_scale()
         diagnosis = self._diagnose(outcome, next_scale, optimizer)
-        self._monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
+        self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
         self.record(
             AmpEvent(
                 step=step,
@@ -198,12 +216,15 @@ class AmpSession:
                 figures={
                     "inf_elements": outcome.inf_elements,
                     "nan_elements": outcome.nan_elements,
+                    "losses": outcome.losses,
+                    "non_finite_losses": outcome.non_finite_losses,
                 },
             )
         )
         self._tell_of_floor(step, outcome, next_scale)
         fraction = _non_finite_fraction(outcome, optimizer)
         self._follow(self._keeper.note_skipped(diagnosis, fraction), diagnosis.cause, outcome.scale)
+        self.tell(self.hope.record_skipped(diagnosis.cause))
 
     def _seconds_since_last_step(self) -> float | None:
         """Wall-clock time since the applied step before this one; the host has waited for the device in both."""
@@ -215,8 +236,10 @@ class AmpSession:
         self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
     ) -> Diagnosis:
         parameters = self._named_parameters(optimizer)
+        # A finite loss shows that the scale is to blame, but only where there is one.
+        loss_finite = None if self.scaler.guards_only and outcome.loss_finite else outcome.loss_finite
         diagnosis = self._keeper.diagnose(
-            outcome.attempt, outcome.loss_finite, parameters, agree=self.scaler.config.sync_grad_scaler
+            outcome.attempt, loss_finite, parameters, agree=self.scaler.config.sync_grad_scaler
         )
         gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
         return self._keeper.doubt_scale(diagnosis, outcome.scale, next_scale, gradients)
@@ -246,7 +269,7 @@ class AmpSession:
         if transition is None:
             return
         keeper, before, after = self._keeper, transition.before, transition.after
-        self._monitor.record_plan(len(after.modules))
+        self.monitor.record_plan(len(after.modules))
         if skipped_at is not None:
             self.scaler.set_scale(skipped_at)
             if before.default is not after.default and keeper.scale_at_rest is None:

@@ -7,9 +7,17 @@ import pytest
 from hf_amp import AmpEvent, Cause, EventKind
 
 ATTENTION = {
-    EventKind.STEP_SKIPPED, EventKind.SCALE_AT_FLOOR, EventKind.PRECISION_CHANGED, EventKind.HALF_PARAMETERS,
+    EventKind.STEP_SKIPPED,
+    EventKind.SCALE_AT_FLOOR,
+    EventKind.PRECISION_CHANGED,
+    EventKind.HALF_PARAMETERS,
     EventKind.PARAMETERS_CONVERTED,
-}  # fmt: skip
+    EventKind.ZERO_GRADIENTS,
+    EventKind.HOPELESS,
+    EventKind.TRAINING_STOPPED,
+    EventKind.EVALUATION_LOST_BATCHES,
+    EventKind.CHECKPOINT_WITHHELD,
+}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(AmpEvent)])
@@ -45,7 +53,7 @@ def test_equal_events_are_equal():
 
 @pytest.mark.parametrize("kind", EventKind)
 def test_only_trouble_needs_attention(kind):
-    """Skips, a scale at its floor, changes of precision and half parameters do; starting and ending do not."""
+    """What went wrong asks for attention; starting and ending do not."""
     assert kind.needs_attention == (kind in ATTENTION)
 
 

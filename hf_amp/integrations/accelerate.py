@@ -77,8 +77,10 @@ def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
     if not session.scaler.guards_only:
         _scale_losses(accelerator, session)
         _fold_clipping(accelerator, session, adopted)
-    elif session.scaler.master_weights is not None:
-        _widen_gradients_before_clipping(accelerator, session, adopted)
+    else:
+        _show_losses(accelerator, session)
+        if session.scaler.master_weights is not None:
+            _widen_gradients_before_clipping(accelerator, session, adopted)
     adopt_models(accelerator, session)
     lead_autocast(accelerator, session)
     settle_parameters(
@@ -119,6 +121,17 @@ def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> Precisio
             f"TrainingArguments), which is {mode.value}: leave precision_mode out, or make the two agree."
         )
     return mode
+
+
+def _show_losses(accelerator: Accelerator, session: AmpSession) -> None:
+    """Lets a guard see every loss, which `accelerator.backward` shows to none but a scaler. No host read."""
+    backward = accelerator.backward
+
+    @functools.wraps(backward)
+    def show_and_run_backward(loss: Any, **kwargs: Any) -> None:
+        backward(session.scaler.scale(loss), **kwargs)
+
+    session.changes.set_attribute(accelerator, "backward", show_and_run_backward)
 
 
 def _scale_losses(accelerator: Accelerator, session: AmpSession) -> None:
@@ -229,3 +242,8 @@ def replace_scaler(optimizer: AcceleratedOptimizer, scaler: torch.amp.GradScaler
             "_optimizer_patched_step_method",
         ):
             vars(optimizer).pop(name, None)
+
+
+def forget_skip(optimizer: AcceleratedOptimizer) -> None:
+    """Makes a prepared optimizer say that no step was skipped: a new one has begun. Upstream: accelerate#2828."""
+    optimizer._is_overflow = False

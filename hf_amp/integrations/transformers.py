@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
-from hf_amp.events import EventKind
-from hf_amp.integrations.accelerate import attach
-from hf_amp.monitoring.metrics import LOG_PREFIX
+from hf_amp.events import Cause, EventKind
+from hf_amp.integrations.accelerate import attach, forget_skip
+from hf_amp.integrations.resuming import load_scaler_where_there_is_one, progress_of
+from hf_amp.integrations.run_summary import RunSummary
+from hf_amp.integrations.truthful_logs import save_valid_json, tell_in_logs
 from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink
-from hf_amp.reversible import ReversibleChanges
 from hf_amp.session import AmpSession
 
+_CALLBACK = "_hf_amp_callback"
 
-class MixedPrecisionCallback(TrainerCallback):
+
+class MixedPrecisionCallback(TrainerCallback, ExportableState):
     """Adaptive loss scaling, truthful skips and precision metrics for a stock `Trainer`.
 
     Pass it in `callbacks=[...]`, or to `trainer.add_callback`. It follows `fp16`, `bf16` or neither of
@@ -46,62 +50,164 @@ class MixedPrecisionCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._accelerator: Accelerator | None = None
         self._sink: JsonLinesSink | None = None
+        self._summary: RunSummary | None = None
+
+    # ---- the Trainer's events -------------------------------------------------------------------------------
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._attach_to(calling_trainer(self))
+        save_valid_json(state, self._attach_to(calling_trainer(self)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        session = self._attach_to(calling_trainer(self))
+    ) -> TrainerControl:
+        trainer = calling_trainer(self)
+        session = self._attach_to(trainer)
+        session.scaler.abandon_step()
+        save_valid_json(state, session)
+        precision_before = self._go_on_from(state, session)
         session.begin_at(state.global_step)
         if self.config.fold_clipping is None:
-            session.folds_clipping = not _others_look_at_gradients(calling_trainer(self), self)
+            session.folds_clipping = not _others_look_at_gradients(trainer, self)
         if state.is_world_process_zero and self._sink is None:
             self._sink = JsonLinesSink(Path(args.output_dir or ".") / FILE_NAME, session.run_id, rank=0)
             session.sinks.append(self._sink.write)
+        if self._summary is None:
+            self._summary = RunSummary(session)
+        begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
+        former = f"; it was {precision_before} before" if precision_before != session.plan.default else ""
         session.note(
             EventKind.TRAINING_STARTED,
-            f"training starts: {session.what_runs()}.",
+            f"training {begins}: {session.what_runs()}{former}.",
             precision=session.plan.default.value,
             config=self.config.to_dict(),
         )
+        poisoned = session.non_finite_parameters()
+        if poisoned:
+            reason = (
+                f"{len(poisoned)} parameters are not finite before the first step, {poisoned[0]} among them"
+            )
+            session.tell(session.hope.give_up(Cause.WEIGHTS, reason))
+        return control
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.session is not None and isinstance(kwargs["optimizer"], AcceleratedOptimizer):
+            forget_skip(kwargs["optimizer"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        session = self.session
+        if session is not None and session.hope.hopeless and self.config.stop_when_hopeless:
+            self._stop(session, args, control)
+        return self._without_bad_checkpoint(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return self._without_bad_checkpoint(control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session is None:
+        if self.session is None or self._summary is None:
             return
         self.session.scaler.flush()
-        figures = self.session.metrics()
         self.session.note(
             EventKind.TRAINING_ENDED,
-            f"training ends: {figures.get('applied_steps', 0):g} steps applied, "
-            f"{figures.get('skipped_steps', 0):g} skipped.",
-            **figures,
+            f"training ends: {self._summary.sentence()}.",
+            **self._summary.figures(),
         )
-        self._close_sink(self.session)
+        if state.is_local_process_zero:
+            self._summary.show()
+        self._leave_run(self.session)
 
-    def _close_sink(self, session: AmpSession) -> None:
-        if self._sink is not None:
-            session.sinks.remove(self._sink.write)
-            self._sink.close()
-            self._sink = None
+    # ---- its own state --------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, fit for JSON: its options, and the progress that `on_train_begin` goes on from.
+
+        It is also the first that a callback added after construction hears of its Trainer in `train()`: it attaches,
+        so that the Trainer can load a checkpoint of any precision.
+        """
+        trainer = find_calling_trainer(self)
+        if trainer is not None and getattr(trainer, "is_in_train", False):
+            self._attach_to(trainer)
+        progress = {} if self.session is None else progress_of(self.session)
+        return {"args": {"config": self.config.to_dict()}, "attributes": {"progress": progress}}
+
+    def _go_on_from(self, state: TrainerState, session: AmpSession) -> str:
+        """Restores the progress of the checkpoint that `state` is from; returns the precision that it was made in."""
+        name = type(self).__name__
+        callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
+        saved = callbacks.setdefault(name, self.state())  # where it has none, saving fails with a KeyError
+        progress = saved["attributes"]["progress"] if state.global_step else {}
+        session.scaler.load_progress(progress)
+        return str(progress.get("precision", session.plan.default.value))
+
+    # ---- the rest -------------------------------------------------------------------------------------------
+
+    def _stop(self, session: AmpSession, args: TrainingArguments, control: TrainerControl) -> None:
+        if control.should_training_stop:
+            return
+        control.should_training_stop = True
+        folder = args.output_dir or "."
+        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
+        session.note(
+            EventKind.TRAINING_STOPPED,
+            "the run is hopeless and stop_when_hopeless is set; "
+            + (f"the last good checkpoint is {checkpoint}." if checkpoint else "there is no checkpoint."),
+        )
+
+    def _without_bad_checkpoint(self, control: TrainerControl) -> TrainerControl:
+        """Lets no checkpoint with non-finite weights be written: it would rotate a good one out, and be resumed from."""
+        if control.should_save and self.session is not None:
+            poisoned = self.session.non_finite_parameters()
+            if poisoned:
+                control.should_save = False
+                self.session.note(
+                    EventKind.CHECKPOINT_WITHHELD,
+                    f"{len(poisoned)} parameters are not finite, {poisoned[0]} among them: this checkpoint is not "
+                    "written, so that the last good one stays.",
+                )
+        return control
 
     def _attach_to(self, trainer: Trainer) -> AmpSession:
         """The session for this Trainer and its accelerator, which a hyperparameter search replaces between trials."""
+        self._take_over(trainer)
         accelerator = trainer.accelerator
         if self.session is not None:
             if self._trainer is trainer and self._accelerator is accelerator:
                 return self.session
             self.session.detach()
-            self._close_sink(self.session)
+            self._leave_run(self.session)
         self.session = session = attach(accelerator, self.config)
         self._trainer, self._accelerator = trainer, accelerator
-        _merge_metrics_into_logs(trainer, session, session.changes)
+        session.changes.set_attribute(trainer, _CALLBACK, self)
+        tell_in_logs(trainer, session)
+        load_scaler_where_there_is_one(trainer, session)
         return session
+
+    def _take_over(self, trainer: Trainer) -> None:
+        """Goes on with the session of a callback that the Trainer has replaced by this one, as it does on resuming."""
+        former = getattr(trainer, _CALLBACK, None)
+        if self.session is None and former is not None and former not in trainer.callback_handler.callbacks:
+            self.config = former.config
+            self.session, self._trainer, self._accelerator = former.session, trainer, former._accelerator
+            self._sink, self._summary = former._sink, former._summary
+            setattr(trainer, _CALLBACK, self)
+
+    def _leave_run(self, session: AmpSession) -> None:
+        if self._summary is not None:
+            self._summary.close()
+            self._summary = None
+        if self._sink is not None:
+            session.sinks.remove(self._sink.write)
+            self._sink.close()
+            self._sink = None
 
 
 def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:
@@ -130,38 +236,26 @@ def _as_config(config: Any) -> MixedPrecisionConfig:
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer:
-    """The Trainer whose event `callback` is answering: events carry no Trainer, so it is looked up in the call stack.
+    """The Trainer whose event `callback` is answering.
 
     Raises:
         AttachError: none is there.
     """
+    trainer = find_calling_trainer(callback)
+    if trainer is None:
+        raise AttachError(
+            "MixedPrecisionCallback was not called by a transformers.Trainer that holds it: pass it in "
+            "Trainer(callbacks=[...]) or to trainer.add_callback. In a loop of your own use hf_amp.attach(accelerator)."
+        )
+    return trainer
+
+
+def find_calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The same, or None: events carry no Trainer, so it is looked up in the call stack."""
     frame = inspect.currentframe()
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
             return candidate
         frame = frame.f_back
-    raise AttachError(
-        "MixedPrecisionCallback was not called by a transformers.Trainer that holds it: pass it in "
-        "Trainer(callbacks=[...]) or to trainer.add_callback. In a loop of your own use hf_amp.attach(accelerator)."
-    )
-
-
-def _merge_metrics_into_logs(trainer: Trainer, session: AmpSession, changes: ReversibleChanges) -> None:
-    """Makes `trainer.log` add our metrics to training logs, so that `log_history` and every reporter get one entry.
-
-    A skipped step has no gradient norm: what the Trainer made of it (nan or inf) is left out, which also keeps
-    `trainer_state.json` valid JSON.
-    """
-    log = trainer.log
-
-    @functools.wraps(log)
-    def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            if not math.isfinite(logs.get("grad_norm", 0.0)):
-                del logs["grad_norm"]
-            for name, value in session.metrics().items():
-                logs[LOG_PREFIX + name] = value
-        log(logs, *args, **kwargs)
-
-    changes.set_attribute(trainer, "log", log_with_metrics)
+    return None

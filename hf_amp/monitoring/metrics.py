@@ -65,6 +65,15 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause"),
     Metric("transitions", "changes", "changes of the precision plan since the run began", "one after another: read the events"),
     Metric("modules_in_fp32", "modules", "modules that the plan runs in FP32 inside of a half-precision run", "most of the model: train in BF16"),
+    Metric(
+        "non_finite_losses", "losses", "micro-batches whose loss was not finite since the run began, on the worst process", "look at the data and the loss function"
+    ),
+    Metric(
+        "non_finite_loss_fraction", "1", "the same as a share of the micro-batches since the newest log entry of a Trainer, whose logged loss leaves them out", "above 0: the logged loss looks better than it is"
+    ),
+    Metric(
+        "eval_non_finite_batches", "batches", "evaluation batches of this process whose loss was not finite, in the newest evaluation", "eval_loss is the mean of the others: look at the data, or at activations beyond 65504"
+    ),
 )  # fmt: skip
 
 NAMES = frozenset(metric.name for metric in CATALOGUE)

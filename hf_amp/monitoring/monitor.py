@@ -29,6 +29,11 @@ class PrecisionMonitor:
     nan_elements: int | None = None
     transitions: int = 0
     modules_in_fp32: int = 0
+    losses: int = 0
+    non_finite_losses: int = 0
+    losses_before_window: int = 0
+    non_finite_losses_before_window: int = 0
+    eval_non_finite_batches: int | None = None
 
     def record_applied(
         self,
@@ -63,6 +68,16 @@ class PrecisionMonitor:
         self.transitions += 1
         self.modules_in_fp32 = modules_in_fp32
 
+    def record_losses(self, losses: int, non_finite: int) -> None:
+        """The losses (micro-batches) of one step, applied or skipped."""
+        self.losses += losses
+        self.non_finite_losses += non_finite
+
+    def begin_window(self) -> None:
+        """Makes `non_finite_loss_fraction` start anew: what was seen so far has been logged."""
+        self.losses_before_window = self.losses
+        self.non_finite_losses_before_window = self.non_finite_losses
+
     @property
     def skipped_steps(self) -> int:
         """Skipped steps of every cause."""
@@ -89,6 +104,9 @@ class PrecisionMonitor:
             "nan_elements": self.nan_elements,
             "transitions": self.transitions,
             "modules_in_fp32": self.modules_in_fp32,
+            "non_finite_losses": self.non_finite_losses if self.losses else None,
+            "non_finite_loss_fraction": self._non_finite_loss_fraction(),
+            "eval_non_finite_batches": self.eval_non_finite_batches,
         }
         return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
@@ -96,6 +114,10 @@ class PrecisionMonitor:
         if not self.grad_amax or not self.scale:
             return None
         return math.log2(FP16_FORMAT.largest) - math.log2(self.grad_amax) - math.log2(self.scale)
+
+    def _non_finite_loss_fraction(self) -> float | None:
+        losses = self.losses - self.losses_before_window
+        return (self.non_finite_losses - self.non_finite_losses_before_window) / losses if losses else None
 
     def state_dict(self) -> dict[str, Any]:
         """Every field, as numbers, None and one flat mapping."""

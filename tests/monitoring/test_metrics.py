@@ -13,6 +13,8 @@ def full_monitor(cause: Cause) -> PrecisionMonitor:
     monitor.record_skipped(cause, 2.0, inf_elements=1, nan_elements=1)
     monitor.record_applied(2.0, grad_norm=1.0, grad_amax=0.5, underflow_fraction=0.1)
     monitor.record_lost_updates(0.5)
+    monitor.record_losses(4, 1)
+    monitor.eval_non_finite_batches = 1
     return monitor
 
 

@@ -20,3 +20,8 @@ def write(event: AmpEvent) -> None:
     )
     message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in event.message)
     _log.log(level, "step %d: %s%s:%s %s", event.step, event.kind.value, cause, change, message)
+
+
+def summarise(sentence: str, something_happened: bool) -> None:
+    """Logs the summary of a run: a warning where something happened, else an INFO line."""
+    _log.log(logging.WARNING if something_happened else logging.INFO, "%s", sentence)

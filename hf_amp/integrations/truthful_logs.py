@@ -1,0 +1,117 @@
+"""What a Trainer logs and saves, with what it leaves out: our metrics, lost batches, JSON without bare NaN."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerState
+
+from hf_amp.events import EventKind
+from hf_amp.monitoring.metrics import LOG_PREFIX
+from hf_amp.session import AmpSession
+from hf_amp.statistics import snapshot
+
+
+def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
+    """Makes what `trainer` logs hold our metrics, so that `log_history` and every reporter get one entry.
+
+    Training entries get the session's metrics, evaluation entries the number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has made of it.
+    """
+    log = trainer.log
+    lost_batches = _count_lost_batches(trainer, session)
+
+    @functools.wraps(log)
+    def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        training = "loss" in logs
+        ours: dict[str, float] = {}
+        if training:
+            ours = {LOG_PREFIX + name: value for name, value in session.metrics().items()}
+        for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
+            ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)
+        entry = {**logs, **ours}
+        if training and _newest_step_has_no_norm(session, entry):
+            entry.pop("grad_norm", None)
+        log(entry, *args, **kwargs)
+        # The Trainer adds to what it is given, and returns it to the user, who has not asked for our figures.
+        logs.update({name: value for name, value in entry.items() if name not in ours})
+        if training:
+            session.monitor.begin_window()
+
+    session.changes.set_attribute(trainer, "log", log_with_metrics)
+
+
+def _newest_step_has_no_norm(session: AmpSession, entry: dict[str, float]) -> bool:
+    newest = session.scaler.last_outcome
+    skipped = newest is not None and not newest.applied and newest.attempt == session.scaler.decided_steps
+    return skipped or not math.isfinite(entry.get("grad_norm", 0.0))
+
+
+def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]:
+    """Counts evaluation batches without a finite loss; returns prefix → number for evaluations not yet logged.
+
+    One host read, and with several processes one sum over them, an evaluation.
+    """
+    prediction_step, evaluation_loop = trainer.prediction_step, trainer.evaluation_loop
+    lost_batches: dict[str, int] = {}
+    flags: list[Tensor] = []
+
+    @functools.wraps(prediction_step)
+    def note_loss(*args: Any, **kwargs: Any) -> Any:
+        result = prediction_step(*args, **kwargs)
+        if isinstance(result[0], Tensor):
+            seen = torch.stack(
+                [~result[0].detach().isfinite().all(), result[0].new_ones((), dtype=torch.bool)]
+            )
+            flags[:] = [seen.int() + (flags[0] if flags else 0)]
+        return result
+
+    @functools.wraps(evaluation_loop)
+    def count_and_tell(*args: Any, **kwargs: Any) -> Any:
+        flags.clear()
+        output = evaluation_loop(*args, **kwargs)
+        if flags:
+            lost, seen = trainer.accelerator.reduce(flags.pop(), "sum").unbind()
+            count = snapshot.read({"lost": lost, "seen": seen})
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            lost_batches[prefix] = int(count["lost"])
+            _tell_of_evaluation(session, prefix, int(count["lost"]), int(count["seen"]))
+        return output
+
+    session.changes.set_attribute(trainer, "prediction_step", note_loss)
+    session.changes.set_attribute(trainer, "evaluation_loop", count_and_tell)
+    return lost_batches
+
+
+def _tell_of_evaluation(session: AmpSession, prefix: str, lost: int, seen: int) -> None:
+    session.monitor.eval_non_finite_batches = lost
+    if not lost:
+        return
+    session.note(
+        EventKind.EVALUATION_LOST_BATCHES,
+        f"{lost} of {seen} batches had no finite loss, and {prefix}_loss is the mean of the others, if any: look at "
+        "the data, or for activations beyond the range of the precision that was evaluated in.",
+        eval_non_finite_batches=lost,
+    )
+
+
+def save_valid_json(state: TrainerState, session: AmpSession) -> None:
+    """Makes `state.save_to_json` write null where it writes NaN or Infinity, which no JSON parser but Python's reads."""
+    if "save_to_json" not in vars(state):
+        save = functools.partial(_save_and_mend, state.save_to_json)
+        session.changes.set_attribute(state, "save_to_json", save)
+
+
+def _save_and_mend(save_to_json: Any, json_path: str) -> None:
+    save_to_json(json_path)
+    found: list[str] = []
+    file = Path(json_path)
+    content = json.loads(file.read_text(encoding="utf-8"), parse_constant=found.append)
+    if found:
+        mended = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        file.write_text(mended, encoding="utf-8")

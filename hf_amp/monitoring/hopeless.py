@@ -1,0 +1,108 @@
+"""When a run can learn nothing any more, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from hf_amp.events import Cause, EventKind
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What is to be told: a kind of event, its cause, and a sentence that says what to do."""
+
+    kind: EventKind
+    cause: Cause
+    message: str
+
+
+@dataclasses.dataclass
+class HopeWatch:
+    """Counts steps in a row that taught the model nothing. Told once per row; a step that teaches ends it.
+
+    Args:
+        patience: steps in a row after which the run is hopeless. Poisoned weights are hopeless at once.
+    """
+
+    patience: int
+    skipped_by_cause: Counter[str] = dataclasses.field(default_factory=Counter)
+    zero_steps: int = 0
+    hopeless: bool = False
+
+    def record_skipped(self, cause: Cause) -> Finding | None:
+        """One skipped step; what it shows of the run, where that is new."""
+        self.skipped_by_cause[cause.value] += 1
+        if cause is Cause.WEIGHTS:
+            return self.give_up(cause, "no step can mend weights that are not finite")
+        if sum(self.skipped_by_cause.values()) + self.zero_steps < self.patience:
+            return None
+        main = Cause(self.skipped_by_cause.most_common(1)[0][0])
+        return self.give_up(
+            main, f"all of the last {self.patience} steps were skipped, most for {main.value}"
+        )
+
+    def record_applied(self, zero_gradients: bool, loss_finite: bool | None, scale: float) -> Finding | None:
+        """One applied step; what it shows of the run, where that is new.
+
+        Args:
+            zero_gradients: every element of every gradient was exactly zero.
+            loss_finite: whether its losses were finite; None where they were not seen.
+            scale: the loss scale; 1 where nothing is scaled.
+        """
+        if not zero_gradients:
+            self.skipped_by_cause.clear()
+            self.zero_steps, self.hopeless = 0, False
+            return None
+        self.zero_steps += 1
+        flushed = loss_finite is not False and scale < 1
+        cause = Cause.SCALE if flushed else Cause.LOSS
+        if self.zero_steps + sum(self.skipped_by_cause.values()) >= self.patience:
+            return self.give_up(cause, f"for {self.zero_steps} steps every gradient was exactly zero")
+        if self.zero_steps > 1:
+            return None
+        shown = f"the scale of {scale:g} leaves nothing of them in FP16" if flushed else _LABELS[loss_finite]
+        return Finding(
+            EventKind.ZERO_GRADIENTS,
+            cause,
+            f"every gradient is exactly zero, and nothing was learned from this step: {shown}.",
+        )
+
+    def give_up(self, cause: Cause, reason: str) -> Finding | None:
+        """The run is hopeless for `reason`; None where that has been told."""
+        if self.hopeless:
+            return None
+        self.hopeless = True
+        return Finding(EventKind.HOPELESS, cause, f"this run learns nothing: {reason}. {_REMEDIES[cause]}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted, as numbers and one flat mapping."""
+        state = {**dataclasses.asdict(self), "skipped_by_cause": dict(self.skipped_by_cause)}
+        del state["patience"]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from `state_dict`; patience stays as configured."""
+        for name, value in state_dict.items():
+            setattr(self, name, Counter(value) if name == "skipped_by_cause" else value)
+
+
+_MAYBE_LABELS = (
+    "where the loss is 0.0 too, every label of the batch is ignored (-100): look at what the collator makes of them; "
+    "otherwise look for frozen parameters"
+)
+_LABELS = {
+    None: _MAYBE_LABELS,
+    True: _MAYBE_LABELS,
+    False: "the loss is not a number, so most likely every label of the batch is ignored (-100): look at what the "
+    "collator makes of them",
+}
+_REMEDIES = {
+    Cause.SCALE: "Train in BF16 or FP32, or lower init_scale and min_scale.",
+    Cause.ACTIVATION: "Train the modules that the events name, or all, in BF16 or FP32.",
+    Cause.INPUT: "Mend the data: batch after batch holds non-finite values.",
+    Cause.WEIGHTS: "Go back to the last good checkpoint.",
+    Cause.LOSS: "Look at the labels (is every one ignored?) and at the loss function.",
+    Cause.UNKNOWN: "Look at the data, the labels and the loss function, or train in FP32 to see whether it is precision.",
+}

@@ -1,0 +1,85 @@
+"""A run that learns nothing is told once, with its cause, and not before."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_amp import Cause, EventKind
+from hf_amp.monitoring.hopeless import HopeWatch
+
+
+def kinds_told(watch: HopeWatch, steps: str) -> list[str]:
+    """What is told at each step: `-` nothing, `z` zero gradients, `h` hopeless. Steps: `a`pplied, `z`ero, `s`kipped."""
+    marks = {None: "-", EventKind.ZERO_GRADIENTS: "z", EventKind.HOPELESS: "h"}
+    told = []
+    for step in steps:
+        if step == "s":
+            finding = watch.record_skipped(Cause.SCALE)
+        else:
+            finding = watch.record_applied(zero_gradients=step == "z", loss_finite=True, scale=8.0)
+        told.append(marks[finding.kind if finding else None])
+    return told
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ("aaaaa", "-----"),
+        ("ssass", "-----"),
+        ("sssss", "--h--"),
+        ("sssasss", "--h---h"),
+        ("zazza", "z-z--"),
+        ("zzzz", "z-h-"),
+        ("szsa", "-zh-"),
+    ],
+)
+def test_what_is_told_when(steps: str, told: str) -> None:
+    """After three steps without anything learned, once; a row of zero gradients at its first step too."""
+    assert "".join(kinds_told(HopeWatch(patience=3), steps)) == told
+
+
+def test_poisoned_weights_are_hopeless_at_once() -> None:
+    """No patience with weights that are not finite."""
+    finding = HopeWatch(patience=50).record_skipped(Cause.WEIGHTS)
+    assert (finding.kind, finding.cause) == (EventKind.HOPELESS, Cause.WEIGHTS)
+    assert "last good checkpoint" in finding.message
+
+
+def test_the_cause_is_that_of_most_skips() -> None:
+    """One odd skip among many does not name the row."""
+    watch = HopeWatch(patience=4)
+    findings = [watch.record_skipped(c) for c in (Cause.UNKNOWN, Cause.INPUT, Cause.INPUT, Cause.INPUT)]
+    assert findings[-1].cause is Cause.INPUT
+    assert "most for INPUT" in findings[-1].message
+
+
+@pytest.mark.parametrize(
+    ("loss_finite", "scale", "cause", "words"),
+    [
+        (False, 8.0, Cause.LOSS, "not a number, so most likely every label of the batch is ignored (-100)"),
+        (False, 0.5, Cause.LOSS, "not a number"),
+        (True, 8.0, Cause.LOSS, "0.0 too"),
+        (None, 1.0, Cause.LOSS, "0.0 too"),
+        (True, 2.0**-24, Cause.SCALE, "the scale of 5.96046e-08 leaves nothing"),
+    ],
+)
+def test_zero_gradients_blame_labels_as_far_as_shown(
+    loss_finite: bool | None, scale: float, cause: Cause, words: str
+) -> None:
+    """A loss that is not a number shows it; a scale below 1 explains it; otherwise the message says what it can be."""
+    finding = HopeWatch(patience=9).record_applied(True, loss_finite, scale)
+    assert words in finding.message
+    assert finding.cause is cause
+
+
+@pytest.mark.parametrize("steps", ["", "s", "zz", "sss", "ssssa"])
+def test_it_goes_on_from_a_checkpoint(steps: str) -> None:
+    """State goes through JSON, and a resumed watch tells what the old one would have; patience is the new config's."""
+    watch, resumed = HopeWatch(patience=3), HopeWatch(patience=3)
+    kinds_told(watch, steps)
+    resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert resumed == watch
+    assert kinds_told(resumed, "sszz") == kinds_told(watch, "sszz")
+    assert "patience" not in watch.state_dict()
