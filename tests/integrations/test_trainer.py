@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_amp import (
     AdvancedGradScaler,
@@ -22,7 +22,7 @@ from hf_amp import (
     PrecisionMode,
 )
 from hf_amp.monitoring.metrics import NAMES
-from tests.integrations.trainers import OverflowAt, arguments, trainer_with
+from tests.integrations.trainers import OverflowAt, StockFP16OnCPU, arguments, strict_json, trainer_with
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
@@ -42,18 +42,6 @@ def test_overflow_is_skipped_and_told_truthfully(tmp_path: Path, optim: str, max
     assert (figures["applied_steps"], figures["skipped_steps"]) == (5, 1)
     skips = [event for event in callback.session.events if event.kind is EventKind.STEP_SKIPPED]
     assert [(e.step, e.cause, e.before, e.after) for e in skips] == [(3, Cause.SCALE, 65536.0, 32768.0)]
-
-
-class StockFP16OnCPU(TrainerCallback):
-    """What accelerate would do on a CPU if it scaled there: its own classes, the stock scaler."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from hf_amp.integrations.accelerate import replace_scaler
-
-        scaler = torch.amp.GradScaler("cpu")
-        replace_scaler(kwargs["optimizer"], scaler)
-        self.trainer.accelerator.scaler = scaler
-        self.trainer.accelerator.native_amp = True
 
 
 def test_upstream_fails_this_with_a_fused_optimizer(tmp_path: Path) -> None:
@@ -97,12 +85,7 @@ def test_trainer_state_stays_valid_json(tmp_path: Path) -> None:
         tmp_path, MixedPrecisionCallback(), OverflowAt(2, 3), save_strategy="steps", save_steps=6
     )
     trainer.train()
-    saved = (tmp_path / "checkpoint-6" / "trainer_state.json").read_text()
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} in trainer_state.json")
-
-    assert json.loads(saved, parse_constant=refuse)["log_history"]
+    assert strict_json(tmp_path / "checkpoint-6" / "trainer_state.json")["log_history"]
 
 
 def test_event_log_tells_the_run(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from hf_amp.cli.demo_training import help_topics
+from hf_amp.integrations.accelerate import replace_scaler
 
 POISONED_STEP = 3
 
@@ -56,6 +59,81 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**defaults, **options})
 
 
+class Regression(nn.Module):
+    """Two layers over 4 floats; `labels` is a float. Small, fast, and takes NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.output = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        y = self.output(torch.tanh(self.hidden(x))).squeeze(-1)
+        if labels is None:
+            return {"logits": y}
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def numbers(nan_rows: tuple[int, ...] = ()) -> Dataset:
+    """64 rows of 4 floats, of which `nan_rows` hold NaN, and their sums."""
+    x = torch.rand(64, 4, generator=torch.Generator().manual_seed(0)) - 0.5
+    labels = x.sum(1).tolist()
+    x[list(nan_rows)] = torch.nan
+    return Dataset.from_dict({"x": x.tolist(), "labels": labels})
+
+
+def regression_trainer(
+    folder: Path, *callbacks: Any, nan_rows: tuple[int, ...] = (), **options: Any
+) -> Trainer:
+    """A stock Trainer on `numbers`, four rows a batch in order; FP32 unless `options` say otherwise."""
+    given = {name: options.pop(name) for name in ("compute_loss_func", "eval_dataset") if name in options}
+    set_seed(0)
+    return Trainer(
+        Regression(),
+        arguments(folder, **{"fp16": False, "train_sampling_strategy": "sequential", **options}),
+        train_dataset=numbers(nan_rows),
+        callbacks=list(callbacks),
+        **given,
+    )
+
+
+def logged(trainer: Trainer, key: str) -> list[Any]:
+    """What the training entries of the log hold under `key`; None where it is absent."""
+    return [entry.get(key) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def parameters_of(trainer: Trainer) -> list[torch.Tensor]:
+    """Copies of the model's parameters."""
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def all_finite(trainer: Trainer) -> bool:
+    """Whether every parameter is finite."""
+    return all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
+def strict_json(file: Path) -> Any:
+    """What `file` holds, read as every JSON parser but Python's reads it: NaN and Infinity are errors."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} in {file}")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+class StockFP16OnCPU(TrainerCallback):
+    """What accelerate would do on a CPU if it scaled there: its own classes, the stock scaler."""
+
+    def __init__(self, **scaler_options: Any) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", **scaler_options)
+        self.trainer: Trainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        replace_scaler(kwargs["optimizer"], self.scaler)
+        self.trainer.accelerator.scaler = self.scaler
+        self.trainer.accelerator.native_amp = True
+
+
 class OverflowAt(TrainerCallback):
     """Makes the gradients of the given optimizer steps (from 1) inf, by a gradient hook on one parameter."""
 
@@ -64,7 +142,7 @@ class OverflowAt(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step + 1 in self._steps:
-            parameter = kwargs["model"].transformer.h[0].mlp.c_fc.weight
+            parameter = next(p for p in kwargs["model"].parameters() if p.requires_grad)
             handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
             self._handle = handle
 

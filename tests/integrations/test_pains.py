@@ -1,0 +1,251 @@
+"""What people suffer with a stock Trainer: each pain shown there first, then gone with the callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
+
+from hf_amp import Cause, EventKind, MixedPrecisionCallback
+from tests.integrations.trainers import (
+    OverflowAt,
+    StockFP16OnCPU,
+    all_finite,
+    arguments,
+    logged,
+    numbers,
+    regression_trainer,
+    strict_json,
+    text,
+    tiny_gpt2,
+)
+
+NAN_ROW = 9  # in the third batch of four
+
+
+def stock_and_ours(folder: Path, *others: Any, config: Any = None, **options: Any) -> list[Trainer]:
+    """The same run twice, without the callback and with it."""
+    trainers = []
+    for name, callbacks in {"stock": [], "ours": [MixedPrecisionCallback(config)]}.items():
+        trainer = regression_trainer(folder / name, *callbacks, *others, **options)
+        trainer.train()
+        trainers.append(trainer)
+    return trainers
+
+
+def stock_scaled(folder: Path, *others: Any, **options: Any) -> Trainer:
+    """A Trainer with the stock scaler, as on a GPU."""
+    stock = StockFP16OnCPU(**options.pop("scaler", {}))
+    stock.trainer = regression_trainer(folder, *others, stock, **{"fp16": True, **options})
+    return stock.trainer
+
+
+def events_of(trainer: Trainer, kind: EventKind) -> list[Any]:
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MixedPrecisionCallback))
+    return [event for event in callback.session.events if event.kind is kind]
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_1_and_2_one_nan_batch_ends_the_run_behind_a_loss_of_zero(tmp_path: Path, bf16: bool) -> None:
+    """Stock: every weight is NaN, and the log says loss 0.0. Ours: one step skipped and told, the loss lives."""
+    stock, ours = stock_and_ours(tmp_path, nan_rows=(NAN_ROW,), bf16=bf16)
+    assert logged(stock, "loss")[3:] == [0.0, 0.0, 0.0]
+    assert not all_finite(stock)
+    assert all_finite(ours)
+    assert all(loss > 0 for loss in logged(ours, "loss")[3:])
+    assert [event.step for event in events_of(ours, EventKind.STEP_SKIPPED)] == [3]
+    assert logged(ours, "amp/non_finite_loss_fraction") == [0, 0, 1, 0, 0, 0]
+
+
+def test_3_nan_checkpoints_rotate_the_good_one_out(tmp_path: Path) -> None:
+    """Stock keeps the NaN checkpoint only. Ours writes none, keeps the good one and says so."""
+
+    class PoisonAt4(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                torch.nn.init.constant_(kwargs["model"].output.bias, torch.nan)
+
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    stock, ours = stock_and_ours(tmp_path, PoisonAt4(), **options)
+    assert [folder.name for folder in (tmp_path / "stock").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert not all_finite(stock)
+    assert [folder.name for folder in (tmp_path / "ours").glob("checkpoint-*")] == ["checkpoint-2"]
+    withheld = events_of(ours, EventKind.CHECKPOINT_WITHHELD)
+    assert [event.step for event in withheld] == [4, 6]
+    assert "output.bias" in withheld[0].message
+    (hopeless,) = events_of(ours, EventKind.HOPELESS)
+    assert (hopeless.step, hopeless.cause) == (4, Cause.WEIGHTS)
+
+
+def test_5_a_scale_without_a_floor_writes_infinities_into_weights(tmp_path: Path) -> None:
+    """After many overflows 1 / scale is inf: stock's next clean step poisons the weights. Ours stays at its floor."""
+    overflows = OverflowAt(*range(1, 13))
+    stock = stock_scaled(tmp_path, overflows, max_steps=14, scaler={"init_scale": 2.0**-120})
+    stock.train()
+    assert not all_finite(stock)
+    callback = MixedPrecisionCallback({"init_scale": 2.0**-20})
+    ours = regression_trainer(tmp_path, callback, overflows, fp16=True, max_steps=14, optim="sgd")
+    ours.train()
+    assert callback.session.scaler.get_scale() == 2.0**-24
+    assert all_finite(ours)
+    assert len(events_of(ours, EventKind.SCALE_AT_FLOOR)) == 1
+
+
+def test_9_one_bad_micro_batch_discards_a_window_behind_a_healthy_loss(tmp_path: Path) -> None:
+    """Stock logs a loss as if nothing were wrong. Ours logs beside it that a quarter of the micro-batches was lost."""
+    options = {"nan_rows": (NAN_ROW,), "gradient_accumulation_steps": 4, "max_steps": 3}
+    stock, ours = stock_and_ours(tmp_path, **options)
+    assert logged(stock, "loss")[0] == logged(ours, "loss")[0] > 0
+    assert set(stock.state.log_history[0]) == {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+    assert logged(ours, "amp/non_finite_loss_fraction") == [0.25, 0, 0]
+    (skip,) = events_of(ours, EventKind.STEP_SKIPPED)
+    assert (skip.figures["losses"], skip.figures["non_finite_losses"]) == (4, 1)
+
+
+def test_the_share_is_of_what_the_logged_loss_is_the_mean_of(tmp_path: Path) -> None:
+    """Two steps an entry, four micro-batches a step: one bad one of eight, and of sixteen in all."""
+    _, ours = stock_and_ours(
+        tmp_path, nan_rows=(NAN_ROW,), gradient_accumulation_steps=4, logging_steps=2, max_steps=4
+    )
+    assert logged(ours, "amp/non_finite_loss_fraction") == [0.125, 0]
+    assert logged(ours, "amp/non_finite_losses") == [1, 1]
+
+
+@pytest.mark.parametrize("lost", [(), (NAN_ROW,), (1, 9, 13, 14)])
+def test_10_evaluation_hides_batches_that_it_lost(tmp_path: Path, lost: tuple[int, ...]) -> None:
+    """Stock's eval_loss is the mean of the finite batches, silently. Ours says how many are missing, once."""
+    options = {"eval_strategy": "steps", "eval_steps": 6, "eval_dataset": numbers(lost)}
+    stock, ours = stock_and_ours(tmp_path, per_device_eval_batch_size=4, **options)
+    entries = [next(e for e in t.state.log_history if "eval_loss" in e) for t in (stock, ours)]
+    assert entries[0]["eval_loss"] == entries[1]["eval_loss"] > 0
+    batches = len({row // 4 for row in lost})
+    assert entries[1]["amp/eval_non_finite_batches"] == batches
+    told = events_of(ours, EventKind.EVALUATION_LOST_BATCHES)
+    assert [event.message[:10] for event in told] == [f"{batches} of 16 ba"][: bool(lost)]
+    returned = ours.evaluate()
+    assert not any("amp/" in key for key in returned)  # a search would take it for its objective
+    assert set(returned) == set(stock.evaluate())
+
+
+def test_11_a_skip_is_told_until_the_next_step(tmp_path: Path) -> None:
+    """Stock still says "skipped" in the micro-steps of the next window. Ours says it of the step that was."""
+
+    class Reader(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen: list[bool] = []
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen.append(kwargs["optimizer"].step_was_skipped)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen.append(kwargs["optimizer"].step_was_skipped)
+
+    options = {"gradient_accumulation_steps": 2, "max_steps": 2, "optim": "sgd"}
+    readers = [Reader(), Reader()]
+    stock_scaled(tmp_path, OverflowAt(1), readers[0], **options).train()
+    regression_trainer(
+        tmp_path, MixedPrecisionCallback(), OverflowAt(1), readers[1], fp16=True, **options
+    ).train()
+    assert [reader.seen for reader in readers] == [[False, True, True, False], [False, True, False, False]]
+
+
+def test_17_clipping_twice_is_an_error(tmp_path: Path) -> None:
+    """A callback that clips as well ends a stock run. Ours divides once, however often somebody asks."""
+
+    class ClipsToo(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kwargs["optimizer"].scaler.unscale_(kwargs["optimizer"].optimizer)
+            torch.nn.utils.clip_grad_norm_(kwargs["model"].parameters(), 0.01)
+
+    with pytest.raises(RuntimeError, match="unscale_\\(\\) has already been called"):
+        stock_scaled(tmp_path, ClipsToo()).train()
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    ours = regression_trainer(tmp_path, callback, ClipsToo(), fp16=True)
+    ours.train()
+    assert callback.session.metrics()["applied_steps"] == 6
+
+
+def test_18_a_step_without_gradients_is_an_error(tmp_path: Path) -> None:
+    """A batch that reaches no parameter ends a stock run. With ours the step is taken, and there is nothing to take."""
+
+    def constant(outputs: Any, labels: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.ones((), requires_grad=True) * 1.0
+
+    with pytest.raises(AssertionError, match="No inf checks were recorded"):
+        stock_scaled(tmp_path, compute_loss_func=constant).train()
+    callback = MixedPrecisionCallback()
+    regression_trainer(tmp_path, callback, compute_loss_func=constant, fp16=True).train()
+    assert callback.session.metrics()["applied_steps"] == 6
+    assert events_of(callback._trainer, EventKind.ZERO_GRADIENTS) == []
+
+
+def test_21_a_short_run_is_spent_on_finding_the_scale(tmp_path: Path) -> None:
+    """Where the scale must be 2^7, stock applies 3 of 12 steps. Ours starts where it is told, or finds it sooner."""
+
+    def large(outputs: Any, labels: Any, **kwargs: Any) -> torch.Tensor:
+        return (outputs["logits"] - labels).square().mean() * 2.0**9
+
+    applied = {}
+    for name, config in {
+        "stock": {},
+        "told": {"init_scale": 2.0**6},
+        "adaptive": {"scaling_strategy": "ADAPTIVE"},
+    }.items():
+        callback = MixedPrecisionCallback(config)
+        options = {"fp16": True, "max_steps": 12, "optim": "sgd", "learning_rate": 1e-6}
+        regression_trainer(tmp_path, callback, compute_loss_func=large, **options).train()
+        applied[name] = callback.session.metrics()["applied_steps"]
+    assert applied["told"] == 12
+    assert applied["stock"] <= 4 < applied["adaptive"]
+
+
+def test_22_an_early_skip_is_taken_for_disaster(tmp_path: Path) -> None:
+    """Stock logs grad_norm nan or inf and not a word. Ours leaves it out and says that this is normal."""
+    stock = stock_scaled(tmp_path, OverflowAt(1))
+    stock.train()
+    assert not torch.tensor(logged(stock, "grad_norm")[0]).isfinite()
+    ours = regression_trainer(tmp_path, MixedPrecisionCallback(), OverflowAt(1), fp16=True)
+    ours.train()
+    assert logged(ours, "grad_norm")[0] is None
+    assert "Normal in the first steps" in events_of(ours, EventKind.STEP_SKIPPED)[0].message
+
+
+@pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
+def test_23_every_label_is_ignored(tmp_path: Path, fp16: bool) -> None:
+    """Stock logs loss 0.0 and grad_norm 0.0 for ever. Ours says in the first step that it is the labels, and stops."""
+    rows = text()["input_ids"]
+    blank = Dataset.from_dict({"input_ids": rows, "labels": [[-100] * 32] * len(rows)})
+    stock = Trainer(tiny_gpt2(), arguments(tmp_path, fp16=fp16), train_dataset=blank)
+    stock.train()
+    assert logged(stock, "loss") == logged(stock, "grad_norm") == [0.0] * 6
+    callback = MixedPrecisionCallback({"patience": 3, "stop_when_hopeless": True})
+    ours = Trainer(tiny_gpt2(), arguments(tmp_path, fp16=fp16), train_dataset=blank, callbacks=[callback])
+    ours.train()
+    (first,) = events_of(ours, EventKind.ZERO_GRADIENTS)
+    assert (first.step, first.cause) == (1, Cause.LOSS)
+    assert "-100" in first.message
+    (hopeless,) = events_of(ours, EventKind.HOPELESS)
+    assert (hopeless.step, hopeless.cause, ours.state.global_step) == (3, Cause.LOSS, 3)
+
+
+def test_26_trainer_state_is_no_json(tmp_path: Path) -> None:
+    """Stock writes bare NaN and Infinity. Ours writes null, and keeps what was measured in memory."""
+    options = {
+        "nan_rows": tuple(range(64)), "logging_nan_inf_filter": False, "max_steps": 2, "save_strategy": "steps",
+        "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": numbers(tuple(range(64))), "save_steps": 2,
+        "metric_for_best_model": "loss",
+    }  # fmt: skip
+    stock, ours = stock_and_ours(tmp_path, **options)
+    with pytest.raises(ValueError, match=r"NaN|Infinity"):
+        strict_json(tmp_path / "stock" / "checkpoint-2" / "trainer_state.json")
+    saved = strict_json(tmp_path / "ours" / "checkpoint-2" / "trainer_state.json")
+    assert saved["log_history"][0]["loss"] is None
+    assert saved["best_metric"] is None
+    assert torch.tensor(logged(ours, "loss")).isnan().all()
+    ours.state.save_to_json(str(tmp_path / "again.json"))
+    assert strict_json(tmp_path / "again.json")["log_history"]
+    assert stock.state.log_history[0]["loss"] != stock.state.log_history[0]["loss"]
