@@ -24,4 +24,18 @@ def load_scaler_where_there_is_one(trainer: Trainer, session: AmpSession) -> Non
 
 def progress_of(session: AmpSession) -> dict[str, Any]:
     """What a run in any precision goes on from: counters and figures, and the precision that they were made in."""
-    return {"precision": session.plan.default.value, **session.scaler.progress()}
+    return {"precision": session.asked_for.value, **session.scaler.progress()}
+
+
+def go_on_from(progress: dict[str, Any], session: AmpSession) -> str:
+    """Restores what `progress_of` has saved, but no plan that was made for another precision.
+
+    Returns:
+        The precision that the saved run was in.
+    """
+    precision = str(progress.get("precision", session.asked_for.value))
+    companions = dict(progress.get("companions", {}))
+    if precision != session.asked_for.value:
+        companions.pop("fallback", None)
+    session.scaler.load_progress({**progress, "companions": companions})
+    return precision

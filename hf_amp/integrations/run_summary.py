@@ -18,17 +18,14 @@ class RunSummary:
         self._session = session
         self._plan, self._since = session.plan, time.perf_counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self.transitions = 0
         session.sinks.append(self.notice)
 
     def notice(self, event: AmpEvent | None = None) -> None:
-        """Takes the time, and notices whether the plan has changed."""
+        """Counts the time since the last call for the plan that was in force, and notices a new one."""
         now = time.perf_counter()
         self._seconds[_name_of(self._plan)] += now - self._since
         self._since = now
-        if self._session.plan != self._plan:
-            self._plan = self._session.plan
-            self.transitions += 1
+        self._plan = self._session.plan
 
     def close(self) -> None:
         """Stops watching. Harmless when called again."""
@@ -36,10 +33,10 @@ class RunSummary:
             self._session.sinks.remove(self.notice)
 
     def figures(self) -> dict[str, float]:
-        """The session's metrics, the transitions, and the seconds in each precision."""
+        """The session's metrics, and the seconds in each precision."""
         self.notice()
         seconds = {f"seconds_in_{name}": round(spent, 3) for name, spent in self._seconds.items()}
-        return {**self._session.metrics(), "transitions": self.transitions, **seconds}
+        return {**self._session.metrics(), **seconds}
 
     def sentence(self) -> str:
         """Steps applied and skipped by cause, transitions, final scale, time in each precision."""
@@ -52,7 +49,7 @@ class RunSummary:
         parts = [
             f"{figures['applied_steps']:g} steps applied",
             f"{figures['skipped_steps']:g} skipped" + (f" ({', '.join(causes)})" if causes else ""),
-            f"{self.transitions} changes of precision",
+            f"{figures['transitions']:g} changes of precision",
             *(
                 []
                 if self._session.scaler.guards_only
@@ -65,7 +62,7 @@ class RunSummary:
     def show(self) -> None:
         """The sentence on the console: a warning where something happened, else for who asks for INFO."""
         figures = self._session.metrics()
-        happened = figures["skipped_steps"] or self.transitions or figures.get("non_finite_losses", 0)
+        happened = figures["skipped_steps"] or figures["transitions"] or figures.get("non_finite_losses", 0)
         console.summarise(f"training ended: {self.sentence()}", bool(happened))
 
 

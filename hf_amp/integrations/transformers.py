@@ -16,7 +16,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import Cause, EventKind
 from hf_amp.integrations.accelerate import attach, forget_skip
-from hf_amp.integrations.resuming import load_scaler_where_there_is_one, progress_of
+from hf_amp.integrations.resuming import go_on_from, load_scaler_where_there_is_one, progress_of
 from hf_amp.integrations.run_summary import RunSummary
 from hf_amp.integrations.truthful_logs import save_valid_json, tell_in_logs
 from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink
@@ -76,7 +76,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         if self._summary is None:
             self._summary = RunSummary(session)
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
-        former = f"; it was {precision_before} before" if precision_before != session.plan.default else ""
+        former = f"; it was {precision_before} before" if precision_before != session.asked_for.value else ""
         session.note(
             EventKind.TRAINING_STARTED,
             f"training {begins}: {session.what_runs()}{former}.",
@@ -144,9 +144,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         name = type(self).__name__
         callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
         saved = callbacks.setdefault(name, self.state())  # where it has none, saving fails with a KeyError
-        progress = saved["attributes"]["progress"] if state.global_step else {}
-        session.scaler.load_progress(progress)
-        return str(progress.get("precision", session.plan.default.value))
+        return go_on_from(saved["attributes"]["progress"] if state.global_step else {}, session)
 
     # ---- the rest -------------------------------------------------------------------------------------------
 

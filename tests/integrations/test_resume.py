@@ -1,0 +1,155 @@
+"""Runs that go on from a checkpoint: with the callback, from one made without it, and in another precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_amp import EventKind, MixedPrecisionCallback, PrecisionMode
+from hf_amp.fallback.plan import PrecisionPlan
+from tests.integrations.trainers import (
+    OverflowAt,
+    StockFP16OnCPU,
+    parameters_of,
+    regression_trainer,
+    strict_json,
+)
+
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+def checkpoint(folder: Path, precision: str, *callbacks: Any) -> str:
+    """A checkpoint after four of six steps, the second of which was skipped where something looks."""
+    trainer = regression_trainer(folder, *callbacks, OverflowAt(2), **PRECISIONS[precision], **SAVING)
+    trainer.train()
+    return str(folder / "checkpoint-4")
+
+
+def resumed(
+    folder: Path, saved: str, precision: str, late: bool = False, **options: Any
+) -> tuple[Trainer, MixedPrecisionCallback]:
+    """A new Trainer that has gone on from `saved`; `late`: the callback was added after its construction."""
+    callback = MixedPrecisionCallback()
+    early = [] if late else [callback]
+    trainer = regression_trainer(folder, *early, OverflowAt(6), **PRECISIONS[precision], **options)
+    if late:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=saved)
+    return trainer, callback
+
+
+LATE = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+
+
+def test_14_stock_cannot_leave_fp16(tmp_path: Path) -> None:
+    """Upstream loads a checkpoint's loss scale into nothing, and the run ends."""
+    saved = checkpoint(tmp_path, "fp16", MixedPrecisionCallback())
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'load_state_dict'"):
+            regression_trainer(tmp_path, **PRECISIONS[precision]).train(resume_from_checkpoint=saved)
+
+
+@LATE
+@pytest.mark.parametrize("after", PRECISIONS)
+@pytest.mark.parametrize("before", PRECISIONS)
+def test_14_and_15_any_precision_goes_on_from_any(
+    tmp_path: Path, before: str, after: str, late: bool
+) -> None:
+    """Counters go on, the new precision runs and is told, and what was saved in another is not taken for its own."""
+    saved = checkpoint(tmp_path, before, MixedPrecisionCallback())
+    _, callback = resumed(tmp_path / "again", saved, after, late)
+    figures = callback.session.metrics()
+    assert (figures["applied_steps"], figures["skipped_steps"]) == (4, 2)
+    assert [e.step for e in callback.session.events if e.kind is EventKind.STEP_SKIPPED] == [6]
+    modes = {"fp32": PrecisionMode.FP32, "bf16": PrecisionMode.BF16, "fp16": PrecisionMode.MIXED}
+    assert callback.session.asked_for is modes[after]
+    if before != after:
+        assert callback.session.plan == PrecisionPlan(modes[after])
+    expected = {"fp16": 16384.0 if before == "fp16" else 32768.0}.get(after, 1.0)
+    assert callback.session.scaler.get_scale() == expected
+    started = next(e for e in callback.session.events if e.kind is EventKind.TRAINING_STARTED)
+    assert "resumes after step 4" in started.message
+    told = f"it was {modes[before].value} before"
+    assert (told in started.message) == (before != after)
+
+
+@LATE
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("restore", [False, True], ids=["ours", "restored by Trainer"])
+def test_a_resumed_run_equals_one_that_was_not_interrupted(
+    tmp_path: Path, precision: str, late: bool, restore: bool
+) -> None:
+    """Parameters, metrics and the callback's whole state: six steps equal four and two, to the last bit."""
+    whole = MixedPrecisionCallback()
+    trainer = regression_trainer(
+        tmp_path, whole, OverflowAt(2, 6), save_strategy="steps", save_steps=4, **PRECISIONS[precision]
+    )
+    trainer.train()
+    saved = str(tmp_path / "checkpoint-4")
+    again, callback = resumed(
+        tmp_path / "again", saved, precision, late, restore_callback_states_from_checkpoint=restore
+    )
+    assert callback.state() == whole.state()
+    assert callback.session.metrics() == whole.session.metrics()
+    for a, b in zip(parameters_of(trainer), parameters_of(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_state_in_the_checkpoint_is_plain_and_complete(tmp_path: Path) -> None:
+    """trainer_state.json holds options and progress; a callback made from it says the same."""
+    whole = MixedPrecisionCallback({"init_scale": 1024.0})
+    saved = checkpoint(tmp_path, "fp16", whole)
+    states = strict_json(Path(saved) / "trainer_state.json")["stateful_callbacks"]
+    state = states["MixedPrecisionCallback"]
+    assert state["attributes"]["progress"]["counters"] == {"applied_steps": 3, "skipped_steps": 1}
+    assert MixedPrecisionCallback.from_state(state).config == whole.config
+
+
+def test_a_callback_that_the_trainer_restores_goes_on_with_the_session(tmp_path: Path) -> None:
+    """Trainer replaces the callback by a new one: there is one session still, and the old callback knows it."""
+    saved = checkpoint(tmp_path, "fp16", MixedPrecisionCallback())
+    trainer, callback = resumed(
+        tmp_path / "again", saved, "fp16", restore_callback_states_from_checkpoint=True
+    )
+    held = [c for c in trainer.callback_handler.callbacks if isinstance(c, MixedPrecisionCallback)]
+    assert len(held) == 1
+    assert held[0] is not callback
+    assert held[0].session is callback.session
+
+
+@LATE
+@pytest.mark.parametrize("after", PRECISIONS)
+def test_from_a_stock_checkpoint(tmp_path: Path, after: str, late: bool) -> None:
+    """Made before hf_amp was added: the stock scale goes on in FP16, is left aside elsewhere, and saving works."""
+    stock = StockFP16OnCPU(init_scale=512.0)
+    stock.trainer = regression_trainer(tmp_path, stock, fp16=True, optim="adamw_torch", **SAVING)
+    stock.trainer.train()
+    assert (tmp_path / "checkpoint-4" / "scaler.pt").exists()
+    trainer, callback = resumed(
+        tmp_path / "again", str(tmp_path / "checkpoint-4"), after, late,
+        optim="adamw_torch", save_strategy="steps", save_steps=6,
+    )  # fmt: skip
+    assert callback.session.metrics()["applied_steps"] == 1
+    assert callback.session.metrics()["skipped_steps"] == 1
+    assert callback.session.scaler.get_scale() == (256.0 if after == "fp16" else 1.0)
+    assert trainer.state.global_step == 6
+    states = strict_json(tmp_path / "again" / "checkpoint-6" / "trainer_state.json")["stateful_callbacks"]
+    assert states["MixedPrecisionCallback"]["attributes"]["progress"]["counters"]["skipped_steps"] == 1
+
+
+def test_a_plan_goes_on_too(tmp_path: Path) -> None:
+    """Modules that were in FP32 when the checkpoint was written are in FP32 after it."""
+    saved = checkpoint(tmp_path, "fp16", MixedPrecisionCallback())
+    scaler = Path(saved) / "scaler.pt"
+    state = torch.load(scaler, weights_only=True)
+    state["hf_amp"]["companions"]["fallback"]["plan"]["modules"] = {"hidden": "FP32"}
+    torch.save(state, scaler)
+    file = Path(saved) / "trainer_state.json"
+    file.write_text(file.read_text().replace('"modules": {}', '"modules": {"hidden": "FP32"}'))
+    _, callback = resumed(tmp_path / "again", saved, "fp16")
+    assert dict(callback.session.plan.modules) == {"hidden": PrecisionMode.FP32}
