@@ -38,7 +38,8 @@ def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
         if training and _newest_step_has_no_norm(session, entry):
             entry.pop("grad_norm", None)
         log(entry, *args, **kwargs)
-        # The Trainer adds to what it is given, and returns it to the user, who has not asked for our figures.
+        # The Trainer adds to what it is given, callbacks take away, and the user gets it back, less our figures.
+        logs.clear()
         logs.update({name: value for name, value in entry.items() if name not in ours})
         if training:
             session.monitor.begin_window()

@@ -1,0 +1,225 @@
+"""It is safe to leave the callback on: without a fault, FP32 and BF16 runs are what they are without it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from hf_amp import EventKind, MixedPrecisionCallback
+from tests.integrations.trainers import (
+    OverflowAt,
+    arguments,
+    numbers,
+    parameters_of,
+    regression_trainer,
+    text,
+    tiny_gpt2,
+)
+
+EVENTS = [name for name in vars(CallbackHandler) if name.startswith("on_")]
+TIMINGS = ("runtime", "per_second", "preparation_time")
+
+
+class Listener(TrainerCallback):
+    """Notes every event with the step, what `control` asks for, and whether there is a gradient."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+
+def _noting(name: str) -> Any:
+    def note(self: Listener, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model")
+        graded = model is not None and any(p.grad is not None for p in model.parameters())
+        self.heard.append((name, state.global_step, sorted(kwargs), vars(control).copy(), graded))
+
+    return note
+
+
+for _name in EVENTS:
+    setattr(Listener, _name, _noting(_name))
+
+
+class AsksFor(TrainerCallback):
+    """Asks for a log, an evaluation and a checkpoint in step 3, and to stop after step 5."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_log = control.should_evaluate = control.should_save = state.global_step == 3
+        control.should_training_stop = state.global_step == 5
+        return control
+
+
+def without_ours(entry: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in entry.items() if not k.startswith("amp/") and not k.endswith(TIMINGS)}
+
+
+def outcome(trainer: Trainer, listener: Listener, folder: Path) -> dict[str, Any]:
+    """All that a run leaves behind, less our metrics and state."""
+    returned = trainer.train()
+    evaluated = trainer.evaluate()
+    saved = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
+    saved["stateful_callbacks"].pop("MixedPrecisionCallback", None)
+    saved["log_history"] = [without_ours(entry) for entry in saved["log_history"]]
+    saved["best_model_checkpoint"] = None
+    return {
+        "returned": (returned.global_step, returned.training_loss, without_ours(returned.metrics)),
+        "evaluated": without_ours(evaluated),
+        "keys": sorted(evaluated),
+        "history": [without_ours(entry) for entry in trainer.state.log_history],
+        "heard": listener.heard,
+        "files": sorted(file.name for file in (folder / "checkpoint-3").iterdir()),
+        "state": saved,
+    }
+
+
+MODES = {"fp32": {"fp16": False}, "bf16": {"fp16": False, "bf16": True}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "logging_steps": 2},
+        {"max_grad_norm": 0.0, "optim": "sgd", "save_strategy": "steps", "save_steps": 3},
+    ],
+    ids=["plain", "accumulation", "no clipping"],
+)
+def test_nothing_differs(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+    """Losses, parameters, logs, what is returned, events and their order, `control`, files, trainer_state.json."""
+    outcomes, parameters = [], []
+    for name in ("without", "with"):
+        listener = Listener()
+        ours = [MixedPrecisionCallback()] if name == "with" else []
+        torch.manual_seed(0)
+        trainer = Trainer(
+            tiny_gpt2(),
+            arguments(tmp_path / name, max_steps=6, **MODES[mode], **options),
+            train_dataset=text(),
+            eval_dataset=text().select(range(8)),
+            callbacks=[*ours, AsksFor(), listener],
+        )
+        outcomes.append(outcome(trainer, listener, tmp_path / name))
+        parameters.append(parameters_of(trainer))
+    for key, value in outcomes[0].items():
+        assert outcomes[1][key] == value, key
+    assert outcomes[0]["returned"][0] == 5
+    assert {"on_save", "on_evaluate", "on_substep_end"} - {event[0] for event in outcomes[0]["heard"]} <= (
+        set() if "gradient_accumulation_steps" in options else {"on_substep_end"}
+    )
+    assert all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
+
+
+def test_in_fp16_events_come_in_the_same_order(tmp_path: Path) -> None:
+    """A skipped step has its events, counts for global_step, and leaves the order alone."""
+    heard = []
+    for ours in ([], [MixedPrecisionCallback()]):
+        listener = Listener()
+        trainer = regression_trainer(tmp_path, *ours, OverflowAt(2), listener, fp16=True)
+        trainer.train()
+        heard.append([event[:2] for event in listener.heard])
+        assert trainer.state.global_step == 6
+    assert heard[0] == heard[1]
+
+
+@pytest.mark.parametrize(("overflows", "lines"), [((), 0), ((2,), 2), ((2, 4), 3)])
+def test_console_has_a_line_for_what_happened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, overflows: tuple[int, ...], lines: int
+) -> None:
+    """None when nothing did; one a skip, and a summary at the end."""
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    regression_trainer(
+        tmp_path, callback, OverflowAt(*overflows), fp16=True, eval_strategy="steps", eval_dataset=numbers()
+    ).train()
+    shown = [r for r in caplog.records if r.name == "hf_amp" and r.levelno >= logging.WARNING]
+    assert len(shown) == lines
+    if lines:
+        skipped = len(overflows)
+        summary = shown[-1].getMessage()
+        start = f"training ended: {6 - skipped} steps applied, {skipped} skipped ({skipped} SCALE), 0 changes"
+        assert summary.startswith(start)
+        assert f"final scale {1024 / 2**skipped:g}, " in summary
+        assert summary.endswith("s in MIXED")
+
+
+def test_summary_of_a_run_without_a_fault_is_there_for_who_asks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is an INFO line; the event log has it always, with the seconds in each precision."""
+    callback = MixedPrecisionCallback()
+    with caplog.at_level(logging.INFO, logger="hf_amp"):
+        regression_trainer(tmp_path, callback).train()
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "hf_amp"]
+    assert line.startswith("training ended: 6 steps applied, 0 skipped, 0 changes of precision, ")
+    ended = next(e for e in callback.session.events if e.kind is EventKind.TRAINING_ENDED)
+    assert ended.figures["applied_steps"] == 6
+    assert ended.figures["seconds_in_FP32"] > 0
+
+
+def test_time_is_told_by_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that falls back is told with the time before and after."""
+
+    class Large(torch.nn.Module):
+        """A product that leaves the range of FP16 between two layers, and comes back into it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.down = torch.nn.Linear(4, 8), torch.nn.Linear(8, 1)
+            with torch.no_grad():
+                self.up.weight.mul_(1e6)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.down(torch.tanh(self.up(x) * 1e-6)).squeeze(-1)
+            return {"loss": (y - labels).square().mean(), "logits": y}
+
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    trainer = Trainer(
+        Large(), arguments(tmp_path, optim="sgd"), train_dataset=numbers(), callbacks=[callback]
+    )
+    trainer.train()
+    assert dict(callback.session.plan.modules) != {}
+    summary = caplog.records[-1].getMessage()
+    assert "1 changes of precision" in summary
+    assert "s in MIXED, " in summary
+    assert summary.endswith("s in MIXED with modules in FP32")
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_hopeless_run_is_told_and_stopped_if_configured(tmp_path: Path, stop: bool) -> None:
+    """Every step skipped: after `patience` steps it is said; with stop_when_hopeless it ends, the good checkpoint kept."""
+    callback = MixedPrecisionCallback(
+        {"patience": 4, "stop_when_hopeless": stop, "automatic_fallback": False}
+    )
+    trainer = regression_trainer(
+        tmp_path, callback, nan_rows=tuple(range(8, 64)), fp16=True, max_steps=12, save_strategy="steps",
+        save_steps=2, save_total_limit=2,
+    )  # fmt: skip
+    trainer.train()
+    (hopeless,) = [e for e in callback.session.events if e.kind is EventKind.HOPELESS]
+    assert hopeless.cause == "INPUT"
+    stopped = [e for e in callback.session.events if e.kind is EventKind.TRAINING_STOPPED]
+    assert trainer.state.global_step == (hopeless.step if stop else 12)
+    assert len(stopped) == stop
+    if stop:
+        assert "checkpoint-" in stopped[0].message
+
+
+def test_poisoned_weights_are_told_before_the_first_step(tmp_path: Path) -> None:
+    """A model that comes with NaN is hopeless at once, by name; with stop_when_hopeless it takes one step, not all."""
+    callback = MixedPrecisionCallback({"stop_when_hopeless": True})
+    trainer = regression_trainer(tmp_path, callback)
+    with torch.no_grad():
+        trainer.model.hidden.bias[0] = torch.nan
+    trainer.train()
+    (hopeless,) = [e for e in callback.session.events if e.kind is EventKind.HOPELESS]
+    assert (hopeless.step, hopeless.cause) == (0, "WEIGHTS")
+    assert "hidden.bias" in hopeless.message
+    assert trainer.state.global_step == 1
