@@ -74,13 +74,13 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
 def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
     session.changes.set_attribute(accelerator, _SESSION, session)
     adopted = _give_optimizers_the_scaler(accelerator, session)
-    if session.scaler.guards_only:
-        _show_losses(accelerator, session)
-    else:
+    if not session.scaler.guards_only:
         _scale_losses(accelerator, session)
         _fold_clipping(accelerator, session, adopted)
-    if session.scaler.guards_only and session.scaler.master_weights is not None:
-        _widen_gradients_before_clipping(accelerator, session, adopted)
+    else:
+        _show_losses(accelerator, session)
+        if session.scaler.master_weights is not None:
+            _widen_gradients_before_clipping(accelerator, session, adopted)
     adopt_models(accelerator, session)
     lead_autocast(accelerator, session)
     settle_parameters(

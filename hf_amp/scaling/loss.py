@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,20 @@ def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     )
 
 
-def count_non_finite(loss: Tensor, earlier: Tensor | None, device: torch.device) -> Tensor:
-    """How many losses, `earlier` ones included, hold a non-finite value; shape [], float32. No host read."""
-    found = (~loss.detach().isfinite().all()).float().to(device, non_blocking=True)
-    return found if earlier is None else earlier + found
+@dataclass
+class SeenLosses:
+    """The losses behind the gradients of one step.
+
+    Attributes:
+        number: how many there were.
+        non_finite: how many held a non-finite value; shape [], float32. None before the first.
+    """
+
+    number: int = 0
+    non_finite: Tensor | None = None
+
+    def note(self, loss: Tensor, device: torch.device) -> None:
+        """Counts `loss`, on `device`. No host read."""
+        found = (~loss.detach().isfinite().all()).float().to(device, non_blocking=True)
+        self.number += 1
+        self.non_finite = found if self.non_finite is None else self.non_finite + found

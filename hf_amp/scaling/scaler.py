@@ -13,7 +13,7 @@ from hf_amp.config import MixedPrecisionConfig, ScalingStrategy
 from hf_amp.errors import ScalerError
 from hf_amp.scaling.application import Application, device_of, is_fused
 from hf_amp.scaling.boundary import Boundary, Look, Treatment, examine
-from hf_amp.scaling.loss import count_non_finite, map_losses
+from hf_amp.scaling.loss import SeenLosses, map_losses
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.policy import observation_of
 from hf_amp.scaling.scale_keeper import ScaleKeeper
@@ -69,8 +69,7 @@ class AdvancedGradScaler(ScaleKeeper):
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
         self._backwards = 0
         self._backward_scale: Tensor | None = None
-        self._losses = 0
-        self._loss_non_finite: Tensor | None = None
+        self._losses = SeenLosses()
 
     # ---- backward -------------------------------------------------------------------------------------------
 
@@ -85,8 +84,7 @@ class AdvancedGradScaler(ScaleKeeper):
         if self._state is None:
             self._lazy_init_scale_growth_tracker(loss.device)
         scale = self._backward_scale = cast(Tensor, self._state.scale)
-        self._losses += 1
-        self._loss_non_finite = count_non_finite(loss, self._loss_non_finite, scale.device)
+        self._losses.note(loss, scale.device)
         return loss if self.guards_only else loss * scale.to(loss.device, non_blocking=True)
 
     # ---- step boundary --------------------------------------------------------------------------------------
@@ -202,13 +200,13 @@ class AdvancedGradScaler(ScaleKeeper):
             boundary.observed = True
         self._boundaries = {key: b for key, b in self._boundaries.items() if not b.stepped}
         if not self._boundaries:
-            self._losses, self._loss_non_finite = 0, None
+            self._losses = SeenLosses()
         self._deliver()
 
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
         self._boundaries.clear()
-        self._losses, self._loss_non_finite = 0, None
+        self._losses = SeenLosses()
 
     def flush(self) -> None:
         """Waits for verdicts that are still on the device and delivers them; nothing to do unless steps defer."""
@@ -284,8 +282,8 @@ class AdvancedGradScaler(ScaleKeeper):
             backward=self._backwards,
             scale=cast(Tensor, self._backward_scale),
             treatment=treatment,
-            losses=self._losses,
-            loss_non_finite=self._loss_non_finite,
+            losses=self._losses.number,
+            loss_non_finite=self._losses.non_finite,
             look=Look(
                 norm=norm or (monitors and not self.guards_only),
                 amax=self._policy.needs_amax or self._samples_now() or self._defers(optimizer),

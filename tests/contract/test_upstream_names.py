@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback
 
-from hf_amp.integrations.accelerate import prepared_optimizers, replace_scaler
+from hf_amp.integrations.accelerate import forget_skip, prepared_optimizers, replace_scaler
 from hf_amp.integrations.adoption import forward_before_autocast, prepared_models
 
 
@@ -88,6 +88,34 @@ def test_accelerator_prepares_through(name: str) -> None:
     model = torch.nn.Linear(2, 2)
     accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert calls == [name]
+
+
+def test_accelerate_optimizer_keeps_its_skip() -> None:
+    """`AcceleratedOptimizer._is_overflow` is what `step_was_skipped` tells."""
+    optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0))
+    optimizer._is_overflow = True
+    assert optimizer.step_was_skipped
+    forget_skip(optimizer)
+    assert not optimizer.step_was_skipped
+
+
+@pytest.mark.parametrize(
+    ("caller", "name"),
+    [
+        ("_prepare_for_training", "self._load_scaler(resume_from_checkpoint)"),
+        ("_inner_training_loop", "self._tr_loss = torch.tensor(0.0"),
+        ("_maybe_log_save_evaluate", "tr_loss -= tr_loss"),
+        ("evaluation_loop", "self.prediction_step(model, inputs"),
+        ("evaluate", "self.evaluation_loop("),
+        ("predict", "self.evaluation_loop("),
+        ("_save_checkpoint", "self.state.save_to_json("),
+        ("_init_training_state", "stateful_callbacks=["),
+        ("train", "self.is_in_train = True"),
+    ],
+)
+def test_trainer_goes_through(caller: str, name: str) -> None:
+    """What is changed on a Trainer's instance is what it calls; where it says `tr_loss -= tr_loss` NaN stays NaN."""
+    assert name in inspect.getsource(getattr(Trainer, caller))
 
 
 def test_trainer_calls_its_callbacks_with_itself_on_the_stack() -> None:

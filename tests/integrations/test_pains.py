@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from hf_amp import Cause, EventKind, MixedPrecisionCallback
+from hf_amp import Cause, EventKind, MixedPrecisionCallback, PrecisionMode
+from hf_amp.emulation import EmulatedPrecision
+from hf_amp.forward_context import ForwardContext
 from tests.integrations.trainers import (
     OverflowAt,
     StockFP16OnCPU,
@@ -18,12 +22,14 @@ from tests.integrations.trainers import (
     arguments,
     logged,
     numbers,
+    parameters_of,
     regression_trainer,
     strict_json,
     text,
     tiny_gpt2,
 )
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NAN_ROW = 9  # in the third batch of four
 
 
@@ -44,6 +50,14 @@ def stock_scaled(folder: Path, *others: Any, **options: Any) -> Trainer:
     return stock.trainer
 
 
+class SkipsNaN(TrainerCallback):
+    """What a user does against NaN by hand: gradients that are not finite become zero."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in kwargs["model"].parameters():
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
 def events_of(trainer: Trainer, kind: EventKind) -> list[Any]:
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MixedPrecisionCallback))
     return [event for event in callback.session.events if event.kind is kind]
@@ -59,6 +73,22 @@ def test_1_and_2_one_nan_batch_ends_the_run_behind_a_loss_of_zero(tmp_path: Path
     assert all(loss > 0 for loss in logged(ours, "loss")[3:])
     assert [event.step for event in events_of(ours, EventKind.STEP_SKIPPED)] == [3]
     assert logged(ours, "amp/non_finite_loss_fraction") == [0, 0, 1, 0, 0, 0]
+
+
+def test_without_the_filter_one_nan_is_logged_for_ever(tmp_path: Path) -> None:
+    """Stock subtracts NaN from NaN, and never logs a number again, though the weights live. Ours logs it once."""
+    lives, ours = (
+        regression_trainer(
+            tmp_path, *callbacks, nan_rows=(NAN_ROW,), logging_nan_inf_filter=False, learning_rate=0.0,
+            weight_decay=0.0, optim="sgd", max_grad_norm=0.0,
+        )
+        for callbacks in ([SkipsNaN()], [MixedPrecisionCallback()])
+    )  # fmt: skip
+    for trainer in (lives, ours):
+        trainer.train()
+        assert all_finite(trainer)
+    finite = [torch.tensor(logged(trainer, "loss")).isfinite().tolist() for trainer in (lives, ours)]
+    assert finite == [[True] * 2 + [False] * 4, [True] * 2 + [False] + [True] * 3]
 
 
 def test_3_nan_checkpoints_rotate_the_good_one_out(tmp_path: Path) -> None:
@@ -181,6 +211,33 @@ def test_18_a_step_without_gradients_is_an_error(tmp_path: Path) -> None:
     regression_trainer(tmp_path, callback, compute_loss_func=constant, fp16=True).train()
     assert callback.session.metrics()["applied_steps"] == 6
     assert events_of(callback._trainer, EventKind.ZERO_GRADIENTS) == []
+
+
+def test_20_a_t5_is_nan_in_fp16_whatever_the_scale(tmp_path: Path) -> None:
+    """Stock skips every step of a T5 whose feed-forward layer writes beyond 65504. Ours runs that layer in FP32."""
+    example = runpy.run_path(str(EXAMPLES / "trainer_seq2seq_overflow.py"))
+    options = SimpleNamespace(model_name_or_path=None, block_size=16)
+
+    def trainer(name: str, *callbacks: Any) -> Trainer:
+        model, _ = example["model_and_tokenizer"](options)
+        given = arguments(tmp_path / name, logging_nan_inf_filter=False, optim="adamw_torch")
+        return Trainer(model, given, train_dataset=example["data"](options, None), callbacks=list(callbacks))
+
+    stock = StockFP16OnCPU()
+    stock.trainer = trainer("stock", stock)
+    remove = ForwardContext(EmulatedPrecision).install(stock.trainer.model)
+    before = parameters_of(stock.trainer)
+    stock.trainer.train()
+    remove()
+    assert torch.tensor(logged(stock.trainer, "loss")).isnan().all()
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters_of(stock.trainer), strict=True))
+    callback = MixedPrecisionCallback()
+    ours = trainer("ours", callback)
+    ours.train()
+    figures = callback.session.metrics()
+    assert (figures["applied_steps"], figures["skipped_steps_activation"]) == (5, 1)
+    assert dict(callback.session.plan.modules) == {example["LARGE"]: PrecisionMode.FP32}
+    assert torch.tensor(logged(ours, "loss")[1:]).isfinite().all()
 
 
 def test_21_a_short_run_is_spent_on_finding_the_scale(tmp_path: Path) -> None:
