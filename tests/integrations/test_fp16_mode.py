@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -292,3 +296,27 @@ def test_fp16_mode_on_cuda(fused: bool) -> None:
     assert session.metrics()["skipped_steps"] == 1
     assert losses[-1] < losses[0]
     assert losses[OVERFLOW] == losses[OVERFLOW + 1]
+
+
+@pytest.mark.parametrize("zeroing", ["none", "zeros"])
+def test_two_processes(zeroing: str) -> None:
+    """DDP over gloo: masters and parameters of both ranks stay equal, one rank's overflow skips on both.
+
+    After detach parameters stay FP16, because DDP counts on it; a conversion after DDP is refused.
+    """
+    worker = Path(__file__).with_name("fp16_worker.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2]), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(worker), zeroing],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    assert first == second
+    assert first["applied"] == [True, True, False, True, True, True]
+    assert first["dtypes"] == ["torch.float16"]
+    assert "inside DistributedDataParallel already" in first["late"]
