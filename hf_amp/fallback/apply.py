@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_amp.config import NumberFormat, PrecisionMode
+from hf_amp.config import FP32_FORMAT, NumberFormat, PrecisionMode
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.forward_context import InnerForwardContext
@@ -36,8 +36,15 @@ class PrecisionEntry:
         if self.emulate:
             return EmulatedPrecision(number_format)
         if number_format.dtype == torch.float32:
-            return torch.autocast(self.device_type, enabled=False)
+            return _float32_kernels(self.device_type)
         return torch.autocast(self.device_type, number_format.dtype)
+
+
+@contextmanager
+def _float32_kernels(device_type: str) -> Iterator[None]:
+    """FP32, also of half-precision parameters, such as a frozen body under adapters, which no kernel mixes with FP32."""
+    with torch.autocast(device_type, enabled=False), EmulatedPrecision(FP32_FORMAT):
+        yield
 
 
 class CurrentPrecision:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_amp.events import EventKind
 from hf_amp.scaling.half_parameters import settle
-from hf_amp.scaling.master_weights import widen_state
+from hf_amp.scaling.master_weights import MasterWeights, widen_state
 from hf_amp.session import AmpSession
 
 
@@ -28,7 +28,7 @@ def settle_parameters(
     """Settles what becomes of half-precision parameters, now and whenever `accelerator` prepares more.
 
     Args:
-        models: those that are prepared already, as prepared.
+        models: those that are prepared already.
         optimizers: those that are prepared already, unwrapped.
 
     Raises:
@@ -39,11 +39,10 @@ def settle_parameters(
     settled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     converted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def settle_model(prepared: nn.Module) -> None:
-        model = accelerator.unwrap_model(prepared)
+    def settle_model(wrapped: nn.Module, fixed: bool) -> None:
+        model = accelerator.unwrap_model(wrapped)
         if model in settled:
             return
-        fixed = isinstance(prepared, DistributedDataParallel)
         event = settle(model, session.config, session.plan.default, known, masters, fixed)
         settled.add(model)
         if event is not None:
@@ -58,18 +57,30 @@ def settle_parameters(
         for model in converted:
             widen_state(optimizer, model.parameters())
 
+    # Inside DDP a change of dtype would cut parameters off from the reduction of their gradients. accelerate lists
+    # models as they were before it wrapped them.
+    in_ddp = accelerator.num_processes > 1
+
+    def release(masters: MasterWeights) -> None:
+        masters.release(restore=not in_ddp)
+        if in_ddp and converted:
+            session.note(
+                EventKind.HALF_PARAMETERS,
+                "parameters stay FP16 after detach, because DistributedDataParallel counts on it: to go on in FP32, convert "
+                "the model and wrap it again.",
+            )
+
     if masters is not None:
-        # Inside DDP a change of dtype would cut parameters off from the reduction of their gradients.
-        session.changes.call_on_undo(lambda: masters.release(restore=accelerator.num_processes == 1))
+        session.changes.call_on_undo(functools.partial(release, masters))
     for optimizer in optimizers:
         settle_optimizer(optimizer)
     for model in models:
-        settle_model(model)
+        settle_model(model, fixed=in_ddp)
     prepare_model, prepare_optimizer = accelerator.prepare_model, accelerator.prepare_optimizer
 
     @functools.wraps(prepare_model)
     def settle_and_prepare_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        settle_model(model)
+        settle_model(model, fixed=isinstance(model, DistributedDataParallel))
         return prepare_model(model, *args, **kwargs)
 
     @functools.wraps(prepare_optimizer)

@@ -104,7 +104,7 @@ def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: boo
         EventKind.PARAMETERS_CONVERTED,
         before=before,
         after="FP32",
-        message=f"made FP32 for training, in twice the memory and without loss: {listed}. To load them so: "
+        message=f"made FP32, also beyond detach, in twice the memory and without loss: {listed}. To load them so: "
         'dtype=torch.float32 in from_pretrained. To keep them small: half_parameters="master_weights".',
         figures=_counted(half),
     )

@@ -122,3 +122,39 @@ def test_trainer_calls_its_callbacks_with_itself_on_the_stack() -> None:
     """`Trainer.callback_handler.callbacks` holds the callbacks, and the Trainer is a caller's `self`."""
     assert "callback_handler" in inspect.getsource(Trainer.__init__)
     assert "on_init_end" in vars(TrainerCallback)
+
+
+def test_torch_counts_writes_to_a_tensor() -> None:
+    """`Tensor._version` grows with every write that autograd sees, and a copy through `foreach` is one."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    seen = [parameter._version]
+    with torch.no_grad():
+        parameter.clamp_(max=0.5)
+        seen.append(parameter._version)
+        torch._foreach_copy_([parameter], [torch.zeros(2)])
+        seen.append(parameter._version)
+    assert seen == sorted(set(seen))
+
+
+def test_torch_lets_a_gradient_be_wider_than_its_parameter() -> None:
+    """`p.grad.data` takes FP32 for an FP16 parameter; the next backward after `p.grad = None` makes FP16 again."""
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    parameter.sum().backward()
+    parameter.grad.data = parameter.grad.float()
+    assert parameter.grad.dtype == torch.float32
+    parameter.grad = None
+    parameter.sum().backward()
+    assert parameter.grad.dtype == torch.float16
+
+
+def test_torch_keys_dictionaries_by_tensor_weakly() -> None:
+    """`torch.utils.weak.WeakTensorKeyDictionary` finds a tensor by identity and lets it go."""
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    held = WeakTensorKeyDictionary()
+    tensor = torch.ones(2)
+    held[tensor] = 1
+    assert held.get(tensor) == 1
+    assert held.get(torch.ones(2)) is None
+    del tensor
+    assert len(held) == 0
