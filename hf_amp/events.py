@@ -37,6 +37,8 @@ class EventKind(str, enum.Enum):
     MASTER_WEIGHTS_KEPT = "master_weights_kept"
     TRAINING_STARTED = "training_started"
     TRAINING_ENDED = "training_ended"
+    METRICS = "metrics"
+    """The newest figures, at a logging step: for the log, not for a session's list."""
 
     @property
     def needs_attention(self) -> bool:

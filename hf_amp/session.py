@@ -137,14 +137,23 @@ class AmpSession:
         return True
 
     def record(self, event: AmpEvent) -> None:
-        """Gives one event to the session's list and to every sink."""
-        self._events.append(event)
+        """Gives one event to every sink, and to the session's list unless it only repeats figures."""
+        if event.kind is not EventKind.METRICS:
+            self._events.append(event)
         for sink in self.sinks:
             sink(event)
 
     def note(self, kind: EventKind, message: str, **figures: Any) -> None:
         """Records an event in which nothing went wrong."""
         self.record(AmpEvent(self._newest_step, kind, message=message, figures=figures))
+
+    def log_metrics(self, **figures: float) -> None:
+        """Writes the newest metrics into the log, with `figures` of the caller's beside them, such as the loss.
+
+        Called at every logging step by the Trainer integration; a loop of your own calls it as often as it logs. No
+        host read.
+        """
+        self.note(EventKind.METRICS, "", **{**figures, **self.metrics()})
 
     def begin_at(self, completed_steps: int) -> None:
         """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""

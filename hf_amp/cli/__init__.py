@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from hf_amp.cli.demo import demo
+from hf_amp.cli.report.command import report
 
 app = typer.Typer(
     name="hf-amp",
@@ -13,6 +14,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo)
+app.command()(report)
 
 
 @app.callback()

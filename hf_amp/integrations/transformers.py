@@ -162,6 +162,7 @@ def _merge_metrics_into_logs(trainer: Trainer, session: AmpSession, changes: Rev
                 del logs["grad_norm"]
             for name, value in session.metrics().items():
                 logs[LOG_PREFIX + name] = value
+            session.log_metrics(**{name: logs[name] for name in ("loss", "learning_rate") if name in logs})
         log(logs, *args, **kwargs)
 
     changes.set_attribute(trainer, "log", log_with_metrics)

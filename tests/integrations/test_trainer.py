@@ -106,13 +106,19 @@ def test_trainer_state_stays_valid_json(tmp_path: Path) -> None:
 
 
 def test_event_log_tells_the_run(tmp_path: Path) -> None:
-    """amp_events.jsonl has a line for the start, the skip and the end, with the session's run id."""
+    """amp_events.jsonl has a line for the start, the skip, the end, and every logging step, with the session's run id."""
     callback = MixedPrecisionCallback()
     trainer, _ = trainer_with(tmp_path, callback, OverflowAt(3))
     trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "amp_events.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["training_started", "step_skipped", "training_ended"]
     assert {line["run_id"] for line in lines} == {callback.session.run_id}
+    metrics = [line for line in lines if line["event"] == "metrics"]
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [(line["step"], line["loss"], line["scale"]) for line in metrics] == [
+        (entry["step"], entry["loss"], entry["amp/scale"]) for entry in entries
+    ]
+    lines = [line for line in lines if line["event"] != "metrics"]
+    assert [line["event"] for line in lines] == ["training_started", "step_skipped", "training_ended"]
     assert (lines[1]["step"], lines[1]["cause"], lines[1]["after"]) == (3, "SCALE", 32768.0)
 
 
