@@ -53,10 +53,11 @@ def report(
 
 def _write_page(histories: list[RunHistory], path: Path) -> None:
     """Writes the page whole or not at all, also when interrupted."""
-    from hf_amp import __version__
+    from importlib.metadata import version
+
     from hf_amp.cli.report.page import page
 
-    text = page(histories, __version__)
+    text = page(histories, version("hf_amp"))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
