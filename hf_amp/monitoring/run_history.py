@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_amp.errors import StateError
 from hf_amp.events import EventKind
-from hf_amp.monitoring.event_log import EventLog, find_log
+from hf_amp.monitoring.event_log import FILE_NAME, EventLog, find_log
 from hf_amp.monitoring.series import Series
 
 LARGEST_GROUPS = 500
@@ -170,7 +170,7 @@ class RunHistory:
             scale = line.get("before")
             scale = float(scale) if isinstance(scale, (int, float)) else float("nan")
             self.skips[line.get("cause") or "UNKNOWN"].add(step, scale)
-        elif event == "precision_changed":
+        elif event == EventKind.PRECISION_CHANGED.value:
             self.transitions.append(_transition(line))
         if event in _INCIDENTS:
             self._add_incident(line)
@@ -262,23 +262,25 @@ def _transition(line: Mapping[str, Any]) -> Transition:
     )
 
 
-def history_of(lines: Iterable[Mapping[str, Any]], name: str, path: Path) -> RunHistory:
-    """The history that lines of a log tell."""
-    history = RunHistory(name, path)
-    for line in lines:
-        history.add(line)
-    return history
+def named_run(run: str | Path) -> RunHistory:
+    """The history of a run before anything is read, given as its folder or its log file.
+
+    Raises:
+        StateError: there is no log.
+    """
+    path = find_log(run)
+    return RunHistory(path.resolve().parent.name if path.name == FILE_NAME else path.stem, path)
 
 
 def read_run(run: str | Path) -> RunHistory:
-    """The history of a run, given as its folder or its log file; read in one pass.
+    """The history of a run, as far as its log goes; read in one pass.
 
     Raises:
         StateError: there is no log, or it is not one of hf_amp.
     """
-    path = find_log(run)
-    log = EventLog(path)
-    folder = path.resolve().parent.name if path.name == "amp_events.jsonl" else path.stem
-    history = history_of(log.read(), folder, path)
+    history = named_run(run)
+    log = EventLog(history.path)
+    for line in log.read():
+        history.add(line)
     history.torn_lines = log.torn_lines + log.unfinished
     return history

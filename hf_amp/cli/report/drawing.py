@@ -14,8 +14,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hf_amp.cli.report.module_pictures import BY_MODULE, TIMELINE
 from hf_amp.cli.report.pictures import OVER_TIME, Picture
-from hf_amp.cli.report.theme import IN_PAGE, LIGHT, Theme, style_of, to_png, to_svg, visible
+from hf_amp.cli.report.theme import IN_PAGE, LIGHT, Theme, style_of, to_png, to_svg
 from hf_amp.monitoring.run_history import RunHistory
+from hf_amp.monitoring.visible import visible
 
 PICTURES = (*OVER_TIME[:3], TIMELINE, *OVER_TIME[3:], *BY_MODULE)
 WIDTH_INCHES, HEIGHT_INCHES = 5.2, 2.3

@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from hf_amp.monitoring.visible import visible
+
 CAUSE_ORDER = ("SCALE", "ACTIVATION", "INPUT", "LOSS", "WEIGHTS", "UNKNOWN")
 CAUSE_MARKERS = {"SCALE": "v", "ACTIVATION": "D", "INPUT": "s", "LOSS": "^", "WEIGHTS": "X", "UNKNOWN": "o"}
 """A shape beside the colour, for those who do not see colours."""
@@ -136,11 +138,6 @@ def to_png(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(path, format="png", dpi=200, facecolor=LIGHT.surface)
-
-
-def visible(text: str) -> str:
-    """`text` with control characters and other unprintable ones shown as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shortened(name: str, longest: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from hf_amp.events import AmpEvent
+from hf_amp.monitoring.visible import visible
 
 _log = logging.getLogger("hf_amp")
 
@@ -18,5 +19,7 @@ def write(event: AmpEvent) -> None:
         if isinstance(event.before, float) and isinstance(event.after, float)
         else ""
     )
-    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in event.message)
-    _log.log(level, "step %d: %s%s:%s %s", event.step, event.kind.value, cause, change, message)
+    unnamed = [name for name in event.modules if name not in event.message]
+    where = f" in {', '.join(unnamed)}" if unnamed else ""
+    text = visible(f"{event.kind.value}{cause}{where}:{change} {event.message}")
+    _log.log(level, "step %d: %s", event.step, text)
