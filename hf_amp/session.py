@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import MixedPrecisionConfig, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig, NumberFormat, PrecisionMode
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.cause import Diagnosis
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.plan_keeper import PlanKeeper, Transition
 from hf_amp.hardware import Hardware
+from hf_amp.monitoring.module_monitor import ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
+from hf_amp.monitoring.pace import Pace
 from hf_amp.monitoring.sinks import console
 from hf_amp.reversible import ReversibleChanges
+from hf_amp.scaling.boundary import Boundary, Treatment
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.scaler import AdvancedGradScaler
 
@@ -43,6 +46,7 @@ class AmpSession:
         run_id: names the run in logs.
         sinks: called with every event.
         changes: what was changed on the instances attached to; undone by `detach`.
+        pace: how fast the run goes.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class AmpSession:
         self._keeper = PlanKeeper(config, mode, hardware, step=lambda: scaler.decided_steps + 1)
         self.changes.call_on_undo(self._keeper.remove)
         self._monitor = PrecisionMonitor()
+        self.pace = Pace(hardware.device)
+        self._modules = ModuleMonitor(config.monitoring_interval)
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
         self._at_floor = False
         self._newest_step = 0
@@ -71,6 +77,10 @@ class AmpSession:
         scaler.observers.append(self._record_step)
         scaler.companions["monitor"] = self._monitor
         scaler.companions["fallback"] = self._keeper
+        scaler.companions["pace"] = self.pace
+        if config.monitor_modules and config.enable_monitoring:
+            scaler.passengers.append(self._look_at_modules)
+            self.changes.call_on_undo(self._modules.end_close_look)
 
     # ---- what people read -----------------------------------------------------------------------------------
 
@@ -86,7 +96,11 @@ class AmpSession:
 
     def metrics(self) -> dict[str, float]:
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No host read."""
-        return self._monitor.metrics()
+        return {**self._monitor.metrics(), **self.pace.metrics()}
+
+    def module_metrics(self) -> dict[str, dict[str, float]]:
+        """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No host read."""
+        return self._modules.by_module()
 
     def what_runs(self) -> str:
         """One phrase: the precision of the run, and what that means on this device."""
@@ -103,6 +117,8 @@ class AmpSession:
             model: the model itself, unwrapped.
             entry_point: what is called in its place, such as a DistributedDataParallel or compiled module around it.
         """
+        if self._look_at_modules in self.scaler.passengers:
+            self._modules.adopt(model, self.scaler.decided_steps)
         self.changes.call_on_undo(
             self._keeper.adopt(model, entry_point if entry_point is not None else model)
         )
@@ -147,13 +163,17 @@ class AmpSession:
         """Records an event in which nothing went wrong."""
         self.record(AmpEvent(self._newest_step, kind, message=message, figures=figures))
 
-    def log_metrics(self, **figures: float) -> None:
+    def log_metrics(self, step: int | None = None, **figures: float) -> None:
         """Writes the newest metrics into the log, with `figures` of the caller's beside them, such as the loss.
 
         Called at every logging step by the Trainer integration; a loop of your own calls it as often as it logs. No
         host read.
+
+        Args:
+            step: optimizer step that they are of; None for the newest that is known.
         """
-        self.note(EventKind.METRICS, "", **{**figures, **self.metrics()})
+        known = {**figures, **self.metrics(), **self._modules.unlogged()}
+        self.record(AmpEvent(self._newest_step if step is None else step, EventKind.METRICS, figures=known))
 
     def begin_at(self, completed_steps: int) -> None:
         """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""
@@ -164,6 +184,7 @@ class AmpSession:
         """Gives everything that was attached to its former state. Harmless when called again."""
         if self._record_step in self.scaler.observers:
             self.scaler.observers.remove(self._record_step)
+            self.scaler.passengers.clear()
             self.changes.undo()
             self.note(EventKind.DETACHED, "hf_amp is detached; what it had changed is as before.")
 
@@ -184,6 +205,8 @@ class AmpSession:
         step = self.first_step + outcome.attempt - 1
         self._newest_step = step
         self._monitor.record_lost_updates(outcome.lost_update_fraction)
+        self.pace.step_decided(NumberFormat.of(self.plan.default).name)
+        self._modules.take(id(optimizer), outcome.carried)
         if outcome.applied:
             self._monitor.record_applied(
                 outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction
@@ -273,6 +296,17 @@ class AmpSession:
                 modules=transition.modules,
                 message=transition.message,
             )
+        )
+
+    def _look_at_modules(self, boundary: Boundary, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
+        return self._modules.ride_along(
+            id(optimizer),
+            lambda: [name for name, p in self._named_parameters(optimizer) if p.grad is not None],
+            boundary.gradients,
+            boundary.scale,
+            scaled=boundary.treatment is Treatment.FOLD,
+            guards=boundary.treatment is Treatment.CHECK,
+            decided_steps=self.scaler.decided_steps,
         )
 
     def _named_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:

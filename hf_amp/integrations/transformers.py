@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
-from hf_amp.events import EventKind
+from hf_amp.events import AmpEvent, EventKind
 from hf_amp.integrations.accelerate import attach
 from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink
+from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.reversible import ReversibleChanges
 from hf_amp.session import AmpSession
 
@@ -46,6 +48,7 @@ class MixedPrecisionCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._accelerator: Accelerator | None = None
         self._sink: JsonLinesSink | None = None
+        self._tensorboard: list[Callable[[AmpEvent], None]] = []
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,13 +58,20 @@ class MixedPrecisionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        session = self._attach_to(calling_trainer(self))
+        trainer = calling_trainer(self)
+        session = self._attach_to(trainer)
         session.begin_at(state.global_step)
+        session.pace.pause()
+        session.pace.samples_per_step = (
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
         if self.config.fold_clipping is None:
-            session.folds_clipping = not _others_look_at_gradients(calling_trainer(self), self)
+            session.folds_clipping = not _others_look_at_gradients(trainer, self)
         if state.is_world_process_zero and self._sink is None:
             self._sink = JsonLinesSink(Path(args.output_dir or ".") / FILE_NAME, session.run_id, rank=0)
             session.sinks.append(self._sink.write)
+            self._tensorboard = _tensorboard_sinks(trainer)
+            session.sinks += self._tensorboard
         session.note(
             EventKind.TRAINING_STARTED,
             f"training starts: {session.what_runs()}.",
@@ -86,7 +96,8 @@ class MixedPrecisionCallback(TrainerCallback):
 
     def _close_sink(self, session: AmpSession) -> None:
         if self._sink is not None:
-            session.sinks.remove(self._sink.write)
+            for write in (self._sink.write, *self._tensorboard):
+                session.sinks.remove(write)
             self._sink.close()
             self._sink = None
 
@@ -102,6 +113,12 @@ class MixedPrecisionCallback(TrainerCallback):
         self._trainer, self._accelerator = trainer, accelerator
         _merge_metrics_into_logs(trainer, session, session.changes)
         return session
+
+
+def _tensorboard_sinks(trainer: Trainer) -> list[Callable[[AmpEvent], None]]:
+    """A sink for the writer of the Trainer's own TensorBoard callback, where it has one."""
+    writers = (getattr(callback, "tb_writer", None) for callback in trainer.callback_handler.callbacks)
+    return [TensorBoardSink(writer, "train/").write for writer in writers if writer is not None]
 
 
 def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:
@@ -162,7 +179,8 @@ def _merge_metrics_into_logs(trainer: Trainer, session: AmpSession, changes: Rev
                 del logs["grad_norm"]
             for name, value in session.metrics().items():
                 logs[LOG_PREFIX + name] = value
-            session.log_metrics(**{name: logs[name] for name in ("loss", "learning_rate") if name in logs})
+            beside = {name: logs[name] for name in ("loss", "learning_rate") if name in logs}
+            session.log_metrics(trainer.state.global_step, **beside)
         log(logs, *args, **kwargs)
 
     changes.set_attribute(trainer, "log", log_with_metrics)

@@ -21,7 +21,7 @@ from hf_amp import (
     MixedPrecisionConfig,
     PrecisionMode,
 )
-from hf_amp.monitoring.metrics import NAMES
+from hf_amp.monitoring.metrics import NAMES, TIMINGS
 from tests.integrations.trainers import OverflowAt, arguments, trainer_with
 
 
@@ -221,7 +221,11 @@ def test_resume_continues_scale_and_counters(tmp_path: Path) -> None:
     resumed = MixedPrecisionCallback()
     again, _ = trainer_with(tmp_path / "again", resumed, OverflowAt(2, 6))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert resumed.session.metrics() == whole.session.metrics()
+    figures = [
+        {name: value for name, value in run.session.metrics().items() if name not in TIMINGS}
+        for run in (resumed, whole)
+    ]
+    assert figures[0] == figures[1]
     assert resumed.session.metrics()["skipped_steps"] == 2
     for a, b in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)

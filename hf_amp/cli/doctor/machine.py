@@ -130,8 +130,10 @@ def _cpu(found: Device) -> Hardware:
     if cpuinfo.is_file():
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    has = {half: (found.speed(half.upper()) or 0.0) >= WORTHWHILE for half in ("fp16", "bf16")}
-    return replace(found.hardware, name=name, **{half: "native" if has[half] else "slow" for half in has})
+    fp16, bf16 = (
+        "native" if (found.speed(half) or 0.0) >= WORTHWHILE else "slow" for half in ("FP16", "BF16")
+    )
+    return replace(found.hardware, name=name, fp16=fp16, bf16=bf16)
 
 
 def _memory(device: torch.device) -> int | None:
