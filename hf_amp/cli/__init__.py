@@ -6,6 +6,7 @@ import typer
 
 from hf_amp.cli.demo import demo
 from hf_amp.cli.doctor.command import doctor
+from hf_amp.cli.preflight.command import preflight
 from hf_amp.cli.report.command import report
 from hf_amp.cli.watch import watch
 
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
+app.command()(preflight)
 app.command()(report)
 app.command()(watch)
 
