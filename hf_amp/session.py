@@ -32,6 +32,9 @@ from hf_amp.scaling.scaler import AdvancedGradScaler
 EVENTS_KEPT = 10_000
 """Newest events that a session keeps; the JSON-lines log has all."""
 
+INCIDENTS_A_LOG_ENTRY = 3
+"""Incidents that one log entry names; the JSON-lines log has all."""
+
 
 class AmpSession:
     """What hf_amp does and knows in one run. Made by `attach` and `MixedPrecisionCallback`.
@@ -71,6 +74,7 @@ class AmpSession:
         self.pace = Pace(hardware.device)
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
+        self._unlogged: deque[AmpEvent] = deque(maxlen=INCIDENTS_A_LOG_ENTRY)
         self._at_floor = False
         self._newest_step = 0
         self._last_step_at: float | None = None
@@ -156,12 +160,20 @@ class AmpSession:
         """Gives one event to every sink, and to the session's list unless it only repeats figures."""
         if event.kind is not EventKind.METRICS:
             self._events.append(event)
+        if event.kind.needs_attention:
+            self._unlogged.append(event)
         for sink in self.sinks:
             sink(event)
 
     def note(self, kind: EventKind, message: str, **figures: Any) -> None:
         """Records an event in which nothing went wrong."""
         self.record(AmpEvent(self._newest_step, kind, message=message, figures=figures))
+
+    def unlogged_incidents(self) -> str:
+        """What needed attention since the last call, for one log entry: the newest three; "" where nothing did."""
+        told = "; ".join(console.headline(event) for event in self._unlogged)
+        self._unlogged.clear()
+        return told
 
     def log_metrics(self, step: int | None = None, **figures: float) -> None:
         """Writes the newest metrics into the log, with `figures` of the caller's beside them, such as the loss.

@@ -22,6 +22,9 @@ from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.reversible import ReversibleChanges
 from hf_amp.session import AmpSession
 
+INCIDENT = "amp_incident"
+"""Key of a log entry's words for what needed attention; apart from `amp/`, under which there are only numbers."""
+
 
 class MixedPrecisionCallback(TrainerCallback):
     """Adaptive loss scaling, truthful skips and precision metrics for a stock `Trainer`.
@@ -167,18 +170,21 @@ def calling_trainer(callback: TrainerCallback) -> Trainer:
 def _merge_metrics_into_logs(trainer: Trainer, session: AmpSession, changes: ReversibleChanges) -> None:
     """Makes `trainer.log` add our metrics to training logs, so that `log_history` and every reporter get one entry.
 
-    A skipped step has no gradient norm: what the Trainer made of it (nan or inf) is left out, which also keeps
+    What needed attention since the last entry is named in words. A skipped step has no gradient norm: what the Trainer made of it (nan or inf) is left out, which also keeps
     `trainer_state.json` valid JSON.
     """
     log = trainer.log
 
     @functools.wraps(log)
-    def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log_with_metrics(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             if not math.isfinite(logs.get("grad_norm", 0.0)):
                 del logs["grad_norm"]
             for name, value in session.metrics().items():
                 logs[LOG_PREFIX + name] = value
+            incidents = session.unlogged_incidents()
+            if incidents:
+                logs[INCIDENT] = incidents
             beside = {name: logs[name] for name in ("loss", "learning_rate") if name in logs}
             session.log_metrics(trainer.state.global_step, **beside)
         log(logs, *args, **kwargs)

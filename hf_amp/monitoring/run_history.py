@@ -113,7 +113,7 @@ class RunHistory:
 
     @property
     def incidents(self) -> list[Incident]:
-        return sorted(self._groups.values(), key=lambda incident: (incident.first_step, incident.kind))
+        return sorted(self._groups.values(), key=lambda incident: incident.first_step)
 
     @property
     def latest(self) -> dict[str, float]:

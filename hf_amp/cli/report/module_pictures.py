@@ -125,9 +125,9 @@ def draw_timeline(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
     )
     axes.set_ylim(max(len(shown), 6) - 0.4, -0.6)
     axes.grid(False)
-    return (
-        f"{len(run.transitions)} changes of precision, in {len(bars)} {'row' if len(bars) == 1 else 'rows'}."
-    )
+    changes = f"{len(run.transitions)} change{'' if len(run.transitions) == 1 else 's'} of precision"
+    more = f" The first {len(shown)} of {len(bars)} modules." if len(shown) < len(bars) else ""
+    return f"{changes}.{more}"
 
 
 def precision_bars(run: RunHistory) -> Mapping[str, list[tuple[int, int, str]]]:

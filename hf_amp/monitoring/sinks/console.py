@@ -10,16 +10,19 @@ from hf_amp.monitoring.visible import visible
 _log = logging.getLogger("hf_amp")
 
 
+def headline(event: AmpEvent) -> str:
+    """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, nothing hidden in it."""
+    cause = f" ({event.cause.value})" if event.cause else ""
+    where = f" in {', '.join(event.modules)}" if event.modules else ""
+    return visible(f"step {event.step}: {event.kind.value}{cause}{where}")
+
+
 def write(event: AmpEvent) -> None:
     """Logs `event` to the standard logger "hf_amp": a warning where it needs attention, else a debug line."""
     level = logging.WARNING if event.kind.needs_attention else logging.DEBUG
-    cause = f" ({event.cause.value})" if event.cause else ""
     change = (
         f" {event.before:g} -> {event.after:g}:"
         if isinstance(event.before, float) and isinstance(event.after, float)
         else ""
     )
-    unnamed = [name for name in event.modules if name not in event.message]
-    where = f" in {', '.join(unnamed)}" if unnamed else ""
-    text = visible(f"{event.kind.value}{cause}{where}:{change} {event.message}")
-    _log.log(level, "step %d: %s", event.step, text)
+    _log.log(level, "%s:%s %s", headline(event), change, visible(event.message))
