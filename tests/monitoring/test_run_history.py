@@ -32,7 +32,8 @@ def started(step: int = 0) -> dict[str, Any]:
 
 
 def skipped(step: int, cause: str = "SCALE", **fields: Any) -> dict[str, Any]:
-    return line("step_skipped", step, cause=cause, before=4.0, after=2.0, message=f"at {step}", **fields)
+    fields = {"message": f"at {step}", **fields}
+    return line("step_skipped", step, cause=cause, before=4.0, after=2.0, **fields)
 
 
 def history(*lines: dict[str, Any]) -> RunHistory:
