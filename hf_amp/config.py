@@ -196,6 +196,10 @@ class MixedPrecisionConfig:
     """Optimizer steps between two looks at what costs extra: the underflow fraction, and, where the strategy does not need
     it at every step, the gradient amax. Default 10."""
 
+    monitor_modules: bool = option_field(False, SWITCH)
+    """Whether headroom, underflow and the largest activation are also taken by module, every monitoring_interval steps:
+    one more pass over the gradients and a forward hook on every module in those steps, and a longer log. Default off."""
+
     emulate: bool = option_field(True, SWITCH)
     """FP16 on a CPU: emulate it (default: FP32 arithmetic rounded to FP16 around every matrix product, close to
     FP32's speed) or run the CPU's half kernels (False: about 20 times slower). Other devices run real FP16."""

@@ -11,6 +11,7 @@ products, and what autocast runs in FP32 does so from FP16 operands: as on a dev
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, ClassVar, cast
 
@@ -57,10 +58,23 @@ _FULL_PRECISION_FUNCTIONS = frozenset(
 )  # fmt: skip
 _HALF = (torch.float16, torch.bfloat16)
 
+_WITHOUT_INFINITY = frozenset([torch.float8_e4m3fn])
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest value of `dtype`; inf beyond its largest, also in a format without infinity, where casts saturate."""
+    rounded = x.to(dtype).to(x.dtype)
+    if dtype in _WITHOUT_INFINITY:
+        facts = torch.finfo(dtype)
+        spacing = 2.0 ** math.floor(math.log2(facts.max)) * facts.eps
+        rounded = torch.where(x.abs() < facts.max + spacing / 2, rounded, x * math.inf)
+    return rounded
+
+
 _LIBRARY = torch.library.Library("hf_amp", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("round_to(Tensor x, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
 _LIBRARY.impl(  # type: ignore[no-untyped-call]
-    "round_to", lambda x, dtype: x.to(dtype).to(x.dtype), "CompositeExplicitAutograd"
+    "round_to", _rounded, "CompositeExplicitAutograd"
 )
 torch.library.register_fake("hf_amp::round_to", lambda x, _dtype: torch.empty_like(x), lib=_LIBRARY)
 torch.library.register_autograd(
@@ -77,11 +91,11 @@ class _RoundEager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtype = dtype
-        return x.to(dtype).to(x.dtype)
+        return _rounded(x, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].to(ctx.dtype).to(gradients[0].dtype), None
+        return _rounded(gradients[0], ctx.dtype), None
 
 
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:

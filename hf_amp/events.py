@@ -47,6 +47,8 @@ class EventKind(str, enum.Enum):
     """A checkpoint with non-finite weights was not written."""
     TRAINING_STARTED = "training_started"
     TRAINING_ENDED = "training_ended"
+    METRICS = "metrics"
+    """The newest figures, at a logging step: for the log, not for a session's list."""
 
     @property
     def needs_attention(self) -> bool:
@@ -58,6 +60,7 @@ _AS_EXPECTED = (
     EventKind.ATTACHED,
     EventKind.DETACHED,
     EventKind.MASTER_WEIGHTS_KEPT,
+    EventKind.METRICS,
     EventKind.TRAINING_STARTED,
     EventKind.TRAINING_ENDED,
 )

@@ -17,12 +17,18 @@ class Hardware:
         name: the device's name as its driver or the operating system gives it.
         fp16: `native` (units for it), `slow` (kernels without units) or `none`.
         bf16: the same for BF16.
+        fp8: `native` or `none`.
+        tf32: the same for TF32, in which FP32 matrix products may run on request.
+        capability: compute capability of a CUDA device; None elsewhere.
     """
 
     device: str
     name: str
     fp16: str
     bf16: str
+    fp8: str = "none"
+    tf32: str = "none"
+    capability: tuple[int, int] | None = None
 
     def describe_fp16(self, emulate: bool) -> str:
         """One phrase that says what FP16 is on this device."""
@@ -39,7 +45,7 @@ def probe(device: torch.device | str) -> Hardware:
     """What `device` can run. Reads no tensor.
 
     Source: CUDA C++ Programming Guide, table of arithmetic instructions: FP16 tensor cores since compute
-    capability 7.0, BF16 since 8.0.
+    capability 7.0, BF16 and TF32 since 8.0, FP8 since 8.9.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -49,6 +55,9 @@ def probe(device: torch.device | str) -> Hardware:
             name=torch.cuda.get_device_name(device),
             fp16="native" if capability >= (7, 0) else "slow",
             bf16="native" if capability >= (8, 0) else "slow",
+            fp8="native" if capability >= (8, 9) else "none",
+            tf32="native" if capability >= (8, 0) else "none",
+            capability=capability,
         )
     if device.type == "cpu":
         name = platform.processor() or platform.machine()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import MixedPrecisionConfig, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig, NumberFormat, PrecisionMode
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.cause import Diagnosis, non_finite_names
@@ -21,14 +20,20 @@ from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.plan_keeper import PlanKeeper, Transition
 from hf_amp.hardware import Hardware
 from hf_amp.monitoring.hopeless import Finding, HopeWatch
+from hf_amp.monitoring.module_monitor import ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
+from hf_amp.monitoring.pace import Pace
 from hf_amp.monitoring.sinks import console
 from hf_amp.reversible import ReversibleChanges
+from hf_amp.scaling.boundary import Boundary, Treatment
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.scaler import AdvancedGradScaler
 
 EVENTS_KEPT = 10_000
 """Newest events that a session keeps; the JSON-lines log has all."""
+
+INCIDENTS_A_LOG_ENTRY = 3
+"""Incidents that one log entry names; the JSON-lines log has all."""
 
 
 class AmpSession:
@@ -46,6 +51,7 @@ class AmpSession:
         monitor: counts and newest figures.
         hope: whether anything can be learned yet.
         changes: what was changed on the instances attached to; undone by `detach`.
+        pace: how fast the run goes.
     """
 
     def __init__(
@@ -68,12 +74,17 @@ class AmpSession:
         self.changes.call_on_undo(self._keeper.remove)
         self.monitor = PrecisionMonitor()
         self.hope = HopeWatch(config.patience)
+        self.pace = Pace(hardware.device)
+        self._modules = ModuleMonitor(config.monitoring_interval)
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
+        self._unlogged: deque[AmpEvent] = deque(maxlen=INCIDENTS_A_LOG_ENTRY)
         self._at_floor = False
         self._newest_step = 0
-        self._last_step_at: float | None = None
         scaler.observers.append(self._record_step)
-        scaler.companions.update(monitor=self.monitor, hope=self.hope, fallback=self._keeper)
+        scaler.companions.update(monitor=self.monitor, hope=self.hope, fallback=self._keeper, pace=self.pace)
+        if config.monitor_modules and config.enable_monitoring:
+            scaler.passengers.append(self._look_at_modules)
+            self.changes.call_on_undo(self._modules.end_close_look)
 
     # ---- what people read -----------------------------------------------------------------------------------
 
@@ -89,7 +100,11 @@ class AmpSession:
 
     def metrics(self) -> dict[str, float]:
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No host read."""
-        return self.monitor.metrics()
+        return {**self.monitor.metrics(), **self.pace.metrics()}
+
+    def module_metrics(self) -> dict[str, dict[str, float]]:
+        """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No host read."""
+        return self._modules.by_module()
 
     def what_runs(self) -> str:
         """One phrase: the precision of the run, and what that means on this device."""
@@ -106,6 +121,8 @@ class AmpSession:
             model: the model itself, unwrapped.
             entry_point: what is called in its place, such as a DistributedDataParallel or compiled module around it.
         """
+        if self._look_at_modules in self.scaler.passengers:
+            self._modules.adopt(model, self.scaler.decided_steps)
         self.changes.call_on_undo(
             self._keeper.adopt(model, entry_point if entry_point is not None else model)
         )
@@ -140,8 +157,11 @@ class AmpSession:
         return True
 
     def record(self, event: AmpEvent) -> None:
-        """Gives one event to the session's list and to every sink."""
-        self._events.append(event)
+        """Gives one event to every sink, and to the session's list unless it only repeats figures."""
+        if event.kind is not EventKind.METRICS:
+            self._events.append(event)
+        if event.kind.needs_attention:
+            self._unlogged.append(event)
         for sink in self.sinks:
             sink(event)
 
@@ -162,6 +182,24 @@ class AmpSession:
         if finding is not None:
             self.record(AmpEvent(self._newest_step, finding.kind, finding.cause, message=finding.message))
 
+    def unlogged_incidents(self) -> str:
+        """What needed attention since the last call, for one log entry: the newest three; "" where nothing did."""
+        told = "; ".join(console.headline(event) for event in self._unlogged)
+        self._unlogged.clear()
+        return told
+
+    def log_metrics(self, step: int | None = None, **figures: float) -> None:
+        """Writes the newest metrics into the log, with `figures` of the caller's beside them, such as the loss.
+
+        Called at every logging step by the Trainer integration; a loop of your own calls it as often as it logs. No
+        host read.
+
+        Args:
+            step: optimizer step that they are of; None for the newest that is known.
+        """
+        known = {**figures, **self.metrics(), **self._modules.unlogged()}
+        self.record(AmpEvent(self._newest_step if step is None else step, EventKind.METRICS, figures=known))
+
     def begin_at(self, completed_steps: int) -> None:
         """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""
         self.first_step = completed_steps + 1 - self.scaler.decided_steps
@@ -171,6 +209,7 @@ class AmpSession:
         """Gives everything that was attached to its former state. Harmless when called again."""
         if self._record_step in self.scaler.observers:
             self.scaler.observers.remove(self._record_step)
+            self.scaler.passengers.clear()
             self.changes.undo()
             self.note(EventKind.DETACHED, "hf_amp is detached; what it had changed is as before.")
 
@@ -192,15 +231,16 @@ class AmpSession:
         self._newest_step = step
         self.monitor.record_lost_updates(outcome.lost_update_fraction)
         self.monitor.record_losses(outcome.losses, outcome.non_finite_losses)
+        step_seconds = self.pace.step_decided(NumberFormat.of(self.plan.default).name)
+        self._modules.take(id(optimizer), outcome.carried)
         if outcome.applied:
             self.monitor.record_applied(
                 outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction
             )
             self._at_floor = False
-            self._follow(self._keeper.note_applied(self._seconds_since_last_step()), None, None)
+            self._follow(self._keeper.note_applied(step_seconds), None, None)
             self.tell(self.hope.record_applied(outcome.zero_gradients, outcome.loss_finite, outcome.scale))
             return
-        self._last_step_at = None
         next_scale = self.scaler.get_scale()
         diagnosis = self._diagnose(outcome, next_scale, optimizer)
         self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
@@ -225,12 +265,6 @@ class AmpSession:
         fraction = _non_finite_fraction(outcome, optimizer)
         self._follow(self._keeper.note_skipped(diagnosis, fraction), diagnosis.cause, outcome.scale)
         self.tell(self.hope.record_skipped(diagnosis.cause))
-
-    def _seconds_since_last_step(self) -> float | None:
-        """Wall-clock time since the applied step before this one; the host has waited for the device in both."""
-        now, before = time.perf_counter(), self._last_step_at
-        self._last_step_at = now
-        return None if before is None else now - before
 
     def _diagnose(
         self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
@@ -287,6 +321,17 @@ class AmpSession:
                 modules=transition.modules,
                 message=transition.message,
             )
+        )
+
+    def _look_at_modules(self, boundary: Boundary, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
+        return self._modules.ride_along(
+            id(optimizer),
+            lambda: [name for name, p in self._named_parameters(optimizer) if p.grad is not None],
+            boundary.gradients,
+            boundary.scale,
+            scaled=boundary.treatment is Treatment.FOLD,
+            guards=boundary.treatment is Treatment.CHECK,
+            decided_steps=self.scaler.decided_steps,
         )
 
     def _named_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_amp.monitoring.metrics import CATALOGUE, LOG_PREFIX
+from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- metrics: made from hf_amp/monitoring/metrics.py -->", "<!-- end of metrics -->"
@@ -12,8 +12,9 @@ START, END = "<!-- metrics: made from hf_amp/monitoring/metrics.py -->", "<!-- e
 
 def metrics_table() -> str:
     """The catalogue as a Markdown table."""
-    lines = ["| metric | unit | meaning | when it is bad |", "|---|---|---|---|"]
-    lines += [f"| `{LOG_PREFIX}{m.name}` | {m.unit} | {m.meaning} | {m.remedy} |" for m in CATALOGUE]
+    lines = ["| metric | unit | meaning | taken | when it is bad |", "|---|---|---|---|---|"]
+    named = [(LOG_PREFIX + m.name, m) for m in CATALOGUE] + [(m.name, m) for m in BY_MODULE]
+    lines += [f"| `{name}` | {m.unit} | {m.meaning} | {m.read} | {m.remedy} |" for name, m in named]
     return "\n".join(lines)
 
 

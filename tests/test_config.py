@@ -56,8 +56,9 @@ KINDS = {
         "True or False",
         [None, 0, 1, 1.0, "True", "yes", [], torch.tensor(True)],
         [
-            "enabled", "consecutive_hysteresis", "enable_monitoring", "emulate", "automatic_fallback",
-            "memory_efficient", "gradient_accumulation_friendly", "distributed_amp", "sync_grad_scaler", "recheck_gradients", "stop_when_hopeless",
+            "enabled", "consecutive_hysteresis", "enable_monitoring", "monitor_modules", "emulate", "automatic_fallback",
+            "memory_efficient", "gradient_accumulation_friendly", "distributed_amp", "sync_grad_scaler",
+            "recheck_gradients", "stop_when_hopeless",
         ],
     ),
     "positive": (

@@ -7,7 +7,7 @@ import pytest
 from hf_amp import AmpEvent, Cause, EventKind
 
 AS_EXPECTED = {
-    EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.TRAINING_STARTED,
+    EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.METRICS, EventKind.TRAINING_STARTED,
     EventKind.TRAINING_ENDED,
 }  # fmt: skip
 

@@ -34,6 +34,7 @@ PLACES = {
     "structlog": ("monitoring/sinks/jsonl.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
+    "matplotlib": ("cli/report/",),
 }
 
 

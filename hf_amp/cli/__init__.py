@@ -5,6 +5,10 @@ from __future__ import annotations
 import typer
 
 from hf_amp.cli.demo import demo
+from hf_amp.cli.doctor.command import doctor
+from hf_amp.cli.preflight.command import preflight
+from hf_amp.cli.report.command import report
+from hf_amp.cli.watch import watch
 
 app = typer.Typer(
     name="hf-amp",
@@ -13,6 +17,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo)
+app.command()(doctor)
+app.command()(preflight)
+app.command()(report)
+app.command()(watch)
 
 
 @app.callback()

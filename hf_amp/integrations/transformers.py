@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
-from hf_amp.events import Cause, EventKind
+from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.integrations.accelerate import attach, forget_skip
 from hf_amp.integrations.resuming import go_on_from, load_scaler_where_there_is_one, progress_of
 from hf_amp.integrations.run_summary import RunSummary
 from hf_amp.integrations.truthful_logs import save_valid_json, tell_in_logs
 from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink
+from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.session import AmpSession
 
 _CALLBACK = "_hf_amp_callback"
@@ -50,6 +52,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self._trainer: Trainer | None = None
         self._accelerator: Accelerator | None = None
         self._sink: JsonLinesSink | None = None
+        self._tensorboard: list[Callable[[AmpEvent], None]] = []
         self._summary: RunSummary | None = None
 
     # ---- the Trainer's events -------------------------------------------------------------------------------
@@ -68,11 +71,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         save_valid_json(state, session)
         precision_before = self._go_on_from(state, session)
         session.begin_at(state.global_step)
+        session.pace.pause()
+        session.pace.samples_per_step = (
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
         if self.config.fold_clipping is None:
             session.folds_clipping = not _others_look_at_gradients(trainer, self)
         if state.is_world_process_zero and self._sink is None:
             self._sink = JsonLinesSink(Path(args.output_dir or ".") / FILE_NAME, session.run_id, rank=0)
-            session.sinks.append(self._sink.write)
+            self._tensorboard = _tensorboard_sinks(trainer)
+            session.sinks += [self._sink.write, *self._tensorboard]
         if self._summary is None:
             self._summary = RunSummary(session)
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
@@ -195,7 +203,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         if self.session is None and former is not None and former not in trainer.callback_handler.callbacks:
             self.config = former.config
             self.session, self._trainer, self._accelerator = former.session, trainer, former._accelerator
-            self._sink, self._summary = former._sink, former._summary
+            self._sink, self._tensorboard = former._sink, former._tensorboard
+            self._summary = former._summary
             setattr(trainer, _CALLBACK, self)
 
     def _leave_run(self, session: AmpSession) -> None:
@@ -203,9 +212,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self._summary.close()
             self._summary = None
         if self._sink is not None:
-            session.sinks.remove(self._sink.write)
+            for write in (self._sink.write, *self._tensorboard):
+                session.sinks.remove(write)
             self._sink.close()
             self._sink = None
+
+
+def _tensorboard_sinks(trainer: Trainer) -> list[Callable[[AmpEvent], None]]:
+    """A sink for the writer of the Trainer's own TensorBoard callback, where it has one."""
+    writers = (getattr(callback, "tb_writer", None) for callback in trainer.callback_handler.callbacks)
+    return [TensorBoardSink(writer, "train/").write for writer in writers if writer is not None]
 
 
 def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:

@@ -17,11 +17,14 @@ from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.session import AmpSession
 from hf_amp.statistics import snapshot
 
+INCIDENT = "amp_incident"
+"""Key of a log entry's words for what needed attention; apart from `amp/`, under which there are only numbers."""
+
 
 def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
     """Makes what `trainer` logs hold our metrics, so that `log_history` and every reporter get one entry.
 
-    Training entries get the session's metrics, evaluation entries the number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has made of it.
+    Training entries get the session's metrics and name what needed attention since the last one, evaluation entries the number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has made of it.
     """
     log = trainer.log
     lost_batches = _count_lost_batches(trainer, session)
@@ -29,9 +32,14 @@ def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
     @functools.wraps(log)
     def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         training = "loss" in logs
-        ours: dict[str, float] = {}
+        ours: dict[str, Any] = {}
         if training:
             ours = {LOG_PREFIX + name: value for name, value in session.metrics().items()}
+            incidents = session.unlogged_incidents()
+            if incidents:
+                ours[INCIDENT] = incidents
+            beside = {name: logs[name] for name in ("loss", "learning_rate") if name in logs}
+            session.log_metrics(trainer.state.global_step, **beside)
         for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
             ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)
         entry = {**logs, **ours}

@@ -16,6 +16,8 @@ class Metric(NamedTuple):
     meaning: str
     remedy: str
     """What to do when it is bad."""
+    read: str = "every step"
+    """When it is taken."""
 
 
 CATALOGUE: tuple[Metric, ...] = (
@@ -51,29 +53,44 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         "grad_norm", "1", "2-norm of the unscaled gradients before clipping; absent when the step was skipped", "jumps: lower the learning rate or clip"
     ),
-    Metric("grad_amax", "1", "largest magnitude among the unscaled gradients, every monitoring_interval steps or, in ADAPTIVE, every step", "jumps: as grad_norm"),
+    Metric("grad_amax", "1", "largest magnitude among the unscaled gradients", "jumps: as grad_norm", "every monitoring_interval steps; in ADAPTIVE, every step"),
     Metric(
-        "headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)), as of the newest grad_amax", "below 1: an overflow is near; above 12: the scale could grow"
+        "headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)), as of the newest grad_amax", "below 1: an overflow is near; above 12: the scale could grow", "with grad_amax"
     ),
     Metric(
-        "underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, sampled every monitoring_interval steps", "above 0.1 and rising: raise the scale"
+        "underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, from a sample", "above 0.1 and rising: raise the scale", "every monitoring_interval steps"
     ),
     Metric(
-        "lost_update_fraction", "1", "share of FP16 and BF16 parameter elements that the optimizer did not change, sampled every monitoring_interval applied steps and told a step later; absent where it moves FP32 parameters or master weights", "above 0.5: the updates are smaller than half a rounding step; half_parameters='master_weights' or 'upcast'"
+        "lost_update_fraction", "1", "share of FP16 and BF16 parameter elements that the optimizer did not change, from a sample; absent where it moves FP32 parameters or master weights", "above 0.5: the updates are smaller than half a rounding step; half_parameters='master_weights' or 'upcast'", "every monitoring_interval applied steps, told a step later"
     ),
-    Metric("inf_elements", "elements", "infinite gradient elements in the newest skipped step", "read the cause"),
-    Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause"),
-    Metric("transitions", "changes", "changes of the precision plan since the run began", "one after another: read the events"),
-    Metric("modules_in_fp32", "modules", "modules that the plan runs in FP32 inside of a half-precision run", "most of the model: train in BF16"),
     Metric(
         "non_finite_losses", "losses", "micro-batches whose loss was not finite since the run began, on the worst process", "look at the data and the loss function"
     ),
     Metric(
-        "non_finite_loss_fraction", "1", "the same as a share of the micro-batches since the newest log entry of a Trainer, whose logged loss leaves them out", "above 0: the logged loss looks better than it is"
+        "non_finite_loss_fraction", "1", "the same as a share of the micro-batches since the newest log entry of a Trainer, whose logged loss leaves them out", "above 0: the logged loss looks better than it is", "when logged"
     ),
     Metric(
-        "eval_non_finite_batches", "batches", "evaluation batches of this process whose loss was not finite, in the newest evaluation", "eval_loss is the mean of the others: look at the data, or at activations beyond 65504"
+        "eval_non_finite_batches", "batches", "evaluation batches of this process whose loss was not finite, in the newest evaluation", "eval_loss is the mean of the others: look at the data, or at activations beyond 65504", "evaluations"
     ),
+    Metric("inf_elements", "elements", "infinite gradient elements in the newest skipped step", "read the cause", "skipped steps"),
+    Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause", "skipped steps"),
+    Metric("transitions", "changes", "changes of the precision plan since the run began", "one after another: read the events", "every change"),
+    Metric("modules_in_fp32", "modules", "modules that the plan runs in FP32 inside of a half-precision run", "most of the model: train in BF16", "every change"),
+    Metric("fp16_seconds", "s", "time of steps in a run whose default was FP16 then, pauses left out; a resumed run adds to it", "small beside fp32_seconds: the run has fallen back"),
+    Metric("bf16_seconds", "s", "the same for BF16", "as fp32_seconds, where it is not what you asked for"),
+    Metric("fp32_seconds", "s", "the same for FP32", "large in a half-precision run: read the changes of precision"),
+    Metric("step_seconds", "s", "time from one optimizer step to the next, median of the newest nine", "rises: look at the data loader, at modules_in_fp32 and at memory_bytes"),
+    Metric("samples_per_second", "samples/s", "rows of all batches of all processes in a step, through step_seconds; in a Trainer", "falls: as step_seconds"),
+    Metric("memory_bytes", "B", "most memory that PyTorch had allocated on this process's CUDA device at once", "near the device's: smaller batches or gradient checkpointing", "when logged"),
 )  # fmt: skip
 
+BY_MODULE: tuple[Metric, ...] = (
+    Metric("module_headroom_bits", "bits", "headroom_bits of the module's own parameters, with `monitor_modules`", "below 1 in one module alone: it will overflow first", "every monitoring_interval steps"),
+    Metric("module_underflow_fraction", "1", "underflow_fraction of the module's own parameters, likewise", "near 1: what this module learns is lost", "every monitoring_interval steps"),
+    Metric("module_activation_amax", "1", "largest magnitude in the module's output, likewise; modules without children", "near 65504: it will leave FP16's range", "every monitoring_interval steps"),
+)  # fmt: skip
+"""Figures that every module has; in the log, the report and `session.module_metrics()`, not among a Trainer's scalars."""
+
 NAMES = frozenset(metric.name for metric in CATALOGUE)
+TIMINGS = frozenset(metric.name for metric in CATALOGUE if metric.unit in ("s", "samples/s", "B"))
+"""What the machine has a part in: not the same in two equal runs."""

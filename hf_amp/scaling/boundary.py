@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -15,6 +15,9 @@ from hf_amp.errors import ScalerError
 from hf_amp.scaling.unscale import reciprocal, unscale_and_check_
 from hf_amp.statistics import agreement
 from hf_amp.statistics import gradients as statistics
+
+CARRIED = "carried "
+"""Stands before the names of what others want read along."""
 
 
 class Treatment(enum.Enum):
@@ -70,6 +73,8 @@ class Boundary:
     """Whether the optimizer's step has been decided."""
     observed: bool = False
     """Whether the policy has seen it."""
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    """What others want read along: tensors of shape [] or [n]."""
 
     def figures(self) -> dict[str, Tensor]:
         """What the host wants to know, by name."""
@@ -83,7 +88,8 @@ class Boundary:
             "lost_update_fraction": self.lost_update_fraction,
             "magnitude": self.magnitude if self.norm is None and self.amax is None else None,
         }
-        return {name: value for name, value in named.items() if value is not None}
+        carried = {CARRIED + name: value for name, value in self.carried.items()}
+        return {**{name: value for name, value in named.items() if value is not None}, **carried}
 
     def clip(self, max_norm: float, trusting: bool) -> Tensor:
         """Folds a clip into what will apply the gradients. Returns their norm before it, unscaled; no host read.

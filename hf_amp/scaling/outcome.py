@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class StepOutcome:
         inf_elements: infinite gradient elements of a skipped step, as they are when it is decided: a plain clip before
             has made all of them NaN, a folded one has not. None where not counted.
         nan_elements: NaN gradient elements, likewise.
+        carried: what the scaler's `passengers` asked for, by the names of `snapshot.read`.
     """
 
     attempt: int
@@ -40,3 +42,4 @@ class StepOutcome:
     lost_update_fraction: float | None = None
     inf_elements: int | None = None
     nan_elements: int | None = None
+    carried: Mapping[str, float] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from hf_amp.scaling.scale_keeper import ScaleKeeper
 from hf_amp.scaling.verdict import PendingVerdict, outcome_now
 
 StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
+Passenger = Callable[[Boundary, torch.optim.Optimizer], Mapping[str, Tensor]]
 
 
 class AdvancedGradScaler(ScaleKeeper):
@@ -49,6 +50,8 @@ class AdvancedGradScaler(ScaleKeeper):
         last_outcome: the newest step that is known on the host; None before the first.
         observers: called with (outcome, optimizer) for every step, in the update that follows it.
         master_weights: FP32 copies of half-precision parameters; None where the config asks for none.
+        passengers: called with (boundary, optimizer) once gradients are examined, before they are clipped; what they
+            return, by name, as tensors of shape [] or [n], comes with the step's one read, in `StepOutcome.carried`.
         companions: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
     """
 
@@ -64,6 +67,7 @@ class AdvancedGradScaler(ScaleKeeper):
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
         self._application = Application(self.master_weights)
+        self.passengers: list[Passenger] = []
         self._boundaries: dict[int, Boundary] = {}
         self._pending: deque[PendingVerdict] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
@@ -291,6 +295,8 @@ class AdvancedGradScaler(ScaleKeeper):
                 agree=self.config.sync_grad_scaler,
             ),
         )
+        for ask in self.passengers:
+            boundary.carried.update(ask(boundary, optimizer))
         self._boundaries[id(optimizer)] = boundary
         return boundary
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hf_amp.scaling.boundary import Boundary
+from hf_amp.scaling.boundary import CARRIED, Boundary
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.statistics import snapshot
 from hf_amp.statistics.gradients import count_non_finite
@@ -73,4 +73,7 @@ def _outcome(
         lost_update_fraction=finite("lost_update_fraction"),
         inf_elements=non_finite[0] if non_finite else None,
         nan_elements=non_finite[1] if non_finite else None,
+        carried={
+            name.removeprefix(CARRIED): value for name, value in host.items() if name.startswith(CARRIED)
+        },
     )

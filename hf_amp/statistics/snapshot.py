@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 
 def read(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Brings 0-d tensors to the host in one transfer per device, which waits for the device.
+    """Brings small tensors to the host in one transfer per device, which waits for the device.
 
     Args:
-        values: name → tensor of shape [], any real dtype. FP64 carries them, so FP32 and integers up to 2^53 arrive exactly.
+        values: name → tensor of shape [] or [n], any real dtype. FP64 carries them, so FP32 and integers up to 2^53 arrive
+            exactly.
 
     Returns:
-        name → value, in the same order. Booleans arrive as 0.0 and 1.0.
+        name → value, in the same order; the elements of a tensor of shape [n] under `name[0]`, `name[1]` and so on.
+        Booleans arrive as 0.0 and 1.0.
     """
     by_device: dict[torch.device, list[str]] = {}
     for name, value in values.items():
         by_device.setdefault(value.device, []).append(name)
     host: dict[str, float] = {}
     for names in by_device.values():
-        host.update(zip(names, _packed(values, names).tolist(), strict=True))
-    return {name: host[name] for name in values}
+        host.update(zip(_labels(values, names), _packed(values, names).tolist(), strict=True))
+    return {label: host[label] for label in _labels(values, values)}
+
+
+def elements(host: Mapping[str, float], name: str) -> list[float]:
+    """The elements of what was read as a tensor of shape [n] under `name`; none where it was not."""
+    found: list[float] = []
+    while f"{name}[{len(found)}]" in host:
+        found.append(host[f"{name}[{len(found)}]"])
+    return found
 
 
 class PendingRead:
     """Values on their way to the host: copied into pinned memory behind the work already queued, with an event.
 
     Args:
-        values: name → tensor of shape [], all on one device.
+        values: name → tensor of shape [] or [n], all on one device.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
-        self._names = list(values)
-        packed = _packed(values, self._names)
+        self._labels = _labels(values, values)
+        packed = _packed(values, list(values))
         self._event: torch.cuda.Event | None = None
         if packed.device.type == "cuda":
             self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -53,9 +63,18 @@ class PendingRead:
         """The values; waits for the device where `ready` is False."""
         if self._event is not None:
             self._event.synchronize()
-        return dict(zip(self._names, self._host.tolist(), strict=True))
+        return dict(zip(self._labels, self._host.tolist(), strict=True))
 
 
 def _packed(values: Mapping[str, Tensor], names: list[str]) -> Tensor:
     wide = torch.float32 if values[names[0]].device.type == "mps" else torch.float64
-    return torch.stack([values[name].detach().to(wide) for name in names])
+    return torch.cat([values[name].detach().to(wide).reshape(-1) for name in names])
+
+
+def _labels(values: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    """What the elements of `_packed` are called."""
+    labels: list[str] = []
+    for name in names:
+        value = values[name]
+        labels += [name] if value.dim() == 0 else [f"{name}[{i}]" for i in range(value.numel())]
+    return labels

@@ -1,10 +1,14 @@
 """The catalogue of metrics is complete, and says something about each."""
 
+import itertools
+
 import pytest
 
 from hf_amp import Cause
-from hf_amp.monitoring.metrics import CATALOGUE, LOG_PREFIX, NAMES
+from hf_amp.config import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
+from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX, NAMES
 from hf_amp.monitoring.monitor import PrecisionMonitor
+from hf_amp.monitoring.pace import Pace
 
 
 def full_monitor(cause: Cause) -> PrecisionMonitor:
@@ -18,13 +22,22 @@ def full_monitor(cause: Cause) -> PrecisionMonitor:
     return monitor
 
 
+def full_pace() -> Pace:
+    """A pace that knows everything: steps in every format, and how many samples a step has."""
+    pace = Pace("cpu", clock=itertools.count().__next__)
+    pace.samples_per_step = 8
+    for number_format in (FP16_FORMAT, FP16_FORMAT, BF16_FORMAT, FP32_FORMAT):
+        pace.step_decided(number_format.name)
+    return pace
+
+
 def test_no_metric_is_listed_twice():
     """A name means one thing."""
     names = [metric.name for metric in CATALOGUE]
     assert len(names) == len(set(names)) == len(NAMES)
 
 
-@pytest.mark.parametrize("metric", CATALOGUE, ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", CATALOGUE + BY_MODULE, ids=lambda metric: metric.name)
 def test_every_metric_is_explained(metric):
     """Unit, meaning and remedy are there; the name is one that loggers and attribute access take."""
     assert metric.unit.strip()
@@ -43,6 +56,7 @@ def test_whatever_the_monitor_reports_is_in_the_catalogue(cause):
 def test_whatever_is_in_the_catalogue_can_be_reported():
     """No metric is promised that the monitor never gives."""
     reported = {name for cause in Cause for name in full_monitor(cause).metrics()}
+    reported |= set(full_pace().metrics()) | {"memory_bytes"}  # told of CUDA devices only
     assert reported >= NAMES
 
 

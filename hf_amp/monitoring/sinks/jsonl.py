@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from hf_amp.events import AmpEvent
+from hf_amp.monitoring.event_log import FILE_NAME as FILE_NAME
 
-FILE_NAME = "amp_events.jsonl"
 _FIRST_KEYS = ("timestamp", "level", "event", "run_id", "rank", "step")
-
-
-_TAKEN_KEYS = (*_FIRST_KEYS, "level", "cause", "before", "after", "modules", "message")
+_TAKEN_KEYS = (*_FIRST_KEYS, "cause", "before", "after", "modules", "message")
 
 
 def _free_name(name: str) -> str:
@@ -24,7 +23,17 @@ def _free_name(name: str) -> str:
 
 def _plain(value: Any) -> Any:
     """JSON has no infinity and no NaN: they become text."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _known_keys_first(logger: Any, method: str, line: Any) -> dict[str, Any]:
@@ -34,7 +43,7 @@ def _known_keys_first(logger: Any, method: str, line: Any) -> dict[str, Any]:
 class JsonLinesSink:
     """Appends one line per event: UTC ISO-8601 timestamp, level, event, run id, rank, step, and the event's fields.
 
-    Every line is written and flushed at once. The user's logging configuration is not touched.
+    Every line is written and flushed at once; a line that a killed run has left unfinished is ended first. The user's logging configuration is not touched.
 
     Raises:
         OSError: the file cannot be opened for appending.
@@ -43,7 +52,10 @@ class JsonLinesSink:
     def __init__(self, path: str | Path, run_id: str, rank: int) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = _ends_within_a_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")  # what a killed run left must not swallow our first line
         self._log: Any = structlog.wrap_logger(
             structlog.WriteLogger(self._file),
             processors=[

@@ -1,0 +1,1 @@
+"""`hf-amp doctor`: what this machine can run, and what it should."""

@@ -1,0 +1,1 @@
+"""`hf-amp preflight`: what precision will do to a model, before it is trained."""

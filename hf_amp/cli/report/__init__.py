@@ -1,0 +1,1 @@
+"""`hf-amp report`: what a run's log tells, as one page to show to people."""

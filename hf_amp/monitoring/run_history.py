@@ -1,0 +1,286 @@
+"""What a run's log tells: figures over time, incidents, changes of precision. Bounded memory, however long the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_amp.errors import StateError
+from hf_amp.events import EventKind
+from hf_amp.monitoring.event_log import FILE_NAME, EventLog, find_log
+from hf_amp.monitoring.series import Series
+
+LARGEST_GROUPS = 500
+"""Different incidents that are told apart; what comes after goes into one more, named so."""
+POINTS_KEPT_BY_MODULE = 512
+"""There can be thousands of modules, and a picture has columns for a tenth of these."""
+MODULE_FIGURES = ("module_headroom_bits", "module_underflow_fraction", "module_activation_amax")
+"""Figures by module, as a mapping from its qualified name."""
+
+_INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention}
+
+
+@dataclass
+class Incident:
+    """What needed attention, alike events together.
+
+    Attributes:
+        kind: name of the event.
+        cause: name of the cause; "" where there is none.
+        modules: qualified names of the modules concerned.
+        first_step: optimizer step of the first.
+        last_step: optimizer step of the newest.
+        count: how many.
+        message: the newest one's sentence, with what to do.
+        before: the value that the newest one changed.
+        after: what it changed to.
+    """
+
+    kind: str
+    cause: str
+    modules: tuple[str, ...]
+    first_step: int
+    last_step: int
+    count: int
+    message: str
+    before: float | str | None = None
+    after: float | str | None = None
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A change of precision: of the modules named, or of the whole model where none is."""
+
+    step: int
+    before: str
+    after: str
+    modules: tuple[str, ...]
+    cause: str
+    message: str
+
+
+@dataclass
+class RunHistory:
+    """One run, as far as its log goes. A resumed run goes on where it was resumed; a run begun anew replaces the former.
+
+    Attributes:
+        name: what people call the run: its folder.
+        path: its log file.
+        run_id: the newest run id in the log; None before the first line.
+        started: UTC time of the first line of this run, as written.
+        newest: UTC time of the newest line.
+        newest_step: highest optimizer step told of.
+        ended: whether training came to its end.
+        what_ran: what the log says about the precision and the device.
+        precision: default precision at the start.
+        config: the options in force.
+        figures: name of a figure → its values over time.
+        modules: name of a figure by module → module → its values over time.
+        skips: cause → (optimizer step, loss scale of the skipped step).
+        incidents: what needed attention, in order of first steps.
+        transitions: changes of precision.
+        resumed_at: optimizer steps at which the run was taken up again.
+        former_runs: runs that were begun in the same file before.
+        lines: lines read.
+        torn_lines: lines that were cut off.
+    """
+
+    name: str
+    path: Path
+    run_id: str | None = None
+    started: str | None = None
+    newest: str | None = None
+    newest_step: int = 0
+    ended: bool = False
+    what_ran: str = ""
+    precision: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    figures: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
+    modules: defaultdict[str, defaultdict[str, Series]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(lambda: Series(POINTS_KEPT_BY_MODULE)))
+    )
+    skips: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
+    transitions: list[Transition] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
+    former_runs: int = 0
+    lines: int = 0
+    torn_lines: int = 0
+    _groups: dict[tuple[Any, ...], Incident] = field(default_factory=dict)
+
+    @property
+    def incidents(self) -> list[Incident]:
+        return sorted(self._groups.values(), key=lambda incident: incident.first_step)
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The newest value of every figure."""
+        return {name: series.values[-1] for name, series in sorted(self.figures.items()) if len(series)}
+
+    @property
+    def skipped_by_cause(self) -> Counter[str]:
+        """Skipped steps of this run that the log tells of, by cause."""
+        return Counter({cause: series.points for cause, series in self.skips.items() if series.points})
+
+    @property
+    def departures(self) -> dict[str, Transition]:
+        """Module → how it came to the precision that it has now, where that is not the one it had at first.
+
+        "" stands for the whole model.
+        """
+        first: dict[str, str] = {}
+        newest: dict[str, Transition] = {}
+        for transition in self.transitions:
+            for module in transition.modules or ("",):
+                first.setdefault(module, transition.before)
+                newest[module] = transition
+        return {module: change for module, change in newest.items() if change.after != first[module]}
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Takes in one line of the log. Fields that it does not know are left alone.
+
+        Raises:
+            StateError: a field has a type that it cannot have.
+        """
+        self.lines += 1
+        try:
+            self._add(line)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise StateError(
+                f"{self.path}: line {self.lines} is not what hf_amp writes ({error}); it was changed, or comes from a "
+                "version that this one cannot read."
+            ) from error
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        event, step = line["event"], line["step"]
+        if event == EventKind.TRAINING_STARTED.value:
+            self._begin(line)
+        if self.started is None:
+            self.started = str(line["timestamp"])
+        self.run_id, self.newest = str(line["run_id"]), str(line["timestamp"])
+        self.newest_step = max(self.newest_step, step)
+        if event in (EventKind.METRICS.value, EventKind.TRAINING_ENDED.value):
+            self._add_figures(step, line)
+        if event == EventKind.TRAINING_ENDED.value:
+            self.ended = True
+        elif event == EventKind.STEP_SKIPPED.value:
+            scale = line.get("before")
+            scale = float(scale) if isinstance(scale, (int, float)) else float("nan")
+            self.skips[line.get("cause") or "UNKNOWN"].add(step, scale)
+        elif event == EventKind.PRECISION_CHANGED.value:
+            self.transitions.append(_transition(line))
+        if event in _INCIDENTS:
+            self._add_incident(line)
+
+    def _begin(self, line: Mapping[str, Any]) -> None:
+        """Training starts, in this process: from the beginning, or after the steps that a checkpoint has behind it."""
+        completed = line["step"]
+        if self.what_ran and completed == 0:
+            anew = RunHistory(self.name, self.path, former_runs=self.former_runs + 1, lines=self.lines)
+            vars(self).update(vars(anew))
+        elif completed:
+            self._cut_after(completed)
+            self.resumed_at.append(completed)
+        self.ended = False
+        self.precision = str(line.get("precision", ""))
+        self.config = dict(line.get("config", {}))
+        self.what_ran = str(line.get("message", "")).removeprefix("training starts: ").rstrip(".")
+
+    def _cut_after(self, step: int) -> None:
+        by_module = [series for modules in self.modules.values() for series in modules.values()]
+        for series in [*self.figures.values(), *by_module]:
+            series.cut_after(step)
+        for series in self.skips.values():
+            kept = len(series)
+            series.cut_after(step)
+            series.points -= kept - len(series)
+        self.transitions = [transition for transition in self.transitions if transition.step <= step]
+        self._groups = {
+            key: dataclasses.replace(group, last_step=min(group.last_step, step))
+            for key, group in self._groups.items()
+            if group.first_step <= step
+        }
+        self.newest_step = step
+
+    def _add_figures(self, step: int, line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if name in _NO_FIGURES:
+                continue
+            if name in MODULE_FIGURES:
+                for module, figure in value.items():
+                    self.modules[name][module].add(step, float(figure))
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                self.figures[name].add(step, value)
+            elif name in _LOSS_FIGURES and value is not None:
+                self.figures[name].add(step, float(value))
+
+    def _add_incident(self, line: Mapping[str, Any]) -> None:
+        modules, step = tuple(map(str, line.get("modules") or ())), line["step"]
+        key = (line["event"], line.get("cause"), modules)
+        if key not in self._groups and len(self._groups) >= LARGEST_GROUPS:
+            modules = ("and others",)
+            key = (line["event"], line.get("cause"), modules)
+        group = self._groups.get(key)
+        if group is None:
+            group = Incident(line["event"], line.get("cause") or "", modules, step, step, 0, "")
+            self._groups[key] = group
+        group.count += 1
+        group.last_step = max(group.last_step, step)
+        group.message = str(line.get("message", ""))
+        group.before, group.after = line.get("before"), line.get("after")
+
+
+_NO_FIGURES = frozenset(
+    (
+        "timestamp",
+        "level",
+        "event",
+        "run_id",
+        "rank",
+        "step",
+        "cause",
+        "before",
+        "after",
+        "modules",
+        "message",
+    )
+)
+_LOSS_FIGURES = ("loss",)  # may be "nan" or "inf", in words, which is worth a point
+
+
+def _transition(line: Mapping[str, Any]) -> Transition:
+    return Transition(
+        step=line["step"],
+        before=str(line.get("before")),
+        after=str(line.get("after")),
+        modules=tuple(map(str, line.get("modules") or ())),
+        cause=line.get("cause") or "",
+        message=str(line.get("message", "")),
+    )
+
+
+def named_run(run: str | Path) -> RunHistory:
+    """The history of a run before anything is read, given as its folder or its log file.
+
+    Raises:
+        StateError: there is no log.
+    """
+    path = find_log(run)
+    return RunHistory(path.resolve().parent.name if path.name == FILE_NAME else path.stem, path)
+
+
+def read_run(run: str | Path) -> RunHistory:
+    """The history of a run, as far as its log goes; read in one pass.
+
+    Raises:
+        StateError: there is no log, or it is not one of hf_amp.
+    """
+    history = named_run(run)
+    log = EventLog(history.path)
+    for line in log.read():
+        history.add(line)
+    history.torn_lines = log.torn_lines + log.unfinished
+    return history

@@ -1,0 +1,66 @@
+"""What TensorBoard shows beyond scalars: a page that groups the charts of precision, and histograms over modules.
+
+Scalars themselves go through the Trainer's and accelerate's own trackers, so that every tracker gets them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy
+
+from hf_amp.events import AmpEvent, EventKind
+from hf_amp.monitoring.metrics import BY_MODULE, LOG_PREFIX
+
+_CHARTS: Mapping[str, tuple[str, ...]] = {
+    "loss scale": ("scale",),
+    "skipped steps by cause": (
+        "skipped_steps_scale", "skipped_steps_activation", "skipped_steps_input", "skipped_steps_loss",
+        "skipped_steps_weights", "skipped_steps_unknown",
+    ),
+    "headroom (bits)": ("headroom_bits",),
+    "underflow fraction": ("underflow_fraction",),
+    "gradients": ("grad_norm", "grad_amax"),
+    "non-finite gradient elements": ("inf_elements", "nan_elements"),
+    "precision": ("transitions", "modules_in_fp32"),
+    "time in each precision (s)": ("fp16_seconds", "bf16_seconds", "fp32_seconds"),
+    "step time (s)": ("step_seconds",),
+}  # fmt: skip
+
+
+class Writer(Protocol):
+    """The part of `torch.utils.tensorboard.SummaryWriter` that is called here."""
+
+    def add_custom_scalars(self, layout: dict[str, Any]) -> None: ...
+
+    def add_histogram(self, tag: str, values: Any, global_step: int) -> None: ...
+
+
+class TensorBoardSink:
+    """Groups the charts of precision on TensorBoard's "Custom Scalars" page, and adds histograms over modules.
+
+    Args:
+        writer: a tracker's own. It gets the layout at once.
+        prefix: what the tracker puts before our names; the Trainer puts "train/".
+    """
+
+    def __init__(self, writer: Writer, prefix: str = "") -> None:
+        self._writer = writer
+        self._prefix = prefix + LOG_PREFIX
+        charts = {
+            title: ["Multiline", [f"^{self._prefix}{name}$" for name in names]]
+            for title, names in _CHARTS.items()
+        }
+        writer.add_custom_scalars({"hf_amp": charts})
+
+    def write(self, event: AmpEvent) -> None:
+        """Writes a histogram for every figure by module that a metrics event has; finite values only."""
+        if event.kind is not EventKind.METRICS:
+            return
+        for metric in BY_MODULE:
+            values = event.figures.get(metric.name, {}).values()
+            finite = numpy.array([value for value in values if math.isfinite(value)])
+            if finite.size:
+                self._writer.add_histogram(self._prefix + metric.name, finite, event.step)

@@ -1,0 +1,49 @@
+"""Statistics of every tensor by itself, as one tensor for all, so that they come to the host in the step's one read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_amp.config import NumberFormat
+from hf_amp.statistics.gradients import SAMPLES_PER_TENSOR
+
+
+@torch.no_grad()
+def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Largest magnitude of each tensor: shape [n], float32, on `device`; 0 for an empty one. No host read."""
+    if not tensors:
+        return torch.zeros(0, device=device)
+    peaks = [x.abs().amax() if x.numel() else x.new_zeros(()) for x in tensors]
+    return torch.stack([peak.to(device, torch.float32, non_blocking=True) for peak in peaks])
+
+
+@torch.no_grad()
+def underflow_of_each(
+    tensors: Sequence[Tensor], number_format: NumberFormat, factor: Tensor, seed: int
+) -> Tensor:
+    """Share of elements of each tensor times `factor` that are zero or subnormal in `number_format`. No host read.
+
+    Args:
+        tensors: gradients; of large ones 1,024 elements are looked at.
+        factor: shape [], what makes them the *scaled* gradients.
+        seed: chooses the sample. The global random state is not touched.
+
+    Returns:
+        Shape [n], float32, on `factor`'s device.
+    """
+    if not tensors:
+        return torch.zeros(0, device=factor.device)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator)
+    shares = []
+    for tensor in tensors:
+        sample = tensor.reshape(-1)
+        if sample.numel() > SAMPLES_PER_TENSOR:
+            sample = sample[(drawn % sample.numel()).to(sample.device, non_blocking=True)]
+        sample = sample.to(factor.device, torch.float32, non_blocking=True) * factor
+        small = sample.abs_() < number_format.smallest_normal
+        shares.append(small.float().mean() if sample.numel() else factor.new_zeros((), dtype=torch.float32))
+    return torch.stack(shares)
