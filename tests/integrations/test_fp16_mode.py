@@ -346,17 +346,18 @@ def test_fp16_mode_on_cuda(fused: bool) -> None:
     assert losses[OVERFLOW] == losses[OVERFLOW + 1]
 
 
-@pytest.mark.parametrize("zeroing", ["none", "zeros"])
+@pytest.mark.parametrize("zeroing", ["none copies", "none views", "zeros views"])
 def test_two_processes(zeroing: str) -> None:
     """DDP over gloo: masters and parameters of both ranks stay equal, one rank's overflow skips on both.
 
+    So it is for each way of clearing gradients, and where they are views into DDP's buckets.
     After detach parameters stay FP16, because DDP counts on it; a conversion after DDP is refused.
     """
     worker = Path(__file__).with_name("fp16_worker.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2]), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, str(worker), zeroing],
+        [*launch, str(worker), *zeroing.split()],
         capture_output=True,
         text=True,
         timeout=240,
