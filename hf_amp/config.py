@@ -140,7 +140,7 @@ class MixedPrecisionConfig:
     what they learned. "master_weights": they stay as they are, and the optimizer moves FP32 copies of them.
     None: "upcast" in FP16 and DYNAMIC runs, which could not train otherwise and ask for FP32 parameters under autocast; a
     warning and the metric `lost_update_fraction` in BF16 and FP32 runs, which train, but lose updates; "master_weights"
-    in precision_mode FP16, which allows nothing else. With master weights nothing falls back to FP32."""
+    in precision_mode FP16, which allows nothing else. On a CPU's half kernels nothing falls back to FP32 then."""
 
     scaling_strategy: ScalingStrategy = option_field(ScalingStrategy.DYNAMIC, _STRATEGY)
     """How the loss scale is chosen; used in FP16 only. Names are accepted as strings, in any case."""

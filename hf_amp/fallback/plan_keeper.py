@@ -46,7 +46,7 @@ class Transition(NamedTuple):
 
 def ladder_of(mode: PrecisionMode, hardware: Hardware) -> tuple[PrecisionMode, ...]:
     """The precisions that a whole run can fall back to, from `mode` to the widest: BF16 where there are units for it."""
-    if mode is PrecisionMode.MIXED:
+    if mode in (PrecisionMode.MIXED, PrecisionMode.FP16):
         middle = (PrecisionMode.BF16,) if hardware.bf16 == "native" else ()
         return (mode, *middle, PrecisionMode.FP32)
     return (mode, PrecisionMode.FP32) if mode is PrecisionMode.BF16 else (mode,)
@@ -79,9 +79,9 @@ class PlanKeeper:
         emulate = config.emulate and on_cpu_in_fp16
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(step)
-        # What leaves FP16 needs FP32 parameters.
         half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
-        self._acts = config.automatic_fallback and not half
+        # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
+        self._acts = config.automatic_fallback and not (half and hardware.device == "cpu" and not emulate)
         self._patience_with_scale = SCALE_SKIPS_BEFORE_A_LOOK + config.hysteresis
         self._fallback = Fallback(
             ladder_of(mode, hardware),

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -125,10 +125,10 @@ class MasterWeights:
         dense = [index for index, g in enumerate(gradients) if not g.is_sparse]
         if dense:
             torch._foreach_copy_([wide[index] for index in dense], [gradients[index] for index in dense])
-        for gradient, data in zip(gradients, wide, strict=True):
-            gradient.data = (
-                data  # assigning to `p.grad` would want the parameter's dtype, and `p.grad_dtype` would stay
-            )
+        for parameter, gradient in zip(narrow, wide, strict=True):
+            # Assigning it would want the parameter's dtype, and the gradient itself may be DDP's view into a bucket.
+            parameter.grad = cast(Tensor, parameter.grad).detach()
+            parameter.grad.data = gradient
 
     @torch.no_grad()
     def narrow_gradients(self, optimizer: torch.optim.Optimizer) -> None:

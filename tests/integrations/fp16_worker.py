@@ -8,6 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 
 import hf_amp
 from hf_amp import AttachError, MixedPrecisionConfig
@@ -53,7 +54,8 @@ def attached_late(accelerator: Accelerator) -> str:
 
 
 def main() -> None:
-    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=sys.argv[2] == "views")
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True, kwargs_handlers=[views])
     result = train(accelerator, set_to_none=sys.argv[1] == "none")
     result["late"] = attached_late(accelerator)
     gathered: list[dict[str, object] | None] = [None, None]

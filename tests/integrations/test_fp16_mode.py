@@ -179,6 +179,51 @@ def test_detach_gives_parameters_their_dtype_and_the_masters_values() -> None:
     assert all(p.isfinite().all() for p in loop.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("frozen", "emulate"),
+    [(False, True), (True, True), (True, False)],
+    ids=["FP16 mode", "frozen body", "frozen body, real half"],
+)
+def test_overflowing_module_of_fp16_parameters_runs_in_fp32(frozen: bool, emulate: bool) -> None:
+    """A layer that leaves FP16's range is named and computes in FP32 from its FP16 weights; the next steps are applied."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    options = {} if frozen else {"precision_mode": "FP16"}
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=8.0, emulate=emulate, **options))
+    model, optimizer = accelerator.prepare(*overflowing(frozen))
+    for _ in range(4):
+        accelerator.backward(model(torch.ones(4, 8)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert dict(session.plan.modules) == {"1": PrecisionMode.FP32}
+    assert session.metrics()["applied_steps"] == 3
+    assert model[1].weight.dtype == torch.float16
+
+
+def test_nothing_falls_back_on_the_cpus_half_kernels() -> None:
+    """FP16 mode with emulate=False on a CPU: steps are skipped and told, and the plan stays."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    config = MixedPrecisionConfig(precision_mode="FP16", init_scale=8.0, emulate=False)
+    session = hf_amp.attach(accelerator, config)
+    model, optimizer = accelerator.prepare(*overflowing(frozen=False))
+    for _ in range(4):
+        accelerator.backward(model(torch.ones(4, 8)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert session.metrics()["skipped_steps"] == 4
+    assert dict(session.plan.modules) == {}
+
+
+def overflowing(frozen: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Four layers of which the second's output is 8e4, beyond FP16; the norm after it makes it ordinary again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    nn.init.constant_(model[0].weight, 12.5)
+    nn.init.constant_(model[1].weight, 100.0)
+    if frozen:
+        model[1].half().requires_grad_(False)
+    return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
 def test_weights_beyond_fp16_are_a_clear_error() -> None:
     """A weight of 1e5 cannot become FP16: named before step 1, and nothing is converted."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
@@ -301,17 +346,18 @@ def test_fp16_mode_on_cuda(fused: bool) -> None:
     assert losses[OVERFLOW] == losses[OVERFLOW + 1]
 
 
-@pytest.mark.parametrize("zeroing", ["none", "zeros"])
+@pytest.mark.parametrize("zeroing", ["none copies", "none views", "zeros views"])
 def test_two_processes(zeroing: str) -> None:
     """DDP over gloo: masters and parameters of both ranks stay equal, one rank's overflow skips on both.
 
+    So it is for each way of clearing gradients, and where they are views into DDP's buckets.
     After detach parameters stay FP16, because DDP counts on it; a conversion after DDP is refused.
     """
     worker = Path(__file__).with_name("fp16_worker.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2]), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, str(worker), zeroing],
+        [*launch, str(worker), *zeroing.split()],
         capture_output=True,
         text=True,
         timeout=240,
