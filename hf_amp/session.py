@@ -262,7 +262,7 @@ class AmpSession:
             )
         )
         self._tell_of_floor(step, outcome, next_scale)
-        fraction = _non_finite_fraction(outcome, optimizer)
+        fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
         self._follow(self._keeper.note_skipped(diagnosis, fraction), diagnosis.cause, outcome.scale)
         self.tell(self.hope.record_skipped(diagnosis.cause))
 
@@ -316,8 +316,8 @@ class AmpSession:
                 step=self._newest_step,
                 kind=EventKind.PRECISION_CHANGED,
                 cause=cause,
-                before=_precision_in(before, transition.modules),
-                after=_precision_in(after, transition.modules),
+                before=before.precision_of(transition.modules).value,
+                after=after.precision_of(transition.modules).value,
                 modules=transition.modules,
                 message=transition.message,
             )
@@ -340,15 +340,6 @@ class AmpSession:
         return [(names.get(p, f"parameter {index}"), p) for index, p in enumerate(held)]
 
 
-def _precision_in(plan: PrecisionPlan, modules: tuple[str, ...]) -> str:
-    """The precision of `modules`, or of the whole model, under `plan`."""
-    return (plan.modules.get(modules[0], plan.default) if modules else plan.default).value
-
-
-def _non_finite_fraction(outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> float:
-    """Share of the step's gradient elements that are not finite; 1 where they were not counted."""
-    held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    total: int = sum(p.grad.numel() for p in held)
-    if outcome.inf_elements is None or outcome.nan_elements is None or not total:
-        return 1.0
-    return (outcome.inf_elements + outcome.nan_elements) / total
+def _gradient_elements(optimizer: torch.optim.Optimizer) -> int:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    return sum(p.grad.numel() for p in held if p.grad is not None)

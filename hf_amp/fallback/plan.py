@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,10 @@ class PrecisionPlan:
     def holds(self, name: str) -> bool:
         """Whether the module of this name, or one that it is inside of, is among `modules`."""
         return any(name == held or name.startswith(f"{held}.") for held in self.modules)
+
+    def precision_of(self, names: Sequence[str]) -> PrecisionMode:
+        """The precision of the modules of these names, which share one; that of the whole model where there are none."""
+        return self.modules.get(names[0], self.default) if names else self.default
 
     def describe(self) -> str:
         """One phrase."""

@@ -35,7 +35,9 @@ class RunSummary:
     def figures(self) -> dict[str, float]:
         """The session's metrics, and the seconds in each precision."""
         self.notice()
-        seconds = {f"seconds_in_{name}": round(spent, 3) for name, spent in self._seconds.items()}
+        seconds = {
+            f"seconds_in_{name.replace(' ', '_')}": round(spent, 3) for name, spent in self._seconds.items()
+        }
         return {**self._session.metrics(), **seconds}
 
     def sentence(self) -> str:
@@ -46,10 +48,11 @@ class RunSummary:
             for name, value in figures.items()
             if name.startswith("skipped_steps_")
         ]
+        changes = figures["transitions"]
         parts = [
             f"{figures['applied_steps']:g} steps applied",
             f"{figures['skipped_steps']:g} skipped" + (f" ({', '.join(causes)})" if causes else ""),
-            f"{figures['transitions']:g} changes of precision",
+            f"{changes:g} change{'' if changes == 1 else 's'} of precision",
             *(
                 []
                 if self._session.scaler.guards_only

@@ -60,15 +60,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        save_valid_json(state, self._attach_to(calling_trainer(self)))
+        self._attach_to(calling_trainer(self))
+        self._save_valid_json(state)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    ) -> None:
         trainer = calling_trainer(self)
         session = self._attach_to(trainer)
         session.scaler.abandon_step()
-        save_valid_json(state, session)
+        self._save_valid_json(state)
         precision_before = self._go_on_from(state, session)
         session.begin_at(state.global_step)
         session.pace.pause()
@@ -97,12 +98,11 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
                 f"{len(poisoned)} parameters are not finite before the first step, {poisoned[0]} among them"
             )
             session.tell(session.hope.give_up(Cause.WEIGHTS, reason))
-        return control
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session is not None and isinstance(kwargs["optimizer"], AcceleratedOptimizer):
+        if self.config.enabled and isinstance(kwargs["optimizer"], AcceleratedOptimizer):
             forget_skip(kwargs["optimizer"])
 
     def on_step_end(
@@ -193,8 +193,9 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self.session = session = attach(accelerator, self.config)
         self._trainer, self._accelerator = trainer, accelerator
         session.changes.set_attribute(trainer, _CALLBACK, self)
-        tell_in_logs(trainer, session)
-        load_scaler_where_there_is_one(trainer, session)
+        if self.config.enabled:
+            tell_in_logs(trainer, session)
+            load_scaler_where_there_is_one(trainer, session)
         return session
 
     def _take_over(self, trainer: Trainer) -> None:
@@ -205,7 +206,11 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self.session, self._trainer, self._accelerator = former.session, trainer, former._accelerator
             self._sink, self._tensorboard = former._sink, former._tensorboard
             self._summary = former._summary
-            setattr(trainer, _CALLBACK, self)
+            former.session.changes.set_attribute(trainer, _CALLBACK, self)
+
+    def _save_valid_json(self, state: TrainerState) -> None:
+        if self.session is not None and self.config.enabled:
+            save_valid_json(state, self.session)
 
     def _leave_run(self, session: AmpSession) -> None:
         if self._summary is not None:

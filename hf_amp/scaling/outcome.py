@@ -43,3 +43,9 @@ class StepOutcome:
     inf_elements: int | None = None
     nan_elements: int | None = None
     carried: Mapping[str, float] = field(default_factory=dict)
+
+    def non_finite_fraction(self, elements: int) -> float:
+        """Share of the step's gradient `elements` that are not finite; 1 where they were not counted."""
+        if self.inf_elements is None or self.nan_elements is None or not elements:
+            return 1.0
+        return (self.inf_elements + self.nan_elements) / elements

@@ -60,10 +60,9 @@ class AdvancedGradScaler(ScaleKeeper):
         config: MixedPrecisionConfig | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        config = config if config is not None else MixedPrecisionConfig()
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        super().__init__(config, device)
+        super().__init__(config or MixedPrecisionConfig(), device)
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
         self._application = Application(self.master_weights)

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from hf_amp import EventKind, MixedPrecisionCallback
+from tests.host_reads import count_host_reads
 from tests.integrations.trainers import (
     OverflowAt,
     arguments,
@@ -117,6 +118,23 @@ def test_nothing_differs(tmp_path: Path, mode: str, options: dict[str, Any]) -> 
     assert all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
 
 
+def test_counting_losses_reads_nothing_a_micro_batch(tmp_path: Path) -> None:
+    """The callback reads the host once a step, however many micro-batches that has, and nothing more for counting."""
+    reads: dict[tuple[int, bool], int] = {}
+    for accumulation in (1, 4):
+        for ours in (False, True):
+            callbacks = [MixedPrecisionCallback()] if ours else []
+            trainer = regression_trainer(
+                tmp_path, *callbacks, optim="sgd", gradient_accumulation_steps=accumulation, logging_steps=6
+            )
+            with count_host_reads() as counted:
+                trainer.train()
+            reads[accumulation, ours] = counted.count
+    before_the_first_step = 1  # whether the weights are finite
+    for accumulation in (1, 4):
+        assert reads[accumulation, True] - reads[accumulation, False] == 6 + before_the_first_step
+
+
 def test_in_fp16_events_come_in_the_same_order(tmp_path: Path) -> None:
     """A skipped step has its events, counts for global_step, and leaves the order alone."""
     heard = []
@@ -187,7 +205,7 @@ def test_time_is_told_by_precision(tmp_path: Path, caplog: pytest.LogCaptureFixt
     trainer.train()
     assert dict(callback.session.plan.modules) != {}
     summary = caplog.records[-1].getMessage()
-    assert "1 changes of precision" in summary
+    assert "1 change of precision" in summary
     assert "s in MIXED, " in summary
     assert summary.endswith("s in MIXED with modules in FP32")
 

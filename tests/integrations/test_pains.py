@@ -161,6 +161,16 @@ def test_10_evaluation_hides_batches_that_it_lost(tmp_path: Path, lost: tuple[in
     assert set(returned) == set(stock.evaluate())
 
 
+def test_two_evaluations_lose_their_own_batches(tmp_path: Path) -> None:
+    """With several evaluation sets each entry of the log has the number of its own."""
+    sets = {"clean": numbers(), "dirty": numbers((1, 9))}
+    callback = MixedPrecisionCallback()
+    trainer = regression_trainer(tmp_path, callback, eval_dataset=sets, per_device_eval_batch_size=4)
+    trainer.evaluate()
+    lost = [{k: v for k, v in entry.items() if k.startswith("amp/")} for entry in trainer.state.log_history]
+    assert lost == [{"amp/eval_clean_non_finite_batches": 0}, {"amp/eval_dirty_non_finite_batches": 2}]
+
+
 def test_11_a_skip_is_told_until_the_next_step(tmp_path: Path) -> None:
     """Stock still says "skipped" in the micro-steps of the next window. Ours says it of the step that was."""
 

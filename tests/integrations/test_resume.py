@@ -120,6 +120,8 @@ def test_a_callback_that_the_trainer_restores_goes_on_with_the_session(tmp_path:
     assert len(held) == 1
     assert held[0] is not callback
     assert held[0].session is callback.session
+    callback.session.detach()
+    assert "_hf_amp_callback" not in vars(trainer)
 
 
 @LATE

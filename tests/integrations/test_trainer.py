@@ -265,14 +265,16 @@ def test_config_from_file(tmp_path: Path) -> None:
 
 
 def test_disabled_config_changes_nothing(tmp_path: Path) -> None:
-    """enabled=False gives the losses of a Trainer without the callback."""
-    histories = []
+    """enabled=False gives the log, to the last key, and the attributes of a Trainer without the callback."""
+    histories, attributes = [], []
     for callbacks in ([], [MixedPrecisionCallback({"enabled": False})]):
         trainer, _ = trainer_with(tmp_path, *callbacks, max_steps=3)
         trainer.train()
-        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        histories.append(trainer.state.log_history[:-1])
+        attributes.append(sorted(set(vars(trainer)) - {"_hf_amp_callback"}) + sorted(vars(trainer.state)))
         assert not isinstance(trainer.accelerator.scaler, AdvancedGradScaler)
     assert histories[0] == histories[1]
+    assert attributes[0] == attributes[1]
 
 
 def test_poisoned_weights_are_named(tmp_path: Path) -> None:
