@@ -1,9 +1,8 @@
-"""`hf-amp demo`: FP16 training on real text, and what became of it."""
+"""`hf-amp demo`: FP32, stock FP16 and hf_amp on a model that overflows FP16, and what became of each."""
 
 from __future__ import annotations
 
 import enum
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
+    from rich.progress import TaskID
 
-    from hf_amp.cli.demo_training import DemoResult
     from hf_amp.config import MixedPrecisionConfig
 
 
@@ -26,7 +25,7 @@ class Precision(str, enum.Enum):
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 120,
     output_dir: Annotated[
         Path | None, typer.Option(help="Run folder. [default: runs/demo-<date>-<time>]", show_default=False)
     ] = None,
@@ -43,13 +42,18 @@ def demo(
         typer.Option("--real-half", help="On a CPU: half kernels, about 20 times slower, not emulation."),
     ] = False,
 ) -> None:
-    """Train a small GPT-2 on Python's help topics with a stock Trainer and one callback."""
+    """FP32, stock FP16 and hf_amp side by side on a small GPT-2 that was made to overflow FP16.
+
+    Three stock Trainers on Python's help topics, hf_amp being one callback. The model's function is that of an ordinary
+    one. With another precision that one takes the place of FP16; FP32 is then run once without hf_amp.
+    """
     from rich.console import Console
 
     console = Console()
     chosen = _config(config, strategy, real_half)
     folder = output_dir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     with console.status("Loading PyTorch and Transformers ..."):
+        from hf_amp.cli.demo_table import table_of
         from hf_amp.cli.demo_training import train
     _quieten_libraries()
 
@@ -59,19 +63,41 @@ def demo(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[loss]}"),
     )  # fmt: skip
+    results = {}
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"Training in {precision.value}", total=steps, loss="")
+        for heading, run_precision, run_config, run_folder in _runs(precision, chosen, folder):
+            bar = progress.add_task(heading, total=steps, loss="")
 
-        def on_step(step: int, loss: float | None) -> None:
-            progress.update(bar, completed=step, loss="" if loss is None else f"loss {loss:.3f}")
+            def on_step(step: int, loss: float | None, bar: TaskID = bar) -> None:
+                progress.update(bar, completed=step, loss="" if loss is None else f"loss {loss:.3f}")
 
-        result = train(precision.value, chosen, steps, seed, folder, on_step)
-    console.print(_summary(result))
+            results[heading] = train(
+                run_precision.value, run_config, steps, seed, run_folder, on_step, chosen.emulate
+            )
+    console.print(table_of(results, steps))
+    _suggest(console, folder, results[heading].checkpoint)
+
+
+def _runs(
+    precision: Precision, config: MixedPrecisionConfig, folder: Path
+) -> list[tuple[str, Precision, MixedPrecisionConfig | None, Path]]:
+    """Heading, precision, config (None: without hf_amp) and folder of every run; hf_amp's is the last."""
+    name = precision.name
+    runs: list[tuple[str, Precision, MixedPrecisionConfig | None, Path]] = [
+        ("FP32", Precision.FP32, None, folder / "fp32")
+    ]
+    if precision is not Precision.FP32:
+        runs.append((f"stock {name}", precision, None, folder / "stock"))
+    return [*runs, (f"hf_amp {name}", precision, config, folder)]
+
+
+def _suggest(console: Console, folder: Path, checkpoint: Path) -> None:
+    """Says where hf_amp's run, and those beside it, can be looked at."""
     console.print("Look at it:")
-    console.print(f"  tensorboard --logdir {folder}", highlight=False)
-    console.print(f"  cat {folder / 'amp_events.jsonl'}", highlight=False)
+    console.print(f"  tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
+    console.print(f"  cat {folder / 'amp_events.jsonl'}", highlight=False, soft_wrap=True)
     console.print(
-        f"  python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{result.checkpoint}'))\"",
+        f"  python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{checkpoint}'))\"",
         highlight=False,
         soft_wrap=True,
     )
@@ -101,28 +127,3 @@ def _quieten_libraries() -> None:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _summary(result: DemoResult) -> Table:
-    from rich.table import Table
-
-    figures = result.session.metrics()
-    table = Table(title="hf-amp demo", show_header=False)
-    table.add_row("ran", result.session.what_runs())
-    table.add_row("loss", f"{result.losses[0][1]:.4f} first, {result.losses[-1][1]:.4f} last")
-    if result.session.scaler.guards_only:
-        table.add_row("scale", "none: only FP16 is scaled; non-finite steps are skipped all the same")
-    else:
-        table.add_row("scale", f"{figures['scale']:g} ({result.session.config.scaling_strategy.value})")
-    table.add_row("applied steps", f"{figures['applied_steps']:g}")
-    causes = [
-        f"{value:g} {name.removeprefix('skipped_steps_').upper()}"
-        for name, value in figures.items()
-        if name.startswith("skipped_steps_")
-    ]
-    table.add_row("skipped steps", ", ".join(causes) or "0")
-    measured = math.isfinite(result.step_seconds)
-    table.add_row(
-        "step time", f"{result.step_seconds * 1000:.0f} ms" if measured else "not measured: one step only"
-    )
-    return table

@@ -1,4 +1,4 @@
-"""What `hf-amp demo` trains: a small byte-level GPT-2 on the help topics that every CPython ships."""
+"""One training run of `hf-amp demo`: a stock Trainer, with hf_amp or without."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import (
-    GPT2Config,
     GPT2LMHeadModel,
     PrinterCallback,
     Trainer,
@@ -20,12 +18,16 @@ from transformers import (
     set_seed,
 )
 
+from hf_amp.cli.demo_model import STREAM_FACTOR, held_out_loss, help_topics, residual_stream, small_gpt2
+from hf_amp.cli.stock_fp16 import StockFP16OnCPU
 from hf_amp.config import MixedPrecisionConfig
+from hf_amp.hardware import probe
 from hf_amp.integrations.transformers import MixedPrecisionCallback
 from hf_amp.session import AmpSession
 
-BLOCK_BYTES = 128
-BATCH_SIZE = 16
+BATCH_SIZE = 8
+LEARNING_RATE = 2e-3
+HELD_OUT_BLOCKS = 32
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,23 @@ class DemoResult:
     """What a demo run gave.
 
     Attributes:
+        ran: one phrase: the precision, and what that means on this device.
         losses: (optimizer step, training loss) as the Trainer logged them.
+        held_out_losses: before and after training, on text that was not trained on, in FP32; nats a byte.
+        applied_steps: optimizer steps that the optimizer itself has counted.
+        scale: loss scale at the end; None where nothing is scaled.
         step_seconds: mean wall-clock time of an optimizer step, the first excepted.
-        session: the session of the callback.
+        session: the session of the callback; None without hf_amp.
         checkpoint: folder of the last checkpoint.
     """
 
+    ran: str
     losses: list[tuple[int, float]]
+    held_out_losses: tuple[float, float]
+    applied_steps: int
+    scale: float | None
     step_seconds: float
-    session: AmpSession
+    session: AmpSession | None
     checkpoint: Path
 
 
@@ -66,45 +76,67 @@ class StepTimer(TrainerCallback):
         self._on_step(state.global_step, self._loss)
 
 
-def help_topics() -> Dataset:
-    """About 700 kB of English in blocks of bytes: columns `input_ids` and `labels`, each a list of 128 ints."""
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[name] for name in sorted(topics)).encode()
-    blocks = [list(text[i : i + BLOCK_BYTES]) for i in range(0, len(text) - BLOCK_BYTES, BLOCK_BYTES)]
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
-
-
-def small_gpt2() -> GPT2LMHeadModel:
-    """A GPT-2 of 1.04M parameters over single bytes."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=256, n_positions=BLOCK_BYTES, n_embd=128, n_layer=5, n_head=4,
-            bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
-
-
 def train(
     precision: str,
-    config: MixedPrecisionConfig,
+    config: MixedPrecisionConfig | None,
     steps: int,
     seed: int,
     output_dir: Path,
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
+    emulate: bool = True,
 ) -> DemoResult:
-    """One run of a stock Trainer with the callback.
+    """One run of a stock Trainer.
 
     Args:
         precision: "fp16", "bf16" or "fp32".
+        config: of hf_amp; None trains without it.
         on_step: called after every optimizer step with its number and the newest logged loss.
+        emulate: whether FP16 without hf_amp is emulated on a CPU.
     """
     set_seed(seed)
-    arguments = TrainingArguments(
+    model, text = small_gpt2(), help_topics()
+    first_held_out = len(text) - HELD_OUT_BLOCKS
+    held_out = text.select(range(first_held_out, len(text)))
+    untrained = held_out_loss(model, held_out)
+    ours = MixedPrecisionCallback(config) if config is not None else None
+    timer = StepTimer(on_step)
+    callbacks: list[TrainerCallback] = [timer]
+    if ours is not None:
+        callbacks.append(ours)
+    elif precision == "fp16" and not torch.cuda.is_available():
+        callbacks.append(StockFP16OnCPU(emulate))
+    # The rates go with the factors of the parameters, and so the model learns what a plain one would.
+    groups = residual_stream(STREAM_FACTOR).parameter_groups(model, LEARNING_RATE)
+    trainer = Trainer(
+        model.train(),
+        _arguments(precision, steps, seed, output_dir),
+        train_dataset=text.select(range(first_held_out)),
+        callbacks=callbacks,
+        optimizers=(torch.optim.AdamW(groups, fused=True), None),
+    )
+    trainer.pop_callback(PrinterCallback)
+    trainer.train()
+    session = ours.session if ours is not None else None
+    checkpoint = output_dir / f"checkpoint-{steps}"
+    return DemoResult(
+        ran=session.what_runs() if session is not None else _what_ran(trainer, precision, emulate),
+        losses=[
+            (int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
+        ],
+        held_out_losses=(untrained, held_out_loss(GPT2LMHeadModel.from_pretrained(checkpoint), held_out)),
+        applied_steps=_applied_steps(trainer),
+        scale=trainer.accelerator.scaler.get_scale() if precision == "fp16" else None,
+        step_seconds=timer.step_seconds,
+        session=session,
+        checkpoint=checkpoint,
+    )
+
+
+def _arguments(precision: str, steps: int, seed: int, output_dir: Path) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,
         per_device_train_batch_size=BATCH_SIZE,
-        learning_rate=2e-3,
         warmup_steps=min(20, steps // 5),
         lr_scheduler_type="cosine",
         fp16=precision == "fp16",
@@ -119,11 +151,16 @@ def train(
         log_level="error",
         seed=seed,
     )
-    callback = MixedPrecisionCallback(config)
-    timer = StepTimer(on_step)
-    trainer = Trainer(small_gpt2(), arguments, train_dataset=help_topics(), callbacks=[callback, timer])
-    trainer.pop_callback(PrinterCallback)
-    trainer.train()
-    losses = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    assert callback.session is not None
-    return DemoResult(losses, timer.step_seconds, callback.session, output_dir / f"checkpoint-{steps}")
+
+
+def _applied_steps(trainer: Trainer) -> int:
+    """AdamW counts the steps that it applies; one that was skipped on the device is taken back there."""
+    assert trainer.optimizer is not None
+    return max((int(state["step"]) for state in trainer.optimizer.state.values()), default=0)
+
+
+def _what_ran(trainer: Trainer, precision: str, emulate: bool) -> str:
+    hardware = probe(trainer.accelerator.device)
+    return (
+        hardware.describe_fp16(emulate) if precision == "fp16" else f"{precision.upper()} on {hardware.name}"
+    )

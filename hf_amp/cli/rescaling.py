@@ -41,9 +41,8 @@ class Rescaling:
         A parameter times c has gradients divided by c, and must move c times as far; AdamW moves by the learning rate
         whatever the size of the gradients, but for its epsilon (1e-8 by default).
         """
-        groups: dict[float, list[nn.Parameter]] = {
-            1.0: []
-        }  # first: its learning rate is the one that is logged
+        # The plain ones come first: a Trainer logs the learning rate of the first group.
+        groups: dict[float, list[nn.Parameter]] = {1.0: []}
         for name, parameter in model.named_parameters():
             groups.setdefault(_matching(self.parameters, name), []).append(parameter)
         return [

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
-from hf_amp.cli.demo_training import help_topics
+from hf_amp.cli.demo_model import help_topics
 from hf_amp.config import FP16_FORMAT
 from hf_amp.emulation import EmulatedPrecision
 from tests.benchmarks.measuring import write

@@ -74,8 +74,9 @@ def test_the_named_modules_leave_the_range_and_stay_out_of_it(entry: RescaledMod
 
 @every_model
 def test_it_learns_what_the_plain_model_learns(entry: RescaledModel) -> None:
-    """Over 20 FP32 steps every loss is that of the plain model under plain AdamW."""
+    """Over 20 FP32 steps every loss is that of the plain model under plain AdamW, whose learning rate is logged."""
     model, batches, make_optimizer = entry.build(0)
+    assert make_optimizer(model).param_groups[0]["lr"] == entry.learning_rate
     plain = entry.plain(0)
     data = [next(batches) for _ in range(20)]
     adamw = torch.optim.AdamW(plain.parameters(), entry.learning_rate, weight_decay=0.0, fused=True)

@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_amp.cli.demo_training import help_topics
+from hf_amp.cli.demo_model import help_topics
 from hf_amp.integrations.accelerate import replace_scaler
 
 POISONED_STEP = 3
