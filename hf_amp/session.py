@@ -6,6 +6,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -181,6 +182,32 @@ class AmpSession:
         """Records what the watch over the run's hope has found, if anything."""
         if finding is not None:
             self.record(AmpEvent(self._newest_step, finding.kind, finding.cause, message=finding.message))
+
+    def log_to(self, folder: str | Path) -> None:
+        """Writes events, and what `log_metrics` gives, into `folder`, for `hf-amp report`, until `detach`.
+
+        For loops of your own, on one process; a Trainer's callback does it in `output_dir`.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink  # loads structlog
+
+        sink = JsonLinesSink(Path(folder) / FILE_NAME, self.run_id, rank=0)
+        self.sinks.append(sink.write)
+        self.note(
+            EventKind.TRAINING_STARTED,
+            f"training starts: {self.what_runs()}.",
+            precision=self.plan.default.value,
+            config=self.config.to_dict(),
+        )
+
+        def end() -> None:
+            self.note(EventKind.TRAINING_ENDED, "training ends.", **self.metrics())
+            self.sinks.remove(sink.write)
+            sink.close()
+
+        self.changes.call_on_undo(end)
 
     def unlogged_incidents(self) -> str:
         """What needed attention since the last call, for one log entry: the newest three; "" where nothing did."""

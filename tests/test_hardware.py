@@ -17,6 +17,21 @@ def test_a_cpu_has_kernels_but_no_units(device):
     assert hardware.name
 
 
+def test_a_cpu_has_no_narrower_formats():
+    """FP8 and TF32 are those of GPUs, and so is a compute capability."""
+    hardware = probe("cpu")
+    assert (hardware.fp8, hardware.tf32, hardware.capability) == ("none", "none", None)
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_what_its_capability_says():
+    """FP8 from 8.9 on, TF32 and BF16 from 8.0 on."""
+    hardware = probe("cuda")
+    assert hardware.capability == torch.cuda.get_device_capability()
+    assert (hardware.fp8 == "native") == (hardware.capability >= (8, 9))
+    assert (hardware.tf32 == "native") == (hardware.bf16 == "native") == (hardware.capability >= (8, 0))
+
+
 def test_a_device_of_another_type_is_taken_as_native():
     """Accelerators without a capability to ask are named by their type."""
     assert probe("meta") == Hardware("meta", "meta", fp16="native", bf16="native")

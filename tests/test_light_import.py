@@ -36,6 +36,11 @@ def test_scaling_without_huggingface_loads_no_heavy_library():
     )
 
 
+def test_the_command_line_loads_no_heavy_library():
+    """`hf-amp --help` and completion answer at once: a command loads what it needs when it runs."""
+    assert loaded_by("import hf_amp.cli") == set()
+
+
 @pytest.mark.parametrize(
     ("name", "expected"), [("attach", "accelerate"), ("MixedPrecisionCallback", "transformers")]
 )

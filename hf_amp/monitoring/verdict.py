@@ -130,7 +130,7 @@ def _skipped(run: RunHistory) -> int:
 
 def _told(skipped: int, total: int, so_far: str) -> str:
     if not skipped:
-        return f"all {_count(total, 'step')} were applied{so_far}"
+        return f"{'the one step was' if total == 1 else f'all {total:,} steps were'} applied{so_far}"
     share = f"{100 * skipped / total:.2g}%"
     return f"{skipped:,} of {_count(total, 'step')} ({share}) {'was' if skipped == 1 else 'were'} skipped{so_far}"
 

@@ -103,3 +103,20 @@ def test_a_value_with_a_graph_can_be_read():
     assert snapshot.read({"loss": loss}) == {"loss": 6.0}
     loss.backward()
     assert weight.grad == 3
+
+
+def test_vectors_ride_in_the_same_read():
+    """The elements of a tensor of shape [n] come under names of their own, one read for all."""
+    values = {
+        "a": torch.tensor(1.0),
+        "v": torch.tensor([2.0, 3.0]),
+        "none": torch.zeros(0),
+        "b": torch.tensor(4),
+    }
+    with count_host_reads() as reads:
+        host = snapshot.read(values)
+    assert reads.count == 1
+    assert host == {"a": 1.0, "v[0]": 2.0, "v[1]": 3.0, "b": 4.0}
+    assert list(host) == ["a", "v[0]", "v[1]", "b"]
+    assert (snapshot.elements(host, "v"), snapshot.elements(host, "none")) == ([2.0, 3.0], [])
+    assert snapshot.PendingRead(values).result() == host

@@ -1,0 +1,122 @@
+"""`hf-amp doctor` tells the truth about this machine and about others."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_amp.cli import app
+from hf_amp.cli.doctor.machine import Device, installed_versions, look_around
+from hf_amp.cli.doctor.recommendation import recommend
+from hf_amp.cli.doctor.upstream_bugs import KNOWN, bugs_in
+from hf_amp.hardware import Hardware
+
+
+def doctor(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    result = doctor("--json")
+    assert result.exit_code == 0, result.output
+    plain: dict[str, Any] = json.loads(result.stdout)
+    return plain
+
+
+def test_json_has_everything(told: dict[str, Any]) -> None:
+    """Devices, kernels, versions, bugs, and the recommendation with its reason."""
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["devices"][-1]["hardware"]["device"] == "cpu"
+    assert set(told["devices"][-1]["product_seconds"]) == {"FP32", "FP16", "BF16"}
+    assert all(isinstance(there, bool) for there in told["kernels"].values())
+    assert told["recommendation"]["why"].endswith(".")
+    assert told["system"]["python"]
+
+
+def test_people_are_told_the_same(told: dict[str, Any]) -> None:
+    """The precision stands first; every device, package and bug is in the tables."""
+    result = doctor("--no-measure")
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.replace("│", " ").split())
+    assert text.startswith("Train in ")
+    assert f"torch {torch.__version__}" in text
+    for word in ("FP8", "fused AdamW", "Known bugs", "accelerate/issues/4242"):
+        assert word in text
+
+
+def test_nothing_is_measured_where_it_is_not_wanted() -> None:
+    """Without measuring, speeds are unknown and no precision is called fast because of them."""
+    machine = look_around(measure=False)
+    assert machine.devices[-1].product_seconds == {}
+    assert machine.devices[-1].speed("BF16") is None
+    assert recommend(machine.devices[-1]).precision == "FP32"
+
+
+def device(hardware: Hardware, **seconds: float) -> Device:
+    return Device(hardware, None, seconds, fused_adamw=True)
+
+
+H100 = Hardware("cuda", "H100", "native", "native", "native", "native", (9, 0))
+T4 = Hardware("cuda", "T4", "native", "slow", capability=(7, 5))
+GTX = Hardware("cuda", "GTX 1080", "slow", "slow", capability=(6, 1))
+CPU = Hardware("cpu", "x86", "slow", "slow")
+
+
+@pytest.mark.parametrize(
+    ("given", "precision", "words"),
+    [
+        (device(H100), "BF16", "range of FP32"),
+        (device(T4), "FP16", "none for BF16"),
+        (device(GTX), "FP32", "no time"),
+        (device(CPU), "FP32", "emulates FP16"),
+        (device(CPU, FP32=1.0, BF16=2.0), "FP32", "2.0 times as long"),
+        (device(CPU, FP32=1.0, BF16=0.25), "BF16", "4.0 times as fast"),
+        (device(CPU, FP32=1.0, BF16=0.95), "FP32", "gains nothing"),
+        (device(Hardware("mps", "mps", "native", "native")), "FP32", "not been measured"),
+    ],
+)
+def test_the_recommendation_follows_from_the_device(given: Device, precision: str, words: str) -> None:
+    """BF16 where it is native, FP16 where only that is, FP32 elsewhere; and the reason is the device's own."""
+    recommendation = recommend(given)
+    assert recommendation.precision == precision
+    assert words in recommendation.why
+    assert ("fp16=True" in recommendation.trainer, "bf16=True" in recommendation.trainer) == (
+        precision == "FP16",
+        precision == "BF16",
+    )
+
+
+def test_bugs_are_those_of_the_installed_versions() -> None:
+    """A package that is not there, or is older than what was seen, has none of them."""
+    assert bugs_in({}) == []
+    assert bugs_in({"torch": "2.10.0"}) == []
+    assert {bug.package for bug in bugs_in({"torch": "2.13.0+cpu"})} == {"torch"}
+    assert set(bugs_in(installed_versions())) == set(KNOWN)
+
+
+def test_the_floor_that_is_missing_upstream_is_missing() -> None:
+    """What the table says of torch is so: overflows without end bring its scale to 0. Whoever mends it, mends the table."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(170):
+        scaler.scale(parameter.sum())
+        parameter.grad = torch.tensor([torch.inf])
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 0.0
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_told_with_its_capability() -> None:
+    """The first device is the GPU, with its memory and measured products."""
+    first = look_around().devices[0]
+    assert first.hardware.device == "cuda"
+    assert first.hardware.capability == torch.cuda.get_device_capability(0)
+    assert first.memory_bytes is not None
+    assert set(first.product_seconds) >= {"FP32", "FP16"}

@@ -1,0 +1,231 @@
+"""`hf-amp preflight` says before training what training then finds."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner
+
+import hf_amp
+from hf_amp.cli import app
+from hf_amp.cli.preflight.dry_run import FORMATS, dry_runs
+from hf_amp.cli.preflight.loading import PreflightError, batch_for, load_model, made_up_batch
+from hf_amp.cli.preflight.memory import RECIPES, counted, half_precision_trouble
+from tests.fallback.rescaled import ZOO, RescaledModel
+from tests.integrations.trainers import tiny_gpt2
+
+BY_NAME = {entry.name: entry for entry in ZOO}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_libraries() -> Any:
+    """The command quietens transformers for its process, which here is that of all tests."""
+    verbosity, progress = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    yield
+    transformers_logging.set_verbosity(verbosity)
+    if progress:
+        transformers_logging.enable_progress_bar()
+
+
+def preflight(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["preflight", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def found_in_training(entry: RescaledModel, steps: int = 12) -> set[str]:
+    """The modules that a run in emulated FP16 comes to have in FP32."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    with hf_amp.attach(accelerator) as session:
+        plain, batches, make_optimizer = entry.build(0)
+        model, optimizer = accelerator.prepare(plain, make_optimizer(plain))
+        for _ in range(steps):
+            accelerator.backward(model(**next(batches)).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return set(session.plan.modules)
+
+
+@pytest.mark.usefixtures("fresh_accelerator_state")
+@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+def test_what_it_predicts_is_what_training_finds(entry: RescaledModel) -> None:
+    """For each rescaled model, in FP16: the same modules, before the first step, and a scale with which gradients are finite."""
+    model, batches, _ = entry.build(0)
+    before = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    predicted = {run.number_format.name: run for run in dry_runs(model, next(batches))}
+    assert predicted["FP16"].error is None
+    assert set(predicted["FP16"].overflowing) == found_in_training(entry)
+    assert predicted["FP16"].scale is not None
+    assert predicted["BF16"].overflowing == []
+    assert set(predicted["FP16"].overflowing) <= set(predicted["FP8 E5M2"].overflowing)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_ordinary_model_needs_nothing_in_half_precision() -> None:
+    """No module overflows, and nearly all of the gradient is kept at the scale that is found."""
+    model = BY_NAME["GPT-2"].plain(0)
+    runs = {run.number_format.name: run for run in dry_runs(model, next(BY_NAME["GPT-2"].batches(0)))}
+    assert list(runs) == [number_format.name for number_format in FORMATS]
+    for name in ("FP16", "BF16"):
+        assert (runs[name].overflowing, runs[name].saved_by) == ([], "nothing needed")
+        assert runs[name].underflow_fraction is not None
+        assert runs[name].underflow_fraction < 0.01
+
+
+def test_zeros_that_fp32_has_too_are_not_called_lost() -> None:
+    """Rows of an embedding that the batch does not use have a gradient of zero in every format."""
+    model = tiny_gpt2()
+    batch = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "labels": torch.zeros(1, 4, dtype=torch.long)}
+    (fp16,) = [run for run in dry_runs(model, batch) if run.number_format.name == "FP16"]
+    assert "transformer.wpe" not in fp16.underflowing
+    assert fp16.underflow_fraction is not None
+    assert fp16.underflow_fraction < 0.2
+
+
+class Product(nn.Module):
+    """One product, all of whose results are the same number."""
+
+    def __init__(self, result: float) -> None:
+        super().__init__()
+        self.product = nn.Linear(4, 4, bias=False)
+        nn.init.constant_(self.product.weight, result / 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x)
+
+
+EIGHTS = torch.full((1, 4), 8.0)
+
+
+@pytest.mark.parametrize(
+    ("result", "formats"),
+    [
+        (400.0, set()),
+        (1_000.0, {"FP8 E4M3"}),
+        (62_000.0, {"FP8 E4M3", "FP8 E5M2"}),
+        (1_000_000.0, {"FP8 E4M3", "FP8 E5M2", "FP16"}),
+    ],
+)
+def test_formats_differ_by_their_range(result: float, formats: set[str]) -> None:
+    """The largest values are 448 in E4M3, 57,344 in E5M2, 65,504 in FP16; BF16 holds them all."""
+    runs = dry_runs(Product(result), {"x": EIGHTS})
+    assert {run.number_format.name for run in runs if run.overflowing} == formats
+
+
+def test_a_model_that_is_broken_is_not_blamed_on_precision() -> None:
+    """A NaN in a weight is not finite in FP32 either, and no plan saves that."""
+    model = Product(1.0)
+    with torch.no_grad():
+        model.product.weight[0, 0] = torch.nan
+    for run in dry_runs(model, {"x": EIGHTS}):
+        assert run.overflowing == []
+        assert run.unsound == "product"
+        assert run.saved_by.startswith("none")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved rescaled GPT-2 with a batch."""
+    path = tmp_path_factory.mktemp("model")
+    model, batches, _ = BY_NAME["GPT-2"].build(0)
+    model.save_pretrained(path)
+    save_file({name: x.clone() for name, x in next(batches).items()}, path / "batch.safetensors")
+    return path
+
+
+def test_the_command_tells_it(folder: Path) -> None:
+    """Memory, dtypes, the overflowing modules by name, and what saves the run."""
+    result = preflight(folder, "--batch", folder / "batch.safetensors")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "GPT2LMHeadModel", "64,896 float32", "Activations come on top",
+        "FP16 overflow: transformer.h.0.attn.c_proj, transformer.h.0.mlp.c_proj, transformer.h.1.attn.c_proj",
+        "4 modules in FP32: hf_amp does that",
+    ):  # fmt: skip
+        assert words in " ".join(result.stdout.split())
+
+
+def test_json_has_the_same(folder: Path) -> None:
+    """On standard output there is nothing else."""
+    told = json.loads(preflight(folder, "--batch", 2, "--json").stdout)
+    assert told["trainable_parameters"] == 64_896
+    assert [run["number_format"] for run in told["dry_runs"]] == [f.name for f in FORMATS]
+    assert len(told["dry_runs"][0]["overflowing"]) == 4
+    assert told["memory"][0]["total_bytes"] == 16 * 64_896
+
+
+@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+def test_a_batch_can_be_made_up_for_every_kind_of_model(entry: RescaledModel) -> None:
+    """Text, images, sound; with a decoder or without: the model runs on it and has a loss."""
+    model = entry.plain(0)
+    batch = made_up_batch(model, 2, 12)
+    assert all(len(value) == 2 for value in batch.values())
+    assert model(**batch).loss.isfinite()
+
+
+def test_memory_is_counted_in_bytes_of_what_is_kept() -> None:
+    """FP32 with Adam is 16 bytes a parameter; frozen ones have their weights alone; measured on real tensors."""
+    model = nn.Linear(64, 64).requires_grad_(True)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    state = [x for each in optimizer.state.values() for x in each.values() if x.dim()]
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters()), *state]
+    assert RECIPES[0].total_bytes(*counted(model)) == sum(x.numel() * x.itemsize for x in tensors)
+    model.weight.requires_grad_(False)
+    assert RECIPES[0].total_bytes(*counted(model)) == 64 * 16 + 64 * 64 * 4
+
+
+@pytest.mark.parametrize(("dtype", "words"), [(torch.float16, "unscale FP16"), (torch.bfloat16, "1/256")])
+def test_half_precision_parameters_are_named(dtype: torch.dtype, words: str) -> None:
+    """The first of them, what it leads to and what to do; frozen ones are fine."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).to(dtype))
+    (trouble,) = half_precision_trouble(model)
+    assert "1.weight among them" in trouble
+    assert words in trouble
+    assert "float32" in trouble
+    model.requires_grad_(False)
+    assert half_precision_trouble(model) == []
+
+
+def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
+    """Neither as weights nor as a batch."""
+    model: PreTrainedModel = tiny_gpt2()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    for name in ("pytorch_model.bin", "batch.pt"):
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(PreflightError):
+        load_model(str(tmp_path), trust_remote_code=False)
+    with pytest.raises(PreflightError, match=r"batch\.pt: cannot be read"):
+        batch_for(model, str(tmp_path / "batch.pt"), 4)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "words"),
+    [
+        ("./nowhere", "1", "no such folder"),
+        ("{folder}", "0", "pass a number of rows"),
+        ("{folder}", "x.pt", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_loaded_ends_at_once(folder: Path, model: str, batch: str, words: str) -> None:
+    """Exit code 2, what was passed and what is allowed."""
+    result = preflight(model.format(folder=folder), "--batch", batch)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.replace("│", " ").split())
