@@ -17,8 +17,10 @@ from hf_amp.config import MixedPrecisionConfig, NumberFormat, PrecisionMode
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.cause import Diagnosis, non_finite_names
+from hf_amp.fallback.examiner import SkippedStep
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.fallback.plan_keeper import PlanKeeper, Transition
+from hf_amp.fallback.plan_keeper import PlanKeeper
+from hf_amp.fallback.transition import Transition
 from hf_amp.hardware import Hardware
 from hf_amp.monitoring.hopeless import Finding, HopeWatch
 from hf_amp.monitoring.module_monitor import ModuleMonitor
@@ -296,14 +298,11 @@ class AmpSession:
     def _diagnose(
         self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
     ) -> Diagnosis:
-        parameters = self._named_parameters(optimizer)
         # A finite loss shows that the scale is to blame, but only where there is one.
         loss_finite = None if self.scaler.guards_only and outcome.loss_finite else outcome.loss_finite
-        diagnosis = self._keeper.diagnose(
-            outcome.attempt, loss_finite, parameters, agree=self.scaler.config.sync_grad_scaler
-        )
-        gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
-        return self._keeper.doubt_scale(diagnosis, outcome.scale, next_scale, gradients)
+        parameters = self._named_parameters(optimizer)
+        skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, next_scale, parameters)
+        return self._keeper.examiner.examine(skip, agree=self.scaler.config.sync_grad_scaler)
 
     def _tell_of_floor(self, step: int, outcome: StepOutcome, next_scale: float) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:

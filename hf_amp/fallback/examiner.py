@@ -1,0 +1,131 @@
+"""Examines a skipped step: how close a look it takes, what doubts there are of the scale, and that all ranks agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_amp.events import Cause
+from hf_amp.fallback.apply import PlanRunner
+from hf_amp.fallback.cause import SCALE_IS_CURING, Diagnosis, diagnose, joined, non_finite_names
+from hf_amp.fallback.locate import parameters_overflowing_unscaled
+from hf_amp.fallback.recorder import ForwardRecorder, RecordedForward
+from hf_amp.statistics import agreement
+
+SCALE_SKIPS_BEFORE_A_LOOK = 3
+"""Overflows in a row with a finite loss after which the step is looked at all the same: an infinite activation can hide
+behind a saturating function, and a derivative can be infinite by itself."""
+_GRAVITY = (Cause.UNKNOWN, Cause.SCALE, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)
+"""Where ranks see different causes, the last of these stands: the others only see its traces."""
+
+
+class SkippedStep(NamedTuple):
+    """What is known of a skipped step before anybody looks closer.
+
+    Attributes:
+        step: its number, as the recorder counts.
+        loss_finite: whether every loss behind the gradients was finite; None where there is no scale to blame.
+        scale: the scale of its backward.
+        next_scale: what the policy has made of it.
+        parameters: (qualified name, parameter) of what the optimizer holds.
+    """
+
+    step: int
+    loss_finite: bool | None
+    scale: float
+    next_scale: float
+    parameters: Sequence[tuple[str, Tensor]]
+
+
+class Examiner:
+    """Finds the causes of skipped steps.
+
+    Args:
+        runner: the models.
+        recorder: what they were called with.
+        hysteresis: overflows before the scale backs off.
+
+    Attributes:
+        scale_skips: skips in a row that were put down to the scale.
+    """
+
+    def __init__(self, runner: PlanRunner, recorder: ForwardRecorder, hysteresis: int) -> None:
+        self._runner = runner
+        self._recorder = recorder
+        self._patience = SCALE_SKIPS_BEFORE_A_LOOK + hysteresis
+        self.scale_skips = 0
+
+    def examine(self, skip: SkippedStep, agree: bool) -> Diagnosis:
+        """Why a step was skipped.
+
+        A finite loss shows that forward was sound, and nothing is looked at, until that has not helped for a while.
+
+        Args:
+            agree: exchange what was found with the other ranks, which all call this for the same step.
+        """
+        diagnosis = self._doubting_scale(skip, self._diagnose(skip, agree))
+        self.scale_skips = self.scale_skips + 1 if diagnosis.cause is Cause.SCALE else 0
+        return diagnosis
+
+    def _diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
+        if skip.loss_finite and not self._looks_closer():
+            return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
+        forwards = self._recorder.forwards_of(skip.step)
+        try:
+            found = diagnose(
+                skip.loss_finite, skip.parameters, forwards, self._runner.current, self._runner.name_of
+            )
+            if found.cause is Cause.SCALE:
+                found = self._without_scale(forwards) or found
+        except Exception as error:  # a rank that fails here must not keep the others waiting
+            found = Diagnosis(Cause.UNKNOWN, f"a closer look failed ({type(error).__name__}: {error}).")
+        return self._agreed(found) if agree and agreement.is_needed() else found
+
+    def _agreed(self, found: Diagnosis) -> Diagnosis:
+        """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
+        names = [name for name, _ in self._runner.named_modules()]
+        device = next((p.device for model in self._runner.models() for p in model.parameters()), None)
+        local = [float(_GRAVITY.index(found.cause)), *(float(name in found.modules) for name in names)]
+        gravest, *blamed = agreement.largest_elements_over_ranks(torch.tensor(local, device=device))
+        cause = _GRAVITY[int(gravest)]
+        modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
+        if cause is found.cause and set(modules) == set(found.modules):
+            return found
+        return Diagnosis(cause, f"another rank has found the cause. Here: {found.message}", modules)
+
+    def _looks_closer(self) -> bool:
+        """Whether it is time to doubt that a smaller scale cures: at the 4th, 8th, 16th, … such skip in a row."""
+        count = self.scale_skips + 1
+        return count > SCALE_SKIPS_BEFORE_A_LOOK and count & (count - 1) == 0
+
+    def _without_scale(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
+        """The diagnosis of a backward that overflows without a scale too; None where none is seen to."""
+        for forward in forwards:
+            broken = parameters_overflowing_unscaled(forward, self._runner.current)
+            if broken:
+                prefix = self._runner.name_of(forward.model)
+                return self._backward_overflow([joined(prefix, name) for name in broken], "without a scale")
+        return None
+
+    def _backward_overflow(self, parameters: Iterable[str], when: str) -> Diagnosis:
+        """Names the module where backward, which runs from the last to the first, met the first bad value."""
+        owners = {name.rpartition(".")[0] for name in parameters}
+        known = [name for name, _ in self._runner.named_modules() if name in owners]
+        where = f"The first gradient that is not finite is that of {known[-1]}" if known else "Look"
+        return Diagnosis(
+            Cause.UNKNOWN,
+            f"the loss was finite, but backward overflows {when} as well. {where}: look there for a root or a division "
+            "at zero, whose derivative is infinite.",
+            tuple(known[-1:]),
+        )
+
+    def _doubting_scale(self, skip: SkippedStep, diagnosis: Diagnosis) -> Diagnosis:
+        """`diagnosis`, unless it is that of a scale which cures nothing: at most 1, or no longer being lowered."""
+        held = skip.next_scale >= skip.scale and self.scale_skips > self._patience
+        if diagnosis.cause is not Cause.SCALE or not (skip.scale <= 1 or held):
+            return diagnosis
+        gradients = [(name, p.grad) for name, p in skip.parameters if p.grad is not None]
+        return self._backward_overflow(non_finite_names(gradients), f"at a scale of {skip.scale:g}")
