@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hf_amp.errors import ScalerError
 from hf_amp.scaling.boundary import Boundary, Treatment
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.unscale import multiply_, reciprocal
@@ -86,6 +87,17 @@ class Application:
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `optimizer` divides by `grad_scale` and skips by `found_inf` itself."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def refuse_closure(
+    optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], options: Mapping[str, Any]
+) -> None:
+    """Raises `ScalerError` where `optimizer.step` was given a closure."""
+    if options.get("closure") is not None or any(callable(argument) for argument in arguments):
+        raise ScalerError(
+            f"{type(optimizer).__name__}.step with a closure cannot be loss-scaled, because the closure runs backward "
+            "several times within one step; use an optimizer without a closure, or FP32 or BF16 without hf_amp."
+        )
 
 
 def device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig, ScalingStrategy
 from hf_amp.errors import ScalerError
-from hf_amp.scaling.application import Application, device_of, is_fused
+from hf_amp.scaling.application import Application, device_of, is_fused, refuse_closure
 from hf_amp.scaling.boundary import Boundary, Look, Treatment, examine
 from hf_amp.scaling.loss import SeenLosses, map_losses
 from hf_amp.scaling.outcome import StepOutcome
@@ -143,12 +144,7 @@ class AdvancedGradScaler(ScaleKeeper):
         """
         if not self._enabled:
             return cast("float | None", optimizer.step(*args, **kwargs))
-        if kwargs.get("closure") is not None or any(callable(argument) for argument in args):
-            raise ScalerError(
-                f"{type(optimizer).__name__}.step with a closure cannot be loss-scaled, because the closure runs "
-                "backward several times within one step; use an optimizer without a closure, or FP32 or BF16 without "
-                "hf_amp."
-            )
+        refuse_closure(optimizer, args, kwargs)
         boundary = self._current_boundary(optimizer)
         if boundary is None:
             boundary = self._examine(optimizer, self._treatment_for(optimizer))
@@ -162,17 +158,14 @@ class AdvancedGradScaler(ScaleKeeper):
         boundary.lost_update_fraction = self._application.take_lost_update_fraction(optimizer)
         seed = self.decided_steps if self.config.enable_monitoring and self._is_interval() else None
         self.decided_steps += 1
-        result = None
+        run = functools.partial(self._application.run, optimizer, boundary, args, kwargs, sample_seed=seed)
         if self._defers(optimizer):
             self._pending.append(PendingVerdict(self.decided_steps, boundary, optimizer))
-            result = self._application.run(
-                optimizer, boundary, args, kwargs, on_device=True, sample_seed=seed
-            )
+            result = run(on_device=True)
         else:
             outcome = outcome_now(self.decided_steps, boundary)
-            if outcome.applied:
-                result = self._application.run(optimizer, boundary, args, kwargs, sample_seed=seed)
-            else:
+            result = run() if outcome.applied else None
+            if not outcome.applied:
                 self._application.leave_out(optimizer)
             self._count(outcome, optimizer)
         boundary.gradients = []

@@ -15,7 +15,6 @@ from transformers import Trainer, set_seed
 
 import hf_amp
 from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
-from hf_amp.config import MixedPrecisionConfig as Config
 from hf_amp.scaling.half_parameters import settle
 from hf_amp.scaling.master_weights import MasterWeights
 from tests.integrations.half_models import dtypes, loaded
@@ -231,6 +230,31 @@ def test_optimizer_made_before_goes_on(order: str) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, held, strict=True))
 
 
+def test_clipping_in_a_bf16_run_with_master_weights_is_fp32s() -> None:
+    """The norm and the clipped gradients that masters move by are FP32, not rounded to BF16, where nothing is scaled."""
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    hf_amp.attach(accelerator, MixedPrecisionConfig(half_parameters="master_weights"))
+    model = tiny_mlp().to(torch.bfloat16)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.backward(model(torch.ones(2, 4)).float().square().mean())
+    wide = [p.grad.double() for p in model.parameters()]
+    norm = accelerator.clip_grad_norm_(model.parameters(), 0.01)
+    exact = torch.cat([g.flatten() for g in wide]).norm()
+    assert norm.item() == pytest.approx(exact.item(), rel=1e-6)
+    for p, g in zip(model.parameters(), wide, strict=True):
+        torch.testing.assert_close(p.grad.double(), g * 0.01 / (exact + 1e-6), rtol=1e-6, atol=0)
+
+
+def test_dynamic_precision_upcasts_in_bf16_runs_too() -> None:
+    """DYNAMIC tries FP32 as well, for which BF16 parameters become FP32; a plain BF16 run leaves them."""
+    for mode, expected in (("DYNAMIC", torch.float32), (None, torch.bfloat16)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        hf_amp.attach(accelerator, MixedPrecisionConfig(precision_mode=mode))
+        model = accelerator.prepare(tiny_mlp().to(torch.bfloat16))
+        assert dtypes(model) == {expected}
+
+
 def test_refused_attach_leaves_the_accelerator_alone() -> None:
     """Where attach finds what it must refuse, the accelerator is as before, and can be attached to again."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
@@ -248,7 +272,7 @@ def test_refused_attach_leaves_the_accelerator_alone() -> None:
 def test_conversion_inside_ddp_is_too_late(mode: PrecisionMode) -> None:
     """DDP hooks onto gradients by dtype: a conversion after it is refused, with the way that works."""
     model = tiny_mlp().to(torch.bfloat16)
-    config = Config(precision_mode=mode)
+    config = MixedPrecisionConfig(precision_mode=mode)
     with pytest.raises(
         AttachError, match=r"attach hf_amp before accelerator.prepare|Attach hf_amp before"
     ) as raised:
