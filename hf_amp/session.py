@@ -300,7 +300,7 @@ class AmpSession:
         # A finite loss shows that the scale is to blame, but only where there is one.
         loss_finite = None if self.scaler.guards_only and outcome.loss_finite else outcome.loss_finite
         diagnosis = self._keeper.diagnose(
-            outcome.attempt, loss_finite, parameters, agree=self.scaler.config.sync_grad_scaler
+            outcome.attempt, loss_finite, parameters, agree=self.scaler.ranks_agree
         )
         gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
         return self._keeper.doubt_scale(diagnosis, outcome.scale, next_scale, gradients)
