@@ -16,6 +16,7 @@ from torch import nn
 
 import hf_amp
 from hf_amp import AmpSession, MixedPrecisionConfig
+from hf_amp.monitoring.metrics import TIMINGS
 from tests.reference import OverflowInBackward, snapshot
 
 OVERFLOWING = (1, 4, 7)
@@ -44,10 +45,12 @@ class Run:
             self.optimizer.zero_grad()
 
     def everything(self) -> tuple[list[torch.Tensor], Any]:
-        """Parameters, optimizer state, and all that is saved of the session."""
+        """Parameters, optimizer state, and all that is saved and told of the session, but for what a clock has measured."""
         assert self.session is not None
-        rate = self.scheduler.get_last_lr()
-        return snapshot(self.model, self.optimizer), (rate, self.session.scaler.state_dict())
+        saved = self.session.scaler.state_dict()
+        del saved["hf_amp"]["companions"]["pace"]
+        figures = {name: value for name, value in self.session.metrics().items() if name not in TIMINGS}
+        return snapshot(self.model, self.optimizer), (self.scheduler.get_last_lr(), saved, figures)
 
 
 def begin(

@@ -39,7 +39,6 @@ def test_a_run_killed_while_it_saves_resumes_exactly(tmp_path: Path, naming: str
     (tensors, state), (expected_tensors, expected_state) = resumed.everything(), unbroken.everything()
     assert_bitwise_equal(tensors, expected_tensors)
     assert state == expected_state
-    assert resumed.session.metrics() == unbroken.session.metrics()
     loaded, skipped = (e for e in resumed.session.events if e.kind is not EventKind.ATTACHED)
     assert (loaded.kind, loaded.step) == (EventKind.STATE_LOADED, 6)
     assert (skipped.kind, skipped.step) == (EventKind.STEP_SKIPPED, 8)
