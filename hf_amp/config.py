@@ -105,6 +105,7 @@ _HALF_PARAMETERS = Allowed(
     "None or one of 'error', 'upcast', 'master_weights'",
     lambda v: v is None or (isinstance(v, str) and v in ("error", "upcast", "master_weights")),
 )
+_COMMUNICATION = Allowed("None, FP16 or BF16", lambda v: v in (None, PrecisionMode.FP16, PrecisionMode.BF16))
 _STRATEGY = Allowed(
     "one of " + ", ".join(ScalingStrategy.__members__), lambda v: isinstance(v, ScalingStrategy)
 )
@@ -113,7 +114,6 @@ _STRATEGY = Allowed(
 _NOT_YET: Mapping[str, Callable[[Any], bool]] = {
     "memory_efficient": bool,
     "gradient_accumulation_friendly": bool,
-    "distributed_amp": bool,
 }
 
 
@@ -233,16 +233,24 @@ class MixedPrecisionConfig:
     """Whether work per micro-batch is moved to the step boundary."""
 
     distributed_amp: bool = option_field(False, SWITCH)
-    """Whether several processes or devices train together."""
+    """Whether several processes train together. Their verdicts are then agreed on as with `sync_grad_scaler`, and
+    `communication_precision` can be chosen. `DataParallel` is one process and needs neither."""
+
+    communication_precision: PrecisionMode | None = option_field(None, _COMMUNICATION)
+    """What DistributedDataParallel reduces gradients in: None for as they are (FP32), FP16 or BF16 for half the bytes.
+    Needs `distributed_amp`. Gradients are averaged scaled, so that FP16 has the range for them which the loss scale
+    keeps; one that leaves it is an overflow like any other. Names are accepted as strings, in any case."""
 
     sync_grad_scaler: bool = option_field(False, SWITCH)
     """Whether the processes agree on every verdict and scale, by one small all-reduce a step. `attach` turns it on
-    where there are several; needed by hand with DistributedDataParallel or FSDP1 outside of accelerate."""
+    where there are several; needed by hand with DistributedDataParallel or FSDP1 outside of accelerate, unless
+    `distributed_amp` is set."""
 
     def __post_init__(self) -> None:
         for name, enumeration in (
             ("precision_mode", PrecisionMode),
             ("scaling_strategy", ScalingStrategy),
+            ("communication_precision", PrecisionMode),
         ):
             value = getattr(self, name)
             if isinstance(value, str) and value.upper() in enumeration.__members__:
@@ -297,6 +305,12 @@ class MixedPrecisionConfig:
             raise ConfigError(
                 f"MixedPrecisionConfig(init_scale={self.init_scale!r}): init_scale must lie in [min_scale, "
                 f"max_scale] = [{self.min_scale!r}, {self.max_scale!r}]; move it or widen the bounds."
+            )
+
+        if self.communication_precision is not None and not self.distributed_amp:
+            raise ConfigError(
+                f"MixedPrecisionConfig(communication_precision={self.communication_precision.value}): nothing is sent "
+                "unless several processes train together; set distributed_amp=True too, or leave it out."
             )
 
     @classmethod

@@ -45,6 +45,7 @@ class EventKind(str, enum.Enum):
     """The evaluation loss leaves out batches whose loss was not finite."""
     CHECKPOINT_WITHHELD = "checkpoint_withheld"
     """A checkpoint with non-finite weights was not written."""
+    STATE_LOADED = "state_loaded"
     TRAINING_STARTED = "training_started"
     TRAINING_ENDED = "training_ended"
     METRICS = "metrics"

@@ -302,7 +302,7 @@ class AmpSession:
         loss_finite = None if self.scaler.guards_only and outcome.loss_finite else outcome.loss_finite
         parameters = self._named_parameters(optimizer)
         skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, next_scale, parameters)
-        return self._keeper.examiner.examine(skip, agree=self.scaler.config.sync_grad_scaler)
+        return self._keeper.examiner.examine(skip, agree=self.scaler.ranks_agree)
 
     def _tell_of_floor(self, step: int, outcome: StepOutcome, next_scale: float) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:

@@ -81,6 +81,7 @@ KINDS = {
     "half parameters": (
         "None or one of 'error', 'upcast', 'master_weights'", ["", "UPCAST", "warn", 16, True, ["error"]], ["half_parameters"],
     ),
+    "half": ("None, FP16 or BF16", ["FP8", "", 16, True, ["FP16"], PrecisionMode.FP32], ["communication_precision"]),
     "strategy": (
         "one of CONSTANT, DYNAMIC, ADAPTIVE, PERFORMANCE_OPTIMIZED",
         [None, "NOPE", "", 2, False, b"DYNAMIC", PrecisionMode.FP32], ["scaling_strategy"],
@@ -203,7 +204,11 @@ def test_names_are_accepted_in_any_case(option, member, spell):
 
 def candidates(option):
     """Allowed values of an option other than its default."""
-    enumerations = {"precision_mode": PrecisionMode, "scaling_strategy": ScalingStrategy}
+    enumerations = {
+        "precision_mode": PrecisionMode,
+        "communication_precision": PrecisionMode,
+        "scaling_strategy": ScalingStrategy,
+    }
     if option.name in enumerations:
         return list(enumerations[option.name])
     if isinstance(option.default, bool):

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
 from hf_amp.config import MixedPrecisionConfig, PrecisionMode
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
 from hf_amp.hardware import probe
-from hf_amp.integrations.adoption import adopt_models, lead_autocast, prepared_models
+from hf_amp.integrations.adoption import adopt_models, lead_autocast
+from hf_amp.integrations.checkpoint import keep_state_in_checkpoints
+from hf_amp.integrations.communication import reduce_gradients_in_half, refuse_uneven_inputs
+from hf_amp.integrations.optimizers import DecidedOptimizers
 from hf_amp.integrations.parameter_precision import settle_parameters
+from hf_amp.integrations.trackers import merge_metrics_into_logs
+from hf_amp.integrations.upstream import has_step_hooks, prepared_models, prepared_optimizers
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
@@ -59,7 +62,7 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
         try:
             _take_over(accelerator, session)
         except Exception:
-            session.changes.undo()
+            session.changes.undo()  # an attach that fails has changed nothing
             raise
     session.note(
         EventKind.ATTACHED,
@@ -72,20 +75,24 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
 
 
 def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
+    """All that `attach` changes on `accelerator`, and on what it has prepared or will prepare."""
     session.changes.set_attribute(accelerator, _SESSION, session)
-    adopted = _give_optimizers_the_scaler(accelerator, session)
+    reduce_gradients_in_half(accelerator, session)
+    refuse_uneven_inputs(accelerator, session)
+    optimizers = DecidedOptimizers(accelerator, session)
+    merge_metrics_into_logs(accelerator, session)
+    keep_state_in_checkpoints(accelerator, session)
     if not session.scaler.guards_only:
         _scale_losses(accelerator, session)
-        _fold_clipping(accelerator, session, adopted)
+        _fold_clipping(accelerator, session, optimizers)
     else:
         _show_losses(accelerator, session)
         if session.scaler.master_weights is not None:
-            _widen_gradients_before_clipping(accelerator, session, adopted)
+            _widen_gradients_before_clipping(accelerator, session, optimizers)
     adopt_models(accelerator, session)
     lead_autocast(accelerator, session)
-    settle_parameters(
-        accelerator, session, prepared_models(accelerator), [optimizer.optimizer for optimizer in adopted]
-    )
+    inner = [optimizer.optimizer for optimizer in optimizers.adopted]
+    settle_parameters(accelerator, session, prepared_models(accelerator), inner)
 
 
 def _check_supported(accelerator: Accelerator) -> None:
@@ -94,7 +101,7 @@ def _check_supported(accelerator: Accelerator) -> None:
             f"hf_amp.attach got {type(accelerator).__name__}: pass an accelerate.Accelerator. For a Trainer add "
             "hf_amp.MixedPrecisionCallback() to its callbacks instead."
         )
-    if hasattr(accelerator, _SESSION):
+    if hasattr(accelerator, _SESSION) and not _end_released_session(accelerator):
         raise AttachError(
             "this Accelerator has an hf_amp session already: use that one, or call its detach() first."
         )
@@ -103,6 +110,15 @@ def _check_supported(accelerator: Accelerator) -> None:
             f"hf_amp does not support {accelerator.distributed_type.value} yet: use one process, or several with "
             "DistributedDataParallel (MULTI_GPU, MULTI_CPU)."
         )
+
+
+def _end_released_session(accelerator: Accelerator) -> bool:
+    """Detaches a session that has trained and whose objects `free_memory()` has released; says whether it did."""
+    session: AmpSession = getattr(accelerator, _SESSION)
+    if session.scaler.decided_steps == 0 or prepared_optimizers(accelerator):
+        return False
+    session.detach()
+    return True
 
 
 def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> PrecisionMode:
@@ -144,50 +160,15 @@ def _scale_losses(accelerator: Accelerator, session: AmpSession) -> None:
     session.changes.set_attribute(accelerator, "scaler", session.scaler)
 
 
-def _give_optimizers_the_scaler(
-    accelerator: Accelerator, session: AmpSession
-) -> weakref.WeakSet[AcceleratedOptimizer]:
-    """Lets the session's scaler decide the steps of all optimizers, prepared or to be; returns the set of them."""
-    former = accelerator.scaler
-    adopted: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
-
-    def adopt(optimizer: AcceleratedOptimizer) -> None:
-        adopted.add(optimizer)
-        if optimizer.scaler is not session.scaler:
-            replace_scaler(optimizer, session.scaler)
-
-    def give_back() -> None:
-        for optimizer in adopted:
-            replace_scaler(optimizer, former)
-
-    session.changes.call_on_undo(give_back)
-    for prepared in prepared_optimizers(accelerator):
-        adopt(prepared)
-    prepare_optimizer = accelerator.prepare_optimizer
-
-    @functools.wraps(prepare_optimizer)
-    def prepare_and_adopt(*args: Any, **kwargs: Any) -> Any:
-        optimizer = prepare_optimizer(*args, **kwargs)
-        adopt(optimizer)
-        return optimizer
-
-    session.changes.set_attribute(accelerator, "prepare_optimizer", prepare_and_adopt)
-    return adopted
-
-
-def _fold_clipping(
-    accelerator: Accelerator,
-    session: AmpSession,
-    adopted: weakref.WeakSet[AcceleratedOptimizer],
-) -> None:
+def _fold_clipping(accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers) -> None:
     """Lets `accelerator.clip_grad_norm_` fold into the optimizer step where the session says that nobody looks."""
     clip_grad_norm_ = accelerator.clip_grad_norm_
 
     @functools.wraps(clip_grad_norm_)
     def clip_or_fold(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        if session.folds_clipping and norm_type == 2 and len(adopted) == 1:
-            (optimizer,) = adopted
+        if session.folds_clipping and norm_type == 2 and len(optimizers.adopted) == 1:
+            (optimizer,) = optimizers.adopted
             inner = optimizer.optimizer
             if _holds_exactly(inner, parameters) and not has_step_hooks(inner):
                 return session.scaler.clip_grad_norm_(inner, max_norm)
@@ -197,16 +178,14 @@ def _fold_clipping(
 
 
 def _widen_gradients_before_clipping(
-    accelerator: Accelerator,
-    session: AmpSession,
-    adopted: weakref.WeakSet[AcceleratedOptimizer],
+    accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers
 ) -> None:
     """Lets clipping see the FP32 gradients that master weights are moved by, also where no loss is scaled."""
     unscale_gradients = accelerator.unscale_gradients
 
     @functools.wraps(unscale_gradients)
     def widen(optimizer: Any = None) -> None:
-        for each in adopted:
+        for each in optimizers.adopted:
             session.scaler.unscale_(each.optimizer)
         unscale_gradients(optimizer)
 
@@ -217,33 +196,3 @@ def _holds_exactly(optimizer: torch.optim.Optimizer, parameters: list[torch.Tens
     """Whether the gradients of `parameters` are those that `optimizer` will apply, all of them and no other."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     return held == {id(p) for p in parameters if p.grad is not None}
-
-
-# ---- private names of accelerate and torch, each read in one place; tests/contract fails by name if one goes -------------
-
-
-def prepared_optimizers(accelerator: Accelerator) -> list[AcceleratedOptimizer]:
-    """The optimizers that `accelerator` has prepared."""
-    return list(accelerator._optimizers)
-
-
-def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether anybody has registered a hook that runs before `optimizer.step`, and may look at gradients there."""
-    return bool(optimizer._optimizer_step_pre_hooks)
-
-
-def replace_scaler(optimizer: AcceleratedOptimizer, scaler: torch.amp.GradScaler | None) -> None:
-    """Gives a prepared optimizer another scaler, by the way that it is unpickled, which sets up what it needs for it."""
-    optimizer.__setstate__({**optimizer.__getstate__(), "scaler": scaler})
-    if scaler is None:
-        for name in (
-            "_accelerate_step_called",
-            "_optimizer_original_step_method",
-            "_optimizer_patched_step_method",
-        ):
-            vars(optimizer).pop(name, None)
-
-
-def forget_skip(optimizer: AcceleratedOptimizer) -> None:
-    """Makes a prepared optimizer say that no step was skipped: a new one has begun. Upstream: accelerate#2828."""
-    optimizer._is_overflow = False

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_amp.config import PrecisionMode
 from hf_amp.forward_context import ForwardContext
+from hf_amp.integrations.upstream import forward_before_autocast, prepared_models
 from hf_amp.reversible import ReversibleChanges
 from hf_amp.session import AmpSession
 
@@ -106,17 +107,3 @@ def lead_autocast(accelerator: Accelerator, session: AmpSession) -> None:
 def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:
     """As accelerate does on other devices."""
     return convert_outputs_to_fp32(lambda: output)()
-
-
-# ---- private names of accelerate, each read in one place; tests/contract fails by name if one goes ---------------------
-
-
-def prepared_models(accelerator: Accelerator) -> list[nn.Module]:
-    """The models that `accelerator` has prepared."""
-    return list(accelerator._models)
-
-
-def forward_before_autocast(model: nn.Module) -> Callable[..., Any]:
-    """The function behind `model.forward` that accelerate has wrapped in autocast; takes the model as its first argument."""
-    forward = vars(model).get("_original_forward", model.forward)
-    return getattr(forward, "__func__", lambda model, *args, **kwargs: forward(*args, **kwargs))

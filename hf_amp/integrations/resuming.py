@@ -1,9 +1,8 @@
-"""A run goes on from a checkpoint: made with hf_amp or without it, in this precision or another."""
+"""A Trainer's run goes on from a checkpoint: made with hf_amp or without it, in this precision or another."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from transformers import Trainer
 
@@ -20,22 +19,3 @@ def load_scaler_where_there_is_one(trainer: Trainer, session: AmpSession) -> Non
             load_scaler(checkpoint)
 
     session.changes.set_attribute(trainer, "_load_scaler", load_or_leave)
-
-
-def progress_of(session: AmpSession) -> dict[str, Any]:
-    """What a run in any precision goes on from: counters and figures, and the precision that they were made in."""
-    return {"precision": session.asked_for.value, **session.scaler.progress()}
-
-
-def go_on_from(progress: dict[str, Any], session: AmpSession) -> str:
-    """Restores what `progress_of` has saved, but no plan that was made for another precision.
-
-    Returns:
-        The precision that the saved run was in.
-    """
-    precision = str(progress.get("precision", session.asked_for.value))
-    companions = dict(progress.get("companions", {}))
-    if precision != session.asked_for.value:
-        companions.pop("fallback", None)
-    session.scaler.load_progress({**progress, "companions": companions})
-    return precision

@@ -16,10 +16,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import AmpEvent, Cause, EventKind
-from hf_amp.integrations.accelerate import attach, forget_skip
-from hf_amp.integrations.resuming import go_on_from, load_scaler_where_there_is_one, progress_of
+from hf_amp.integrations.accelerate import attach
+from hf_amp.integrations.progress import go_on_from, progress_of
+from hf_amp.integrations.resuming import load_scaler_where_there_is_one
 from hf_amp.integrations.run_summary import RunSummary
 from hf_amp.integrations.truthful_logs import save_valid_json, tell_in_logs
+from hf_amp.integrations.upstream import forget_skip
 from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink
 from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.session import AmpSession

@@ -66,6 +66,11 @@ class ScaleKeeper(torch.amp.GradScaler):
     def _chosen_policy(self) -> ScalePolicy:
         return ConstantScale(1.0) if self.guards_only else POLICIES[self.config.scaling_strategy](self.config)
 
+    @property
+    def ranks_agree(self) -> bool:
+        """Whether the processes of a run exchange what each of them has found, and decide alike."""
+        return self.config.sync_grad_scaler or self.config.distributed_amp
+
     def flush(self) -> None:
         """Brings the counters up to date; nothing to do where they always are."""
 

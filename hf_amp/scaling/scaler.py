@@ -236,7 +236,7 @@ class AdvancedGradScaler(ScaleKeeper):
         Among several ranks it does wait for the one of the step before: observers may exchange what they find, so all
         ranks must come to it at the same step.
         """
-        agrees = self.config.sync_grad_scaler
+        agrees = self.ranks_agree
         while self._pending and self._pending[0].age(self.decided_steps) >= 1:
             if not (agrees or self._pending[0].ready()):
                 break
@@ -284,7 +284,7 @@ class AdvancedGradScaler(ScaleKeeper):
                 norm=norm or (monitors and not self.guards_only),
                 amax=self._policy.needs_amax or self._samples_now() or self._defers(optimizer),
                 sample_seed=self.decided_steps if self._samples_now() else None,
-                agree=self.config.sync_grad_scaler,
+                agree=self.ranks_agree,
             ),
         )
         for ask in self.passengers:

@@ -10,8 +10,13 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback
 
-from hf_amp.integrations.accelerate import forget_skip, prepared_optimizers, replace_scaler
-from hf_amp.integrations.adoption import forward_before_autocast, prepared_models
+from hf_amp.integrations.upstream import (
+    forget_skip,
+    forward_before_autocast,
+    prepared_models,
+    prepared_optimizers,
+    replace_scaler,
+)
 
 
 def test_torch_has_the_unscale_kernel() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,28 +70,47 @@ def test_before_and_after_prepare_train_alike() -> None:
     assert_bitwise_equal(*(snapshot(r["model"], r["optimizer"]) for r in results))
 
 
-def test_detach_restores_what_was_there() -> None:
-    """After detach, and after leaving the context manager, every attribute is what it was before attach."""
+def build(owner: Any) -> dict[str, Any]:
+    """How `owner` is made: attributes by name; methods, hooks, switches and other objects by identity or value, figures
+    that training changes by type."""
+    figures = (torch.Tensor, int, float, list)
+    return {
+        name: type(value)
+        if isinstance(value, figures) and not isinstance(value, bool)
+        else dict(value)
+        if isinstance(value, dict) and all(callable(entry) for entry in value.values())
+        else value
+        for name, value in vars(owner).items()
+        if name != "state" and not name.startswith("_opt_called")
+    }
 
-    def attributes(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> list[Any]:
-        return [
-            dict(vars(accelerator)),
-            dict(vars(optimizer)),
-            {name: value for name, value in vars(model).items() if name[0] != "_"},
-            [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        ]
 
-    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+@pytest.mark.parametrize("emulate", [True, False])
+def test_detach_restores_what_was_there(tmp_path: Path, precision: str, emulate: bool) -> None:
+    """After training, a skip, a checkpoint and detach, everything is built as before attach: accelerator, optimizers
+    (prepared and inner), schedules, every module with its forward and its hooks."""
+    accelerator = Accelerator(mixed_precision=precision, cpu=True)
     model = tiny_mlp()
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    before = attributes(accelerator, model, optimizer)
-    with hf_amp.attach(accelerator) as session:
-        assert attributes(accelerator, model, optimizer) != before
-    assert attributes(accelerator, model, optimizer) == before
-    session.detach()
-    assert attributes(accelerator, model, optimizer) == before
-    hf_amp.attach(accelerator).detach()
-    assert attributes(accelerator, model, optimizer) == before
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    owners = [accelerator, accelerator.state, optimizer, optimizer.optimizer, scheduler, *model.modules()]
+    before = [build(owner) for owner in owners]
+    for _ in range(2):  # attach, detach, and once more
+        with hf_amp.attach(accelerator, MixedPrecisionConfig(emulate=emulate)) as session:
+            assert [build(owner) for owner in owners] != before
+            for overflowing in (False, True):
+                loss = model(torch.ones(5, 4)).square().mean()
+                accelerator.backward(OverflowInBackward.apply(loss) if overflowing else loss)
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                scheduler.step()
+            accelerator.save_state(str(tmp_path / "saved"))
+            accelerator.load_state(str(tmp_path / "saved"))
+        assert [build(owner) for owner in owners] == before
+        session.detach()
+        assert [build(owner) for owner in owners] == before
 
 
 def test_second_attach_is_a_clear_error() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_amp.cli.demo_model import help_topics
-from hf_amp.integrations.accelerate import replace_scaler
+from hf_amp.integrations.upstream import replace_scaler
 
 POISONED_STEP = 3
 

@@ -1,74 +1,101 @@
-"""One of two processes: sharded and rank-local gradients under one scaler. Prints a JSON line with what it decided."""
+"""One of two processes: sharded and rank-local gradients under one scaler. Prints a JSON line with what was decided."""
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
 
 
-def sharded_model() -> nn.Module:
-    """Two layers, each sharded over both ranks (FSDP2)."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+def layers(seed: int) -> nn.Sequential:
+    """Two layers, 8 → 8 → 4."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+
+
+def fsdp2_model() -> nn.Module:
+    """Each layer sharded over both ranks: gradients are DTensors."""
+    model = layers(seed=0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
+def fsdp1_model() -> nn.Module:
+    """One flat parameter, of which each rank holds a half: its gradient is a plain tensor of this rank."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that FSDP1 is old, and that a CPU has no device number
+        return FullyShardedDataParallel(layers(seed=0), device_id=torch.device("cpu"))
+
+
 def rank_local_model() -> nn.Module:
-    """A model of this rank alone, as FSDP1's flat shards are: gradients are not reduced."""
-    torch.manual_seed(dist.get_rank())
-    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    """A model of this rank alone: gradients are not reduced."""
+    return layers(seed=dist.get_rank())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kind", choices=["sharded", "local"])
-    parser.add_argument("--strategy", default="ADAPTIVE")
-    parser.add_argument("--fused", action="store_true")
-    parser.add_argument("--unscale", action="store_true")
-    parser.add_argument("--no-sync", action="store_true")
-    options = parser.parse_args()
-    dist.init_process_group("gloo")
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of `tensor`."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def run(make_model: Callable[[], nn.Module], fused: bool, unscale: bool, **options: Any) -> dict[str, Any]:
+    """Five steps: an inf in rank 0's part of a gradient in the second, a NaN loss on rank 1 in the fourth."""
     rank = dist.get_rank()
-    model = sharded_model() if options.kind == "sharded" else rank_local_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=options.fused)
-    config = MixedPrecisionConfig(
-        scaling_strategy=options.strategy,
-        init_scale=1024.0,
-        sync_grad_scaler=options.kind == "local" and not options.no_sync,
-    )
-    scaler = AdvancedGradScaler(config, "cpu")
-    applied, scales = [], []
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    scaler = AdvancedGradScaler(MixedPrecisionConfig(init_scale=1024.0, **options), "cpu")
+    applied, scales, moved = [], [], []
     for step in range(5):
+        before = [local(p).detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
         loss = model(torch.full((3, 8), 0.5 + rank)).square().mean()
-        if step == 3 and rank == 1:
-            loss = loss * float("nan") if options.kind == "local" else loss
+        if step == 3 and rank == 1 and make_model is rank_local_model:
+            loss = loss * torch.nan
         scaler.scale(loss).backward()
-        gradient = next(model.parameters()).grad
         if step == 1 and rank == 0:
-            local = gradient.to_local() if options.kind == "sharded" else gradient
-            local[0, 0] = torch.inf
-        if options.unscale:
+            next(local(p.grad) for p in model.parameters() if p.grad is not None).view(-1)[0] = torch.inf
+        if unscale:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
         applied.append(scaler.last_outcome.applied)
         scales.append(scaler.get_scale())
-    finite = all((p.to_local() if hasattr(p, "to_local") else p).isfinite().all() for p in model.parameters())
-    gathered = [None, None]
-    dist.all_gather_object(gathered, {"applied": applied, "scales": scales, "finite": bool(finite)})
-    if rank == 0:
+        moved.append(
+            any(not torch.equal(a, local(p)) for a, p in zip(before, model.parameters(), strict=True))
+        )
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    finite = all(local(tensor).isfinite().all() for tensor in [*model.parameters(), *states])
+    return {"applied": applied, "scales": scales, "moved": moved, "finite": bool(finite)}
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    results = {}
+    for (kind, make_model), fused, unscale in itertools.product(
+        {"FSDP2": fsdp2_model, "FSDP1": fsdp1_model}.items(), (False, True), (False, True)
+    ):
+        results[f"{kind} {fused} {unscale}"] = run(
+            make_model, fused, unscale, scaling_strategy="ADAPTIVE", sync_grad_scaler=kind == "FSDP1"
+        )
+    for strategy in ("ADAPTIVE", "DYNAMIC"):
+        for switch in ("sync_grad_scaler", "distributed_amp"):
+            options = {"scaling_strategy": strategy, switch: True}
+            results[f"local {strategy} {switch}"] = run(rank_local_model, False, False, **options)
+    results["local alone"] = run(rank_local_model, False, False, scaling_strategy="ADAPTIVE")
+    gathered: list[Any] = [None, None]
+    dist.all_gather_object(gathered, results)
+    if dist.get_rank() == 0:
         print(json.dumps(gathered))
     dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,45 +14,46 @@ import pytest
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
-def decisions(*options: str) -> list[dict[str, Any]]:
-    """What each of the two ranks decided."""
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    """What each of the two ranks decided, run by run: one launch."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(WORKER), *options],
+        [*launch, str(WORKER)],
         capture_output=True,
         text=True,
         timeout=240,
-        env=_environment(),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-
-
+@pytest.mark.parametrize("kind", ["FSDP2", "FSDP1"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("unscale", [False, True], ids=["step only", "unscale first"])
-def test_inf_in_one_shard_skips_on_all_ranks(fused: bool, unscale: bool) -> None:
-    """FSDP2: an inf in rank 0's shard only; both ranks skip that step, keep the same scale and finite parameters."""
-    ranks = decisions("--kind", "sharded", *["--fused"] * fused, *["--unscale"] * unscale)
-    assert ranks[0] == ranks[1]
-    assert ranks[0]["applied"] == [True, False, True, True, True]
-    assert ranks[0]["finite"]
+def test_inf_in_one_shard_skips_on_all_ranks(
+    ranks: list[dict[str, Any]], kind: str, fused: bool, unscale: bool
+) -> None:
+    """An inf in rank 0's shard only: both ranks skip that step and move nothing, keep the same scale, stay finite."""
+    first, second = (results[f"{kind} {fused} {unscale}"] for results in ranks)
+    assert first == second
+    assert first["applied"] == first["moved"] == [True, False, True, True, True]
+    assert first["finite"]
 
 
 @pytest.mark.parametrize("strategy", ["ADAPTIVE", "DYNAMIC"])
-def test_rank_local_gradients_and_losses_are_agreed_on(strategy: str) -> None:
-    """sync_grad_scaler: an inf of rank 0 and a NaN loss of rank 1 skip on both, and the scales stay equal."""
-    ranks = decisions("--kind", "local", "--strategy", strategy)
-    assert ranks[0] == ranks[1]
-    assert ranks[0]["applied"] == [True, False, True, False, True]
+@pytest.mark.parametrize("switch", ["sync_grad_scaler", "distributed_amp"])
+def test_rank_local_gradients_and_losses_are_agreed_on(
+    ranks: list[dict[str, Any]], strategy: str, switch: str
+) -> None:
+    """With either option an inf of rank 0 and a NaN loss of rank 1 skip on both, and the scales stay equal."""
+    first, second = (results[f"local {strategy} {switch}"] for results in ranks)
+    assert first == second
+    assert first["applied"] == [True, False, True, False, True]
 
 
-def test_without_agreement_ranks_diverge() -> None:
-    """The same without sync_grad_scaler: decisions differ, so the test above can fail."""
-    ranks = decisions("--kind", "local", "--no-sync")
-    assert ranks[0]["applied"] != ranks[1]["applied"]
+def test_without_agreement_ranks_diverge(ranks: list[dict[str, Any]]) -> None:
+    """The same with neither: decisions differ, so the test above can fail."""
+    first, second = (results["local alone"] for results in ranks)
+    assert first["applied"] != second["applied"]

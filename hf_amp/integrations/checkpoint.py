@@ -1,0 +1,144 @@
+"""`save_state` and `load_state` of an accelerator: whole or not at all, with our state in it, across precisions."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import SCALER_NAME
+
+from hf_amp.config import PrecisionMode
+from hf_amp.events import EventKind
+from hf_amp.integrations.progress import go_on_from, progress_of
+from hf_amp.integrations.staging import Staging, finish_interrupted
+from hf_amp.session import AmpSession
+
+GUARD_NAME = "hf_amp.pt"
+"""Where BF16 and FP32 runs keep what FP16 runs keep in `scaler.pt`, which a stock FP16 run would take its scale from."""
+
+
+def keep_state_in_checkpoints(accelerator: Accelerator, session: AmpSession) -> None:
+    """Makes `save_state` and `load_state` of `accelerator` keep the session's state too.
+
+    A checkpoint appears whole or not at all: a process killed in `save_state` leaves the previous one to be loaded,
+    also where the new one was to take its place. One made without hf_amp, or in another precision, loads.
+    """
+    _save_whole(accelerator, session)
+    _load_from_any_precision(accelerator, session)
+
+
+def _save_whole(accelerator: Accelerator, session: AmpSession) -> None:
+    save_state = accelerator.save_state
+
+    @functools.wraps(save_state)
+    def save_whole(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        def write(folder: Path) -> None:
+            save_state(str(folder), *args, **kwargs)
+
+        project = accelerator.project_configuration
+        if not project.automatic_checkpoint_naming:
+            if output_dir is None:
+                return save_state(output_dir, *args, **kwargs)  # whose error says what is missing
+            return _save(accelerator, session, write, Staging(Path(output_dir)))
+        place = Path(accelerator.project_dir) / "checkpoints" / f"checkpoint_{accelerator.save_iteration}"
+        staging = Staging(place, beside=place.parents[1])
+        if staging.replaces:
+            return save_state(output_dir, *args, **kwargs)  # which refuses to
+        # Named as upstream does, but the oldest goes only when the newest is there.
+        project.automatic_checkpoint_naming = False
+        try:
+            _save(accelerator, session, write, staging)
+        finally:
+            project.automatic_checkpoint_naming = True
+        if accelerator.is_main_process and project.total_limit is not None:
+            _delete_oldest(place.parent, keep=project.total_limit)
+        return place
+
+    session.changes.set_attribute(accelerator, "save_state", save_whole)
+
+
+def _save(
+    accelerator: Accelerator, session: AmpSession, write: Callable[[Path], None], staging: Staging
+) -> Path:
+    """Every rank takes part: a checkpoint is in its place when all have written their part of it."""
+    guards = session.scaler.guards_only
+    accelerator.wait_for_everyone()  # until all have seen whether it replaces another
+    if accelerator.is_local_main_process:
+        staging.clear()
+    accelerator.wait_for_everyone()
+    write(staging.folder)
+    if guards and accelerator.is_local_main_process:
+        torch.save(progress_of(session), staging.folder / GUARD_NAME)
+    accelerator.wait_for_everyone()
+    # The main process first: where nodes share the folder, the others find nothing left to do.
+    for publishes in (accelerator.is_main_process, accelerator.is_local_main_process):
+        if publishes:
+            staging.publish(stale=SCALER_NAME if guards else GUARD_NAME)
+        accelerator.wait_for_everyone()
+    return staging.target
+
+
+def _delete_oldest(checkpoints: Path, keep: int) -> None:
+    numbered = {int(path.name.rpartition("_")[2]): path for path in checkpoints.glob("checkpoint_[0-9]*")}
+    for number in sorted(numbered)[: max(len(numbered) - keep, 0)]:
+        shutil.rmtree(numbered[number])
+
+
+def _load_from_any_precision(accelerator: Accelerator, session: AmpSession) -> None:
+    load_state = accelerator.load_state
+
+    @functools.wraps(load_state)
+    def load_any(input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if input_dir is not None:
+            if accelerator.is_local_main_process:
+                finish_interrupted(Path(input_dir).expanduser())
+            accelerator.wait_for_everyone()
+        loaded: list[str] = []
+        watch = accelerator.register_load_state_pre_hook(lambda models, folder: loaded.append(folder))
+        scaler = accelerator.scaler
+        accelerator.scaler = None  # upstream insists on a scaler.pt where there is one; we load what there is
+        try:
+            load_state(input_dir, *args, **kwargs)
+        finally:
+            accelerator.scaler = scaler
+            watch.remove()
+        _load_session(session, Path(loaded[0]))
+
+    session.changes.set_attribute(accelerator, "load_state", load_any)
+
+
+def _load_session(session: AmpSession, folder: Path) -> None:
+    """Takes up scale, policy, counters and plan, as far as the checkpoint in `folder` holds them; tells what it did."""
+    own, others = (GUARD_NAME, SCALER_NAME) if session.scaler.guards_only else (SCALER_NAME, GUARD_NAME)
+    name = next((name for name in (own, others) if (folder / name).is_file()), None)
+    if name is None:
+        message = (
+            f"{folder} holds no state of a scaler (saved in BF16 or FP32, or on a CPU, without hf_amp): scale and "
+            "counters stay as they are"
+        )
+    else:
+        saved = torch.load(folder / name, map_location="cpu", weights_only=True)
+        message = f"goes on from the {name} of {folder}"
+        if name == SCALER_NAME == own:
+            session.scaler.load_state_dict(saved)
+        elif name == GUARD_NAME:
+            go_on_from(saved, session)
+        else:
+            go_on_from({"precision": PrecisionMode.MIXED.value, **saved.get("hf_amp", {})}, session)
+        if name == others:
+            message += (
+                ", which another precision has saved: counters are taken over, a scale and a plan are not"
+            )
+    session.begin_at(session.scaler.decided_steps)
+    session.note(
+        EventKind.STATE_LOADED,
+        f"{message}.",
+        scale=session.scaler.get_scale(),
+        applied_steps=session.scaler.applied_steps,
+        skipped_steps=session.scaler.skipped_steps,
+    )

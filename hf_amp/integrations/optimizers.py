@@ -1,0 +1,89 @@
+"""The optimizers of an accelerator: the session's scaler decides their steps, and skips are told truthfully."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+
+from hf_amp.integrations.upstream import forget_skip, prepared_optimizers, replace_scaler
+from hf_amp.session import AmpSession
+
+
+class DecidedOptimizers:
+    """The optimizers whose steps the session's scaler decides: all of them, prepared or to be. Keeps none alive.
+
+    Args:
+        accelerator: still with its own scaler, which the optimizers get back when the session is detached.
+        session: whose scaler they get.
+
+    Attributes:
+        adopted: the prepared optimizers.
+    """
+
+    def __init__(self, accelerator: Accelerator, session: AmpSession) -> None:
+        self.adopted: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
+        self._scaler = session.scaler
+        self._former_scaler = accelerator.scaler
+        self._steps: weakref.WeakKeyDictionary[AcceleratedOptimizer, _Steps] = weakref.WeakKeyDictionary()
+        session.changes.call_on_undo(self._give_back)
+        for prepared in prepared_optimizers(accelerator):
+            self._adopt(prepared)
+        prepare_optimizer = accelerator.prepare_optimizer
+
+        @functools.wraps(prepare_optimizer)
+        def prepare_and_adopt(*args: Any, **kwargs: Any) -> Any:
+            optimizer = prepare_optimizer(*args, **kwargs)
+            self._adopt(optimizer)
+            return optimizer
+
+        session.changes.set_attribute(accelerator, "prepare_optimizer", prepare_and_adopt)
+
+    def _adopt(self, optimizer: AcceleratedOptimizer) -> None:
+        if optimizer in self.adopted:
+            return
+        self.adopted.add(optimizer)
+        if optimizer.scaler is not self._scaler:
+            replace_scaler(optimizer, self._scaler)
+        former = vars(optimizer).get("step")
+        ours = _truthful_step(former)
+        optimizer.step = MethodType(ours, optimizer)
+        self._steps[optimizer] = _Steps(former, ours)
+
+    def _give_back(self) -> None:
+        for optimizer in self.adopted:
+            replace_scaler(optimizer, self._former_scaler)
+            forget_skip(optimizer)
+            former, ours = self._steps[optimizer]
+            if getattr(vars(optimizer)["step"], "__func__", None) is not ours:
+                continue  # a learning-rate scheduler has wrapped it since
+            del optimizer.step
+            if former is not None:
+                optimizer.step = former
+
+
+class _Steps(NamedTuple):
+    former: Callable[..., Any] | None
+    """What a learning-rate scheduler has put in the place of the optimizer's own `step`; None for that one."""
+    ours: Callable[..., Any]
+
+
+def _truthful_step(former: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A `step` for a prepared optimizer, for which a micro-step that ends no accumulation window is not a skipped one.
+
+    Upstream keeps the verdict of the last window until the next one ends (accelerate#2828).
+    """
+
+    def step(optimizer: AcceleratedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        if not optimizer.gradient_state.sync_gradients:
+            forget_skip(optimizer)
+        if former is not None:
+            return former(*args, **kwargs)
+        return type(optimizer).step(optimizer, *args, **kwargs)
+
+    return step

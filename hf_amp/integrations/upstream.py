@@ -1,0 +1,52 @@
+"""Private names of accelerate and torch that the integrations need, each read in one place.
+
+`tests/contract` fails by name when one goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+
+def prepared_models(accelerator: Accelerator) -> list[nn.Module]:
+    """The models that `accelerator` has prepared."""
+    return list(accelerator._models)
+
+
+def forward_before_autocast(model: nn.Module) -> Callable[..., Any]:
+    """The function behind `model.forward` that accelerate has wrapped in autocast; takes the model as its first argument."""
+    forward = vars(model).get("_original_forward", model.forward)
+    return getattr(forward, "__func__", lambda model, *args, **kwargs: forward(*args, **kwargs))
+
+
+def prepared_optimizers(accelerator: Accelerator) -> list[AcceleratedOptimizer]:
+    """The optimizers that `accelerator` has prepared."""
+    return list(accelerator._optimizers)
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anybody has registered a hook that runs before `optimizer.step`, and may look at gradients there."""
+    return bool(optimizer._optimizer_step_pre_hooks)
+
+
+def forget_skip(optimizer: AcceleratedOptimizer) -> None:
+    """Makes `optimizer.step_was_skipped` False."""
+    optimizer._is_overflow = False
+
+
+def replace_scaler(optimizer: AcceleratedOptimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """Gives a prepared optimizer another scaler, by the way that it is unpickled, which sets up what it needs for it."""
+    optimizer.__setstate__({**optimizer.__getstate__(), "scaler": scaler})
+    if scaler is None:
+        for name in (
+            "_accelerate_step_called",
+            "_optimizer_original_step_method",
+            "_optimizer_patched_step_method",
+        ):
+            vars(optimizer).pop(name, None)

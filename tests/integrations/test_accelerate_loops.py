@@ -1,0 +1,222 @@
+"""What loops do with an Accelerator goes on as before, and tells the truth."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import hf_amp
+from hf_amp import AttachError, MixedPrecisionConfig
+from hf_amp.monitoring.metrics import LOG_PREFIX
+from tests.reference import OverflowInBackward, snapshot, tiny_mlp
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
+
+BATCH = torch.linspace(-1, 1, 20).reshape(5, 4)
+
+
+def accumulated(attached: bool) -> tuple[list[bool], list[float]]:
+    """Four windows of two micro-batches, the second overflows; what is told after each micro-batch, and the rate."""
+    accelerator = Accelerator(mixed_precision="no", cpu=True, gradient_accumulation_steps=2)
+    if attached:
+        hf_amp.attach(accelerator)
+    model = tiny_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    skipped, rates = [], []
+    for micro_step in range(8):
+        with accelerator.accumulate(model):
+            loss = model(BATCH).square().mean()
+            accelerator.backward(OverflowInBackward.apply(loss) if micro_step == 2 else loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        skipped.append(accelerator.optimizer_step_was_skipped)
+        rates.append(scheduler.get_last_lr()[0])
+    return skipped, rates
+
+
+def test_a_skip_is_told_at_its_own_step_only() -> None:
+    """Under accumulation the step after the second window is told skipped, no micro-step after it; its rate stays."""
+    skipped, rates = accumulated(attached=True)
+    assert skipped == [False, False, False, True, False, False, False, False]
+    assert rates == [0.1, 0.05, 0.05, 0.05, 0.05, 0.025, 0.025, 0.0125]
+
+
+@pytest.mark.parametrize("created_before_prepare", [True, False])
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_schedulers_of_either_optimizer_step_it_once(
+    created_before_prepare: bool, attached_first: bool
+) -> None:
+    """A schedule made for the raw or for the prepared optimizer: one optimizer step a call."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    config = MixedPrecisionConfig(init_scale=1024.0)
+    session = hf_amp.attach(accelerator, config) if attached_first else None
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    if created_before_prepare:
+        torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if not created_before_prepare:
+        torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    session = session or hf_amp.attach(accelerator, config)
+    nn.init.constant_(model.weight, 3.0)
+    for _ in range(2):
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.weight.item() == 1.0
+    assert session.scaler.applied_steps == 2
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
+def test_a_copied_optimizer_steps_its_own_parameters(copy_of: Any) -> None:
+    """A deep copy, or an unpickled one, moves the copy and not the original."""
+    accelerator = Accelerator(cpu=True)
+    hf_amp.attach(accelerator)
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = accelerator.prepare(torch.optim.SGD([parameter], lr=1.0))
+    other = copy_of(optimizer)
+    (copied,) = other.param_groups[0]["params"]
+    copied.grad = torch.ones(2)
+    other.step()
+    assert copied.tolist() == [0.0, 0.0]
+    assert parameter.tolist() == [1.0, 1.0]
+
+
+def test_clipping_by_value_sees_unscaled_gradients() -> None:
+    """After clip_grad_value_ no gradient is beyond the limit, and those within it are FP32's to rounding."""
+    gradients = []
+    for precision in ("no", "fp16"):
+        accelerator = Accelerator(mixed_precision=precision, cpu=True)
+        session = hf_amp.attach(accelerator)
+        model, optimizer = accelerator.prepare(
+            tiny_mlp(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        )
+        optimizer.add_param_group({"params": list(model.parameters())})
+        accelerator.backward(model(BATCH).square().mean())
+        accelerator.clip_grad_value_(model.parameters(), 0.02)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        session.detach()
+        accelerator.state._reset_state(reset_partial_state=True)
+    assert max(g.abs().max() for g in gradients[1]) == torch.tensor(0.02)
+    for expected, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_two_networks_with_an_optimizer_each_take_their_turns() -> None:
+    """A GAN's loop in which the discriminator overflows once: its optimizer and schedule stand, the generator's move."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=1024.0))
+    networks = [nn.Linear(2, 2), nn.Linear(2, 1)]
+    optimizers = [torch.optim.AdamW(network.parameters(), lr=0.1) for network in networks]
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for optimizer in optimizers]
+    # Each schedule with its own optimizer; accelerate ties a scheduler to all that are prepared together with it.
+    prepared = [accelerator.prepare(*trio) for trio in zip(networks, optimizers, schedulers, strict=True)]
+    (generator, g_optimizer, g_schedule), (discriminator, d_optimizer, d_schedule) = prepared
+    moved = []
+    for step in range(3):
+        before = snapshot(generator, g_optimizer), snapshot(discriminator, d_optimizer)
+        d_optimizer.zero_grad()
+        loss = discriminator(generator(torch.ones(3, 2)).detach()).square().mean()
+        accelerator.backward(OverflowInBackward.apply(loss) if step == 1 else loss)
+        accelerator.clip_grad_norm_(discriminator.parameters(), 1.0)
+        d_optimizer.step()
+        g_optimizer.zero_grad()
+        accelerator.backward(discriminator(generator(torch.ones(3, 2))).sigmoid().mean())
+        accelerator.clip_grad_norm_(generator.parameters(), 1.0)
+        g_optimizer.step()
+        d_schedule.step()
+        g_schedule.step()
+        after = snapshot(generator, g_optimizer), snapshot(discriminator, d_optimizer)
+        moved.append(
+            [
+                any(not torch.equal(a, b) for a, b in zip(*pair, strict=False))
+                for pair in zip(before, after, strict=True)
+            ]
+        )
+    assert moved == [[True, True], [True, False], [True, True]]
+    assert g_schedule.get_last_lr() == [0.0125]
+    assert d_schedule.get_last_lr() == [0.025]
+    assert session.metrics()["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_accelerator_autocast_is_fp16_on_a_cpu(emulate: bool) -> None:
+    """A matrix product of the loop's own inside `accelerator.autocast()` overflows as FP16's does, outside it does not."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(emulate=emulate))
+    large = torch.full((2, 2), 250.0)
+    with accelerator.autocast():
+        assert (large @ large).isinf().all()
+    with accelerator.autocast(AutocastKwargs(enabled=False)):
+        assert (large @ large).isfinite().all()
+    assert (large @ large).isfinite().all()
+    session.detach()
+    with accelerator.autocast():
+        assert (large @ large).isfinite().all()
+
+
+def test_later_prepared_objects_are_under_the_same_scaler() -> None:
+    """A second model and optimizer prepared after training has begun: scaled, skipped and counted like the first."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator)
+    for count in (1, 2):
+        model = tiny_mlp()
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        before = snapshot(model, optimizer)
+        accelerator.backward(OverflowInBackward.apply(model(BATCH).square().mean()))
+        optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
+        assert session.metrics()["skipped_steps"] == count
+        assert accelerator.unwrap_model(model) is model
+
+
+def test_attach_again_after_free_memory_begins_anew() -> None:
+    """Once what was trained is released the same Accelerator takes a new session; the old one is detached."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    first = hf_amp.attach(accelerator)
+    model, optimizer = accelerator.prepare(tiny_mlp(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    accelerator.backward(model(BATCH).mean())
+    optimizer.step()
+    with pytest.raises(AttachError, match="detach"):
+        hf_amp.attach(accelerator)
+    model, optimizer = accelerator.free_memory(model, optimizer)
+    second = hf_amp.attach(accelerator)
+    assert first.events[-1].kind is hf_amp.EventKind.DETACHED
+    assert accelerator.scaler is second.scaler
+    second.detach()
+    assert "save_state" not in vars(accelerator)
+
+
+def test_metrics_reach_the_trackers(tmp_path: Path) -> None:
+    """`accelerator.log` writes ours beside the loop's own, once a step; without a step in between it adds nothing."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=128.0))
+    accelerator.init_trackers("run", config={"lr": 0.1})
+    model = tiny_mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.log({"loss/before": 1.0}, step=0)
+    for step in (1, 2):
+        accelerator.backward(model(BATCH).square().mean())
+        optimizer.step()
+        accelerator.log({"loss/train": 0.5}, step=step)
+        accelerator.log({"loss/eval": 0.25}, step=10 + step)
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss/before", "loss/train", "loss/eval"} < set(tags)
+    assert [(e.step, e.value) for e in events.Scalars(LOG_PREFIX + "scale")] == [(1, 128.0), (2, 128.0)]
+    assert [(e.step, e.value) for e in events.Scalars(LOG_PREFIX + "applied_steps")] == [(1, 1.0), (2, 2.0)]
