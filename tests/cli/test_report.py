@@ -214,7 +214,7 @@ def test_a_loop_of_ones_own_has_a_report_too(tmp_path: Path) -> None:
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            session.log_metrics(loss=float(loss))
+            session.log_metrics(loss=loss.item())
     (told,) = json.loads(report(tmp_path / "loop", "--json").stdout)
     assert told["state"] == "finished"
     assert told["what_ran"].startswith("FP16 emulated on the CPU")

@@ -24,7 +24,7 @@ def full_run() -> RunHistory:
     lines = [started()]
     for step in range(1, 41):
         if step in (1, 2, 20):
-            lines.append(skipped(step))
+            lines.append(skipped(step, "SCALE" if step < 20 else "$\\frac$"))
         if step == 10:
             lines.append(
                 skipped(step, "ACTIVATION", modules=["h.1", HOSTILE], message=f"{HOSTILE} \x1b[2J $x^$")
