@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -22,24 +20,18 @@ from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.plan_keeper import PlanKeeper
 from hf_amp.fallback.transition import Transition
 from hf_amp.hardware import Hardware
+from hf_amp.journal import Journal
 from hf_amp.monitoring.hopeless import Finding, HopeWatch
 from hf_amp.monitoring.module_monitor import ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.pace import Pace
-from hf_amp.monitoring.sinks import console
 from hf_amp.reversible import ReversibleChanges
 from hf_amp.scaling.boundary import Boundary, Treatment
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.scaler import AdvancedGradScaler
 
-EVENTS_KEPT = 10_000
-"""Newest events that a session keeps; the JSON-lines log has all."""
 
-INCIDENTS_A_LOG_ENTRY = 3
-"""Incidents that one log entry names; the JSON-lines log has all."""
-
-
-class AmpSession:
+class AmpSession(Journal):
     """What hf_amp does and knows in one run. Made by `attach` and `MixedPrecisionCallback`.
 
     Attributes:
@@ -49,8 +41,6 @@ class AmpSession:
         hardware: what the device can run.
         first_step: what the scaler's first decided step is called in events; 1, or later in a resumed run.
         folds_clipping: whether clipping by norm may fold into the optimizer step: nobody looks at gradients before it.
-        run_id: names the run in logs.
-        sinks: called with every event.
         monitor: counts and newest figures.
         hope: whether anything can be learned yet.
         changes: what was changed on the instances attached to; undone by `detach`.
@@ -64,13 +54,12 @@ class AmpSession:
         mode: PrecisionMode,
         hardware: Hardware,
     ) -> None:
+        super().__init__()
         self.config = config
         self.scaler = scaler
         self.hardware = hardware
         self.first_step = 1
         self.folds_clipping = False
-        self.run_id = uuid.uuid4().hex[:12]
-        self.sinks: list[Callable[[AmpEvent], None]] = [console.write]
         self.changes = ReversibleChanges()
         self.asked_for = mode
         self._keeper = PlanKeeper(config, mode, hardware, step=lambda: scaler.decided_steps + 1)
@@ -79,10 +68,7 @@ class AmpSession:
         self.hope = HopeWatch(config.patience)
         self.pace = Pace(hardware.device)
         self._modules = ModuleMonitor(config.monitoring_interval)
-        self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
-        self._unlogged: deque[AmpEvent] = deque(maxlen=INCIDENTS_A_LOG_ENTRY)
         self._at_floor = False
-        self._newest_step = 0
         scaler.observers.append(self._record_step)
         scaler.companions.update(monitor=self.monitor, hope=self.hope, fallback=self._keeper, pace=self.pace)
         if config.monitor_modules and config.enable_monitoring:
@@ -95,11 +81,6 @@ class AmpSession:
     def plan(self) -> PrecisionPlan:
         """Which precision runs where, now."""
         return self._keeper.plan
-
-    @property
-    def events(self) -> Sequence[AmpEvent]:
-        """What happened, oldest first; at most the newest 10,000."""
-        return tuple(self._events)
 
     def metrics(self) -> dict[str, float]:
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No host read."""
@@ -159,19 +140,6 @@ class AmpSession:
         self._follow(withdrawn, None, None)
         return True
 
-    def record(self, event: AmpEvent) -> None:
-        """Gives one event to every sink, and to the session's list unless it only repeats figures."""
-        if event.kind is not EventKind.METRICS:
-            self._events.append(event)
-        if event.kind.needs_attention:
-            self._unlogged.append(event)
-        for sink in self.sinks:
-            sink(event)
-
-    def note(self, kind: EventKind, message: str, **figures: Any) -> None:
-        """Records an event in which nothing went wrong."""
-        self.record(AmpEvent(self._newest_step, kind, message=message, figures=figures))
-
     def non_finite_parameters(self) -> list[str]:
         """Qualified names of the parameters of adopted models that hold non-finite values. One host read."""
         return non_finite_names(
@@ -183,7 +151,7 @@ class AmpSession:
     def tell(self, finding: Finding | None) -> None:
         """Records what the watch over the run's hope has found, if anything."""
         if finding is not None:
-            self.record(AmpEvent(self._newest_step, finding.kind, finding.cause, message=finding.message))
+            self.record(AmpEvent(self.newest_step, finding.kind, finding.cause, message=finding.message))
 
     def log_to(self, folder: str | Path) -> None:
         """Writes events, and what `log_metrics` gives, into `folder`, for `hf-amp report`, until `detach`.
@@ -211,12 +179,6 @@ class AmpSession:
 
         self.changes.call_on_undo(end)
 
-    def unlogged_incidents(self) -> str:
-        """What needed attention since the last call, for one log entry: the newest three; "" where nothing did."""
-        told = "; ".join(console.headline(event) for event in self._unlogged)
-        self._unlogged.clear()
-        return told
-
     def log_metrics(self, step: int | None = None, **figures: float) -> None:
         """Writes the newest metrics into the log, with `figures` of the caller's beside them, such as the loss.
 
@@ -227,12 +189,12 @@ class AmpSession:
             step: optimizer step that they are of; None for the newest that is known.
         """
         known = {**figures, **self.metrics(), **self._modules.unlogged()}
-        self.record(AmpEvent(self._newest_step if step is None else step, EventKind.METRICS, figures=known))
+        self.record(AmpEvent(self.newest_step if step is None else step, EventKind.METRICS, figures=known))
 
     def begin_at(self, completed_steps: int) -> None:
         """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""
         self.first_step = completed_steps + 1 - self.scaler.decided_steps
-        self._newest_step = completed_steps
+        self.newest_step = completed_steps
 
     def detach(self) -> None:
         """Gives everything that was attached to its former state. Harmless when called again."""
@@ -257,7 +219,7 @@ class AmpSession:
 
     def _record_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         step = self.first_step + outcome.attempt - 1
-        self._newest_step = step
+        self.newest_step = step
         self.monitor.record_lost_updates(outcome.lost_update_fraction)
         self.monitor.record_losses(outcome.losses, outcome.non_finite_losses)
         step_seconds = self.pace.step_decided(NumberFormat.of(self.plan.default).name)
@@ -339,7 +301,7 @@ class AmpSession:
             keeper.scale_at_rest = None
         self.record(
             AmpEvent(
-                step=self._newest_step,
+                step=self.newest_step,
                 kind=EventKind.PRECISION_CHANGED,
                 cause=cause,
                 before=before.precision_of(transition.modules).value,

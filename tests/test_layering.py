@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"config", "errors", "events", "nested", "options", "reversible"},
     {"statistics", "hardware", "emulation", "forward_context"},
     {"scaling", "fallback", "monitoring"},
-    {"session"},
+    {"journal", "session"},
     {"integrations", "training"},
     {"cli"},
 ]

@@ -16,8 +16,8 @@ from hf_amp import (
     PrecisionMode,
 )
 from hf_amp.hardware import probe
+from hf_amp.journal import EVENTS_KEPT
 from hf_amp.monitoring.metrics import NAMES
-from hf_amp.session import EVENTS_KEPT
 from tests.reference import OverflowInBackward
 
 

@@ -1,0 +1,58 @@
+"""`Journal`: what happened in one run, kept and handed to every sink."""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hf_amp.events import AmpEvent, EventKind
+from hf_amp.monitoring.sinks import console
+
+EVENTS_KEPT = 10_000
+"""Newest events that a session keeps; the JSON-lines log has all."""
+
+INCIDENTS_A_LOG_ENTRY = 3
+"""Incidents that one log entry names; the JSON-lines log has all."""
+
+
+class Journal:
+    """The part of `AmpSession` that knows nothing of precision: events, and where they go.
+
+    Attributes:
+        run_id: names the run in logs.
+        sinks: called with every event.
+        newest_step: number of the newest optimizer step that is known; 0 before the first.
+    """
+
+    def __init__(self) -> None:
+        self.run_id = uuid.uuid4().hex[:12]
+        self.sinks: list[Callable[[AmpEvent], None]] = [console.write]
+        self.newest_step = 0
+        self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
+        self._unlogged: deque[AmpEvent] = deque(maxlen=INCIDENTS_A_LOG_ENTRY)
+
+    @property
+    def events(self) -> Sequence[AmpEvent]:
+        """What happened, oldest first; at most the newest 10,000."""
+        return tuple(self._events)
+
+    def record(self, event: AmpEvent) -> None:
+        """Gives one event to every sink, and to the session's list unless it only repeats figures."""
+        if event.kind is not EventKind.METRICS:
+            self._events.append(event)
+        if event.kind.needs_attention:
+            self._unlogged.append(event)
+        for sink in self.sinks:
+            sink(event)
+
+    def note(self, kind: EventKind, message: str, **figures: Any) -> None:
+        """Records an event in which nothing went wrong."""
+        self.record(AmpEvent(self.newest_step, kind, message=message, figures=figures))
+
+    def unlogged_incidents(self) -> str:
+        """What needed attention since the last call, for one log entry: the newest three; "" where nothing did."""
+        told = "; ".join(console.headline(event) for event in self._unlogged)
+        self._unlogged.clear()
+        return told
