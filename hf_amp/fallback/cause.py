@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from hf_amp.fallback.locate import ForwardFindings, locate
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.nested import tensors_in
 from hf_amp.statistics import snapshot
+from hf_amp.statistics.gradients import is_sharded
 
 SCALE_IS_CURING = (
     "the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in the "
@@ -146,9 +147,15 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ForwardFindings]
 
 
 def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of those that hold inf or NaN, in order. One host read."""
+    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One host read."""
+
+    def held(x: Tensor) -> Tensor:
+        if is_sharded(x):
+            return cast(Tensor, cast(Any, x).to_local())
+        return x._values() if x.is_sparse else x
+
     with torch.no_grad():
-        flags = {name: ~(x._values() if x.is_sparse else x).isfinite().all() for name, x in tensors}
+        flags = {name: ~held(x).isfinite().all() for name, x in tensors}
     return [name for name, flag in snapshot.read(flags).items() if flag] if flags else []
 
 

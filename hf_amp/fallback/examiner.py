@@ -87,7 +87,8 @@ class Examiner:
     def _agreed(self, found: Diagnosis) -> Diagnosis:
         """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
         names = [name for name, _ in self._runner.named_modules()]
-        device = next((p.device for model in self._runner.models() for p in model.parameters()), None)
+        anywhere = torch.device(self._runner.entry.device_type)
+        device = next((p.device for model in self._runner.models() for p in model.parameters()), anywhere)
         local = [float(_GRAVITY.index(found.cause)), *(float(name in found.modules) for name in names)]
         gravest, *blamed = agreement.largest_elements_over_ranks(torch.tensor(local, device=device))
         cause = _GRAVITY[int(gravest)]

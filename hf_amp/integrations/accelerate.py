@@ -26,7 +26,12 @@ from hf_amp.session import AmpSession
 
 _SESSION = "_hf_amp_session"
 _MODES = {"fp16": PrecisionMode.MIXED, "bf16": PrecisionMode.BF16, "no": PrecisionMode.FP32}
-_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+)
 
 
 def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None) -> AmpSession:
@@ -46,6 +51,10 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     """
     config = config if config is not None else MixedPrecisionConfig()
     _check_supported(accelerator)
+    sharded = accelerator.distributed_type is DistributedType.FSDP
+    if sharded:
+        # Forward passes of a shard wait for those of the other ranks: none is repeated to find a cause, or changed.
+        config = dataclasses.replace(config, automatic_fallback=False, fold_clipping=False)
     mode = _mode_of(accelerator, config)
     device = accelerator.device
     scaler = AdvancedGradScaler(
@@ -66,7 +75,8 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
             raise
     session.note(
         EventKind.ATTACHED,
-        f"hf_amp is attached: {session.what_runs() if config.enabled else 'disabled by the config'}.",
+        f"hf_amp is attached: {session.what_runs() if config.enabled else 'disabled by the config'}"
+        + ("; under FSDP it scales and skips, and modules do not fall back." if sharded else "."),
         device=str(device),
         precision=mode.value,
         strategy=config.scaling_strategy.value,
@@ -81,7 +91,7 @@ def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
     refuse_uneven_inputs(accelerator, session)
     optimizers = DecidedOptimizers(accelerator, session)
     merge_metrics_into_logs(accelerator, session)
-    keep_state_in_checkpoints(accelerator, session)
+    keep_state_in_checkpoints(accelerator, session, optimizers)
     if not session.scaler.guards_only:
         _scale_losses(accelerator, session)
         _fold_clipping(accelerator, session, optimizers)
@@ -89,6 +99,8 @@ def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
         _show_losses(accelerator, session)
         if session.scaler.master_weights is not None:
             _widen_gradients_before_clipping(accelerator, session, optimizers)
+    if accelerator.distributed_type is DistributedType.FSDP:
+        return
     adopt_models(accelerator, session)
     lead_autocast(accelerator, session)
     inner = [optimizer.optimizer for optimizer in optimizers.adopted]
@@ -107,8 +119,9 @@ def _check_supported(accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type not in _SUPPORTED:
         raise AttachError(
-            f"hf_amp does not support {accelerator.distributed_type.value} yet: use one process, or several with "
-            "DistributedDataParallel (MULTI_GPU, MULTI_CPU)."
+            f"hf_amp does not support {accelerator.distributed_type.value}: DeepSpeed and Megatron-LM scale losses and skip "
+            "steps by themselves, and two scalers on one loss are wrong. Use one process, or several with "
+            "DistributedDataParallel (MULTI_GPU, MULTI_CPU) or FSDP, or leave attach out."
         )
 
 

@@ -14,6 +14,7 @@ from accelerate.utils import SCALER_NAME
 
 from hf_amp.config import PrecisionMode
 from hf_amp.events import EventKind
+from hf_amp.integrations.optimizers import DecidedOptimizers
 from hf_amp.integrations.progress import go_on_from, progress_of
 from hf_amp.integrations.staging import Staging, finish_interrupted
 from hf_amp.session import AmpSession
@@ -22,23 +23,26 @@ GUARD_NAME = "hf_amp.pt"
 """Where BF16 and FP32 runs keep what FP16 runs keep in `scaler.pt`, which a stock FP16 run would take its scale from."""
 
 
-def keep_state_in_checkpoints(accelerator: Accelerator, session: AmpSession) -> None:
+def keep_state_in_checkpoints(
+    accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers
+) -> None:
     """Makes `save_state` and `load_state` of `accelerator` keep the session's state too.
 
     A checkpoint appears whole or not at all: a process killed in `save_state` leaves the previous one to be loaded,
     also where the new one was to take its place. One made without hf_amp, or in another precision, loads.
     """
-    _save_whole(accelerator, session)
-    _load_from_any_precision(accelerator, session)
+    _save_whole(accelerator, session, optimizers)
+    _load_from_any_precision(accelerator, session, optimizers)
 
 
-def _save_whole(accelerator: Accelerator, session: AmpSession) -> None:
+def _save_whole(accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers) -> None:
     save_state = accelerator.save_state
 
     @functools.wraps(save_state)
     def save_whole(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         def write(folder: Path) -> None:
-            save_state(str(folder), *args, **kwargs)
+            with optimizers.without_scaler():
+                save_state(str(folder), *args, **kwargs)
 
         project = accelerator.project_configuration
         if not project.automatic_checkpoint_naming:
@@ -89,7 +93,9 @@ def _delete_oldest(checkpoints: Path, keep: int) -> None:
         shutil.rmtree(numbered[number])
 
 
-def _load_from_any_precision(accelerator: Accelerator, session: AmpSession) -> None:
+def _load_from_any_precision(
+    accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers
+) -> None:
     load_state = accelerator.load_state
 
     @functools.wraps(load_state)
@@ -103,7 +109,8 @@ def _load_from_any_precision(accelerator: Accelerator, session: AmpSession) -> N
         scaler = accelerator.scaler
         accelerator.scaler = None  # upstream insists on a scaler.pt where there is one; we load what there is
         try:
-            load_state(input_dir, *args, **kwargs)
+            with optimizers.without_scaler():
+                load_state(input_dir, *args, **kwargs)
         finally:
             accelerator.scaler = scaler
             watch.remove()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType
+from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,6 +62,11 @@ def reduce_gradients_in_half(accelerator: Accelerator, session: AmpSession) -> N
         raise ConfigError(
             f"communication_precision=FP16 with mixed_precision={accelerator.mixed_precision!r}: without loss scaling "
             "small gradients would vanish in FP16; use communication_precision=BF16, or mixed_precision='fp16'."
+        )
+    if accelerator.distributed_type is DistributedType.FSDP:
+        raise ConfigError(
+            f"communication_precision={precision.value} under FSDP, which has an option of its own for what it reduces "
+            "gradients in: set the reduce_dtype of mixed_precision_policy of FullyShardedDataParallelPlugin instead."
         )
     handler = accelerator.ddp_handler
     if handler is not None and handler.comm_hook != DDPCommunicationHookType.NO:

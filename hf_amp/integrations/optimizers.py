@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -43,6 +44,20 @@ class DecidedOptimizers:
             return optimizer
 
         session.changes.set_attribute(accelerator, "prepare_optimizer", prepare_and_adopt)
+
+    @contextmanager
+    def without_scaler(self) -> Iterator[None]:
+        """The optimizers as they are without a scaler, for steps that are not training's.
+
+        Saving or loading the sharded state of an optimizer steps it on gradients of zero (accelerate#4289).
+        """
+        for optimizer in self.adopted:
+            replace_scaler(optimizer, None)
+        try:
+            yield
+        finally:
+            for optimizer in self.adopted:
+                replace_scaler(optimizer, self._scaler)
 
     def _adopt(self, optimizer: AcceleratedOptimizer) -> None:
         if optimizer in self.adopted:

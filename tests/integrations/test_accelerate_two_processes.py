@@ -123,3 +123,16 @@ def test_checkpoints_of_two_processes_are_whole(ranks: Ranks) -> None:
         assert {"random_states_0.pkl", "random_states_1.pkl", "scaler.pt"} < set(saved["files"])
         assert saved["siblings"] == ["saved"]
         assert (saved["applied"], saved["scale"]) == (2, 1024.0)
+
+
+@pytest.mark.parametrize("run", ["sharded", "sharded, fused"])
+def test_fsdp2_through_accelerate_skips_on_both(ranks: Ranks, run: str) -> None:
+    """An inf in rank 0's shard and a NaN loss on rank 1 skip on both, weights stay finite, and a run that resumes from
+    the checkpoint, whose loading steps the new optimizer on zeros (accelerate#4289), is the same to the bit."""
+    first, second = (records[run] for records in ranks)
+    assert first == second
+    assert first["skipped"] == [False, False, True, False, True, False]
+    assert first["causes"] == ["SCALE", "UNKNOWN"]
+    assert first["finite"]
+    assert first["loaded"] == first["saved"]
+    assert first["resumed weights"] == first["weights"]

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
 import hf_amp
@@ -210,6 +210,66 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
+def begin_sharded(fused: bool) -> tuple[Accelerator, AmpSession, nn.Module, Any]:
+    """FSDP2 through accelerate, which shards on accelerators only; told that it runs FSDP it does so on a CPU too."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="no_wrap",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=1024.0))
+    model = Perceptron()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    return accelerator, session, *accelerator.prepare(model, optimizer)
+
+
+def train_sharded(accelerator: Accelerator, model: nn.Module, optimizer: Any, steps: range) -> list[bool]:
+    """An inf in rank 0's shard in one step, a NaN loss on rank 1 in another; whether each step was skipped."""
+    rank, skipped = accelerator.process_index, []
+    for step in steps:
+        loss = (model(batch(step, rank, 2)) - 1.0).square().mean()
+        accelerator.backward(loss * torch.nan if step == FAULTY_STEP + 2 and rank == 1 else loss)
+        if step == FAULTY_STEP and rank == 0:
+            next(model.parameters()).grad.to_local()[0, 0] = torch.inf
+        optimizer.step()
+        optimizer.zero_grad()
+        skipped.append(accelerator.optimizer_step_was_skipped)
+    return skipped
+
+
+def sharded(folder: Path, fused: bool) -> dict[str, Any]:
+    """A run, and another that resumes the checkpoint which the first has saved in its middle."""
+    former = PartialState().distributed_type
+    accelerator, session, model, optimizer = begin_sharded(fused)
+    skipped = train_sharded(accelerator, model, optimizer, range(STEPS))
+    accelerator.save_state(str(folder))
+    saved = session.scaler.state_dict()
+    train_sharded(accelerator, model, optimizer, range(STEPS, STEPS + 2))
+    causes = [event.cause for event in session.events if event.cause]
+    weights = [p.full_tensor().tolist() for p in model.parameters()]
+    finite = all(bool(p.to_local().isfinite().all()) for p in model.parameters())
+    session.detach()
+    accelerator, session, model, optimizer = begin_sharded(fused)
+    accelerator.load_state(str(folder))
+    loaded = session.scaler.state_dict()
+    train_sharded(accelerator, model, optimizer, range(STEPS, STEPS + 2))
+    session.detach()
+    PartialState().distributed_type = accelerator.state.distributed_type = former
+    return {
+        "skipped": skipped,
+        "causes": causes,
+        "weights": weights,
+        "finite": finite,
+        "saved": [saved["scale"], saved["hf_amp"]["counters"]],
+        "loaded": [loaded["scale"], loaded["hf_amp"]["counters"]],
+        "resumed weights": [p.full_tensor().tolist() for p in model.parameters()],
+    }
+
+
 FAULTS = ("none", "nan batch", "activation", "gradient", "nan loss", "empty last batch", "look fails")
 
 
@@ -222,7 +282,9 @@ def main(folder: str) -> None:
         **{f"sent in {precision}": sent(precision) for precision in (None, "FP16", "BF16")},
         "beyond FP16": sums_beyond_fp16(),
         "refused": refusals(),
-        "checkpoint": checkpoint(Path(folder) / "saved"),
+        "checkpoint": checkpoint(Path(folder) / "checkpoints" / "saved"),
+        "sharded": sharded(Path(folder) / "sharded", fused=False),
+        "sharded, fused": sharded(Path(folder) / "fused", fused=True),
     }
     gathered: list[Any] = [None, None]
     dist.all_gather_object(gathered, results)
