@@ -158,6 +158,13 @@ def test_a_floor_whose_reciprocal_overflows_is_refused(floor):
     assert "min_scale" in refusal(min_scale=floor)
 
 
+def test_a_precision_for_what_is_not_sent_is_refused():
+    """One process sends no gradients: the message names the option that is missing."""
+    assert "distributed_amp=True" in refusal(communication_precision="FP16")
+    config = MixedPrecisionConfig(distributed_amp=True, communication_precision="bf16")
+    assert config.communication_precision is PrecisionMode.BF16
+
+
 @pytest.mark.parametrize("name", ["growth_interval", "hysteresis"])
 def test_a_count_beyond_int32_is_refused(name):
     """Clean steps are counted in int32, where a larger interval wraps round and grows the scale in every step."""

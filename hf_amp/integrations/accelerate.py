@@ -38,7 +38,9 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     """Puts hf_amp to work on `accelerator` and on everything it has prepared or will prepare.
 
     Args:
-        accelerator: with `mixed_precision` "fp16", "bf16" or "no", which is followed.
+        accelerator: with `mixed_precision` "fp16", "bf16" or "no", which is followed; one process, or several with
+            DistributedDataParallel or FSDP. Under FSDP modules do not fall back, and causes are looked for in weights
+            only: a forward pass of a shard cannot be repeated by one rank.
         config: options; None for the defaults.
 
     Returns:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, DistributedType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -199,6 +199,17 @@ def test_attach_again_after_free_memory_begins_anew() -> None:
     assert accelerator.scaler is second.scaler
     second.detach()
     assert "save_state" not in vars(accelerator)
+
+
+@pytest.mark.parametrize("owner", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_whoever_scales_by_itself_is_refused(owner: DistributedType) -> None:
+    """DeepSpeed and Megatron-LM: a clear error instead of two scalers on one loss, and nothing is changed."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = owner
+    before = dict(vars(accelerator))
+    with pytest.raises(AttachError, match="two scalers on one loss"):
+        hf_amp.attach(accelerator)
+    assert vars(accelerator) == before
 
 
 def test_metrics_reach_the_trackers(tmp_path: Path) -> None:

@@ -125,14 +125,17 @@ def test_checkpoints_of_two_processes_are_whole(ranks: Ranks) -> None:
         assert (saved["applied"], saved["scale"]) == (2, 1024.0)
 
 
-@pytest.mark.parametrize("run", ["sharded", "sharded, fused"])
+@pytest.mark.parametrize("run", ["FSDP2", "FSDP2, fused"])
 def test_fsdp2_through_accelerate_skips_on_both(ranks: Ranks, run: str) -> None:
     """An inf in rank 0's shard and a NaN loss on rank 1 skip on both, weights stay finite, and a run that resumes from
     the checkpoint, whose loading steps the new optimizer on zeros (accelerate#4289), is the same to the bit."""
     first, second = (records[run] for records in ranks)
-    assert first == second
+    assert [first[name] for name in ("skipped", "causes", "saved")] == [
+        second[name] for name in ("skipped", "causes", "saved")
+    ]
     assert first["skipped"] == [False, False, True, False, True, False]
     assert first["causes"] == ["SCALE", "UNKNOWN"]
-    assert first["finite"]
-    assert first["loaded"] == first["saved"]
-    assert first["resumed weights"] == first["weights"]
+    for records in (first, second):
+        assert records["finite"]
+        assert records["loaded"] == records["saved"]
+        assert records["resumed weights"] == records["weights"]

@@ -227,6 +227,11 @@ def begin_sharded(fused: bool) -> tuple[Accelerator, AmpSession, nn.Module, Any]
     return accelerator, session, *accelerator.prepare(model, optimizer)
 
 
+def own(tensor: Tensor) -> Tensor:
+    """This rank's part of `tensor`."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def train_sharded(accelerator: Accelerator, model: nn.Module, optimizer: Any, steps: range) -> list[bool]:
     """An inf in rank 0's shard in one step, a NaN loss on rank 1 in another; whether each step was skipped."""
     rank, skipped = accelerator.process_index, []
@@ -234,7 +239,7 @@ def train_sharded(accelerator: Accelerator, model: nn.Module, optimizer: Any, st
         loss = (model(batch(step, rank, 2)) - 1.0).square().mean()
         accelerator.backward(loss * torch.nan if step == FAULTY_STEP + 2 and rank == 1 else loss)
         if step == FAULTY_STEP and rank == 0:
-            next(model.parameters()).grad.to_local()[0, 0] = torch.inf
+            next(own(p.grad) for p in model.parameters() if p.grad is not None).view(-1)[0] = torch.inf
         optimizer.step()
         optimizer.zero_grad()
         skipped.append(accelerator.optimizer_step_was_skipped)
@@ -250,8 +255,8 @@ def sharded(folder: Path, fused: bool) -> dict[str, Any]:
     saved = session.scaler.state_dict()
     train_sharded(accelerator, model, optimizer, range(STEPS, STEPS + 2))
     causes = [event.cause for event in session.events if event.cause]
-    weights = [p.full_tensor().tolist() for p in model.parameters()]
-    finite = all(bool(p.to_local().isfinite().all()) for p in model.parameters())
+    weights = [own(p).tolist() for p in model.parameters()]
+    finite = all(bool(own(p).isfinite().all()) for p in model.parameters())
     session.detach()
     accelerator, session, model, optimizer = begin_sharded(fused)
     accelerator.load_state(str(folder))
@@ -266,7 +271,7 @@ def sharded(folder: Path, fused: bool) -> dict[str, Any]:
         "finite": finite,
         "saved": [saved["scale"], saved["hf_amp"]["counters"]],
         "loaded": [loaded["scale"], loaded["hf_amp"]["counters"]],
-        "resumed weights": [p.full_tensor().tolist() for p in model.parameters()],
+        "resumed weights": [own(p).tolist() for p in model.parameters()],
     }
 
 
@@ -283,8 +288,8 @@ def main(folder: str) -> None:
         "beyond FP16": sums_beyond_fp16(),
         "refused": refusals(),
         "checkpoint": checkpoint(Path(folder) / "checkpoints" / "saved"),
-        "sharded": sharded(Path(folder) / "sharded", fused=False),
-        "sharded, fused": sharded(Path(folder) / "fused", fused=True),
+        "FSDP2": sharded(Path(folder) / "fsdp2", fused=False),
+        "FSDP2, fused": sharded(Path(folder) / "fused", fused=True),
     }
     gathered: list[Any] = [None, None]
     dist.all_gather_object(gathered, results)
