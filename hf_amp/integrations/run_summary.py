@@ -2,73 +2,47 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
-from hf_amp.events import AmpEvent
-from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.monitoring.sinks import console
 from hf_amp.session import AmpSession
 
 
-class RunSummary:
-    """Watches the plan of `session` from when it is made until `close`; a sink for its events in between."""
-
-    def __init__(self, session: AmpSession) -> None:
-        self._session = session
-        self._plan, self._since = session.plan, time.perf_counter()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        session.sinks.append(self.notice)
-
-    def notice(self, event: AmpEvent | None = None) -> None:
-        """Counts the time since the last call for the plan that was in force, and notices a new one."""
-        now = time.perf_counter()
-        self._seconds[_name_of(self._plan)] += now - self._since
-        self._since = now
-        self._plan = self._session.plan
-
-    def close(self) -> None:
-        """Stops watching. Harmless when called again."""
-        if self.notice in self._session.sinks:
-            self._session.sinks.remove(self.notice)
-
-    def figures(self) -> dict[str, float]:
-        """The session's metrics, and the seconds in each precision."""
-        self.notice()
-        seconds = {
-            f"seconds_in_{name.replace(' ', '_')}": round(spent, 3) for name, spent in self._seconds.items()
-        }
-        return {**self._session.metrics(), **seconds}
-
-    def sentence(self) -> str:
-        """Steps applied and skipped by cause, transitions, final scale, time in each precision."""
-        figures = self.figures()
-        causes = [
-            f"{value:g} {name.removeprefix('skipped_steps_').upper()}"
-            for name, value in figures.items()
-            if name.startswith("skipped_steps_")
-        ]
-        changes = figures["transitions"]
-        parts = [
-            f"{figures['applied_steps']:g} steps applied",
-            f"{figures['skipped_steps']:g} skipped" + (f" ({', '.join(causes)})" if causes else ""),
-            f"{changes:g} change{'' if changes == 1 else 's'} of precision",
-            *(
-                []
-                if self._session.scaler.guards_only
-                else [f"final scale {self._session.scaler.get_scale():g}"]
-            ),
-            *(f"{spent:.1f} s in {name}" for name, spent in self._seconds.items()),
-        ]
-        return ", ".join(parts)
-
-    def show(self) -> None:
-        """The sentence on the console: a warning where something happened, else for who asks for INFO."""
-        figures = self._session.metrics()
-        happened = figures["skipped_steps"] or figures["transitions"] or figures.get("non_finite_losses", 0)
-        console.summarise(f"training ended: {self.sentence()}", bool(happened))
+def sentence(session: AmpSession) -> str:
+    """Steps applied and skipped by cause, changes of precision, final scale, time in each precision."""
+    figures = session.metrics()
+    causes = _named(figures, "skipped_steps_", "")
+    times = _named(figures, "", "_seconds")
+    times.pop("STEP", None)
+    changes, modules = figures["transitions"], figures["modules_in_fp32"]
+    parts = [
+        f"{figures['applied_steps']:g} steps applied",
+        f"{figures['skipped_steps']:g} skipped"
+        + _in_brackets(f"{n:g} {cause}" for cause, n in causes.items()),
+        f"{changes:g} change{'' if changes == 1 else 's'} of precision",
+        *([f"{modules:g} module{'' if modules == 1 else 's'} in FP32"] if modules else []),
+        *([] if session.scaler.guards_only else [f"final scale {session.scaler.get_scale():g}"]),
+        *(f"{spent:.1f} s in {name}" for name, spent in times.items()),
+    ]
+    return ", ".join(parts)
 
 
-def _name_of(plan: PrecisionPlan) -> str:
-    others = sorted({mode.value for mode in plan.modules.values()})
-    return plan.default.value + (f" with modules in {', '.join(others)}" if others else "")
+def show(session: AmpSession) -> None:
+    """The sentence on the console: a warning where something happened, else for who asks for INFO."""
+    figures = session.metrics()
+    happened = figures["skipped_steps"] or figures["transitions"] or figures.get("non_finite_losses", 0)
+    console.summarise(f"training ended: {sentence(session)}", bool(happened))
+
+
+def _named(figures: Mapping[str, float], prefix: str, suffix: str) -> dict[str, float]:
+    """Figures between whose `prefix` and `suffix` a name stands, by that name in capitals."""
+    return {
+        name.removeprefix(prefix).removesuffix(suffix).upper(): value
+        for name, value in figures.items()
+        if name.startswith(prefix) and name.endswith(suffix)
+    }
+
+
+def _in_brackets(words: Iterable[str]) -> str:
+    listed = ", ".join(words)
+    return f" ({listed})" if listed else ""

@@ -16,10 +16,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import AmpEvent, Cause, EventKind
+from hf_amp.integrations import run_summary
 from hf_amp.integrations.accelerate import attach
 from hf_amp.integrations.progress import go_on_from, progress_of
 from hf_amp.integrations.resuming import load_scaler_where_there_is_one
-from hf_amp.integrations.run_summary import RunSummary
 from hf_amp.integrations.truthful_logs import save_valid_json, tell_in_logs
 from hf_amp.integrations.upstream import forget_skip
 from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink
@@ -55,7 +55,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self._accelerator: Accelerator | None = None
         self._sink: JsonLinesSink | None = None
         self._tensorboard: list[Callable[[AmpEvent], None]] = []
-        self._summary: RunSummary | None = None
 
     # ---- the Trainer's events -------------------------------------------------------------------------------
 
@@ -84,8 +83,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self._sink = JsonLinesSink(Path(args.output_dir or ".") / FILE_NAME, session.run_id, rank=0)
             self._tensorboard = _tensorboard_sinks(trainer)
             session.sinks += [self._sink.write, *self._tensorboard]
-        if self._summary is None:
-            self._summary = RunSummary(session)
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
         former = f"; it was {precision_before} before" if precision_before != session.asked_for.value else ""
         session.note(
@@ -104,6 +101,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # A Trainer calls no `step` in micro-steps, in which a prepared optimizer would take back what it last said.
         if self.config.enabled and isinstance(kwargs["optimizer"], AcceleratedOptimizer):
             forget_skip(kwargs["optimizer"])
 
@@ -123,16 +121,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session is None or self._summary is None:
+        if self.session is None:
             return
         self.session.scaler.flush()
         self.session.note(
             EventKind.TRAINING_ENDED,
-            f"training ends: {self._summary.sentence()}.",
-            **self._summary.figures(),
+            f"training ends: {run_summary.sentence(self.session)}.",
+            **self.session.metrics(),
         )
         if state.is_local_process_zero:
-            self._summary.show()
+            run_summary.show(self.session)
         self._leave_run(self.session)
 
     # ---- its own state --------------------------------------------------------------------------------------
@@ -207,7 +205,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self.config = former.config
             self.session, self._trainer, self._accelerator = former.session, trainer, former._accelerator
             self._sink, self._tensorboard = former._sink, former._tensorboard
-            self._summary = former._summary
             former.session.changes.set_attribute(trainer, _CALLBACK, self)
 
     def _save_valid_json(self, state: TrainerState) -> None:
@@ -215,9 +212,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             save_valid_json(state, self.session)
 
     def _leave_run(self, session: AmpSession) -> None:
-        if self._summary is not None:
-            self._summary.close()
-            self._summary = None
         if self._sink is not None:
             for write in (self._sink.write, *self._tensorboard):
                 session.sinks.remove(write)

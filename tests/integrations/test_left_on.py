@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from hf_amp import EventKind, MixedPrecisionCallback
+from hf_amp import EventKind, MixedPrecisionCallback, PrecisionMode
 from tests.host_reads import count_host_reads
 from tests.integrations.trainers import (
     OverflowAt,
@@ -164,7 +165,7 @@ def test_console_has_a_line_for_what_happened(
         start = f"training ended: {6 - skipped} steps applied, {skipped} skipped ({skipped} SCALE), 0 changes"
         assert summary.startswith(start)
         assert f"final scale {1024 / 2**skipped:g}, " in summary
-        assert summary.endswith("s in MIXED")
+        assert summary.endswith("s in FP16")
 
 
 def test_summary_of_a_run_without_a_fault_is_there_for_who_asks(
@@ -178,11 +179,11 @@ def test_summary_of_a_run_without_a_fault_is_there_for_who_asks(
     assert line.startswith("training ended: 6 steps applied, 0 skipped, 0 changes of precision, ")
     ended = next(e for e in callback.session.events if e.kind is EventKind.TRAINING_ENDED)
     assert ended.figures["applied_steps"] == 6
-    assert ended.figures["seconds_in_FP32"] > 0
+    assert ended.figures["fp32_seconds"] > 0
 
 
 def test_time_is_told_by_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A run that falls back is told with the time before and after."""
+    """A run whose module falls back is told with it, and with the time; one that falls back whole, in both precisions."""
 
     class Large(torch.nn.Module):
         """A product that leaves the range of FP16 between two layers, and comes back into it."""
@@ -206,8 +207,12 @@ def test_time_is_told_by_precision(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert dict(callback.session.plan.modules) != {}
     summary = caplog.records[-1].getMessage()
     assert "1 change of precision" in summary
-    assert "s in MIXED, " in summary
-    assert summary.endswith("s in MIXED with modules in FP32")
+    assert "1 module in FP32" in summary
+    assert summary.endswith("s in FP16")
+    whole = MixedPrecisionCallback({"init_scale": 1024.0})
+    regression_trainer(tmp_path, whole, OverflowAt(2, 3), bf16=True, max_steps=8).train()
+    assert whole.session.plan.default is PrecisionMode.FP32
+    assert re.search(r"\d s in BF16, \d+\.\d s in FP32$", caplog.records[-1].getMessage())
 
 
 @pytest.mark.parametrize("stop", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -274,15 +276,52 @@ def test_hyperparameter_search(tmp_path: Path) -> None:
     assert logs[-1].__wrapped__ == type(trainer).log.__get__(trainer)
 
 
+def test_a_trial_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    """An exception ends one run; the next, on a new accelerator as in a search, logs under a session of its own."""
+
+    class FailsOnce(TrainerCallback):
+        failed = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("once")
+
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    trainer = regression_trainer(tmp_path, callback, FailsOnce(), fp16=True, max_steps=STEPS)
+    with pytest.raises(RuntimeError, match="once"):
+        trainer.train()
+    first = callback.session
+    trainer.create_accelerator_and_postprocess()
+    trainer.train()
+    assert callback.session is not first
+    assert len(first.sinks) == 1  # the console
+    lines = [json.loads(line) for line in (tmp_path / "amp_events.jsonl").read_text().splitlines()]
+    ended = [line for line in lines if line["event"] == "training_ended"]
+    assert [line["run_id"] for line in ended] == [callback.session.run_id]
+    assert ended[0]["applied_steps"] == STEPS
+
+
+class MemoryRunsOut(torch.autograd.Function):
+    """Identity whose backward finds no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 def test_auto_find_batch_size(tmp_path: Path) -> None:
-    """Memory runs out in a backward of the second step: the run begins anew with less, and counts from one."""
+    """Memory runs out in the second backward: the run begins anew with less, and the lost step counts for nothing."""
     seen: list[int] = []
 
     def hungry(outputs: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         seen.append(len(labels))
-        if len(labels) > 3 and len(seen) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return (outputs["logits"] - labels).square().mean()
+        loss = (outputs["logits"] - labels).square().mean()
+        return MemoryRunsOut.apply(loss) if len(seen) == 2 else loss
 
     callback = MixedPrecisionCallback({"init_scale": 1024.0})
     trainer = regression_trainer(
@@ -293,8 +332,8 @@ def test_auto_find_batch_size(tmp_path: Path) -> None:
     assert seen == [4, 4, 3, 3, 3]
     assert trainer.state.global_step == STEPS
     assert [e.step for e in callback.session.events if e.kind is EventKind.STEP_SKIPPED] == [3]
-    assert logged(trainer, "amp/non_finite_losses")[-1] == 0
     assert callback.session.metrics()["applied_steps"] == 3  # one before the memory ran out
+    assert callback.session.monitor.losses == 4
 
 
 def test_lora(tmp_path: Path) -> None:
