@@ -94,6 +94,7 @@ def _runs(
 def _suggest(console: Console, folder: Path, checkpoint: Path) -> None:
     """Says where hf_amp's run, and those beside it, can be looked at."""
     console.print("Look at it:")
+    console.print(f"  hf-amp report {folder}", highlight=False, soft_wrap=True)
     console.print(f"  tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
     console.print(f"  cat {folder / 'amp_events.jsonl'}", highlight=False, soft_wrap=True)
     console.print(

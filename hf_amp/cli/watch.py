@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_amp.monitoring.run_history import RunHistory
 
 INCIDENTS_SHOWN = 8
+NAMES_SHOWN = 3
 _SHOWN = (
     "loss", "scale", "applied_steps", "skipped_steps", "skip_rate", "grad_norm", "headroom_bits", "underflow_fraction",
     "modules_in_fp32", "step_seconds", "samples_per_second", "memory_bytes",
@@ -93,8 +94,10 @@ def panel(history: RunHistory) -> RenderableType:
     parts.append(figures)
     for incident in history.incidents[-INCIDENTS_SHOWN:]:
         times = f" ({incident.count:,} times)" if incident.count > 1 else ""
-        where = f" {', '.join(incident.modules)}" if incident.modules else ""
-        line = f"step {incident.last_step:,}: {incident.kind.replace('_', ' ')} {incident.cause}{where}{times}. {incident.message}"
+        unnamed = [name for name in incident.modules if name not in incident.message][:NAMES_SHOWN]
+        where = f" {', '.join(unnamed)}" if unnamed else ""
+        what = f"{incident.kind.replace('_', ' ')} {incident.cause}".rstrip()
+        line = f"step {incident.last_step:,}: {what}{where}{times}. {incident.message}"
         parts.append(Text(visible(line), style="yellow"))
     state = "ended" if history.ended else "running, or killed"
     title = Text(visible(f"{history.name} · step {history.newest_step:,} · {state}"))

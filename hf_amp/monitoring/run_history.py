@@ -187,7 +187,7 @@ class RunHistory:
         self.ended = False
         self.precision = str(line.get("precision", ""))
         self.config = dict(line.get("config", {}))
-        self.what_ran = str(line.get("message", "")).removeprefix("training starts: ").rstrip(".")
+        self.what_ran = str(line.get("message", "")).partition(": ")[2].rstrip(".")
 
     def _cut_after(self, step: int) -> None:
         by_module = [series for modules in self.modules.values() for series in modules.values()]
@@ -206,6 +206,8 @@ class RunHistory:
         self.newest_step = step
 
     def _add_figures(self, step: int, line: Mapping[str, Any]) -> None:
+        if line.get("non_finite_loss_fraction", 0) >= 1 and "loss" in line:
+            line = {**line, "loss": "nan"}  # a Trainer logs the mean of the others as 0 where there are none
         for name, value in line.items():
             if name in _NO_FIGURES:
                 continue

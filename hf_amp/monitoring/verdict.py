@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_amp.events import Cause, EventKind
-from hf_amp.monitoring.run_history import RunHistory, Transition
+from hf_amp.monitoring.run_history import Incident, RunHistory, Transition
 
 SKIP_RATE_TO_WATCH = 0.01
 """The catalogue's limit for `skip_rate` after the first steps."""
@@ -50,7 +50,7 @@ class Verdict:
 
 def verdict_on(run: RunHistory) -> Verdict:
     """The verdict on a run, finished or not. The first of these that holds: nothing was trained, parameters are not
-    finite, no step was applied, skips that no scale cures, many skips, precision that fell back, little headroom, sound.
+    finite, hopeless, no step was applied, skips that no scale cures, many skips, precision that fell back, little headroom, sound.
     """
     skipped, total = _skipped(run), _steps(run)
     if total == 0:
@@ -63,6 +63,9 @@ def verdict_on(run: RunHistory) -> Verdict:
             f"Broken since step {first:,}: parameters hold non-finite values, so no step can mend it; go back to the last "
             "good checkpoint.",
         )
+    hopeless = _hopeless(run)
+    if hopeless is not None and skipped < total:
+        return Verdict(Level.BROKEN, f"Hopeless since step {hopeless.last_step:,}: {hopeless.message}")
     if skipped >= total:
         return Verdict(
             Level.BROKEN,
@@ -110,6 +113,15 @@ def _in_which_precision(departures: Mapping[str, Transition]) -> str:
         f"{_count(len(departures), 'module')}, {next(iter(departures))}{'' if one else ' among them'}, "
         f"{'has' if one else 'have'} run in {precisions} since step {since:,}"
     )
+
+
+def _hopeless(run: RunHistory) -> Incident | None:
+    """That nothing can be learned any more, where that was told and no step has been applied since."""
+    told = [incident for incident in run.incidents if incident.kind == EventKind.HOPELESS.value]
+    if not told:
+        return None
+    newest = max(told, key=lambda incident: incident.last_step)
+    return newest if skips_after(run, newest.last_step) >= run.newest_step - newest.last_step else None
 
 
 def skips_after(run: RunHistory, step: int) -> int:

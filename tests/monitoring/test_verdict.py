@@ -73,6 +73,27 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
         Level.BROKEN,
         "Nothing was learned so far: all 10 steps were skipped",
     ),
+    "hopeless": (
+        [
+            started(),
+            metrics(40, 0),
+            line("hopeless", 50, message="this run learns nothing: because."),
+            *map(skipped, range(51, 61)),
+            metrics(60, 20),
+        ],
+        Level.BROKEN,
+        "Hopeless since step 50: this run learns nothing: because.",
+    ),
+    "hopeless, and then not": (
+        [
+            started(),
+            line("hopeless", 50, message="this run learns nothing."),
+            *map(skipped, range(51, 55)),
+            metrics(1000, 5),
+        ],
+        Level.SOUND,
+        "Sound: 5 of 1,000 steps",
+    ),
     "floor": (
         [started(), skipped(1), line("scale_at_floor", 1), metrics(100, 1)],
         Level.BROKEN,
