@@ -32,6 +32,7 @@ class Journal:
         self.newest_step = 0
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
         self._unlogged: deque[AmpEvent] = deque(maxlen=INCIDENTS_A_LOG_ENTRY)
+        self._unwritten: deque[AmpEvent] | None = deque(maxlen=EVENTS_KEPT)
 
     @property
     def events(self) -> Sequence[AmpEvent]:
@@ -44,12 +45,27 @@ class Journal:
             self._events.append(event)
         if event.kind.needs_attention:
             self._unlogged.append(event)
+        if self._unwritten is not None:
+            self._unwritten.append(event)
         for sink in self.sinks:
             sink(event)
 
     def note(self, kind: EventKind, message: str, **figures: Any) -> None:
         """Records an event in which nothing went wrong."""
         self.record(AmpEvent(self.newest_step, kind, message=message, figures=figures))
+
+    def begin_log(self, write: Callable[[AmpEvent], None], message: str, **figures: Any) -> None:
+        """Makes `write` a sink: it gets that training starts, what happened before while no log was open, and all to come."""
+        self.sinks.append(write)
+        before, self._unwritten = self._unwritten, None
+        self.note(EventKind.TRAINING_STARTED, message, **figures)
+        for event in before or ():
+            write(event)
+
+    def end_log(self, write: Callable[[AmpEvent], None]) -> None:
+        """Takes `write` out of the sinks; what happens from now on is kept for the next log."""
+        self.sinks.remove(write)
+        self._unwritten = deque(maxlen=EVENTS_KEPT)
 
     def unlogged_incidents(self) -> str:
         """What needed attention since the last call, for one log entry: the newest three; "" where nothing did."""

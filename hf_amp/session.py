@@ -153,6 +153,10 @@ class AmpSession(Journal):
         if finding is not None:
             self.record(AmpEvent(self.newest_step, finding.kind, finding.cause, message=finding.message))
 
+    def circumstances(self) -> dict[str, Any]:
+        """What a log begins with: the precision and the options in force, as plain data."""
+        return {"precision": self.plan.default.value, "config": self.config.to_dict()}
+
     def log_to(self, folder: str | Path) -> None:
         """Writes events, and what `log_metrics` gives, into `folder`, for `hf-amp report`, until `detach`.
 
@@ -164,17 +168,11 @@ class AmpSession(Journal):
         from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink  # loads structlog
 
         sink = JsonLinesSink(Path(folder) / FILE_NAME, self.run_id, rank=0)
-        self.sinks.append(sink.write)
-        self.note(
-            EventKind.TRAINING_STARTED,
-            f"training starts: {self.what_runs()}.",
-            precision=self.plan.default.value,
-            config=self.config.to_dict(),
-        )
+        self.begin_log(sink.write, f"training starts: {self.what_runs()}.", **self.circumstances())
 
         def end() -> None:
             self.note(EventKind.TRAINING_ENDED, "training ends.", **self.metrics())
-            self.sinks.remove(sink.write)
+            self.end_log(sink.write)
             sink.close()
 
         self.changes.call_on_undo(end)
@@ -202,7 +200,10 @@ class AmpSession(Journal):
             self.scaler.observers.remove(self._record_step)
             self.scaler.passengers.clear()
             self.changes.undo()
-            self.note(EventKind.DETACHED, "hf_amp is detached; what it had changed is as before.")
+            self.note(
+                EventKind.DETACHED,
+                "hf_amp is detached; what it had changed is as before, upcast parameters excepted.",
+            )
 
     def __enter__(self) -> AmpSession:
         return self

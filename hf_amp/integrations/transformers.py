@@ -79,18 +79,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         )
         if self.config.fold_clipping is None:
             session.folds_clipping = not _others_look_at_gradients(trainer, self)
-        if state.is_world_process_zero and self._sink is None:
-            self._sink = JsonLinesSink(Path(args.output_dir or ".") / FILE_NAME, session.run_id, rank=0)
-            self._tensorboard = _tensorboard_sinks(trainer)
-            session.sinks += [self._sink.write, *self._tensorboard]
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
         former = f"; it was {precision_before} before" if precision_before != session.asked_for.value else ""
-        session.note(
-            EventKind.TRAINING_STARTED,
-            f"training {begins}: {session.what_runs()}{former}.",
-            precision=session.plan.default.value,
-            config=self.config.to_dict(),
-        )
+        message = f"training {begins}: {session.what_runs()}{former}."
+        if state.is_world_process_zero and self._sink is None:
+            self._tensorboard = _tensorboard_sinks(trainer)
+            session.sinks += self._tensorboard
+            self._sink = JsonLinesSink(Path(args.output_dir or ".") / FILE_NAME, session.run_id, rank=0)
+            session.begin_log(self._sink.write, message, **session.circumstances())
+        else:
+            session.note(EventKind.TRAINING_STARTED, message, **session.circumstances())
         poisoned = session.non_finite_parameters()
         if poisoned:
             reason = (
@@ -213,7 +211,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
 
     def _leave_run(self, session: AmpSession) -> None:
         if self._sink is not None:
-            for write in (self._sink.write, *self._tensorboard):
+            session.end_log(self._sink.write)
+            for write in self._tensorboard:
                 session.sinks.remove(write)
             self._sink.close()
             self._sink = None

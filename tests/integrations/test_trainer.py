@@ -89,7 +89,7 @@ def test_trainer_state_stays_valid_json(tmp_path: Path) -> None:
 
 
 def test_event_log_tells_the_run(tmp_path: Path) -> None:
-    """amp_events.jsonl has a line for the start, the skip, the end, and every logging step, with the session's run id."""
+    """amp_events.jsonl has the start, what was before it, the skip, the end and every logging step, with the run's id."""
     callback = MixedPrecisionCallback()
     trainer, _ = trainer_with(tmp_path, callback, OverflowAt(3))
     trainer.train()
@@ -101,8 +101,9 @@ def test_event_log_tells_the_run(tmp_path: Path) -> None:
         (entry["step"], entry["loss"], entry["amp/scale"]) for entry in entries
     ]
     lines = [line for line in lines if line["event"] != "metrics"]
-    assert [line["event"] for line in lines] == ["training_started", "step_skipped", "training_ended"]
-    assert (lines[1]["step"], lines[1]["cause"], lines[1]["after"]) == (3, "SCALE", 32768.0)
+    told = ["training_started", "attached", "step_skipped", "training_ended"]
+    assert [line["event"] for line in lines] == told
+    assert (lines[2]["step"], lines[2]["cause"], lines[2]["after"]) == (3, "SCALE", 32768.0)
 
 
 def test_callback_added_after_construction_does_the_same(tmp_path: Path) -> None:
