@@ -56,7 +56,7 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     sharded = accelerator.distributed_type is DistributedType.FSDP
     if sharded:
         # Forward passes of a shard wait for those of the other ranks: none is repeated to find a cause, or changed.
-        config = dataclasses.replace(config, automatic_fallback=False, fold_clipping=False)
+        config = dataclasses.replace(config, automatic_fallback=False)
     mode = _mode_of(accelerator, config)
     device = accelerator.device
     scaler = AdvancedGradScaler(
@@ -94,14 +94,16 @@ def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
     optimizers = DecidedOptimizers(accelerator, session)
     merge_metrics_into_logs(accelerator, session)
     keep_state_in_checkpoints(accelerator, session, optimizers)
+    sharded = accelerator.distributed_type is DistributedType.FSDP
     if not session.scaler.guards_only:
         _scale_losses(accelerator, session)
-        _fold_clipping(accelerator, session, optimizers)
+        if not sharded:  # a rank knows the norm of its own shards only
+            _fold_clipping(accelerator, session, optimizers)
     else:
         _show_losses(accelerator, session)
         if session.scaler.master_weights is not None:
             _widen_gradients_before_clipping(accelerator, session, optimizers)
-    if accelerator.distributed_type is DistributedType.FSDP:
+    if sharded:
         return
     adopt_models(accelerator, session)
     lead_autocast(accelerator, session)

@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ STEPS = 6
 FAULTY_STEP = 2
 ROWS = 8
 """Examples in a step, over all processes."""
-
-Fault = Callable[[Tensor], Tensor]
 
 
 class Perceptron(nn.Module):
@@ -56,15 +53,15 @@ def batch(step: int, rank: int, ranks: int) -> Tensor:
 
 
 def begin(
-    config: MixedPrecisionConfig, precision: str = "fp16", attach_last: bool = False, width: int = 8
+    config: MixedPrecisionConfig, precision: str = "fp16", width: int = 8
 ) -> tuple[Accelerator, AmpSession, nn.Module, Any]:
     """A new Accelerator with a session, a model and an optimizer."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
-    session = None if attach_last else hf_amp.attach(accelerator, config)
+    session = hf_amp.attach(accelerator, config)
     model = Perceptron(width)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
-    return accelerator, session or hf_amp.attach(accelerator, config), model, optimizer
+    return accelerator, session, model, optimizer
 
 
 def faulty(fault: str, step: int, rank: int, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -30,7 +31,8 @@ def main(name: str) -> None:
     script.Accelerator = attached.make  # type: ignore[attr-defined]  # the script's own name, for this process
     script.main()
     decided = sum(session.scaler.decided_steps for session in attached.sessions)
-    print(f"attached to {len(attached.sessions)} Accelerators, {decided} steps decided")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"attached to {len(attached.sessions)} Accelerators, {decided} steps decided")
 
 
 if __name__ == "__main__":
