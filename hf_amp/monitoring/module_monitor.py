@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.config import FP16_FORMAT
-from hf_amp.statistics.by_tensor import amax_of_each, underflow_of_each
+from hf_amp.statistics.by_tensor import amax, amax_of_each, underflow_of_each
 from hf_amp.statistics.snapshot import elements
 
 HEADROOM, UNDERFLOW, ACTIVATION = (
@@ -70,9 +70,9 @@ class ModuleMonitor:
             if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
                 return
             if torch.is_grad_enabled():
-                amax = output.detach().abs().amax().float()
+                peak = amax(output.detach()).float()
                 former = self._activations.get(name)
-                self._activations[name] = amax if former is None else torch.maximum(former, amax)
+                self._activations[name] = peak if former is None else torch.maximum(former, peak)
 
         return cast("Callable[..., Any]", look)
 
@@ -106,7 +106,7 @@ class ModuleMonitor:
             activations, self._activations = self._activations, {}
             asked = self._asked[optimizer] = {ACTIVATION: list(activations)}
             if activations:
-                figures[ACTIVATION] = torch.stack([amax.to(scale.device) for amax in activations.values()])
+                figures[ACTIVATION] = torch.stack([peak.to(scale.device) for peak in activations.values()])
             if not guards:
                 factor = torch.ones_like(scale) if scaled else scale
                 asked[HEADROOM] = asked[UNDERFLOW] = [name.rpartition(".")[0] for name in names()]

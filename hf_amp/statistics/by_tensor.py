@@ -12,11 +12,20 @@ from hf_amp.statistics.gradients import SAMPLES_PER_TENSOR
 
 
 @torch.no_grad()
+def amax(x: Tensor) -> Tensor:
+    """Largest magnitude of a tensor that is not empty: shape [], its dtype and device. No host read, and no copy of it."""
+    if x.device.type == "cpu":
+        return torch.stack(x.aminmax()).abs_().amax()
+    peak: Tensor = torch.linalg.vector_norm(x, torch.inf)
+    return peak
+
+
+@torch.no_grad()
 def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Largest magnitude of each tensor: shape [n], float32, on `device`; 0 for an empty one. No host read."""
     if not tensors:
         return torch.zeros(0, device=device)
-    peaks = [x.abs().amax() if x.numel() else x.new_zeros(()) for x in tensors]
+    peaks = [amax(x) if x.numel() else x.new_zeros(()) for x in tensors]
     return torch.stack([peak.to(device, torch.float32, non_blocking=True) for peak in peaks])
 
 
