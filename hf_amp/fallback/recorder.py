@@ -37,13 +37,7 @@ class ForwardRecorder:
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
-        reference = weakref.ref(model)
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if torch.is_grad_enabled():
-                self._keep(reference, arguments, options)
-
+        note = _Note(self._keep, weakref.ref(model))
         handle = entry_point.register_forward_pre_hook(note, with_kwargs=True)
         return handle.remove
 
@@ -73,3 +67,27 @@ class ForwardRecorder:
     def forget(self) -> None:
         """Lets go of everything."""
         self._kept.clear()
+
+
+class _Note:
+    """The hook that notes the calls of one model. Copies of the model, such as an EMA, carry one that notes nothing."""
+
+    def __init__(self, keep: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
+        self._keep = keep
+        self._model = model
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self._keep(self._model, arguments, options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _note_nothing, ()
+
+
+def _note_nothing() -> Callable[..., None]:
+    return _silent
+
+
+def _silent(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What a copied model calls in place of the recorder."""
