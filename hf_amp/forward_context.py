@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hf_amp.nested import map_tensors
+from hf_amp.nested import map_tensors, replace_tensors
 
 
 class ForwardContext:
@@ -38,16 +38,24 @@ class ForwardContext:
         ]
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
-        depth: int = getattr(self._of_thread, "depth", 0)
-        if depth == 0:
+        running = self._running()
+        if not running:
             self._of_thread.context = self._make_context()
             self._of_thread.context.__enter__()
-        self._of_thread.depth = depth + 1
+        running.append(module)
 
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._of_thread.depth -= 1
-        if self._of_thread.depth == 0:
+        running = self._running()
+        if not running or running[-1] is not module:
+            return  # somebody else's hook raised before `_enter`: torch calls this one all the same
+        running.pop()
+        if not running:
             self._of_thread.context.__exit__(None, None, None)
+
+    def _running(self) -> list[nn.Module]:
+        """The modules that this thread is inside of, outermost first."""
+        running: list[nn.Module] = self._of_thread.__dict__.setdefault("running", [])
+        return running
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model runs inside a context of its own."""
@@ -72,9 +80,12 @@ class InnerForwardContext(ForwardContext):
     def _enter_with_float32(
         self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[Any, ...]:
-        outermost = getattr(self._of_thread, "depth", 0) == 0
+        outermost = not self._running()
         self._enter(module, arguments)
-        return to_float32((arguments, options)) if outermost else (arguments, options)
+        if not outermost:
+            return arguments, options
+        # Lists and mappings stay the same objects: the module may add to them for its caller.
+        return widened_in_place(arguments), widened_in_place(options)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave_eagerly(self, module: nn.Module, arguments: Any, output: Any) -> None:
@@ -83,8 +94,16 @@ class InnerForwardContext(ForwardContext):
 
 def to_float32(value: Any) -> Any:
     """`value` with its FP16 and BF16 tensors in FP32; differentiable."""
-    half = (torch.float16, torch.bfloat16)
-    return map_tensors(lambda x: x.float() if x.dtype in half else x, value)
+    return map_tensors(_float32, value)
+
+
+def widened_in_place(value: Any) -> Any:
+    """The same, in the very lists, mappings and dataclasses of `value`; tuples are new ones where something changes."""
+    return replace_tensors(_float32, value)
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _removal(handles: list[Any]) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,32 @@ def map_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
         return type(value)(map_tensors(convert, item) for item in value)
     if type(value) is dict:
         return {key: map_tensors(convert, item) for key, item in value.items()}
+    return value
+
+
+def replace_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with its tensors converted in place: lists, mappings and dataclasses stay the objects that they are.
+
+    What cannot be changed in place (tuples, frozen dataclasses) is made anew where something in it is converted.
+    """
+    if isinstance(value, Tensor):
+        return convert(value)
+    changed = {path: new for path, old in _items(value) if (new := replace_tensors(convert, old)) is not old}
+    if not changed:
+        return value
+    if isinstance(value, tuple):
+        items = [changed.get(str(index), item) for index, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        value[:] = [changed.get(str(index), item) for index, item in enumerate(value)]
+    elif isinstance(value, MutableMapping):
+        for key in [key for key in value if str(key) in changed]:
+            value[key] = changed[str(key)]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            return dataclasses.replace(value, **changed)
+        for name, item in changed.items():
+            setattr(value, name, item)
     return value
 
 

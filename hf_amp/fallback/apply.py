@@ -100,6 +100,7 @@ class PlanRunner:
         for index, reference in enumerate(self._models):
             if reference() is None:
                 self._models[index] = weakref.ref(model)
+                self._forget_contexts()  # those under these names were of the model that is gone
                 break
         else:
             self._models.append(weakref.ref(model))
@@ -152,6 +153,10 @@ class PlanRunner:
                 notify(plan.default)
         if changed:
             _forget_compiled_code()
+
+    def _forget_contexts(self) -> None:
+        for name in list(self._inner):
+            self._inner.pop(name)()
 
     def remove(self) -> None:
         """Takes every context back, and the default that the run asked for."""

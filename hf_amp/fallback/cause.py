@@ -61,7 +61,7 @@ def diagnose(
             "that. Go back to the last good checkpoint.",
         )
     for forward in forwards:
-        described = _describe_input(forward)
+        described = _describe_input(forward) if forward.is_intact else None
         if described:
             return Diagnosis(
                 Cause.INPUT,

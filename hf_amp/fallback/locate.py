@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.forward_context import to_float32
 from hf_amp.nested import tensors_in
-from hf_amp.statistics import snapshot
+from hf_amp.statistics import agreement, snapshot
 
 
 @dataclass
@@ -57,7 +58,8 @@ def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindin
     ]
     try:
         with _nothing_changes(forward.model), current():
-            forward.model(*forward.arguments, **_without_caches(forward))
+            arguments, options = _inputs_to_repeat(forward)
+            forward.model(*arguments, **options)
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = f"{type(error).__name__}: {str(error)[:200]}"
     finally:
@@ -75,7 +77,8 @@ def parameters_overflowing_unscaled(forward: RecordedForward, current: CurrentPr
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
     try:
         with _nothing_changes(forward.model), torch.enable_grad(), current():
-            output = forward.model(*forward.arguments, **_without_caches(forward))
+            arguments, options = _inputs_to_repeat(forward)
+            output = forward.model(*arguments, **options)
             losses = [x for _, x in float_tensors(output) if x.dim() == 0 and x.requires_grad]
             if not losses:
                 return None
@@ -86,6 +89,20 @@ def parameters_overflowing_unscaled(forward: RecordedForward, current: CurrentPr
     return [name for name, g in known if broken_tensors(g)]
 
 
+class _Suspect(NamedTuple):
+    """A module whose output is not finite in FP32 either.
+
+    Attributes:
+        name: its name.
+        only_loss: whether all that is not finite there is a single number.
+        may_be_mask: whether all that is not finite there is -inf.
+    """
+
+    name: str
+    only_loss: bool
+    may_be_mask: bool
+
+
 class _Watch:
     """Looks at the output of every module as it returns, innermost first."""
 
@@ -93,7 +110,7 @@ class _Watch:
         self.findings = ForwardFindings()
         self._current = current
         self._repeats = False
-        self._suspect: tuple[str, bool] | None = None
+        self._suspect: _Suspect | None = None
 
     def look_at(self, name: str) -> Callable[..., Any]:
         """A forward hook for the module of that name."""
@@ -103,20 +120,18 @@ class _Watch:
                 return None
             if name == "":
                 self.findings.returns_loss = any(x.dim() == 0 for _, x in float_tensors(output))
-            cured = self._cured(name, module, arguments, options, output)
-            if name == "" and cured is None and self._suspect and broken_tensors(output):
-                self.findings.unsound, self.findings.only_loss = self._suspect
+            if not broken_tensors(output):
+                self._acquit(name, (arguments, options))
+                return None
+            cured = self._cured(name, module, arguments, options)
+            if name == "" and cured is None and self._suspect:
+                self.findings.unsound, self.findings.only_loss = self._suspect.name, self._suspect.only_loss
             return cured
 
         return hook
 
-    def _cured(
-        self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any, output: Any
-    ) -> Any:
-        """The output in FP32 where that is finite and `output` is not; None otherwise."""
-        broken = broken_tensors(output)
-        if not broken:
-            return None
+    def _cured(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
+        """The output in FP32 where that is finite; None otherwise."""
         self._repeats = True
         try:
             with self._current.entry.context(PrecisionMode.FP32):
@@ -126,14 +141,34 @@ class _Watch:
         finally:
             self._repeats = False
         broken_in_fp32 = broken_tensors(exact)
-        if not broken_in_fp32:
-            if name not in self.findings.overflowing:
-                self.findings.overflowing.append(name)
-            return exact
-        # An infinity may be meant (a mask): it is held against the module only if the model's output is not finite.
-        if self._suspect is None:
-            self._suspect = name, all(x.dim() == 0 for x in broken_in_fp32)
-        return None
+        if broken_in_fp32:
+            self._suspect = self._more_suspect(name, (arguments, options), broken_in_fp32)
+            return None
+        if name not in self.findings.overflowing:
+            self.findings.overflowing.append(name)
+        return exact
+
+    def _more_suspect(self, name: str, inputs: Any, outputs: list[Tensor]) -> _Suspect | None:
+        """Who is to blame if the model's output is not finite: the first whose own inputs were, unless it made a mask."""
+        may_be_mask = not _poisoned(outputs)
+        former = self._suspect
+        if former is not None and (may_be_mask or not former.may_be_mask or broken_tensors(inputs)):
+            return former
+        if name and _poisoned(inputs):
+            return former
+        return _Suspect(name, all(x.dim() == 0 for x in outputs), may_be_mask)
+
+    def _acquit(self, name: str, inputs: Any) -> None:
+        """Lets go of a suspect whose infinities the module of this name has made finite values of, as masks are meant to."""
+        suspect = self._suspect
+        if suspect is not None and (f"{suspect.name}.".startswith(f"{name}.") or broken_tensors(inputs)):
+            self._suspect = None
+
+
+def _poisoned(inputs: Any) -> bool:
+    """Whether they hold NaN or inf; -inf may be a mask. One host read."""
+    found = {str(i): (x.isnan() | x.isposinf()).any() for i, (_, x) in enumerate(float_tensors(inputs))}
+    return bool(found) and any(snapshot.read(found).values())
 
 
 def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
@@ -150,16 +185,35 @@ def broken_tensors(value: Any) -> list[Tensor]:
     return [x for i, (_, x) in enumerate(found) if not flags[str(i)]]
 
 
-def _without_caches(forward: RecordedForward) -> dict[str, Any]:
-    """A cache of keys and values would grow again where a module runs twice."""
-    accepted = inspect.signature(type(forward.model).forward).parameters
-    return {**forward.options, "use_cache": False} if "use_cache" in accepted else forward.options
+def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The batch itself, in copies of whatever else holds it: a cache of keys and values would grow again.
+
+    Raises:
+        RuntimeError: the batch is no longer what it was.
+    """
+    if not forward.is_intact:
+        raise RuntimeError("the batch was written into since, by the model or by what loads it")
+    kept = {id(x): x for _, x in tensors_in((forward.arguments, forward.options))}
+    arguments, options = copy.deepcopy((forward.arguments, forward.options), kept)
+    if "use_cache" in inspect.signature(type(forward.model).forward).parameters:
+        options["use_cache"] = False
+    return arguments, options
 
 
 @contextmanager
 def _nothing_changes(model: nn.Module) -> Iterator[None]:
-    """Buffers and random state are afterwards what they are now; nothing is recorded for backward or compiled."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """Buffers and random state are afterwards what they are now; nothing is recorded for backward or compiled.
+
+    Raises:
+        RuntimeError: the model would wait for other ranks, which need not take the same look.
+    """
+    if agreement.is_needed() and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise RuntimeError("its SyncBatchNorm would wait for the other processes")
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
@@ -171,6 +225,8 @@ def _nothing_changes(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for buffer, former in buffers:
-                buffer.copy_(former)
+            for module, name, buffer, former in buffers:
+                setattr(
+                    module, name, buffer.copy_(former)
+                )  # forward may have put another tensor in its place
             torch.clear_autocast_cache()  # it may hold casts that were made while gradients were off

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hf_amp.nested import tensors_in
+
 KEPT_FORWARDS = 64
 """Forward passes of one step that are kept, the newest ones; references to the arguments only, never copies."""
 KEPT_STEPS = 2
@@ -17,11 +19,26 @@ KEPT_STEPS = 2
 
 
 class RecordedForward(NamedTuple):
-    """One forward pass of a whole model: which, and on what."""
+    """One forward pass of a whole model: which, and on what.
+
+    Attributes:
+        is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
+            written into it since.
+    """
 
     model: nn.Module
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    is_intact: bool = True
+
+
+class _Kept(NamedTuple):
+    """The same, without keeping the model alive, and with the version of every tensor of the batch."""
+
+    model: weakref.ref[nn.Module]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    versions: tuple[int, ...]
 
 
 class ForwardRecorder:
@@ -33,17 +50,11 @@ class ForwardRecorder:
 
     def __init__(self, step: Callable[[], int]) -> None:
         self._step = step
-        self._kept: dict[int, deque[tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]]]] = {}
+        self._kept: dict[int, deque[_Kept]] = {}
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
-        reference = weakref.ref(model)
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if torch.is_grad_enabled():
-                self._keep(reference, arguments, options)
-
+        note = _Note(self._keep, weakref.ref(model))
         handle = entry_point.register_forward_pre_hook(note, with_kwargs=True)
         return handle.remove
 
@@ -54,7 +65,7 @@ class ForwardRecorder:
         if step not in self._kept:
             self._kept = {old: calls for old, calls in self._kept.items() if step - KEPT_STEPS < old < step}
             self._kept[step] = deque(maxlen=KEPT_FORWARDS)
-        self._kept[step].append((model, arguments, options))
+        self._kept[step].append(_Kept(model, arguments, options, _versions(arguments, options)))
 
     def forwards_of(self, step: int) -> list[RecordedForward]:
         """The forward passes behind optimizer step `step`, oldest first.
@@ -65,11 +76,41 @@ class ForwardRecorder:
         if not steps:
             return []
         return [
-            RecordedForward(model, arguments, options)
-            for reference, arguments, options in self._kept[max(steps)]
-            if (model := reference()) is not None
+            RecordedForward(model, kept.arguments, kept.options, kept.versions == _versions(*kept[1:3]))
+            for kept in self._kept[max(steps)]
+            if (model := kept.model()) is not None
         ]
 
     def forget(self) -> None:
         """Lets go of everything."""
         self._kept.clear()
+
+
+def _versions(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[int, ...]:
+    """How often each tensor has been written into. Source: `torch.Tensor._version`, which autograd checks as well."""
+    found = tensors_in((arguments, options))
+    return tuple(0 if x.is_inference() else x._version for _, x in found)
+
+
+class _Note:
+    """The hook that notes the calls of one model. Copies of the model, such as an EMA, carry one that notes nothing."""
+
+    def __init__(self, keep: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
+        self._keep = keep
+        self._model = model
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self._keep(self._model, arguments, options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _note_nothing, ()
+
+
+def _note_nothing() -> Callable[..., None]:
+    return _silent
+
+
+def _silent(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What a copied model calls in place of the recorder."""

@@ -32,7 +32,7 @@ def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
     adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def adopt(prepared: nn.Module) -> None:
-        model = accelerator.unwrap_model(prepared)
+        model = accelerator.unwrap_model(prepared, keep_torch_compile=False)
         if model in adopted:
             return
         adopted.add(model)
