@@ -35,7 +35,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "skipped_steps_scale", "steps", "skipped with a finite loss: the scale was too large", "grows for ever: lower init_scale or raise growth_interval"
     ),
     Metric(
-        "skipped_steps_activation", "steps", "skipped because a forward value left the format's range", "train the module that the event names in FP32 or BF16"
+        "skipped_steps_activation", "steps", "skipped because a forward value left the format's range", "nothing with automatic_fallback: the modules that the event names run in FP32"
     ),
     Metric(
         "skipped_steps_input", "steps", "skipped because the batch holds non-finite values", "mend the data"
