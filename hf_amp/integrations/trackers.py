@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
 
-from hf_amp.monitoring.metrics import LOG_PREFIX
+from hf_amp.events import AmpEvent
+from hf_amp.monitoring.metrics import INCIDENT, LOG_PREFIX
+from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.session import AmpSession
 
 
 def merge_metrics_into_logs(accelerator: Accelerator, session: AmpSession) -> None:
     """Makes `accelerator.log` add the session's metrics, with `amp/` before their names, to what the loop logs.
 
-    They ride in the first call after an optimizer step; further calls at the same step, such as an evaluation's,
-    are left as they are. No host read.
+    They ride in the first call after an optimizer step, with words for what needed attention; further calls at the same
+    step, such as an evaluation's, are left as they are. The session's own log gets them too, with the loop's numbers
+    that a Trainer logs. No host read.
     """
     log = accelerator.log
-    told = 0
+    told: int | None = None
 
     @functools.wraps(log)
     def log_with_metrics(values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         nonlocal told
-        if session.scaler.decided_steps != told:
+        if session.scaler.decided_steps != (told or 0):
+            if told is None:
+                session.sinks += _tensorboard_sinks(accelerator)
             told = session.scaler.decided_steps
+            beside = {name: values[name] for name in _SHARED if isinstance(values.get(name), (int, float))}
+            session.log_metrics(**beside)
             values = {**values, **{LOG_PREFIX + name: value for name, value in session.metrics().items()}}
+            incidents = session.unlogged_incidents()
+            if incidents:
+                values[INCIDENT] = incidents
         log(values, *args, **kwargs)
 
     session.changes.set_attribute(accelerator, "log", log_with_metrics)
+
+
+_SHARED = ("loss", "learning_rate")
+"""Names that the Trainer has for them, which the report shows."""
+
+
+def _tensorboard_sinks(accelerator: Accelerator) -> list[Callable[[AmpEvent], None]]:
+    """A sink for the writer of accelerate's own TensorBoard tracker, where there is one."""
+    writers: list[Any] = [getattr(tracker, "writer", None) for tracker in accelerator.trackers]
+    return [TensorBoardSink(writer).write for writer in writers if hasattr(writer, "add_custom_scalars")]

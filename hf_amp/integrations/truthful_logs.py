@@ -13,12 +13,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from hf_amp.events import EventKind
-from hf_amp.monitoring.metrics import LOG_PREFIX
+from hf_amp.monitoring.metrics import INCIDENT, LOG_PREFIX
 from hf_amp.session import AmpSession
 from hf_amp.statistics import snapshot
-
-INCIDENT = "amp_incident"
-"""Key of a log entry's words for what needed attention; apart from `amp/`, under which there are only numbers."""
 
 
 def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:

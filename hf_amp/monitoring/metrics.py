@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 LOG_PREFIX = "amp/"
 """Stands before a metric's name in Trainer logs and trackers."""
+INCIDENT = "amp_incident"
+"""Key of a log entry's words for what needed attention; apart from `amp/`, under which there are only numbers."""
 
 
 class Metric(NamedTuple):

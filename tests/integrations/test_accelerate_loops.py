@@ -17,6 +17,7 @@ from torch import nn
 import hf_amp
 from hf_amp import AttachError, MixedPrecisionConfig
 from hf_amp.monitoring.metrics import LOG_PREFIX
+from hf_amp.monitoring.run_history import read_run
 from tests.reference import OverflowInBackward, snapshot, tiny_mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
@@ -231,3 +232,29 @@ def test_metrics_reach_the_trackers(tmp_path: Path) -> None:
     assert {"loss/before", "loss/train", "loss/eval"} < set(tags)
     assert [(e.step, e.value) for e in events.Scalars(LOG_PREFIX + "scale")] == [(1, 128.0), (2, 128.0)]
     assert [(e.step, e.value) for e in events.Scalars(LOG_PREFIX + "applied_steps")] == [(1, 1.0), (2, 2.0)]
+
+
+def test_trackers_and_the_sessions_log_name_a_skip(tmp_path: Path) -> None:
+    """The words are in TensorBoard at the step, with the layout and histograms; the JSON log has the same figures."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(monitor_modules=True, monitoring_interval=1))
+    session.log_to(tmp_path)
+    accelerator.init_trackers("run")
+    model = tiny_mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in (1, 2, 3):
+        accelerator.backward(model(BATCH * (torch.nan if step == 2 else 1.0)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.log({"loss": 0.5}, step=step)
+    accelerator.end_training()
+    board = EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0}).Reload()
+    (words,) = board.Tensors("amp_incident/text_summary")
+    assert words.step == 2
+    assert b"step 2: step_skipped (INPUT)" in words.tensor_proto.string_val[0]
+    (layout,) = board.Tensors("custom_scalars__config__")
+    assert b"^amp/scale$" in layout.tensor_proto.string_val[0]
+    assert [point.step for point in board.Histograms("amp/module_headroom_bits")] == [1, 2, 3]
+    run = read_run(tmp_path)
+    assert list(run.figures["loss"]) == [(1, 0.5), (2, 0.5), (3, 0.5)]
+    assert list(run.figures["applied_steps"].values) == [1.0, 1.0, 2.0]
