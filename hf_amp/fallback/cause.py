@@ -34,24 +34,16 @@ class Diagnosis(NamedTuple):
     modules: tuple[str, ...] = ()
 
 
-def diagnose(
-    loss_finite: bool | None,
-    parameters: Iterable[tuple[str, Tensor]],
-    forwards: Sequence[RecordedForward],
-    current: CurrentPrecision,
-    name_of: Callable[[nn.Module], str],
-) -> Diagnosis:
-    """Looks closer at a step whose gradients were not finite: the parameters, the batch, the forward pass once more.
+def poison_in(
+    parameters: Iterable[tuple[str, Tensor]], forwards: Sequence[RecordedForward]
+) -> Diagnosis | None:
+    """What was not finite before a step whose gradients were not: the parameters, or the batch. None where neither.
 
-    Costs a read of the parameters, and one more forward pass per micro-batch until one shows the cause.
+    A finite loss does not rule that out: functions that saturate hide it. Costs a read of both.
 
     Args:
-        loss_finite: whether every loss behind the gradients was finite before scaling; None where nothing was
-            scaled (BF16, FP32), and so no loss was seen.
         parameters: (qualified name, parameter) of what the optimizer holds.
         forwards: the forward passes behind the gradients.
-        current: the precision that they ran in.
-        name_of: gives what stands before the names of a model's modules.
     """
     poisoned = non_finite_names(parameters)
     if poisoned:
@@ -67,6 +59,26 @@ def diagnose(
                 Cause.INPUT,
                 f"the batch {described}; no precision can cure that. Mend the data, or drop such batches.",
             )
+    return None
+
+
+def diagnose(
+    loss_finite: bool | None,
+    forwards: Sequence[RecordedForward],
+    current: CurrentPrecision,
+    name_of: Callable[[nn.Module], str],
+) -> Diagnosis:
+    """Looks closer at a step whose gradients were not finite, although all was that they were made from.
+
+    Costs one more forward pass per micro-batch until one shows the cause.
+
+    Args:
+        loss_finite: whether every loss behind the gradients was finite before scaling; None where that is no sign of
+            the scale, because nothing is scaled (BF16, FP32).
+        forwards: the forward passes behind the gradients.
+        current: the precision that they ran in.
+        name_of: gives what stands before the names of a model's modules.
+    """
     findings = []
     for forward in forwards:
         found = locate(forward, current)
