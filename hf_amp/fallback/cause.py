@@ -145,7 +145,7 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ForwardFindings]
             "the forward pass is sound, the gradients are not, and there is no loss scale to blame. Look at the loss "
             "function, and for a root or division at zero, whose derivative is infinite.",
         )
-    if not any(found.returns_loss for found in findings):
+    if not any(found.returns_loss and found.draws for found in findings):
         return Diagnosis(
             Cause.LOSS,
             "the model's outputs are finite, the loss made from them is not: look at the loss function (log or "

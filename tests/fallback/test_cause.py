@@ -286,3 +286,13 @@ def test_a_late_verdict_about_a_batch_that_was_overwritten_is_unknown() -> None:
     loop.session.scaler.flush()
     assert [(s.step, s.cause) for s in loop.skips] == [(2, Cause.UNKNOWN)]
     assert "written into" in loop.skips[0].message
+
+
+@EVERY_PRECISION
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_loss_made_from_the_models_own_loss(precision: str, dropout: float) -> None:
+    """LOSS where the repeated pass was the same and finite; UNKNOWN where dropout drew anew, because it may have been that."""
+    loop = Loop(Regression(between=nn.Dropout(dropout)), precision)
+    loop.step(SOUND, loss_of=lambda output: log_of_zero(output[0]))
+    assert loop.skips[0].cause is (Cause.UNKNOWN if dropout else Cause.LOSS)
+    assert "loss function" in loop.skips[0].message
