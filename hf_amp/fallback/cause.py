@@ -27,11 +27,19 @@ MENTIONED = 3
 
 
 class Diagnosis(NamedTuple):
-    """A cause, a sentence that says what to do, and the qualified names of the modules to blame."""
+    """Why a step was skipped.
+
+    Attributes:
+        cause: the cause.
+        message: a sentence that says what to do.
+        modules: qualified names of the modules to blame.
+        is_shown: whether it was seen; otherwise it is what remains when nothing is, which another rank may have seen.
+    """
 
     cause: Cause
     message: str
     modules: tuple[str, ...] = ()
+    is_shown: bool = True
 
 
 def poison_in(
@@ -138,23 +146,27 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ForwardFindings]
             Cause.UNKNOWN,
             f"a closer look {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "
             "function, and for activations beyond 65504.",
+            is_shown=False,
         )
     if loss_finite is None:
         return Diagnosis(
             Cause.UNKNOWN,
             "the forward pass is sound, the gradients are not, and there is no loss scale to blame. Look at the loss "
             "function, and for a root or division at zero, whose derivative is infinite.",
+            is_shown=False,
         )
     if not any(found.returns_loss and found.draws for found in findings):
         return Diagnosis(
             Cause.LOSS,
             "the model's outputs are finite, the loss made from them is not: look at the loss function (log or "
             "division by zero) and at this step's labels.",
+            is_shown=False,
         )
     return Diagnosis(
         Cause.UNKNOWN,
         "the loss was not finite, but the same batch gives finite values now: dropout drew anew, or the loss is made "
         "outside of the model. Look at the loss function and at this step's labels.",
+        is_shown=False,
     )
 
 

@@ -18,8 +18,13 @@ from hf_amp.statistics import agreement
 SCALE_SKIPS_BEFORE_A_LOOK = 3
 """Overflows in a row with a finite loss after which the step is looked at all the same: an infinite activation can hide
 behind a saturating function, and a derivative can be infinite by itself."""
-_GRAVITY = (Cause.UNKNOWN, Cause.SCALE, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)
-"""Where ranks see different causes, the last of these stands: the others only see its traces."""
+_GRAVITY = (
+    (Cause.LOSS, False),
+    (Cause.UNKNOWN, False),
+    (Cause.SCALE, True),
+    *((cause, True) for cause in (Cause.UNKNOWN, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)),
+)
+"""Where ranks find different causes, the last of these stands: the others only see its traces. (Cause, whether shown)."""
 
 
 class SkippedStep(NamedTuple):
@@ -75,7 +80,8 @@ class Examiner:
         try:
             found = self._found(skip)
         except Exception as error:  # a rank that fails here must not keep the others waiting
-            found = Diagnosis(Cause.UNKNOWN, f"a closer look failed ({type(error).__name__}: {error}).")
+            why = f"a closer look failed ({type(error).__name__}: {error})."
+            found = Diagnosis(Cause.UNKNOWN, why, is_shown=False)
         return self._agreed(found) if agree and agreement.is_needed() else found
 
     def _found(self, skip: SkippedStep) -> Diagnosis:
@@ -93,13 +99,17 @@ class Examiner:
         names = [name for name, _ in self._runner.named_modules()]
         anywhere = torch.device(self._runner.entry.device_type)
         device = next((p.device for model in self._runner.models() for p in model.parameters()), anywhere)
-        local = [float(_GRAVITY.index(found.cause)), *(float(name in found.modules) for name in names)]
+        local = [
+            float(_GRAVITY.index((found.cause, found.is_shown))),
+            *(float(name in found.modules) for name in names),
+        ]
         gravest, *blamed = agreement.largest_elements_over_ranks(torch.tensor(local, device=device))
-        cause = _GRAVITY[int(gravest)]
+        cause, is_shown = _GRAVITY[int(gravest)]
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
         if cause is found.cause and set(modules) == set(found.modules):
             return found
-        return Diagnosis(cause, f"another rank has found the cause. Here: {found.message}", modules)
+        message = f"another rank has found the cause. Here: {found.message}"
+        return Diagnosis(cause, message, modules, is_shown)
 
     def _looks_closer(self) -> bool:
         """Whether it is time to doubt that a smaller scale cures: at the 4th, 8th, 16th, … such skip in a row."""
