@@ -27,31 +27,31 @@ MENTIONED = 3
 
 
 class Diagnosis(NamedTuple):
-    """A cause, a sentence that says what to do, and the qualified names of the modules to blame."""
+    """Why a step was skipped.
+
+    Attributes:
+        cause: the cause.
+        message: a sentence that says what to do.
+        modules: qualified names of the modules to blame.
+        is_shown: whether it was seen; otherwise it is what remains when nothing is, which another rank may have seen.
+    """
 
     cause: Cause
     message: str
     modules: tuple[str, ...] = ()
+    is_shown: bool = True
 
 
-def diagnose(
-    loss_finite: bool | None,
-    parameters: Iterable[tuple[str, Tensor]],
-    forwards: Sequence[RecordedForward],
-    current: CurrentPrecision,
-    name_of: Callable[[nn.Module], str],
-) -> Diagnosis:
-    """Looks closer at a step whose gradients were not finite: the parameters, the batch, the forward pass once more.
+def poison_in(
+    parameters: Iterable[tuple[str, Tensor]], forwards: Sequence[RecordedForward]
+) -> Diagnosis | None:
+    """What was not finite before a step whose gradients were not: the parameters, or the batch. None where neither.
 
-    Costs a read of the parameters, and one more forward pass per micro-batch until one shows the cause.
+    A finite loss does not rule that out: functions that saturate hide it. Costs a read of both.
 
     Args:
-        loss_finite: whether every loss behind the gradients was finite before scaling; None where nothing was
-            scaled (BF16, FP32), and so no loss was seen.
         parameters: (qualified name, parameter) of what the optimizer holds.
         forwards: the forward passes behind the gradients.
-        current: the precision that they ran in.
-        name_of: gives what stands before the names of a model's modules.
     """
     poisoned = non_finite_names(parameters)
     if poisoned:
@@ -67,6 +67,26 @@ def diagnose(
                 Cause.INPUT,
                 f"the batch {described}; no precision can cure that. Mend the data, or drop such batches.",
             )
+    return None
+
+
+def diagnose(
+    loss_finite: bool | None,
+    forwards: Sequence[RecordedForward],
+    current: CurrentPrecision,
+    name_of: Callable[[nn.Module], str],
+) -> Diagnosis:
+    """Looks closer at a step whose gradients were not finite, although all was that they were made from.
+
+    Costs one more forward pass per micro-batch until one shows the cause.
+
+    Args:
+        loss_finite: whether every loss behind the gradients was finite before scaling; None where that is no sign of
+            the scale, because nothing is scaled (BF16, FP32).
+        forwards: the forward passes behind the gradients.
+        current: the precision that they ran in.
+        name_of: gives what stands before the names of a model's modules.
+    """
     findings = []
     for forward in forwards:
         found = locate(forward, current)
@@ -126,23 +146,27 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ForwardFindings]
             Cause.UNKNOWN,
             f"a closer look {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "
             "function, and for activations beyond 65504.",
+            is_shown=False,
         )
     if loss_finite is None:
         return Diagnosis(
             Cause.UNKNOWN,
             "the forward pass is sound, the gradients are not, and there is no loss scale to blame. Look at the loss "
             "function, and for a root or division at zero, whose derivative is infinite.",
+            is_shown=False,
         )
-    if not any(found.returns_loss for found in findings):
+    if not any(found.returns_loss and found.draws for found in findings):
         return Diagnosis(
             Cause.LOSS,
             "the model's outputs are finite, the loss made from them is not: look at the loss function (log or "
             "division by zero) and at this step's labels.",
+            is_shown=False,
         )
     return Diagnosis(
         Cause.UNKNOWN,
         "the loss was not finite, but the same batch gives finite values now: dropout drew anew, or the loss is made "
         "outside of the model. Look at the loss function and at this step's labels.",
+        is_shown=False,
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_amp.events import Cause
 from hf_amp.fallback.apply import PlanRunner
-from hf_amp.fallback.cause import SCALE_IS_CURING, Diagnosis, diagnose, joined, non_finite_names
+from hf_amp.fallback.cause import SCALE_IS_CURING, Diagnosis, diagnose, joined, non_finite_names, poison_in
 from hf_amp.fallback.locate import parameters_overflowing_unscaled
 from hf_amp.fallback.recorder import ForwardRecorder, RecordedForward
 from hf_amp.statistics import agreement
@@ -18,8 +18,13 @@ from hf_amp.statistics import agreement
 SCALE_SKIPS_BEFORE_A_LOOK = 3
 """Overflows in a row with a finite loss after which the step is looked at all the same: an infinite activation can hide
 behind a saturating function, and a derivative can be infinite by itself."""
-_GRAVITY = (Cause.UNKNOWN, Cause.SCALE, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)
-"""Where ranks see different causes, the last of these stands: the others only see its traces."""
+_GRAVITY = (
+    (Cause.LOSS, False),
+    (Cause.UNKNOWN, False),
+    (Cause.SCALE, True),
+    *((cause, True) for cause in (Cause.UNKNOWN, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)),
+)
+"""Where ranks find different causes, the last of these stands: the others only see its traces. (Cause, whether shown)."""
 
 
 class SkippedStep(NamedTuple):
@@ -61,41 +66,50 @@ class Examiner:
     def examine(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped.
 
-        A finite loss shows that forward was sound, and nothing is looked at, until that has not helped for a while.
+        Where parameters and batch are finite, a finite loss shows that forward was sound, and it is not repeated until a
+        smaller scale has not helped for a while.
 
         Args:
             agree: exchange what was found with the other ranks, which all call this for the same step.
         """
-        diagnosis = self._doubting_scale(skip, self._diagnose(skip, agree))
+        diagnosis = self._naming_gradient(skip, self._doubting_scale(skip, self._diagnose(skip, agree)))
         self.scale_skips = self.scale_skips + 1 if diagnosis.cause is Cause.SCALE else 0
         return diagnosis
 
     def _diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
+        try:
+            found = self._found(skip)
+        except Exception as error:  # a rank that fails here must not keep the others waiting
+            why = f"a closer look failed ({type(error).__name__}: {error})."
+            found = Diagnosis(Cause.UNKNOWN, why, is_shown=False)
+        return self._agreed(found) if agree and agreement.is_needed() else found
+
+    def _found(self, skip: SkippedStep) -> Diagnosis:
+        forwards = self._recorder.forwards_of(skip.step)
+        poison = poison_in(skip.parameters, forwards)
+        if poison is not None:
+            return poison
         if skip.loss_finite and not self._looks_closer():
             return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
-        forwards = self._recorder.forwards_of(skip.step)
-        try:
-            found = diagnose(
-                skip.loss_finite, skip.parameters, forwards, self._runner.current, self._runner.name_of
-            )
-            if found.cause is Cause.SCALE:
-                found = self._without_scale(forwards) or found
-        except Exception as error:  # a rank that fails here must not keep the others waiting
-            found = Diagnosis(Cause.UNKNOWN, f"a closer look failed ({type(error).__name__}: {error}).")
-        return self._agreed(found) if agree and agreement.is_needed() else found
+        found = diagnose(skip.loss_finite, forwards, self._runner.current, self._runner.name_of)
+        return (self._without_scale(forwards) or found) if found.cause is Cause.SCALE else found
 
     def _agreed(self, found: Diagnosis) -> Diagnosis:
         """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
         names = [name for name, _ in self._runner.named_modules()]
         anywhere = torch.device(self._runner.entry.device_type)
         device = next((p.device for model in self._runner.models() for p in model.parameters()), anywhere)
-        local = [float(_GRAVITY.index(found.cause)), *(float(name in found.modules) for name in names)]
+        local = [
+            float(_GRAVITY.index((found.cause, found.is_shown))),
+            *(float(name in found.modules) for name in names),
+        ]
         gravest, *blamed = agreement.largest_elements_over_ranks(torch.tensor(local, device=device))
-        cause = _GRAVITY[int(gravest)]
+        cause, is_shown = _GRAVITY[int(gravest)]
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
         if cause is found.cause and set(modules) == set(found.modules):
             return found
-        return Diagnosis(cause, f"another rank has found the cause. Here: {found.message}", modules)
+        message = f"another rank has found the cause. Here: {found.message}"
+        return Diagnosis(cause, message, modules, is_shown)
 
     def _looks_closer(self) -> bool:
         """Whether it is time to doubt that a smaller scale cures: at the 4th, 8th, 16th, … such skip in a row."""
@@ -113,15 +127,20 @@ class Examiner:
 
     def _backward_overflow(self, parameters: Iterable[str], when: str) -> Diagnosis:
         """Names the module where backward, which runs from the last to the first, met the first bad value."""
-        owners = {name.rpartition(".")[0] for name in parameters}
-        known = [name for name, _ in self._runner.named_modules() if name in owners]
-        where = f"The first gradient that is not finite is that of {known[-1]}" if known else "Look"
+        first = self._first_in_backward(parameters)
+        where = f"The first gradient that is not finite is that of {first}" if first else "Look"
         return Diagnosis(
             Cause.UNKNOWN,
             f"the loss was finite, but backward overflows {when} as well. {where}: look there for a root or a division "
             "at zero, whose derivative is infinite.",
-            tuple(known[-1:]),
+            (first,) if first in dict(self._runner.named_modules()) else (),
         )
+
+    def _first_in_backward(self, parameters: Iterable[str]) -> str | None:
+        """The module that is last in order among those that own `parameters`; the parameter where it is the model's own."""
+        owners = {name.rpartition(".")[0]: name for name in parameters}
+        known = [owners[name] for name, _ in self._runner.named_modules() if name in owners]
+        return known[-1].rpartition(".")[0] or known[-1] if known else None
 
     def _doubting_scale(self, skip: SkippedStep, diagnosis: Diagnosis) -> Diagnosis:
         """`diagnosis`, unless it is that of a scale which cures nothing: at most 1, or no longer being lowered."""
@@ -130,3 +149,15 @@ class Examiner:
             return diagnosis
         gradients = [(name, p.grad) for name, p in skip.parameters if p.grad is not None]
         return self._backward_overflow(non_finite_names(gradients), f"at a scale of {skip.scale:g}")
+
+    def _naming_gradient(self, skip: SkippedStep, diagnosis: Diagnosis) -> Diagnosis:
+        """`diagnosis`, with where backward overflowed where there is no scale to blame and nothing else to go by."""
+        if diagnosis.cause is not Cause.UNKNOWN or diagnosis.modules or skip.loss_finite is not None:
+            return diagnosis
+        gradients = [(name, p.grad) for name, p in skip.parameters if p.grad is not None]
+        first = self._first_in_backward(non_finite_names(gradients))
+        if first is None:
+            return diagnosis
+        return diagnosis._replace(
+            message=f"{diagnosis.message} The first gradient that is not finite is that of {first}."
+        )

@@ -33,6 +33,7 @@ class ForwardFindings:
         unsound: the first module whose output is not finite in FP32 either; None where none.
         only_loss: whether all that is not finite there is a single number, the loss.
         returns_loss: whether the model returns a single number among its outputs.
+        draws: whether the model has drawn random numbers, so that the pass was not the same as the first.
         error: why the pass could not be repeated; None where it could.
     """
 
@@ -40,6 +41,7 @@ class ForwardFindings:
     unsound: str | None = None
     only_loss: bool = False
     returns_loss: bool = False
+    draws: bool = False
     error: str | None = None
 
 
@@ -59,7 +61,10 @@ def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindin
     try:
         with _nothing_changes(forward.model), current():
             arguments, options = _inputs_to_repeat(forward)
+            before = _random_states(forward.model)
             forward.model(*arguments, **options)
+            after = _random_states(forward.model)
+            watch.findings.draws = not all(map(torch.equal, before, after))
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = f"{type(error).__name__}: {str(error)[:200]}"
     finally:
@@ -200,6 +205,14 @@ def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[s
     return arguments, options
 
 
+def _devices(model: nn.Module) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _random_states(model: nn.Module) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
+
+
 @contextmanager
 def _nothing_changes(model: nn.Module) -> Iterator[None]:
     """Buffers and random state are afterwards what they are now; nothing is recorded for backward or compiled.
@@ -214,9 +227,9 @@ def _nothing_changes(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    devices = _devices(model)
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:  # which takes seconds to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 import hf_amp
 from hf_amp import AdvancedGradScaler, AmpSession, Cause, MixedPrecisionConfig, PrecisionMode
 from hf_amp.fallback.apply import CurrentPrecision, PrecisionEntry
-from hf_amp.fallback.cause import Diagnosis, diagnose
+from hf_amp.fallback.cause import Diagnosis, diagnose, poison_in
 from hf_amp.fallback.locate import ForwardFindings, locate
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.forward_context import ForwardContext
@@ -40,7 +40,7 @@ def found_in(model: nn.Module, *arguments: Any, emulate: bool = True, **options:
 
 def told_of(model: nn.Module, *arguments: Any, **options: Any) -> Diagnosis:
     forward = RecordedForward(model, arguments, options)
-    return diagnose(False, model.named_parameters(), [forward], fp16(), lambda _: "")
+    return poison_in((), [forward]) or diagnose(False, [forward], fp16(), lambda _: "")
 
 
 def enlarge(*layers: nn.Module, by: float = 1e6) -> None:

@@ -1,0 +1,298 @@
+"""Every cause, produced for real in a loop under `attach`, is told right, with a sentence that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hf_amp
+from hf_amp import AmpEvent, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
+from tests.reference import OverflowInBackward
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
+PRECISIONS = ["fp16", "bf16", "no"]
+EVERY_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
+X = torch.linspace(-1, 1, 24).reshape(3, 8) + 0.01
+
+
+class Loop:
+    """A raw Accelerate loop around one model, whose loss is what the model returns unless `loss_of` makes one."""
+
+    def __init__(self, model: nn.Module, precision: str, fused: bool = False, **options: Any) -> None:
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=True)
+        self.session = hf_amp.attach(self.accelerator, MixedPrecisionConfig(**options))
+        self.plain = model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def step(self, *micro_batches: dict[str, Any], loss_of: Callable[[Any], Tensor] | None = None) -> None:
+        for batch in micro_batches:
+            output = self.model(**batch)
+            first = output if isinstance(output, Tensor) else output[0]
+            loss = first if loss_of is None else loss_of(output)
+            self.accelerator.backward(loss / len(micro_batches))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @property
+    def skips(self) -> list[AmpEvent]:
+        return [event for event in self.session.events if event.kind is EventKind.STEP_SKIPPED]
+
+
+class Regression(nn.Module):
+    """Two layers and a mean squared error, unless another loss or another thing in between is asked for."""
+
+    def __init__(
+        self,
+        loss_of: Callable[[Tensor, Tensor], Tensor] = nn.functional.mse_loss,
+        between: Callable[[Tensor], Tensor] = torch.tanh,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.loss_of, self.between = loss_of, between
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.last(self.between(self.first(x)))
+        if labels is None:
+            return logits
+        return self.loss_of(logits, labels), logits
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+    )
+
+
+TOKENS = torch.arange(16).reshape(2, 8)
+SOUND = {"x": X, "labels": torch.zeros(3, 8)}
+
+
+def masked_mean(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over those whose label is not ignored, written as people do."""
+    kept = labels >= 0
+    return (logits[..., 0].square() * kept).sum() / kept.sum()
+
+
+@EVERY_PRECISION
+def test_all_labels_ignored_in_one_micro_batch(precision: str) -> None:
+    """LOSS, with the labels and -100 named, where the mean over none made the gradients NaN."""
+    loop = Loop(Regression(masked_mean), precision)
+    sound = {"x": X, "labels": torch.tensor([0, 1, -100])}
+    loop.step(sound, {"x": X, "labels": torch.full((3,), -100)}, sound)
+    assert loop.skips[0].cause is Cause.LOSS
+    assert "every label of the batch is ignored (-100)" in loop.skips[0].message
+
+
+@EVERY_PRECISION
+def test_all_labels_ignored_by_cross_entropy(precision: str) -> None:
+    """LOSS as well where the gradients are not NaN but exactly zero, as PyTorch's own loss makes them: nothing is skipped."""
+    loop = Loop(tiny_gpt2(), precision)
+    loop.step({"input_ids": TOKENS, "labels": torch.full_like(TOKENS, -100)})
+    told = [event for event in loop.session.events if event.kind is EventKind.ZERO_GRADIENTS]
+    assert [event.cause for event in told] == [Cause.LOSS]
+    assert "every label of the batch is ignored (-100)" in told[0].message
+    assert not loop.skips
+
+
+@EVERY_PRECISION
+@pytest.mark.parametrize(("value", "word"), [(torch.nan, "NaN"), (torch.inf, "inf"), (-torch.inf, "inf")])
+@pytest.mark.parametrize("name", ["x", "labels"])
+def test_bad_batch(precision: str, value: float, word: str, name: str) -> None:
+    """INPUT, for a single element of one micro-batch of three; which tensor, and inf told apart from NaN."""
+    loop = Loop(Regression(), precision)
+    bad = {key: tensor.clone() for key, tensor in SOUND.items()}
+    bad[name][1, 2] = value
+    loop.step(SOUND, bad, SOUND)
+    assert loop.skips[0].cause is Cause.INPUT
+    assert f"holds {word} in {name}" in loop.skips[0].message
+    assert loop.session.plan.default.value != "FP32" or precision == "no"
+
+
+@EVERY_PRECISION
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_bad_weight(precision: str, value: float) -> None:
+    """WEIGHTS, with the parameter's name, and where to go back to."""
+    loop = Loop(Regression(), precision)
+    with torch.no_grad():
+        loop.plain.last.weight[0, 0] = value
+    loop.step(SOUND)
+    assert loop.skips[0].cause is Cause.WEIGHTS
+    assert "last.weight among them" in loop.skips[0].message
+    assert "last good checkpoint" in loop.skips[0].message
+
+
+def log_of_zero(logits: Tensor, _: Any = None) -> Tensor:
+    return torch.log((logits - logits).abs().sum()) + logits.mean()
+
+
+@EVERY_PRECISION
+@pytest.mark.parametrize("inside", [False, True], ids=["outside of the model", "inside of it"])
+def test_log_of_zero_in_a_custom_loss(precision: str, inside: bool) -> None:
+    """LOSS, and that the logarithm is to be looked at."""
+    loop = Loop(Regression(log_of_zero), precision)
+    loop.step(SOUND if inside else {"x": X}, loss_of=None if inside else log_of_zero)
+    assert loop.skips[0].cause is Cause.LOSS
+    assert "log or division by zero" in loop.skips[0].message
+
+
+@EVERY_PRECISION
+def test_nan_in_labels_that_the_model_does_not_see(precision: str) -> None:
+    """LOSS: the model's outputs are finite, and this step's labels are to be looked at."""
+    loop = Loop(Regression(), precision)
+    labels = torch.full((3, 8), torch.nan)
+    loop.step({"x": X}, loss_of=lambda logits: nn.functional.mse_loss(logits, labels))
+    assert loop.skips[0].cause is Cause.LOSS
+    assert "this step's labels" in loop.skips[0].message
+
+
+@EVERY_PRECISION
+def test_activation_beyond_65504(precision: str) -> None:
+    """ACTIVATION with the layer's name, once, in FP16; no fault at all in the formats that have the range."""
+    model = Regression(between=lambda x: x.float() * 1e-6)
+    with torch.no_grad():
+        model.first.weight.mul_(1e5)
+        model.first.weight.clamp_(-6e4, 6e4)
+        model.first.weight[0] = 6e4
+    loop = Loop(model, precision, init_scale=16.0)
+    for _ in range(3):
+        loop.step({"x": X.abs() + 1, "labels": SOUND["labels"]})
+    assert [(s.cause, s.modules) for s in loop.skips] == (
+        [(Cause.ACTIVATION, ("first",))] if precision == "fp16" else []
+    )
+
+
+def test_scale_too_high() -> None:
+    """SCALE until the scale has come down, and nothing to do."""
+    loop = Loop(Regression(), "fp16", init_scale=2.0**22)
+    for _ in range(6):
+        loop.step(SOUND)
+    assert {s.cause for s in loop.skips} == {Cause.SCALE}
+    assert "nothing to do" in loop.skips[0].message
+    assert len(loop.skips) < 6
+
+
+def hill(x: Tensor) -> Tensor:
+    """1 / (1 + x²): 0 at inf, where the derivative is computed as 0 times inf."""
+    return 1 / (1 + x.square())
+
+
+def test_an_infinity_hidden_behind_a_finite_loss() -> None:
+    """SCALE at first, as a finite loss says; at the fourth skip ACTIVATION with the layer's name, and the next step applies."""
+    model = Regression(between=lambda x: hill(x.float()))
+    with torch.no_grad():
+        model.first.weight.fill_(6e4)
+    loop = Loop(model, "fp16")
+    for _ in range(8):
+        loop.step({"x": X.abs() + 1, "labels": SOUND["labels"]})
+    causes = [s.cause for s in loop.skips]
+    assert causes[:4] == [Cause.SCALE] * 3 + [Cause.ACTIVATION]
+    assert loop.skips[3].modules == ("first",)
+    assert set(causes[4:]) <= {Cause.SCALE}
+    assert loop.session.metrics()["applied_steps"] >= 1
+
+
+@EVERY_PRECISION
+def test_a_root_at_zero_has_an_infinite_derivative(precision: str) -> None:
+    """UNKNOWN with the layer in front of the root, at once where there is no scale; an FP32 run's plan stays FP32's."""
+    loop = Loop(Regression(between=lambda x: torch.sqrt((x - x.detach()).float())), precision)
+    for _ in range(4):
+        loop.step(SOUND)
+    told = loop.skips[-1]
+    assert told.cause is Cause.UNKNOWN
+    assert "that of first" in told.message
+    if precision == "no":
+        assert {s.cause for s in loop.skips} == {Cause.UNKNOWN}
+        assert loop.session.plan.default is PrecisionMode.FP32
+        assert not loop.session.plan.modules
+
+
+@EVERY_PRECISION
+def test_a_bare_parameter_is_named_where_no_module_owns_it(precision: str) -> None:
+    """UNKNOWN with the parameter's own name where it belongs to the model itself."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sqrt(self.gain - self.gain.detach()).sum() + (x * self.gain).mean()
+
+    loop = Loop(Bare(), precision)
+    for _ in range(4):
+        loop.step({"x": X})
+    assert loop.skips[-1].cause is Cause.UNKNOWN
+    assert "that of gain" in loop.skips[-1].message
+
+
+@EVERY_PRECISION
+def test_a_division_in_a_module_is_no_matter_of_precision(precision: str) -> None:
+    """UNKNOWN with the module that divides zero by zero, in FP32 as well."""
+    model = nn.Sequential(nn.Linear(8, 8), _Normalizes(), nn.Linear(8, 8))
+    loop = Loop(model, precision)
+    loop.step({"input": torch.zeros(3, 8)}, loss_of=lambda logits: logits.square().mean())
+    assert loop.skips[0].cause is Cause.UNKNOWN
+    assert "1 gives non-finite values from finite ones in FP32 too" in loop.skips[0].message
+
+
+class _Normalizes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x) / (x - x).norm()
+
+
+@EVERY_PRECISION
+def test_gradients_made_infinite_in_backward_alone(precision: str) -> None:
+    """In FP16 the scale is suspected; without one UNKNOWN says that there is none to blame."""
+    loop = Loop(Regression(), precision)
+    loop.step({"x": X}, loss_of=lambda logits: OverflowInBackward.apply(logits.square().mean()))
+    assert loop.skips[0].cause is (Cause.SCALE if precision == "fp16" else Cause.UNKNOWN)
+    if precision != "fp16":
+        assert "no loss scale to blame" in loop.skips[0].message
+
+
+@pytest.mark.parametrize("bad", ["x", "labels"])
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_verdict_that_is_one_step_late_looks_at_its_own_batch(bad: str, at: int) -> None:
+    """PERFORMANCE_OPTIMIZED with fused AdamW: the bad step is told by its number, from its batch, not the newer one's."""
+    loop = Loop(Regression(), "fp16", fused=True, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=64.0)
+    for step in range(1, 7):
+        batch = {name: tensor.clone() for name, tensor in SOUND.items()}
+        if step == at:
+            batch[bad][0, 0] = torch.nan
+        loop.step(batch)
+    loop.session.scaler.flush()
+    assert [(s.step, s.cause) for s in loop.skips] == [(at, Cause.INPUT)]
+    assert f"NaN in {bad}" in loop.skips[0].message
+
+
+def test_a_late_verdict_about_a_batch_that_was_overwritten_is_unknown() -> None:
+    """Where the loader has reused the batch's memory for the next one, UNKNOWN says so instead of a wrong cause."""
+    loop = Loop(Regression(), "fp16", fused=True, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=64.0)
+    x, labels = X.clone(), torch.zeros(3, 8)
+    for step in range(1, 5):
+        x.copy_(X * torch.nan if step == 2 else X)
+        loop.step({"x": x, "labels": labels})
+    loop.session.scaler.flush()
+    assert [(s.step, s.cause) for s in loop.skips] == [(2, Cause.UNKNOWN)]
+    assert "written into" in loop.skips[0].message
+
+
+@EVERY_PRECISION
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_loss_made_from_the_models_own_loss(precision: str, dropout: float) -> None:
+    """LOSS where the repeated pass was the same and finite; UNKNOWN where dropout drew anew, because it may have been that."""
+    loop = Loop(Regression(between=nn.Dropout(dropout)), precision)
+    loop.step(SOUND, loss_of=lambda output: log_of_zero(output[0]))
+    assert loop.skips[0].cause is (Cause.UNKNOWN if dropout else Cause.LOSS)
+    assert "loss function" in loop.skips[0].message

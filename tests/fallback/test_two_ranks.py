@@ -1,0 +1,79 @@
+"""Two real processes over gloo, of which one meets a fault: both tell the same cause and follow the same plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_amp import Cause
+
+WORKER = Path(__file__).with_name("two_rank_worker.py")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    """What each of the two ranks decided, fault by fault: one launch, on any free port."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2]), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(WORKER)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "modules"),
+    [
+        ("activation", Cause.ACTIVATION, ["first"]),
+        ("NaN batch", Cause.INPUT, []),
+        ("labels", Cause.LOSS, []),
+        ("division", Cause.UNKNOWN, []),
+        ("failing look", Cause.UNKNOWN, []),
+        ("failing examination", Cause.UNKNOWN, []),
+    ],
+)
+def test_a_fault_of_one_rank_is_told_and_acted_on_by_both(
+    ranks: list[dict[str, Any]], fault: str, cause: Cause, modules: list[str]
+) -> None:
+    """Same skips, cause, plan, scale and weights on both ranks; the cause is that of the rank which has the fault."""
+    first, second = (results[fault] for results in ranks)
+    assert first["decided"] == second["decided"]
+    skip = second["decided"]["skips"][0]
+    assert skip == [2, cause.value, modules]
+    assert list(second["decided"]["plan"]["modules"]) == modules
+    assert second["decided"]["weights"]
+
+
+def test_the_rank_with_the_fault_says_what_failed(ranks: list[dict[str, Any]]) -> None:
+    """An exception in the look is in the message of its rank, and the other rank did not wait for it in vain."""
+    assert "this pass cannot be repeated" in ranks[1]["failing look"]["messages"][0]
+    assert "no peeking" in ranks[1]["failing examination"]["messages"][0]
+    assert "another rank has found the cause" in ranks[0]["activation"]["messages"][0]
+
+
+def test_a_derivative_of_one_rank_is_found_out_by_both_at_the_fourth_skip(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """SCALE three times, then UNKNOWN with the layer; same plan on both."""
+    first, second = (results["root"]["decided"] for results in ranks)
+    assert first == second
+    assert [skip[1] for skip in first["skips"]][:4] == ["SCALE"] * 3 + ["UNKNOWN"]
+    assert first["skips"][3][2] == ["first"]
+
+
+def test_without_a_fault_nothing_is_told(ranks: list[dict[str, Any]]) -> None:
+    """Six applied steps, equal weights."""
+    first, second = (results["none"]["decided"] for results in ranks)
+    assert first == second
+    assert first["skips"] == []

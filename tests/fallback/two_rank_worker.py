@@ -1,0 +1,110 @@
+"""One of two processes, of which only the second meets a fault. Prints a JSON line with what both have made of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+import hf_amp
+from hf_amp import EventKind, MixedPrecisionConfig
+
+FAULTS = (
+    "activation",
+    "NaN batch",
+    "labels",
+    "division",
+    "failing look",
+    "failing examination",
+    "root",
+    "none",
+)
+FAULTY_STEP = 2
+
+
+class Network(nn.Module):
+    """Two layers and a loss, or none; the fault of this rank is switched on from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.fault = nn.Linear(8, 8), nn.Linear(8, 4), "none"
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        x = self.first(x)
+        if self.fault == "division":
+            x = x * ((x - x) / (x - x))
+        if self.fault == "root":
+            x = x + (x - x.detach()).abs().sqrt()
+        if self.fault == "failing look":
+            if not torch.is_grad_enabled():
+                raise ValueError("this pass cannot be repeated")
+            x = x * torch.inf
+        logits = self.last(nn.functional.softsign(x))
+        kept = labels >= 0
+        losses = nn.functional.cross_entropy(logits, labels.clamp(min=0), reduction="none")
+        return ((losses * kept).sum() / kept.sum(), logits) if self.fault in ("labels", "root") else (logits,)
+
+
+class Unreadable(dict[str, Any]):
+    """Options of a forward pass that raise when they are looked at."""
+
+    def items(self) -> Any:
+        raise ValueError("no peeking")
+
+
+def run(fault: str, rank: int) -> dict[str, Any]:
+    """Six steps; from the second on, or in it alone where the data is to blame, rank 1 has the fault."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=1024.0))
+    plain = Network()
+    model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
+    for step in range(1, 7):
+        x, labels = torch.randn(3, 8), torch.tensor([0, 1, 2])
+        if rank == 1 and step >= FAULTY_STEP:
+            plain.fault = fault
+            x = x * 1e6 if fault == "activation" else x
+            if step == FAULTY_STEP:
+                x = x * torch.nan if fault in ("NaN batch", "failing examination") else x
+                labels = labels * 0 - 100 if fault == "labels" else labels
+        output = model(x, labels=labels)
+        loss = output[0] if output[0].dim() == 0 else nn.functional.cross_entropy(output[0], labels)
+        accelerator.backward(loss)
+        if rank == 1 and fault == "failing examination" and step == FAULTY_STEP:
+            kept = session._keeper.recorder._kept[step]
+            kept[0] = kept[0]._replace(options=Unreadable(labels=labels))
+        optimizer.step()
+        optimizer.zero_grad()
+    skips = [e for e in session.events if e.kind is EventKind.STEP_SKIPPED]
+    decided = {
+        "skips": [(e.step, e.cause.value, e.modules) for e in skips],
+        "plan": session.plan.to_plain(),
+        "scale": session.scaler.get_scale(),
+        "weights": [p.double().sum().item() for p in plain.parameters()],
+    }
+    session.detach()
+    return {"decided": decided, "messages": [e.message for e in skips]}
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    runs = {}
+    for fault in FAULTS:
+        AcceleratorState._reset_state(reset_partial_state=False)
+        torch.manual_seed(rank)
+        runs[fault] = run(fault, rank)
+    gathered: list[Any] = [None, None]
+    dist.all_gather_object(gathered, runs)
+    if rank == 0:
+        print(json.dumps(gathered))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
