@@ -28,7 +28,7 @@ class Journal:
 
     def __init__(self) -> None:
         self.run_id = uuid.uuid4().hex[:12]
-        self.sinks: list[Callable[[AmpEvent], None]] = [console.write]
+        self.sinks: list[Callable[[AmpEvent], None]] = [console.Console().write]
         self.newest_step = 0
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
         self._unlogged: deque[AmpEvent] = deque(maxlen=INCIDENTS_A_LOG_ENTRY)

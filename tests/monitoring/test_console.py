@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from hf_amp import AmpEvent, Cause, EventKind
-from hf_amp.monitoring.sinks import console
+from hf_amp.monitoring.sinks.console import Console
 
 TROUBLE = [kind for kind in EventKind if kind.needs_attention]
 CALM = [kind for kind in EventKind if not kind.needs_attention]
@@ -14,7 +14,7 @@ CALM = [kind for kind in EventKind if not kind.needs_attention]
 @pytest.mark.parametrize("kind", TROUBLE)
 def test_trouble_is_one_warning(caplog, kind):
     """It shows with Python's default logging, from the logger "hf_amp"."""
-    console.write(AmpEvent(12, kind, message="read the cause"))
+    Console().write(AmpEvent(12, kind, message="read the cause"))
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("hf_amp", logging.WARNING)
     assert record.getMessage().startswith(f"step 12: {kind.value}")
@@ -25,16 +25,16 @@ def test_trouble_is_one_warning(caplog, kind):
 def test_nothing_shows_when_nothing_is_wrong(caplog, kind):
     """Starting and ending print no line, unless debug lines are asked for."""
     with caplog.at_level(logging.INFO, logger="hf_amp"):
-        console.write(AmpEvent(0, kind, message="hf_amp is attached"))
+        Console().write(AmpEvent(0, kind, message="hf_amp is attached"))
     assert caplog.records == []
     with caplog.at_level(logging.DEBUG, logger="hf_amp"):
-        console.write(AmpEvent(0, kind, message="hf_amp is attached"))
+        Console().write(AmpEvent(0, kind, message="hf_amp is attached"))
     assert [record.levelno for record in caplog.records] == [logging.DEBUG]
 
 
 def test_a_skip_names_cause_and_change_of_the_scale(caplog):
     """Why, from what, to what."""
-    console.write(
+    Console().write(
         AmpEvent(3, EventKind.STEP_SKIPPED, Cause.SCALE, before=65536.0, after=32768.0, message="normal")
     )
     assert caplog.messages == ["step 3: step_skipped (SCALE): 65536 -> 32768: normal"]
@@ -43,19 +43,36 @@ def test_a_skip_names_cause_and_change_of_the_scale(caplog):
 @pytest.mark.parametrize(("before", "after"), [(None, None), (65536.0, None), ("MIXED", "BF16")])
 def test_a_change_that_is_no_pair_of_numbers_prints_no_arrow(caplog, before, after):
     """A line never shows half of a change."""
-    console.write(AmpEvent(3, EventKind.STEP_SKIPPED, before=before, after=after, message="text"))
+    Console().write(AmpEvent(3, EventKind.STEP_SKIPPED, before=before, after=after, message="text"))
     assert caplog.messages == ["step 3: step_skipped: text"]
 
 
 def test_percent_signs_are_text(caplog):
     """A message is never taken as a format."""
-    console.write(AmpEvent(1, EventKind.STEP_SKIPPED, message="100%s of %d"))
+    Console().write(AmpEvent(1, EventKind.STEP_SKIPPED, message="100%s of %d"))
     assert caplog.messages == ["step 1: step_skipped: 100%s of %d"]
 
 
 def test_a_newline_in_a_message_cannot_forge_a_line(caplog):
     """Control characters are written as escapes."""
     with caplog.at_level(logging.DEBUG, logger="hf_amp"):
-        console.write(AmpEvent(1, EventKind.STEP_SKIPPED, message="a\nstep 2: all is well\x1b[2J"))
+        Console().write(AmpEvent(1, EventKind.STEP_SKIPPED, message="a\nstep 2: all is well\x1b[2J"))
     assert caplog.messages[-1].count("\n") == 0
     assert r"a\nstep 2: all is well\x1b[2J" in caplog.messages[-1]
+
+
+def test_a_long_row_of_skips_is_told_ever_less_often(caplog):
+    """Of 40 skips alike the 1st, 2nd, 4th, … 32nd warn, with their number; another cause, or a step between, begins anew."""
+    console = Console()
+
+    def skip(step: int, cause: Cause) -> None:
+        console.write(AmpEvent(step, EventKind.STEP_SKIPPED, cause, message="read the cause"))
+
+    for step in range(1, 41):
+        skip(step, Cause.LOSS)
+    skip(41, Cause.INPUT)
+    skip(50, Cause.INPUT)
+    told = [message.partition(":")[0] for message in caplog.messages]
+    assert told == [f"step {step}" for step in (1, 2, 4, 8, 16, 32, 41, 50)]
+    assert caplog.messages[5].endswith("read the cause (32 like it in a row)")
+    assert "row" not in caplog.messages[7]
