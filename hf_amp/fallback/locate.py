@@ -239,7 +239,6 @@ def _nothing_changes(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for module, name, buffer, former in buffers:
-                setattr(
-                    module, name, buffer.copy_(former)
-                )  # forward may have put another tensor in its place
+                buffer.copy_(former)
+                setattr(module, name, buffer)  # forward may have put another tensor in its place
             torch.clear_autocast_cache()  # it may hold casts that were made while gradients were off

@@ -357,6 +357,37 @@ def test_an_exception_leaves_nothing_behind(emulate: bool, where: str, name: str
     removal()
 
 
+class Forgives(nn.Module):
+    """Goes on without what has failed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.risky, self.layer = Fails(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            self.risky(x)
+        except ValueError:
+            return x @ self.layer.weight
+        return x
+
+
+@KERNELS
+@pytest.mark.parametrize("where", ["forward", "hook"])
+@pytest.mark.filterwarnings("error")
+def test_an_exception_that_is_caught_inside_ends_nothing(emulate: bool, where: str) -> None:
+    """A container in FP32 that catches the exception of a part goes on in FP32."""
+    model = nn.Sequential(nn.Linear(8, 8), Forgives())
+    model[1].risky.where = where
+    runner = runner_of(emulate, model)
+    runner.apply(plan_of("1"))
+    with watched(model[1]) as calls:
+        run(runner, model, X)
+    (x,), output = calls[0]
+    assert torch.equal(output, x.float() @ model[1].layer.weight)
+    assert no_context_is_left()
+
+
 @KERNELS
 def test_detached_models_are_as_before(emulate: bool) -> None:
     """`remove` leaves no hook on any module, and outputs equal those before the plan."""

@@ -174,3 +174,32 @@ def test_only_out_of_memory_right_after_a_widening_is_recovered() -> None:
     run.step(2, None)
     assert not run.session.recover(torch.OutOfMemoryError("CUDA out of memory"))
     assert dict(run.session.plan.modules) == {"first": PrecisionMode.FP32}
+
+
+def test_a_step_that_ran_out_of_memory_is_taken_anew() -> None:
+    """What its earlier micro-batches had left, gradients and a loss that was not finite, has no part in the step after
+    `recover`."""
+    run = Run(seed=0, precision="fp16")
+    run.step(1, "activation")
+    run.accelerator.backward(run.loss("poisoned labels"))
+    assert run.network.last.weight.grad is not None
+    run.network.is_full = True
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run.loss(None)
+    assert run.session.recover(caught.value)
+    run.network.is_full = False
+    run.step(2, None)
+    run.step(3, "inf gradient")
+    told = [(e.step, e.cause) for e in run.session.events if e.kind is EventKind.STEP_SKIPPED]
+    assert told == [(1, Cause.ACTIVATION), (3, Cause.SCALE)]
+    assert run.session.metrics()["applied_steps"] == 1
+
+
+def test_a_loss_of_an_abandoned_step_is_forgotten() -> None:
+    """A bad loss before the memory ran out is not held against the step that is taken instead."""
+    run = Run(seed=0, precision="fp16")
+    run.step(1, "activation")
+    run.accelerator.backward(run.loss("poisoned labels"))
+    assert run.session.recover(torch.OutOfMemoryError("CUDA out of memory"))
+    run.step(2, "inf gradient")
+    assert run.session.events[-1].cause is Cause.SCALE
