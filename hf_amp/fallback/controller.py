@@ -128,7 +128,7 @@ class Fallback:
         if share <= self.threshold or state.step < state.no_room_until:
             return state
         fresh = [name for name in facts.modules if name and not state.plan.holds(name)]
-        if fresh:
+        if fresh and state.plan.default is not PrecisionMode.FP32:
             return self._changed(state, state.plan.with_modules(fresh, PrecisionMode.FP32), fresh)
         if facts.cause is Cause.UNKNOWN and len(state.suspects) < UNKNOWN_IS_A_PATTERN:
             return state

@@ -57,6 +57,12 @@ def test_where_modules_do_not_help_the_whole_model_climbs_the_ladder() -> None:
     assert after(fallback(ladder=(MIXED, FP32)), activation()).plan.default is FP32
 
 
+def test_where_the_whole_model_is_in_fp32_no_module_is_moved_there() -> None:
+    """Another module to blame changes nothing: there is nothing wider."""
+    state = after(fallback(ladder=(MIXED, FP32)), activation(), activation("a"))
+    assert (state.plan.default, dict(state.plan.modules)) == (FP32, {})
+
+
 def test_causes_that_precision_cannot_cure_change_nothing() -> None:
     """SCALE, INPUT, WEIGHTS and LOSS leave plan and patience alone, however often they come."""
     rule = fallback()
