@@ -57,6 +57,8 @@ class Boundary:
     amax: Tensor | None = None
     """Largest magnitude of the unscaled gradients."""
     underflow_fraction: Tensor | None = None
+    wanted_scale: Tensor | None = None
+    """The scale at which hardly any element would underflow; 0 where none is seen."""
     clip_coefficient: Tensor | None = None
     """What a folded clip multiplies the unscaled gradients by."""
     max_norm: float = math.inf
@@ -177,9 +179,10 @@ def examine(
     if sharded and treatment is Treatment.FOLD:
         treatment = Treatment.DIVIDE
     gradients = statistics.collect(optimizer)
-    underflow = None
+    underflow = wanted = None
     if look.sample_seed is not None and gradients:
-        underflow = statistics.underflow_fraction(gradients, FP16_FORMAT, look.sample_seed)
+        underflow, cure = statistics.underflow(gradients, FP16_FORMAT, look.sample_seed)
+        wanted = cure * scale
     inverse = reciprocal(scale)
     found_while_dividing = None
     if treatment is Treatment.DIVIDE:
@@ -199,8 +202,9 @@ def examine(
     if found_while_dividing is not None:
         found_inf = torch.maximum(found_inf, found_while_dividing)
     if sharded or look.agree:
-        worst, loss_non_finite, amax, underflow = _agreed(found_inf, loss_non_finite, amax, underflow)
-        found_inf = cast(Tensor, worst)
+        agreed = _agreed(found_inf, loss_non_finite, amax, underflow, wanted)
+        found_inf = cast(Tensor, agreed[0])
+        loss_non_finite, amax, underflow, wanted = agreed[1:]
     return Boundary(
         backward=backward,
         scale=scale,
@@ -213,6 +217,7 @@ def examine(
         norm=norm if look.norm else None,
         amax=amax,
         underflow_fraction=underflow,
+        wanted_scale=wanted,
         inferred=not takes_amax,
         found_while_dividing=found_while_dividing,
         has_gradients=bool(gradients),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_amp.config import NumberFormat
+from hf_amp.config import FP16_FORMAT, NumberFormat
 from hf_amp.statistics import snapshot
 
 SAMPLES_PER_TENSOR = 1024
 """Random elements per tensor for the underflow fraction, which they give to 0.003 to 0.005."""
+TOLERATED_UNDERFLOW = float(torch.finfo(FP16_FORMAT.dtype).eps)
+"""Share of elements whose underflow is left alone: 2^-10, the spacing of FP16 at one, which all the others are rounded to anyway."""
+_BITS = 64
+"""Largest distance, in bits, of an element from the smallest normal value that is told apart."""
 
 
 def collect(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -104,22 +110,40 @@ def _amax(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(gradients), float("inf"))).amax()
 
 
+class Underflow(NamedTuple):
+    """What a sample of scaled gradients shows of their smallest elements. Both of shape [], float32."""
+
+    fraction: Tensor
+    """Share of elements that are zero or subnormal. What the format has flushed arrives as zero, so zeros count as well;
+    exact zeros of the FP32 gradient cannot be told from them."""
+    cure: Tensor
+    """The power of two that the gradients would have to be multiplied by, so that a share of no more than
+    `TOLERATED_UNDERFLOW` of all elements is subnormal; below 1 where they could be smaller. Zeros, which it might not cure,
+    do not count; 0 where nothing else is seen."""
+
+
 @torch.no_grad()
-def underflow_fraction(gradients: Sequence[Tensor], number_format: NumberFormat, seed: int) -> Tensor:
-    """Share of elements that are zero or subnormal in `number_format`, from a random sample. No host read.
+def underflow(gradients: Sequence[Tensor], number_format: NumberFormat, seed: int) -> Underflow:
+    """Looks for elements that are zero or subnormal in `number_format`, in a random sample. No host read.
 
     Args:
-        gradients: the *scaled* gradients, as backward left them.
-        seed: chooses the sample; ranks that hold the same gradients and pass the same seed get the same fraction.
-            The global random state is not touched.
+        gradients: the *scaled* gradients, as backward left them. At least one.
+        seed: chooses the sample; ranks that hold the same gradients and pass the same seed get the same result. The global
+            random state is not touched.
 
     Returns:
-        Tensor of shape [], float32, on the device of the first gradient, weighted by tensor size. What FP16 has
-        flushed arrives as zero, so zeros count as well; exact zeros of the FP32 gradient cannot be told from them.
+        Both figures on the device of the first gradient, weighted by tensor size.
     """
     values, weights = random_elements(gradients, seed)
-    small = values.abs_() < number_format.smallest_normal
-    return (small * weights).sum()
+    values = values.abs_()
+    small = values < number_format.smallest_normal
+    missing_bits = math.log2(number_format.smallest_normal) - values.log2().floor_()
+    missing_bits = missing_bits.nan_to_num_(nan=0.0).clamp_(-_BITS, _BITS).long() + _BITS
+    shares = torch.zeros(2 * _BITS + 1, device=values.device)
+    shares.scatter_add_(0, missing_bits, weights * (values > 0))
+    at_least = shares.flip(0).cumsum(0)  # share that misses this many bits or more, from the most
+    enough = (at_least > TOLERATED_UNDERFLOW).sum() - 1 - _BITS
+    return Underflow((small * weights).sum(), torch.where(enough < -_BITS, 0.0, enough.float().exp2()))
 
 
 @torch.no_grad()
