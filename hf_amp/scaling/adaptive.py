@@ -54,22 +54,22 @@ class AdaptiveState(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptiveScale:
-    """The smallest scale at which hardly anything underflows, as far as overflow allows; never smaller than it need be.
+    """As large as underflow wants it, and as overflow allows; as far as underflow is content, with room for an outlier.
 
-    Three numbers, all powers of two, of which the middle one is taken:
+    A power of two between three numbers: the larger of the last two, but no more than the first.
 
     - the *ceiling*, under which the gradients to be expected stay below the limit. Expected is the larger of mean +
       z sigma of x = log2(gradient amax), with the normal quantile z of 1 - budget (source: OpenSeq2Seq,
       `LogMaxScaler`), and the peak: the largest x of the last 1/budget to 2/budget clean steps. Among n + 1
       exchangeable draws the newest is the largest with probability 1/(n + 1), whatever the distribution.
-    - what underflow *wants*: the scale at which a share of 2^-11 of a sample of elements is still subnormal. Exact
-      zeros, which no scale cures, do not count.
-    - the *room* for an outlier: `DROP_BITS` below the ceiling of mean + z sigma. A higher scale than underflow wants
-      buys nothing, and is skipped by the first outlier.
+    - what underflow *wants*: the scale at which no more than a share of 2^-10 of the sampled elements is subnormal.
+      Zeros, which no scale cures, do not count.
+    - the *room* for an outlier: `OUTLIER_BITS` of it above the typical gradient. A higher scale than underflow wants buys
+      nothing, and the first outlier skips its step.
 
     An overflow at a scale counts as an x that explains it by `STEP_BITS`, in the peak alone: it never enters the moments,
-    the limit that it teaches (activation gradients overflow first) is forgotten with the peak, and probing costs no
-    more than the budget. The scale falls by `DROP_BITS` and climbs back in a few steps. Where a clean step has x +
+    what it teaches (activation gradients overflow first) is forgotten with the peak, and probing costs no more than
+    the budget. The scale falls by `DROP_BITS` and climbs back, `STEP_BITS` a step. Where a clean step has x +
     log2(scale) above FP16's limit, the largest gradients are not held in FP16 (embeddings), and that is the limit
     until the next overflow. A non-finite loss changes nothing: no scale cures it.
     """
@@ -93,55 +93,70 @@ class AdaptiveScale:
         return AdaptiveState(**{name: scalar(v, torch.float32, device) for name, v in start.items()})
 
     def next_state(self, state: AdaptiveState, observation: Observation) -> AdaptiveState:
-        bits = state.scale.log2()
-        clean = (observation.grad_amax > 0).logical_and_(observation.found_inf == 0)
-        at_fault = (observation.found_inf > 0).logical_and_(observation.loss_non_finite == 0)
-        x = torch.where(clean, observation.grad_amax.log2(), -math.inf)
-        if observation.wanted_scale is not None:
-            state = state._replace(wanted=self._wanted(state.wanted, observation.wanted_scale, clean))
-        state = self._with_moments(state, x, clean)
-        state = self._with_limit(state, x + bits, at_fault)
-        state, peak = self._with_peak(state, x, bits, clean, at_fault)
+        if observation.known_clean:
+            return self._after_clean(state, observation)
+        overflow = observation.found_inf > 0
+        at_fault = overflow & (observation.loss_non_finite == 0)
+        clean = ~overflow & (observation.grad_amax > 0)
+        otherwise = torch.where(at_fault, torch.stack(self._after_overflow(state)), torch.stack(state))
+        after_clean = torch.stack(self._after_clean(state, observation))
+        return AdaptiveState(*torch.where(clean, after_clean, otherwise).unbind())
 
-        usual = state.mean + NormalDist().inv_cdf(1 - self.overflow_budget) * state.variance.sqrt()
-        below = state.limit - usual
-        room = state.limit - OUTLIER_BITS - state.mean
-        target = torch.minimum(state.limit - peak, torch.maximum(room, state.wanted))
-        target = torch.minimum(torch.minimum(target, below).floor_(), bits + STEP_BITS)
-        target = torch.where(clean, target, bits - DROP_BITS * at_fault)
-        return state._replace(scale=target.exp2_().clamp_(self.min_scale, self.max_scale))
+    def _after_clean(self, state: AdaptiveState, observation: Observation) -> AdaptiveState:
+        x, bits = observation.grad_amax.log2(), state.scale.log2()
+        mean, variance, rate = _moments_with(x, state)
+        peak = torch.maximum(state.peak, x)
+        limit = torch.maximum(state.limit, x + bits)  # proven, where it is above FP16's own
+        wanted = _wanted_with(observation.wanted_scale, state.wanted)
 
-    def _wanted(self, wanted: Tensor, sampled: Tensor, clean: Tensor) -> Tensor:
-        sampled = sampled.log2()
-        smooth = torch.where(sampled > wanted + SURPRISE_BITS, sampled, wanted + SMOOTHING * (sampled - wanted))
-        return torch.where(clean & sampled.isfinite(), smooth, wanted)
+        ceiling = limit - torch.maximum(peak, state.former_peak)
+        usual_ceiling = limit - torch.add(mean, variance.sqrt(), alpha=self._normal_quantile())
+        room = limit - mean - OUTLIER_BITS
+        target = torch.minimum(torch.minimum(ceiling, usual_ceiling), torch.maximum(room, wanted)).floor_()
+        target = torch.minimum(target, bits + STEP_BITS)
 
-    def _with_moments(self, state: AdaptiveState, x: Tensor, clean: Tensor) -> AdaptiveState:
-        """Source of the update: West (1979), for exponential weights."""
-        rate = state.rate * clean
-        delta = torch.where(clean, x - state.mean, 0.0)
-        step = rate * delta
-        return state._replace(
-            mean=state.mean + step,
-            variance=(1 - rate) * (state.variance + step * delta),
-            rate=(state.rate / (1 + rate)).clamp_(min=1 - MEMORY),
-        )
-
-    def _with_limit(self, state: AdaptiveState, reached: Tensor, at_fault: Tensor) -> AdaptiveState:
-        proven = torch.where(reached > LIMIT_BITS, torch.maximum(state.limit, reached), state.limit)
-        return state._replace(limit=torch.where(at_fault, LIMIT_BITS - MARGIN_BITS, proven))
-
-    def _with_peak(
-        self, state: AdaptiveState, x: Tensor, bits: Tensor, clean: Tensor, at_fault: Tensor
-    ) -> tuple[AdaptiveState, Tensor]:
-        """The windows with x in them, and the largest x of both."""
-        explained = state.limit + STEP_BITS - bits
-        peak = torch.maximum(state.peak, torch.where(at_fault, explained, x))
-        steps = state.window_steps + clean
-        full = steps >= 1 / self.overflow_budget
-        windows = state._replace(
+        window_steps = state.window_steps + 1
+        full = window_steps >= 1 / self.overflow_budget
+        return AdaptiveState(
+            scale=self._scale(target),
+            mean=mean,
+            variance=variance,
+            rate=rate,
             peak=torch.where(full, -math.inf, peak),
             former_peak=torch.where(full, peak, state.former_peak),
-            window_steps=torch.where(full, 0.0, steps),
+            window_steps=torch.where(full, 0.0, window_steps),
+            limit=limit,
+            wanted=wanted,
         )
-        return windows, torch.maximum(peak, state.former_peak)
+
+    def _after_overflow(self, state: AdaptiveState) -> AdaptiveState:
+        bits = state.scale.log2()
+        limit = torch.full_like(bits, LIMIT_BITS - MARGIN_BITS)
+        return state._replace(
+            scale=self._scale(bits - DROP_BITS),
+            peak=torch.maximum(state.peak, limit + STEP_BITS - bits),
+            limit=limit,
+        )
+
+    def _normal_quantile(self) -> float:
+        return NormalDist().inv_cdf(1 - self.overflow_budget)
+
+    def _scale(self, bits: Tensor) -> Tensor:
+        return bits.exp2().clamp_(self.min_scale, self.max_scale)
+
+
+def _moments_with(x: Tensor, state: AdaptiveState) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance with x in them, and the weight of the next x. Source: Welford (1962), with a least weight."""
+    difference = x - state.mean
+    step = difference * state.rate
+    variance = (1 - state.rate) * torch.addcmul(state.variance, step, difference)
+    return state.mean + step, variance, (state.rate / (state.rate + 1)).clamp_(min=1 - MEMORY)
+
+
+def _wanted_with(sampled: Tensor | None, wanted: Tensor) -> Tensor:
+    """log2 of the scale that underflow wants, with the newest sample in it."""
+    if sampled is None:
+        return wanted
+    bits = sampled.log2()
+    smoothed = torch.where(bits > wanted + SURPRISE_BITS, bits, wanted + SMOOTHING * (bits - wanted))
+    return torch.where(sampled > 0, smoothed, wanted)

@@ -73,6 +73,8 @@ class Boundary:
     """Whether any parameter had a gradient."""
     stepped: bool = False
     """Whether the optimizer's step has been decided."""
+    known_clean: bool = False
+    """Whether the host knows the gradients to be finite, and some to be other than 0."""
     observed: bool = False
     """Whether the policy has seen it."""
     carried: dict[str, Tensor] = field(default_factory=dict)
@@ -118,7 +120,7 @@ class Boundary:
         self.amax = statistics.total_amax(self.gradients, self.scale.device)
         if self.treatment is Treatment.FOLD:
             self.amax = self.amax * reciprocal(self.scale)
-        self.found_inf = (~self.amax.isfinite()).float()
+        self.found_inf = 1 - (self.amax < math.inf).float()
         if self.found_while_dividing is not None:
             self.found_inf = torch.maximum(self.found_inf, self.found_while_dividing)
         self.inferred = False
@@ -198,7 +200,7 @@ def examine(
         norm = None if norm is None else norm * inverse
     # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well.
     magnitude = cast(Tensor, norm if amax is None else amax)
-    found_inf = (~magnitude.isfinite()).float()
+    found_inf = 1 - (magnitude < math.inf).float()
     if found_while_dividing is not None:
         found_inf = torch.maximum(found_inf, found_while_dividing)
     if sharded or look.agree:

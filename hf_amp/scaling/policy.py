@@ -24,6 +24,8 @@ class Observation(NamedTuple):
     """Largest magnitude of the unscaled gradients; not finite on an overflow, 0 where it was not taken."""
     wanted_scale: Tensor | None = None
     """The scale at which hardly any gradient element underflows; 0 where none is seen, None where it was not sampled."""
+    known_clean: bool = False
+    """Whether the host knows already that nothing was wrong and `grad_amax` is above 0, which spares work."""
 
 
 class ScaleState(Protocol):
@@ -70,6 +72,7 @@ def observation_of(boundaries: Sequence[Boundary]) -> Observation:
         loss_non_finite=certainly(largest([b.loss_non_finite for b in boundaries])),
         grad_amax=certainly(largest([b.amax for b in boundaries])),
         wanted_scale=largest([b.wanted_scale for b in boundaries]),
+        known_clean=all(boundary.known_clean for boundary in boundaries),
     )
 
 
