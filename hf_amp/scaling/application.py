@@ -131,7 +131,9 @@ def _apply(
         fused.grad_scale = boundary.scale
         if boundary.clip_coefficient is not None:
             fused.grad_scale = boundary.scale / boundary.clip_coefficient
-    fused.found_inf = boundary.found_inf
+    fused.found_inf = (
+        boundary.found_inf if on_device else None
+    )  # where it is known, asking costs a pass over counters
     try:
         return cast("float | None", optimizer.step(*arguments, **options))
     finally:

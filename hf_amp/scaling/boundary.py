@@ -57,6 +57,8 @@ class Boundary:
     amax: Tensor | None = None
     """Largest magnitude of the unscaled gradients."""
     underflow_fraction: Tensor | None = None
+    wanted_scale: Tensor | None = None
+    """The scale at which hardly any element would underflow; 0 where none is seen."""
     clip_coefficient: Tensor | None = None
     """What a folded clip multiplies the unscaled gradients by."""
     max_norm: float = math.inf
@@ -71,6 +73,8 @@ class Boundary:
     """Whether any parameter had a gradient."""
     stepped: bool = False
     """Whether the optimizer's step has been decided."""
+    known_clean: bool = False
+    """Whether the host knows the gradients to be finite, and some to be other than 0."""
     observed: bool = False
     """Whether the policy has seen it."""
     carried: dict[str, Tensor] = field(default_factory=dict)
@@ -116,7 +120,7 @@ class Boundary:
         self.amax = statistics.total_amax(self.gradients, self.scale.device)
         if self.treatment is Treatment.FOLD:
             self.amax = self.amax * reciprocal(self.scale)
-        self.found_inf = (~self.amax.isfinite()).float()
+        self.found_inf = 1 - (self.amax < math.inf).float()
         if self.found_while_dividing is not None:
             self.found_inf = torch.maximum(self.found_inf, self.found_while_dividing)
         self.inferred = False
@@ -177,9 +181,10 @@ def examine(
     if sharded and treatment is Treatment.FOLD:
         treatment = Treatment.DIVIDE
     gradients = statistics.collect(optimizer)
-    underflow = None
+    underflow = wanted = None
     if look.sample_seed is not None and gradients:
-        underflow = statistics.underflow_fraction(gradients, FP16_FORMAT, look.sample_seed)
+        underflow, cure = statistics.underflow(gradients, FP16_FORMAT, look.sample_seed)
+        wanted = cure * scale
     inverse = reciprocal(scale)
     found_while_dividing = None
     if treatment is Treatment.DIVIDE:
@@ -195,12 +200,13 @@ def examine(
         norm = None if norm is None else norm * inverse
     # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well.
     magnitude = cast(Tensor, norm if amax is None else amax)
-    found_inf = (~magnitude.isfinite()).float()
+    found_inf = 1 - (magnitude < math.inf).float()
     if found_while_dividing is not None:
         found_inf = torch.maximum(found_inf, found_while_dividing)
     if sharded or look.agree:
-        worst, loss_non_finite, amax, underflow = _agreed(found_inf, loss_non_finite, amax, underflow)
-        found_inf = cast(Tensor, worst)
+        agreed = _agreed(found_inf, loss_non_finite, amax, underflow, wanted)
+        found_inf = cast(Tensor, agreed[0])
+        loss_non_finite, amax, underflow, wanted = agreed[1:]
     return Boundary(
         backward=backward,
         scale=scale,
@@ -213,6 +219,7 @@ def examine(
         norm=norm if look.norm else None,
         amax=amax,
         underflow_fraction=underflow,
+        wanted_scale=wanted,
         inferred=not takes_amax,
         found_while_dividing=found_while_dividing,
         has_gradients=bool(gradients),

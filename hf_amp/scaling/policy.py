@@ -22,8 +22,10 @@ class Observation(NamedTuple):
     """Above 0 where a loss was not finite; 0 where the scaler saw none."""
     grad_amax: Tensor
     """Largest magnitude of the unscaled gradients; not finite on an overflow, 0 where it was not taken."""
-    underflow_fraction: Tensor
-    """Share of scaled gradient elements that are zero or subnormal in FP16; NaN where it was not sampled."""
+    wanted_scale: Tensor | None = None
+    """The scale at which hardly any gradient element underflows; 0 where none is seen, None where it was not sampled."""
+    known_clean: bool = False
+    """Whether the host knows already that nothing was wrong and `grad_amax` is above 0, which spares work."""
 
 
 class ScaleState(Protocol):
@@ -43,7 +45,7 @@ class ScalePolicy(Protocol):
     needs_amax: ClassVar[bool]
     """Whether `Observation.grad_amax` must be there at every step."""
     needs_underflow: ClassVar[bool]
-    """Whether `Observation.underflow_fraction` must be sampled every few steps."""
+    """Whether `Observation.wanted_scale` must be sampled every few steps."""
 
     def init_state(self, device: torch.device) -> Any:
         """The state before the first step, on `device`."""
@@ -55,19 +57,22 @@ class ScalePolicy(Protocol):
 def observation_of(boundaries: Sequence[Boundary]) -> Observation:
     """What the boundaries of one update showed together: the worst of them. At least one. No host read."""
     first = boundaries[0].found_inf
-    zero, unknown = torch.zeros_like(first), torch.full_like(first, torch.nan)
 
-    def largest(values: list[Tensor | None], otherwise: Tensor) -> Tensor:
+    def largest(values: list[Tensor | None]) -> Tensor | None:
         known = [value for value in values if value is not None]
-        if len(known) == 1:
-            return known[0]
-        return torch.stack(known).amax() if known else otherwise
+        if len(known) < 2:
+            return known[0] if known else None
+        return torch.stack(known).amax()
+
+    def certainly(value: Tensor | None) -> Tensor:
+        return torch.zeros_like(first) if value is None else value
 
     return Observation(
-        found_inf=largest([b.found_inf for b in boundaries], zero),
-        loss_non_finite=largest([b.loss_non_finite for b in boundaries], zero),
-        grad_amax=largest([b.amax for b in boundaries], zero),
-        underflow_fraction=largest([b.underflow_fraction for b in boundaries], unknown),
+        found_inf=certainly(largest([b.found_inf for b in boundaries])),
+        loss_non_finite=certainly(largest([b.loss_non_finite for b in boundaries])),
+        grad_amax=certainly(largest([b.amax for b in boundaries])),
+        wanted_scale=largest([b.wanted_scale for b in boundaries]),
+        known_clean=all(boundary.known_clean for boundary in boundaries),
     )
 
 

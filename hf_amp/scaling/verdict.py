@@ -24,7 +24,9 @@ def outcome_now(attempt: int, boundary: Boundary) -> StepOutcome:
     if not math.isfinite(host.get("norm", 0.0)):
         boundary.mend_norm()
         host = snapshot.read(boundary.figures())
-    return _outcome(attempt, boundary, host, None)
+    outcome = _outcome(attempt, boundary, host, None)
+    boundary.known_clean = boundary.has_gradients and not outcome.zero_gradients
+    return outcome
 
 
 class PendingVerdict:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_amp.config import NumberFormat
+from hf_amp.config import FP16_FORMAT, NumberFormat
 from hf_amp.statistics import snapshot
 
 SAMPLES_PER_TENSOR = 1024
 """Random elements per tensor for the underflow fraction, which they give to 0.003 to 0.005."""
+TOLERATED_UNDERFLOW = float(torch.finfo(FP16_FORMAT.dtype).eps)
+"""Share of elements whose underflow is left alone: 2^-10, the spacing of FP16 at one, which all the others are rounded to anyway."""
+_BITS = 64
+"""Largest distance, in bits, of an element from the smallest normal value that is told apart from zero and from infinity."""
+_ELEMENTS_PER_SAMPLE = 1200
+"""Elements of all gradients to each that is looked at at once, which takes up to 46 bytes: 1% of what FP32 gradients take."""
 
 
 def collect(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -38,7 +46,7 @@ def collect(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def is_sharded(gradient: Tensor) -> bool:
     """Whether `gradient` is a DTensor, of which this process holds a part."""
-    return hasattr(gradient, "to_local")
+    return type(gradient) is not Tensor and hasattr(gradient, "to_local")
 
 
 def by_device_and_dtype(
@@ -58,10 +66,7 @@ def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     Squares are summed in the gradients' own precision: above |g| of about 1e19 an FP32 sum is inf although every
     gradient is finite. `exact_norm` has no such limit.
     """
-    norms = [
-        _combined(torch._foreach_norm(group, 2.0)).to(device, torch.float32, non_blocking=True)
-        for group in _filled_groups(gradients)
-    ]
+    norms = [_norm(group).to(device, torch.float32, non_blocking=True) for group in _filled_groups(gradients)]
     return _combined(norms) if norms else torch.zeros((), device=device)
 
 
@@ -96,6 +101,15 @@ def _combined(norms: Sequence[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(tuple(norms)))
 
 
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """2-norm, shape []. On a CPU BLAS reads FP32 twice as fast as the norm kernel does; measured by `tests/benchmarks`."""
+    first = gradients[0]
+    if first.device.type == "cpu" and first.dtype == torch.float32:
+        flat = [g.view(-1) if g.is_contiguous() else g.reshape(-1) for g in gradients]
+        return torch.stack([g.dot(g) for g in flat]).sum().sqrt_()
+    return _combined(torch._foreach_norm(list(gradients), 2.0))
+
+
 def _amax(gradients: Sequence[Tensor]) -> Tensor:
     """Largest magnitude, shape []. On a CPU `aminmax` reads each tensor once, eight times faster than an inf-norm."""
     if gradients[0].device.type == "cpu":
@@ -104,22 +118,58 @@ def _amax(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(gradients), float("inf"))).amax()
 
 
+class Underflow(NamedTuple):
+    """What a sample of scaled gradients shows of their smallest elements. Both of shape [], float32."""
+
+    fraction: Tensor
+    """Share of elements that are zero or subnormal. What the format has flushed arrives as zero, so zeros count as well;
+    exact zeros of the FP32 gradient cannot be told from them."""
+    cure: Tensor
+    """The power of two that the gradients would have to be multiplied by, so that a share of no more than
+    `TOLERATED_UNDERFLOW` of all elements is subnormal; below 1 where they could be smaller. Zeros, which it might not cure,
+    do not count; 0 where nothing else is seen."""
+
+
 @torch.no_grad()
-def underflow_fraction(gradients: Sequence[Tensor], number_format: NumberFormat, seed: int) -> Tensor:
-    """Share of elements that are zero or subnormal in `number_format`, from a random sample. No host read.
+def underflow(gradients: Sequence[Tensor], number_format: NumberFormat, seed: int) -> Underflow:
+    """Looks for elements that are zero or subnormal in `number_format`, in a random sample. No host read.
 
     Args:
-        gradients: the *scaled* gradients, as backward left them.
-        seed: chooses the sample; ranks that hold the same gradients and pass the same seed get the same fraction.
-            The global random state is not touched.
+        gradients: the *scaled* gradients, as backward left them. At least one.
+        seed: chooses the sample; ranks that hold the same gradients and pass the same seed get the same result. The global
+            random state is not touched.
 
     Returns:
-        Tensor of shape [], float32, on the device of the first gradient, weighted by tensor size. What FP16 has
-        flushed arrives as zero, so zeros count as well; exact zeros of the FP32 gradient cannot be told from them.
+        Both figures on the device of the first gradient, weighted by tensor size.
     """
-    values, weights = random_elements(gradients, seed)
-    small = values.abs_() < number_format.smallest_normal
-    return (small * weights).sum()
+    total = sum(gradient.numel() for gradient in gradients)
+    shares = torch.zeros(
+        2 * _BITS + 1, device=gradients[0].device
+    )  # of elements that miss -_BITS to _BITS bits
+    for part, size in _parts(gradients, most=total // _ELEMENTS_PER_SAMPLE):
+        values, weights = random_elements(part, seed)
+        missing_bits = math.log2(number_format.smallest_normal) - values.abs_().log2_().floor_()
+        missing_bits = missing_bits.nan_to_num_(nan=-_BITS).clamp_(-_BITS, _BITS).long().add_(_BITS)
+        shares.scatter_add_(0, missing_bits.to(shares.device), weights.mul_(size / total).to(shares.device))
+    at_least = shares[:-1].flip(0).cumsum(0)  # the last are zeros; share that misses this many bits or more
+    enough = (at_least > TOLERATED_UNDERFLOW).sum() - 1 - _BITS
+    cure = torch.where(enough > -_BITS, enough.float().exp2(), 0.0)
+    return Underflow(fraction=shares[_BITS + 1 :].sum(), cure=cure)
+
+
+def _parts(tensors: Sequence[Tensor], most: int) -> Iterator[tuple[list[Tensor], int]]:
+    """Runs of `tensors` of whose elements `random_elements` takes `most`, or of one tensor; with their sizes."""
+    part: list[Tensor] = []
+    samples = size = 0
+    for tensor in tensors:
+        taken = min(tensor.numel(), SAMPLES_PER_TENSOR)
+        if part and samples + taken > most:
+            yield part, size
+            part, samples, size = [], 0, 0
+        part.append(tensor)
+        samples, size = samples + taken, size + tensor.numel()
+    if size:
+        yield part, size
 
 
 @torch.no_grad()
@@ -145,8 +195,8 @@ def random_elements(tensors: Sequence[Tensor], seed: int) -> tuple[Tensor, Tenso
             key = (tensor.device, size)
             if key not in positions:
                 positions[key] = (drawn % size).to(tensor.device, non_blocking=True)
-            sample = sample[positions[key]]
-        samples.append(sample.float().to(device, non_blocking=True))
+            sample = sample.take(positions[key])
+        samples.append(sample.to(device, torch.float32, non_blocking=True))
         weights.append(torch.full((sample.numel(),), size / total / sample.numel()))
     return torch.cat(samples), torch.cat(weights).to(device, non_blocking=True)
 

@@ -25,7 +25,7 @@ def read(values: Mapping[str, Tensor]) -> dict[str, float]:
     host: dict[str, float] = {}
     for names in by_device.values():
         host.update(zip(_labels(values, names), _packed(values, names).tolist(), strict=True))
-    return {label: host[label] for label in _labels(values, values)}
+    return host if len(by_device) == 1 else {label: host[label] for label in _labels(values, values)}
 
 
 def elements(host: Mapping[str, float], name: str) -> list[float]:
@@ -67,8 +67,13 @@ class PendingRead:
 
 
 def _packed(values: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    wide = torch.float32 if values[names[0]].device.type == "mps" else torch.float64
-    return torch.cat([values[name].detach().to(wide).reshape(-1) for name in names])
+    tensors = [values[name].detach() for name in names]
+    if all(tensor.dtype == torch.float32 for tensor in tensors):
+        if not any(tensor.dim() for tensor in tensors):
+            return torch.stack(tensors)
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    return torch.cat([tensor.to(wide).reshape(-1) for tensor in tensors])
 
 
 def _labels(values: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:

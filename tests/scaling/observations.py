@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from hf_amp import MixedPrecisionConfig
+from hf_amp.config import FP16_FORMAT
 from hf_amp.scaling.adaptive import LIMIT_BITS, AdaptiveScale
 from hf_amp.scaling.policy import Observation, ScalePolicy
 
@@ -16,11 +17,13 @@ def observed(
     overflow: bool = False,
     loss_finite: bool = True,
     amax: float = 1.0,
-    underflow: float = math.nan,
+    wanted: float | None = None,
 ) -> Observation:
-    """An observation; the amax of an overflowing step is inf, as it is in FP16."""
-    values = (float(overflow), float(not loss_finite), math.inf if overflow else amax, underflow)
-    return Observation(*(torch.tensor(value) for value in values))
+    """An observation; the amax of an overflowing step is inf, as it is in FP16. `wanted`: what underflow asks for."""
+    values = (float(overflow), float(not loss_finite), math.inf if overflow else amax)
+    return Observation(
+        *(torch.tensor(value) for value in values), None if wanted is None else torch.tensor(wanted)
+    )
 
 
 def scales_under(policy: ScalePolicy, overflows: Iterable[bool], loss_finite: bool = True) -> list[float]:
@@ -33,12 +36,13 @@ def scales_under(policy: ScalePolicy, overflows: Iterable[bool], loss_finite: bo
 
 
 def simulate(
-    log_amax: Iterable[float], *, gap_bits: float = 0.0, **options: float
+    log_amax: Iterable[float], *, gap_bits: float = 0.0, spread_bits: float = 0.0, **options: float
 ) -> tuple[list[int], list[float]]:
     """ADAPTIVE on gradients of these magnitudes (log2). Returns the skipped steps, and log2(scale) at each step.
 
     A step overflows where log_amax + log2(scale) exceeds FP16's limit less `gap_bits`, which stands for activation
-    gradients that are larger than weight gradients.
+    gradients that are larger than weight gradients. Every tenth step is sampled: the elements that matter reach down
+    to `spread_bits` below the largest one, and ask for the scale that makes them normal numbers.
     """
     policy = AdaptiveScale.from_config(MixedPrecisionConfig(scaling_strategy="ADAPTIVE", **options))
     state, skipped, bits = policy.init_state(torch.device("cpu")), [], []
@@ -47,5 +51,6 @@ def simulate(
         overflow = x + bits[-1] > LIMIT_BITS - gap_bits
         if overflow:
             skipped.append(step)
-        state = policy.next_state(state, observed(overflow, amax=2.0**x))
+        wanted = None if step % 10 else FP16_FORMAT.smallest_normal * 2.0 ** (spread_bits - x)
+        state = policy.next_state(state, observed(overflow, amax=2.0**x, wanted=wanted))
     return skipped, bits

@@ -168,7 +168,7 @@ def test_a_look_reads_a_sample_only() -> None:
         run = Run(model, torch.optim.SGD(model.parameters(), lr=1e-3), enable_monitoring=monitoring)
         reads.append(operators_of_step(run).read)
     sampled = sum(min(p.numel(), 1024) for p in model.parameters())
-    assert reads[0] - reads[1] <= 16 * sampled  # every sample goes through a few operators
+    assert reads[0] - reads[1] <= 24 * sampled  # every sample goes through some operators
     assert sampled * 4 < sum(p.numel() for p in model.parameters()) * 1.5
 
 

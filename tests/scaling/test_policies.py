@@ -17,9 +17,9 @@ from tests.host_reads import count_host_reads
 from tests.scaling.observations import observed, scales_under
 
 MAGNITUDES = st.floats(min_value=0, max_value=2.0**127, width=32)
-SHARES = st.one_of(st.just(float("nan")), st.floats(min_value=0, max_value=1, width=32))
+WANTED = st.one_of(st.none(), st.just(0.0), st.floats(min_value=2.0**-126, max_value=2.0**127, width=32))
 STEPS = st.lists(
-    st.builds(observed, st.booleans(), st.booleans(), MAGNITUDES, SHARES), min_size=1, max_size=60
+    st.builds(observed, st.booleans(), st.booleans(), MAGNITUDES, WANTED), min_size=1, max_size=60
 )
 STRATEGIES = pytest.mark.parametrize("strategy", list(ScalingStrategy))
 
@@ -69,11 +69,22 @@ def test_state_round_trips_and_ranks_agree(strategy: ScalingStrategy, steps: lis
         assert torch.equal(a, c)
 
 
+@settings(max_examples=40, deadline=None)
+@given(steps=STEPS)
+def test_what_the_host_knows_changes_nothing(steps: list[Observation]) -> None:
+    """ADAPTIVE comes to the same bits whether or not it is told that a clean step is clean."""
+    told = [
+        step._replace(known_clean=bool(step.found_inf == 0) and step.grad_amax.item() > 0) for step in steps
+    ]
+    policy = policy_of(ScalingStrategy.ADAPTIVE)
+    assert torch.stack(run(policy, steps)[-1]).equal(torch.stack(run(policy, told)[-1]))
+
+
 @STRATEGIES
 def test_next_state_reads_no_host(strategy: ScalingStrategy) -> None:
     """A scale update never waits for the device."""
     policy = policy_of(strategy, hysteresis=2, overflow_tolerance=0.1)
-    steps = [observed(True), observed(), observed(underflow=0.5)]
+    steps = [observed(True), observed(), observed(wanted=2.0**20)]
     with count_host_reads() as reads:
         run(policy, steps)
     assert reads.count == 0

@@ -50,11 +50,12 @@ def test_skipped_step_moves_nothing_and_never_calls_the_optimizer(fused: bool) -
     assert (scaler.applied_steps, scaler.skipped_steps) == (3, 1)
 
 
+@pytest.mark.parametrize("strategy", ["CONSTANT", "DYNAMIC", "ADAPTIVE"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
-def test_one_host_read_a_step(fused: bool, clip: bool) -> None:
+def test_one_host_read_a_step(strategy: str, fused: bool, clip: bool) -> None:
     """A clean step in exact mode, monitoring on, reads the host once; sampling underflow adds none."""
-    model, scaler = tiny_mlp(), scaler_with(monitoring_interval=2)
+    model, scaler = tiny_mlp(), scaler_with(monitoring_interval=2, scaling_strategy=strategy)
     optimizer = adamw(model, fused)
     stream = losses(model, 4, lambda step: False)
     one_step(scaler, next(stream), optimizer)

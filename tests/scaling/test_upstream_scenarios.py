@@ -148,10 +148,22 @@ def test_apex_hysteresis_fuzz(hysteresis: int) -> None:
             assert scaler.get_scale() == scale
 
 
-def test_keras_scale_of_a_clean_start() -> None:
-    """Keras: the first step uses the initial scale, and losses come back scaled by it."""
-    scaler = scaler_with(init_scale=2.0**15)
+def test_keras_skipped_step_halves_and_starts_counting_anew() -> None:
+    """Keras: losses are scaled by 2^15 first; growth after N clean steps in a row; an overflow halves, and skips."""
+    scaler, weight = scaler_with(init_scale=2.0**15, growth_interval=3), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scales, weights = [], []
     assert scaler.scale(torch.tensor(3.0)).item() == 3.0 * 2**15
+    for overflow in (False, False, True, False, False, False):
+        optimizer.zero_grad()
+        loss = weight.sum()
+        scaler.scale(OverflowInBackward.apply(loss) if overflow else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(math.log2(scaler.get_scale()))
+        weights.append(weight.item())
+    assert scales == [15, 15, 14, 14, 14, 15]
+    assert weights == [-1, -2, -2, -3, -4, -5]
 
 
 def test_optax_state_after_skips() -> None:

@@ -16,7 +16,7 @@ from hf_amp.statistics.gradients import (
     exact_norm,
     total_amax,
     total_norm,
-    underflow_fraction,
+    underflow,
 )
 from tests.host_reads import count_host_reads
 
@@ -203,7 +203,7 @@ def test_measuring_leaves_the_gradients_alone():
     gradients = random_gradients(2, DTYPES)
     before = [gradient.clone() for gradient in gradients]
     measure(gradients, CPU)
-    underflow_fraction(gradients, FP16_FORMAT, 0)
+    underflow(gradients, FP16_FORMAT, 0)
     count_non_finite(gradients)
     assert all(torch.equal(was, now) for was, now in zip(before, gradients, strict=True))
 
@@ -233,7 +233,7 @@ EDGES = [0.0, -0.0, 2.0**-25, -(2.0**-24), 2.0**-15, -(2.0**-14), 2.0**-14, 1.0,
 def test_zero_and_subnormal_elements_underflow(dtype):
     """The smallest normal value does not count, whatever is below it does, in every dtype."""
     gradient = torch.tensor(EDGES, dtype=dtype)
-    assert underflow_fraction([gradient], FP16_FORMAT, 0).item() == pytest.approx(5 / len(EDGES))
+    assert underflow([gradient], FP16_FORMAT, 0).fraction.item() == pytest.approx(5 / len(EDGES))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -242,7 +242,7 @@ def test_the_fraction_of_small_tensors_is_exact(seed):
     gradients = [gradient * 1e-2 for gradient in random_gradients(seed, [torch.float32])]
     gradients.append(torch.zeros(SAMPLES_PER_TENSOR))
     expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
-    assert underflow_fraction(gradients, FP16_FORMAT, 0).item() == pytest.approx(expected, abs=1e-6)
+    assert underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.0])
@@ -255,13 +255,13 @@ def test_the_fraction_of_large_tensors_is_close(share):
         gradient[torch.rand_like(gradient) < share * (1 + i % 2) / 1.5] = 2.0**-20
         gradients.append(gradient)
     expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
-    assert underflow_fraction(gradients, FP16_FORMAT, 0).item() == pytest.approx(expected, abs=0.02)
+    assert underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(expected, abs=0.02)
 
 
 def test_a_large_tensor_outweighs_a_small_one():
     """The fraction is one of elements, not of tensors."""
     gradients = [torch.zeros(10), torch.ones(99_990)]
-    assert underflow_fraction(gradients, FP16_FORMAT, 0).item() == pytest.approx(1e-4, rel=1e-3)
+    assert underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(1e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("number_format", [FP16_FORMAT, BF16_FORMAT, FP32_FORMAT])
@@ -269,24 +269,24 @@ def test_the_format_draws_the_line(number_format):
     """Each format's own smallest normal value is the limit."""
     edge = number_format.smallest_normal
     gradient = torch.tensor([0.0, edge / 2, edge, 2 * edge], dtype=torch.float64)
-    assert underflow_fraction([gradient], number_format, 0).item() == 0.5
+    assert underflow([gradient], number_format, 0).fraction.item() == 0.5
 
 
 @pytest.mark.parametrize("bad", NON_FINITE)
 def test_bad_elements_do_not_underflow(bad):
     """An overflowing step still gives a fraction."""
-    assert underflow_fraction([torch.tensor([bad, 0.0])], FP16_FORMAT, 0).item() == 0.5
+    assert underflow([torch.tensor([bad, 0.0])], FP16_FORMAT, 0).fraction.item() == 0.5
 
 
 def test_only_empty_tensors_underflow_nothing():
     """Without elements the fraction is 0, not 0/0."""
-    assert underflow_fraction([torch.zeros(0), torch.zeros(0, 3)], FP16_FORMAT, 0).item() == 0.0
+    assert underflow([torch.zeros(0), torch.zeros(0, 3)], FP16_FORMAT, 0).fraction.item() == 0.0
 
 
 def test_sampling_leaves_the_random_state_alone():
     """Dropout and shuffling are the same with monitoring on or off."""
     before = torch.get_rng_state()
-    underflow_fraction([torch.ones(3 * SAMPLES_PER_TENSOR)], FP16_FORMAT, 1)
+    underflow([torch.ones(3 * SAMPLES_PER_TENSOR)], FP16_FORMAT, 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -294,11 +294,44 @@ def test_the_seed_chooses_the_sample():
     """Ranks with the same gradients and seed agree to the last bit; other seeds look at other elements."""
     torch.manual_seed(0)
     gradient = torch.rand(100 * SAMPLES_PER_TENSOR) * 2 * FP16_FORMAT.smallest_normal
-    fractions = [underflow_fraction([gradient], FP16_FORMAT, seed).item() for seed in range(20)]
-    again = [underflow_fraction([gradient.clone()], FP16_FORMAT, seed).item() for seed in range(20)]
+    fractions = [underflow([gradient], FP16_FORMAT, seed).fraction.item() for seed in range(20)]
+    again = [underflow([gradient.clone()], FP16_FORMAT, seed).fraction.item() for seed in range(20)]
     assert fractions == again
     assert len(set(fractions)) > 1
     assert sum(fractions) / len(fractions) == pytest.approx(0.5, abs=0.02)
+
+
+def cure_of(values: list[float], tolerated: int) -> float:
+    """The obvious reference: the smallest power of two that leaves no more than `tolerated` values subnormal."""
+    bits = 70
+    while sum(0 < abs(v) * 2.0 ** (bits - 1) < FP16_FORMAT.smallest_normal for v in values) <= tolerated:
+        bits -= 1
+    return 2.0**bits
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_cure_is_the_power_of_two_that_lifts_all_but_the_tolerated_share(seed):
+    """Of 1,000 elements, some of them zero, all but the one in 1,024 that is tolerated become normal, by no bit more."""
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(1000, generator=generator) * 2.0 ** (seed * 4 - 20)
+    gradient[::7] = 0.0
+    assert underflow([gradient], FP16_FORMAT, 0).cure.item() == cure_of(gradient.double().tolist(), 0)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2, 3])
+def test_a_tolerated_share_asks_for_nothing(lost):
+    """Two elements of 2,048 may be lost, a third asks to be lifted; either way small elements tell how far."""
+    gradient = torch.full((1024,), 1.0)
+    other = torch.full((1024,), 1.0)
+    gradient[:lost] = 2.0**-20
+    expected = 2.0**-14 if lost <= 2 else 2.0**6
+    assert underflow([gradient, other], FP16_FORMAT, 0).cure.item() == expected
+
+
+@pytest.mark.parametrize("values", [[0.0] * 5, [math.nan] * 5, [0.0, math.nan]])
+def test_nothing_but_zeros_asks_for_nothing(values):
+    """Zeros may be beyond cure, and NaN tells nothing: no scale is asked for."""
+    assert underflow([torch.tensor(values)], FP16_FORMAT, 0).cure.item() == 0.0
 
 
 # ---- host reads ---------------------------------------------------------------------------------------------
@@ -310,7 +343,7 @@ def test_measuring_and_sampling_read_nothing(dtypes):
     gradients = [*random_gradients(0, dtypes), torch.ones(3 * SAMPLES_PER_TENSOR)]
     with count_host_reads() as reads:
         measure(gradients, CPU)
-        underflow_fraction(gradients, FP16_FORMAT, 0)
+        underflow(gradients, FP16_FORMAT, 0)
     assert reads.sources == []
 
 
@@ -318,7 +351,7 @@ def test_measuring_and_sampling_read_nothing(dtypes):
 def test_no_value_is_needed_on_an_accelerator_either(dtypes):
     """Tensors that have no values at all, and are not on the CPU, are measured and sampled without an error."""
     gradients = [torch.empty(5000, dtype=dtype, device=META) for dtype in dtypes * 2]
-    results = [*measure(gradients, META), underflow_fraction(gradients, FP16_FORMAT, 0)]
+    results = [*measure(gradients, META), *underflow(gradients, FP16_FORMAT, 0)]
     assert {(result.shape, result.dtype, result.device) for result in results} == {((), torch.float32, META)}
 
 
