@@ -11,16 +11,22 @@ from typing import TYPE_CHECKING, Any
 from hf_amp.config import MixedPrecisionConfig, NumberFormat, PrecisionMode, ScalingStrategy
 from hf_amp.errors import (
     AttachError,
+    BatchError,
     ConfigError,
     HfAmpError,
-    NotAvailableError,
     ScalerError,
     StateError,
     UnknownOptionError,
 )
 from hf_amp.events import AmpEvent, Cause, EventKind
+from hf_amp.monitoring.monitor import PrecisionMonitor
+from hf_amp.monitoring.performance import PerformanceTracker
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
+from hf_amp.training.dynamic import DynamicMixedPrecisionTrainer
+from hf_amp.training.manager import AdvancedMixedPrecisionManager
+from hf_amp.training.performance_optimized import PerformanceOptimizedMixedPrecisionTrainer
+from hf_amp.training.standard import StandardMixedPrecisionTrainer
 
 if TYPE_CHECKING:
     from hf_amp.integrations.accelerate import attach
@@ -30,20 +36,26 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdvancedGradScaler",
+    "AdvancedMixedPrecisionManager",
     "AmpEvent",
     "AmpSession",
     "AttachError",
+    "BatchError",
     "Cause",
     "ConfigError",
+    "DynamicMixedPrecisionTrainer",
     "EventKind",
     "HfAmpError",
     "MixedPrecisionCallback",
     "MixedPrecisionConfig",
-    "NotAvailableError",
     "NumberFormat",
+    "PerformanceOptimizedMixedPrecisionTrainer",
+    "PerformanceTracker",
     "PrecisionMode",
+    "PrecisionMonitor",
     "ScalerError",
     "ScalingStrategy",
+    "StandardMixedPrecisionTrainer",
     "StateError",
     "UnknownOptionError",
     "attach",

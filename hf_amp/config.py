@@ -7,19 +7,21 @@ import difflib
 import enum
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_amp.errors import ConfigError, NotAvailableError, UnknownOptionError
+from hf_amp.errors import ConfigError, UnknownOptionError
 from hf_amp.options import (
     ABOVE_ONE,
     COUNT,
     FRACTION,
+    ONE_OF_SKIP_RETRY,
     POSITIVE,
+    POSITIVE_OR_NONE,
     SHARE,
     STEPS,
     SWITCH,
@@ -110,11 +112,10 @@ _STRATEGY = Allowed(
     "one of " + ", ".join(ScalingStrategy.__members__), lambda v: isinstance(v, ScalingStrategy)
 )
 
-# Options and values whose engine has not landed: each is an error, never silently ignored.
-_NOT_YET: Mapping[str, Callable[[Any], bool]] = {
-    "memory_efficient": bool,
-    "gradient_accumulation_friendly": bool,
-}
+LOOP_OPTIONS = (
+    "on_overflow", "gradient_accumulation_steps", "max_grad_norm", "memory_efficient", "gradient_accumulation_friendly",
+)  # fmt: skip
+"""Options that only loops which are ours can follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,11 +227,27 @@ class MixedPrecisionConfig:
     stop_when_hopeless: bool = option_field(False, SWITCH)
     """Whether a hopeless run is stopped, in a Trainer, at the end of the step. Default off: it is told only."""
 
+    on_overflow: str = option_field("skip", ONE_OF_SKIP_RETRY)
+    """Loops of `hf_amp.training`: "skip" (default) loses the batches of a skipped step; "retry" runs them again under the
+    scale or plan that the skip has led to, from the same random numbers and running statistics, as long as a smaller
+    scale or another plan may cure it. Copies the model's buffers in every step."""
+
+    gradient_accumulation_steps: int = option_field(1, COUNT)
+    """Loops of `hf_amp.training`: batches whose gradients are averaged into one optimizer step. Default 1. Trainer and
+    Accelerator have their own."""
+
+    max_grad_norm: float | None = option_field(None, POSITIVE_OR_NONE)
+    """Loops of `hf_amp.training`: what the 2-norm of the unscaled gradients is clipped to. Default None: not clipped.
+    Trainer and Accelerator have their own."""
+
     memory_efficient: bool = option_field(False, SWITCH)
-    """Whether memory is preferred to speed where the two compete."""
+    """Loops of `hf_amp.training`: memory before speed. Gradients are freed right after the step, and no cast of a parameter
+    is kept for its next use: without it evaluation and gradient checkpointing hold up to 2 bytes a parameter more."""
 
     gradient_accumulation_friendly: bool = option_field(False, SWITCH)
-    """Whether work per micro-batch is moved to the step boundary."""
+    """Loops of `hf_amp.training`: work moves from the micro-batch to the step. Under DistributedDataParallel gradients
+    are reduced with the last micro-batch only, and in the manager and in `train_window` parameters are cast once for
+    all micro-batches, which holds up to 2 bytes a parameter in between."""
 
     distributed_amp: bool = option_field(False, SWITCH)
     """Whether several processes train together. Their verdicts are then agreed on as with `sync_grad_scaler`, and
@@ -270,12 +287,6 @@ class MixedPrecisionConfig:
                 f"MixedPrecisionConfig({option.name}={value!r}): {option.name} must be {allowed}; "
                 f"leave it out for the default ({default}).{hint}"
             )
-        if option.name in _NOT_YET and _NOT_YET[option.name](value):
-            shown = getattr(value, "value", value)
-            raise NotAvailableError(
-                f"MixedPrecisionConfig({option.name}={shown}): not available yet in this version of hf_amp; "
-                f"leave {option.name} out until a release lists it in CHANGELOG.md."
-            )
 
     def _check_combinations(self) -> None:
         if self.precision_mode is PrecisionMode.FP16 and self.half_parameters in ("error", "upcast"):
@@ -288,6 +299,11 @@ class MixedPrecisionConfig:
             raise ConfigError(
                 "MixedPrecisionConfig(precision_mode=DYNAMIC, half_parameters='master_weights'): DYNAMIC moves between "
                 "precisions, which needs FP32 parameters; leave half_parameters out, or choose another precision_mode."
+            )
+        if self.on_overflow == "retry" and self.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED:
+            raise ConfigError(
+                "MixedPrecisionConfig(on_overflow='retry', scaling_strategy=PERFORMANCE_OPTIMIZED): its verdicts come one "
+                "step late, when the batch is gone; use ADAPTIVE, or leave on_overflow out for the default (skip)."
             )
         if self.min_scale < FP32_FORMAT.smallest_normal:
             raise ConfigError(
@@ -369,6 +385,27 @@ class MixedPrecisionConfig:
             return cls.from_dict(options)
         except ConfigError as error:
             raise type(error)(f"{path}: {error}") from error
+
+    def refuse_loop_options(self, instead: str) -> None:
+        """For integrations whose loop is not ours.
+
+        Args:
+            instead: what to do.
+
+        Raises:
+            ConfigError: an option that only the loops of `hf_amp.training` follow is not at its default.
+        """
+        for option in dataclasses.fields(self):
+            if option.name in LOOP_OPTIONS and getattr(self, option.name) != option.default:
+                raise ConfigError(
+                    f"MixedPrecisionConfig({option.name}={getattr(self, option.name)!r}): only the trainers and the manager "
+                    f"of hf_amp follow {option.name}; {instead}"
+                )
+
+    def without_loop_options(self) -> MixedPrecisionConfig:
+        """The same, with the options that only the loops of `hf_amp.training` follow at their defaults."""
+        others = {name: value for name, value in self.to_dict().items() if name not in LOOP_OPTIONS}
+        return self.from_dict(others)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""

@@ -2,9 +2,9 @@
 
     HfAmpError
     ├── ConfigError (ValueError)          an option's value, or a combination of options, is wrong
-    │   ├── UnknownOptionError            no option has that name; names the nearest one
-    │   └── NotAvailableError             the option is known, but this version cannot do it yet
+    │   └── UnknownOptionError            no option has that name; names the nearest one
     ├── AttachError (RuntimeError)        hf_amp cannot work on this Trainer, Accelerator, model or device
+    ├── BatchError (ValueError)           a batch, or the loss made from it, cannot be trained on
     ├── ScalerError (RuntimeError)        a scaler method was called in an order that has no meaning
     └── StateError (ValueError)           a checkpoint or event log does not hold what it should
 
@@ -26,12 +26,12 @@ class UnknownOptionError(ConfigError):
     """No option has that name."""
 
 
-class NotAvailableError(ConfigError):
-    """The option is known, but this version cannot do it yet."""
-
-
 class AttachError(HfAmpError, RuntimeError):
     """hf_amp cannot work on this Trainer, Accelerator, model or device."""
+
+
+class BatchError(HfAmpError, ValueError):
+    """A batch, or the loss made from it, cannot be trained on."""
 
 
 class ScalerError(HfAmpError, RuntimeError):

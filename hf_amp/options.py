@@ -39,9 +39,11 @@ def is_count(value: Any) -> bool:
 SWITCH = Allowed("True or False", lambda v: isinstance(v, bool))
 SWITCH_OR_NONE = Allowed("None, True or False", lambda v: v is None or isinstance(v, bool))
 POSITIVE = Allowed("a positive finite number", lambda v: is_real(v) and v > 0)
+POSITIVE_OR_NONE = Allowed("None or a positive finite number", lambda v: v is None or POSITIVE.accepts(v))
 ABOVE_ONE = Allowed("a finite number above 1", lambda v: is_real(v) and v > 1)
 FRACTION = Allowed("a number above 0 and below 1", lambda v: is_real(v) and 0 < v < 1)
 SHARE = Allowed("a number from 0 up to, but not, 1", lambda v: is_real(v) and 0 <= v < 1)
+ONE_OF_SKIP_RETRY = Allowed("'skip' or 'retry'", lambda v: v in ("skip", "retry"))
 STEPS = Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", is_count)
 COUNT = Allowed(f"a whole number from 1 to {LARGEST_COUNT}", is_count)
 

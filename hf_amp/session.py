@@ -110,6 +110,7 @@ class AmpSession(Journal):
         self.changes.call_on_undo(
             self._keeper.adopt(model, entry_point if entry_point is not None else model)
         )
+        self._tell_monitor_of_formats()
 
     @property
     def current_precision(self) -> CurrentPrecision:
@@ -293,7 +294,9 @@ class AmpSession(Journal):
             return
         keeper, before, after = self._keeper, transition.before, transition.after
         self.monitor.record_plan(len(after.modules))
+        self._tell_monitor_of_formats()
         if skipped_at is not None:
+            self.monitor.record_fallback()
             self.scaler.set_scale(skipped_at)
             if before.default is not after.default and keeper.scale_at_rest is None:
                 keeper.scale_at_rest = skipped_at
@@ -322,6 +325,10 @@ class AmpSession(Journal):
             guards=boundary.treatment is Treatment.CHECK,
             decided_steps=self.scaler.decided_steps,
         )
+
+    def _tell_monitor_of_formats(self) -> None:
+        sizes = ((name, p.numel()) for name, p in self._keeper.runner.named_parameters())
+        self.monitor.record_formats(self.plan.format_shares(sizes))
 
     def _named_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
         names = {p: name for name, p in self._keeper.runner.named_parameters()}

@@ -17,14 +17,12 @@ import hf_amp
 from hf_amp import (
     ConfigError,
     MixedPrecisionConfig,
-    NotAvailableError,
     NumberFormat,
     PrecisionMode,
     ScalingStrategy,
     UnknownOptionError,
 )
 from hf_amp.config import (
-    _NOT_YET,
     BF16_FORMAT,
     FP16_FORMAT,
     FP32_FORMAT,
@@ -33,11 +31,6 @@ from hf_amp.config import (
 )
 
 OPTIONS = {option.name: option for option in dataclasses.fields(MixedPrecisionConfig)}
-
-
-def is_available(name, value):
-    """Whether this version can do what the value asks for."""
-    return name not in _NOT_YET or not _NOT_YET[name](value)
 
 
 def refusal(error_class=ConfigError, **options):
@@ -74,7 +67,9 @@ KINDS = {
         "a whole number of steps from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS],
         ["growth_interval", "monitoring_interval", "fallback_window", "recovery_steps", "patience"],
     ),
-    "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis"]),
+    "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis", "gradient_accumulation_steps"]),
+    "positive or none": ("None or a positive finite number", [0, -1.0, *(v for v in NOT_NUMBERS if v is not None)], ["max_grad_norm"]),
+    "on overflow": ("'skip' or 'retry'", [None, "RETRY", "", True, 2], ["on_overflow"]),
     "mode": (
         "None or one of FP32, FP16, MIXED, BF16, DYNAMIC", ["FP8", "", "FP 16", 16, True, ["FP32"]], ["precision_mode"],
     ),
@@ -198,45 +193,15 @@ NAMES = [
 
 @pytest.mark.parametrize(("option", "member", "spell"), NAMES)
 def test_names_are_accepted_in_any_case(option, member, spell):
-    """A string in any case is the enumeration's member: used if it is available, refused as that member if not."""
-    options = {option: spell(member.value)}
-    if is_available(option, member):
-        assert getattr(MixedPrecisionConfig(**options), option) is member
-    else:
-        assert f"{option}={member.value}" in refusal(NotAvailableError, **options)
+    """A string in any case is the enumeration's member."""
+    assert getattr(MixedPrecisionConfig(**{option: spell(member.value)}), option) is member
 
 
-# ---- what is not available yet ------------------------------------------------------------------------------
-
-
-def candidates(option):
-    """Allowed values of an option other than its default."""
-    enumerations = {
-        "precision_mode": PrecisionMode,
-        "communication_precision": PrecisionMode,
-        "scaling_strategy": ScalingStrategy,
-    }
-    if option.name in enumerations:
-        return list(enumerations[option.name])
-    if isinstance(option.default, bool):
-        return [not option.default]
-    return [option.default + 1] if isinstance(option.default, int) else [option.default / 2]
-
-
-def test_what_is_not_available_yet_is_refused():
-    """Every option of the table has a value that is refused, as a ConfigError which names it and says so."""
-    for name in _NOT_YET:
-        refused = [value for value in candidates(OPTIONS[name]) if not is_available(name, value)]
-        assert refused, f"{name} is in the table, but nothing of it is refused"
-        for value in refused:
-            message = refusal(NotAvailableError, **{name: value})
-            assert f"{name}={getattr(value, 'value', value)}" in message
-            assert "not available yet" in message
-            assert f"leave {name} out" in message
+# ---- all options --------------------------------------------------------------------------------------------
 
 
 def test_no_option_is_silently_ignored():
-    """Every option that is not refused is used by name somewhere outside of config.py."""
+    """Every option is used by name somewhere outside of config.py."""
     package = Path(hf_amp.__file__).parent
     sources = [path.read_text(encoding="utf-8") for path in package.rglob("*.py") if path.name != "config.py"]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
@@ -246,7 +211,7 @@ def test_no_option_is_silently_ignored():
         for node in nodes
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
-    assert set(OPTIONS) - set(_NOT_YET) - used == set()
+    assert set(OPTIONS) - used == set()
 
 
 def test_the_defaults_are_available():
@@ -285,29 +250,20 @@ POSITIVE = st.floats(SMALLEST_SCALE, LARGEST_SCALE)
 COUNTS = st.integers(1, 10**6)
 
 
-def available(name, values):
-    """A strategy over those of the values that this version can do."""
-    return st.sampled_from([value for value in values if is_available(name, value)])
-
-
 @st.composite
 def valid_options(draw):
     """Options that together make a config."""
     low, start, high = sorted(draw(st.tuples(POSITIVE, POSITIVE, POSITIVE)))
     optional = {
-        "precision_mode": available("precision_mode", [None, *PrecisionMode]),
-        "scaling_strategy": available("scaling_strategy", list(ScalingStrategy)),
+        "precision_mode": st.sampled_from([None, *PrecisionMode]),
+        "scaling_strategy": st.sampled_from(list(ScalingStrategy)),
         "half_parameters": st.just(None),
         "growth_factor": st.floats(1, 1e6, exclude_min=True),
         "backoff_factor": st.floats(0, 1, exclude_min=True, exclude_max=True),
         "growth_interval": COUNTS,
         "hysteresis": COUNTS,
         "monitoring_interval": COUNTS,
-        **{
-            name: available(name, [True, False])
-            for name, option in OPTIONS.items()
-            if isinstance(option.default, bool)
-        },
+        **{name: st.booleans() for name, option in OPTIONS.items() if isinstance(option.default, bool)},
     }
     bounds = {"min_scale": low, "init_scale": start, "max_scale": high}
     return {**bounds, **draw(st.fixed_dictionaries({}, optional=optional))}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from hf_amp.config import PrecisionMode
+from hf_amp.config import NumberFormat, PrecisionMode
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,20 @@ class PrecisionPlan:
     def precision_of(self, names: Sequence[str]) -> PrecisionMode:
         """The precision of the modules of these names, which share one; that of the whole model where there are none."""
         return self.modules.get(names[0], self.default) if names else self.default
+
+    def format_shares(self, sizes: Iterable[tuple[str, int]]) -> dict[str, float]:
+        """Name of a number format → share of the parameters that are used in it.
+
+        Args:
+            sizes: (qualified name, elements) of every parameter; none are taken for one parameter of the whole model.
+        """
+        elements: dict[str, int] = {}
+        for name, count in list(sizes) or [("", 1)]:
+            held = next((m for m in self.modules if name.startswith(f"{m}.")), None)
+            used_in = NumberFormat.of(self.default if held is None else self.modules[held]).name
+            elements[used_in] = elements.get(used_in, 0) + count
+        total = sum(elements.values())
+        return {used_in: count / total for used_in, count in elements.items()}
 
     def describe(self) -> str:
         """One phrase."""

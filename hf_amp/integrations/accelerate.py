@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -53,6 +53,7 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     """
     config = config if config is not None else MixedPrecisionConfig()
     _check_supported(accelerator)
+    config.refuse_loop_options("set what Trainer or Accelerator has for it.")
     sharded = accelerator.distributed_type is DistributedType.FSDP
     if sharded:
         # Forward passes of a shard wait for those of the other ranks: none is repeated to find a cause, or changed.
@@ -109,6 +110,11 @@ def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
     lead_autocast(accelerator, session)
     inner = [optimizer.optimizer for optimizer in optimizers.adopted]
     settle_parameters(accelerator, session, prepared_models(accelerator), inner)
+
+
+def session_of(accelerator: Any) -> AmpSession | None:
+    """The session that is attached to `accelerator`; None where there is none."""
+    return cast("AmpSession | None", getattr(accelerator, _SESSION, None))
 
 
 def _check_supported(accelerator: Accelerator) -> None:

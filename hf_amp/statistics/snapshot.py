@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,17 @@ def elements(host: Mapping[str, float], name: str) -> list[float]:
     while f"{name}[{len(found)}]" in host:
         found.append(host[f"{name}[{len(found)}]"])
     return found
+
+
+def read_all(values: Sequence[Tensor]) -> list[float]:
+    """The same for 0-d tensors without names."""
+    named = read({str(index): value for index, value in enumerate(values)})
+    return list(named.values())
+
+
+def read_vector(values: Tensor) -> list[float]:
+    """Brings a tensor of shape [n] to the host in one transfer, which waits for the device."""
+    return [float(value) for value in values.tolist()]
 
 
 class PendingRead:

@@ -163,3 +163,41 @@ def test_torch_keys_dictionaries_by_tensor_weakly() -> None:
     assert held.get(torch.ones(2)) is None
     del tensor
     assert len(held) == 0
+
+
+def test_torch_storages_have_lasting_names() -> None:
+    """`StorageWeakRef.cdata` is equal for views of one storage, and is not given away while a reference lives."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    x = torch.ones(4)
+    references = [StorageWeakRef(view.untyped_storage()) for view in (x, x[1:])]
+    assert references[0].cdata == references[1].cdata
+    del x
+    others = [StorageWeakRef(torch.ones(4).untyped_storage()) for _ in range(100)]
+    assert references[0].cdata not in {other.cdata for other in others}
+
+
+def test_torch_casts_by_one_operator() -> None:
+    """Autocast and `.to` both cast by `aten._to_copy`, and a dispatch mode sees them."""
+    from hf_amp.monitoring.memory import StoredForBackward
+
+    layer = torch.nn.Linear(2, 2)
+    for cast in (lambda: layer(torch.ones(1, 2)), lambda: layer.weight.to(torch.bfloat16)):
+        with StoredForBackward([]) as watch, torch.autocast("cpu", torch.bfloat16):
+            cast()
+        assert watch._casts.original
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, lambda module: module.compile() or module])
+def test_torch_compiled_modules_are_recognised(compiled: object) -> None:
+    """By `_orig_mod`, or `_compiled_call_impl`, whichever way they were compiled; others are not."""
+    from hf_amp.training.calibration import _can_be_watched
+
+    assert not _can_be_watched(compiled(torch.nn.Linear(1, 1)))  # type: ignore[operator]
+    assert _can_be_watched(torch.nn.Linear(1, 1))
+
+
+def test_accelerated_optimizers_are_recognised_without_accelerate() -> None:
+    """They have `step_was_skipped`, and PyTorch's own have not."""
+    assert hasattr(AcceleratedOptimizer, "step_was_skipped")
+    assert not hasattr(torch.optim.Optimizer, "step_was_skipped")

@@ -1,0 +1,142 @@
+"""`PerformanceTracker`: how long steps take and what they get through, without making the device wait."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_amp.config import MixedPrecisionConfig, NumberFormat, PrecisionMode
+from hf_amp.errors import ConfigError
+from hf_amp.monitoring.streaming import Quantiles, RunningStatistics
+
+
+class _Flight(NamedTuple):
+    """A step that the device may not have finished."""
+
+    start: Any
+    end: Any
+    samples: int
+    precision: str
+
+
+class PerformanceTracker:
+    """Step times, throughput, and the share of time in each precision. Constant size, however long the run.
+
+    On CUDA a step lies between two events of its stream, which are asked for later and never waited for; elsewhere
+    between two readings of the host's clock, which on an asynchronous device is when work was queued.
+
+    Args:
+        config: options; None for the defaults.
+        device: where the steps run; None for CUDA where there is one, else the CPU.
+
+    Attributes:
+        newest_step_seconds: duration of the newest step that is known; NaN before the first.
+    """
+
+    def __init__(
+        self, config: MixedPrecisionConfig | None = None, device: torch.device | str | None = None
+    ) -> None:
+        config = MixedPrecisionConfig() if config is None else config
+        if not isinstance(config, MixedPrecisionConfig):
+            raise ConfigError(
+                f"PerformanceTracker(config={config!r}): pass a MixedPrecisionConfig; leave it out for the defaults."
+            )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.newest_step_seconds = math.nan
+        self._default = NumberFormat.of(config.precision_mode or PrecisionMode.MIXED).name
+        self._seconds = RunningStatistics()
+        self._quantiles = Quantiles()
+        self._samples = 0
+        self._by_precision: dict[str, float] = {}
+        self._start: Any = None
+        # Bounded by what CUDA lets the host queue ahead.
+        self._flights: deque[_Flight] = deque()
+        self._events: list[Any] = []
+
+    def start_step(self) -> None:
+        """A step begins; one that was begun and not ended is forgotten. No host read."""
+        self._start = self._mark()
+
+    def end_step(self, samples: int, precision: str | None = None) -> None:
+        """The step that was begun is queued to its end. No host read.
+
+        Args:
+            samples: rows of the batches that went into it.
+            precision: name of the number format that it ran in; None for the config's.
+        """
+        if self._start is None:
+            return
+        precision = precision if precision is not None else self._default
+        start, self._start = self._start, None
+        if self.device.type != "cuda":
+            self._add(time.perf_counter() - start, samples, precision)
+            return
+        self._flights.append(_Flight(start, self._mark(), samples, precision))
+        while self._flights and self._flights[0].end.query():
+            self._land()
+
+    def drop_step(self) -> None:
+        """The step that was begun does not count."""
+        self._start = None
+
+    @contextmanager
+    def step(self, samples: int, precision: str | None = None) -> Iterator[None]:
+        """`with tracker.step(samples=8): ...` around one step; one that raises does not count."""
+        self.start_step()
+        try:
+            yield
+        except BaseException:
+            self.drop_step()
+            raise
+        self.end_step(samples, precision)
+
+    def get_stats(self) -> dict[str, Any]:
+        """The run so far; waits for the device to finish the steps that were queued.
+
+        Returns:
+            `steps`, `total_seconds`; `avg_step_time`, `step_time_p50`, `_p90`, `_p99` (within 0.6%), `_min`, `_max`:
+            seconds; `avg_throughput`: samples a second; NaN before the first step. `time_share`: name of a number
+            format → share of the seconds. `clock`: "device" or "host", what the seconds are read from.
+        """
+        while self._flights:
+            self._flights[0].end.synchronize()
+            self._land()
+        steps, total = self._seconds.count, sum(self._by_precision.values())
+        return {
+            "steps": steps,
+            "total_seconds": total,
+            "avg_step_time": self._seconds.mean if steps else math.nan,
+            **{f"step_time_p{percent}": self._quantiles.at(percent / 100) for percent in (50, 90, 99)},
+            "step_time_min": math.nan if self._seconds.smallest is None else self._seconds.smallest,
+            "step_time_max": math.nan if self._seconds.largest is None else self._seconds.largest,
+            "avg_throughput": self._samples / total if total else math.nan,
+            "time_share": {name: seconds / total for name, seconds in self._by_precision.items()},
+            "clock": "device" if self.device.type == "cuda" else "host",
+        }
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = self._events.pop() if self._events else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _land(self) -> None:
+        flight = self._flights.popleft()
+        self._add(flight.start.elapsed_time(flight.end) / 1000, flight.samples, flight.precision)
+        self._events += [flight.start, flight.end]
+
+    def _add(self, seconds: float, samples: int, precision: str) -> None:
+        self.newest_step_seconds = seconds
+        self._seconds.add(seconds)
+        self._quantiles.add(seconds)
+        self._samples += samples
+        self._by_precision[precision] = self._by_precision.get(precision, 0.0) + seconds

@@ -1,0 +1,1 @@
+"""Training loops that are ours: three trainers of one step, and a manager of epochs over them."""

@@ -1,0 +1,130 @@
+"""From a batch and a model to one scalar loss, whatever form they have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_amp.errors import BatchError
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""(outputs of the model, targets of the batch) → tensor of shape []."""
+
+LABELS = "labels"
+"""Key of the targets in a mapping, as in transformers."""
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """`batch` with every tensor in it on `device`. Tensors that are there already are not copied."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def samples_in(batch: Any) -> int:
+    """Rows of the first tensor in `batch`; 1 where there is none, or it has no dimension."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    values = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    )
+    for value in values:
+        if isinstance(value, Tensor):
+            return samples_in(value)
+    return 1
+
+
+def compute_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Tensor:
+    """Runs `model` on `batch`. No host read.
+
+    | batch | with `loss_fn` | without |
+    |---|---|---|
+    | mapping | `loss_fn(model(**rest), batch["labels"])` | `model(**batch)` returns a loss |
+    | (inputs, targets) | `loss_fn(model(inputs), targets)` | `model(inputs, targets)` returns a loss |
+    | tensor | `loss_fn(model(batch), batch)` | `model(batch)` returns a loss |
+
+    A model returns a loss as a tensor, as `.loss`, or under "loss".
+
+    Returns:
+        Tensor of shape []; the mean over devices under DataParallel.
+
+    Raises:
+        BatchError: the batch has another form or no labels, or what comes out is not one real number that depends on
+            parameters.
+    """
+    if isinstance(batch, Mapping):
+        outputs, targets = _call_with_mapping(model, batch, loss_fn)
+    elif isinstance(batch, (list, tuple)) and len(batch) == 2:
+        outputs, targets = (model(batch[0]) if loss_fn else model(*batch)), batch[1]
+    elif isinstance(batch, Tensor):
+        outputs, targets = model(batch), batch
+    else:
+        length = f" of {len(batch)}" if isinstance(batch, (list, tuple)) else ""
+        raise BatchError(
+            f"the batch is a {type(batch).__name__}{length}: pass a mapping of the model's arguments, a pair "
+            "(inputs, targets), or a tensor."
+        )
+    loss = loss_fn(outputs, targets) if loss_fn else _returned_loss(outputs, batch)
+    return _checked(loss, model)
+
+
+def _call_with_mapping(
+    model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None
+) -> tuple[Any, Any]:
+    if loss_fn is None:
+        return model(**batch), None
+    if LABELS not in batch:
+        raise BatchError(
+            f'the batch has no "{LABELS}" for loss_fn; its keys are {_names(batch)}. Add the targets under that key, '
+            "or pass pairs (inputs, targets)."
+        )
+    return model(**{name: value for name, value in batch.items() if name != LABELS}), batch[LABELS]
+
+
+def _returned_loss(outputs: Any, batch: Any) -> Any:
+    loss = outputs
+    if isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    elif not isinstance(outputs, Tensor):
+        loss = getattr(outputs, "loss", None)
+    if loss is None:
+        keys = f"; the batch's keys are {_names(batch)}" if isinstance(batch, Mapping) else ""
+        raise BatchError(
+            f"the model returned no loss but a {type(outputs).__name__}{keys}. Put targets into the batch (for models "
+            f'of transformers under "{LABELS}"), or pass loss_fn=.'
+        )
+    return loss
+
+
+def _checked(loss: Any, model: nn.Module) -> Tensor:
+    if not isinstance(loss, Tensor) or not loss.dtype.is_floating_point:
+        what = str(loss.dtype) if isinstance(loss, Tensor) else type(loss).__name__
+        raise BatchError(
+            f"the loss is a {what}: the model or loss_fn must return a floating-point tensor of shape []."
+        )
+    if isinstance(model, nn.DataParallel):
+        loss = loss.mean()
+    if loss.numel() != 1:
+        raise BatchError(
+            f"the loss has shape {tuple(loss.shape)}: it must be one number, such as loss.mean(); where the model "
+            "returns no loss but outputs, pass loss_fn=."
+        )
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise BatchError(
+            "the loss does not depend on any parameter that requires grad: unfreeze parameters, and compute the loss "
+            "without torch.no_grad() or .detach()."
+        )
+    scalar: Tensor = loss.reshape(())
+    return scalar
+
+
+def _names(batch: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, batch)) or "none"

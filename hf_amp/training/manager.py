@@ -1,0 +1,256 @@
+"""`AdvancedMixedPrecisionManager`: whole epochs of training and validation, and what became of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_amp.config import MixedPrecisionConfig, PrecisionMode, ScalingStrategy
+from hf_amp.errors import AttachError, BatchError, StateError
+from hf_amp.training.batch import LossFunction
+from hf_amp.training.dynamic import DynamicMixedPrecisionTrainer
+from hf_amp.training.epoch import EpochLosses, Progress, step_schedule
+from hf_amp.training.performance_optimized import PerformanceOptimizedMixedPrecisionTrainer
+from hf_amp.training.standard import StandardMixedPrecisionTrainer
+from hf_amp.training.validation import validate
+
+_STATE = "hf_amp_manager"
+
+
+class AdvancedMixedPrecisionManager:
+    """Runs epochs over a trainer that the config chooses: `DynamicMixedPrecisionTrainer` for `precision_mode` DYNAMIC,
+    `PerformanceOptimizedMixedPrecisionTrainer` for `scaling_strategy` PERFORMANCE_OPTIMIZED, else
+    `StandardMixedPrecisionTrainer`.
+
+    Works with plain models, DataParallel, DistributedDataParallel, and what an Accelerator has prepared. A context
+    manager: leaving it is `cleanup`.
+
+    Args:
+        config: options; None for the defaults.
+        loss_fn: (outputs, targets) → loss, for models that return none.
+        accelerator: an `accelerate.Accelerator` that has prepared model and optimizer; None for PyTorch alone.
+
+    Attributes:
+        trainer: runs the steps; its `session` holds metrics and events.
+        epochs: epochs that were trained to their end.
+
+    Raises:
+        ConfigError: `config` is none, or contradicts the accelerator.
+    """
+
+    def __init__(
+        self,
+        config: MixedPrecisionConfig | None = None,
+        *,
+        loss_fn: LossFunction | None = None,
+        accelerator: Any = None,
+    ) -> None:
+        self.trainer = _trainer_class(config)(config, loss_fn=loss_fn, accelerator=accelerator)
+        self.config = self.trainer.config
+        self.epochs = 0
+        self._cleaned_up = False
+
+    # ---- epochs ---------------------------------------------------------------------------------------------
+
+    def train_epoch(
+        self,
+        dataloader: Iterable[Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scheduler: Any = None,
+        loss_fn: LossFunction | None = None,
+        progress: bool | None = None,
+    ) -> dict[str, Any]:
+        """Trains on every batch once, in training mode. What is left over at the end is a smaller window of its own.
+
+        Losses are read from the device at the end of the epoch, and for the progress bar at most once a second.
+
+        Args:
+            dataloader: gives batches; see `hf_amp.training.batch.compute_loss` for their forms.
+            scheduler: LR scheduler that counts optimizer steps: stepped after every applied one, so that a skip does
+                not move the schedule. One that wants a metric you step yourself, after `validate_epoch`.
+            loss_fn: overrides the manager's.
+            progress: whether to show a bar on stderr; None shows it in a terminal only.
+
+        Returns:
+            `losses`: one number a batch, as is, NaN included. `loss`: mean of the finite ones, NaN where there are
+            none. `batches`, `samples`, `steps`, `applied_steps`, `skipped_steps`, `non_finite_losses`, `seconds`,
+            `samples_per_second`, `scale`, `precision_mode`, `epoch`: the epoch's own, counted from 1.
+
+        Raises:
+            BatchError: the dataloader is empty, or a batch is wrong.
+            AttachError: model and optimizer do not belong together, or the manager was cleaned up.
+        """
+        before = self._counters()
+        losses = EpochLosses()
+        model.train()
+        with Progress(dataloader, progress, f"epoch {self.epochs + 1}") as bar:
+            for window in self._windows(dataloader):
+                result = self.trainer.train_window(window, model, optimizer, loss_fn)
+                step_schedule(scheduler, result)
+                losses.add(result["losses"], window)
+                bar.advance(result, len(window))
+        if not losses.batches:
+            raise BatchError(
+                "the dataloader gave no batch: check its dataset, sampler and drop_last; a generator can be used once only."
+            )
+        self.trainer.scaler.flush()
+        self.epochs += 1
+        after = self._counters()
+        return {
+            **losses.figures(),
+            **{name: after[name] - before[name] for name in after},
+            "scale": result["scale"],
+            "precision_mode": self.trainer.session.plan.default,
+            "epoch": self.epochs,
+        }
+
+    def validate_epoch(
+        self,
+        dataloader: Iterable[Any],
+        model: nn.Module,
+        *,
+        loss_fn: LossFunction | None = None,
+    ) -> dict[str, Any]:
+        """Loss on every batch once, in evaluation mode and the precision of training, without gradients.
+
+        The model's modes are as before afterwards. Reads the host once, at the end.
+
+        Returns:
+            `loss`: mean over samples of the batches with a finite loss, NaN where there are none; `losses`: one number
+            a batch; `batches`, `samples`, `non_finite_losses`, which nothing hides.
+
+        Raises:
+            BatchError: the dataloader is empty, or a batch is wrong.
+        """
+        self._refuse_when_cleaned_up()
+        return validate(self.trainer, dataloader, model, loss_fn)
+
+    def _windows(self, dataloader: Iterable[Any]) -> Iterator[list[Any]]:
+        """The batches of each optimizer step."""
+        self._refuse_when_cleaned_up()
+        batches = iter(dataloader)
+        while window := list(islice(batches, self.config.gradient_accumulation_steps)):
+            yield window
+
+    # ---- what became of it ----------------------------------------------------------------------------------
+
+    def get_training_stats(self) -> dict[str, Any]:
+        """The run so far, over all epochs; can be read after `cleanup` too. Reads the host.
+
+        Returns:
+            `precision_stats`: see `PrecisionMonitor.get_precision_stats`, with the newest `memory` estimate in bytes.
+            `performance_stats`: see `PerformanceTracker.get_stats`. `epochs`; `what_runs`: one phrase.
+        """
+        precision = self.trainer.precision_monitor.get_precision_stats()
+        return {
+            "precision_stats": {**precision, "memory": self.trainer.memory.report()},
+            "performance_stats": self.trainer.performance_tracker.get_stats(),
+            "epochs": self.epochs,
+            "what_runs": self.trainer.session.what_runs(),
+        }
+
+    def _counters(self) -> dict[str, float]:
+        monitor = self.trainer.precision_monitor
+        return {
+            "steps": monitor.applied_steps + monitor.skipped_steps,
+            "applied_steps": monitor.applied_steps,
+            "skipped_steps": monitor.skipped_steps,
+        }
+
+    # ---- checkpoint -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scale, policy, plan, counters and statistics, between two steps; model and optimizer are yours to save.
+
+        Numbers, strings, lists and mappings only. Reads the host.
+        """
+        return {_STATE: 1, "epochs": self.epochs, "scaler": self.trainer.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from `state_dict`, before the first step or later.
+
+        Raises:
+            StateError: it is not a manager's state.
+        """
+        if not isinstance(state_dict, dict) or state_dict.get(_STATE) != 1:
+            shown = (
+                ", ".join(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
+            )
+            raise StateError(
+                f"not the state of a manager, but {shown or 'an empty mapping'}: pass what state_dict() gave; a scaler's state "
+                "goes into trainer.scaler.load_state_dict."
+            )
+        self.epochs = state_dict["epochs"]
+        if state_dict["scaler"]:
+            self.trainer.scaler.load_state_dict(state_dict["scaler"])
+
+    def save(self, path: str | Path) -> None:
+        """Writes `state_dict` to a file, whole or not at all."""
+        path = Path(path)
+        unfinished = path.with_name(path.name + ".unfinished")
+        torch.save(self.state_dict(), unfinished)
+        os.replace(unfinished, path)
+
+    def load(self, path: str | Path) -> None:
+        """Continues from a file that `save` wrote. No code in it is run.
+
+        Raises:
+            StateError: it cannot be read, or is something else.
+        """
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # torch and pickle raise unrelated trees
+            raise StateError(
+                f"{path}: cannot be read as a manager's state ({error}); pass a file that save() wrote."
+            ) from error
+        self.load_state_dict(state)
+
+    # ---- the end --------------------------------------------------------------------------------------------
+
+    def cleanup(self) -> None:
+        """Gives model, optimizer and Accelerator their former state; statistics can still be read.
+
+        Raises:
+            AttachError: it was called before. Leaving a `with` block calls it only where that has not been done.
+        """
+        if self._cleaned_up:
+            raise AttachError(
+                "this manager was cleaned up before, and nothing is attached any more; get_training_stats() still works. "
+                "Call cleanup() once, or use the manager in a with statement."
+            )
+        self._cleaned_up = True
+        self.trainer.cleanup()
+
+    def __enter__(self) -> AdvancedMixedPrecisionManager:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._cleaned_up:
+            self.cleanup()
+
+    def _refuse_when_cleaned_up(self) -> None:
+        if self._cleaned_up:
+            raise AttachError("this manager was cleaned up: make a new one to train or validate with.")
+
+
+def _trainer_class(config: Any) -> type[StandardMixedPrecisionTrainer]:
+    if isinstance(config, MixedPrecisionConfig):
+        if config.precision_mode is PrecisionMode.DYNAMIC:
+            return DynamicMixedPrecisionTrainer
+        if config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED:
+            return PerformanceOptimizedMixedPrecisionTrainer
+    return StandardMixedPrecisionTrainer

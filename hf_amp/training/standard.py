@@ -1,0 +1,290 @@
+"""`StandardMixedPrecisionTrainer`: one training step of mixed precision, from a batch to parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_amp.config import MixedPrecisionConfig, NumberFormat
+from hf_amp.errors import AttachError, ConfigError
+from hf_amp.events import AmpEvent, EventKind
+from hf_amp.monitoring.monitor import PrecisionMonitor
+from hf_amp.monitoring.performance import PerformanceTracker
+from hf_amp.scaling.scaler import AdvancedGradScaler
+from hf_amp.session import AmpSession
+from hf_amp.training.batch import LossFunction, compute_loss, to_device
+from hf_amp.training.binding import check_belongs_together
+from hf_amp.training.calibration import MemoryCalibration
+from hf_amp.training.rewind import Rewind
+from hf_amp.training.stepping import AcceleratedStepping, PlainStepping, Stepping, cast_region
+from hf_amp.training.window import Trained, Window
+
+
+class StandardMixedPrecisionTrainer:
+    """Autocast and loss scaling around one step at a time; by default what a hand-written loop over `torch.autocast`
+    and `torch.amp.GradScaler` does, to the last bit.
+
+    Args:
+        config: options; None for the defaults.
+        loss_fn: (outputs, targets) → loss, for models that return none.
+        accelerator: an `accelerate.Accelerator` that has prepared model and optimizer; None for PyTorch alone.
+
+    Attributes:
+        performance_tracker: step times and throughput.
+
+    Raises:
+        ConfigError: `config` is none, or contradicts the accelerator.
+    """
+
+    _folds_clipping = False
+
+    def __init__(
+        self,
+        config: MixedPrecisionConfig | None = None,
+        *,
+        loss_fn: LossFunction | None = None,
+        accelerator: Any = None,
+    ) -> None:
+        config = MixedPrecisionConfig() if config is None else config
+        if not isinstance(config, MixedPrecisionConfig):
+            raise ConfigError(
+                f"{type(self).__name__}(config={config!r}): pass a MixedPrecisionConfig, or leave it out for the "
+                "defaults."
+            )
+        self.config = self._adjusted(config)
+        self.loss_fn = loss_fn
+        folds = self._folds_clipping if self.config.fold_clipping is None else self.config.fold_clipping
+        self._stepping: Stepping = (
+            PlainStepping(self.config, folds)
+            if accelerator is None
+            else AcceleratedStepping(self.config, accelerator)
+        )
+        self.performance_tracker = PerformanceTracker(self.config, self._stepping.device)
+        self.memory = MemoryCalibration(self.config.enable_monitoring)
+        self._model: weakref.ref[nn.Module] | None = None
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._window: Window | None = None
+        self._closed = False
+
+    def _adjusted(self, config: MixedPrecisionConfig) -> MixedPrecisionConfig:
+        """What this trainer makes of the options."""
+        return config
+
+    @property
+    def session(self) -> AmpSession:
+        """What is known of the run: `metrics()`, `events`, `plan`. Another one once a model on another device is seen."""
+        return self._stepping.session
+
+    @property
+    def scaler(self) -> AdvancedGradScaler:
+        """The session's gradient scaler."""
+        return self.session.scaler
+
+    @property
+    def precision_monitor(self) -> PrecisionMonitor:
+        """The session's monitor."""
+        return self.session.monitor
+
+    # ---- one step -------------------------------------------------------------------------------------------
+
+    def train_step(
+        self,
+        batch: Any,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFunction | None = None,
+    ) -> dict[str, Any]:
+        """Forward and backward of one batch, and, with every `gradient_accumulation_steps`-th one, an optimizer step.
+
+        Gradients are cleared before a window's first batch, not after the step (`memory_efficient`: right after it).
+        Where anything raises, the window is thrown away, and the next batch begins a new one. Reads the host as the
+        scaler does: once with an optimizer step, or not at all.
+
+        Args:
+            batch: mapping, (inputs, targets) or tensor, on any device; see `hf_amp.training.batch.compute_loss`.
+            model: plain, or in DataParallel or DistributedDataParallel.
+            optimizer: of that model.
+            loss_fn: overrides the trainer's.
+
+        Returns:
+            `loss`: of this batch, detached tensor of shape [], on the device. `precision_mode`: of the run now.
+            `stepped`: whether an optimizer step was decided. `skipped`: whether it was skipped; None where the device
+            has not told yet. `cause`: of the skip. `scale`: that the newest step used; None before the first.
+            `grad_norm`: before clipping; number or tensor of shape [], None where unknown or skipped. `retries`: how
+            often the step was run again. `step_seconds`: duration of the newest step that is known.
+
+        Raises:
+            AttachError: model and optimizer do not belong together, or `cleanup` was called.
+            BatchError: the batch or what came of it cannot be trained on.
+        """
+        size = self.config.gradient_accumulation_steps
+        return self._train(batch, Trained(model, optimizer, loss_fn or self.loss_fn, size))
+
+    def train_window(
+        self,
+        batches: Sequence[Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFunction | None = None,
+    ) -> dict[str, Any]:
+        """One optimizer step from all of `batches`, however many: `train_step` on each of them, but in one go.
+
+        With `gradient_accumulation_friendly` parameters are cast once for all of them.
+
+        Returns:
+            What the last `train_step` returns, and `losses`: one tensor of shape [] for each batch.
+        """
+        trained = Trained(model, optimizer, loss_fn or self.loss_fn, len(batches))
+        keeps = self.config.gradient_accumulation_friendly and not self.config.memory_efficient
+        losses = []
+        with cast_region(self._stepping.device, keeps_casts=True) if keeps else nullcontext():
+            for batch in batches:
+                result = self._train(batch, trained)
+                losses.append(result["loss"])
+        return {**result, "losses": losses}
+
+    def evaluate(self, batch: Any, model: nn.Module, loss_fn: LossFunction | None = None) -> Tensor:
+        """Loss of one batch in the precision of training, shape []; call it under `torch.no_grad()`. No host read."""
+        self._bind_model(model)
+        with self._stepping.forward_context():
+            return compute_loss(model, to_device(batch, self._stepping.device), loss_fn or self.loss_fn)
+
+    def _train(self, batch: Any, trained: Trained) -> dict[str, Any]:
+        self._bind(trained.model, trained.optimizer)
+        if self._window is None:
+            self._window = self._begin_window(trained)
+        window = self._window
+        window.batches.append(batch)
+        try:
+            last = len(window.batches) >= trained.size
+            with self._stepping.micro_batch(trained.model, last) as steps:
+                loss = self._run_with_retries(window, trained, steps)
+        except BaseException:
+            self._window = None
+            trained.optimizer.zero_grad(set_to_none=True)
+            self.scaler.abandon_step()
+            self.performance_tracker.drop_step()
+            raise
+        self.precision_monitor.update_metrics(self.scaler, loss, self.scaler.decided_steps)
+        if steps:
+            self._end_window(window, trained)
+        return self._result(loss, window if steps else None)
+
+    def _run_with_retries(self, window: Window, trained: Trained, steps: bool) -> Tensor:
+        try:
+            loss = self._run(window.batches[-1:], window, trained, steps)
+        except torch.OutOfMemoryError as error:
+            if not self.session.recover(error):
+                raise
+            loss = self._run_again(window, trained, steps)
+        while steps and window.may_retry():
+            loss = self._run_again(window, trained, steps)
+        return loss
+
+    def _run_again(self, window: Window, trained: Trained, steps: bool) -> Tensor:
+        """All of the window under the scale or plan that the failure has led to, as if for the first time."""
+        window.retries += 1
+        if window.rewind is not None:
+            window.rewind.rewind()
+        trained.optimizer.zero_grad(set_to_none=True)
+        return self._run(window.batches, window, trained, steps)
+
+    def _run(self, batches: Sequence[Any], window: Window, trained: Trained, steps: bool) -> Tensor:
+        """Forward and backward of `batches`, and the optimizer's step where one is due; the last one's loss."""
+        for batch in batches:
+            batch = to_device(batch, self._stepping.device)
+            with self.memory.around_forward(trained.model), self._stepping.forward_context():
+                loss = compute_loss(trained.model, batch, trained.loss_fn)
+            self._stepping.backward(loss, trained.size)
+        if steps:
+            window.cause = None
+            if self.config.max_grad_norm is not None:
+                window.norm = self._stepping.clip(trained.model, trained.optimizer, self.config.max_grad_norm)
+            self._stepping.step(trained.optimizer)
+        return loss.detach()
+
+    def _begin_window(self, trained: Trained) -> Window:
+        self.performance_tracker.start_step()
+        trained.optimizer.zero_grad(set_to_none=True)
+        return Window(Rewind(trained.model) if self.config.on_overflow == "retry" else None)
+
+    def _end_window(self, window: Window, trained: Trained) -> None:
+        self._window = None
+        if not self.scaler.is_enabled():
+            self.precision_monitor.record_applied(1.0, None, None, None)
+        if window.cause is None:
+            self.memory.finish(trained.model, trained.optimizer, self.precision_monitor)
+        if self.config.memory_efficient:
+            trained.optimizer.zero_grad(set_to_none=True)
+        self.performance_tracker.end_step(window.samples, NumberFormat.of(self.session.plan.default).name)
+
+    def _result(self, loss: Tensor, window: Window | None) -> dict[str, Any]:
+        outcome = self.scaler.last_outcome
+        skipped: bool | None = False
+        norm: float | Tensor | None = window.norm if window else None
+        if window and self.scaler.is_enabled():
+            known = outcome is not None and outcome.attempt == self.scaler.decided_steps
+            skipped = not outcome.applied if known and outcome else None
+            if known and outcome and outcome.grad_norm is not None:
+                norm = outcome.grad_norm
+        return {
+            "loss": loss,
+            "precision_mode": self.session.plan.default,
+            "stepped": window is not None,
+            "skipped": skipped,
+            "cause": window.cause if window and skipped else None,
+            "scale": outcome.scale if outcome else None,
+            "grad_norm": None if skipped else norm,
+            "retries": window.retries if window else 0,
+            "step_seconds": self.performance_tracker.newest_step_seconds,
+        }
+
+    # ---- a run from its first step to its end ---------------------------------------------------------------
+
+    def _bind(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if self._optimizer is not None and self._optimizer() is optimizer and self._is_bound(model):
+            return
+        check_belongs_together(model, optimizer, isinstance(self._stepping, AcceleratedStepping))
+        self._bind_model(model)
+        self._stepping.bind_optimizer(model, optimizer)
+        self._optimizer = weakref.ref(optimizer)
+        self._window = None
+
+    def _is_bound(self, model: nn.Module) -> bool:
+        return self._model is not None and self._model() is model and not self._closed
+
+    def _bind_model(self, model: nn.Module) -> None:
+        if self._is_bound(model):
+            return
+        if self._closed:
+            raise AttachError(f"this {type(self).__name__} was cleaned up: make a new one to go on with.")
+        self._stepping.bind(model)
+        self._model = weakref.ref(model)
+        self.performance_tracker.device = self._stepping.device
+        if self._note_event not in self.session.sinks:
+            self.session.sinks.append(self._note_event)
+        self.session.note(
+            EventKind.TRAINING_STARTED,
+            f"training starts: {self.session.what_runs()}.",
+            precision=self.session.plan.default.value,
+            config=self.config.to_dict(),
+        )
+
+    def _note_event(self, event: AmpEvent) -> None:
+        if event.kind is EventKind.STEP_SKIPPED and self._window is not None:
+            self._window.cause = event.cause
+        elif event.kind is EventKind.PRECISION_CHANGED:
+            self.memory.again()
+
+    def cleanup(self) -> None:
+        """Gives model and accelerator their former state; statistics can still be read. Harmless when called again."""
+        if not self._closed:
+            self._closed = True
+            self._window = None
+            self.scaler.flush()
+            self._stepping.close()

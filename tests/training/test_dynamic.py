@@ -1,0 +1,124 @@
+"""The trainers that choose a precision: by what is stable, and by what is fast."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from hf_amp import (
+    Cause,
+    ConfigError,
+    DynamicMixedPrecisionTrainer,
+    EventKind,
+    MixedPrecisionConfig,
+    PerformanceOptimizedMixedPrecisionTrainer,
+    PrecisionMode,
+    ScalingStrategy,
+)
+from hf_amp.fallback.speed import TIMED_STEPS, WARMUP_STEPS
+from tests.reference import adamw
+from tests.training.loops import real_text, small_gpt2, vectors
+
+TRIAL = WARMUP_STEPS + TIMED_STEPS + 1
+
+
+class Overflowing(nn.Module):
+    """Two layers; while `loud`, what lies between them leaves FP16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.loud = False
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.loud:
+            return self.second(hidden * 1e6) * 1e-6
+        return self.second(hidden)
+
+
+class Timed:
+    """A trainer on a clock of its own, by which steps take as long as `seconds` says."""
+
+    def __init__(self, trainer, seconds: dict[PrecisionMode, float]) -> None:
+        self.trainer, self.seconds, self.now = trainer, seconds, 0.0
+        trainer.session.pace._clock = lambda: self.now
+
+    def step(self, model, optimizer, index=0):
+        self.now += self.seconds[self.trainer.session.plan.default]
+        return self.trainer.train_step(vectors(1 + index)[index], model, optimizer)
+
+
+def test_it_switches_and_recovers_under_faults():
+    """Where FP16 is fastest it is chosen; activations that leave its range put a module in FP32; 20 quiet steps later
+    it is back."""
+    model = Overflowing()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    config = MixedPrecisionConfig(recovery_steps=20, init_scale=64.0)
+    trainer = DynamicMixedPrecisionTrainer(config, loss_fn=mse_loss)
+    timed = Timed(trainer, {PrecisionMode.MIXED: 1.0, PrecisionMode.BF16: 2.0, PrecisionMode.FP32: 2.0})
+    seen = [timed.step(model, optimizer, i)["precision_mode"] for i in range(2 * TRIAL)]
+    assert {PrecisionMode.MIXED, PrecisionMode.FP32} == set(seen)  # both were tried
+    assert trainer.session.plan.default is PrecisionMode.MIXED
+    assert not trainer.session.plan.modules
+    model.loud = True
+    results = [timed.step(model, optimizer, i) for i in range(4)]
+    assert results[0]["cause"] is Cause.ACTIVATION
+    assert results[-1]["skipped"] is False
+    assert set(trainer.session.plan.modules) == {"second"}
+    model.loud = False
+    for i in range(25):
+        timed.step(model, optimizer, i)
+    assert not trainer.session.plan.modules
+    stats = trainer.precision_monitor.get_precision_stats()
+    assert stats["fallback_count"] == 1
+    assert 0 < stats["fp16_usage_rate"] < 1
+    kinds = [event.kind for event in trainer.session.events]
+    assert kinds.count(EventKind.PRECISION_CHANGED) >= 4
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [DynamicMixedPrecisionTrainer, PerformanceOptimizedMixedPrecisionTrainer],
+    ids=lambda k: k.__name__,
+)
+@pytest.mark.parametrize("mode", ["FP32", "BF16", "FP16"])
+def test_a_fixed_precision_leaves_no_choice(kind, mode):
+    """FP32, BF16 and FP16 are refused, with the trainer that takes them."""
+    with pytest.raises(ConfigError, match=rf"precision_mode={mode}.*StandardMixedPrecisionTrainer"):
+        kind(MixedPrecisionConfig(precision_mode=mode))
+
+
+@pytest.mark.parametrize("fastest", [PrecisionMode.MIXED, PrecisionMode.FP32], ids=lambda mode: mode.value)
+def test_the_fastest_stable_precision_goes_on_and_is_said_to(fastest):
+    """FP16 and FP32 are run in turn; the one with the shorter steps goes on, and an event has both times."""
+    model = Overflowing()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    config = MixedPrecisionConfig(precision_mode="MIXED", max_grad_norm=1.0, init_scale=64.0)
+    trainer = PerformanceOptimizedMixedPrecisionTrainer(config, loss_fn=mse_loss)
+    assert trainer.config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED
+    timed = Timed(trainer, {mode: 1.0 if mode is fastest else 2.0 for mode in PrecisionMode})
+    seen = [timed.step(model, optimizer, i)["precision_mode"] for i in range(3 * TRIAL)]
+    assert {PrecisionMode.MIXED, PrecisionMode.FP32} <= set(seen)
+    assert seen[-1] is trainer.session.plan.default is fastest
+    changes = [event for event in trainer.session.events if event.kind is EventKind.PRECISION_CHANGED]
+    assert f"{fastest.value} is the fastest stable precision here" in changes[-1].message
+
+
+def test_on_this_machine_the_shorter_time_wins():
+    """Half kernels, not emulation, are timed for real against FP32: what goes on is what the event gives the least for."""
+    model = small_gpt2()
+    optimizer = adamw(model, fused=True)
+    trainer = PerformanceOptimizedMixedPrecisionTrainer()
+    for batch in real_text(3 * TRIAL):
+        trainer.train_step(batch, model, optimizer)
+    assert "real FP16" in trainer.session.events[0].message
+    (verdict,) = [event.message for event in trainer.session.events if "is the fastest" in event.message]
+    times = {name: float(ms) for ms, name in re.findall(r"([\d.]+) ms in (\w+)", verdict)}
+    assert times.keys() >= {"MIXED", "FP32"}
+    assert times[trainer.session.plan.default.value] == min(times.values())
