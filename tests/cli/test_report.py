@@ -205,7 +205,8 @@ def test_a_loop_of_ones_own_has_a_report_too(tmp_path: Path) -> None:
     import hf_amp
 
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
-    with hf_amp.attach(accelerator) as session:
+    torch.manual_seed(0)
+    with hf_amp.attach(accelerator, hf_amp.MixedPrecisionConfig(init_scale=128.0)) as session:
         session.log_to(tmp_path / "loop")
         layer = torch.nn.Linear(4, 1)
         model, optimizer = accelerator.prepare(layer, torch.optim.SGD(layer.parameters(), lr=0.1))

@@ -15,7 +15,6 @@ from hf_amp.monitoring.series import Series
 
 MARKS_SHOWN = 300
 """Skipped steps that are marked one by one; of more, evenly chosen ones."""
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -222,9 +221,8 @@ def _legend(axes: Axes) -> None:
 
 
 def _power_of_two(value: float, _: object = None) -> str:
+    """As "2^16": raised digits would be too small to read on a phone."""
     if value <= 0:
         return ""
     exponent = math.log2(value)
-    return (
-        f"2{str(round(exponent)).translate(_SUPERSCRIPTS)}" if exponent == round(exponent) else f"{value:g}"
-    )
+    return f"2^{exponent:.0f}" if exponent == round(exponent) else f"{value:g}"
