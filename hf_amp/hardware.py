@@ -15,7 +15,7 @@ class Hardware:
     Attributes:
         device: the device's type, such as `cuda` or `cpu`.
         name: the device's name as its driver or the operating system gives it.
-        fp16: `native` (units for it), `slow` (kernels without units) or `none`.
+        fp16: `native` (units for it), `slow` (kernels without units; any CPU, whose units are not looked for) or `none`.
         bf16: the same for BF16.
         fp8: `native` or `none`.
         tf32: the same for TF32, in which FP32 matrix products may run on request.
@@ -34,6 +34,8 @@ class Hardware:
         """One phrase that says what FP16 is on this device."""
         if self.device == "cpu" and emulate:
             return "FP16 emulated on the CPU (FP32 arithmetic rounded to FP16; not faster than FP32)"
+        if self.device == "cpu":
+            return f"real FP16 kernels on {self.name} (on most CPUs many times slower than FP32)"
         if self.fp16 == "slow":
             return (
                 f"real FP16 kernels on {self.name}, which has no units for them (many times slower than FP32)"
