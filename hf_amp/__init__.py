@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_amp.config import MixedPrecisionConfig, NumberFormat, PrecisionMode, ScalingStrategy
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import (
     AttachError,
     BatchError,
@@ -21,6 +21,7 @@ from hf_amp.errors import (
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.performance import PerformanceTracker
+from hf_amp.precision import NumberFormat, PrecisionMode, ScalingStrategy
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 from hf_amp.training.dynamic import DynamicMixedPrecisionTrainer

@@ -1,4 +1,4 @@
-"""`MixedPrecisionConfig`, the enumerations it speaks in, and the facts of the number formats."""
+"""`MixedPrecisionConfig`: every option, checked."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import dataclasses
 import difflib
 import enum
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hf_amp.errors import ConfigError, UnknownOptionError
 from hf_amp.options import (
@@ -29,75 +26,7 @@ from hf_amp.options import (
     Allowed,
     option_field,
 )
-
-
-class PrecisionMode(str, enum.Enum):
-    """What the forward and backward passes of a run, or of one module, compute in."""
-
-    FP32 = "FP32"
-    """Single precision throughout; no autocast, no loss scaling."""
-    FP16 = "FP16"
-    """Half-precision parameters with FP32 master weights (memory before everything)."""
-    MIXED = "MIXED"
-    """FP16 autocast over FP32 parameters, with loss scaling: `fp16=True` of Trainer and Accelerator."""
-    BF16 = "BF16"
-    """BF16 autocast over FP32 parameters: `bf16=True` of Trainer and Accelerator."""
-    DYNAMIC = "DYNAMIC"
-    """The fastest of the precisions that are stable on this device, chosen while training."""
-
-
-class ScalingStrategy(str, enum.Enum):
-    """How the loss scale is chosen."""
-
-    CONSTANT = "CONSTANT"
-    """`init_scale` throughout."""
-    DYNAMIC = "DYNAMIC"
-    """Back off on overflow, grow after `growth_interval` clean steps; the rule of `torch.amp.GradScaler`."""
-    ADAPTIVE = "ADAPTIVE"
-    """From the running distribution of the gradients."""
-    PERFORMANCE_OPTIMIZED = "PERFORMANCE_OPTIMIZED"
-    """No host read in the step."""
-
-
-@dataclass(frozen=True)
-class NumberFormat:
-    """Range of a floating-point format, read from `torch.finfo`, never written down as a literal."""
-
-    name: str
-    dtype: torch.dtype
-
-    @property
-    def largest(self) -> float:
-        """Largest finite value."""
-        return float(torch.finfo(self.dtype).max)
-
-    @property
-    def smallest_normal(self) -> float:
-        """Smallest positive value held with full precision."""
-        return float(torch.finfo(self.dtype).smallest_normal)
-
-    @property
-    def smallest_subnormal(self) -> float:
-        """Smallest positive value. Source: IEEE 754-2019, 3.3: smallest normal times the spacing at one."""
-        return self.smallest_normal * float(torch.finfo(self.dtype).eps)
-
-    @classmethod
-    def of(cls, mode: PrecisionMode) -> NumberFormat:
-        """The format that matrix products run in under `mode`; FP32 where the mode changes nothing."""
-        return {
-            PrecisionMode.FP16: FP16_FORMAT,
-            PrecisionMode.MIXED: FP16_FORMAT,
-            PrecisionMode.BF16: BF16_FORMAT,
-        }.get(mode, FP32_FORMAT)
-
-
-FP16_FORMAT = NumberFormat("FP16", torch.float16)
-BF16_FORMAT = NumberFormat("BF16", torch.bfloat16)
-FP32_FORMAT = NumberFormat("FP32", torch.float32)
-
-SMALLEST_SCALE = FP16_FORMAT.smallest_subnormal
-LARGEST_SCALE = 2.0 ** math.floor(math.log2(FP32_FORMAT.largest))
-
+from hf_amp.precision import FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE, PrecisionMode, ScalingStrategy
 
 _MODE = Allowed(
     "None or one of " + ", ".join(PrecisionMode.__members__),

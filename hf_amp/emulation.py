@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hf_amp.config import FP16_FORMAT, NumberFormat
 from hf_amp.nested import map_tensors
+from hf_amp.precision import FP16_FORMAT, NumberFormat
 
 # Source: PyTorch documentation, "Autocast Op Reference", ops that can autocast to float16, as Python sees them.
 _REDUCED_PRECISION_FUNCTIONS = frozenset(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import MixedPrecisionConfig, NumberFormat, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.cause import Diagnosis, non_finite_names
@@ -25,6 +25,7 @@ from hf_amp.monitoring.hopeless import Finding, HopeWatch
 from hf_amp.monitoring.module_monitor import ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.pace import Pace
+from hf_amp.precision import NumberFormat, PrecisionMode
 from hf_amp.reversible import ReversibleChanges
 from hf_amp.scaling.boundary import Boundary, Treatment
 from hf_amp.scaling.outcome import StepOutcome

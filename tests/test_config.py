@@ -22,13 +22,7 @@ from hf_amp import (
     ScalingStrategy,
     UnknownOptionError,
 )
-from hf_amp.config import (
-    BF16_FORMAT,
-    FP16_FORMAT,
-    FP32_FORMAT,
-    LARGEST_SCALE,
-    SMALLEST_SCALE,
-)
+from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE
 
 OPTIONS = {option.name: option for option in dataclasses.fields(MixedPrecisionConfig)}
 

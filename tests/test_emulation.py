@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_amp.config import FP32_FORMAT
 from hf_amp.emulation import EmulatedPrecision, round_to
 from hf_amp.forward_context import ForwardContext
+from hf_amp.precision import FP32_FORMAT
 
 
 def tiny_gpt2(activation: str = "gelu") -> GPT2LMHeadModel:

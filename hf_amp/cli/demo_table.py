@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from hf_amp.config import PrecisionMode
+from hf_amp.precision import PrecisionMode
 
 if TYPE_CHECKING:
     from hf_amp.cli.demo_training import DemoResult

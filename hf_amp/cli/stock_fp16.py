@@ -8,10 +8,10 @@ import torch
 from accelerate.utils import AutocastKwargs
 from transformers import TrainerCallback
 
-from hf_amp.config import FP16_FORMAT
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.forward_context import ForwardContext
 from hf_amp.integrations.transformers import calling_trainer
+from hf_amp.precision import FP16_FORMAT
 
 
 class StockFP16OnCPU(TrainerCallback):

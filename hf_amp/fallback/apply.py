@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_amp.config import FP32_FORMAT, NumberFormat, PrecisionMode
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.forward_context import InnerForwardContext
+from hf_amp.precision import FP32_FORMAT, NumberFormat, PrecisionMode
 
 
 @dataclass(frozen=True)

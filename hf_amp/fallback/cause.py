@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import NumberFormat
 from hf_amp.events import Cause
 from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.locate import ForwardFindings, locate
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.nested import tensors_in
+from hf_amp.precision import NumberFormat
 from hf_amp.statistics import snapshot
 from hf_amp.statistics.gradients import is_sharded
 

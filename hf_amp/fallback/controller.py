@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from hf_amp.config import PrecisionMode
 from hf_amp.events import Cause
 from hf_amp.fallback.plan import PrecisionPlan
+from hf_amp.precision import PrecisionMode
 
 WHOLE_MODEL = ""
 """Stands for the plan's default among the names that demotions are counted under."""

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import PrecisionMode
 from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.forward_context import to_float32
 from hf_amp.nested import tensors_in
+from hf_amp.precision import PrecisionMode
 from hf_amp.statistics import agreement, snapshot
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from hf_amp.config import NumberFormat, PrecisionMode
+from hf_amp.precision import NumberFormat, PrecisionMode
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_amp.config import MixedPrecisionConfig, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.fallback.apply import PlanRunner, PrecisionEntry
 from hf_amp.fallback.cause import Diagnosis
 from hf_amp.fallback.controller import Fallback, FallbackState, StepFacts
@@ -19,6 +19,7 @@ from hf_amp.fallback.recorder import ForwardRecorder
 from hf_amp.fallback.speed import SpeedTrial
 from hf_amp.fallback.transition import Transition, transition_between
 from hf_amp.hardware import Hardware
+from hf_amp.precision import PrecisionMode
 
 
 def ladder_of(mode: PrecisionMode, hardware: Hardware) -> tuple[PrecisionMode, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from hf_amp.config import PrecisionMode
+from hf_amp.precision import PrecisionMode
 
 WARMUP_STEPS = 3
 """Steps of a candidate that are not timed: kernels are chosen, caches filled, code compiled."""

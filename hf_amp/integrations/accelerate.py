@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from hf_amp.config import MixedPrecisionConfig, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
 from hf_amp.hardware import probe
@@ -21,6 +21,7 @@ from hf_amp.integrations.optimizers import DecidedOptimizers
 from hf_amp.integrations.parameter_precision import settle_parameters
 from hf_amp.integrations.trackers import merge_metrics_into_logs
 from hf_amp.integrations.upstream import has_step_hooks, prepared_models, prepared_optimizers
+from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, convert_outputs_to_fp32
 from torch import nn
 
-from hf_amp.config import PrecisionMode
 from hf_amp.forward_context import ForwardContext
 from hf_amp.integrations.upstream import forward_before_autocast, prepared_models
+from hf_amp.precision import PrecisionMode
 from hf_amp.reversible import ReversibleChanges
 from hf_amp.session import AmpSession
 

@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME
 
-from hf_amp.config import PrecisionMode
 from hf_amp.events import EventKind
 from hf_amp.integrations.optimizers import DecidedOptimizers
 from hf_amp.integrations.progress import go_on_from, progress_of
 from hf_amp.integrations.staging import Staging, finish_interrupted
+from hf_amp.precision import PrecisionMode
 from hf_amp.session import AmpSession
 
 GUARD_NAME = "hf_amp.pt"

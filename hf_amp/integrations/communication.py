@@ -13,9 +13,9 @@ from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_amp.config import NumberFormat, PrecisionMode
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.integrations.upstream import prepared_models
+from hf_amp.precision import NumberFormat, PrecisionMode
 from hf_amp.session import AmpSession
 
 _REDUCTION = "_hf_amp_reduction"

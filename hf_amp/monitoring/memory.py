@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_amp.config import FP32_FORMAT
+from hf_amp.precision import FP32_FORMAT
 
 _BYTES_OF_FP32 = FP32_FORMAT.dtype.itemsize
 

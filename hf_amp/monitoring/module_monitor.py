@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import FP16_FORMAT
+from hf_amp.precision import FP16_FORMAT
 from hf_amp.statistics.by_tensor import amax, amax_of_each, underflow_of_each
 from hf_amp.statistics.snapshot import elements
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_amp.config import FP16_FORMAT, MixedPrecisionConfig, NumberFormat, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import BatchError, ConfigError
 from hf_amp.events import Cause
 from hf_amp.monitoring.precision_record import ERROR_OF_CAUSE, PrecisionRecord
 from hf_amp.monitoring.streaming import LossMean
+from hf_amp.precision import FP16_FORMAT, NumberFormat, PrecisionMode
 
 
 @dataclasses.dataclass

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_amp.config import MixedPrecisionConfig, NumberFormat, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ConfigError
 from hf_amp.monitoring.streaming import Quantiles, RunningStatistics
+from hf_amp.precision import NumberFormat, PrecisionMode
 
 
 class _Flight(NamedTuple):

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hf_amp.config import FP16_FORMAT
 from hf_amp.events import Cause
 from hf_amp.monitoring.streaming import History, RunningStatistics
+from hf_amp.precision import FP16_FORMAT
 
 ERRORS_KEPT = 1000
 """Newest numerical errors that are kept one by one; all are counted."""

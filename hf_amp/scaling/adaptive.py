@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_amp.config import FP16_FORMAT, MixedPrecisionConfig
+from hf_amp.config import MixedPrecisionConfig
+from hf_amp.precision import FP16_FORMAT
 from hf_amp.scaling.policy import Observation, options_for, scalar
 
 LIMIT_BITS = math.log2(FP16_FORMAT.largest)

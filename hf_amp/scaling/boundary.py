@@ -10,8 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hf_amp.config import FP16_FORMAT
 from hf_amp.errors import ScalerError
+from hf_amp.precision import FP16_FORMAT
 from hf_amp.scaling.unscale import reciprocal, unscale_and_check_
 from hf_amp.statistics import agreement
 from hf_amp.statistics import gradients as statistics

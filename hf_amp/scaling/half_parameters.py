@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from hf_amp.config import FP16_FORMAT, MixedPrecisionConfig, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError
 from hf_amp.events import AmpEvent, EventKind
+from hf_amp.precision import FP16_FORMAT, PrecisionMode
 from hf_amp.scaling.master_weights import MasterWeights, widen_state
 from hf_amp.statistics import snapshot
 from hf_amp.statistics.gradients import total_amax

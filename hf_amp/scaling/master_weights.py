@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_amp.config import FP16_FORMAT, FP32_FORMAT
 from hf_amp.errors import ScalerError
+from hf_amp.precision import FP16_FORMAT, FP32_FORMAT
 from hf_amp.statistics.gradients import is_sharded
 
 STATE_KEY = "hf_amp_master_weights"

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_amp.config import MixedPrecisionConfig, PrecisionMode, ScalingStrategy
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ScalerError
+from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import state as state_of_policy
 from hf_amp.scaling.adaptive import AdaptiveScale
 from hf_amp.scaling.constant import ConstantScale

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hf_amp.config import MixedPrecisionConfig, ScalingStrategy
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ScalerError
+from hf_amp.precision import ScalingStrategy
 from hf_amp.scaling.application import Application, device_of, is_fused, refuse_closure
 from hf_amp.scaling.boundary import Boundary, Look, Treatment, examine
 from hf_amp.scaling.loss import SeenLosses, map_losses

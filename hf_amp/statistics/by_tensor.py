@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_amp.config import NumberFormat
+from hf_amp.precision import NumberFormat
 from hf_amp.statistics.gradients import SAMPLES_PER_TENSOR
 
 

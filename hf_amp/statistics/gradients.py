@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_amp.config import FP16_FORMAT, NumberFormat
+from hf_amp.precision import FP16_FORMAT, NumberFormat
 from hf_amp.statistics import snapshot
 
 SAMPLES_PER_TENSOR = 1024

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from hf_amp.config import MixedPrecisionConfig, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ConfigError
+from hf_amp.precision import PrecisionMode
 from hf_amp.training.standard import StandardMixedPrecisionTrainer
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_amp.config import MixedPrecisionConfig, PrecisionMode, ScalingStrategy
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, BatchError, StateError
+from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.training.batch import LossFunction
 from hf_amp.training.dynamic import DynamicMixedPrecisionTrainer
 from hf_amp.training.epoch import EpochLosses, Progress, step_schedule

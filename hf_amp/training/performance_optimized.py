@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from hf_amp.config import MixedPrecisionConfig, ScalingStrategy
+from hf_amp.config import MixedPrecisionConfig
+from hf_amp.precision import ScalingStrategy
 from hf_amp.training.dynamic import DynamicMixedPrecisionTrainer
 
 

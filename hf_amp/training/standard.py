@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import MixedPrecisionConfig, NumberFormat
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import AmpEvent, EventKind
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.performance import PerformanceTracker
+from hf_amp.precision import NumberFormat
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 from hf_amp.training.batch import LossFunction, compute_loss, to_device

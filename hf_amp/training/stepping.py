@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_amp.config import MixedPrecisionConfig, PrecisionMode
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ConfigError
 from hf_amp.hardware import probe
+from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.half_parameters import settle
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession

@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
 from hf_amp.cli.demo_model import help_topics
-from hf_amp.config import FP16_FORMAT
 from hf_amp.emulation import EmulatedPrecision
+from hf_amp.precision import FP16_FORMAT
 from tests.benchmarks.measuring import write
 from tests.benchmarks.scaling_rules import HistogramRule, HysteresisRule, LogMaxRule, RuleScaler
 

@@ -19,9 +19,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_amp.config import FP16_FORMAT
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, resident_bytes
+from hf_amp.precision import FP16_FORMAT
 
 TEXT = {"input_ids": torch.arange(256).reshape(4, 64), "labels": torch.arange(256).reshape(4, 64)}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}

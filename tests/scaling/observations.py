@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from hf_amp import MixedPrecisionConfig
-from hf_amp.config import FP16_FORMAT
+from hf_amp.precision import FP16_FORMAT
 from hf_amp.scaling.adaptive import LIMIT_BITS, AdaptiveScale
 from hf_amp.scaling.policy import Observation, ScalePolicy
 

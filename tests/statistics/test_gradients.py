@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
+from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
 from hf_amp.statistics.gradients import (
     SAMPLES_PER_TENSOR,
     by_device_and_dtype,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_amp.cli.demo_training import help_topics
-from hf_amp.config import FP16_FORMAT
 from hf_amp.emulation import EmulatedPrecision
+from hf_amp.precision import FP16_FORMAT
 from tests.reference import OverflowInBackward, tiny_mlp
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import BF16_FORMAT, FP16_FORMAT, NumberFormat, PrecisionMode
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.apply import CurrentPrecision, PlanRunner, PrecisionEntry
 from hf_amp.fallback.locate import float_tensors, locate
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, NumberFormat, PrecisionMode
 from hf_amp.statistics import snapshot
 
 FORMATS = (

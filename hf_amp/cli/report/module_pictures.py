@@ -11,9 +11,9 @@ from matplotlib.colors import LinearSegmentedColormap
 
 from hf_amp.cli.report.pictures import Picture
 from hf_amp.cli.report.theme import Theme, shortened
-from hf_amp.config import FP16_FORMAT
 from hf_amp.monitoring.run_history import RunHistory
 from hf_amp.monitoring.series import Series
+from hf_amp.precision import FP16_FORMAT
 
 ROWS_SHOWN = 24
 """Modules that a picture has room for: those that are nearest to trouble."""
