@@ -29,6 +29,9 @@ CATALOGUE: tuple[Metric, ...] = (
         "loss scale that the newest step used; after a skip, the one that the next step will use",
         "falls without end: the overflow is not the scale's; read the cause of the skips",
     ),
+    Metric(
+        "scale_volatility_bits", "bits", "standard deviation of log2(scale) over all steps of the run", "above 2 after the first steps: gradients change their size; ADAPTIVE follows them"
+    ),
     Metric("applied_steps", "steps", "optimizer steps applied since the run began", "stands still: read the cause"),
     Metric(
         "skipped_steps", "steps", "optimizer steps skipped since the run began", "more than a few: read the cause"
@@ -83,6 +86,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("fp32_seconds", "s", "the same for FP32", "large in a half-precision run: read the changes of precision"),
     Metric("step_seconds", "s", "time from one optimizer step to the next, median of the newest nine", "rises: look at the data loader, at modules_in_fp32 and at memory_bytes"),
     Metric("samples_per_second", "samples/s", "rows of all batches of all processes in a step, through step_seconds; in a Trainer", "falls: as step_seconds"),
+    Metric("memory_saving_fraction", "1", "share of training memory that precision saves over FP32, as the calibration step of `hf_amp.training` estimates it; negative where precision costs memory", "below 0: casts outweigh what is saved; a larger batch, or FP32", "once"),
     Metric("memory_bytes", "B", "most memory that PyTorch had allocated on this process's CUDA device at once", "near the device's: smaller batches or gradient checkpointing", "when logged"),
 )  # fmt: skip
 

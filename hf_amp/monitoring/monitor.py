@@ -182,6 +182,7 @@ class PrecisionMonitor:
         steps = self.applied_steps + self.skipped_steps
         figures: dict[str, float | None] = {
             "scale": self.scale,
+            "scale_volatility_bits": self.record.log2_scale.deviation if self.record.steps > 1 else None,
             "applied_steps": self.applied_steps,
             "skipped_steps": self.skipped_steps,
             **{
@@ -201,6 +202,7 @@ class PrecisionMonitor:
             "non_finite_losses": self.non_finite_losses if self.losses else None,
             "non_finite_loss_fraction": self._non_finite_loss_fraction(),
             "eval_non_finite_batches": self.eval_non_finite_batches,
+            "memory_saving_fraction": self.record.memory_savings,
         }
         return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 

@@ -19,6 +19,7 @@ def full_monitor(cause: Cause) -> PrecisionMonitor:
     monitor.record_lost_updates(0.5)
     monitor.record_losses(4, 1)
     monitor.eval_non_finite_batches = 1
+    monitor.record_memory(0.25)
     return monitor
 
 

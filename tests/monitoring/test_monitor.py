@@ -160,3 +160,21 @@ def test_a_state_without_a_field_leaves_it_as_it_is(monitor, missing):
     assert getattr(monitor, missing) == before
     rest = [field.name for field in fields(PrecisionMonitor) if field.name != missing]
     assert all(getattr(monitor, name) == getattr(other, name) for name in rest)
+
+
+def test_a_scale_that_stands_still_is_not_volatile(monitor):
+    """The spread of log2(scale): 0 while it stays, 1 bit where half of the steps have 4 times the scale of the others."""
+    monitor.record_applied(4.0, 1.0, 1.0, None)
+    assert "scale_volatility_bits" not in monitor.metrics()
+    monitor.record_applied(4.0, 1.0, 1.0, None)
+    assert monitor.metrics()["scale_volatility_bits"] == 0.0
+    for _ in range(2):
+        monitor.record_applied(16.0, 1.0, 1.0, None)
+    assert monitor.metrics()["scale_volatility_bits"] == pytest.approx(1.0)
+
+
+def test_memory_saving_is_told_once_it_is_known(monitor):
+    """And may be negative."""
+    assert "memory_saving_fraction" not in monitor.metrics()
+    monitor.record_memory(-0.05)
+    assert monitor.metrics()["memory_saving_fraction"] == -0.05

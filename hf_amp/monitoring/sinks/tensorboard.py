@@ -16,6 +16,7 @@ from hf_amp.monitoring.metrics import BY_MODULE, LOG_PREFIX
 
 _CHARTS: Mapping[str, tuple[str, ...]] = {
     "loss scale": ("scale",),
+    "scale volatility (bits)": ("scale_volatility_bits",),
     "skipped steps by cause": (
         "skipped_steps_scale", "skipped_steps_activation", "skipped_steps_input", "skipped_steps_loss",
         "skipped_steps_weights", "skipped_steps_unknown",
