@@ -6,8 +6,9 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
-from hf_amp import MixedPrecisionConfig
+from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
 from hf_amp.scaling.adaptive import AdaptiveScale
 from tests.scaling.observations import observed, scales_under, simulate
 
@@ -133,6 +134,23 @@ def test_underflow_pulls_the_scale_up_as_far_as_it_needs() -> None:
     """Without underflow the scale leaves room for an outlier; with it, it is what underflow wants, up to the ceiling."""
     ends = {spread: simulate([-1.0] * 300, spread_bits=spread)[1][-1] for spread in (20.0, 26.0, 60.0)}
     assert ends == {20.0: 10.0, 26.0: 13.0, 60.0: 16.0}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("strategy", ["ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+def test_scale_of_real_gradients_is_what_their_smallest_elements_want(strategy: str, fused: bool) -> None:
+    """Gradients from 2^-28 to 2^-2: at 2^14 the smallest are FP16's smallest normal number, and there the scale stays."""
+    gradient = torch.full((1024,), 2.0**-28)
+    gradient[0] = 2.0**-2
+    weight = nn.Parameter(torch.zeros(1024))
+    optimizer = torch.optim.SGD([weight], lr=0.0, fused=fused)
+    scaler = AdvancedGradScaler(MixedPrecisionConfig(scaling_strategy=strategy, monitoring_interval=2), "cpu")
+    for _ in range(8):
+        optimizer.zero_grad()
+        scaler.scale((weight * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**14
 
 
 def test_a_noisy_sample_moves_the_scale_by_little_and_a_new_regime_at_once() -> None:
