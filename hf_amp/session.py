@@ -71,6 +71,7 @@ class AmpSession(Journal):
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._at_floor = False
         scaler.observers.append(self._record_step)
+        scaler.not_sampled = lambda: self._keeper.runner.wide_parameters
         scaler.companions.update(monitor=self.monitor, hope=self.hope, fallback=self._keeper, pace=self.pace)
         if config.monitor_modules and config.enable_monitoring:
             scaler.passengers.append(self._look_at_modules)

@@ -82,6 +82,7 @@ class PlanRunner:
     Attributes:
         current: the context of the default, for whoever runs a forward pass.
         on_default_change: called with the new default.
+        wide_parameters: `id` of the parameters that only modules which the plan names hold.
     """
 
     def __init__(self, entry: PrecisionEntry, default: PrecisionMode) -> None:
@@ -90,6 +91,7 @@ class PlanRunner:
         self.on_default_change: list[Callable[[PrecisionMode], None]] = []
         self._models: list[weakref.ref[nn.Module]] = []
         self._inner: dict[str, Callable[[], None]] = {}
+        self.wide_parameters: frozenset[int] = frozenset()
         self._host = default
         self._plan = PrecisionPlan(default)
 
@@ -151,8 +153,16 @@ class PlanRunner:
             self.current.mode = plan.default
             for notify in self.on_default_change:
                 notify(plan.default)
+        self.wide_parameters = self._wide_parameters(plan)
         if changed:
             _forget_compiled_code()
+
+    def _wide_parameters(self, plan: PrecisionPlan) -> frozenset[int]:
+        """`id` of the parameters that only modules in FP32 hold."""
+        held: dict[bool, set[int]] = {True: set(), False: set()}
+        for name, module in self.named_modules() if plan.modules else ():
+            held[plan.holds(name)].update(id(p) for p in module.parameters(recurse=False))
+        return frozenset(held[True] - held[False])
 
     def _forget_contexts(self) -> None:
         for name in list(self._inner):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -152,12 +153,14 @@ class Look:
         amax: the largest magnitude, which makes `found_inf` exact; otherwise `Boundary.verify` must follow up.
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
+        not_sampled: `id` of the parameters that the format does not bound, because their modules run in FP32.
     """
 
     norm: bool
     amax: bool
     sample_seed: int | None
     agree: bool
+    not_sampled: Collection[int] = ()
 
 
 def examine(
@@ -182,8 +185,9 @@ def examine(
         treatment = Treatment.DIVIDE
     gradients = statistics.collect(optimizer)
     underflow = wanted = None
-    if look.sample_seed is not None and gradients:
-        underflow, cure = statistics.underflow(gradients, FP16_FORMAT, look.sample_seed)
+    bounded = statistics.collect(optimizer, look.not_sampled) if look.not_sampled else gradients
+    if look.sample_seed is not None and bounded:
+        underflow, cure = statistics.underflow(bounded, FP16_FORMAT, look.sample_seed)
         wanted = cure * scale
     inverse = reciprocal(scale)
     found_while_dividing = None

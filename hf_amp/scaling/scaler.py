@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -52,6 +52,8 @@ class AdvancedGradScaler(ScaleKeeper):
         last_outcome: the newest step that is known on the host; None before the first.
         observers: called with (outcome, optimizer) for every step, in the update that follows it.
         master_weights: FP32 copies of half-precision parameters; None where the config asks for none.
+        not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
+            do not count in the underflow fraction.
         passengers: called with (boundary, optimizer) once gradients are examined, before they are clipped; what they
             return, by name, as tensors of shape [] or [n], comes with the step's one read, in `StepOutcome.carried`.
         companions: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
@@ -69,6 +71,7 @@ class AdvancedGradScaler(ScaleKeeper):
         self.observers: list[StepObserver] = []
         self._application = Application(self.master_weights)
         self.passengers: list[Passenger] = []
+        self.not_sampled: Callable[[], Collection[int]] = tuple
         self._boundaries: dict[int, Boundary] = {}
         self._pending: deque[PendingVerdict] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
@@ -286,6 +289,7 @@ class AdvancedGradScaler(ScaleKeeper):
                 amax=self._policy.needs_amax or self._samples_now() or self._defers(optimizer),
                 sample_seed=self.decided_steps if self._samples_now() else None,
                 agree=self.ranks_agree,
+                not_sampled=self.not_sampled() if self._samples_now() else (),
             ),
         )
         for ask in self.passengers:

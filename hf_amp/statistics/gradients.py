@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,17 +22,20 @@ _ELEMENTS_PER_SAMPLE = 1200
 """Elements of all gradients to each that is looked at at once, which takes up to 46 bytes: 1% of what FP32 gradients take."""
 
 
-def collect(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> list[Tensor]:
     """The gradients that `optimizer` will apply, parameter order; of a sparse one, its values.
 
-    Of a DTensor it is this rank's shard, which shares its memory. Sparse gradients are coalesced in place first, so that duplicates which overflow only in sum are seen.
-    No host read on dense gradients.
+    Of a DTensor it is this rank's shard, which shares its memory. Sparse gradients are coalesced in place first, so that
+    duplicates which overflow only in sum are seen. No host read on dense gradients.
+
+    Args:
+        without: `id` of the parameters whose gradients are left out.
     """
     gradients = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             gradient = parameter.grad
-            if gradient is None:
+            if gradient is None or id(parameter) in without:
                 continue
             if is_sharded(gradient):
                 gradient = gradient.to_local()

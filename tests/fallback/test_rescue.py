@@ -249,6 +249,22 @@ def test_a_healthy_step_reads_the_host_once_and_a_plan_in_force_adds_nothing() -
         assert reads.count == 5, growth
 
 
+def test_gradients_of_modules_in_fp32_are_no_underflow() -> None:
+    """FP16 would lose most of what the module in FP32 learns; the underflow fraction is that of the others."""
+    loop = Loop(recovery_steps=1000, monitoring_interval=1)
+    loop.writer.grow(1e7)
+    lost = []
+
+    def share_lost(gradient: torch.Tensor) -> None:
+        lost.append((gradient.abs() < torch.finfo(torch.float16).smallest_normal).float().mean().item())
+
+    loop.writer.write.weight.register_hook(share_lost)
+    loop.steps(4)
+    assert dict(loop.session.plan.modules) == {"write": PrecisionMode.FP32}
+    assert min(lost[1:]) > 0.9
+    assert loop.session.metrics()["underflow_fraction"] < 0.1
+
+
 def test_without_automatic_fallback_the_cause_is_told_and_nothing_changes() -> None:
     """Every step is skipped, each with its cause and module."""
     loop = Loop(automatic_fallback=False)
