@@ -17,11 +17,13 @@ import torch
 @pytest.fixture
 def fresh_accelerator_state() -> Iterator[None]:
     """Accelerators share their state within a process: a test starts and ends without."""
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

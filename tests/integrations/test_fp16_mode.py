@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,7 @@ from tests.reference import OverflowInBackward, assert_bitwise_equal, tiny_mlp
 STEPS, OVERFLOW, ACCUMULATION, MAX_NORM = 8, 3, 2, 0.05
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator_state() -> Iterator[None]:
-    """Accelerators share their state within a process: each test starts and ends without."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
 
 def batch(step: int, micro: int) -> torch.Tensor:

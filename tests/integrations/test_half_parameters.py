@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,7 @@ from tests.reference import tiny_mlp
 HALF = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator_state() -> Iterator[None]:
-    """Accelerators share their state within a process: each test starts and ends without."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
 
 def trainer_on(model: nn.Module, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
@@ -290,3 +284,14 @@ def test_why_it_is_too_late() -> None:
     weight.grad, weight.data = None, weight.data.float()
     weight.sum().backward()
     assert calls == [1]
+
+
+@pytest.mark.gpu
+def test_stock_trainer_cannot_unscale_bf16_parameters(tmp_path: Path) -> None:
+    """fp16=True on a BF16 model: stock stops at a kernel that CUDA does not have; with the callback it trains in FP32."""
+    options = {"use_cpu": False, "max_steps": 2}
+    with pytest.raises((NotImplementedError, RuntimeError), match="BFloat16"):
+        trainer_on(loaded(tmp_path / "stock", torch.bfloat16), tmp_path, **options).train()
+    callback = MixedPrecisionCallback()
+    trainer_on(loaded(tmp_path / "ours", torch.bfloat16), tmp_path, callback, **options).train()
+    assert callback.session.metrics()["applied_steps"] > 0
