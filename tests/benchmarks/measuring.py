@@ -17,17 +17,24 @@ import torch
 Seconds = list[float]
 
 
-def interleaved(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, Seconds]:
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
+"""Time that passes; CPU time of this thread, which on a machine shared with others is steadier, with OMP_NUM_THREADS=1."""
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], None]], rounds: int, clock: str = "wall"
+) -> dict[str, Seconds]:
     """Seconds of each contender in each round, all of them in turn within a round, after two rounds of warm-up."""
+    now = CLOCKS[clock]
     seconds: dict[str, Seconds] = {name: [] for name in contenders}
     for round_ in range(rounds + 2):
         for name, contender in contenders.items():
-            start = time.perf_counter()
+            start = now()
             contender()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_ >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(now() - start)
     return seconds
 
 

@@ -1,6 +1,6 @@
 """What the step boundary costs, as a ratio to the stock classes, in one interleaved run.
 
-`python -m tests.benchmarks.test_scaler_cost --out tests/benchmarks/results`
+`OMP_NUM_THREADS=1 python -m tests.benchmarks.test_scaler_cost --clock thread --out tests/benchmarks/results`
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
-from tests.benchmarks.measuring import interleaved, ratio, write
+from tests.benchmarks.measuring import CLOCKS, interleaved, ratio, write
 
 SIZES = {"1M": (128, 5, 256), "25M": (512, 7, 5000), "110M": (768, 12, 30000)}
 """name → width, layers, vocabulary of a GPT-2-like set of parameters."""
@@ -91,7 +91,7 @@ def one_read(held: list[nn.Parameter]) -> Callable[[], None]:
     return lambda: [gradient.aminmax() for gradient in gradients] and None
 
 
-def measure(size: str, rounds: int, device: str) -> dict[str, Any]:
+def measure(size: str, rounds: int, device: str, clock: str = "wall") -> dict[str, Any]:
     """All ratios at one size."""
     held = parameters(*SIZES[size], device)
     contenders: dict[str, Callable[[], None]] = {"one read": one_read(held)}
@@ -100,7 +100,7 @@ def measure(size: str, rounds: int, device: str) -> dict[str, Any]:
         for strategy in ("DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"):
             contenders[f"{strategy} {name}"] = our_boundary(held, fused, strategy)
     contenders["guard alone"] = guard_alone(held)
-    seconds = interleaved(contenders, rounds)
+    seconds = interleaved(contenders, rounds, clock)
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in held)}
     for name, measured in seconds.items():
         strategy, kind = name.rsplit(maxsplit=1)
@@ -115,9 +115,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {size: measure(size, options.rounds, device) for size in options.sizes}
+    results = {size: measure(size, options.rounds, device, options.clock) for size in options.sizes}
     write("scaler_cost", {"ratios": results}, options.out)
     for size, ratios in results.items():
         print(f"\n{size}: {ratios.pop('parameters'):,} parameters")
