@@ -49,7 +49,7 @@ def main() -> None:
     model = ByteModel().to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 
-    config = MixedPrecisionConfig(max_grad_norm=1.0, on_overflow="retry" if options.retry else "skip")
+    config = MixedPrecisionConfig(clip_norm=1.0, on_overflow="retry" if options.retry else "skip")
     with AdvancedMixedPrecisionManager(config) as manager:
         for _ in range(options.epochs):
             epoch = manager.train_epoch(DataLoader(training, 16, shuffle=True), model, optimizer)

@@ -42,7 +42,7 @@ _STRATEGY = Allowed(
 )
 
 LOOP_OPTIONS = (
-    "on_overflow", "gradient_accumulation_steps", "max_grad_norm", "memory_efficient", "gradient_accumulation_friendly",
+    "on_overflow", "accumulation_steps", "clip_norm", "memory_efficient", "gradient_accumulation_friendly",
 )  # fmt: skip
 """Options that only loops which are ours can follow."""
 
@@ -161,11 +161,11 @@ class MixedPrecisionConfig:
     scale or plan that the skip has led to, from the same random numbers and running statistics, as long as a smaller
     scale or another plan may cure it. Copies the model's buffers in every step."""
 
-    gradient_accumulation_steps: int = option_field(1, COUNT)
+    accumulation_steps: int = option_field(1, COUNT)
     """Loops of `hf_amp.training`: batches whose gradients are averaged into one optimizer step. Default 1. Trainer and
     Accelerator have their own."""
 
-    max_grad_norm: float | None = option_field(None, POSITIVE_OR_NONE)
+    clip_norm: float | None = option_field(None, POSITIVE_OR_NONE)
     """Loops of `hf_amp.training`: what the 2-norm of the unscaled gradients is clipped to. Default None: not clipped.
     Trainer and Accelerator have their own."""
 

@@ -61,8 +61,8 @@ KINDS = {
         "a whole number of steps from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS],
         ["growth_interval", "monitoring_interval", "fallback_window", "recovery_steps", "patience"],
     ),
-    "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis", "gradient_accumulation_steps"]),
-    "positive or none": ("None or a positive finite number", [0, -1.0, *(v for v in NOT_NUMBERS if v is not None)], ["max_grad_norm"]),
+    "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis", "accumulation_steps"]),
+    "positive or none": ("None or a positive finite number", [0, -1.0, *(v for v in NOT_NUMBERS if v is not None)], ["clip_norm"]),
     "on overflow": ("'skip' or 'retry'", [None, "RETRY", "", True, 2], ["on_overflow"]),
     "mode": (
         "None or one of FP32, FP16, MIXED, BF16, DYNAMIC", ["FP8", "", "FP 16", 16, True, ["FP32"]], ["precision_mode"],

@@ -139,7 +139,7 @@ class AdvancedMixedPrecisionManager:
         """The batches of each optimizer step."""
         self._refuse_when_cleaned_up()
         batches = iter(dataloader)
-        while window := list(islice(batches, self.config.gradient_accumulation_steps)):
+        while window := list(islice(batches, self.config.accumulation_steps)):
             yield window
 
     # ---- what became of it ----------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class StandardMixedPrecisionTrainer:
         optimizer: torch.optim.Optimizer,
         loss_fn: LossFunction | None = None,
     ) -> dict[str, Any]:
-        """Forward and backward of one batch, and, with every `gradient_accumulation_steps`-th one, an optimizer step.
+        """Forward and backward of one batch, and, with every `accumulation_steps`-th one, an optimizer step.
 
         Gradients are cleared before a window's first batch, not after the step (`memory_efficient`: right after it).
         Where anything raises, the window is thrown away, and the next batch begins a new one. Reads the host as the
@@ -123,7 +123,7 @@ class StandardMixedPrecisionTrainer:
             AttachError: model and optimizer do not belong together, or `cleanup` was called.
             BatchError: the batch or what came of it cannot be trained on.
         """
-        size = self.config.gradient_accumulation_steps
+        size = self.config.accumulation_steps
         return self._train(batch, Trained(model, optimizer, loss_fn or self.loss_fn, size))
 
     def train_window(
@@ -204,8 +204,8 @@ class StandardMixedPrecisionTrainer:
             self._stepping.backward(loss, trained.size)
         if steps:
             window.cause = None
-            if self.config.max_grad_norm is not None:
-                window.norm = self._stepping.clip(trained.model, trained.optimizer, self.config.max_grad_norm)
+            if self.config.clip_norm is not None:
+                window.norm = self._stepping.clip(trained.model, trained.optimizer, self.config.clip_norm)
             self._stepping.step(trained.optimizer)
         return loss.detach()
 

@@ -145,9 +145,9 @@ class AcceleratedStepping:
     def __init__(self, config: MixedPrecisionConfig, accelerator: Any) -> None:
         from hf_amp.integrations.accelerate import attach, session_of
 
-        if config.gradient_accumulation_steps != 1:
+        if config.accumulation_steps != 1:
             raise ConfigError(
-                f"MixedPrecisionConfig(gradient_accumulation_steps={config.gradient_accumulation_steps}): an Accelerator "
+                f"MixedPrecisionConfig(accumulation_steps={config.accumulation_steps}): an Accelerator "
                 "accumulates by itself; pass Accelerator(gradient_accumulation_steps=...) and leave the option out."
             )
         attached = session_of(accelerator)

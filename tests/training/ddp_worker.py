@@ -45,7 +45,7 @@ def main() -> None:
     model.register_comm_hook(None, count)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = MixedPrecisionConfig(
-        distributed_amp=True, sync_grad_scaler=True, gradient_accumulation_steps=2, init_scale=1024.0,
+        distributed_amp=True, sync_grad_scaler=True, accumulation_steps=2, init_scale=1024.0,
         gradient_accumulation_friendly=options.friendly, on_overflow="retry" if options.retry else "skip",
     )  # fmt: skip
     batches = [(x + rank, y) for x, y in vectors(12)]

@@ -80,7 +80,7 @@ def test_the_schedule_waits_for_skipped_steps():
 def test_what_is_left_over_is_a_window_of_its_own():
     """Five batches in windows of two: three steps, the last one equal to a step on the fifth batch alone."""
     batches = vectors(5)
-    manager, model, optimizer = made(precision_mode="FP32", gradient_accumulation_steps=2)
+    manager, model, optimizer = made(precision_mode="FP32", accumulation_steps=2)
     assert manager.train_epoch(batches, model, optimizer)["steps"] == 3
     twin = FaultyMlp()
     by_hand = torch.optim.SGD(twin.parameters(), lr=0.1)
@@ -178,7 +178,7 @@ def test_a_config_of_the_wrong_type_is_refused(config):
 @pytest.mark.parametrize(
     "options",
     [
-        {"on_overflow": "retry"}, {"gradient_accumulation_steps": 2}, {"max_grad_norm": 1.0}, {"memory_efficient": True},
+        {"on_overflow": "retry"}, {"accumulation_steps": 2}, {"clip_norm": 1.0}, {"memory_efficient": True},
         {"gradient_accumulation_friendly": True},
     ],
     ids=str,

@@ -46,7 +46,7 @@ def epoch(**options):
     """Eight batches in two windows. Returns the model, its casts and the manager."""
     model = network()
     config = MixedPrecisionConfig(
-        precision_mode="BF16", gradient_accumulation_steps=4, enable_monitoring=False, **options
+        precision_mode="BF16", accumulation_steps=4, enable_monitoring=False, **options
     )
     manager = AdvancedMixedPrecisionManager(
         config, loss_fn=lambda outputs, targets: mse_loss(outputs.float(), targets)

@@ -17,7 +17,7 @@ def train(faults, *, on_overflow="retry", steps=6, accumulate=1, init_scale=1024
     model = FaultyMlp(faults, dropout=0.3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     config = MixedPrecisionConfig(
-        on_overflow=on_overflow, gradient_accumulation_steps=accumulate, init_scale=init_scale, **options
+        on_overflow=on_overflow, accumulation_steps=accumulate, init_scale=init_scale, **options
     )
     trainer = StandardMixedPrecisionTrainer(config, loss_fn=mse_loss)
     results = [trainer.train_step(batch, model, optimizer) for batch in vectors(steps)]

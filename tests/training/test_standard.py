@@ -55,7 +55,7 @@ def test_it_is_the_hand_written_loop_to_the_last_bit(emulate, clip, accumulate, 
     expected, scale = train_by_hand(
         models[0], optimizers[0], batches, emulate=emulate, clip=clip, accumulate=accumulate
     )
-    config = MixedPrecisionConfig(emulate=emulate, max_grad_norm=clip, gradient_accumulation_steps=accumulate)
+    config = MixedPrecisionConfig(emulate=emulate, clip_norm=clip, accumulation_steps=accumulate)
     trainer = StandardMixedPrecisionTrainer(config)
     torch.manual_seed(1)
     results = [trainer.train_step(batch, models[1], optimizers[1]) for batch in batches]
@@ -94,7 +94,7 @@ def test_a_step_reads_the_host_once():
     model = tiny_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = StandardMixedPrecisionTrainer(
-        MixedPrecisionConfig(init_scale=256.0, gradient_accumulation_steps=2), loss_fn=mse_loss
+        MixedPrecisionConfig(init_scale=256.0, accumulation_steps=2), loss_fn=mse_loss
     )
     batches = vectors(6)
     for batch in batches[:2]:
@@ -254,7 +254,7 @@ def test_a_config_of_the_wrong_type_is_refused():
 @pytest.mark.parametrize("failing", [1, 2, 4, 5])
 def test_an_exception_in_user_code_leaves_all_clean(failing):
     """Windows of two batches, one forward raises: its window is dropped, and the rest is as if it had never been."""
-    config = MixedPrecisionConfig(gradient_accumulation_steps=2, emulate=False)
+    config = MixedPrecisionConfig(accumulation_steps=2, emulate=False)
     batches = vectors(6)
     models = [FaultyMlp({failing: "raise"}), FaultyMlp()]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]

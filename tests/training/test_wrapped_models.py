@@ -154,7 +154,7 @@ def test_an_accelerator_is_followed(make_accelerator, mixed_precision, accumulat
     accelerator = make_accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
     former = accelerator.scaler
     _, model, optimizer, schedule, loader = prepared(accelerator, {accumulate + 1: "overflow"})
-    config = MixedPrecisionConfig(init_scale=256.0, max_grad_norm=1.0)
+    config = MixedPrecisionConfig(init_scale=256.0, clip_norm=1.0)
     manager = AdvancedMixedPrecisionManager(config, loss_fn=mse_loss, accelerator=accelerator)
     epoch = manager.train_epoch(loader, model, optimizer, scheduler=schedule)
     steps = 6 // accumulate
@@ -182,7 +182,7 @@ def test_with_an_accelerator_it_is_the_loop_of_accelerate(make_accelerator):
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                     optimizer.step()
         else:
-            config = dataclasses.replace(config, max_grad_norm=1.0)
+            config = dataclasses.replace(config, clip_norm=1.0)
             with AdvancedMixedPrecisionManager(config, loss_fn=mse_loss, accelerator=accelerator) as manager:
                 manager.train_epoch(loader, model, optimizer)
         results.append(parameters_of(inner))
@@ -217,7 +217,7 @@ def test_accumulation_is_the_accelerators(make_accelerator):
     """The config's own number of steps is refused beside an Accelerator, with where to set it."""
     with pytest.raises(ConfigError, match=r"Accelerator\(gradient_accumulation_steps="):
         StandardMixedPrecisionTrainer(
-            MixedPrecisionConfig(gradient_accumulation_steps=2), accelerator=make_accelerator()
+            MixedPrecisionConfig(accumulation_steps=2), accelerator=make_accelerator()
         )
 
 
