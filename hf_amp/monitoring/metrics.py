@@ -60,7 +60,7 @@ CATALOGUE: tuple[Metric, ...] = (
     ),
     Metric("grad_amax", "1", "largest magnitude among the unscaled gradients", "jumps: as grad_norm", "every monitoring_interval steps; in ADAPTIVE, every step"),
     Metric(
-        "headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)), as of the newest grad_amax", "below 1: an overflow is near; above 12: the scale could grow", "with grad_amax"
+        "headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)), as of the newest grad_amax; absent where that gradient is not held in FP16, as in a module that a plan runs in FP32", "below 1: an overflow is near; above 12: the scale could grow", "with grad_amax"
     ),
     Metric(
         "underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, from a sample", "above 0.1 and rising: raise the scale", "every monitoring_interval steps"

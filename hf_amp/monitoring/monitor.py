@@ -209,7 +209,9 @@ class PrecisionMonitor:
     def _headroom_bits(self) -> float | None:
         if not self.grad_amax or not self.scale:
             return None
-        return math.log2(FP16_FORMAT.largest) - math.log2(self.grad_amax) - math.log2(self.scale)
+        bits = math.log2(FP16_FORMAT.largest) - math.log2(self.grad_amax) - math.log2(self.scale)
+        # A step was applied in which the largest gradient was beyond FP16: then it is not held in FP16.
+        return bits if bits >= 0 else None
 
     def _non_finite_loss_fraction(self) -> float | None:
         losses = self.losses - self.losses_before_window

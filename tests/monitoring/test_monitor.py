@@ -93,10 +93,10 @@ def test_a_sampled_figure_stays_until_the_next_sample(monitor):
 @pytest.mark.parametrize("scale", [2.0**-24, 1.0, 65536.0, 2.0**127])
 @pytest.mark.parametrize("amax", [1e-30, 0.5, 3.0, 1e30])
 def test_headroom_is_the_distance_to_65504_in_bits(monitor, scale, amax):
-    """log2(65504 / (amax * scale)): 1 where one doubling is left, negative beyond the format."""
+    """log2(65504 / (amax * scale)): 1 where one doubling is left, absent beyond the format."""
     monitor.record_applied(scale, amax, amax, None)
     expected = math.log2(65504) - math.log2(amax) - math.log2(scale)
-    assert monitor.metrics()["headroom_bits"] == pytest.approx(expected)
+    assert monitor.metrics().get("headroom_bits") == (pytest.approx(expected) if expected >= 0 else None)
 
 
 def test_half_of_the_range_leaves_one_bit(monitor):
@@ -178,3 +178,10 @@ def test_memory_saving_is_told_once_it_is_known(monitor):
     assert "memory_saving_fraction" not in monitor.metrics()
     monitor.record_memory(-0.05)
     assert monitor.metrics()["memory_saving_fraction"] == -0.05
+
+
+def test_a_gradient_beyond_fp16_in_an_applied_step_has_no_headroom_to_tell(monitor):
+    """It cannot have been held in FP16; at the limit itself there are 0 bits left."""
+    for amax, told in ((65504.0 / 4, True), (65504.0, False)):
+        monitor.record_applied(4.0, 1.0, amax, None)
+        assert ("headroom_bits" in monitor.metrics()) is told
