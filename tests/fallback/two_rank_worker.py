@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import EventKind, MixedPrecisionConfig
+from tests.rank_end import leave_together
 
 FAULTS = (
     "activation",
@@ -103,7 +104,7 @@ def main() -> None:
     dist.all_gather_object(gathered, runs)
     if rank == 0:
         print(json.dumps(gathered))
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 import hf_amp
 from hf_amp import AttachError, MixedPrecisionConfig
 from hf_amp.scaling.master_weights import STATE_KEY
+from tests.rank_end import leave_together
 from tests.reference import OverflowInBackward, tiny_mlp
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     dist.all_gather_object(gathered, result)
     if accelerator.process_index == 0:
         print(json.dumps(gathered))
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from hf_amp import EventKind, MixedPrecisionCallback
 from tests.integrations.trainers import logged, numbers, regression_trainer
+from tests.rank_end import leave_together
 
 ROWS_OF_RANK_1 = (13, 14)  # in the second batch of rank 1, in training and in evaluation
 
@@ -44,6 +45,7 @@ def main() -> None:
     dist.all_gather_object(gathered, seen)
     if dist.get_rank() == 0:
         print(json.dumps(gathered))
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ What a run gives is a list over ranks; of each rank a record a step.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 import hf_amp
 from hf_amp import AmpSession, AttachError, ConfigError, MixedPrecisionConfig
 from tests.integrations.bytes_sent import bytes_written
+from tests.rank_end import leave_together
 from tests.reference import OverflowInBackward
 
 STEPS = 6
@@ -292,8 +292,7 @@ def main(folder: str) -> None:
     dist.all_gather_object(gathered, results)
     if dist.get_rank() == 0:
         Path(folder, "results.json").write_text(json.dumps(gathered))
-    gc.collect()  # models that die after the process group can make gloo wait for ever
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

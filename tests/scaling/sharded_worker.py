@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
+from tests.rank_end import leave_together
 
 
 def layers(seed: int) -> nn.Sequential:
@@ -97,7 +98,7 @@ def main() -> None:
     dist.all_gather_object(gathered, results)
     if dist.get_rank() == 0:
         print(json.dumps(gathered))
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import faulthandler
 import json
-import os
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_amp import AdvancedMixedPrecisionManager, MixedPrecisionConfig
+from tests.rank_end import leave_together
 from tests.training.loops import FaultyMlp, vectors
 
 
@@ -64,9 +64,8 @@ def main() -> None:
     gathered = [None, None]
     dist.all_gather_object(gathered, mine)
     if rank == 0:
-        print(json.dumps(gathered), flush=True)
-    dist.barrier()
-    os._exit(0)  # a communication hook in Python can deadlock with the end of the interpreter
+        print(json.dumps(gathered))
+    leave_together()
 
 
 if __name__ == "__main__":
