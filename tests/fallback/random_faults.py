@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import hf_amp
 from hf_amp import AmpEvent, Cause, EventKind, MixedPrecisionConfig
 
 WIDTH, CLASSES = 8, 5
+TRIALS = 200
 Batch = dict[str, Tensor]
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU, nn.Softplus)
 
@@ -229,6 +232,29 @@ def run(seed: int) -> tuple[str, Cause, str] | None:
     if trial.where is not None and trial.where not in " ".join((*judged.modules, judged.message)):
         told = "elsewhere"
     return fault.__name__, FAULTS[fault], told
+
+
+@dataclass
+class Told:
+    """What was told of a number of faults: how often each verdict on each fault, and the sums."""
+
+    pairs: Counter[tuple[str, str]]
+    right: int = 0
+    unknown: int = 0
+
+    @property
+    def wrong(self) -> int:
+        return self.pairs.total() - self.right - self.unknown
+
+
+def told_of(trials: int) -> Told:
+    """The verdicts on `trials` random faults, always the same ones."""
+    told = Told(Counter())
+    for name, truth, verdict in islice(filter(None, map(run, count())), trials):
+        told.pairs[name, verdict] += 1
+        told.right += verdict == truth.value
+        told.unknown += verdict == Cause.UNKNOWN.value != truth.value
+    return told
 
 
 def _train(trial: Trial, fault: Callable[[Trial, Batch], None], fused: bool) -> list[AmpEvent]:

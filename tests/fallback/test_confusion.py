@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import count, islice
 
 from hf_amp import Cause
-from tests.fallback.random_faults import FAULTS, run
-
-TRIALS = 200
+from tests.fallback.random_faults import FAULTS, TRIALS, told_of
 
 
 def table(told: Counter[tuple[str, str]]) -> str:
@@ -25,14 +22,9 @@ def table(told: Counter[tuple[str, str]]) -> str:
 
 def test_confusion_table() -> None:
     """At least 95% are told right, and of the others most are UNKNOWN rather than wrong."""
-    told: Counter[tuple[str, str]] = Counter()
-    right = unknown = 0
-    trials = islice(filter(None, map(run, count())), TRIALS)
-    for name, truth, verdict in trials:
-        told[name, verdict] += 1
-        right += verdict == truth.value
-        unknown += verdict == Cause.UNKNOWN.value != truth.value
-    wrong = TRIALS - right - unknown
-    print(f"\n{table(told)}\n{right} of {TRIALS} right, {unknown} UNKNOWN instead, {wrong} wrong")
-    assert right >= 0.95 * TRIALS
-    assert wrong <= unknown
+    told = told_of(TRIALS)
+    print(
+        f"\n{table(told.pairs)}\n{told.right} of {TRIALS} right, {told.unknown} UNKNOWN instead, {told.wrong} wrong"
+    )
+    assert told.right >= 0.95 * TRIALS
+    assert told.wrong <= told.unknown

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -14,89 +11,16 @@ from accelerate import Accelerator
 from torch import nn
 
 import hf_amp
-from hf_amp import AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
-from hf_amp.emulation import EmulatedPrecision
+from hf_amp import Cause, EventKind, MixedPrecisionConfig, PrecisionMode
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.monitoring.metrics import TIMINGS
 from tests.fallback.range_reference import fp16_flop_share, modules_out_of_range
 from tests.fallback.rescaled import ZOO, RescaledModel
+from tests.fallback.rescue_runs import BY_NAME, STEPS, final_loss_in_fp32, outermost, stock_skips, train
 from tests.host_reads import count_host_reads
 from tests.reference import assert_bitwise_equal, snapshot
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
-STEPS = 200
-BY_NAME = {entry.name: entry for entry in ZOO}
-
-
-@dataclass
-class Run:
-    """A training run, and what is left of it."""
-
-    losses: list[float]
-    model: nn.Module
-    session: AmpSession
-
-    @property
-    def final_loss(self) -> float:
-        """Mean of the last 20 steps."""
-        return sum(self.losses[-20:]) / 20
-
-
-def train(entry: RescaledModel, steps: int, precision: str = "fp16", **options: Any) -> Run:
-    """A raw Accelerate loop that tries a skipped batch again, so that the data of `steps` FP32 steps is learned."""
-    accelerator = Accelerator(mixed_precision=precision, cpu=True)
-    session = hf_amp.attach(accelerator, MixedPrecisionConfig(**options))
-    plain, batches, make_optimizer = entry.build(0)
-    model, optimizer = accelerator.prepare(plain, make_optimizer(plain))
-    losses = []
-    batch = next(batches)
-    while len(losses) < steps:
-        loss = model(**batch).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:
-            losses.append(loss.item())
-            batch = next(batches)
-    return Run(losses, plain, session)
-
-
-@cache
-def final_loss_in_fp32(name: str) -> float:
-    """Of the same run without hf_amp."""
-    entry = BY_NAME[name]
-    model, batches, make_optimizer = entry.build(0)
-    optimizer = make_optimizer(model)
-    losses = []
-    for _ in range(STEPS):
-        loss = model(**next(batches)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return sum(losses[-20:]) / 20
-
-
-def outermost(names: Iterator[str] | set[str]) -> set[str]:
-    """Those that are not inside of another one."""
-    names = set(names)
-    return {n for n in names if not any(n != other and n.startswith(f"{other}.") for other in names)}
-
-
-def stock_skips(entry: RescaledModel, steps: int) -> int:
-    """Steps that the stock scaler skips in the same emulated FP16."""
-    model, batches, make_optimizer = entry.build(0)
-    optimizer, scaler, skipped = make_optimizer(model), torch.amp.GradScaler("cpu"), 0
-    for _ in range(steps):
-        with EmulatedPrecision():
-            loss = model(**next(batches)).loss
-        scaler.scale(loss).backward()
-        before = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        skipped += scaler.get_scale() < before
-        optimizer.zero_grad()
-    return skipped
 
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
