@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class ForwardContext:
     Args:
         make_context: gives a new context manager per forward pass; a picklable callable where the model is to be.
     """
+
+    _all_of_thread: ClassVar[threading.local] = threading.local()
 
     def __init__(self, make_context: Callable[[], AbstractContextManager[Any]]) -> None:
         self._make_context = make_context
@@ -42,6 +44,7 @@ class ForwardContext:
         if not running:
             self._of_thread.context = self._make_context()
             self._of_thread.context.__enter__()
+            self._entered().append(self)
         running.append(module)
 
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
@@ -50,7 +53,28 @@ class ForwardContext:
             return  # somebody else's hook raised before `_enter`: torch calls this one all the same
         running.pop()
         if not running:
-            self._of_thread.context.__exit__(None, None, None)
+            self._exit()
+
+    def _exit(self) -> None:
+        self._entered().remove(self)
+        self._of_thread.context.__exit__(None, None, None)
+
+    @classmethod
+    def leave_interrupted(cls) -> None:
+        """Leaves what this thread is still inside of; called where no forward pass can be running.
+
+        A forward pass that ends by KeyboardInterrupt, as in a notebook, calls no hooks: torch does so for
+        `Exception` only.
+        """
+        for context in reversed(list(cls._entered())):
+            context._running().clear()
+            context._exit()
+
+    @classmethod
+    def _entered(cls) -> list[ForwardContext]:
+        """The contexts that this thread is inside of, outermost first."""
+        entered: list[ForwardContext] = cls._all_of_thread.__dict__.setdefault("entered", [])
+        return entered
 
     def _running(self) -> list[nn.Module]:
         """The modules that this thread is inside of, outermost first."""

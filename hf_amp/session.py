@@ -19,6 +19,7 @@ from hf_amp.fallback.examiner import SkippedStep
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.plan_keeper import PlanKeeper
 from hf_amp.fallback.transition import Transition
+from hf_amp.forward_context import ForwardContext
 from hf_amp.hardware import Hardware
 from hf_amp.journal import Journal
 from hf_amp.monitoring.hopeless import Finding, HopeWatch
@@ -202,6 +203,7 @@ class AmpSession(Journal):
         if self._record_step in self.scaler.observers:
             self.scaler.observers.remove(self._record_step)
             self.scaler.passengers.clear()
+            ForwardContext.leave_interrupted()
             self.changes.undo()
             self.note(
                 EventKind.DETACHED,
@@ -222,6 +224,7 @@ class AmpSession(Journal):
     # ---- one optimizer step ---------------------------------------------------------------------------------
 
     def _record_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
+        ForwardContext.leave_interrupted()
         step = self.first_step + outcome.attempt - 1
         self.newest_step = step
         self.monitor.record_lost_updates(outcome.lost_update_fraction)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_amp.emulation import EmulatedPrecision, round_to
-from hf_amp.forward_context import ForwardContext
+from hf_amp.forward_context import ForwardContext, InnerForwardContext
 from hf_amp.precision import FP32_FORMAT
 
 
@@ -229,3 +229,37 @@ def test_fp32_context_takes_half_parameters() -> None:
         y = layer(x)
     assert y.dtype == torch.float32
     assert torch.equal(y, nn.functional.linear(x, layer.weight.float(), layer.bias.float()))
+
+
+class InterruptedOnce(nn.Module):
+    """Raises what Ctrl-C raises in its first forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.interrupted = nn.Linear(8, 8), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        return self.inner(x)
+
+
+def test_an_interrupted_forward_pass_is_left_at_the_next_step() -> None:
+    """After Ctrl-C in a forward pass, as in a notebook, nothing outside of the model stays rounded or in FP32."""
+    model = nn.Sequential(InterruptedOnce())
+    outer = ForwardContext(EmulatedPrecision).install(model)
+    inner = InnerForwardContext(lambda: EmulatedPrecision(FP32_FORMAT)).install(model[0])
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 8))
+    model(torch.ones(2, 8))
+    ForwardContext.leave_interrupted()
+    a = torch.full((2, 1), 300.0)
+    assert (a @ a.T).isfinite().all()
+    with EmulatedPrecision():
+        assert (a @ a.T).isinf().all()
+    inner()
+    x = torch.ones(2, 8) / 3
+    rounded = model(x)
+    outer()
+    assert not torch.equal(rounded, model(x))

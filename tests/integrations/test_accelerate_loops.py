@@ -258,3 +258,29 @@ def test_trackers_and_the_sessions_log_name_a_skip(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert list(run.figures["loss"]) == [(1, 0.5), (2, 0.5), (3, 0.5)]
     assert list(run.figures["applied_steps"].values) == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("leave", ["step", "detach"])
+def test_ctrl_c_in_a_forward_pass_leaves_nothing_behind(leave: str) -> None:
+    """As in a notebook: the next step, or `detach`, ends the precision that the interrupted forward pass was in."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator)
+    model = tiny_mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    last = list(model.modules())[-1]
+
+    def interrupt(*_: Any) -> None:
+        handle.remove()
+        raise KeyboardInterrupt
+
+    handle = last.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(BATCH)
+    large = torch.full((2, 1), 300.0)
+    assert (large @ large.T).isinf().all()
+    if leave == "step":
+        accelerator.backward(model(BATCH).square().mean())
+        optimizer.step()
+    else:
+        session.detach()
+    assert (large @ large.T).isfinite().all()
