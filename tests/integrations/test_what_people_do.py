@@ -139,6 +139,14 @@ def test_seq2seq(tmp_path: Path) -> None:
     assert len(trainer.predict(rows, max_length=4).predictions) == 32
 
 
+# The latter is its earlier name.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -151,7 +159,7 @@ def test_seq2seq(tmp_path: Path) -> None:
         {"optim": "adafactor"},
         {"lr_scheduler_type": "cosine"},
         {"lr_scheduler_type": "constant"},
-        {"activation_checkpointing": True},
+        {CHECKPOINTING: True},
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
         {"label_smoothing_factor": 0.1},
         {"weight_decay": 0.1},
