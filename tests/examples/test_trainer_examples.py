@@ -105,7 +105,6 @@ def test_vision_model_and_data_of_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same for images in folders of classes."""
-    set_seed(0)
     model = tmp_path / "model"
     shape = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
