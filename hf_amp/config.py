@@ -132,7 +132,7 @@ class MixedPrecisionConfig:
 
     emulate: bool = option_field(True, SWITCH)
     """FP16 on a CPU: emulate it (default: FP32 arithmetic rounded to FP16 around every matrix product, close to
-    FP32's speed) or run the CPU's half kernels (False: about 20 times slower where it has no units for FP16). Other
+    FP32's speed) or run the CPU's half kernels (False: many times slower where it has no units for FP16). Other
     devices run real FP16."""
 
     automatic_fallback: bool = option_field(True, SWITCH)

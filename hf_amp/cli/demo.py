@@ -41,7 +41,7 @@ def demo(
         bool,
         typer.Option(
             "--real-half",
-            help="On a CPU: half kernels, not emulation; about 20 times slower without units for FP16.",
+            help="On a CPU: half kernels, not emulation; many times slower without units for FP16.",
         ),
     ] = False,
 ) -> None:
