@@ -60,8 +60,8 @@ class MixedPrecisionConfig:
     precision_mode: PrecisionMode | None = option_field(None, _MODE)
     """None follows the Trainer or Accelerator (`fp16`, `bf16` or neither), and is MIXED where there is none.
     DYNAMIC takes theirs as the narrowest of the precisions that it tries in the first steps (11 each, with BF16 where
-    there are units for it, and FP32); it then runs the fastest. Anything that contradicts them is an error at attach.
-    Names are accepted as strings, in any case."""
+    there are units for it and FP16 is not emulated, and FP32); it then runs the fastest. Anything that contradicts them
+    is an error at attach. Names are accepted as strings, in any case."""
 
     half_parameters: str | None = option_field(None, _HALF_PARAMETERS)
     """What becomes of trainable FP16 and BF16 parameters, which `from_pretrained` makes by default (dtype="auto"), before
@@ -132,7 +132,8 @@ class MixedPrecisionConfig:
 
     emulate: bool = option_field(True, SWITCH)
     """FP16 on a CPU: emulate it (default: FP32 arithmetic rounded to FP16 around every matrix product, close to
-    FP32's speed) or run the CPU's half kernels (False: about 20 times slower). Other devices run real FP16."""
+    FP32's speed) or run the CPU's half kernels (False: many times slower where it has no units for FP16). Other
+    devices run real FP16."""
 
     automatic_fallback: bool = option_field(True, SWITCH)
     """Whether modules, then the whole model, leave FP16 where no scale can cure an overflow, and come back. Default on."""

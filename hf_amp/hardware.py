@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ class Hardware:
     Attributes:
         device: the device's type, such as `cuda` or `cpu`.
         name: the device's name as its driver or the operating system gives it.
-        fp16: `native` (units for it), `slow` (kernels without units; any CPU, whose units are not looked for) or `none`.
+        fp16: `native` (units for it), `slow` (kernels without units) or `none`. Units are no promise of speed.
         bf16: the same for BF16.
         fp8: `native` or `none`.
         tf32: the same for TF32, in which FP32 matrix products may run on request.
@@ -34,13 +35,20 @@ class Hardware:
         """One phrase that says what FP16 is on this device."""
         if self.device == "cpu" and emulate:
             return "FP16 emulated on the CPU (FP32 arithmetic rounded to FP16; not faster than FP32)"
-        if self.device == "cpu":
-            return f"real FP16 kernels on {self.name} (on most CPUs many times slower than FP32)"
         if self.fp16 == "slow":
             return (
                 f"real FP16 kernels on {self.name}, which has no units for them (many times slower than FP32)"
             )
         return f"real FP16 on {self.name}"
+
+
+_CPU_UNITS = {
+    "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
+    "bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+}
+"""Format → names of `torch.cpu.get_capabilities` for arithmetic in it, on x86 and ARM."""
+_LIMITS_WITHOUT_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
+"""Limits of oneDNN under which it has BF16 kernels, but none on units. Source: oneDNN, CPU dispatcher control."""
 
 
 def probe(device: torch.device | str) -> Hardware:
@@ -63,5 +71,19 @@ def probe(device: torch.device | str) -> Hardware:
         )
     if device.type == "cpu":
         name = platform.processor() or platform.machine()
-        return Hardware(device="cpu", name=name, fp16="slow", bf16="slow")
+        return Hardware(device="cpu", name=name, fp16=_on_cpu("fp16"), bf16=_on_cpu("bf16"))
     return Hardware(device=device.type, name=device.type, fp16="native", bf16="native")
+
+
+def _on_cpu(number_format: str) -> str:
+    """`native` where the CPU has units for matrix products in `number_format`, and oneDNN has kernels that may use them.
+
+    What the CPU has does not change with ONEDNN_MAX_CPU_ISA, and what oneDNN has kernels for does; which of these do
+    without units is only told by the limit itself. ATEN_CPU_CAPABILITY does not concern matrix products.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    has_units = any(capabilities.get(unit, False) for unit in _CPU_UNITS[number_format])
+    has_kernels = getattr(torch.ops.mkldnn, f"_is_mkldnn_{number_format}_supported", lambda: False)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    is_kept_off = number_format == "bf16" and limit in _LIMITS_WITHOUT_BF16
+    return "native" if has_units and has_kernels() and not is_kept_off else "slow"

@@ -1,6 +1,9 @@
 """What a device can run is said truthfully."""
 
 import dataclasses
+import os
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +13,33 @@ from tests.host_reads import count_host_reads
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cpu:0"])
-def test_a_cpu_has_kernels_but_no_units(device):
-    """FP16 and BF16 run on a CPU, slowly, and the CPU has a name."""
+def test_a_cpu_has_a_name_and_kernels(device):
+    """FP16 and BF16 run on every CPU, with units or without."""
     hardware = probe(device)
-    assert (hardware.device, hardware.fp16, hardware.bf16) == ("cpu", "slow", "slow")
+    assert hardware.device == "cpu"
+    assert {hardware.fp16, hardware.bf16} <= {"native", "slow"}
     assert hardware.name
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64"
+    or not Path("/proc/cpuinfo").is_file()
+    or "ONEDNN_MAX_CPU_ISA" in os.environ,
+    reason="needs Linux on x86-64, and oneDNN without a limit",
+)
+def test_a_cpu_has_the_units_that_linux_lists():
+    """AVX512-FP16 or AMX-FP16 for one format, AVX512-BF16 or AMX-BF16 for the other."""
+    flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+    hardware = probe("cpu")
+    assert (hardware.fp16 == "native") == bool(flags & {"avx512_fp16", "amx_fp16"})
+    assert (hardware.bf16 == "native") == bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+@pytest.mark.parametrize("limit", ["AVX512_CORE", "avx512_core_vnni"])
+def test_bf16_kernels_that_are_kept_off_the_units_are_slow(monkeypatch, limit):
+    """Under these limits oneDNN still says that it has BF16 kernels: measured 5 times slower than FP32's."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert probe("cpu").bf16 == "slow"
 
 
 def test_a_cpu_has_no_narrower_formats():
@@ -55,7 +80,11 @@ def test_the_record_is_frozen(field):
     ("hardware", "emulate", "words"),
     [
         (Hardware("cpu", "x86_64", "slow", "slow"), True, ["emulated", "not faster than FP32"]),
-        (Hardware("cpu", "x86_64", "slow", "slow"), False, ["real FP16", "x86_64", "slower than FP32"]),
+        (
+            Hardware("cpu", "x86_64", "slow", "native"),
+            False,
+            ["real FP16", "x86_64", "no units", "slower than"],
+        ),
         (Hardware("cuda", "GTX 1080", "slow", "slow"), True, ["real FP16", "GTX 1080", "slower than FP32"]),
     ],
 )
@@ -70,3 +99,10 @@ def test_native_fp16_is_never_called_emulated(emulate):
     """The emulate option concerns CPUs only."""
     phrase = Hardware("cuda", "H100", "native", "native").describe_fp16(emulate)
     assert phrase == "real FP16 on H100"
+
+
+def test_a_cpu_with_units_is_called_neither_slow_nor_fast():
+    """Nor is its emulation called real."""
+    hardware = Hardware("cpu", "x86_64", "native", "native")
+    assert hardware.describe_fp16(emulate=False) == "real FP16 on x86_64"
+    assert hardware.describe_fp16(emulate=True).startswith("FP16 emulated")

@@ -39,7 +39,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of parameters and batches.")] = 0,
     real_half: Annotated[
         bool,
-        typer.Option("--real-half", help="On a CPU: half kernels, about 20 times slower, not emulation."),
+        typer.Option(
+            "--real-half",
+            help="On a CPU: half kernels, not emulation; many times slower without units for FP16.",
+        ),
     ] = False,
 ) -> None:
     """FP32, stock FP16 and hf_amp side by side on a small GPT-2 that was made to overflow FP16.

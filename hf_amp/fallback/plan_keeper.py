@@ -22,10 +22,14 @@ from hf_amp.hardware import Hardware
 from hf_amp.precision import PrecisionMode
 
 
-def ladder_of(mode: PrecisionMode, hardware: Hardware) -> tuple[PrecisionMode, ...]:
-    """The precisions that a whole run can fall back to, from `mode` to the widest: BF16 where there are units for it."""
+def ladder_of(mode: PrecisionMode, hardware: Hardware, emulate: bool) -> tuple[PrecisionMode, ...]:
+    """The precisions that a whole run can fall back to, from `mode` to the widest: BF16 where there are units for it.
+
+    Emulation stands for a GPU whose units are for FP16 alone (V100, T4), whatever this CPU has: a run is the same on
+    every machine.
+    """
     if mode in (PrecisionMode.MIXED, PrecisionMode.FP16):
-        middle = (PrecisionMode.BF16,) if hardware.bf16 == "native" else ()
+        middle = (PrecisionMode.BF16,) if hardware.bf16 == "native" and not emulate else ()
         return (mode, *middle, PrecisionMode.FP32)
     return (mode, PrecisionMode.FP32) if mode is PrecisionMode.BF16 else (mode,)
 
@@ -63,7 +67,7 @@ class PlanKeeper:
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
         self._acts = config.automatic_fallback and not (half and hardware.device == "cpu" and not emulate)
         self._fallback = Fallback(
-            ladder_of(mode, hardware),
+            ladder_of(mode, hardware, emulate),
             config.fallback_threshold,
             config.fallback_window,
             config.recovery_steps,

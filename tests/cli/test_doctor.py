@@ -13,7 +13,7 @@ from hf_amp.cli import app
 from hf_amp.cli.doctor.machine import Device, installed_versions, look_around
 from hf_amp.cli.doctor.recommendation import recommend
 from hf_amp.cli.doctor.upstream_bugs import KNOWN, bugs_in
-from hf_amp.hardware import Hardware
+from hf_amp.hardware import Hardware, probe
 
 
 def doctor(*arguments: str) -> Any:
@@ -31,7 +31,8 @@ def told() -> dict[str, Any]:
 def test_json_has_everything(told: dict[str, Any]) -> None:
     """Devices, kernels, versions, bugs, and the recommendation with its reason."""
     assert told["versions"]["torch"] == torch.__version__
-    assert told["devices"][-1]["hardware"]["device"] == "cpu"
+    hardware, probed = told["devices"][-1]["hardware"], probe("cpu")
+    assert (hardware["device"], hardware["fp16"], hardware["bf16"]) == ("cpu", probed.fp16, probed.bf16)
     assert set(told["devices"][-1]["product_seconds"]) == {"FP32", "FP16", "BF16"}
     assert all(isinstance(there, bool) for there in told["kernels"].values())
     assert told["recommendation"]["why"].endswith(".")
@@ -65,6 +66,7 @@ H100 = Hardware("cuda", "H100", "native", "native", "native", "native", (9, 0))
 T4 = Hardware("cuda", "T4", "native", "slow", capability=(7, 5))
 GTX = Hardware("cuda", "GTX 1080", "slow", "slow", capability=(6, 1))
 CPU = Hardware("cpu", "x86", "slow", "slow")
+XEON = Hardware("cpu", "Xeon", "native", "native")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,8 @@ CPU = Hardware("cpu", "x86", "slow", "slow")
         (device(T4), "FP16", "none for BF16"),
         (device(GTX), "FP32", "no time"),
         (device(CPU), "FP32", "emulates FP16"),
+        (device(XEON), "FP32", "not been measured"),
+        (device(XEON, FP32=1.0, BF16=2.0), "FP32", "2.0 times as long"),
         (device(CPU, FP32=1.0, BF16=2.0), "FP32", "2.0 times as long"),
         (device(CPU, FP32=1.0, BF16=0.25), "BF16", "4.0 times as fast"),
         (device(CPU, FP32=1.0, BF16=0.95), "FP32", "gains nothing"),

@@ -27,6 +27,14 @@ def test_torch_has_the_unscale_kernel() -> None:
     assert found.item() == 1.0
 
 
+@pytest.mark.parametrize("number_format", ["fp16", "bf16"])
+def test_torch_tells_whether_onednn_has_half_kernels(number_format: str) -> None:
+    """`torch.ops.mkldnn._is_mkldnn_fp16_supported` and its BF16 twin answer, where PyTorch has oneDNN."""
+    if torch.backends.mkldnn.is_available():
+        supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{number_format}_supported")
+        assert isinstance(supported(), bool)
+
+
 @pytest.mark.parametrize(
     "name", ["_scale", "_growth_tracker", "_enabled", "_device", "_init_scale", "_lazy_init_scale_growth_tracker"]
 )  # fmt: skip

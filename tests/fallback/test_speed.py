@@ -11,10 +11,12 @@ from torch import nn
 
 from hf_amp import AdvancedGradScaler, AmpSession, EventKind, MixedPrecisionConfig, PrecisionMode
 from hf_amp.fallback.speed import TIMED_STEPS, WARMUP_STEPS, SpeedTrial
-from hf_amp.hardware import probe
+from hf_amp.hardware import Hardware
 
 MIXED, BF16, FP32 = PrecisionMode.MIXED, PrecisionMode.BF16, PrecisionMode.FP32
 STEPS_EACH = WARMUP_STEPS + TIMED_STEPS
+WITH_UNITS = Hardware("cpu", "a CPU with units", "native", "native")
+WITHOUT_UNITS = Hardware("cpu", "a CPU without units", "slow", "slow")
 
 
 def timed(trial: SpeedTrial, seconds: dict[PrecisionMode, float], unstable: set[PrecisionMode]) -> SpeedTrial:
@@ -62,14 +64,16 @@ def test_a_trial_goes_on_after_a_checkpoint() -> None:
 
 
 class Run:
-    """A small network on the CPU's half kernels, and on FP32 ones."""
+    """A small network on the CPU's half kernels, and on FP32 ones; its modules see `dtypes`, one a step."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, hardware: Hardware = WITHOUT_UNITS, **options: object) -> None:
         config = MixedPrecisionConfig(precision_mode="DYNAMIC", **options)
         self.scaler = AdvancedGradScaler(config, "cpu")
-        self.session = AmpSession(config, self.scaler, MIXED, probe("cpu"))
+        self.session = AmpSession(config, self.scaler, MIXED, hardware)
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 1))
+        self.dtypes: list[torch.dtype] = []
+        self.model[0].register_forward_hook(lambda module, inputs, output: self.dtypes.append(output.dtype))
         self.session.adopt(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
 
@@ -83,14 +87,24 @@ class Run:
             self.scaler.update()
 
 
-def test_both_are_timed_in_the_runs_own_steps_and_the_faster_one_is_said_and_run() -> None:
-    """Half kernels, then FP32; every change is an event, the last one with the times, of which the shorter one won."""
-    run = Run(emulate=False, init_scale=1.0)
-    run.steps(2 * STEPS_EACH + 3)
+@pytest.mark.parametrize(
+    ("hardware", "candidates"),
+    [(WITHOUT_UNITS, {"MIXED": torch.float16, "FP32": torch.float32}),
+     (WITH_UNITS, {"MIXED": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32})],
+    ids=lambda given: given.name if isinstance(given, Hardware) else "",
+)  # fmt: skip
+def test_all_are_timed_in_the_runs_own_steps_and_the_fastest_one_is_said_and_run(
+    hardware: Hardware, candidates: dict[str, torch.dtype]
+) -> None:
+    """From the narrowest to FP32, each in its own kernels; every change is an event, the last one with the times, of
+    which the shortest one won."""
+    run = Run(hardware, emulate=False, init_scale=1.0)
+    run.steps(len(candidates) * STEPS_EACH + 3)
     changes = [event for event in run.session.events if event.kind is EventKind.PRECISION_CHANGED]
-    assert (changes[0].before, changes[0].after) == ("MIXED", "FP32")
+    assert [event.after for event in changes[:-1]] == list(candidates)[1:]
+    assert list(dict.fromkeys(run.dtypes[: len(candidates) * STEPS_EACH])) == list(candidates.values())
     seconds = {mode: float(ms) for ms, mode in re.findall(r"([\d.]+) ms in (\w+)", changes[-1].message)}
-    assert set(seconds) == {"MIXED", "FP32"}
+    assert set(seconds) == set(candidates)
     chosen = run.session.plan.default.value
     assert changes[-1].after == chosen
     assert seconds[chosen] == min(seconds.values())

@@ -77,6 +77,15 @@ def test_a_checkpoint_from_without_hf_amp_loads(tmp_path: Path, before: str, aft
     assert "holds no state of a scaler" in ours.session.events[-1].message
 
 
+def test_15_stock_looks_for_a_scale_that_was_never_there(tmp_path: Path) -> None:
+    """A BF16 checkpoint ends an FP16 run that scales, as accelerate's does on a GPU. With hf_amp it goes on, as above."""
+    begin("bf16", attached=False).accelerator.save_state(str(tmp_path / "saved"))
+    stock = begin("fp16", attached=False)
+    stock.accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(FileNotFoundError, match=r"scaler\.pt"):
+        stock.accelerator.load_state(str(tmp_path / "saved"))
+
+
 def test_a_stock_scaler_state_is_taken_up(tmp_path: Path) -> None:
     """The scaler.pt of a stock FP16 run on a GPU: its scale and growth tracker go on."""
     run = begin()

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_amp import Cause, EventKind, MixedPrecisionCallback, PrecisionMode
+from hf_amp.cli import stock_fp16
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.forward_context import ForwardContext
+from tests.integrations.half_models import dtypes, loaded
 from tests.integrations.trainers import (
     OverflowAt,
     StockFP16OnCPU,
+    Witness,
     all_finite,
     arguments,
     logged,
@@ -48,6 +51,13 @@ def stock_scaled(folder: Path, *others: Any, **options: Any) -> Trainer:
     stock = StockFP16OnCPU(**options.pop("scaler", {}))
     stock.trainer = regression_trainer(folder, *others, stock, **{"fp16": True, **options})
     return stock.trainer
+
+
+def stock_fp16_run(folder: Path, model: Any, emulate: bool, **options: Any) -> Trainer:
+    """A Trainer with the stock scaler on text, in accelerate's own FP16 autocast or with its products emulated."""
+    set_seed(0)
+    fp16 = stock_fp16.StockFP16OnCPU(emulate)
+    return Trainer(model, arguments(folder, **options), train_dataset=text(), callbacks=[fp16])
 
 
 class SkipsNaN(TrainerCallback):
@@ -194,6 +204,50 @@ def test_11_a_skip_is_told_until_the_next_step(tmp_path: Path) -> None:
     assert [reader.seen for reader in readers] == [[False, True, True, False], [False, True, False, False]]
 
 
+def test_12_fp16_parameters_end_a_run_in_its_first_step(tmp_path: Path) -> None:
+    """from_pretrained gives a model the dtype of its file: stock stops, and never says how to go on. Ours makes the
+    parameters FP32, says so, and trains."""
+    model = loaded(tmp_path / "model", torch.float16)
+    stock = stock_fp16_run(tmp_path, model, emulate=False)
+    before = parameters_of(stock)
+    with pytest.raises(ValueError, match=r"^Attempting to unscale FP16 gradients\.$"):
+        stock.train()
+    assert stock.state.global_step == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters_of(stock), strict=True))
+    ours = Trainer(
+        loaded(tmp_path / "model", torch.float16), arguments(tmp_path, learning_rate=1e-2),
+        train_dataset=text(), callbacks=[MixedPrecisionCallback()],
+    )  # fmt: skip
+    ours.train()
+    (told,) = events_of(ours, EventKind.PARAMETERS_CONVERTED)
+    assert (told.step, told.before, told.after) == (0, "FP16", "FP32")
+    losses = logged(ours, "loss")
+    assert losses[-1] < losses[0]
+    assert dtypes(ours.model) == {torch.float32}
+
+
+def test_13_bf16_parameters_stand_still_in_an_fp16_run(tmp_path: Path) -> None:
+    """CUDA cannot unscale BF16, and a stock run ends there (see the test marked gpu). The CPU can: stock then says that it
+    has applied six steps, and most weights are what they were. Ours makes them FP32, says so, and they move."""
+    options = {"learning_rate": 1e-5}
+    stock = stock_fp16_run(tmp_path, loaded(tmp_path / "model", torch.bfloat16), emulate=True, **options)
+    ours = Trainer(
+        loaded(tmp_path / "model", torch.bfloat16), arguments(tmp_path, **options),
+        train_dataset=text(), callbacks=[MixedPrecisionCallback()],
+    )  # fmt: skip
+    stood_still = []
+    for trainer in (stock, ours):
+        before = parameters_of(trainer)
+        trainer.train()
+        same = sum(int((a == b).sum()) for a, b in zip(before, parameters_of(trainer), strict=True))
+        stood_still.append(same / sum(p.numel() for p in before))
+    assert stock.accelerator.scaler.get_scale() == 65536.0  # no step was skipped
+    assert stood_still[0] > 0.75
+    assert stood_still[1] < 0.01
+    (told,) = events_of(ours, EventKind.PARAMETERS_CONVERTED)
+    assert (told.step, told.before, told.after) == (0, "BF16", "FP32")
+
+
 def test_17_clipping_twice_is_an_error(tmp_path: Path) -> None:
     """A callback that clips as well ends a stock run. Ours divides once, however often somebody asks."""
 
@@ -257,18 +311,21 @@ def test_21_a_short_run_is_spent_on_finding_the_scale(tmp_path: Path) -> None:
     def large(outputs: Any, labels: Any, **kwargs: Any) -> torch.Tensor:
         return (outputs["logits"] - labels).square().mean() * 2.0**9
 
-    applied = {}
-    for name, config in {
-        "stock": {},
-        "told": {"init_scale": 2.0**6},
-        "adaptive": {"scaling_strategy": "ADAPTIVE"},
-    }.items():
-        callback = MixedPrecisionCallback(config)
-        options = {"fp16": True, "max_steps": 12, "optim": "sgd", "learning_rate": 1e-6}
-        regression_trainer(tmp_path, callback, compute_loss_func=large, **options).train()
-        applied[name] = callback.session.metrics()["applied_steps"]
-    assert applied["told"] == 12
-    assert applied["stock"] <= 4 < applied["adaptive"]
+    applied = []
+    for callback in (
+        stock_fp16.StockFP16OnCPU(emulate=True),
+        MixedPrecisionCallback({"init_scale": 2.0**6}),
+        MixedPrecisionCallback({"scaling_strategy": "ADAPTIVE"}),
+    ):
+        options = {"fp16": True, "max_steps": 12, "optim": "sgd", "learning_rate": 1e-3}
+        witness = Witness()
+        trainer = regression_trainer(tmp_path, callback, witness, compute_loss_func=large, **options)
+        witness.trainer = trainer
+        trainer.train()
+        applied.append(witness.moved.count(True))
+    stock, told, adaptive = applied
+    assert told == 12
+    assert stock <= 4 < adaptive
 
 
 def test_22_an_early_skip_is_taken_for_disaster(tmp_path: Path) -> None:
@@ -298,6 +355,28 @@ def test_23_every_label_is_ignored(tmp_path: Path, fp16: bool) -> None:
     assert "-100" in first.message
     (hopeless,) = events_of(ours, EventKind.HOPELESS)
     assert (hopeless.step, hopeless.cause, ours.state.global_step) == (3, Cause.LOSS, 3)
+
+
+def test_24_fp16_on_a_cpu_is_silently_fp32(tmp_path: Path) -> None:
+    """Stock's fp16=True trains the bits of FP32, without a scaler or a word. Ours is FP16, within a percent of FP32's
+    loss, and what ran is named."""
+
+    def run(*callbacks: Any, fp16: bool) -> Trainer:
+        set_seed(0)
+        trainer = Trainer(
+            tiny_gpt2(), arguments(tmp_path, fp16=fp16), train_dataset=text(), callbacks=list(callbacks)
+        )
+        trainer.train()
+        return trainer
+
+    fp32, stock = run(fp16=False), run(fp16=True)
+    assert (stock.accelerator.mixed_precision, stock.accelerator.scaler) == ("fp16", None)
+    assert all(torch.equal(a, b) for a, b in zip(parameters_of(fp32), parameters_of(stock), strict=True))
+    callback = MixedPrecisionCallback()
+    ours = run(callback, fp16=True)
+    assert logged(ours, "loss") != logged(fp32, "loss")
+    assert logged(ours, "loss") == pytest.approx(logged(fp32, "loss"), rel=1e-2)
+    assert "FP16 emulated on the CPU" in callback.session.what_runs()
 
 
 def test_26_trainer_state_is_no_json(tmp_path: Path) -> None:

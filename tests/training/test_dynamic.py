@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +26,9 @@ from hf_amp import (
     ScalingStrategy,
 )
 from hf_amp.fallback.speed import TIMED_STEPS, WARMUP_STEPS
-from tests.reference import adamw
-from tests.training.loops import real_text, small_gpt2, vectors
+from hf_amp.hardware import probe
+from tests.training.choosing_worker import choices
+from tests.training.loops import vectors
 
 TRIAL = WARMUP_STEPS + TIMED_STEPS + 1
 
@@ -110,15 +117,44 @@ def test_the_fastest_stable_precision_goes_on_and_is_said_to(fastest):
     assert f"{fastest.value} is the fastest stable precision here" in changes[-1].message
 
 
-def test_on_this_machine_the_shorter_time_wins():
-    """Half kernels, not emulation, are timed for real against FP32: what goes on is what the event gives the least for."""
-    model = small_gpt2()
-    optimizer = adamw(model, fused=True)
-    trainer = PerformanceOptimizedMixedPrecisionTrainer()
-    for batch in real_text(3 * TRIAL):
-        trainer.train_step(batch, model, optimizer)
-    assert "real FP16" in trainer.session.events[0].message
-    (verdict,) = [event.message for event in trainer.session.events if "is the fastest" in event.message]
-    times = {name: float(ms) for ms, name in re.findall(r"([\d.]+) ms in (\w+)", verdict)}
-    assert times.keys() >= {"MIXED", "FP32"}
-    assert times[trainer.session.plan.default.value] == min(times.values())
+TRAINERS = ["DynamicMixedPrecisionTrainer", "PerformanceOptimizedMixedPrecisionTrainer"]
+
+
+def times_in(told):
+    """Precision → milliseconds a step, as the verdict among these messages gives them."""
+    (verdict,) = [message for message in told if "is the fastest stable precision here" in message]
+    return {name: float(ms) for ms, name in re.findall(r"([\d.]+) ms in (\w+)", verdict)}
+
+
+def test_on_this_machine_the_shortest_time_wins():
+    """Real kernels are timed, BF16's where this CPU has units: what goes on is what the event gives the least for."""
+    chosen = choices()
+    assert list(chosen) == TRAINERS
+    units = {"BF16"} if probe("cpu").bf16 == "native" else set()
+    for name in TRAINERS:
+        assert "real FP16" in chosen[name]["told"][0]
+        times = times_in(chosen[name]["told"])
+        assert times.keys() == {"MIXED", "FP32"} | units
+        assert times[chosen[name]["precision"]] == min(times.values())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limits are those of x86-64")
+def test_on_a_cpu_without_units_it_is_fp32_and_says_so():
+    """Limited to AVX2, a CPU has no units for half precision: the first event says that, and the verdict, with the
+    times, is FP32. BF16 is not tried."""
+    environment = {
+        **os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.training.choosing_worker"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["hardware"]["fp16"], result["hardware"]["bf16"]) == ("slow", "slow")
+    for name in TRAINERS:
+        told = result["choices"][name]["told"]
+        assert "has no units for them" in told[0]
+        assert result["choices"][name]["precision"] == "FP32"
+        assert told[-1].startswith("FP32 is the fastest stable precision here")
+        assert times_in(told).keys() == {"MIXED", "FP32"}

@@ -125,15 +125,12 @@ def _device(name: str, measure: bool) -> Device:
 
 
 def _cpu(found: Device) -> Hardware:
-    """The CPU with the name that Linux has for it, and with units for what was measured to be worthwhile."""
+    """The CPU with the name that Linux has for it."""
     name, cpuinfo = found.hardware.name, Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    fp16, bf16 = (
-        "native" if (found.speed(half) or 0.0) >= WORTHWHILE else "slow" for half in ("FP16", "BF16")
-    )
-    return replace(found.hardware, name=name, fp16=fp16, bf16=bf16)
+    return replace(found.hardware, name=name)
 
 
 def _memory(device: torch.device) -> int | None:

@@ -61,6 +61,13 @@ def _recommend_for_cpu(device: Device) -> Recommendation:
             "bf16=True, use_cpu=True",
             f"BF16 products were {speed:.1f} times as fast as FP32's, as measured just now.",
         )
+    if speed is None and device.hardware.bf16 == "native":
+        return Recommendation(
+            "FP32",
+            "use_cpu=True",
+            "This CPU has units for BF16; whether BF16 is faster there has not been measured, as `hf-amp doctor` does unless it "
+            "is told not to.",
+        )
     measured = (
         ""
         if speed is None
