@@ -236,7 +236,7 @@ class AmpSession(Journal):
                 outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction
             )
             self._at_floor = False
-            self._follow(self._keeper.note_applied(step_seconds), None, None)
+            self._follow(self._keeper.note_applied(step_seconds, self.scaler.ranks_agree), None, None)
             self.tell(self.hope.record_applied(outcome.zero_gradients, outcome.loss_finite, outcome.scale))
             return
         next_scale = self.scaler.get_scale()

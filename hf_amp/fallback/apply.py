@@ -108,6 +108,12 @@ class PlanRunner:
             self._models.append(weakref.ref(model))
         self.apply(self._plan)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        anywhere = torch.device(self.entry.device_type)
+        return next((p.device for model in self.models() for p in model.parameters()), anywhere)
+
     def models(self) -> list[nn.Module]:
         """The models that are alive, in order of adoption."""
         return [model for _, model in self._prefixed()]

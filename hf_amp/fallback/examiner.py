@@ -97,13 +97,13 @@ class Examiner:
     def _agreed(self, found: Diagnosis) -> Diagnosis:
         """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
         names = [name for name, _ in self._runner.named_modules()]
-        anywhere = torch.device(self._runner.entry.device_type)
-        device = next((p.device for model in self._runner.models() for p in model.parameters()), anywhere)
         local = [
             float(_GRAVITY.index((found.cause, found.is_shown))),
             *(float(name in found.modules) for name in names),
         ]
-        gravest, *blamed = agreement.largest_elements_over_ranks(torch.tensor(local, device=device))
+        gravest, *blamed = agreement.largest_elements_over_ranks(
+            torch.tensor(local, device=self._runner.device)
+        )
         cause, is_shown = _GRAVITY[int(gravest)]
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
         if cause is found.cause and set(modules) == set(found.modules):

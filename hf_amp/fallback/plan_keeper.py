@@ -14,24 +14,14 @@ from hf_amp.fallback.apply import PlanRunner, PrecisionEntry
 from hf_amp.fallback.cause import Diagnosis
 from hf_amp.fallback.controller import Fallback, FallbackState, StepFacts
 from hf_amp.fallback.examiner import Examiner
+from hf_amp.fallback.ladder import ladder_of
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import ForwardRecorder
 from hf_amp.fallback.speed import SpeedTrial
 from hf_amp.fallback.transition import Transition, transition_between
 from hf_amp.hardware import Hardware
 from hf_amp.precision import PrecisionMode
-
-
-def ladder_of(mode: PrecisionMode, hardware: Hardware, emulate: bool) -> tuple[PrecisionMode, ...]:
-    """The precisions that a whole run can fall back to, from `mode` to the widest: BF16 where there are units for it.
-
-    Emulation stands for a GPU whose units are for FP16 alone (V100, T4), whatever this CPU has: a run is the same on
-    every machine.
-    """
-    if mode in (PrecisionMode.MIXED, PrecisionMode.FP16):
-        middle = (PrecisionMode.BF16,) if hardware.bf16 == "native" and not emulate else ()
-        return (mode, *middle, PrecisionMode.FP32)
-    return (mode, PrecisionMode.FP32) if mode is PrecisionMode.BF16 else (mode,)
+from hf_amp.statistics import agreement
 
 
 class PlanKeeper:
@@ -88,19 +78,28 @@ class PlanKeeper:
         self.runner.adopt(model)
         return self.recorder.watch(entry_point, model)
 
-    def note_applied(self, step_seconds: float | None = None) -> Transition | None:
+    def note_applied(self, step_seconds: float | None = None, agree: bool = False) -> Transition | None:
         """One applied step; what it lets the plan go back to, or, in a speed trial, on to.
 
         Args:
             step_seconds: wall-clock time since the step before; None where that is not known.
+            agree: in a speed trial, count the slowest rank's time. One all-reduce and one host read a step of the trial.
         """
         self.examiner.scale_skips = 0
         self._newest = None
         if self._trial is None or self._trial.running is None:
             return self._decide(StepFacts())
+        if agree and agreement.is_needed():
+            step_seconds = self._slowest(step_seconds)
         if step_seconds is not None:
             self._trial.note(step_seconds)
         return self._continue_trial(self._trial)
+
+    def _slowest(self, step_seconds: float | None) -> float | None:
+        """The longest time of any rank; None where one does not know its own."""
+        local = torch.tensor([step_seconds or 0.0, float(step_seconds is None)], device=self.runner.device)
+        longest, is_unknown = agreement.largest_elements_over_ranks(local)
+        return None if is_unknown else longest
 
     def note_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float) -> Transition | None:
         """One skipped step; what is done about it."""

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
+from hf_amp.fallback.ladder import common_to_ranks
 from hf_amp.hardware import probe
 from hf_amp.integrations.adoption import adopt_models, lead_autocast
 from hf_amp.integrations.checkpoint import keep_state_in_checkpoints
@@ -69,7 +70,7 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
         ),
         device,
     )
-    session = AmpSession(config, scaler, mode, probe(device))
+    session = AmpSession(config, scaler, mode, common_to_ranks(probe(device), device))
     session.folds_clipping = config.fold_clipping is True
     if scaler.is_enabled():
         try:

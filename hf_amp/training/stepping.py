@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ConfigError
+from hf_amp.fallback.ladder import common_to_ranks
 from hf_amp.hardware import probe
 from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.half_parameters import settle
@@ -81,11 +82,14 @@ class PlainStepping:
 
     def bind(self, model: nn.Module) -> None:
         device, session = next(model.parameters()).device, self.session
-        if device.type != self.device.type:  # another than this machine's fastest, which was supposed so far
+        distributed = isinstance(model, DistributedDataParallel)
+        hardware = common_to_ranks(probe(device), device) if distributed else probe(device)
+        # So far this machine's fastest device, and no other machine, was supposed.
+        if device.type != self.device.type or (distributed and hardware.bf16 != session.hardware.bf16):
             session.detach()
-            self.session = AmpSession(session.config, session.scaler, self._mode, probe(device))
+            self.session = AmpSession(session.config, session.scaler, self._mode, hardware)
         self.device = device
-        if isinstance(model, DistributedDataParallel):
+        if distributed:
             scaler = self.session.scaler
             scaler.config = dataclasses.replace(scaler.config, sync_grad_scaler=True)
         self.session.adopt(unwrapped(model), entry_point=model)

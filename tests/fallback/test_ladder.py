@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
-from hf_amp.fallback.plan_keeper import ladder_of
+from hf_amp.fallback.ladder import ladder_of
 from hf_amp.hardware import Hardware
 
 MIXED, FP16, BF16, FP32 = (PrecisionMode[name] for name in ("MIXED", "FP16", "BF16", "FP32"))

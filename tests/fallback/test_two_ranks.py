@@ -77,3 +77,12 @@ def test_without_a_fault_nothing_is_told(ranks: list[dict[str, Any]]) -> None:
     first, second = (results["none"]["decided"] for results in ranks)
     assert first == second
     assert first["skips"] == []
+
+
+def test_ranks_choose_one_precision_by_the_slowest_of_them(ranks: list[dict[str, Any]]) -> None:
+    """One rank finds FP16 twice as fast, the other FP32 three times: both time the same steps and choose FP32, also
+    where one of them has no time of a step. Without units for BF16 on one rank no rank falls back to it."""
+    first, second = (results["trial"] for results in ranks)
+    assert first == second
+    assert first["bf16"] == "slow"
+    assert [first["defaults"].count(mode) for mode in ("MIXED", "FP32")] == [12, 18]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import EventKind, MixedPrecisionConfig
+from hf_amp.monitoring.pace import Pace
 from tests.rank_end import leave_together
 
 FAULTS = (
@@ -92,14 +94,50 @@ def run(fault: str, rank: int) -> dict[str, Any]:
     return {"decided": decided, "messages": [e.message for e in skips]}
 
 
+def trial(rank: int) -> dict[str, Any]:
+    """A run that looks for its fastest precision by clocks of which each finds another one faster; where it was when.
+
+    Rank 1 is made a machine without units for BF16.
+    """
+    if rank == 1:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    config = MixedPrecisionConfig(init_scale=1024.0, precision_mode="DYNAMIC")
+    session = hf_amp.attach(accelerator, config)
+    slow, now = ("FP32", "MIXED")[rank], 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += (rank + 2.0) if session.plan.default.value == slow else 1.0
+        return now
+
+    session.pace = Pace("cpu", clock)
+    plain = Network()
+    model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
+    defaults = []
+    for step in range(30):
+        if rank == 0 and step == 5:
+            session.pace.pause()  # one rank was held up, and has no time of this step
+        loss = nn.functional.cross_entropy(
+            model(torch.randn(3, 8), labels=torch.tensor([0, 1, 2]))[0], torch.tensor([0, 1, 2])
+        )
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        defaults.append(session.plan.default.value)
+    session.detach()
+    return {"defaults": defaults, "bf16": session.hardware.bf16}
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    runs = {}
+    runs: dict[str, Any] = {}
     for fault in FAULTS:
         AcceleratorState._reset_state(reset_partial_state=False)
         torch.manual_seed(rank)
         runs[fault] = run(fault, rank)
+    runs["trial"] = trial(rank)
     gathered: list[Any] = [None, None]
     dist.all_gather_object(gathered, runs)
     if rank == 0:
