@@ -124,8 +124,12 @@ class PlanKeeper:
         if running is not None:
             return Transition(before, self.plan, (), f"measuring the step time in {chosen.value}.")
         times = ", ".join(f"{s * 1000:.1f} ms in {mode.value}" for mode, s in trial.step_seconds().items())
+        emulated = " FP16 was emulated: its time says nothing of a GPU." if self.runner.entry.emulate else ""
         return Transition(
-            before, self.plan, (), f"{chosen.value} is the fastest stable precision here: {times} a step."
+            before,
+            self.plan,
+            (),
+            f"{chosen.value} is the fastest stable precision here: {times} a step.{emulated}",
         )
 
     def recover_from(self, error: BaseException) -> Transition | None:

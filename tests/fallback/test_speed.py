@@ -119,3 +119,13 @@ def test_resumed_after_its_trial_a_run_keeps_the_choice() -> None:
     assert second.session.plan.default is first.session.plan.default
     second.steps(3)
     assert not second.session.events
+
+
+def test_the_time_of_emulated_fp16_is_told_as_such() -> None:
+    """A CPU that emulates says of its choice that a GPU's would be another matter; real kernels need no such word."""
+    messages = []
+    for emulate in (True, False):
+        run = Run(emulate=emulate, init_scale=1.0)
+        run.steps(2 * STEPS_EACH + 3)
+        messages.append(run.session.events[-1].message)
+    assert [message.endswith("says nothing of a GPU.") for message in messages] == [True, False]
