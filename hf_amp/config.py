@@ -324,7 +324,9 @@ class MixedPrecisionConfig:
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             if option.name in names and value != option.default:
-                raise ConfigError(f"MixedPrecisionConfig({option.name}={value!r}): {why}; leave {option.name} out.")
+                raise ConfigError(
+                    f"MixedPrecisionConfig({option.name}={value!r}): {why}; leave {option.name} out."
+                )
 
     def without_loop_options(self) -> MixedPrecisionConfig:
         """The same, with the options that only the loops of `hf_amp.training` follow at their defaults."""

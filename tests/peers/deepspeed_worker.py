@@ -10,11 +10,13 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 
 import hf_amp
+from tests.peers.gloo_alone import compile_nothing
 from tests.rank_end import leave_together
 from tests.reference import tiny_mlp
 
 
 def main() -> None:
+    compile_nothing()
     # Without a backend accelerate takes two CPU processes under DeepSpeed for two runs of one.
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])

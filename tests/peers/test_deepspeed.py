@@ -21,13 +21,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from torch import nn
-from torch.utils.data import DataLoader
 
 import hf_amp
-from hf_amp import AttachError, ConfigError, MixedPrecisionConfig, MixedPrecisionCallback
+from hf_amp import AttachError, ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
 from hf_amp.integrations.deepspeed import loss_scale
 from tests.host_reads import count_host_reads
 from tests.integrations.launching import CONFIGS, ROOT
+from tests.peers.gloo_alone import compile_nothing
 from tests.reference import tiny_mlp
 
 deepspeed = pytest.importorskip("deepspeed", reason="needs deepspeed, which the extra hf_amp[peers] brings")
@@ -43,6 +43,7 @@ CLEAN, OVERFLOW, NAN = 1.0, 1e10, math.nan
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
     """What a launcher sets, for a group of this process alone, and as it was afterwards."""
+    compile_nothing()
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
@@ -50,7 +51,10 @@ def one_process() -> Iterator[None]:
         for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
             environment.setenv(name, str(value))
         environment.setenv("MASTER_ADDR", "127.0.0.1")
-        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"):  # which accelerate sets by itself
+        for name in (
+            "ACCELERATE_USE_DEEPSPEED",
+            "ACCELERATE_MIXED_PRECISION",
+        ):  # which accelerate sets by itself
             environment.setenv(name, "false" if name.endswith("DEEPSPEED") else "no")
         yield
         if torch.distributed.is_initialized():
@@ -68,9 +72,7 @@ def accelerator_with(precision: str = "fp16", stage: int = 1, window: int = 1, *
         options[precision] = {"enabled": True, **(FP16 if precision == "fp16" else {}), **section}
     AcceleratorState._reset_state(reset_partial_state=True)  # a second plugin in one process is refused
     plugin = DeepSpeedPlugin(hf_ds_config=options)
-    return Accelerator(
-        deepspeed_plugin=plugin, mixed_precision=precision, gradient_accumulation_steps=window
-    )
+    return Accelerator(deepspeed_plugin=plugin, mixed_precision=precision, gradient_accumulation_steps=window)
 
 
 def prepared(accelerator: Accelerator) -> tuple[Any, Any]:
@@ -130,6 +132,8 @@ def test_training_is_to_the_last_bit_what_it_is_without(precision: str, stage: i
             (skip,) = [event for event in session.events if event.kind == "step_skipped"]
             assert (skip.step, skip.cause, skip.before) == (2, "UNKNOWN", scales[0])
             assert session.metrics()["applied_steps"] == 3
+            stats = session.monitor.get_precision_stats()
+            assert stats["usage_by_format"] == {{"no": "FP32"}.get(precision, precision.upper()): 1.0}
     assert runs[0] == runs[1]
 
 
@@ -206,7 +210,9 @@ def test_an_option_that_would_act_is_refused(option: str, value: Any) -> None:
     """The error names the option and says who acts; nothing is changed by the attempt."""
     accelerator = accelerator_with("bf16")
     before = dict(vars(accelerator))
-    with pytest.raises(ConfigError, match=f"{option}=.*DeepSpeed scales losses and skips.*leave {option} out"):
+    with pytest.raises(
+        ConfigError, match=f"{option}=.*DeepSpeed scales losses and skips.*leave {option} out"
+    ):
         hf_amp.attach(accelerator, MixedPrecisionConfig(**{option: value}))
     assert vars(accelerator) == before
 
@@ -298,7 +304,9 @@ def test_a_trainer_logs_what_deepspeed_did(tmp_path: Path) -> None:
     assert [entry["amp/scale"] for entry in logged] == [256.0, 128.0, 128.0, 128.0]
     assert ["grad_norm" in entry for entry in logged] == [True, False, True, True]
     told = [json.loads(line) for line in (tmp_path / "amp_events.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["cause"]) for line in told if line["event"] == "step_skipped"] == [(2, "UNKNOWN")]
+    assert [(line["step"], line["cause"]) for line in told if line["event"] == "step_skipped"] == [
+        (2, "UNKNOWN")
+    ]
     assert callback.session.metrics()["applied_steps"] == 3
 
 

@@ -47,7 +47,9 @@ def train(accelerator: Accelerator, model: Any, optimizer: Any, faults: dict[int
     """Five steps, with "input" or "gradient" not finite in those of `faults`; which of them were skipped."""
     skipped = []
     for step in range(1, 6):
-        loss = model(torch.linspace(-1, 1, 256).reshape(16, 16) * (math.nan if faults.get(step) == "input" else 1))
+        loss = model(
+            torch.linspace(-1, 1, 256).reshape(16, 16) * (math.nan if faults.get(step) == "input" else 1)
+        )
         loss = loss.square().mean()
         accelerator.backward(OverflowInBackward.apply(loss) if faults.get(step) == "gradient" else loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -72,12 +74,17 @@ def test_bad_steps_are_skipped_and_told(attach_first: bool) -> None:
     session = hf_amp.attach(accelerator) if attach_first else None
     model, optimizer = prepared(accelerator)
     session = session or hf_amp.attach(accelerator)
-    assert train(accelerator, model, optimizer, {2: "input", 4: "gradient"}) == [False, True, False, True, False]
+    assert train(accelerator, model, optimizer, {2: "input", 4: "gradient"}) == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     skips = [event for event in session.events if event.kind == "step_skipped"]
     assert [(e.step, e.cause, e.before, e.after) for e in skips] == [(2, "INPUT", 1, 1), (4, "UNKNOWN", 1, 1)]
     assert "the first gradient that is not finite is that of last" in skips[1].message.lower()
     assert all(p.isfinite().all() for p in model.parameters())
-    assert session.plan.modules == {}
     metrics = session.metrics()
     assert (metrics["scale"], metrics["applied_steps"], metrics["skipped_steps"]) == (1, 3, 2)
     assert "fp16_seconds" not in metrics
@@ -103,6 +110,17 @@ def test_no_forward_pass_is_repeated() -> None:
     model, optimizer = prepared(accelerator)
     train(accelerator, model, optimizer, {1: "gradient", 2: "input", 3: "gradient"})
     assert model.forwards == 5
+
+
+def test_nothing_falls_back() -> None:
+    """Not even where every step is skipped without a cause, which takes a BF16 run to FP32."""
+    accelerator = fp8_accelerator()
+    session = hf_amp.attach(accelerator)
+    model, optimizer = prepared(accelerator)
+    train(accelerator, model, optimizer, dict.fromkeys(range(1, 6), "gradient"))
+    assert session.metrics()["skipped_steps"] == 5
+    assert session.metrics()["transitions"] == 0
+    assert session.plan.default is session.asked_for
 
 
 def test_attach_says_who_runs_what() -> None:
@@ -151,7 +169,9 @@ def test_detach_restores_what_was_there() -> None:
     assert [build(owner) for owner in owners] == before
 
 
-def test_a_trainer_that_accelerate_runs_in_fp8_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_that_accelerate_runs_in_fp8_is_guarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TrainingArguments has no word for FP8, the environment of accelerate has: the batch with NaN costs one step."""
     from transformers import Trainer, TrainingArguments
 
