@@ -120,7 +120,8 @@ def test_skips_and_scales_are_told_as_deepspeed_made_them(stage: int) -> None:
     ("precision", "stage"), [pytest.param("fp16", 2, marks=needs_fp16), ("bf16", 1), ("no", 2)]
 )
 def test_training_is_to_the_last_bit_what_it_is_without(precision: str, stage: int) -> None:
-    """Parameters and scales of a run with skips, observed and not; without a scale a skip is told at 1."""
+    """Parameters and scales of a run with NaN in it, observed and not; a skip is told where DeepSpeed makes one, which
+    without a loss scale depends on its version."""
     runs = []
     for observed in (True, False):
         accelerator = accelerator_with(precision, stage)
@@ -129,12 +130,12 @@ def test_training_is_to_the_last_bit_what_it_is_without(precision: str, stage: i
         scales = train(accelerator, model, optimizer, [CLEAN, NAN, CLEAN, CLEAN])
         runs.append((scales, [p.tolist() for p in model.parameters()]))
         if session is not None:
-            (skip,) = [event for event in session.events if event.kind == "step_skipped"]
-            assert (skip.step, skip.cause, skip.before) == (2, "UNKNOWN", scales[0])
-            assert session.metrics()["applied_steps"] == 3
+            skips = [(e.step, e.cause, e.before) for e in session.events if e.kind == "step_skipped"]
+            assert skips == [(2, "UNKNOWN", scales[0])] * model.skipped_steps
+            assert session.metrics()["applied_steps"] == 4 - model.skipped_steps
             stats = session.monitor.get_precision_stats()
             assert stats["usage_by_format"] == {{"no": "FP32"}.get(precision, precision.upper()): 1.0}
-    assert runs[0] == runs[1]
+    assert str(runs[0]) == str(runs[1])  # NaN is not equal to itself
 
 
 def test_without_deepspeeds_check_a_lost_loss_is_told_and_nothing_is_guarded() -> None:
