@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,20 +316,17 @@ class MixedPrecisionConfig:
         except ConfigError as error:
             raise type(error)(f"{path}: {error}") from error
 
-    def refuse_loop_options(self, instead: str) -> None:
-        """For integrations whose loop is not ours.
-
-        Args:
-            instead: what to do.
+    def refuse(self, names: Collection[str], why: str) -> None:
+        """For integrations that cannot follow every option.
 
         Raises:
-            ConfigError: an option that only the loops of `hf_amp.training` follow is not at its default.
+            ConfigError: one of the options `names` is not at its default.
         """
         for option in dataclasses.fields(self):
-            if option.name in LOOP_OPTIONS and getattr(self, option.name) != option.default:
+            value = getattr(self, option.name)
+            if option.name in names and value != option.default:
                 raise ConfigError(
-                    f"MixedPrecisionConfig({option.name}={getattr(self, option.name)!r}): only the trainers and the manager "
-                    f"of hf_amp follow {option.name}; {instead}"
+                    f"MixedPrecisionConfig({option.name}={value!r}): {why}; leave {option.name} out."
                 )
 
     def without_loop_options(self) -> MixedPrecisionConfig:

@@ -47,6 +47,7 @@ class AmpSession(Journal):
         hope: whether anything can be learned yet.
         changes: what was changed on the instances attached to; undone by `detach`.
         pace: how fast the run goes.
+        described_as: one phrase for what runs, where it is not the plan alone; None where it is.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class AmpSession(Journal):
         self.hardware = hardware
         self.first_step = 1
         self.folds_clipping = False
+        self.described_as: str | None = None
         self.changes = ReversibleChanges()
         self.asked_for = mode
         self._keeper = PlanKeeper(config, mode, hardware, step=lambda: scaler.decided_steps + 1)
@@ -71,6 +73,7 @@ class AmpSession(Journal):
         self.pace = Pace(hardware.device)
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._at_floor = False
+        self._tell_monitor_of_formats()
         scaler.observers.append(self._record_step)
         scaler.not_sampled = lambda: self._keeper.runner.wide_parameters
         scaler.companions.update(monitor=self.monitor, hope=self.hope, fallback=self._keeper, pace=self.pace)
@@ -95,6 +98,8 @@ class AmpSession(Journal):
 
     def what_runs(self) -> str:
         """One phrase: the precision of the run, and what that means on this device."""
+        if self.described_as is not None:
+            return self.described_as
         if self.plan.default in (PrecisionMode.MIXED, PrecisionMode.FP16):
             return self.hardware.describe_fp16(self.config.emulate)
         return f"{self.plan.default.value} on {self.hardware.name}"
@@ -114,6 +119,10 @@ class AmpSession(Journal):
             self._keeper.adopt(model, entry_point if entry_point is not None else model)
         )
         self._tell_monitor_of_formats()
+
+    def repeat_no_forward(self) -> None:
+        """Looks for causes in weights and batches only: a forward pass would run, and move, another library's scales."""
+        self._keeper.examiner.repeats_forwards = False
 
     @property
     def current_precision(self) -> CurrentPrecision:

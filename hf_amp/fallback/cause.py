@@ -141,7 +141,7 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ForwardFindings]
     if loss_finite:
         return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
     if failed is not None or not findings:
-        why = f"failed ({failed})" if failed else "is not possible: no forward pass was seen"
+        why = f"failed ({failed})" if failed else "is not possible: no forward pass is there to repeat"
         return Diagnosis(
             Cause.UNKNOWN,
             f"a closer look {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "

@@ -55,6 +55,7 @@ class Examiner:
 
     Attributes:
         scale_skips: skips in a row that were put down to the scale.
+        repeats_forwards: whether a forward pass may be run again to see what it does.
     """
 
     def __init__(self, runner: PlanRunner, recorder: ForwardRecorder, hysteresis: int) -> None:
@@ -62,6 +63,7 @@ class Examiner:
         self._recorder = recorder
         self._patience = SCALE_SKIPS_BEFORE_A_LOOK + hysteresis
         self.scale_skips = 0
+        self.repeats_forwards = True
 
     def examine(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped.
@@ -91,6 +93,7 @@ class Examiner:
             return poison
         if skip.loss_finite and not self._looks_closer():
             return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
+        forwards = forwards if self.repeats_forwards else []
         found = diagnose(skip.loss_finite, forwards, self._runner.current, self._runner.name_of)
         return (self._without_scale(forwards) or found) if found.cause is Cause.SCALE else found
 

@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from hf_amp.config import MixedPrecisionConfig
+from hf_amp.config import LOOP_OPTIONS, MixedPrecisionConfig
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
 from hf_amp.fallback.ladder import common_to_ranks
 from hf_amp.hardware import probe
+from hf_amp.integrations import deepspeed, float8
 from hf_amp.integrations.adoption import adopt_models, lead_autocast
 from hf_amp.integrations.checkpoint import keep_state_in_checkpoints
 from hf_amp.integrations.communication import reduce_gradients_in_half, refuse_uneven_inputs
@@ -27,12 +28,18 @@ from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
 _SESSION = "_hf_amp_session"
-_MODES = {"fp16": PrecisionMode.MIXED, "bf16": PrecisionMode.BF16, "no": PrecisionMode.FP32}
+_MODES = {
+    "fp16": PrecisionMode.MIXED,
+    "bf16": PrecisionMode.BF16,
+    "fp8": PrecisionMode.BF16,  # what modules run in that are not converted to FP8
+    "no": PrecisionMode.FP32,
+}
 _SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
     DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
 )
 
 
@@ -40,26 +47,53 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     """Puts hf_amp to work on `accelerator` and on everything it has prepared or will prepare.
 
     Args:
-        accelerator: with `mixed_precision` "fp16", "bf16" or "no", which is followed; one process, or several with
+        accelerator: with `mixed_precision` "fp16", "bf16", "fp8" or "no", which is followed; one process, or several with
             DistributedDataParallel or FSDP. Under FSDP modules do not fall back, and causes are looked for in weights
-            only: a forward pass of a shard cannot be repeated by one rank.
+            only: a forward pass of a shard cannot be repeated by one rank. FP8, which another library runs, is guarded as
+            BF16 is, without fallback. DeepSpeed, which scales and skips by itself, is only observed.
         config: options; None for the defaults.
 
     Returns:
         The session. `session.detach()`, or leaving it as a context manager, gives everything its former state.
 
     Raises:
-        ConfigError: `config.precision_mode` contradicts the accelerator.
+        ConfigError: `config.precision_mode` contradicts the accelerator, or an option cannot be followed there.
         AttachError: the accelerator runs something that hf_amp does not support, or has a session already; or a prepared
             model has half-precision parameters that `config.half_parameters` does not allow.
     """
     config = config if config is not None else MixedPrecisionConfig()
     _check_supported(accelerator)
-    config.refuse_loop_options("set what Trainer or Accelerator has for it.")
-    sharded = accelerator.distributed_type is DistributedType.FSDP
-    if sharded:
+    config.refuse(
+        LOOP_OPTIONS,
+        "only the trainers and the manager of hf_amp follow it; set what Trainer or Accelerator has for it",
+    )
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        session, limits = deepspeed.observe(accelerator, config), deepspeed.LIMITS
+        if config.enabled:
+            session.changes.set_attribute(accelerator, _SESSION, session)
+    else:
+        session, limits = _decide_steps(accelerator, config)
+    what = session.what_runs() + limits if config.enabled else "disabled by the config"
+    session.note(
+        EventKind.ATTACHED,
+        f"hf_amp is attached: {what}.",
+        device=str(accelerator.device),
+        precision=session.asked_for.value,
+        strategy=config.scaling_strategy.value,
+    )
+    return session
+
+
+def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tuple[AmpSession, str]:
+    """A session that decides which optimizer steps are applied, and what else it leaves alone, for people."""
+    limits = ""
+    if accelerator.distributed_type is DistributedType.FSDP:
         # Forward passes of a shard wait for those of the other ranks: none is repeated to find a cause, or changed.
         config = dataclasses.replace(config, automatic_fallback=False)
+        limits = "; under FSDP it scales and skips, and modules do not fall back"
+    float8_runner = float8.runner_on(accelerator)
+    if float8_runner is not None:
+        config, limits = float8.guarding_only(config, float8_runner), float8.limits(float8_runner)
     mode = _mode_of(accelerator, config)
     device = accelerator.device
     scaler = AdvancedGradScaler(
@@ -72,21 +106,16 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     )
     session = AmpSession(config, scaler, mode, common_to_ranks(probe(device), device))
     session.folds_clipping = config.fold_clipping is True
+    if float8_runner is not None:
+        session.described_as = float8.describe(float8_runner, session.hardware)
+        session.repeat_no_forward()
     if scaler.is_enabled():
         try:
             _take_over(accelerator, session)
         except Exception:
             session.changes.undo()  # an attach that fails has changed nothing
             raise
-    session.note(
-        EventKind.ATTACHED,
-        f"hf_amp is attached: {session.what_runs() if config.enabled else 'disabled by the config'}"
-        + ("; under FSDP it scales and skips, and modules do not fall back." if sharded else "."),
-        device=str(device),
-        precision=mode.value,
-        strategy=config.scaling_strategy.value,
-    )
-    return session
+    return session, limits
 
 
 def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
@@ -131,9 +160,9 @@ def _check_supported(accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type not in _SUPPORTED:
         raise AttachError(
-            f"hf_amp does not support {accelerator.distributed_type.value}: DeepSpeed and Megatron-LM scale losses and skip "
-            "steps by themselves, and two scalers on one loss are wrong. Use one process, or several with "
-            "DistributedDataParallel (MULTI_GPU, MULTI_CPU) or FSDP, or leave attach out."
+            f"hf_amp does not support {accelerator.distributed_type.value}: Megatron-LM, for one, scales losses and skips "
+            "steps by itself, and two scalers on one loss are wrong. Use one process, or several with "
+            "DistributedDataParallel (MULTI_GPU, MULTI_CPU), FSDP or DeepSpeed, or leave attach out."
         )
 
 
@@ -149,7 +178,7 @@ def _end_released_session(accelerator: Accelerator) -> bool:
 def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> PrecisionMode:
     if accelerator.mixed_precision not in _MODES:
         raise AttachError(
-            f"hf_amp does not support mixed_precision={accelerator.mixed_precision!r} yet: use 'fp16', 'bf16' or 'no'."
+            f"hf_amp does not support mixed_precision={accelerator.mixed_precision!r} yet: use 'fp16', 'bf16', 'fp8' or 'no'."
         )
     mode = _MODES[accelerator.mixed_precision]
     if mode is PrecisionMode.MIXED and config.precision_mode is PrecisionMode.FP16:

@@ -202,11 +202,10 @@ def test_attach_again_after_free_memory_begins_anew() -> None:
     assert "save_state" not in vars(accelerator)
 
 
-@pytest.mark.parametrize("owner", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_whoever_scales_by_itself_is_refused(owner: DistributedType) -> None:
-    """DeepSpeed and Megatron-LM: a clear error instead of two scalers on one loss, and nothing is changed."""
+def test_megatron_is_refused() -> None:
+    """It scales by itself: a clear error instead of two scalers on one loss, and nothing is changed."""
     accelerator = Accelerator(cpu=True)
-    accelerator.state.distributed_type = owner
+    accelerator.state.distributed_type = DistributedType.MEGATRON_LM
     before = dict(vars(accelerator))
     with pytest.raises(AttachError, match="two scalers on one loss"):
         hf_amp.attach(accelerator)

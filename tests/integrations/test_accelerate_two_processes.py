@@ -74,15 +74,19 @@ def test_without_the_all_reduce_ranks_part(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "precision", "tolerance"), [("fp32", "no", 1e-5), ("none", "fp16", 1e-4)], ids=["fp32", "fp16"]
+    ("run", "precision", "micro_batches", "tolerance"),
+    [("fp32", "no", 1, 1e-5), ("none", "fp16", 1, 1e-4), ("none", "fp16", 2, 1e-6)],
+    ids=["fp32", "fp16", "fp16 in halves"],
 )
 @pytest.mark.usefixtures("fresh_accelerator_state")
 def test_two_processes_train_as_one_with_twice_the_batch(
-    ranks: Ranks, run: str, precision: str, tolerance: float
+    ranks: Ranks, run: str, precision: str, micro_batches: int, tolerance: float
 ) -> None:
     """The mean of both ranks' losses is the loss of one process on the whole batch: to 1e-5 in FP32, to 1e-4 in FP16,
-    where each rank rounds its half of a gradient to 11 bits before the halves are added."""
-    alone = train("none", precision, scaling_strategy="ADAPTIVE" if precision == "fp16" else "DYNAMIC")
+    where each rank rounds its half of a gradient to 11 bits before the halves are added. Where the one process takes
+    the halves one after the other, and so rounds like them, to 1e-6."""
+    strategy = "ADAPTIVE" if precision == "fp16" else "DYNAMIC"
+    alone = train("none", precision, micro_batches=micro_batches, scaling_strategy=strategy)
     for step, record in enumerate(alone):
         both = (ranks[0][run][step]["loss"] + ranks[1][run][step]["loss"]) / 2
         assert both == pytest.approx(record["loss"], abs=tolerance)

@@ -53,11 +53,11 @@ def batch(step: int, rank: int, ranks: int) -> Tensor:
 
 
 def begin(
-    config: MixedPrecisionConfig, precision: str = "fp16", width: int = 8
+    config: MixedPrecisionConfig, precision: str = "fp16", width: int = 8, micro_batches: int = 1
 ) -> tuple[Accelerator, AmpSession, nn.Module, Any]:
     """A new Accelerator with a session, a model and an optimizer."""
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision, cpu=True)
+    accelerator = Accelerator(mixed_precision=precision, cpu=True, gradient_accumulation_steps=micro_batches)
     session = hf_amp.attach(accelerator, config)
     model = Perceptron(width)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
@@ -86,21 +86,27 @@ def faulty_loss(fault: str, step: int, rank: int, loss: Tensor) -> Tensor:
     return loss
 
 
-def train(fault: str, precision: str = "fp16", agree: bool = True, **options: Any) -> list[dict[str, Any]]:
-    """A record after each step: whatever must be equal on both ranks, and the rank's own loss."""
+def train(
+    fault: str, precision: str = "fp16", agree: bool = True, micro_batches: int = 1, **options: Any
+) -> list[dict[str, Any]]:
+    """A record after each step: whatever must be equal on both ranks, and the rank's own loss, the mean of its micro-batches."""
     config = MixedPrecisionConfig(**{"init_scale": 1024.0, **options})
-    accelerator, session, model, optimizer = begin(config, precision)
+    accelerator, session, model, optimizer = begin(config, precision, micro_batches=micro_batches)
     if not agree:
         session.scaler.config = dataclasses.replace(session.scaler.config, sync_grad_scaler=False)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     accelerator.unwrap_model(model).looks_fail = fault == "look fails" and rank == 1
     records = []
     for step in range(STEPS):
-        x = faulty(fault, step, rank, batch(step, rank, ranks))
-        loss = (model(x) - 1.0).square().mean()
-        accelerator.backward(faulty_loss(fault, step, rank, loss))
-        optimizer.step()
-        optimizer.zero_grad()
+        seen = []
+        for part in range(rank * micro_batches, (rank + 1) * micro_batches):
+            with accelerator.accumulate(model):
+                x = faulty(fault, step, rank, batch(step, part, ranks * micro_batches))
+                loss = (model(x) - 1.0).square().mean()
+                accelerator.backward(faulty_loss(fault, step, rank, loss))
+                optimizer.step()
+                optimizer.zero_grad()
+            seen.append(loss.item())
         records.append(
             {
                 "scale": session.scaler.get_scale(),
@@ -109,7 +115,7 @@ def train(fault: str, precision: str = "fp16", agree: bool = True, **options: An
                 "skipped": accelerator.optimizer_step_was_skipped,
                 "causes": [event.cause for event in session.events if event.cause],
                 "parameters": [p.tolist() for p in model.parameters()],
-                "loss": loss.item(),
+                "loss": sum(seen) / len(seen),
             }
         )
     session.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import warnings
@@ -33,11 +34,23 @@ def fsdp2_model() -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def fsdp1_model() -> nn.Module:
-    """One flat parameter, of which each rank holds a half: its gradient is a plain tensor of this rank."""
+def fsdp1_model(use_orig_params: bool = False) -> nn.Module:
+    """One flat parameter, of which each rank holds a half: its gradient is a plain tensor of this rank.
+
+    With `use_orig_params` parameters and gradients are views of the part that this rank holds, some of them empty.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that FSDP1 is old, and that a CPU has no device number
-        return FullyShardedDataParallel(layers(seed=0), device_id=torch.device("cpu"))
+        return FullyShardedDataParallel(
+            layers(seed=0), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+        )
+
+
+SHARDED = {
+    "FSDP2": fsdp2_model,
+    "FSDP1": fsdp1_model,
+    "FSDP1 original parameters": functools.partial(fsdp1_model, use_orig_params=True),
+}
 
 
 def rank_local_model() -> nn.Module:
@@ -65,7 +78,8 @@ def run(make_model: Callable[[], nn.Module], fused: bool, unscale: bool, **optio
             loss = loss * torch.nan
         scaler.scale(loss).backward()
         if step == 1 and rank == 0:
-            next(local(p.grad) for p in model.parameters() if p.grad is not None).view(-1)[0] = torch.inf
+            held = (local(p.grad) for p in model.parameters() if p.grad is not None)
+            next(gradient for gradient in held if gradient.numel()).view(-1)[0] = torch.inf
         if unscale:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -84,10 +98,10 @@ def main() -> None:
     dist.init_process_group("gloo")
     results = {}
     for (kind, make_model), fused, unscale in itertools.product(
-        {"FSDP2": fsdp2_model, "FSDP1": fsdp1_model}.items(), (False, True), (False, True)
+        SHARDED.items(), (False, True), (False, True)
     ):
         results[f"{kind} {fused} {unscale}"] = run(
-            make_model, fused, unscale, scaling_strategy="ADAPTIVE", sync_grad_scaler=kind == "FSDP1"
+            make_model, fused, unscale, scaling_strategy="ADAPTIVE", sync_grad_scaler=kind != "FSDP2"
         )
     for strategy in ("ADAPTIVE", "DYNAMIC"):
         for switch in ("sync_grad_scaler", "distributed_amp"):

@@ -29,7 +29,7 @@ def ranks() -> list[dict[str, Any]]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
 
-@pytest.mark.parametrize("kind", ["FSDP2", "FSDP1"])
+@pytest.mark.parametrize("kind", ["FSDP2", "FSDP1", "FSDP1 original parameters"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("unscale", [False, True], ids=["step only", "unscale first"])
 def test_inf_in_one_shard_skips_on_all_ranks(

@@ -1,0 +1,129 @@
+"""`attach` under DeepSpeed, which scales losses and skips steps by itself: hf_amp tells what it does, and does nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from hf_amp.config import MixedPrecisionConfig
+from hf_amp.errors import AttachError
+from hf_amp.events import AmpEvent, Cause, EventKind
+from hf_amp.hardware import probe
+from hf_amp.integrations.checkpoint import GUARD_NAME
+from hf_amp.integrations.progress import go_on_from, progress_of
+from hf_amp.integrations.trackers import merge_metrics_into_logs
+from hf_amp.precision import PrecisionMode
+from hf_amp.scaling.observed import ObservedScaler
+from hf_amp.session import AmpSession
+
+_MODES = {
+    "fp16": PrecisionMode.FP16,  # half-precision parameters, of which DeepSpeed keeps FP32 masters
+    "bf16": PrecisionMode.BF16,
+    "fp8": PrecisionMode.BF16,
+    "no": PrecisionMode.FP32,
+}
+_OBSERVING = {
+    "enabled", "automatic_fallback", "enable_monitoring", "monitoring_interval", "patience", "stop_when_hopeless",
+}  # fmt: skip
+"""Options that do not act on a step."""
+LIMITS = ", which scales losses and skips steps by itself: hf_amp only observes it"
+"""To go on with after what runs."""
+
+
+def observe(accelerator: Accelerator, config: MixedPrecisionConfig) -> AmpSession:
+    """A session that tells of DeepSpeed's loss scale and skipped steps. What it changes on `accelerator` only watches.
+
+    Raises:
+        ConfigError: an option would act.
+        AttachError: DeepSpeed runs torch.autocast with a scaler that nobody can look at.
+    """
+    acting = {option.name for option in dataclasses.fields(config)} - _OBSERVING
+    config.refuse(acting, "DeepSpeed scales losses and skips steps by itself, and hf_amp only observes it")
+    if accelerator.deepspeed_plugin.deepspeed_config.get("torch_autocast", {}).get("enabled"):
+        raise AttachError(
+            "hf_amp cannot observe DeepSpeed with torch_autocast, whose scaler tells nobody what it skips: use the fp16 "
+            "or bf16 section of the DeepSpeed config, or leave attach out."
+        )
+    mode, device = _MODES[accelerator.mixed_precision], accelerator.device
+    config = dataclasses.replace(
+        config,
+        automatic_fallback=False,
+        emulate=False,
+        sync_grad_scaler=accelerator.num_processes > 1,
+    )
+    scaler = ObservedScaler(dataclasses.replace(config, precision_mode=mode), device)
+    session = AmpSession(config, scaler, mode, probe(device))
+    session.described_as = f"{session.what_runs()} under DeepSpeed"
+    if config.enabled:
+        _watch_steps(accelerator, session, scaler)
+        _keep_progress_in_checkpoints(accelerator, session)
+        merge_metrics_into_logs(accelerator, session)
+    return session
+
+
+def _watch_steps(accelerator: Accelerator, session: AmpSession, scaler: ObservedScaler) -> None:
+    """Looks at the engine before and after `accelerator.backward`, in which it steps, for numbers that it has on the host."""
+    backward = accelerator.backward
+    floor = accelerator.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("min_loss_scale", 1)
+
+    @functools.wraps(backward)
+    def run_and_watch(loss: torch.Tensor, **kwargs: Any) -> None:
+        engine: Any = accelerator.deepspeed_engine_wrapped.engine
+        scaler.note_loss(loss)
+        steps, scale = engine.global_steps, loss_scale(engine)
+        backward(loss, **kwargs)
+        if engine.global_steps == steps:
+            return  # within an accumulation window
+        applied, next_scale = engine.was_step_applied(), loss_scale(engine)
+        norm = engine.get_global_grad_norm() if session.config.enable_monitoring else None
+        scaler.note_step(engine.optimizer, applied, scale, next_scale, norm)
+        if next_scale < scale and next_scale <= floor:
+            session.record(_floor_reached(session.newest_step, scale, next_scale))
+
+    session.changes.set_attribute(accelerator, "backward", run_and_watch)
+
+
+def loss_scale(engine: Any) -> float:
+    """The loss scale that `engine`'s next backward will use; 1 where its optimizer has none. No host read.
+
+    `engine.loss_scale()` is the configured one, 0 for a dynamic scale.
+    """
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+def _floor_reached(step: int, before: float, after: float) -> AmpEvent:
+    return AmpEvent(
+        step,
+        EventKind.SCALE_AT_FLOOR,
+        Cause.UNKNOWN,
+        before,
+        after,
+        message=f"DeepSpeed's loss scale has come down to its floor, min_loss_scale={after:g}: one more overflow and ZeRO ends "
+        "the run. A scale is no cure for what overflows there: train in BF16 (the bf16 section of the DeepSpeed config), "
+        "and let `hf-amp preflight` name the modules that leave FP16.",
+    )
+
+
+def _keep_progress_in_checkpoints(accelerator: Accelerator, session: AmpSession) -> None:
+    """Counters and figures go with `save_state` and `load_state`, in a file of their own beside DeepSpeed's."""
+
+    def save(models: Any, weights: Any, folder: str) -> None:
+        progress = progress_of(session)
+        if accelerator.is_main_process:
+            torch.save(progress, Path(folder) / GUARD_NAME)
+
+    def load(models: Any, folder: str) -> None:
+        file = Path(folder) / GUARD_NAME
+        if file.is_file():
+            go_on_from(torch.load(file, map_location="cpu", weights_only=True), session)
+            session.begin_at(session.scaler.decided_steps)
+        told = "counters go on from" if file.is_file() else "no counters are in"
+        session.note(EventKind.STATE_LOADED, f"{told} {folder}; the loss scale is DeepSpeed's own to load.")
+
+    session.changes.call_on_undo(accelerator.register_save_state_pre_hook(save).remove)
+    session.changes.call_on_undo(accelerator.register_load_state_pre_hook(load).remove)

@@ -1,0 +1,192 @@
+"""FP8 through accelerate and torchao, which emulates it on a CPU: hf_amp observes and guards, modules do not fall back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AORecipeKwargs
+from torch import Tensor, nn
+
+import hf_amp
+from hf_amp import ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
+from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot
+
+float8 = pytest.importorskip("torchao.float8", reason="needs torchao, which the extra hf_amp[peers] brings")
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
+SAYS = "FP8 is run by torchao: hf_amp observes and guards, modules do not fall back"
+
+
+class Model(nn.Module):
+    """Three layers, of which accelerate converts all but the first and the last to FP8. Counts its forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 16)
+        self.forwards = 0
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        self.forwards += 1
+        output = self.last(self.middle(self.first(x).relu()).relu())
+        return output if labels is None else {"loss": (output.float() - labels).square().mean()}
+
+
+def fp8_accelerator() -> Accelerator:
+    """An Accelerator in FP8 on the CPU."""
+    recipe = AORecipeKwargs(config=float8.Float8LinearConfig(emulate=True))
+    return Accelerator(mixed_precision="fp8", kwargs_handlers=[recipe], cpu=True)
+
+
+def train(accelerator: Accelerator, model: Any, optimizer: Any, faults: dict[int, str]) -> list[bool]:
+    """Five steps, with "input" or "gradient" not finite in those of `faults`; which of them were skipped."""
+    skipped = []
+    for step in range(1, 6):
+        loss = model(
+            torch.linspace(-1, 1, 256).reshape(16, 16) * (math.nan if faults.get(step) == "input" else 1)
+        )
+        loss = loss.square().mean()
+        accelerator.backward(OverflowInBackward.apply(loss) if faults.get(step) == "gradient" else loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        skipped.append(accelerator.optimizer_step_was_skipped)
+    return skipped
+
+
+def prepared(accelerator: Accelerator) -> tuple[Any, Any]:
+    """The model, converted, and its AdamW."""
+    model = Model()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True))
+    assert isinstance(model.middle, float8.float8_linear.Float8Linear)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_bad_steps_are_skipped_and_told(attach_first: bool) -> None:
+    """NaN in the batch, and a gradient that is not finite: skipped at scale 1, with a cause; the rest are as without."""
+    accelerator = fp8_accelerator()
+    session = hf_amp.attach(accelerator) if attach_first else None
+    model, optimizer = prepared(accelerator)
+    session = session or hf_amp.attach(accelerator)
+    assert train(accelerator, model, optimizer, {2: "input", 4: "gradient"}) == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+    skips = [event for event in session.events if event.kind == "step_skipped"]
+    assert [(e.step, e.cause, e.before, e.after) for e in skips] == [(2, "INPUT", 1, 1), (4, "UNKNOWN", 1, 1)]
+    assert "the first gradient that is not finite is that of last" in skips[1].message.lower()
+    assert all(p.isfinite().all() for p in model.parameters())
+    metrics = session.metrics()
+    assert (metrics["scale"], metrics["applied_steps"], metrics["skipped_steps"]) == (1, 3, 2)
+    assert "fp16_seconds" not in metrics
+
+
+def test_a_run_without_faults_is_the_same_to_the_last_bit() -> None:
+    """Parameters and optimizer state with hf_amp, monitoring modules, and without."""
+    results = []
+    for attached in (True, False):
+        accelerator = fp8_accelerator()
+        if attached:
+            hf_amp.attach(accelerator, MixedPrecisionConfig(monitor_modules=True, monitoring_interval=1))
+        model, optimizer = prepared(accelerator)
+        train(accelerator, model, optimizer, {})
+        results.append(snapshot(model, optimizer))
+    assert_bitwise_equal(*results)
+
+
+def test_no_forward_pass_is_repeated() -> None:
+    """A closer look would run, and with delayed scaling move, the other library's scales."""
+    accelerator = fp8_accelerator()
+    hf_amp.attach(accelerator)
+    model, optimizer = prepared(accelerator)
+    train(accelerator, model, optimizer, {1: "gradient", 2: "input", 3: "gradient"})
+    assert model.forwards == 5
+
+
+def test_nothing_falls_back() -> None:
+    """Not even where every step is skipped without a cause, which takes a BF16 run to FP32."""
+    accelerator = fp8_accelerator()
+    session = hf_amp.attach(accelerator)
+    model, optimizer = prepared(accelerator)
+    train(accelerator, model, optimizer, dict.fromkeys(range(1, 6), "gradient"))
+    assert session.metrics()["skipped_steps"] == 5
+    assert session.metrics()["transitions"] == 0
+    assert session.plan.default is session.asked_for
+
+
+def test_attach_says_who_runs_what() -> None:
+    """One event, before the first step."""
+    session = hf_amp.attach(fp8_accelerator())
+    (event,) = session.events
+    assert SAYS in event.message
+    assert session.what_runs().startswith("FP8 by torchao with BF16 around it on ")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("precision_mode", "DYNAMIC"),
+        ("precision_mode", "BF16"),
+        ("precision_mode", "MIXED"),
+        ("half_parameters", "master_weights"),
+    ],
+)
+def test_an_option_that_would_change_precision_is_refused(option: str, value: str) -> None:
+    """The error names the option and who owns the precision; nothing is changed by the attempt."""
+    accelerator = fp8_accelerator()
+    before = dict(vars(accelerator))
+    with pytest.raises(ConfigError, match=f"{option}=.*FP8 is run by torchao.*leave {option} out"):
+        hf_amp.attach(accelerator, MixedPrecisionConfig(**{option: value}))
+    assert vars(accelerator) == before
+
+
+def test_detach_restores_what_was_there() -> None:
+    """Accelerator, optimizer and every module, converted ones too, as before attach."""
+    accelerator = fp8_accelerator()
+    model, optimizer = prepared(accelerator)
+    owners = [accelerator, optimizer, *model.modules()]
+
+    def build(owner: Any) -> dict[str, Any]:
+        return {
+            name: dict(value) if isinstance(value, dict) and name.endswith("hooks") else value
+            for name, value in vars(owner).items()
+            if callable(value) or name.endswith("hooks") or isinstance(value, bool)
+        }
+
+    before = [build(owner) for owner in owners]
+    with hf_amp.attach(accelerator):
+        assert [build(owner) for owner in owners] != before
+        train(accelerator, model, optimizer, {2: "input"})
+    assert [build(owner) for owner in owners] == before
+
+
+def test_a_trainer_that_accelerate_runs_in_fp8_is_guarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TrainingArguments has no word for FP8, the environment of accelerate has: the batch with NaN costs one step."""
+    from transformers import Trainer, TrainingArguments
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    rows = [{"x": torch.full((16,), 0.1 * i), "labels": torch.zeros(16)} for i in range(64)]
+    rows[20]["x"] = torch.full((16,), math.nan)
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=4, per_device_train_batch_size=16, logging_steps=1,
+        report_to="none", save_strategy="no", train_sampling_strategy="sequential",
+    )  # fmt: skip
+    callback = MixedPrecisionCallback()
+    trainer = Trainer(Model(), arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    assert isinstance(trainer.model.middle, float8.float8_linear.Float8Linear)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["amp/skipped_steps"] for entry in logged] == [0, 1, 1, 1]
+    assert SAYS in callback.session.events[0].message
+    assert [e.cause for e in callback.session.events if e.kind == "step_skipped"] == ["INPUT"]
