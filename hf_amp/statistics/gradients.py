@@ -23,6 +23,8 @@ _ELEMENTS_PER_COPIED = 200
 """Elements of all gradients to each that is copied at once, to be read together with others: half of 1%."""
 _MOST_COPIED = 16384
 """Elements that are copied at once, at most; copying more costs what it saves."""
+_IN_CACHE = 2**17
+"""Elements of FP32 that stay in the cache of one core until they are read again: 512 KiB."""
 _ELEMENTS_PER_SAMPLE = 400
 """Elements of all gradients to each that is looked at at once, which takes 8 bytes: half of 1% of what FP32 gradients take."""
 
@@ -125,16 +127,20 @@ def _read_by_foreach(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[
 
 
 def _read_on_cpu(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """The same. BLAS reads FP32 with every core, `aminmax` anything eight times faster than an inf-norm."""
+    """The same. BLAS reads FP32 with every core; `aminmax` reads anything eight times faster than an inf-norm, and what BLAS
+    has just brought into the cache `amax` and `amin` read twice as fast again. Measured by `tests/benchmarks`."""
     by_blas = norm and group[0].dtype == torch.float32
     squares: list[Tensor] = []
     extremes: list[Tensor] = []
     for piece in _pieces(group) if by_blas or amax else ():
-        if by_blas:
-            flat = piece.view(-1) if piece.is_contiguous() else piece.reshape(-1)
-            squares.append(flat.dot(flat))
-        if amax:
+        if not by_blas:
             extremes += piece.aminmax()
+            continue
+        flat = piece.view(-1) if piece.is_contiguous() else piece.reshape(-1)
+        for part in torch.split(flat, _IN_CACHE) if amax and flat.numel() > _IN_CACHE else (flat,):
+            squares.append(part.dot(part))
+            if amax:
+                extremes += (part.amax(), part.amin())
     norms = [torch.stack(squares).sum().sqrt_()] if by_blas else _read_by_foreach(group, norm, False)[0]
     return norms, [torch.stack(extremes).abs_().amax()] if amax else []
 

@@ -231,7 +231,7 @@ def large_and_small(seed: int, dtype: torch.dtype) -> list[Tensor]:
     gradients = [
         torch.randn(int(n), 3, generator=generator) for n in torch.randint(1, 60, (60,), generator=generator)
     ]
-    gradients.insert(30, torch.randn(200, 1000, generator=generator))
+    gradients.insert(30, torch.randn(200, 1000, generator=generator))  # more than is read at once
     return [(g.t() if i % 3 == 0 else g).to(dtype) for i, g in enumerate(gradients)]
 
 
@@ -243,7 +243,7 @@ def test_small_tensors_are_read_together_and_none_is_missed(seed, dtype):
     measured = measure(gradients, CPU)
     assert measured.norm.item() == pytest.approx(norm_of(gradients), rel=1e-5)
     assert measured.amax.item() == pytest.approx(amax_of(gradients), rel=1e-7)
-    assert norm_and_amax(gradients, CPU) == measured
+    assert norm_and_amax(gradients, CPU) == (pytest.approx(measured.norm.item(), rel=1e-6), measured.amax)
     assert norm_and_amax(gradients, CPU, norm=False, amax=False) == (None, None)
 
 
