@@ -396,6 +396,16 @@ def test_no_value_is_needed_on_an_accelerator_either(dtypes):
     assert {(result.shape, result.dtype, result.device) for result in results} == {((), torch.float32, META)}
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds():
+    """Norm, amax, and what the same sample shows of underflow."""
+    gradients = [gradient * 2.0**-13 for gradient in large_and_small(0, torch.float32)]
+    here, there = ([g.to(device) for g in gradients] for device in ("cpu", "cuda"))
+    expected = [*measure(here, CPU), *underflow(here, FP16_FORMAT, 0)]
+    found = [*measure(there, torch.device("cuda")), *underflow(there, FP16_FORMAT, 0)]
+    assert [figure.item() for figure in found] == pytest.approx([f.item() for f in expected], rel=1e-5)
+
+
 # ---- counting what is not finite ----------------------------------------------------------------------------
 
 
