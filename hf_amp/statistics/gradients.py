@@ -65,10 +65,7 @@ def by_device_and_dtype(
     """The same gradients grouped as the foreach kernels want them."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:
-        key = (gradient.device, gradient.dtype)
-        if key not in groups:
-            groups[key] = []
-        groups[key].append(gradient)
+        groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     return groups
 
 
