@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import ClassVar, NamedTuple
 
@@ -110,10 +111,10 @@ class AdaptiveScale:
         limit = torch.maximum(state.limit, x + bits)  # proven, where it is above FP16's own
         wanted = _wanted_with(observation.wanted_scale, state.wanted)
 
-        ceiling = limit - torch.maximum(peak, state.former_peak)
-        usual_ceiling = limit - torch.add(mean, variance.sqrt(), alpha=self._normal_quantile())
+        usual = torch.add(mean, variance.sqrt(), alpha=self._normal_quantile)
+        ceiling = limit - torch.maximum(torch.maximum(peak, state.former_peak), usual)
         room = limit - mean - OUTLIER_BITS
-        target = torch.minimum(torch.minimum(ceiling, usual_ceiling), torch.maximum(room, wanted)).floor_()
+        target = torch.minimum(ceiling, torch.maximum(room, wanted)).floor_()
         target = torch.minimum(target, bits + STEP_BITS)
 
         window_steps = state.window_steps + 1
@@ -123,9 +124,9 @@ class AdaptiveScale:
             mean=mean,
             variance=variance,
             rate=rate,
-            peak=torch.where(full, -math.inf, peak),
+            peak=peak.masked_fill(full, -math.inf),
             former_peak=torch.where(full, peak, state.former_peak),
-            window_steps=torch.where(full, 0.0, window_steps),
+            window_steps=window_steps.masked_fill(full, 0.0),
             limit=limit,
             wanted=wanted,
         )
@@ -139,6 +140,7 @@ class AdaptiveScale:
             limit=limit,
         )
 
+    @cached_property
     def _normal_quantile(self) -> float:
         return NormalDist().inv_cdf(1 - self.overflow_budget)
 

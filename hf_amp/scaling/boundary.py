@@ -108,7 +108,7 @@ class Boundary:
         norm = before = cast(Tensor, self.norm)
         if not trusting:
             elements = sum(gradient.numel() for gradient in self.gradients)
-            norm = torch.where(norm.isfinite(), norm, cast(Tensor, self.amax) * math.sqrt(elements))
+            norm = torch.where(norm < math.inf, norm, cast(Tensor, self.amax) * math.sqrt(elements))
         if self.clip_coefficient is not None:
             before = norm * self.clip_coefficient
         self.max_norm = min(self.max_norm, max_norm)
@@ -121,7 +121,7 @@ class Boundary:
         self.amax = statistics.total_amax(self.gradients, self.scale.device)
         if self.treatment is Treatment.FOLD:
             self.amax = self.amax * reciprocal(self.scale)
-        self.found_inf = 1 - (self.amax < math.inf).float()
+        self.found_inf = (~(self.amax < math.inf)).float()
         if self.found_while_dividing is not None:
             self.found_inf = torch.maximum(self.found_inf, self.found_while_dividing)
         self.inferred = False
@@ -189,22 +189,20 @@ def examine(
     if look.sample_seed is not None and bounded:
         underflow, cure = statistics.underflow(bounded, FP16_FORMAT, look.sample_seed)
         wanted = cure * scale
-    inverse = reciprocal(scale)
+    inverse = scale if treatment is Treatment.CHECK else reciprocal(scale)
     found_while_dividing = None
     if treatment is Treatment.DIVIDE:
         _refuse_fp16(gradients)
         found_while_dividing = unscale_and_check_(gradients, inverse)
     takes_amax = look.amax or sharded or look.agree
-    amax = statistics.total_amax(gradients, scale.device) if takes_amax else None
-    norm = None
-    if (look.norm and not sharded) or not takes_amax:
-        norm = statistics.total_norm(gradients, scale.device)
+    takes_norm = (look.norm and not sharded) or not takes_amax
+    norm, amax = statistics.norm_and_amax(gradients, scale.device, norm=takes_norm, amax=takes_amax)
     if treatment is Treatment.FOLD:
         amax = None if amax is None else amax * inverse
         norm = None if norm is None else norm * inverse
     # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well.
     magnitude = cast(Tensor, norm if amax is None else amax)
-    found_inf = 1 - (magnitude < math.inf).float()
+    found_inf = (~(magnitude < math.inf)).float()
     if found_while_dividing is not None:
         found_inf = torch.maximum(found_inf, found_while_dividing)
     if sharded or look.agree:
@@ -231,11 +229,8 @@ def examine(
 
 
 def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
-    return any(
-        parameter.grad is not None and statistics.is_sharded(parameter.grad)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
+    kinds = {type(parameter.grad) for group in optimizer.param_groups for parameter in group["params"]}
+    return any(hasattr(kind, "to_local") for kind in kinds)
 
 
 def _refuse_fp16(gradients: list[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,6 @@ class SeenLosses:
 
     def note(self, loss: Tensor, device: torch.device) -> None:
         """Counts `loss`, on `device`. No host read."""
-        found = (~loss.detach().isfinite().all()).float().to(device, non_blocking=True)
+        found = (~(loss.detach().abs() < math.inf).all()).float().to(device, non_blocking=True)
         self.number += 1
         self.non_finite = found if self.non_finite is None else self.non_finite + found

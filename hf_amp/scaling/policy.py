@@ -57,6 +57,7 @@ class ScalePolicy(Protocol):
 def observation_of(boundaries: Sequence[Boundary]) -> Observation:
     """What the boundaries of one update showed together: the worst of them. At least one. No host read."""
     first = boundaries[0].found_inf
+    known_clean = all(boundary.known_clean for boundary in boundaries)
 
     def largest(values: list[Tensor | None]) -> Tensor | None:
         known = [value for value in values if value is not None]
@@ -65,14 +66,16 @@ def observation_of(boundaries: Sequence[Boundary]) -> Observation:
         return torch.stack(known).amax()
 
     def certainly(value: Tensor | None) -> Tensor:
-        return torch.zeros_like(first) if value is None else value
+        if value is not None:
+            return value
+        return first if known_clean else torch.zeros_like(first)
 
     return Observation(
         found_inf=certainly(largest([b.found_inf for b in boundaries])),
         loss_non_finite=certainly(largest([b.loss_non_finite for b in boundaries])),
         grad_amax=certainly(largest([b.amax for b in boundaries])),
         wanted_scale=largest([b.wanted_scale for b in boundaries]),
-        known_clean=all(boundary.known_clean for boundary in boundaries),
+        known_clean=known_clean,
     )
 
 

@@ -198,10 +198,13 @@ class ScaleKeeper(torch.amp.GradScaler):
 
     def _set_state(self, state: Any) -> None:
         """Keeps the two attributes of the stock class, which other libraries read, in step with the policy's state."""
+        tracker = getattr(state, "growth_tracker", None)
+        if tracker is not None:
+            self._growth_tracker = tracker
+        elif self._state is None:
+            self._growth_tracker = scalar(0, torch.int32, state.scale.device)
         self._state = state
         self._scale = state.scale
-        tracker = getattr(state, "growth_tracker", None)
-        self._growth_tracker = scalar(0, torch.int32, state.scale.device) if tracker is None else tracker
 
     def _checked_scale(self, new_scale: float | Tensor) -> Tensor:
         current: Tensor = self._state.scale

@@ -19,13 +19,15 @@ def read(values: Mapping[str, Tensor]) -> dict[str, float]:
         name → value, in the same order; the elements of a tensor of shape [n] under `name[0]`, `name[1]` and so on.
         Booleans arrive as 0.0 and 1.0.
     """
+    if len({value.device for value in values.values()}) == 1:
+        return dict(zip(_labels(values, values), _packed(values, list(values)).tolist(), strict=True))
     by_device: dict[torch.device, list[str]] = {}
     for name, value in values.items():
         by_device.setdefault(value.device, []).append(name)
     host: dict[str, float] = {}
     for names in by_device.values():
         host.update(zip(_labels(values, names), _packed(values, names).tolist(), strict=True))
-    return host if len(by_device) == 1 else {label: host[label] for label in _labels(values, values)}
+    return {label: host[label] for label in _labels(values, values)}
 
 
 def elements(host: Mapping[str, float], name: str) -> list[float]:
@@ -56,7 +58,7 @@ class PendingRead:
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self._labels = _labels(values, values)
-        packed = _packed(values, list(values))
+        packed = _packed(values, list(values)).detach()
         self._event: torch.cuda.Event | None = None
         if packed.device.type == "cuda":
             self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -78,7 +80,7 @@ class PendingRead:
 
 
 def _packed(values: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    tensors = [values[name].detach() for name in names]
+    tensors = [values[name] for name in names]
     if all(tensor.dtype == torch.float32 for tensor in tensors):
         if not any(tensor.dim() for tensor in tensors):
             return torch.stack(tensors)

@@ -38,6 +38,30 @@ class RuleScaler:
         return self._scale
 
 
+class Oracle(RuleScaler):
+    """The largest power of two at which a loss `factor` times as large would not overflow in this very step.
+
+    It tries them out before each step. A rule that knows no more of the next step than that this may come in it, and is
+    not to skip then, can use no larger scale.
+    """
+
+    def __init__(self, factor: float, scale: float) -> None:
+        super().__init__(lambda overflow, scaled: self._scale, scale)
+        self._factor = factor
+        self.parameters: list[Tensor] = []
+
+    def scale(self, loss: Tensor) -> Tensor:
+        while self._fits(loss, 2 * self._scale):
+            self._scale *= 2
+        while not self._fits(loss, self._scale):
+            self._scale /= 2
+        return super().scale(loss)
+
+    def _fits(self, loss: Tensor, scale: float) -> bool:
+        gradients = torch.autograd.grad(loss * self._factor * scale, self.parameters, retain_graph=True)
+        return all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
 class HysteresisRule:
     """DeepSpeed's and Megatron's. Source: `loss_scale_window` 1000, `hysteresis` 2, `min_loss_scale` 1 of both."""
 

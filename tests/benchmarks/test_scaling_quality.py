@@ -21,7 +21,7 @@ from hf_amp.cli.demo_model import help_topics
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.precision import FP16_FORMAT
 from tests.benchmarks.measuring import write
-from tests.benchmarks.scaling_rules import HistogramRule, HysteresisRule, LogMaxRule, RuleScaler
+from tests.benchmarks.scaling_rules import HistogramRule, HysteresisRule, LogMaxRule, Oracle, RuleScaler
 
 OUTLIER_EVERY, OUTLIER_FACTOR = 100, 64.0
 SEQUENCE, BATCH = 64, 8
@@ -42,6 +42,7 @@ SCALERS: dict[str, Callable[[], Any] | None] = {
     "Megatron's rule": lambda: RuleScaler(HysteresisRule(2.0**32), 2.0**32),
     "LogMax": lambda: RuleScaler(LogMaxRule(2.0**16), 2.0**16),
     "Graphcore ALS": lambda: RuleScaler(HistogramRule(2.0**16), 2.0**16),
+    "oracle: largest scale at which an outlier would not overflow": lambda: Oracle(OUTLIER_FACTOR, 2.0**16),
 }
 
 
@@ -64,6 +65,8 @@ def train(make_scaler: Callable[[], Any] | None, steps: int) -> dict[str, float]
     model, batches = model_and_batches(steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     scaler = make_scaler() if make_scaler else AdvancedGradScaler(MixedPrecisionConfig(enabled=False))
+    if isinstance(scaler, Oracle):
+        scaler.parameters = list(model.parameters())
     losses, underflow, skipped = [], [], 0
     for step, batch in enumerate(batches):
         with EmulatedPrecision() if make_scaler else nullcontext():
@@ -71,7 +74,8 @@ def train(make_scaler: Callable[[], Any] | None, steps: int) -> dict[str, float]
         losses.append(loss.item())
         outlier = (step + 1) % OUTLIER_EVERY == 0
         optimizer.zero_grad()
-        scaler.scale(loss * OUTLIER_FACTOR if outlier else loss).backward()
+        scaled = scaler.scale(loss)
+        (scaled * OUTLIER_FACTOR if outlier else scaled).backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
         if not gradients.isfinite().all():
             skipped += 1
@@ -97,7 +101,7 @@ def main() -> None:
     results = {}
     for name, make_scaler in SCALERS.items():
         results[name] = train(make_scaler, options.steps)
-        print(f"{name:30} {results[name]}", flush=True)
+        print(f"{name:60} {results[name]}", flush=True)
     write("scaling_quality", {"steps": options.steps, "results": results}, options.out)
 
 

@@ -11,11 +11,13 @@ from torch import nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalingStrategy
 
-SHAPES = [(4000, 200), (200,), (200, 1600), (1600,), (1600, 200), (200,), (300, 300, 10), *[(500,)] * 20]
+SHAPES = [(256, 128), (4, 32, 128)] + 5 * [
+    (128, 384), (384,), (128, 128), (128,), (128, 512), (512,), (512, 128), *[(128,)] * 5
+]  # fmt: skip
 
 
 def model_parameters(sparse: bool) -> list[nn.Parameter]:
-    """2.4M parameters with a gradient each; one more, of 3,000 rows, sparse where asked."""
+    """1M parameters with a gradient each; one more, of 3,000 rows, sparse where asked."""
     torch.manual_seed(0)
     held = [nn.Parameter(torch.randn(shape) * 0.02) for shape in SHAPES]
     for parameter in held:
@@ -85,7 +87,7 @@ def test_a_step_boundary_takes_a_hundredth_of_the_gradients(
 ) -> None:
     """At most 1% of the gradients' size is allocated at once, in a step that samples, and only some numbers are kept.
 
-    A sample takes some 50 kB at least, which is more than 1% for models of less than 1.2M parameters.
+    A sample takes some 30 kB at least, which is more than 1% for models of less than 0.85M parameters.
     """
     peak, rest, gradients = boundary_bytes(tmp_path / "trace.json", strategy, fused, kind)
     assert peak <= gradients / 100

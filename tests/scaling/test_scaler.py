@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError, StateError
+from hf_amp.scaling.boundary import Look, Treatment, examine
+from hf_amp.scaling.loss import SeenLosses
+from hf_amp.scaling.policy import observation_of
 from tests.host_reads import count_host_reads
 from tests.reference import (
     OverflowInBackward,
@@ -389,6 +392,31 @@ def test_losses_of_a_window_are_counted(mode: str) -> None:
         optimizer.zero_grad()
         counts.append((scaler.last_outcome.losses, scaler.last_outcome.non_finite_losses))
     assert counts == [(4, 2), (2, 0)]
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_every_kind_of_non_finite_loss_counts(bad: float, shape: tuple[int, ...]) -> None:
+    """One bad element makes a loss non-finite, as the largest finite numbers do not."""
+    largest = torch.finfo(torch.float32).max
+    for value, non_finite in {bad: 1.0, largest: 0.0, -largest: 0.0}.items():
+        losses = SeenLosses()
+        losses.note(torch.tensor(value).expand(shape), torch.device("cpu"))
+        assert losses.non_finite is not None
+        assert (losses.number, losses.non_finite.item()) == (1, non_finite)
+
+
+def test_what_was_not_seen_is_zero_in_an_observation() -> None:
+    """An overflow without a loss seen is not taken for a non-finite loss, nor for a gradient of that size."""
+    weight = nn.Parameter(torch.zeros(3))
+    weight.grad = torch.full((3,), math.inf)
+    boundary = examine(
+        torch.optim.SGD([weight], lr=0.1), backward=1, scale=torch.tensor(8.0), treatment=Treatment.FOLD,
+        losses=0, loss_non_finite=None, look=Look(norm=True, amax=False, sample_seed=None, agree=False),
+    )  # fmt: skip
+    observation = observation_of([boundary])
+    assert observation.found_inf.item() == 1
+    assert (observation.loss_non_finite.item(), observation.grad_amax.item()) == (0, 0)
 
 
 @pytest.mark.parametrize("mode", ["MIXED", "FP32"])

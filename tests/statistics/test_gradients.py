@@ -14,6 +14,7 @@ from hf_amp.statistics.gradients import (
     collect,
     count_non_finite,
     exact_norm,
+    norm_and_amax,
     total_amax,
     total_norm,
     underflow,
@@ -224,6 +225,37 @@ def test_both_norms_agree_within_the_range(seed):
     assert (exact.shape, exact.dtype) == ((), torch.float32)
 
 
+def large_and_small(seed: int, dtype: torch.dtype) -> list[Tensor]:
+    """A large tensor among 60 small ones, some of them transposed, which together are more than is copied at once."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [
+        torch.randn(int(n), 3, generator=generator) for n in torch.randint(1, 60, (60,), generator=generator)
+    ]
+    gradients.insert(30, torch.randn(200, 1000, generator=generator))  # more than is read at once
+    return [(g.t() if i % 3 == 0 else g).to(dtype) for i, g in enumerate(gradients)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_small_tensors_are_read_together_and_none_is_missed(seed, dtype):
+    """Beside a large tensor, norm and amax are those of all; taken at once they are what each is alone."""
+    gradients = large_and_small(seed, dtype)
+    measured = measure(gradients, CPU)
+    assert measured.norm.item() == pytest.approx(norm_of(gradients), rel=1e-5)
+    assert measured.amax.item() == pytest.approx(amax_of(gradients), rel=1e-7)
+    assert norm_and_amax(gradients, CPU) == (pytest.approx(measured.norm.item(), rel=1e-6), measured.amax)
+    assert norm_and_amax(gradients, CPU, norm=False, amax=False) == (None, None)
+
+
+@pytest.mark.parametrize("bad", NON_FINITE)
+def test_one_bad_element_in_any_tensor_shows(bad):
+    """Wherever it is, neither norm nor amax stays finite."""
+    for index in range(61):
+        gradients = large_and_small(0, torch.float32)
+        gradients[index][-1, -1] = bad
+        assert not any(figure.isfinite() for figure in measure(gradients, CPU))
+
+
 # ---- underflow ----------------------------------------------------------------------------------------------
 
 EDGES = [0.0, -0.0, 2.0**-25, -(2.0**-24), 2.0**-15, -(2.0**-14), 2.0**-14, 1.0, 65504.0]
@@ -270,6 +302,15 @@ def test_the_format_draws_the_line(number_format):
     edge = number_format.smallest_normal
     gradient = torch.tensor([0.0, edge / 2, edge, 2 * edge], dtype=torch.float64)
     assert underflow([gradient], number_format, 0).fraction.item() == 0.5
+
+
+@pytest.mark.parametrize("exponent", range(-20, 4))
+def test_the_value_below_a_power_of_two_belongs_to_the_power_before(exponent):
+    """The largest number below 2^-14 is subnormal, and each number asks for the scale that its own exponent needs."""
+    below = torch.nextafter(torch.tensor(2.0**exponent), torch.tensor(0.0))
+    found = underflow([below.repeat(3)], FP16_FORMAT, 0)
+    assert found.fraction.item() == float(exponent <= -14)
+    assert found.cure.item() == 2.0 ** (-14 - exponent + 1)
 
 
 @pytest.mark.parametrize("bad", NON_FINITE)
@@ -353,6 +394,16 @@ def test_no_value_is_needed_on_an_accelerator_either(dtypes):
     gradients = [torch.empty(5000, dtype=dtype, device=META) for dtype in dtypes * 2]
     results = [*measure(gradients, META), *underflow(gradients, FP16_FORMAT, 0)]
     assert {(result.shape, result.dtype, result.device) for result in results} == {((), torch.float32, META)}
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds():
+    """Norm, amax, and what the same sample shows of underflow."""
+    gradients = [gradient * 2.0**-13 for gradient in large_and_small(0, torch.float32)]
+    here, there = ([g.to(device) for g in gradients] for device in ("cpu", "cuda"))
+    expected = [*measure(here, CPU), *underflow(here, FP16_FORMAT, 0)]
+    found = [*measure(there, torch.device("cuda")), *underflow(there, FP16_FORMAT, 0)]
+    assert [figure.item() for figure in found] == pytest.approx([f.item() for f in expected], rel=1e-5)
 
 
 # ---- counting what is not finite ----------------------------------------------------------------------------
