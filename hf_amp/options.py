@@ -7,7 +7,7 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
@@ -39,7 +39,7 @@ def shown(value: Any) -> str:
         return f"<{type(value).__name__} that cannot be shown>"
 
 
-def is_real(value: Any) -> bool:
+def is_real(value: Any) -> TypeGuard[float]:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and -sys.float_info.max <= value <= sys.float_info.max
 

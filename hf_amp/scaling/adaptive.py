@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import ClassVar, NamedTuple
@@ -82,6 +83,16 @@ class AdaptiveScale:
 
     needs_amax: ClassVar[bool] = True
     needs_underflow: ClassVar[bool] = True
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "mean": (-1024, 1024),
+        "variance": (0, 2**20),
+        "rate": (0, 1),
+        "peak": (-math.inf, 1024),
+        "former_peak": (-math.inf, 1024),
+        "window_steps": (0, 2**24),  # where FP32 stops counting
+        "limit": (-1024, 1024),
+        "wanted": (-math.inf, 1024),
+    }
 
     @classmethod
     def from_config(cls, config: MixedPrecisionConfig) -> AdaptiveScale:
