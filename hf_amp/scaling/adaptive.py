@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.precision import FP16_FORMAT
+from hf_amp.precision import FP16_FORMAT, LARGEST_SCALE
 from hf_amp.scaling.policy import Observation, options_for, scalar
 
 LIMIT_BITS = math.log2(FP16_FORMAT.largest)
@@ -169,6 +169,6 @@ def _wanted_with(sampled: Tensor | None, wanted: Tensor) -> Tensor:
     """log2 of the scale that underflow wants, with the newest sample in it."""
     if sampled is None:
         return wanted
-    bits = sampled.log2()
+    bits = sampled.log2().clamp_(max=math.log2(LARGEST_SCALE))  # inf would be NaN in the next mean
     smoothed = torch.where(bits > wanted + SURPRISE_BITS, bits, wanted + SMOOTHING * (bits - wanted))
     return torch.where(sampled > 0, smoothed, wanted)
