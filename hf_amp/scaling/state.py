@@ -20,7 +20,13 @@ from hf_amp.statistics import snapshot
 STOCK_OPTIONS = ("growth_factor", "backoff_factor", "growth_interval")
 _VERSION = 1
 
-_Scale = Annotated[float, Allowed("a number from 0 on", lambda v: (is_real(v) or v == math.inf) and v >= 0)]
+# A stock scale that grew or died is inf or 0, and clamped.
+_Scale = Annotated[
+    float,
+    Allowed(
+        "a number from 0 on", lambda v: (is_real(v) and v >= 0) or (isinstance(v, float) and v == math.inf)
+    ),
+]
 
 
 def to_plain(config: MixedPrecisionConfig, fields: Mapping[str, float]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ CASES = {
 BOUNDS = {"min_scale": 2.0**-10, "max_scale": 2.0**20, "init_scale": 2.0**10}
 
 
+PARTS = [(), ("hf_amp", "policy"), ("hf_amp", "companions", "fallback"), ("hf_amp", "companions", "monitor")]
 NAMES = st.text(max_size=4) | st.sampled_from(["record_skipped", "patience", "config"])
 NEAR_NUMBERS = [lambda x: -x, lambda x: 2 * x, lambda x: x + 0.5, lambda x: 1e300 * float(x)]
 NEAR_TEXTS = ["", "FP8", "BF16", "DYNAMIC", "UNKNOWN"]
@@ -113,7 +114,10 @@ def mutated(state: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
     """`state` with one or two of its places changed, removed or joined by a foreign one."""
     state = json.loads(json.dumps(state))
     for _ in range(data.draw(st.integers(1, 2))):
-        everywhere = list(places(state))
+        part = state
+        for name in data.draw(st.sampled_from(PARTS)):
+            part = part[name] if isinstance(part, dict) and isinstance(part.get(name), dict) else part
+        everywhere = list(places(part)) or list(places(state))
         container, key = everywhere[data.draw(st.integers(0, len(everywhere) - 1))]
         change = data.draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
         if change == "remove":
