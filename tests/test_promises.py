@@ -14,7 +14,7 @@ NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)))
 PROMISES = 9
 
 
-def tests_in(file: str) -> set[str]:
+def functions_of(file: str) -> set[str]:
     """Names of the test functions of a file, which is not run."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -23,7 +23,7 @@ def tests_in(file: str) -> set[str]:
 @pytest.mark.parametrize(("file", "test"), NAMED)
 def test_a_test_that_is_named_exists(file: str, test: str) -> None:
     """By file and function."""
-    assert test in tests_in(file)
+    assert test in functions_of(file)
 
 
 @pytest.mark.parametrize("number", range(1, PROMISES + 1))
