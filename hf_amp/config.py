@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import json
 from collections.abc import Collection, Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_amp.errors import ConfigError, UnknownOptionError
+from hf_amp.errors import ConfigError
 from hf_amp.options import (
     ABOVE_ONE,
     COUNT,
@@ -24,7 +23,10 @@ from hf_amp.options import (
     SWITCH,
     SWITCH_OR_NONE,
     Allowed,
+    check_names,
+    names_checked,
     option_field,
+    shown,
 )
 from hf_amp.precision import FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE, PrecisionMode, ScalingStrategy
 
@@ -36,7 +38,9 @@ _HALF_PARAMETERS = Allowed(
     "None or one of 'error', 'upcast', 'master_weights'",
     lambda v: v is None or (isinstance(v, str) and v in ("error", "upcast", "master_weights")),
 )
-_COMMUNICATION = Allowed("None, FP16 or BF16", lambda v: v in (None, PrecisionMode.FP16, PrecisionMode.BF16))
+_COMMUNICATION = Allowed(
+    "None, FP16 or BF16", lambda v: v is None or v is PrecisionMode.FP16 or v is PrecisionMode.BF16
+)
 _STRATEGY = Allowed(
     "one of " + ", ".join(ScalingStrategy.__members__), lambda v: isinstance(v, ScalingStrategy)
 )
@@ -47,9 +51,10 @@ LOOP_OPTIONS = (
 """Options that only loops which are ours can follow."""
 
 
+@names_checked
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecisionConfig:
-    """Every option of hf_amp. Frozen; wrong values and combinations raise `ConfigError` here, not in step 1.
+    """Every option of hf_amp. Frozen; wrong names, values and combinations raise `ConfigError` here, not in step 1.
 
     All options are keyword arguments, and the defaults are what we would run in production.
     """
@@ -214,7 +219,7 @@ class MixedPrecisionConfig:
             text = isinstance(value, str) and isinstance(option.default, (int, float))
             hint = " It is text: YAML wants a point in numbers such as 1.0e-6." if text else ""
             raise ConfigError(
-                f"MixedPrecisionConfig({option.name}={value!r}): {option.name} must be {allowed}; "
+                f"MixedPrecisionConfig({option.name}={shown(value)}): {option.name} must be {allowed}; "
                 f"leave it out for the default ({default}).{hint}"
             )
 
@@ -272,15 +277,7 @@ class MixedPrecisionConfig:
                 f"MixedPrecisionConfig.from_dict got {type(options).__name__}: pass a mapping of option names to "
                 "values."
             )
-        known = [option.name for option in dataclasses.fields(cls)]
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-                raise UnknownOptionError(
-                    f"MixedPrecisionConfig has no option {key!r}; the nearest is {near!r}. Allowed: "
-                    + ", ".join(known)
-                    + "."
-                )
+        check_names(cls, options)
         return cls(**options)
 
     @classmethod

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
 import sys
-from collections.abc import Callable
-from dataclasses import field
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeGuard, TypeVar
 
 import torch
+
+from hf_amp.errors import UnknownOptionError
 
 LARGEST_COUNT = torch.iinfo(torch.int32).max
 """Steps are counted in int32 on the device."""
@@ -27,7 +31,15 @@ class Allowed(str):
         return allowed
 
 
-def is_real(value: Any) -> bool:
+def shown(value: Any) -> str:
+    """`repr(value)`, also of what has none, such as an int of more than 4300 digits."""
+    try:
+        return repr(value)
+    except Exception:  # whatever a class of the user's raises
+        return f"<{type(value).__name__} that cannot be shown>"
+
+
+def is_real(value: Any) -> TypeGuard[float]:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and -sys.float_info.max <= value <= sys.float_info.max
 
@@ -43,10 +55,37 @@ POSITIVE_OR_NONE = Allowed("None or a positive finite number", lambda v: v is No
 ABOVE_ONE = Allowed("a finite number above 1", lambda v: is_real(v) and v > 1)
 FRACTION = Allowed("a number above 0 and below 1", lambda v: is_real(v) and 0 < v < 1)
 SHARE = Allowed("a number from 0 up to, but not, 1", lambda v: is_real(v) and 0 <= v < 1)
-ONE_OF_SKIP_RETRY = Allowed("'skip' or 'retry'", lambda v: v in ("skip", "retry"))
+ONE_OF_SKIP_RETRY = Allowed("'skip' or 'retry'", lambda v: isinstance(v, str) and v in ("skip", "retry"))
 STEPS = Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", is_count)
 COUNT = Allowed(f"a whole number from 1 to {LARGEST_COUNT}", is_count)
 
 
 def option_field(default: Any, allowed: Allowed) -> Any:
-    return field(default=default, metadata={"help": allowed})
+    return dataclasses.field(default=default, metadata={"help": allowed})
+
+
+def check_names(config: type[Any], names: Iterable[Any]) -> None:
+    """Raises `UnknownOptionError`, which names the nearest option, where one of `names` is no field of `config`."""
+    known = [option.name for option in dataclasses.fields(config)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(shown(name).strip("'").lower(), known, n=1, cutoff=0.0)[0]
+            raise UnknownOptionError(
+                f"{config.__name__} has no option {shown(name)}; the nearest is {near!r}. Allowed: {', '.join(known)}."
+            )
+
+
+_Config = TypeVar("_Config")
+
+
+def names_checked(config: type[_Config]) -> type[_Config]:
+    """A dataclass that answers an unknown keyword as `check_names` does, not with Python's TypeError."""
+    init = config.__init__
+
+    @functools.wraps(init)
+    def checked_init(self: _Config, *arguments: Any, **options: Any) -> None:
+        check_names(config, options)
+        init(self, *arguments, **options)
+
+    config.__init__ = checked_init  # type: ignore[assignment, method-assign]
+    return config

@@ -81,7 +81,10 @@ def panel(history: RunHistory) -> RenderableType:
     from hf_amp.monitoring.visible import visible
 
     verdict = verdict_on(history)
-    parts: list[RenderableType] = [Text(verdict.sentence, style=_STYLES[verdict.level.value]), Text("")]
+    parts: list[RenderableType] = [
+        Text(visible(verdict.sentence), style=_STYLES[verdict.level.value]),
+        Text(""),
+    ]
     figures = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for name in _SHOWN:
         series = history.figures.get(name)

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from hf_amp.errors import StateError
 from hf_amp.events import Cause
 from hf_amp.fallback.plan import PrecisionPlan
+from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode
 
 WHOLE_MODEL = ""
 """Stands for the plan's default among the names that demotions are counted under."""
+_LARGEST_DOUBLING = 31  # of a number of steps in int32
 UNKNOWN_IS_A_PATTERN = 2
 """Overflows without a known cause, within the window, from which precision is suspected; a single one only skips."""
 
@@ -67,17 +70,13 @@ class FallbackState:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> FallbackState:
-        """The state that `to_plain` gave `plain` for."""
-        known = {option.name: plain[option.name] for option in fields(cls) if option.name in plain}
-        return cls(
-            **known
-            | {
-                "plan": PrecisionPlan.from_plain(plain["plan"]),
-                "demotions": MappingProxyType(dict(plain["demotions"])),
-                "uncured": tuple((int(step), float(share)) for step, share in plain["uncured"]),
-                "suspects": tuple(plain["suspects"]),
-            }
-        )
+        """The state that `to_plain` gave `plain` for.
+
+        Raises:
+            StateError: it is none.
+        """
+        state: FallbackState = read(cls, plain, "fallback")
+        return state
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ class Fallback:
 
     def patience(self, state: FallbackState, name: str) -> int:
         """Quiet steps before `name` is tried in its former precision again: doubled by every relapse."""
-        return self.recovery_steps << (state.demotions.get(name, 1) - 1)
+        return self.recovery_steps << min(state.demotions.get(name, 1) - 1, _LARGEST_DOUBLING)
 
     def _changed(self, state: FallbackState, plan: PrecisionPlan, demoted: list[str]) -> FallbackState:
         counts = {name: state.demotions.get(name, 0) + 1 for name in demoted}
@@ -170,7 +169,20 @@ class Fallback:
         return replace(state, plan=plan, quiet_steps=0, no_room_until=state.step + self.recovery_steps)
 
     def restored(self, state: FallbackState) -> FallbackState:
-        """`state` of a former run, for this one: where that ran on another ladder, its plan's default is left behind."""
+        """`state` of a former run, for this one: where that ran on another ladder, its plan's default is left behind.
+
+        Raises:
+            StateError: a module is in another precision than the one that modules leave theirs for.
+        """
+        elsewhere = {
+            name: mode for name, mode in state.plan.modules.items() if mode is not PrecisionMode.FP32
+        }
+        if elsewhere:
+            name, mode = next(iter(elsewhere.items()))
+            raise StateError(
+                f"the saved plan has module {name!r} in {mode.value}, where modules only go to FP32: the state is damaged; "
+                "load another one."
+            )
         if state.plan.default in self.ladder:
             return state
         return replace(state, plan=state.plan.with_default(self.ladder[0]))

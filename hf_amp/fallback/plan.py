@@ -71,9 +71,3 @@ class PrecisionPlan:
             "default": self.default.value,
             "modules": {name: precision.value for name, precision in self.modules.items()},
         }
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> PrecisionPlan:
-        """The plan that `to_plain` gave `plain` for."""
-        modules = {name: PrecisionMode(value) for name, value in plain["modules"].items()}
-        return cls(PrecisionMode(plain["default"]), MappingProxyType(modules))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from hf_amp.fallback.recorder import ForwardRecorder
 from hf_amp.fallback.speed import SpeedTrial
 from hf_amp.fallback.transition import Transition, transition_between
 from hf_amp.hardware import Hardware
+from hf_amp.plain import Positive, read
 from hf_amp.precision import PrecisionMode
 from hf_amp.statistics import agreement
 
@@ -177,12 +178,27 @@ class PlanKeeper:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from `state_dict`, plan included. A default that this run cannot have is left behind."""
-        if self._trial is not None and state_dict["trial"] is not None:
-            self._trial.load_state_dict(state_dict["trial"])
-            if self._trial.running is None:
-                self._fallback = replace(self._fallback, ladder=self._trial.choices())
-        self._state = self._fallback.restored(FallbackState.from_plain(state_dict))
-        self.examiner.scale_skips = state_dict["scale_skips"]
-        self.scale_at_rest = state_dict["scale_at_rest"]
+        """Continues from `state_dict`, plan included. A default that this run cannot have is left behind.
+
+        Raises:
+            StateError: it is no such state; nothing has changed then.
+        """
+        state = FallbackState.from_plain(state_dict)
+        beside: _Beside = read(_Beside, state_dict, "fallback")
+        self._fallback.restored(state)
+        if self._trial is not None and beside.trial is not None:
+            self._trial.load_state_dict(beside.trial)
+            self._fallback = replace(self._fallback, ladder=self._trial.choices())
+        self._state = self._fallback.restored(state)
+        self.examiner.scale_skips = beside.scale_skips
+        self.scale_at_rest = beside.scale_at_rest
         self.runner.apply(self.plan)
+
+
+@dataclass
+class _Beside:
+    """What a checkpoint holds beside the controller's state."""
+
+    scale_skips: int
+    scale_at_rest: Positive | None
+    trial: dict[str, Any] | None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from hf_amp.plain import NotNegative, read
 from hf_amp.precision import PrecisionMode
 
 WARMUP_STEPS = 3
@@ -58,9 +60,9 @@ class SpeedTrial:
         return min(timed, key=lambda mode: timed[mode]) if timed else list(self._seconds)[-1]
 
     def choices(self) -> tuple[PrecisionMode, ...]:
-        """The ladder of a run in the fastest precision: that one, and those that are wider."""
+        """The ladder of the run: every candidate during the trial, then the fastest one and those that are wider."""
         order = list(self._seconds)
-        return tuple(order[order.index(self.fastest()) :])
+        return tuple(order if self.running is not None else order[order.index(self.fastest()) :])
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and mappings of them."""
@@ -70,7 +72,17 @@ class SpeedTrial:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from `state_dict`; candidates that this run does not have are left out."""
-        for mode in self._seconds:
-            self._seconds[mode] = list(state_dict["seconds"].get(mode.value, []))
-        self._unstable = {PrecisionMode(value) for value in state_dict["unstable"]} & set(self._seconds)
+        """Continues from `state_dict`; candidates that this run does not have are left out.
+
+        Raises:
+            StateError: it is no such state; nothing has changed then.
+        """
+        saved: _Saved = read(_Saved, state_dict, "speed trial")
+        self._seconds = {mode: saved.seconds.get(mode.value, []) for mode in self._seconds}
+        self._unstable = {mode for mode in self._seconds if mode.value in saved.unstable}
+
+
+@dataclass
+class _Saved:
+    seconds: dict[str, list[NotNegative]]
+    unstable: list[str]

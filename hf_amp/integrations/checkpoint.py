@@ -16,6 +16,7 @@ from hf_amp.events import EventKind
 from hf_amp.integrations.optimizers import DecidedOptimizers
 from hf_amp.integrations.progress import go_on_from, progress_of
 from hf_amp.integrations.staging import Staging, finish_interrupted
+from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode
 from hf_amp.session import AmpSession
 
@@ -129,14 +130,16 @@ def _load_session(session: AmpSession, folder: Path) -> None:
             "counters stay as they are"
         )
     else:
-        saved = torch.load(folder / name, map_location="cpu", weights_only=True)
+        content = torch.load(folder / name, map_location="cpu", weights_only=True)
+        saved = read(dict[str, Any], content, str(folder / name))
         message = f"goes on from the {name} of {folder}"
         if name == SCALER_NAME == own:
             session.scaler.load_state_dict(saved)
         elif name == GUARD_NAME:
             go_on_from(saved, session)
         else:
-            go_on_from({"precision": PrecisionMode.MIXED.value, **saved.get("hf_amp", {})}, session)
+            own_part = read(dict[str, Any], saved.get("hf_amp", {}), f"{folder / name}['hf_amp']")
+            go_on_from({"precision": PrecisionMode.MIXED.value, **own_part}, session)
         if name == others:
             message += (
                 ", which another precision has saved: counters are taken over, a scale and a plan are not"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_amp.plain import read
 from hf_amp.session import AmpSession
 
 
@@ -17,9 +18,13 @@ def go_on_from(progress: dict[str, Any], session: AmpSession) -> str:
 
     Returns:
         The precision that the saved run was in.
+
+    Raises:
+        StateError: something in it cannot be; nothing has changed then.
     """
+    progress = read(dict[str, Any], progress, "the progress")
     precision = str(progress.get("precision", session.asked_for.value))
-    companions = dict(progress.get("companions", {}))
+    companions = read(dict[str, Any], progress.get("companions", {}), "the companions")
     if precision != session.asked_for.value:
         companions.pop("fallback", None)
     session.scaler.load_progress({**progress, "companions": companions})

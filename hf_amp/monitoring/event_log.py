@@ -16,6 +16,7 @@ LONGEST_LINE = 2**24
 """Bytes; with figures for 100,000 modules a line is shorter."""
 
 _LINE_START = b'{"timestamp": '
+_BLANK = b"\0\r\n "
 _NEEDED = ("timestamp", "event", "run_id", "step")
 
 
@@ -80,7 +81,7 @@ class EventLog:
                     return
                 self._offset += len(raw)
                 self._lines += 1
-                line = self._parsed(raw.strip(b"\0\r\n "))
+                line = self._parsed(raw.strip(_BLANK))
                 if line is not None:
                     yield line
 
@@ -96,7 +97,7 @@ class EventLog:
             return None
         if not isinstance(line, dict) or any(name not in line for name in _NEEDED):
             raise self._foreign(raw)
-        if not isinstance(line["step"], int):
+        if type(line["step"]) is not int or not 0 <= line["step"] < 2**63:
             raise self._foreign(raw)
         return line
 
@@ -110,5 +111,5 @@ class EventLog:
 
 def _may_become_ours(raw: bytes) -> bool:
     """Whether `raw` is how one of our lines begins."""
-    start = raw.lstrip(b"\0")[: len(_LINE_START)]
+    start = raw.lstrip(_BLANK)[: len(_LINE_START)]
     return _LINE_START.startswith(start)

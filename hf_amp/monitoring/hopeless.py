@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from typing import Annotated, Any
 
 from hf_amp.events import Cause, EventKind
+from hf_amp.options import Allowed
+from hf_amp.plain import read, read_fields
+
+CauseName = Annotated[
+    str, Allowed("one of " + ", ".join(Cause.__members__), lambda v: v in Cause.__members__)
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,7 @@ class HopeWatch:
     """
 
     patience: int
-    skipped_by_cause: Counter[str] = dataclasses.field(default_factory=Counter)
+    skipped_by_cause: Counter[CauseName] = dataclasses.field(default_factory=Counter)
     zero_steps: int = 0
     hopeless: bool = False
 
@@ -83,9 +89,16 @@ class HopeWatch:
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from `state_dict`; patience stays as configured."""
-        for name, value in state_dict.items():
-            setattr(self, name, Counter(value) if name == "skipped_by_cause" else value)
+        """Continues from `state_dict`; patience stays as configured.
+
+        Raises:
+            StateError: it is no such state; nothing has changed then.
+        """
+        vars(self).update(
+            read_fields(
+                HopeWatch, {**read(dict[str, Any], state_dict, "hope"), "patience": self.patience}, "hope"
+            )
+        )
 
 
 _MAYBE_LABELS = (

@@ -16,6 +16,7 @@ from hf_amp.errors import BatchError, ConfigError
 from hf_amp.events import Cause
 from hf_amp.monitoring.precision_record import ERROR_OF_CAUSE, PrecisionRecord
 from hf_amp.monitoring.streaming import LossMean
+from hf_amp.plain import NotNegative, Positive, read_fields
 from hf_amp.precision import FP16_FORMAT, NumberFormat, PrecisionMode
 
 
@@ -36,11 +37,11 @@ class PrecisionMonitor:
     config: dataclasses.InitVar[MixedPrecisionConfig | None] = None
     applied_steps: int = 0
     skipped_by_cause: Counter[str] = dataclasses.field(default_factory=Counter)
-    scale: float | None = None
-    grad_norm: float | None = None
-    grad_amax: float | None = None
-    underflow_fraction: float | None = None
-    lost_update_fraction: float | None = None
+    scale: Positive | None = None
+    grad_norm: NotNegative | None = None
+    grad_amax: NotNegative | None = None
+    underflow_fraction: NotNegative | None = None
+    lost_update_fraction: NotNegative | None = None
     inf_elements: int | None = None
     nan_elements: int | None = None
     transitions: int = 0
@@ -248,13 +249,12 @@ class PrecisionMonitor:
         return {**dataclasses.asdict(self), "skipped_by_cause": dict(self.skipped_by_cause)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from `state_dict`; fields it does not have keep their values."""
-        for name in (option.name for option in dataclasses.fields(self)):
-            if name in state_dict:
-                setattr(self, name, state_dict[name])
-        self.skipped_by_cause = Counter(self.skipped_by_cause)
-        if not isinstance(self.record, PrecisionRecord):
-            self.record = PrecisionRecord.from_plain(self.record)
+        """Continues from `state_dict`; fields it does not have keep their values.
+
+        Raises:
+            StateError: it is no such state; nothing has changed then.
+        """
+        vars(self).update(read_fields(PrecisionMonitor, state_dict, "monitor"))
 
 
 def _single_element(loss: Tensor | float) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hf_amp.plain import NotNegative, read
+
 NEWEST_STEPS = 9
 """Intervals whose median is the step time: an evaluation or a checkpoint between two steps does not move it."""
 LONGEST_PAUSE = 10.0
@@ -77,5 +79,10 @@ class Pace:
         return {"seconds_by_format": dict(self.seconds_by_format)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
-        self.seconds_by_format = defaultdict(float, state_dict.get("seconds_by_format", {}))
+        """Continues from `state_dict`.
+
+        Raises:
+            StateError: it is no such state; nothing has changed then.
+        """
+        saved = read(dict[str, dict[str, NotNegative]], state_dict, "pace")
+        self.seconds_by_format = defaultdict(float, saved.get("seconds_by_format", {}))

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_amp.events import Cause
 from hf_amp.monitoring.streaming import History, RunningStatistics
+from hf_amp.plain import Positive
 from hf_amp.precision import FP16_FORMAT
 
 ERRORS_KEPT = 1000
@@ -41,7 +42,7 @@ class PrecisionRecord:
     fallback_count: int = 0
     error_counts: dict[str, int] = dataclasses.field(default_factory=dict)
     newest_errors: list[tuple[str, int]] = dataclasses.field(default_factory=list)
-    scale: float | None = None
+    scale: Positive | None = None
     log2_scale: RunningStatistics = dataclasses.field(default_factory=RunningStatistics)
     scale_history: History = dataclasses.field(default_factory=History)
     savings: RunningStatistics = dataclasses.field(default_factory=RunningStatistics)
@@ -69,7 +70,7 @@ class PrecisionRecord:
 
     def stats(self) -> dict[str, Any]:
         """The part of `PrecisionMonitor.get_precision_stats` that is summed up here."""
-        usage = {name: share / self.steps for name, share in self.steps_by_format.items()}
+        usage = {name: share / max(1, self.steps) for name, share in self.steps_by_format.items()}
         newest = math.nan if self.memory_savings is None else self.memory_savings
         return {
             "fp16_usage_rate": usage.get(FP16_FORMAT.name, 0.0),
@@ -92,20 +93,3 @@ class PrecisionRecord:
             "changes": max(0, self.scale_history.changes - 1),
             "history": list(self.scale_history.points),
         }
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> PrecisionRecord:
-        """The record that `dataclasses.asdict` gave `plain` for."""
-        record = cls(
-            **{option.name: plain[option.name] for option in dataclasses.fields(cls) if option.name in plain}
-        )
-        for name, kind in (
-            ("log2_scale", RunningStatistics),
-            ("savings", RunningStatistics),
-            ("scale_history", History),
-        ):
-            if name in plain:
-                setattr(record, name, kind(**plain[name]))
-        record.newest_errors = [(kind, step) for kind, step in record.newest_errors]
-        record.scale_history.points = [(step, scale) for step, scale in record.scale_history.points]
-        return record

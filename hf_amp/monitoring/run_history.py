@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,55 +13,23 @@ from typing import Any
 from hf_amp.errors import StateError
 from hf_amp.events import EventKind
 from hf_amp.monitoring.event_log import FILE_NAME, EventLog, find_log
+from hf_amp.monitoring.incidents import Incident, Transition, cause_of, plain_value, transition_of
 from hf_amp.monitoring.series import Series
+from hf_amp.options import is_real
 
 LARGEST_GROUPS = 500
 """Different incidents that are told apart; what comes after goes into one more, named so."""
+MOST_NAMES = 1000
+"""Figures, or causes, in one log; hf_amp has some 40, the rest are the loop's own."""
+MOST_MODULES = 100_000
+CHANGES_KEPT = 1000
+"""Changes of precision, and resumptions; a plan cannot flap, so that a run has a handful."""
 POINTS_KEPT_BY_MODULE = 512
 """There can be thousands of modules, and a picture has columns for a tenth of these."""
 MODULE_FIGURES = ("module_headroom_bits", "module_underflow_fraction", "module_activation_amax")
 """Figures by module, as a mapping from its qualified name."""
 
 _INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention}
-
-
-@dataclass
-class Incident:
-    """What needed attention, alike events together.
-
-    Attributes:
-        kind: name of the event.
-        cause: name of the cause; "" where there is none.
-        modules: qualified names of the modules concerned.
-        first_step: optimizer step of the first.
-        last_step: optimizer step of the newest.
-        count: how many.
-        message: the newest one's sentence, with what to do.
-        before: the value that the newest one changed.
-        after: what it changed to.
-    """
-
-    kind: str
-    cause: str
-    modules: tuple[str, ...]
-    first_step: int
-    last_step: int
-    count: int
-    message: str
-    before: float | str | None = None
-    after: float | str | None = None
-
-
-@dataclass(frozen=True)
-class Transition:
-    """A change of precision: of the modules named, or of the whole model where none is."""
-
-    step: int
-    before: str
-    after: str
-    modules: tuple[str, ...]
-    cause: str
-    message: str
 
 
 @dataclass
@@ -148,7 +117,7 @@ class RunHistory:
         self.lines += 1
         try:
             self._add(line)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StateError(
                 f"{self.path}: line {self.lines} is not what hf_amp writes ({error}); it was changed, or comes from a "
                 "version that this one cannot read."
@@ -168,10 +137,18 @@ class RunHistory:
             self.ended = True
         elif event == EventKind.STEP_SKIPPED.value:
             scale = line.get("before")
-            scale = float(scale) if isinstance(scale, (int, float)) else float("nan")
-            self.skips[line.get("cause") or "UNKNOWN"].add(step, scale)
+            scale = float(scale) if is_real(scale) else math.nan
+            self.skips[cause_of(line) or "UNKNOWN"].add(step, scale)
         elif event == EventKind.PRECISION_CHANGED.value:
-            self.transitions.append(_transition(line))
+            self.transitions.append(transition_of(line))
+            _thin(self.transitions)
+        for names, most in (
+            (self.figures, MOST_NAMES),
+            (self.skips, MOST_NAMES),
+            *((m, MOST_MODULES) for m in self.modules.values()),
+        ):
+            if len(names) > most:
+                raise ValueError(f"more than {most:,} names")
         if event in _INCIDENTS:
             self._add_incident(line)
 
@@ -184,6 +161,7 @@ class RunHistory:
         elif completed:
             self._cut_after(completed)
             self.resumed_at.append(completed)
+            _thin(self.resumed_at)
         self.ended = False
         self.precision = str(line.get("precision", ""))
         self.config = dict(line.get("config", {}))
@@ -214,25 +192,25 @@ class RunHistory:
             if name in MODULE_FIGURES:
                 for module, figure in value.items():
                     self.modules[name][module].add(step, float(figure))
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            elif is_real(value):
                 self.figures[name].add(step, value)
             elif name in _LOSS_FIGURES and value is not None:
                 self.figures[name].add(step, float(value))
 
     def _add_incident(self, line: Mapping[str, Any]) -> None:
         modules, step = tuple(map(str, line.get("modules") or ())), line["step"]
-        key = (line["event"], line.get("cause"), modules)
+        key = (line["event"], cause_of(line), modules)
         if key not in self._groups and len(self._groups) >= LARGEST_GROUPS:
             modules = ("and others",)
-            key = (line["event"], line.get("cause"), modules)
+            key = (line["event"], cause_of(line), modules)
         group = self._groups.get(key)
         if group is None:
-            group = Incident(line["event"], line.get("cause") or "", modules, step, step, 0, "")
+            group = Incident(line["event"], cause_of(line), modules, step, step, 0, "")
             self._groups[key] = group
         group.count += 1
         group.last_step = max(group.last_step, step)
         group.message = str(line.get("message", ""))
-        group.before, group.after = line.get("before"), line.get("after")
+        group.before, group.after = plain_value(line.get("before")), plain_value(line.get("after"))
 
 
 _NO_FIGURES = frozenset(
@@ -253,15 +231,10 @@ _NO_FIGURES = frozenset(
 _LOSS_FIGURES = ("loss",)  # may be "nan" or "inf", in words, which is worth a point
 
 
-def _transition(line: Mapping[str, Any]) -> Transition:
-    return Transition(
-        step=line["step"],
-        before=str(line.get("before")),
-        after=str(line.get("after")),
-        modules=tuple(map(str, line.get("modules") or ())),
-        cause=line.get("cause") or "",
-        message=str(line.get("message", "")),
-    )
+def _thin(changes: list[Any]) -> None:
+    """Drops one from the middle where there are too many: the first and the newest say how it began and how it is."""
+    if len(changes) > CHANGES_KEPT:
+        del changes[CHANGES_KEPT // 2]
 
 
 def named_run(run: str | Path) -> RunHistory:

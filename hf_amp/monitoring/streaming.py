@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from hf_amp.plain import AtLeastOne, Modest, NotNegative
 from hf_amp.statistics import snapshot
 
 
@@ -19,11 +20,11 @@ class RunningStatistics:
     """
 
     count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
+    mean: Modest = 0.0
+    squares: NotNegative = 0.0
     """Sum of squared distances from the mean."""
-    smallest: float | None = None
-    largest: float | None = None
+    smallest: Modest | None = None
+    largest: Modest | None = None
 
     def add(self, value: float) -> None:
         """Takes one finite number into account."""
@@ -76,7 +77,7 @@ class History:
     """Where a step-wise constant value changed: at most 256 points, thinned evenly when there are more."""
 
     points: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    every: int = 1
+    every: AtLeastOne = 1
     """Of this many changes one is kept."""
     changes: int = 0
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_amp.events import Cause, EventKind
-from hf_amp.monitoring.run_history import Incident, RunHistory, Transition
+from hf_amp.monitoring.incidents import Incident, Transition
+from hf_amp.monitoring.run_history import RunHistory
 
 SKIP_RATE_TO_WATCH = 0.01
 """The catalogue's limit for `skip_rate` after the first steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.precision import FP16_FORMAT
+from hf_amp.precision import FP16_FORMAT, LARGEST_SCALE
 from hf_amp.scaling.policy import Observation, options_for, scalar
 
 LIMIT_BITS = math.log2(FP16_FORMAT.largest)
@@ -83,6 +84,16 @@ class AdaptiveScale:
 
     needs_amax: ClassVar[bool] = True
     needs_underflow: ClassVar[bool] = True
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "mean": (-1024, 1024),
+        "variance": (0, 2**20),
+        "rate": (0, 1),
+        "peak": (-math.inf, 1024),
+        "former_peak": (-math.inf, 1024),
+        "window_steps": (0, 2**24),  # where FP32 stops counting
+        "limit": (-1024, 1024),
+        "wanted": (-math.inf, 1024),
+    }
 
     @classmethod
     def from_config(cls, config: MixedPrecisionConfig) -> AdaptiveScale:
@@ -160,6 +171,6 @@ def _wanted_with(sampled: Tensor | None, wanted: Tensor) -> Tensor:
     """log2 of the scale that underflow wants, with the newest sample in it."""
     if sampled is None:
         return wanted
-    bits = sampled.log2()
+    bits = sampled.log2().clamp_(max=math.log2(LARGEST_SCALE))  # inf would be NaN in the next mean
     smoothed = torch.where(bits > wanted + SURPRISE_BITS, bits, wanted + SMOOTHING * (bits - wanted))
     return torch.where(sampled > 0, smoothed, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -27,6 +28,7 @@ class ConstantScale:
 
     needs_amax: ClassVar[bool] = False
     needs_underflow: ClassVar[bool] = False
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
     @classmethod
     def from_config(cls, config: MixedPrecisionConfig) -> ConstantScale:

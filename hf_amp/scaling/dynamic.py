@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
+from hf_amp.options import LARGEST_COUNT
 from hf_amp.scaling.policy import Observation, options_for, scalar
 
 
@@ -48,6 +50,12 @@ class DynamicScale:
 
     needs_amax: ClassVar[bool] = False
     needs_underflow: ClassVar[bool] = False
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "growth_tracker": (0, LARGEST_COUNT),
+        "hysteresis_left": (1, LARGEST_COUNT),
+        "steps_since_change": (0, LARGEST_COUNT),
+        "overflows_since_change": (0, LARGEST_COUNT),
+    }
 
     @classmethod
     def from_config(cls, config: MixedPrecisionConfig) -> DynamicScale:

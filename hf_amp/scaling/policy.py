@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -46,6 +46,8 @@ class ScalePolicy(Protocol):
     """Whether `Observation.grad_amax` must be there at every step."""
     needs_underflow: ClassVar[bool]
     """Whether `Observation.wanted_scale` must be sampled every few steps."""
+    ranges: ClassVar[Mapping[str, tuple[float, float]]]
+    """Field of the state other than `scale` → what it can be, both ends included; nothing else is loaded."""
 
     def init_state(self, device: torch.device) -> Any:
         """The state before the first step, on `device`."""

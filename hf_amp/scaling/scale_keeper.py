@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ScalerError
+from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import state as state_of_policy
 from hf_amp.scaling.adaptive import AdaptiveScale
@@ -140,14 +141,27 @@ class ScaleKeeper(torch.amp.GradScaler):
         }
 
     def load_progress(self, saved: Mapping[str, Any]) -> None:
-        """Goes on counting from `progress`; what it does not have is left as it is."""
-        counters = saved.get("counters", {})
+        """Goes on counting from `progress`; what it does not have is left as it is.
+
+        Raises:
+            StateError: something in it cannot be; nothing has changed then.
+        """
+        self.flush()
+        progress = read(dict[str, Any], saved, "the progress")
+        counters = read(dict[str, int], progress.get("counters", {}), "the counters")
+        companions = read(dict[str, Any], progress.get("companions", {}), "the companions")
+        known = {name: self.companions[name] for name in companions if name in self.companions}
+        former = {name: companion.state_dict() for name, companion in known.items()}
+        try:
+            for name, companion in known.items():
+                companion.load_state_dict(companions[name])
+        except Exception:
+            for name, companion in known.items():
+                companion.load_state_dict(former[name])
+            raise
         self.applied_steps = counters.get("applied_steps", self.applied_steps)
         self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
         self.decided_steps = self.applied_steps + self.skipped_steps
-        for name, companion_state in saved.get("companions", {}).items():
-            if name in self.companions:
-                self.companions[name].load_state_dict(companion_state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`, ours or the stock scaler's, before the first step or later.
@@ -157,16 +171,13 @@ class ScaleKeeper(torch.amp.GradScaler):
         over the counters only.
 
         Raises:
-            StateError: it is not a scaler's state.
+            StateError: it is not a scaler's state; nothing has changed then.
         """
         if not self._enabled:
             return
-        fields = state_of_policy.from_plain(state_dict, self.config)
-        saved = {
-            name: state_dict[name]
-            for name in state_of_policy.STOCK_OPTIONS
-            if state_dict.get(name, getattr(self.config, name)) != getattr(self.config, name)
-        }
+        fields = state_of_policy.from_plain(state_dict, self.config, self._policy.ranges)
+        saved = state_of_policy.other_options(state_dict, self.config)
+        self.load_progress(state_dict.get("hf_amp", {}))
         if saved:
             _log.warning("the loaded scaler state replaces the config's options: %s", saved)
             self._change_options(**saved)
@@ -180,7 +191,6 @@ class ScaleKeeper(torch.amp.GradScaler):
             self._loaded_state = fields
             if self._state is not None:
                 self._set_state(state_of_policy.restored(self._state, fields))
-        self.load_progress(state_dict.get("hf_amp", {}))
 
     def keep_master_weights(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets `optimizer.state_dict()` carry FP32 master weights, and `load_state_dict` take them, unrounded.

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import StateError
+from hf_amp.errors import ConfigError, StateError
+from hf_amp.options import Allowed, is_real, shown
+from hf_amp.plain import read
 from hf_amp.scaling.policy import ScaleState
 from hf_amp.statistics import snapshot
 
 STOCK_OPTIONS = ("growth_factor", "backoff_factor", "growth_interval")
 _VERSION = 1
+
+# A stock scale that grew or died is inf or 0, and clamped.
+_Scale = Annotated[
+    float,
+    Allowed(
+        "a number from 0 on", lambda v: (is_real(v) and v >= 0) or (isinstance(v, float) and v == math.inf)
+    ),
+]
 
 
 def to_plain(config: MixedPrecisionConfig, fields: Mapping[str, float]) -> dict[str, Any]:
@@ -31,31 +43,69 @@ def to_plain(config: MixedPrecisionConfig, fields: Mapping[str, float]) -> dict[
     }
 
 
-def from_plain(saved: Mapping[str, Any], config: MixedPrecisionConfig) -> dict[str, float]:
+def from_plain(
+    saved: Mapping[str, Any], config: MixedPrecisionConfig, ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, float]:
     """Policy fields out of a saved form, ours or stock. Fields of another strategy are left out.
 
+    Args:
+        ranges: what the policy's fields can be.
+
     Raises:
-        StateError: it is no scaler's state, a newer version wrote it, or its scale is no number.
+        StateError: it is no scaler's state, a newer version wrote it, or a number in it is not usable.
     """
     if not isinstance(saved, Mapping) or "scale" not in saved:
         raise StateError(
             "not a gradient scaler's state: expected what state_dict() of torch.amp.GradScaler or AdvancedGradScaler "
             f"gives, got {_shown(saved)}. A disabled scaler saves an empty one; start without loading it."
         )
-    scale = saved["scale"]
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or math.isnan(scale):
+    stock: _Stock = read(_Stock, saved, "the scaler state")
+    if stock.hf_amp.version > _VERSION:
         raise StateError(
-            f"the saved scale is {scale!r}, not a number: the file is damaged; load another one."
+            f"the scaler state has version {stock.hf_amp.version}, this hf_amp reads up to {_VERSION}: update hf_amp."
         )
-    ours = saved.get("hf_amp", {})
-    if ours.get("version", _VERSION) > _VERSION:
-        raise StateError(
-            f"the scaler state has version {ours['version']}, this hf_amp reads up to {_VERSION}: update hf_amp."
+    fields = {"growth_tracker": stock._growth_tracker}
+    if stock.hf_amp.strategy == config.scaling_strategy.value:
+        fields = {**stock.hf_amp.policy, **fields}
+    for name, (low, high) in ranges.items():
+        value = fields.get(name, low)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise StateError(
+                f"the scaler state has {name}={shown(value)}, which must lie in [{low}, {high}]: the file is damaged; "
+                "load another one."
+            )
+    return {**{name: fields[name] for name in ranges if name in fields}, "scale": stock.scale}
+
+
+def other_options(saved: Mapping[str, Any], config: MixedPrecisionConfig) -> dict[str, Any]:
+    """The growth and backoff options of `saved` that are not `config`'s.
+
+    Raises:
+        StateError: one of them is not usable.
+    """
+    try:
+        options = dataclasses.replace(
+            config, **{name: saved[name] for name in STOCK_OPTIONS if name in saved}
         )
-    fields = {"scale": float(scale), "growth_tracker": saved.get("_growth_tracker", 0)}
-    if ours.get("strategy") == config.scaling_strategy.value:
-        fields = {**ours["policy"], **fields}
-    return fields
+    except ConfigError as error:
+        raise StateError(f"the scaler state holds an option that cannot be: {error}") from error
+    return {
+        name: value for name in STOCK_OPTIONS if (value := getattr(options, name)) != getattr(config, name)
+    }
+
+
+@dataclass
+class _Own:
+    version: int = _VERSION
+    strategy: str = ""
+    policy: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Stock:
+    scale: _Scale
+    _growth_tracker: int = 0
+    hf_amp: _Own = field(default_factory=_Own)
 
 
 def read_fields(state: ScaleState) -> dict[str, float]:

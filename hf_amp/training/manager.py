@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, BatchError, StateError
+from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.training.batch import LossFunction
 from hf_amp.training.dynamic import DynamicMixedPrecisionTrainer
@@ -180,7 +181,7 @@ class AdvancedMixedPrecisionManager:
         """Continues from `state_dict`, before the first step or later.
 
         Raises:
-            StateError: it is not a manager's state.
+            StateError: it is not a manager's state; nothing has changed then.
         """
         if not isinstance(state_dict, dict) or state_dict.get(_STATE) != 1:
             shown = (
@@ -190,9 +191,11 @@ class AdvancedMixedPrecisionManager:
                 f"not the state of a manager, but {shown or 'an empty mapping'}: pass what state_dict() gave; a scaler's state "
                 "goes into trainer.scaler.load_state_dict."
             )
-        self.epochs = state_dict["epochs"]
-        if state_dict["scaler"]:
-            self.trainer.scaler.load_state_dict(state_dict["scaler"])
+        epochs = read(int, state_dict.get("epochs"), "epochs")
+        scaler = read(dict[str, Any], state_dict.get("scaler"), "scaler")
+        if scaler:  # that of a disabled one is empty
+            self.trainer.scaler.load_state_dict(scaler)
+        self.epochs = epochs
 
     def save(self, path: str | Path) -> None:
         """Writes `state_dict` to a file, whole or not at all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,47 @@ def test_detach_restores_what_was_there(tmp_path: Path, precision: str, emulate:
         assert [build(owner) for owner in owners] == before
         session.detach()
         assert [build(owner) for owner in owners] == before
+
+
+def globally(owners: list[Any]) -> list[dict[str, int]]:
+    """Name → identity of everything that modules and classes hold."""
+    return [{name: id(value) for name, value in vars(owner).items() if name[:2] != "__"} for owner in owners]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_nothing_global_is_patched(precision: str) -> None:
+    """While a session is attached, trains and skips, classes and modules of torch and accelerate hold what they held."""
+    accelerator = Accelerator(mixed_precision=precision, cpu=True)
+    model = tiny_mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=True))
+    classes = [
+        Accelerator,
+        type(optimizer),
+        torch.amp.GradScaler,
+        torch.autocast,
+        torch.optim.Optimizer,
+        torch.optim.AdamW,
+    ]
+    modules = [
+        torch,
+        nn.functional,
+        nn.utils,
+        torch.autograd,
+        sys.modules["accelerate"],
+        sys.modules["accelerate.optimizer"],
+    ]
+    owners = [*classes, nn.Module, nn.Linear, torch.Tensor, *modules]
+    before = globally(owners)
+    with hf_amp.attach(accelerator):
+        for overflowing in (False, True):
+            loss = model(torch.ones(5, 4)).square().mean()
+            accelerator.backward(OverflowInBackward.apply(loss) if overflowing else loss)
+            accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            now = globally(owners)
+            assert [
+                {name: found.get(name) for name in held} for held, found in zip(before, now, strict=True)
+            ] == before
 
 
 def test_second_attach_is_a_clear_error() -> None:

@@ -147,6 +147,7 @@ def test_performance_mode_reads_no_host_in_the_step() -> None:
             scaler.step(optimizer)
             scaler.update()
         assert set(reads.sources) <= {"tolist"}  # of the host buffer
+        assert reads.count == (step > 0)
         assert scaler.applied_steps + scaler.skipped_steps == step  # one step late
     scaler.flush()
     assert (scaler.applied_steps, scaler.skipped_steps) == (19, 1)

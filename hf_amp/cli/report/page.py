@@ -10,8 +10,9 @@ from importlib.resources import files
 from hf_amp.cli.report.drawing import Drawn, pictures_for_page
 from hf_amp.cli.report.figures import shown, state_of
 from hf_amp.cli.report.theme import DARK, LIGHT, Theme, css_variable
+from hf_amp.monitoring.incidents import Incident
 from hf_amp.monitoring.metrics import CATALOGUE
-from hf_amp.monitoring.run_history import Incident, RunHistory
+from hf_amp.monitoring.run_history import RunHistory
 from hf_amp.monitoring.verdict import verdict_on
 from hf_amp.monitoring.visible import visible
 
