@@ -11,8 +11,9 @@ from pathlib import Path
 
 from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX
 from tests.benchmarks.circumstances import RESULTS
-from tests.benchmarks.results_table import read, rows_of, table
+from tests.benchmarks.results_table import read, rows_of
 from tests.benchmarks.suite import SUITES, folder_of
+from tests.benchmarks.tables import table
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- metrics: made from hf_amp/monitoring/metrics.py -->", "<!-- end of metrics -->"

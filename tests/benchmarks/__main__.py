@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+from tests.benchmarks.benchmark import Benchmark
 from tests.benchmarks.circumstances import RESULTS, ROOT
 from tests.benchmarks.results_table import write_page
-from tests.benchmarks.suite import SUITES, Benchmark, folder_of
+from tests.benchmarks.suite import SUITES, folder_of
 
 
 def run(benchmark: Benchmark, out: Path) -> int:

@@ -12,9 +12,11 @@ import pytest
 
 from tests.benchmarks import circumstances
 from tests.benchmarks.__main__ import main
+from tests.benchmarks.benchmark import Benchmark, Target
 from tests.benchmarks.circumstances import RESULTS
-from tests.benchmarks.results_table import page_of, pivoted, read, results_markdown, rows_of, table, verdict
-from tests.benchmarks.suite import CPU, GPU, Benchmark, Target, folder_of
+from tests.benchmarks.results_table import page_of, read, results_markdown, rows_of, verdict
+from tests.benchmarks.suite import CPU, GPU, folder_of
+from tests.benchmarks.tables import pivoted, table
 
 PLAIN = Benchmark("made_up", "-", "-", "-")
 BOUND = Target("one or less", "ratio", 1.0)
