@@ -12,15 +12,19 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from tests.benchmarks.benchmark import Benchmark
 from tests.benchmarks.circumstances import RESULTS, ROOT
 from tests.benchmarks.results_table import write_page
 from tests.benchmarks.suite import SUITES, folder_of
 
 
-def run(benchmark: Benchmark, out: Path) -> int:
+def run(benchmark: Benchmark, suite: str, out: Path) -> int:
     """The exit code of one benchmark, which writes its JSON into `out`."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if suite == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if benchmark.threads is not None:
         environment["OMP_NUM_THREADS"] = str(benchmark.threads)
     inside = out.is_relative_to(
@@ -42,11 +46,13 @@ def main() -> int:
     unknown = set(options.only or ()) - suite.keys()
     if unknown:
         command.error(f"no benchmark {', '.join(sorted(unknown))} in this suite, but {', '.join(suite)}")
+    if options.suite == "gpu" and not torch.cuda.is_available():
+        command.error("--suite gpu: there is no CUDA device on this machine; --suite cpu needs none")
     failed = []
     for name in options.only or suite:
         started = time.monotonic()
         print(f"{name}: {suite[name].measures}", flush=True)
-        code = run(suite[name], (options.out / folder_of(options.suite)).resolve())
+        code = run(suite[name], options.suite, (options.out / folder_of(options.suite)).resolve())
         failed += [name] * bool(code)
         print(
             f"{name}: {f'failed ({code})' if code else 'done'}, {time.monotonic() - started:.0f} s",

@@ -24,11 +24,23 @@ baseline. On a CPU FP16 is emulated, for every contender alike, so no ratio is a
 
 def results_markdown(folder: Path) -> str:
     """The whole page."""
-    parts = [HEAD]
+    parts = [HEAD, *summary(folder), ""]
     for suite, benchmarks in SUITES.items():
         parts.append(f"## {suite.upper()}\n")
         parts += [section(benchmark, folder / folder_of(suite)) for benchmark in benchmarks]
     return "\n".join(parts)
+
+
+def summary(folder: Path) -> list[str]:
+    """Every target and its verdict in a word, as a table."""
+    lines = ["| suite | benchmark | target | |", "|---|---|---|---|"]
+    for suite, benchmarks in SUITES.items():
+        for benchmark in benchmarks:
+            result = read(benchmark, folder / folder_of(suite))
+            for line in verdicts(benchmark, result) or ["**not measured**"] * (result is None):
+                words, word, _ = line.split("**")
+                lines.append(f"| {suite} | {benchmark.name} | {words.removesuffix(': ')} | {word} |")
+    return lines
 
 
 def section(benchmark: Benchmark, folder: Path) -> str:
@@ -87,7 +99,7 @@ def _name(row: Row) -> str:
     )
 
 
-# ---- the page -------------------------------------------------------------------------------------------------
+# ---- where, and where to --------------------------------------------------------------------------------------
 
 
 def origin(circumstances: dict[str, Any]) -> str:

@@ -104,6 +104,7 @@ def test_the_gpu_page_tells_ways_and_expectations(tmp_path: Path) -> None:
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "gpu_training.json").write_text(json.dumps(result))
     page = results_markdown(tmp_path)
+    assert "| gpu | gpu_training | speed of FP16 over FP32, 1.5 or more | reached |" in page
     assert "- Target: speed of FP16 over FP32, 1.5 or more: **reached**; GPT-2, 8 rows 2.00." in page
     assert "| GPT-2, 8 rows | FP32 | 1,500 | 2.00 (1.90 to 2.10) | 2,000 MB |" in page
 
