@@ -27,9 +27,9 @@ from tests.integrations.trainers import StockFP16OnCPU, regression_trainer
 
 OPTIMIZERS = {"fused SGD": True, "SGD": False}
 MONITORING: dict[str, dict[str, Any]] = {
-    "off": {"enable_monitoring": False},
-    "on, between two close looks": {"monitor_modules": True, "monitoring_interval": 10**6},
-    "on, at a close look": {"monitor_modules": True, "monitoring_interval": 1},
+    "monitoring off": {"enable_monitoring": False},
+    "between two close looks": {"monitor_modules": True, "monitoring_interval": 10**6},
+    "at a close look": {"monitor_modules": True, "monitoring_interval": 1},
 }
 STRATEGIES = ("CONSTANT", "DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED")
 STEPS = 5
@@ -129,13 +129,13 @@ def measure(folder: Path) -> list[Row]:
         )
 
     for name, fused in OPTIMIZERS.items():
-        add("torch.amp.GradScaler", name, "none", reads_a_step(stock_step(fused)))
+        add("torch.amp.GradScaler", name, "without hf_amp", reads_a_step(stock_step(fused)))
         reads = reads_a_step(fabric_step(fused)) if fabric.INSTALLED else "not installed"
-        add("Lightning Fabric", name, "none", reads)
+        add("Lightning Fabric", name, "without hf_amp", reads)
         for strategy, (monitoring, options) in product(STRATEGIES, MONITORING.items()):
             add(strategy, name, monitoring, reads_a_step(*our_step(fused, strategy, **options)))
     stock = StockFP16OnCPU(init_scale=INIT_SCALE)
-    add("Trainer", "fused AdamW", "none", reads_a_trainer_step(folder, stock))
+    add("Trainer", "fused AdamW", "without hf_amp", reads_a_trainer_step(folder, stock))
     for monitoring, options in MONITORING.items():
         callback = MixedPrecisionCallback({"init_scale": INIT_SCALE, **options})
         add("Trainer with the callback", "fused AdamW", monitoring, reads_a_trainer_step(folder, callback))
