@@ -22,7 +22,7 @@ def table(benchmark: Benchmark, rows: Sequence[Row], quartiles: bool = True) -> 
         rows = pivoted(rows, *benchmark.pivot)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [
-        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+        "| " + " | ".join(column.replace("_", " ").replace("hf amp", "hf_amp") for column in columns) + " |",
         "|---" * len(columns) + "|",
     ]
     lines += ["| " + " | ".join(shown(row.get(c, ""), c, quartiles) for c in columns) + " |" for row in rows]
