@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+import hf_amp
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
-PACKAGES = ("torch", "transformers", "accelerate", "lightning-fabric", "hf_amp")
+PACKAGES = ("torch", "transformers", "accelerate", "lightning-fabric")
 
 
 def circumstances() -> dict[str, Any]:
@@ -24,6 +26,7 @@ def circumstances() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES if _version(name)},
+        "hf_amp": hf_amp.__version__,  # which need not be installed: a checkout does
         **({"commit": commit} if commit else {}),
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
     }

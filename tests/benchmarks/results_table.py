@@ -104,7 +104,7 @@ def _name(row: Row) -> str:
 
 def origin(circumstances: dict[str, Any]) -> str:
     """Machine, versions, commit and command in a line."""
-    versions = [f"{name} {circumstances[name]}" for name in PACKAGES if name in circumstances]
+    versions = [f"{name} {circumstances[name]}" for name in (*PACKAGES, "hf_amp") if name in circumstances]
     threads = circumstances["threads"]
     return (
         f"{circumstances['device']}, {threads} thread{'s' * (threads != 1)}; Python {circumstances['python']}, "

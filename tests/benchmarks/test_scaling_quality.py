@@ -38,7 +38,8 @@ def train(task: str, scaling: str, seed: int, steps: int | None = None) -> dict[
         losses.append(loss.item())
         optimizer.zero_grad()
         outlier = what.outlier_every is not None and step % what.outlier_every == 0
-        run.scaler.scale(loss * OUTLIER_FACTOR if outlier else loss).backward()
+        scaled = run.scaler.scale(loss)
+        (scaled * OUTLIER_FACTOR if outlier else scaled).backward()
         wide = run.scaler.not_sampled() if run.session else ()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if id(p) not in wide])
         if not gradients.isfinite().all():

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback, Trainer
 
 from hf_amp import MixedPrecisionCallback
@@ -28,7 +27,7 @@ def training(size: str, folder: Path, ours: bool, steps: int) -> Callable[[], No
     count, length = SIZES[size].tokens
     model = gpt2(size, "cpu")
     rows = torch.randint(SIZES[size].vocabulary, (count * steps, length)).tolist()
-    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    data = [{"input_ids": row, "labels": row} for row in rows]
     on_gpu = torch.cuda.is_available()
     options = arguments(
         folder, max_steps=steps, logging_strategy="no", use_cpu=not on_gpu, log_level="error",
