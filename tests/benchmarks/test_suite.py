@@ -84,7 +84,9 @@ def test_a_table_shows_medians_with_quartiles() -> None:
 def test_sizes_stand_side_by_side() -> None:
     """Rows that differ in the pivot alone become one, whatever else was measured with them."""
     rows = [{"size": size, "what": what, "ratio": 1, "ms": 3} for what in "ab" for size in ("S", "L")]
-    assert pivoted(rows, "size", "ratio") == [{"what": what, "S": 1, "L": 1} for what in "ab"]
+    rows += [{"size": size, "what": "c", "ratio": "not installed"} for size in ("S", "L")]
+    expected = {"a": 1, "b": 1, "c": "not installed"}
+    assert pivoted(rows, "size", "ratio") == [{"what": w, "S": r, "L": r} for w, r in expected.items()]
 
 
 def test_the_gpu_page_tells_ways_and_expectations(tmp_path: Path) -> None:
