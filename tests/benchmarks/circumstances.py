@@ -20,14 +20,13 @@ PACKAGES = ("torch", "transformers", "accelerate", "lightning-fabric")
 
 def circumstances() -> dict[str, Any]:
     """Hardware, versions, commit and command of this run; no commit where this is no Git checkout."""
-    commit = _commit()
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES if _version(name)},
         "hf_amp": hf_amp.__version__,  # which need not be installed: a checkout does
-        **({"commit": commit} if commit else {}),
+        **({"commit": _COMMIT} if _COMMIT else {}),
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
     }
 
@@ -70,3 +69,7 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor()
+
+
+_COMMIT = _commit()
+"""As the run began; by its end the checkout may be another."""
