@@ -38,7 +38,7 @@ class Size:
 SIZES = {
     "tiny": Size(16, 1, 64, (2, 16), steps=1, rounds=2),
     "1M": Size(128, 5, 256, (4, 128), steps=8, rounds=20),
-    "25M": Size(512, 7, 5000, (4, 128), steps=4, rounds=10),
+    "25M": Size(512, 7, 5000, (4, 128), steps=4, rounds=8),
     "110M": Size(768, 12, 30000, (1, 64), steps=2, rounds=6),
 }
 """Number of parameters → model. At 110M the sequence is short, so that a CPU takes minutes and not an hour."""
