@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_amp.eager import eager
 from hf_amp.nested import map_tensors, replace_tensors
 
 
@@ -100,7 +101,7 @@ class InnerForwardContext(ForwardContext):
             module.register_forward_hook(self._leave_eagerly, prepend=True, always_call=True),
         ]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def _enter_with_float32(
         self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[Any, ...]:
@@ -111,7 +112,7 @@ class InnerForwardContext(ForwardContext):
         # Lists and mappings stay the same objects: the module may add to them for its caller.
         return widened_in_place(arguments), widened_in_place(options)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def _leave_eagerly(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._leave(module, arguments, output)
 

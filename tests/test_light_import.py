@@ -8,7 +8,7 @@ import pytest
 
 import hf_amp
 
-HEAVY = ["transformers", "accelerate", "datasets", "tensorboard", "structlog", "matplotlib"]
+HEAVY = ["transformers", "accelerate", "datasets", "tensorboard", "structlog", "matplotlib", "torch._dynamo"]
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 
-from tests.readme import README, with_current_table
+from tests.readme import README, with_current_tables
 
 
-def test_metrics_table_is_the_catalogue() -> None:
-    """The table in README.md is what `python -m tests.readme` makes of the catalogue."""
+def test_tables_are_the_catalogue_and_the_results() -> None:
+    """The generated tables in README.md are what `python -m tests.readme` makes of the code and the committed results."""
     readme = README.read_text(encoding="utf-8")
-    assert with_current_table(readme) == readme
+    assert with_current_tables(readme) == readme
+
+
+def test_measured_tables_are_made_between_their_markers() -> None:
+    """A table that is no longer what the results say is replaced, and nothing around it."""
+    readme = README.read_text(encoding="utf-8")
+    stale = "\n<!-- measured: scaler_cost -->\n| old |\n<!-- end of measured -->\nafter"
+    made = with_current_tables(readme + stale).removeprefix(readme)
+    assert made.startswith("\n<!-- measured: scaler_cost -->\n| optimizer |")
+    assert made.endswith("|\n<!-- end of measured -->\nafter")
+    assert "old" not in made
+    assert " to " not in made  # quartiles are in RESULTS.md
 
 
 def test_reading_order_names_files_that_exist() -> None:

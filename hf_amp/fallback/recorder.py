@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hf_amp.eager import eager
 from hf_amp.nested import tensors_in
 
 KEPT_FORWARDS = 64
@@ -99,7 +100,7 @@ class _Note:
         self._keep = keep
         self._model = model
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             self._keep(self._model, arguments, options)

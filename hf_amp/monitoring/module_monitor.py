@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_amp.eager import eager
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.statistics.by_tensor import amax, amax_of_each, underflow_of_each
 from hf_amp.statistics.snapshot import elements
@@ -65,7 +66,7 @@ class ModuleMonitor:
         self._handles.clear()
 
     def _hook(self, name: str) -> Callable[..., Any]:
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        @eager
         def look(module: nn.Module, arguments: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
                 return
@@ -74,7 +75,7 @@ class ModuleMonitor:
                 former = self._activations.get(name)
                 self._activations[name] = peak if former is None else torch.maximum(former, peak)
 
-        return cast("Callable[..., Any]", look)
+        return look
 
     def ride_along(
         self,

@@ -1,21 +1,23 @@
-"""Interleaved timing, and where it was done."""
+"""Interleaved timing, and the JSON file that it is written to."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-Seconds = list[float]
+from tests.benchmarks.circumstances import circumstances
 
+Seconds = list[float]
+Row = dict[str, Any]
+"""Column → text, number, or median and quartiles. Every benchmark writes its results as `rows`."""
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
 """Time that passes; CPU time of this thread, which on a machine shared with others is steadier, with OMP_NUM_THREADS=1."""
@@ -38,42 +40,61 @@ def interleaved(
     return seconds
 
 
-def ratio(seconds: Seconds, baseline: Seconds) -> dict[str, float]:
-    """Median and quartiles of the round-by-round ratios to the baseline."""
-    ratios = [a / b for a, b in zip(seconds, baseline, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"median": round(middle, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
-
-
-def circumstances() -> dict[str, Any]:
-    """Hardware, versions and command of this run."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
     return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "accelerate", "hf_amp")},
-        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
+        "median": round(middle, digits),
+        "quartile_1": round(low, digits),
+        "quartile_3": round(high, digits),
     }
 
 
-def _module() -> str:
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else "?"
+def ratio(seconds: Seconds, baseline: Seconds) -> dict[str, float]:
+    """Median and quartiles of the round-by-round ratios to the baseline."""
+    return spread([a / b for a, b in zip(seconds, baseline, strict=True)])
 
 
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
+def compared(seconds: Mapping[str, Seconds], baseline: str, steps: int = 1, **labels: Any) -> list[Row]:
+    """A row for each contender but the baseline: its time as a ratio to the baseline's, and a step's time in ms.
+
+    Args:
+        steps: optimizer steps in a round.
+        labels: columns that stand before.
+    """
+    return [
+        {
+            **labels,
+            "what": name,
+            "over": baseline,
+            "ratio": ratio(taken, seconds[baseline]),
+            "milliseconds_a_step": spread([second / steps * 1000 for second in taken], 3),
+            "baseline_milliseconds_a_step": spread(
+                [second / steps * 1000 for second in seconds[baseline]], 3
+            ),
+        }
+        for name, taken in seconds.items()
+        if name != baseline
+    ]
+
+
+def parser(sizes: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The command line of a benchmark: where the result goes, and how much is measured."""
+    made = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    made.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
+    if sizes:
+        made.add_argument("--sizes", nargs="+", default=list(sizes), choices=list(sizes))
+        made.add_argument("--rounds", type=int, help="default: that of each size")
+    return made
+
+
+def device() -> str:
+    """Where benchmarks run: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def write(name: str, result: dict[str, Any], out: Path) -> None:
     """Writes the result with its circumstances as JSON."""
     out.mkdir(parents=True, exist_ok=True)
     report = {"circumstances": circumstances(), **result}
-    (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")

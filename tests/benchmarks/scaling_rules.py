@@ -45,20 +45,19 @@ class Oracle(RuleScaler):
     not to skip then, can use no larger scale.
     """
 
-    def __init__(self, factor: float, scale: float) -> None:
+    def __init__(self, parameters: list[Tensor], factor: float, scale: float) -> None:
         super().__init__(lambda overflow, scaled: self._scale, scale)
-        self._factor = factor
-        self.parameters: list[Tensor] = []
+        self._parameters, self._factor = parameters, factor
 
     def scale(self, loss: Tensor) -> Tensor:
         while self._fits(loss, 2 * self._scale):
             self._scale *= 2
-        while not self._fits(loss, self._scale):
+        while loss.isfinite() and not self._fits(loss, self._scale):
             self._scale /= 2
         return super().scale(loss)
 
     def _fits(self, loss: Tensor, scale: float) -> bool:
-        gradients = torch.autograd.grad(loss * self._factor * scale, self.parameters, retain_graph=True)
+        gradients = torch.autograd.grad(loss * self._factor * scale, self._parameters, retain_graph=True)
         return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 

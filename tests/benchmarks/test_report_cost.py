@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,10 +17,9 @@ from typing import Any
 import pytest
 
 from hf_amp.monitoring.event_log import FILE_NAME
-from tests.benchmarks.measuring import write
+from tests.benchmarks.measuring import Row, parser, write
 
 EVENTS = 1_000_000
-SECONDS_ALLOWED, BYTES_ALLOWED = 30.0, 2**30
 _PROGRAM = """
 import resource, sys
 from hf_amp.cli import app
@@ -54,7 +52,7 @@ def lines(events: int) -> Iterator[dict[str, Any]]:
             yield {**head, "event": "step_skipped", "step": step, **plain, "cause": cause, **change, **where}
 
 
-def measure(events: int, folder: Path) -> dict[str, float]:
+def measure(events: int, folder: Path) -> Row:
     """One report in a process of its own, start of Python and imports included."""
     with (folder / FILE_NAME).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines(events))
@@ -86,18 +84,10 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
 
 
 def main() -> None:
-    """Measures a million events and writes the result."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
+    options = parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(EVENTS, Path(folder))
-    print(json.dumps(result, indent=1))
-    write(
-        "report_cost",
-        {"allowed": {"seconds": SECONDS_ALLOWED, "bytes": BYTES_ALLOWED}, **result},
-        out,
-    )
+        row = measure(EVENTS, Path(folder))
+    write("report_cost", {"rows": [row]}, options.out)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
-from tests.benchmarks.measuring import CLOCKS, interleaved, ratio, write
+from tests.benchmarks.measuring import CLOCKS, Row, compared, device, interleaved, parser, write
+from tests.benchmarks.models import MEASURED, SIZES
 
-SIZES = {"1M": (128, 5, 256), "25M": (512, 7, 5000), "110M": (768, 12, 30000)}
-"""name → width, layers, vocabulary of a GPT-2-like set of parameters."""
+ROUNDS = {"1M": 40, "25M": 20, "110M": 8}
+STRATEGIES = ("DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED")
+OPTIMIZERS = {"fused": True, "plain": False}
 MAX_NORM = 1.0
 
 
@@ -91,45 +90,38 @@ def one_read(held: list[nn.Parameter]) -> Callable[[], None]:
     return lambda: [gradient.aminmax() for gradient in gradients] and None
 
 
-def measure(size: str, rounds: int, device: str, clock: str = "wall") -> dict[str, Any]:
+def measure(size: str, rounds: int, device: str, clock: str = "wall") -> list[Row]:
     """All ratios at one size."""
-    held = parameters(*SIZES[size], device)
-    contenders: dict[str, Callable[[], None]] = {"one read": one_read(held)}
-    for name, fused in {"fused": True, "plain": False}.items():
-        contenders[f"stock {name}"] = stock_boundary(held, fused)
-        for strategy in ("DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"):
-            contenders[f"{strategy} {name}"] = our_boundary(held, fused, strategy)
-    contenders["guard alone"] = guard_alone(held)
+    shape = SIZES[size]
+    held = parameters(shape.width, shape.layers, shape.vocabulary, device)
+    rows: list[Row] = []
+    contenders = {f"stock {kind}": stock_boundary(held, fused) for kind, fused in OPTIMIZERS.items()}
+    for kind, fused in OPTIMIZERS.items():
+        contenders |= {f"{name} {kind}": our_boundary(held, fused, name) for name in STRATEGIES}
+    contenders |= {"one read": one_read(held), "guard alone": guard_alone(held)}
     seconds = interleaved(contenders, rounds, clock)
-    result: dict[str, Any] = {"parameters": sum(p.numel() for p in held)}
-    for name, measured in seconds.items():
-        strategy, kind = name.rsplit(maxsplit=1)
-        if strategy not in ("one", "stock", "guard"):
-            result[f"{name} over stock"] = ratio(measured, seconds[f"stock {kind}"])
-    result["guard alone over one read"] = ratio(seconds["guard alone"], seconds["one read"])
-    return result
+    for kind in OPTIMIZERS:
+        taken = {name.removesuffix(f" {kind}"): s for name, s in seconds.items() if name.endswith(f" {kind}")}
+        rows += compared(taken, "stock", parameters=size, optimizer=f"AdamW, {kind}")
+    guard = {name: seconds[name] for name in ("guard alone", "one read")}
+    return rows + compared(guard, "one read", parameters=size, optimizer="none")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {size: measure(size, options.rounds, device, options.clock) for size in options.sizes}
-    write("scaler_cost", {"ratios": results}, options.out)
-    for size, ratios in results.items():
-        print(f"\n{size}: {ratios.pop('parameters'):,} parameters")
-        for name, r in ratios.items():
-            print(f"  {name:45} {r['median']:6.2f}  ({r['quartile_1']:.2f} to {r['quartile_3']:.2f})")
+    command = parser(MEASURED)
+    command.add_argument("--clock", default="wall", choices=list(CLOCKS))
+    options = command.parse_args()
+    rows = [
+        row
+        for size in options.sizes
+        for row in measure(size, options.rounds or ROUNDS[size], device(), options.clock)
+    ]
+    write("scaler_cost", {"clock": options.clock, "rows": rows}, options.out)
 
 
 def test_every_contender_runs() -> None:
     """The benchmark itself is sound: each contender runs, and there is a ratio for each of ours."""
-    result = measure("1M", rounds=2, device="cpu")
-    assert len(result) == 1 + 2 * 3 + 1
+    assert len(measure("tiny", rounds=2, device="cpu")) == 2 * 3 + 1
 
 
 if __name__ == "__main__":

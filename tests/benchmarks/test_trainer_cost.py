@@ -7,43 +7,34 @@ Default options, default optimizer (fused AdamW) and clipping, no logging. On a 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer
 
 from hf_amp import MixedPrecisionCallback
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.forward_context import ForwardContext
-from tests.benchmarks.measuring import interleaved, ratio, write
+from tests.benchmarks.measuring import Row, compared, interleaved, parser, write
+from tests.benchmarks.models import INIT_SCALE, MEASURED, SIZES, gpt2
 from tests.integrations.trainers import StockFP16OnCPU, arguments
-
-SIZES = {"1M": (128, 5, 256), "25M": (512, 7, 5000)}
-"""name → width, layers, vocabulary of a GPT-2."""
-BATCH, LENGTH = 4, 128
-STEPS_A_ROUND = 8
 
 
 def training(size: str, folder: Path, ours: bool, steps: int) -> Callable[[], None]:
     """A few steps of one Trainer, which go on where the last call has ended."""
-    width, layers, vocabulary = SIZES[size]
-    torch.manual_seed(0)
-    shape = GPT2Config(
-        vocab_size=vocabulary, n_positions=LENGTH, n_embd=width, n_layer=layers, n_head=4, bos_token_id=0,
-        eos_token_id=0,
-    )  # fmt: skip
-    rows = torch.randint(vocabulary, (BATCH * steps, LENGTH)).tolist()
+    count, length = SIZES[size].tokens
+    model = gpt2(size, "cpu")
+    rows = torch.randint(SIZES[size].vocabulary, (count * steps, length)).tolist()
+    data = [{"input_ids": row, "labels": row} for row in rows]
     on_gpu = torch.cuda.is_available()
-    options = arguments(folder, max_steps=steps, logging_strategy="no", use_cpu=not on_gpu, log_level="error")
-    model = GPT2LMHeadModel(shape)
-    stock = StockFP16OnCPU(init_scale=256.0)
-    callbacks = [MixedPrecisionCallback({"init_scale": 256.0})] if ours else [] if on_gpu else [stock]
-    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    options = arguments(
+        folder, max_steps=steps, logging_strategy="no", use_cpu=not on_gpu, log_level="error",
+        per_device_train_batch_size=count,
+    )  # fmt: skip
+    stock = StockFP16OnCPU(init_scale=INIT_SCALE)
+    callbacks = [MixedPrecisionCallback({"init_scale": INIT_SCALE})] if ours else [] if on_gpu else [stock]
     stock.trainer = trainer = Trainer(model, options, train_dataset=data, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     if not ours and not on_gpu:
@@ -51,32 +42,29 @@ def training(size: str, folder: Path, ours: bool, steps: int) -> Callable[[], No
     return lambda: trainer.train() and None
 
 
-def measure(size: str, rounds: int, steps: int = STEPS_A_ROUND) -> dict[str, Any]:
+def measure(size: str, rounds: int, steps: int) -> list[Row]:
     """The ratio at one size."""
     with TemporaryDirectory() as folder:
         contenders = {
-            name: training(size, Path(folder) / name, name == "ours", steps) for name in ("stock", "ours")
+            "without": training(size, Path(folder) / "stock", False, steps),
+            "with the callback": training(size, Path(folder) / "ours", True, steps),
         }
-        seconds = interleaved(contenders, rounds)
-    return {"ours over stock": ratio(seconds["ours"], seconds["stock"])}
+        return compared(interleaved(contenders, rounds), "without", steps, parameters=size)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args()
-    results = {size: measure(size, options.rounds) for size in options.sizes}
-    write("trainer_cost", {"ratios": results, "steps_a_round": STEPS_A_ROUND}, options.out)
-    for size, ratios in results.items():
-        for name, r in ratios.items():
-            print(f"{size:6} {name:20} {r['median']:6.3f}  ({r['quartile_1']:.3f} to {r['quartile_3']:.3f})")
+    options = parser(MEASURED).parse_args()
+    rows = [
+        row
+        for size in options.sizes
+        for row in measure(size, options.rounds or SIZES[size].rounds, SIZES[size].steps)
+    ]
+    write("trainer_cost", {"rows": rows}, options.out)
 
 
 def test_both_contenders_run() -> None:
     """The benchmark itself is sound: both train, and there is a ratio."""
-    assert measure("1M", rounds=2, steps=1)["ours over stock"]["median"] > 0
+    assert measure("tiny", rounds=2, steps=1)[0]["ratio"]["median"] > 0
 
 
 if __name__ == "__main__":

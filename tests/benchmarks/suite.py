@@ -1,0 +1,134 @@
+"""The benchmarks: what each measures, beside what, and what was wanted of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.benchmarks.benchmark import Benchmark, Target
+from tests.benchmarks.measuring import Row
+
+
+def _module(name: str) -> str:
+    return f"tests.benchmarks.test_{name}"
+
+
+def _fused(row: Row) -> bool:
+    return row["optimizer"] == "AdamW, fused"
+
+
+def _learns(row: Row) -> bool:
+    return row["scaling"].startswith("hf_amp") and row["scaling"] != "hf_amp CONSTANT"
+
+
+def _is_late(row: Row) -> bool:
+    return row["what"] == "PERFORMANCE_OPTIMIZED" and row["optimizer"].startswith("fused")
+
+
+SCALER_COST = Benchmark(
+    "scaler_cost",
+    _module("scaler_cost"),
+    "The step boundary alone (unscale, clip, AdamW, update) with everything of hf_amp on, by number of parameters; and what "
+    "the guard of BF16 and FP32 adds, as a multiple of reading all gradients once.",
+    "`torch.amp.GradScaler` with `clip_grad_norm_`, in the same run",
+    (Target("no more than stock with a fused optimizer", "ratio", 1.0, _fused),),
+    pivot=("parameters", "ratio"),
+    options=("--clock", "thread"),
+    threads=1,
+)
+
+CPU = (
+    SCALER_COST,
+    Benchmark(
+        "trainer_cost",
+        _module("trainer_cost"),
+        "Whole steps of a `Trainer` with `MixedPrecisionCallback`, default options, by number of parameters.",
+        "the same `Trainer` with the stock scaler, both in emulated FP16",
+        (Target("no more than without", "ratio", 1.0),),
+        pivot=("parameters", "ratio"),
+    ),
+    Benchmark(
+        "loop_cost",
+        _module("loop_cost"),
+        "Whole steps of our own loops in their default options, and of Lightning Fabric, by number of parameters.",
+        "a hand-written loop over autocast, `torch.amp.GradScaler` and fused AdamW, all in emulated FP16",
+        pivot=("parameters", "ratio"),
+    ),
+    Benchmark(
+        "monitoring_cost",
+        _module("monitoring_cost"),
+        "Whole steps with monitoring, a close look and a log entry every 10 steps, by number of parameters.",
+        "`enable_monitoring=False`",
+        pivot=("parameters", "ratio"),
+    ),
+    Benchmark(
+        "fallback_cost",
+        _module("fallback_cost"),
+        "Whole steps with the fallback on while nothing goes wrong, and under plans that hold layers in FP32.",
+        "`automatic_fallback=False`",
+        pivot=("parameters", "ratio"),
+    ),
+    Benchmark(
+        "host_reads",
+        _module("host_reads"),
+        "How often a step reads the host, and so would wait for a GPU; counted, not timed.",
+        "`torch.amp.GradScaler`, Lightning Fabric, and `Trainer` with the stock scaler",
+        (
+            Target("one a step at most, in every strategy", "host_reads_a_step", 1, lambda row: row["what"].isupper()),
+            Target("none for PERFORMANCE_OPTIMIZED with a fused optimizer", "host_reads_a_step", 0, _is_late),
+        ),
+        pivot=("monitoring", "host_reads_a_step"),
+    ),
+    Benchmark(
+        "scaling_quality",
+        _module("scaling_quality"),
+        "Skipped steps, underflow and final loss in emulated FP16: a GPT-2 on text (1,000 steps) and a ViT on digits (600), "
+        "with gradients 64 times as large every 100 steps, and a T5 of which two layers leave FP16's range (200).",
+        "FP32, `torch.amp.GradScaler`, and reference implementations of other libraries' rules",
+        (Target("within 1% of the loss of FP32", "final_loss_over_FP32", 1.01, _learns),),
+        threads=1,
+    ),
+    Benchmark(
+        "startup_cost",
+        _module("startup_cost"),
+        "Time of an import in a fresh process.",
+        "what was imported before",
+        (Target("50 ms or less for hf_amp", "milliseconds", 50, lambda row: row["what"] == "import hf_amp"),),
+    ),
+    Benchmark(
+        "seeing_cost",
+        _module("seeing_cost"),
+        "Python that monitor and tracker run in a step, early and late in a run, and what they hold at its end.",
+        "none",
+    ),
+    Benchmark(
+        "report_cost",
+        _module("report_cost"),
+        "`hf-amp report` on a log of a million events.",
+        "none",
+        (Target("30 s or less", "seconds", 30), Target("1 GiB or less", "peak_bytes", 2**30)),
+    ),
+    Benchmark(
+        "faults",
+        "tests.faults",
+        "Faults put into running trainings, and what became of the runs.",
+        "none",
+        (Target("no run lost", "lost", 0),),
+    ),
+)  # fmt: skip
+
+GPU = (
+    replace(SCALER_COST, options=(), threads=None),  # the clock of a thread does not see the device
+    Benchmark(
+        "gpu_training",
+        _module("gpu_training"),
+        "Whole training steps on a GPU: speed, memory at its peak, and how often the host waits for the device.",
+        "FP32, BF16 and the stock scaler, in the same run",
+    ),
+)
+
+SUITES = {"cpu": CPU, "gpu": GPU}
+
+
+def folder_of(suite: str) -> str:
+    """Where a suite's files lie inside of the folder of results: both have a `scaler_cost.json`."""
+    return "." if suite == "cpu" else suite
