@@ -10,6 +10,7 @@ from typing import Any
 from hf_amp.events import Cause
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.precision import PrecisionMode
+from hf_amp.saved import check
 
 WHOLE_MODEL = ""
 """Stands for the plan's default among the names that demotions are counted under."""
@@ -67,7 +68,12 @@ class FallbackState:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> FallbackState:
-        """The state that `to_plain` gave `plain` for."""
+        """The state that `to_plain` gave `plain` for.
+
+        Raises:
+            StateError: a field has a type that it cannot have.
+        """
+        check(cls, plain)
         known = {option.name: plain[option.name] for option in fields(cls) if option.name in plain}
         return cls(
             **known

@@ -171,11 +171,12 @@ class PlanKeeper:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`, plan included. A default that this run cannot have is left behind."""
+        state, at_rest = FallbackState.from_plain(state_dict), state_dict["scale_at_rest"]
+        self.examiner.scale_skips = int(state_dict["scale_skips"])
+        self.scale_at_rest = None if at_rest is None else float(at_rest)
         if self._trial is not None and state_dict["trial"] is not None:
             self._trial.load_state_dict(state_dict["trial"])
             if self._trial.running is None:
                 self._fallback = replace(self._fallback, ladder=self._trial.choices())
-        self._state = self._fallback.restored(FallbackState.from_plain(state_dict))
-        self.examiner.scale_skips = state_dict["scale_skips"]
-        self.scale_at_rest = state_dict["scale_at_rest"]
+        self._state = self._fallback.restored(state)
         self.runner.apply(self.plan)

@@ -72,5 +72,5 @@ class SpeedTrial:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`; candidates that this run does not have are left out."""
         for mode in self._seconds:
-            self._seconds[mode] = list(state_dict["seconds"].get(mode.value, []))
+            self._seconds[mode] = [float(s) for s in state_dict["seconds"].get(mode.value, [])]
         self._unstable = {PrecisionMode(value) for value in state_dict["unstable"]} & set(self._seconds)

@@ -19,8 +19,8 @@ def go_on_from(progress: dict[str, Any], session: AmpSession) -> str:
         The precision that the saved run was in.
     """
     precision = str(progress.get("precision", session.asked_for.value))
-    companions = dict(progress.get("companions", {}))
     if precision != session.asked_for.value:
-        companions.pop("fallback", None)
-    session.scaler.load_progress({**progress, "companions": companions})
+        companions = {k: v for k, v in progress.get("companions", {}).items() if k != "fallback"}
+        progress = {**progress, "companions": companions}
+    session.scaler.load_progress(progress)
     return precision

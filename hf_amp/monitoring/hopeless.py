@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from hf_amp.events import Cause, EventKind
+from hf_amp.saved import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,14 @@ class HopeWatch:
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from `state_dict`; patience stays as configured."""
-        for name, value in state_dict.items():
+        """Continues from `state_dict`; patience stays as configured.
+
+        Raises:
+            StateError: a field has a type that it cannot have.
+        """
+        check(type(self), state_dict)
+        for name in self.state_dict().keys() & state_dict.keys():
+            value = state_dict[name]
             setattr(self, name, Counter(value) if name == "skipped_by_cause" else value)
 
 

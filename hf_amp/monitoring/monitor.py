@@ -17,6 +17,7 @@ from hf_amp.events import Cause
 from hf_amp.monitoring.precision_record import ERROR_OF_CAUSE, PrecisionRecord
 from hf_amp.monitoring.streaming import LossMean
 from hf_amp.precision import FP16_FORMAT, NumberFormat, PrecisionMode
+from hf_amp.saved import check
 
 
 @dataclasses.dataclass
@@ -248,7 +249,12 @@ class PrecisionMonitor:
         return {**dataclasses.asdict(self), "skipped_by_cause": dict(self.skipped_by_cause)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from `state_dict`; fields it does not have keep their values."""
+        """Continues from `state_dict`; fields it does not have keep their values.
+
+        Raises:
+            StateError: a field has a type that it cannot have.
+        """
+        check(type(self), state_dict)
         for name in (option.name for option in dataclasses.fields(self)):
             if name in state_dict:
                 setattr(self, name, state_dict[name])

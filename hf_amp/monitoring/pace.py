@@ -78,4 +78,5 @@ class Pace:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
-        self.seconds_by_format = defaultdict(float, state_dict.get("seconds_by_format", {}))
+        seconds = state_dict.get("seconds_by_format", {})
+        self.seconds_by_format = defaultdict(float, {str(name): float(s) for name, s in seconds.items()})

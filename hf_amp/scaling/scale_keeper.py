@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import ScalerError
+from hf_amp.errors import ScalerError, StateError
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import state as state_of_policy
 from hf_amp.scaling.adaptive import AdaptiveScale
@@ -140,14 +142,32 @@ class ScaleKeeper(torch.amp.GradScaler):
         }
 
     def load_progress(self, saved: Mapping[str, Any]) -> None:
-        """Goes on counting from `progress`; what it does not have is left as it is."""
-        counters = saved.get("counters", {})
-        self.applied_steps = counters.get("applied_steps", self.applied_steps)
-        self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
-        self.decided_steps = self.applied_steps + self.skipped_steps
-        for name, companion_state in saved.get("companions", {}).items():
-            if name in self.companions:
-                self.companions[name].load_state_dict(companion_state)
+        """Goes on counting from `progress`; what it does not have is left as it is.
+
+        Raises:
+            StateError: it is no progress; then nothing has changed.
+        """
+        with self.all_or_nothing(), _telling_what_is_wrong():
+            counters = saved.get("counters", {})
+            self.applied_steps = operator.index(counters.get("applied_steps", self.applied_steps))
+            self.skipped_steps = operator.index(counters.get("skipped_steps", self.skipped_steps))
+            self.decided_steps = self.applied_steps + self.skipped_steps
+            for name, companion_state in saved.get("companions", {}).items():
+                if name in self.companions:
+                    self.companions[name].load_state_dict(companion_state)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Where an error leaves this context, scale, options, counters and companions are as they were before it."""
+        former = dict(vars(self))
+        companions = {name: companion.state_dict() for name, companion in self.companions.items()}
+        try:
+            yield
+        except BaseException:
+            vars(self).update(former)
+            for name, state in companions.items():
+                self.companions[name].load_state_dict(state)
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`, ours or the stock scaler's, before the first step or later.
@@ -157,10 +177,13 @@ class ScaleKeeper(torch.amp.GradScaler):
         over the counters only.
 
         Raises:
-            StateError: it is not a scaler's state.
+            StateError: it is not a scaler's state; then nothing has changed.
         """
-        if not self._enabled:
-            return
+        if self._enabled:
+            with self.all_or_nothing(), _telling_what_is_wrong():
+                self._load(state_dict)
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
         fields = state_of_policy.from_plain(state_dict, self.config)
         saved = {
             name: state_dict[name]
@@ -178,8 +201,10 @@ class ScaleKeeper(torch.amp.GradScaler):
             fields["scale"] = bounded
         if not self.guards_only:
             self._loaded_state = fields
+            like = self._policy.init_state(torch.device("cpu")) if self._state is None else self._state
+            restored = state_of_policy.restored(like, fields)
             if self._state is not None:
-                self._set_state(state_of_policy.restored(self._state, fields))
+                self._set_state(restored)
         self.load_progress(state_dict.get("hf_amp", {}))
 
     def keep_master_weights(self, optimizer: torch.optim.Optimizer) -> None:
@@ -233,3 +258,16 @@ class ScaleKeeper(torch.amp.GradScaler):
         self.__init__(MixedPrecisionConfig.from_dict(state["config"]), state["device"])  # type: ignore[misc]
         if state["state"]:
             self.load_state_dict(state["state"])
+
+
+@contextmanager
+def _telling_what_is_wrong() -> Iterator[None]:
+    """Whatever garbage in a saved state leads to is a `StateError`."""
+    try:
+        yield
+    except StateError:
+        raise
+    except Exception as error:
+        raise StateError(
+            f"not a state that hf_amp has saved ({type(error).__name__}: {error}): it is damaged; load another one."
+        ) from error

@@ -43,7 +43,7 @@ def from_plain(saved: Mapping[str, Any], config: MixedPrecisionConfig) -> dict[s
             f"gives, got {_shown(saved)}. A disabled scaler saves an empty one; start without loading it."
         )
     scale = saved["scale"]
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or math.isnan(scale):
+    if not _is_number(scale):
         raise StateError(
             f"the saved scale is {scale!r}, not a number: the file is damaged; load another one."
         )
@@ -55,7 +55,16 @@ def from_plain(saved: Mapping[str, Any], config: MixedPrecisionConfig) -> dict[s
     fields = {"scale": float(scale), "growth_tracker": saved.get("_growth_tracker", 0)}
     if ours.get("strategy") == config.scaling_strategy.value:
         fields = {**ours["policy"], **fields}
+    wrong = next((name for name, value in fields.items() if not _is_number(value)), None)
+    if wrong is not None:
+        raise StateError(
+            f"the saved {wrong} is {ascii(fields[wrong])[:60]}, not a number: the file is damaged; load another one."
+        )
     return fields
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def read_fields(state: ScaleState) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_amp import saved
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, BatchError, StateError
 from hf_amp.precision import PrecisionMode, ScalingStrategy
@@ -190,9 +191,9 @@ class AdvancedMixedPrecisionManager:
                 f"not the state of a manager, but {shown or 'an empty mapping'}: pass what state_dict() gave; a scaler's state "
                 "goes into trainer.scaler.load_state_dict."
             )
-        self.epochs = state_dict["epochs"]
-        if state_dict["scaler"]:
+        if state_dict.get("scaler"):
             self.trainer.scaler.load_state_dict(state_dict["scaler"])
+        self.epochs = state_dict.get("epochs", self.epochs)
 
     def save(self, path: str | Path) -> None:
         """Writes `state_dict` to a file, whole or not at all."""
@@ -207,13 +208,7 @@ class AdvancedMixedPrecisionManager:
         Raises:
             StateError: it cannot be read, or is something else.
         """
-        try:
-            state = torch.load(path, weights_only=True)
-        except Exception as error:  # torch and pickle raise unrelated trees
-            raise StateError(
-                f"{path}: cannot be read as a manager's state ({error}); pass a file that save() wrote."
-            ) from error
-        self.load_state_dict(state)
+        self.load_state_dict(saved.read(path))
 
     # ---- the end --------------------------------------------------------------------------------------------
 
