@@ -63,7 +63,10 @@ def _annotation(kind: type, annotation: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether `value` is what plain data makes of a `kind`: lists for tuples, mappings for dataclasses, values for enums."""
+    """Whether `value` is what plain data makes of a `kind`: lists for tuples, mappings for dataclasses, values for enums.
+
+    Whatever is saved as an int is a count.
+    """
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
@@ -83,4 +86,6 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and value in {member.value for member in origin}
     if isinstance(value, bool):
         return origin is bool
-    return isinstance(value, (int, float) if origin is float else origin)
+    if isinstance(value, int):
+        return (0 if origin is int else -(2**63)) <= value < 2**63 and origin in (int, float)
+    return isinstance(value, origin)

@@ -149,8 +149,11 @@ class ScaleKeeper(torch.amp.GradScaler):
         """
         with self.all_or_nothing(), _telling_what_is_wrong():
             counters = saved.get("counters", {})
-            self.applied_steps = operator.index(counters.get("applied_steps", self.applied_steps))
-            self.skipped_steps = operator.index(counters.get("skipped_steps", self.skipped_steps))
+            for name in ("applied_steps", "skipped_steps"):
+                steps = operator.index(counters.get(name, getattr(self, name)))
+                if not 0 <= steps < 2**63:
+                    raise ValueError(f"{steps:.3g} {name}")
+                setattr(self, name, steps)
             self.decided_steps = self.applied_steps + self.skipped_steps
             for name, companion_state in saved.get("companions", {}).items():
                 if name in self.companions:

@@ -29,7 +29,9 @@ def main() -> int:
     status = pytest.main([str(Path(__file__).parent), "--full-size", "-q"], plugins=[rows])
     write("faults", {"faults": rows.faults}, arguments.out)
     for row in rows.faults:
-        print(f"{row['fault']:70} {row['injected']:6} {row['survived']:6} {row['lost']:4} {row['seconds']:7} s")
+        print(
+            f"{row['fault']:70} {row['injected']:6} {row['survived']:6} {row['lost']:4} {row['seconds']:7} s"
+        )
     return int(status)
 
 

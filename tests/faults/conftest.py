@@ -12,7 +12,9 @@ Tally = Callable[[str, int, int], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full-size", action="store_true", help="tests/faults: as many faults as in the published table")
+    parser.addoption(
+        "--full-size", action="store_true", help="tests/faults: as many faults as in the published table"
+    )
 
 
 @pytest.fixture

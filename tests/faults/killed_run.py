@@ -20,7 +20,11 @@ from typing import Any
 
 import torch
 
-from tests.integrations.checkpointed_run import Run, begin
+from hf_amp import MixedPrecisionCallback
+from hf_amp.monitoring.metrics import TIMINGS
+from tests.integrations.checkpointed_run import begin
+from tests.integrations.trainers import OverflowAt, regression_trainer
+from tests.reference import snapshot
 
 STEPS, SAVED_EVERY = 200, 3
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -28,10 +32,17 @@ OPTIONS = {
     "automatic": {"scaling_strategy": "ADAPTIVE"},
     "same folder": {"scaling_strategy": "DYNAMIC", "growth_interval": 3, "recovery_steps": 5},
 }
+"""How `save_state` names its checkpoints → options of that run."""
+RUNS = (*OPTIONS, "Trainer")
+TRAINER_STEPS = 60
 
 
-def live(folder: Path, naming: str, saves: bool = True) -> Run:
-    """The run, from its newest checkpoint to its end."""
+def live(folder: Path, kind: str, saves: bool = True) -> Any:
+    """The run, from its newest checkpoint to its end; all that it came to, but for what a clock has measured."""
+    return live_in_a_trainer(folder, saves) if kind == "Trainer" else live_in_a_loop(folder, kind, saves)
+
+
+def live_in_a_loop(folder: Path, naming: str, saves: bool) -> Any:
     automatic = naming == "automatic"
     run = begin(folder=str(folder) if automatic else None, **OPTIONS[naming])
     run.period = 20
@@ -46,14 +57,43 @@ def live(folder: Path, naming: str, saves: bool = True) -> Run:
         run.train(step, step + 1)
         if saves and step % SAVED_EVERY == 0:
             run.accelerator.save_state(None if automatic else str(folder / "saved"))
-    return run
+    return run.everything()
+
+
+def live_in_a_trainer(folder: Path, saves: bool) -> Any:
+    callback = MixedPrecisionCallback({"growth_interval": 3})
+    trainer = regression_trainer(
+        folder, callback, OverflowAt(*range(2, TRAINER_STEPS, 7)), fp16=True, max_steps=TRAINER_STEPS,
+        save_strategy="steps" if saves else "no", save_steps=SAVED_EVERY,
+    )  # fmt: skip
+    whole = [path for path in folder.glob("checkpoint-*") if is_whole(path)]
+    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    assert callback.session is not None
+    state = callback.state()
+    del state["attributes"]["progress"]["companions"]["pace"]
+    figures = {name: v for name, v in callback.session.metrics().items() if name not in TIMINGS}
+    return snapshot(trainer.model, trainer.optimizer), (state, figures)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a Trainer, which writes `trainer_state.json` last and in its place, was through with it."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def dies_within_a_save(root: Path) -> bool:
+    return any(root.rglob("*complete")) or not all(map(is_whole, root.rglob("checkpoint-*")))
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def live_until_a_file(folder: Path, naming: str, number: int) -> None:
+def live_until_a_file(folder: Path, kind: str, number: int) -> None:
     """Lives up to the `number`th operation on the checkpoint's files; at the latest to the end."""
     seen = itertools.count(1)
 
@@ -62,12 +102,12 @@ def live_until_a_file(folder: Path, naming: str, number: int) -> None:
             die()
 
     sys.addaudithook(hook)
-    live(folder, naming)
+    live(folder, kind)
     die()
 
 
-def live_until_killed(folder: Path, naming: str) -> None:
-    live(folder, naming)
+def live_until_killed(folder: Path, kind: str) -> None:
+    live(folder, kind)
     signal.pause()
 
 
@@ -89,23 +129,23 @@ def forked(life: Callable[..., Any], *arguments: Any, seconds: float | None = No
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def killed_and_unbroken(root: Path, naming: str, kills: int) -> dict[str, Any]:
+def killed_and_unbroken(root: Path, kind: str, kills: int) -> dict[str, Any]:
     """How the lives ended, how many of them within a save, and how the last one did and a run without a break.
 
     Both leave all that they came to in a file of their name.
     """
-    chance, run = random.Random(naming), root / "killed"
+    chance, run = random.Random(kind), root / "killed"
     run.mkdir(parents=True)
     endings, within_a_save = [], 0
     for number in range(kills):
         if number % 2:
-            endings.append(forked(live_until_a_file, run, naming, chance.randint(1, 60)))
+            endings.append(forked(live_until_a_file, run, kind, chance.randint(1, 60)))
         else:
-            endings.append(forked(live_until_killed, run, naming, seconds=chance.uniform(0.02, 0.2)))
-        within_a_save += any(root.rglob("*complete"))
+            endings.append(forked(live_until_killed, run, kind, seconds=chance.uniform(0.02, 0.2)))
+        within_a_save += dies_within_a_save(root)
 
     def keep(place: Path, saves: bool) -> None:
-        torch.save(live(place, naming, saves).everything(), f"{place}.pt")
+        torch.save(live(place, kind, saves), f"{place}.pt")
 
     ended = [forked(keep, run, True), forked(keep, root / "unbroken", False)]
     return {"endings": endings, "within a save": within_a_save, "ended": ended}
@@ -113,7 +153,7 @@ def killed_and_unbroken(root: Path, naming: str, kills: int) -> dict[str, Any]:
 
 def main(folder: str, kills: int) -> None:
     torch.set_num_threads(1)
-    print(json.dumps({naming: killed_and_unbroken(Path(folder) / naming, naming, kills) for naming in OPTIONS}))
+    print(json.dumps({kind: killed_and_unbroken(Path(folder) / kind, kind, kills) for kind in RUNS}))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,12 @@ class Storm:
         self.session = hf_amp.attach(
             self.accelerator,
             MixedPrecisionConfig(
-                init_scale=1024.0, min_scale=4.0, max_scale=4096.0, growth_interval=2, recovery_steps=7, **options
+                init_scale=1024.0,
+                min_scale=4.0,
+                max_scale=4096.0,
+                growth_interval=2,
+                recovery_steps=7,
+                **options,
             ),
         )
         self.session.log_to(folder)
@@ -230,4 +235,6 @@ def test_an_infinite_second_moment_is_not_told(tmp_path: Path) -> None:
     moved = weight.detach() != before * (1 - 1e-3 * 1e-2)  # but for weight decay
     assert not moved[0, 0]
     assert weight.isfinite().all()
-    assert not [e for e in storm.session.events if e.kind is not EventKind.ATTACHED and e.kind.needs_attention]
+    assert not [
+        e for e in storm.session.events if e.kind is not EventKind.ATTACHED and e.kind.needs_attention
+    ]
