@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from hf_amp import MixedPrecisionCallback
 from hf_amp.monitoring.metrics import TIMINGS
@@ -34,12 +35,18 @@ OPTIONS = {
 }
 """How `save_state` names its checkpoints → options of that run."""
 RUNS = (*OPTIONS, "Trainer")
-TRAINER_STEPS = 60
+TRAINER_STEPS = 100
 
 
-def live(folder: Path, kind: str, saves: bool = True) -> Any:
-    """The run, from its newest checkpoint to its end; all that it came to, but for what a clock has measured."""
-    return live_in_a_trainer(folder, saves) if kind == "Trainer" else live_in_a_loop(folder, kind, saves)
+def live(folder: Path, kind: str, saves: bool = True, mortal: bool = False) -> Any:
+    """The run, from its newest checkpoint to its end; all that it came to, but for what a clock has measured.
+
+    Args:
+        mortal: it is to be killed before its end, because a Trainer that goes on from its last step takes one more.
+    """
+    if kind != "Trainer":
+        return live_in_a_loop(folder, kind, saves)
+    return live_in_a_trainer(folder, saves, *([DiesInItsLastStep()] if mortal else []))
 
 
 def live_in_a_loop(folder: Path, naming: str, saves: bool) -> Any:
@@ -60,10 +67,16 @@ def live_in_a_loop(folder: Path, naming: str, saves: bool) -> Any:
     return run.everything()
 
 
-def live_in_a_trainer(folder: Path, saves: bool) -> Any:
+class DiesInItsLastStep(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == TRAINER_STEPS - 1:
+            die()
+
+
+def live_in_a_trainer(folder: Path, saves: bool, *callbacks: TrainerCallback) -> Any:
     callback = MixedPrecisionCallback({"growth_interval": 3})
     trainer = regression_trainer(
-        folder, callback, OverflowAt(*range(2, TRAINER_STEPS, 7)), fp16=True, max_steps=TRAINER_STEPS,
+        folder, callback, *callbacks, OverflowAt(*range(2, TRAINER_STEPS, 7)), fp16=True, max_steps=TRAINER_STEPS,
         save_strategy="steps" if saves else "no", save_steps=SAVED_EVERY,
     )  # fmt: skip
     whole = [path for path in folder.glob("checkpoint-*") if is_whole(path)]
@@ -102,12 +115,12 @@ def live_until_a_file(folder: Path, kind: str, number: int) -> None:
             die()
 
     sys.addaudithook(hook)
-    live(folder, kind)
+    live(folder, kind, mortal=True)
     die()
 
 
 def live_until_killed(folder: Path, kind: str) -> None:
-    live(folder, kind)
+    live(folder, kind, mortal=True)
     signal.pause()
 
 
