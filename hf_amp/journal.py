@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,12 +25,14 @@ class Journal:
         run_id: names the run in logs.
         sinks: called with every event.
         newest_step: number of the newest optimizer step that is known; 0 before the first.
+        lock: held while what people read is changed, so that other threads read it between two steps.
     """
 
     def __init__(self) -> None:
         self.run_id = uuid.uuid4().hex[:12]
         self.sinks: list[Callable[[AmpEvent], None]] = [console.Console().write]
         self.newest_step = 0
+        self.lock = threading.RLock()
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
         self._unlogged: deque[AmpEvent] = deque(maxlen=INCIDENTS_A_LOG_ENTRY)
         self._unwritten: deque[AmpEvent] | None = deque(maxlen=EVENTS_KEPT)
@@ -37,12 +40,14 @@ class Journal:
     @property
     def events(self) -> Sequence[AmpEvent]:
         """What happened, oldest first; at most the newest 10,000."""
-        return tuple(self._events)
+        with self.lock:
+            return tuple(self._events)
 
     def record(self, event: AmpEvent) -> None:
         """Gives one event to every sink, and to the session's list unless it only repeats figures."""
         if event.kind is not EventKind.METRICS:
-            self._events.append(event)
+            with self.lock:
+                self._events.append(event)
         if event.kind.needs_attention:
             self._unlogged.append(event)
         if self._unwritten is not None:

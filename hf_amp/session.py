@@ -89,12 +89,14 @@ class AmpSession(Journal):
         return self._keeper.plan
 
     def metrics(self) -> dict[str, float]:
-        """The catalogue's names and their newest values; see `monitoring/metrics.py`. No host read."""
-        return {**self.monitor.metrics(), **self.pace.metrics()}
+        """The catalogue's names and their newest values; see `monitoring/metrics.py`. No host read. From any thread."""
+        with self.lock:
+            return {**self.monitor.metrics(), **self.pace.metrics()}
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No host read."""
-        return self._modules.by_module()
+        with self.lock:
+            return self._modules.by_module()
 
     def what_runs(self) -> str:
         """One phrase: the precision of the run, and what that means on this device."""
@@ -234,6 +236,10 @@ class AmpSession(Journal):
 
     def _record_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         ForwardContext.leave_interrupted()
+        with self.lock:
+            self._record(outcome, optimizer)
+
+    def _record(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         step = self.first_step + outcome.attempt - 1
         self.newest_step = step
         self.monitor.record_lost_updates(outcome.lost_update_fraction)
@@ -279,7 +285,13 @@ class AmpSession(Journal):
         # A finite loss shows that the scale is to blame, but only where there is one.
         loss_finite = None if self.scaler.guards_only and outcome.loss_finite else outcome.loss_finite
         parameters = self._named_parameters(optimizer)
-        skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, next_scale, parameters)
+        state = [
+            (f"{key} of {name}", value)
+            for name, parameter in parameters
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        ]
+        skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, next_scale, parameters, state)
         return self._keeper.examiner.examine(skip, agree=self.scaler.ranks_agree)
 
     def _tell_of_floor(self, step: int, outcome: StepOutcome, next_scale: float) -> None:

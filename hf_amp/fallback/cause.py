@@ -43,7 +43,9 @@ class Diagnosis(NamedTuple):
 
 
 def poison_in(
-    parameters: Iterable[tuple[str, Tensor]], forwards: Sequence[RecordedForward]
+    parameters: Iterable[tuple[str, Tensor]],
+    forwards: Sequence[RecordedForward],
+    optimizer_state: Iterable[tuple[str, Tensor]] = (),
 ) -> Diagnosis | None:
     """What was not finite before a step whose gradients were not: the parameters, or the batch. None where neither.
 
@@ -52,13 +54,17 @@ def poison_in(
     Args:
         parameters: (qualified name, parameter) of what the optimizer holds.
         forwards: the forward passes behind the gradients.
+        optimizer_state: (name, tensor) of its state, which is looked at only where the parameters are not finite: a
+            state that was poisoned, as by a damaged checkpoint, gets into them with the next step.
     """
     poisoned = non_finite_names(parameters)
     if poisoned:
+        state = non_finite_names(optimizer_state)
+        also = f", and so does the optimizer's state ({state[0]})" if state else ""
         return Diagnosis(
             Cause.WEIGHTS,
-            f"{len(poisoned)} parameters already hold non-finite values, {poisoned[0]} among them; no step can mend "
-            "that. Go back to the last good checkpoint.",
+            f"{len(poisoned)} parameters already hold non-finite values, {poisoned[0]} among them{also}; no step can "
+            "mend that. Go back to the last good checkpoint.",
         )
     for forward in forwards:
         described = _describe_input(forward) if forward.is_intact else None

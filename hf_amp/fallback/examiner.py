@@ -36,6 +36,7 @@ class SkippedStep(NamedTuple):
         scale: the scale of its backward.
         next_scale: what the policy has made of it.
         parameters: (qualified name, parameter) of what the optimizer holds.
+        optimizer_state: (name, tensor) of its state.
     """
 
     step: int
@@ -43,6 +44,7 @@ class SkippedStep(NamedTuple):
     scale: float
     next_scale: float
     parameters: Sequence[tuple[str, Tensor]]
+    optimizer_state: Sequence[tuple[str, Tensor]] = ()
 
 
 class Examiner:
@@ -88,7 +90,7 @@ class Examiner:
 
     def _found(self, skip: SkippedStep) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
-        poison = poison_in(skip.parameters, forwards)
+        poison = poison_in(skip.parameters, forwards, skip.optimizer_state)
         if poison is not None:
             return poison
         if skip.loss_finite and not self._looks_closer():

@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME
 
+from hf_amp import saved
+from hf_amp.errors import StateError
 from hf_amp.events import EventKind
 from hf_amp.integrations.optimizers import DecidedOptimizers
 from hf_amp.integrations.progress import go_on_from, progress_of
@@ -22,6 +24,9 @@ from hf_amp.session import AmpSession
 
 GUARD_NAME = "hf_amp.pt"
 """Where BF16 and FP32 runs keep what FP16 runs keep in `scaler.pt`, which a stock FP16 run would take its scale from."""
+
+_NO_ROOM = ("inline_container", "iostream error")
+"""How `torch.save` says that it cannot write: "enforce fail at inline_container.cc:672, unexpected pos 64 vs 0"."""
 
 
 def keep_state_in_checkpoints(
@@ -61,7 +66,7 @@ def _save_whole(accelerator: Accelerator, session: AmpSession, optimizers: Decid
         finally:
             project.automatic_checkpoint_naming = True
         if accelerator.is_main_process and project.total_limit is not None:
-            _delete_oldest(place.parent, keep=project.total_limit)
+            _delete_oldest(place, keep=project.total_limit)
         return place
 
     session.changes.set_attribute(accelerator, "save_state", save_whole)
@@ -76,9 +81,20 @@ def _save(
     if accelerator.is_local_main_process:
         staging.clear()
     accelerator.wait_for_everyone()
-    write(staging.folder)
-    if guards and accelerator.is_local_main_process:
-        torch.save(progress_of(session), staging.folder / GUARD_NAME)
+    try:
+        write(staging.folder)
+        if guards and accelerator.is_local_main_process:
+            torch.save(progress_of(session), staging.folder / GUARD_NAME)
+    except BaseException as error:
+        free = shutil.disk_usage(staging.folder).free if staging.folder.is_dir() else None
+        if accelerator.is_local_main_process:
+            shutil.rmtree(staging.folder, ignore_errors=True)  # it would keep a full disk full
+        if any(words in str(error) for words in _NO_ROOM):
+            raise StateError(
+                f"{staging.target}: the checkpoint cannot be written; is the disk full ({free} bytes were free)? What was "
+                "there before is as it was."
+            ) from error
+        raise
     accelerator.wait_for_everyone()
     # The main process first: where nodes share the folder, the others find nothing left to do.
     for publishes in (accelerator.is_main_process, accelerator.is_local_main_process):
@@ -88,9 +104,14 @@ def _save(
     return staging.target
 
 
-def _delete_oldest(checkpoints: Path, keep: int) -> None:
-    numbered = {int(path.name.rpartition("_")[2]): path for path in checkpoints.glob("checkpoint_[0-9]*")}
-    for number in sorted(numbered)[: max(len(numbered) - keep, 0)]:
+def _delete_oldest(newest: Path, keep: int) -> None:
+    """Leaves `keep` checkpoints, `newest` among them: a resumed run may have begun to count anew."""
+    numbered = {
+        int(path.name.rpartition("_")[2]): path
+        for path in newest.parent.glob("checkpoint_[0-9]*")
+        if path != newest
+    }
+    for number in sorted(numbered)[: max(len(numbered) + 1 - keep, 0)]:
         shutil.rmtree(numbered[number])
 
 
@@ -105,23 +126,37 @@ def _load_from_any_precision(
             if accelerator.is_local_main_process:
                 finish_interrupted(Path(input_dir).expanduser())
             accelerator.wait_for_everyone()
-        loaded: list[str] = []
-        watch = accelerator.register_load_state_pre_hook(lambda models, folder: loaded.append(folder))
+        told: list[str] = []
+        # Ours comes first, so that a damaged one leaves the models as they are.
+        watch = accelerator.register_load_state_pre_hook(
+            lambda models, folder: told.append(_load_session(session, Path(folder)))
+        )
         scaler = accelerator.scaler
         accelerator.scaler = None  # upstream insists on a scaler.pt where there is one; we load what there is
         try:
-            with optimizers.without_scaler():
+            with optimizers.without_scaler(), session.scaler.all_or_nothing():
                 load_state(input_dir, *args, **kwargs)
         finally:
             accelerator.scaler = scaler
             watch.remove()
-        _load_session(session, Path(loaded[0]))
+        session.begin_at(session.scaler.decided_steps)
+        session.note(
+            EventKind.STATE_LOADED,
+            told[0],
+            scale=session.scaler.get_scale(),
+            applied_steps=session.scaler.applied_steps,
+            skipped_steps=session.scaler.skipped_steps,
+        )
 
     session.changes.set_attribute(accelerator, "load_state", load_any)
 
 
-def _load_session(session: AmpSession, folder: Path) -> None:
-    """Takes up scale, policy, counters and plan, as far as the checkpoint in `folder` holds them; tells what it did."""
+def _load_session(session: AmpSession, folder: Path) -> str:
+    """Takes up scale, policy, counters and plan, as far as the checkpoint in `folder` holds them; says what it did.
+
+    Raises:
+        StateError: what is there is damaged or something else; then nothing has changed.
+    """
     own, others = (GUARD_NAME, SCALER_NAME) if session.scaler.guards_only else (SCALER_NAME, GUARD_NAME)
     name = next((name for name in (own, others) if (folder / name).is_file()), None)
     if name is None:
@@ -130,25 +165,17 @@ def _load_session(session: AmpSession, folder: Path) -> None:
             "counters stay as they are"
         )
     else:
-        content = torch.load(folder / name, map_location="cpu", weights_only=True)
-        saved = read(dict[str, Any], content, str(folder / name))
+        state = read(dict[str, Any], saved.read(folder / name), str(folder / name))
         message = f"goes on from the {name} of {folder}"
         if name == SCALER_NAME == own:
-            session.scaler.load_state_dict(saved)
+            session.scaler.load_state_dict(state)
         elif name == GUARD_NAME:
-            go_on_from(saved, session)
+            go_on_from(state, session)
         else:
-            own_part = read(dict[str, Any], saved.get("hf_amp", {}), f"{folder / name}['hf_amp']")
+            own_part = read(dict[str, Any], state.get("hf_amp", {}), f"{folder / name}['hf_amp']")
             go_on_from({"precision": PrecisionMode.MIXED.value, **own_part}, session)
         if name == others:
             message += (
                 ", which another precision has saved: counters are taken over, a scale and a plan are not"
             )
-    session.begin_at(session.scaler.decided_steps)
-    session.note(
-        EventKind.STATE_LOADED,
-        f"{message}.",
-        scale=session.scaler.get_scale(),
-        applied_steps=session.scaler.applied_steps,
-        skipped_steps=session.scaler.skipped_steps,
-    )
+    return f"{message}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.session import AmpSession
 
 _CALLBACK = "_hf_amp_callback"
+_log = logging.getLogger("hf_amp")
 
 
 class MixedPrecisionCallback(TrainerCallback, ExportableState):
@@ -82,11 +84,15 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
         former = f"; it was {precision_before} before" if precision_before != session.asked_for.value else ""
         message = f"training {begins}: {session.what_runs()}{former}."
+        log = None
         if state.is_world_process_zero and self._sink is None:
-            self._tensorboard = _tensorboard_sinks(trainer)
-            session.sinks += self._tensorboard
-            self._sink = JsonLinesSink(Path(args.output_dir or ".") / FILE_NAME, session.run_id, rank=0)
-            session.begin_log(self._sink.write, message, **session.circumstances())
+            if not self._tensorboard:
+                self._tensorboard = _tensorboard_sinks(trainer)
+                session.sinks += self._tensorboard
+            log = _opened_log(Path(args.output_dir or ".") / FILE_NAME, session.run_id)
+        if log is not None:
+            self._sink = log
+            session.begin_log(log.write, message, **session.circumstances())
         else:
             session.note(EventKind.TRAINING_STARTED, message, **session.circumstances())
         poisoned = session.non_finite_parameters()
@@ -210,12 +216,22 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             save_valid_json(state, self.session)
 
     def _leave_run(self, session: AmpSession) -> None:
+        for write in self._tensorboard:
+            session.sinks.remove(write)
+        self._tensorboard = []
         if self._sink is not None:
             session.end_log(self._sink.write)
-            for write in self._tensorboard:
-                session.sinks.remove(write)
             self._sink.close()
             self._sink = None
+
+
+def _opened_log(path: Path, run_id: str) -> JsonLinesSink | None:
+    """The run's log; None, with a warning, where it cannot be written: a Trainer that saves nothing does not need to."""
+    try:
+        return JsonLinesSink(path, run_id, rank=0)
+    except OSError as error:
+        _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
+        return None
 
 
 def _tensorboard_sinks(trainer: Trainer) -> list[Callable[[AmpEvent], None]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -150,18 +151,26 @@ class ScaleKeeper(torch.amp.GradScaler):
         progress = read(dict[str, Any], saved, "the progress")
         counters = read(dict[str, int], progress.get("counters", {}), "the counters")
         companions = read(dict[str, Any], progress.get("companions", {}), "the companions")
-        known = {name: self.companions[name] for name in companions if name in self.companions}
-        former = {name: companion.state_dict() for name, companion in known.items()}
-        try:
-            for name, companion in known.items():
-                companion.load_state_dict(companions[name])
-        except Exception:
-            for name, companion in known.items():
-                companion.load_state_dict(former[name])
-            raise
+        with self.all_or_nothing():
+            for name, state in companions.items():
+                if name in self.companions:
+                    self.companions[name].load_state_dict(state)
         self.applied_steps = counters.get("applied_steps", self.applied_steps)
         self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
         self.decided_steps = self.applied_steps + self.skipped_steps
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Where an error leaves this context, scale, options, counters and companions are as they were before it."""
+        former = dict(vars(self))
+        companions = {name: companion.state_dict() for name, companion in self.companions.items()}
+        try:
+            yield
+        except BaseException:
+            vars(self).update(former)
+            for name, state in companions.items():
+                self.companions[name].load_state_dict(state)
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`, ours or the stock scaler's, before the first step or later.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_amp import saved
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, BatchError, StateError
 from hf_amp.plain import read
@@ -210,13 +211,7 @@ class AdvancedMixedPrecisionManager:
         Raises:
             StateError: it cannot be read, or is something else.
         """
-        try:
-            state = torch.load(path, weights_only=True)
-        except Exception as error:  # torch and pickle raise unrelated trees
-            raise StateError(
-                f"{path}: cannot be read as a manager's state ({error}); pass a file that save() wrote."
-            ) from error
-        self.load_state_dict(state)
+        self.load_state_dict(saved.read(path))
 
     # ---- the end --------------------------------------------------------------------------------------------
 

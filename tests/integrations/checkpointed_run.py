@@ -33,12 +33,15 @@ class Run:
     model: nn.Module
     optimizer: Any
     scheduler: Any
+    period: int = 1000
+    """Steps after which its overflows come again."""
 
     def train(self, first: int, last: int) -> None:
         """Steps `first` up to, but not, `last`."""
         for step in range(first, last):
-            loss = self.model(torch.randn(5, 4) * (1e5 if step in LARGE else 1.0)).square().mean()
-            self.accelerator.backward(OverflowInBackward.apply(loss) if step in OVERFLOWING else loss)
+            at = step % self.period
+            loss = self.model(torch.randn(5, 4) * (1e5 if at in LARGE else 1.0)).square().mean()
+            self.accelerator.backward(OverflowInBackward.apply(loss) if at in OVERFLOWING else loss)
             self.accelerator.clip_grad_norm_(self.model.parameters(), 0.5)
             self.optimizer.step()
             self.scheduler.step()

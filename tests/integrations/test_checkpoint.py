@@ -135,6 +135,21 @@ def test_automatic_checkpoints_are_named_and_counted_as_upstream_does(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
+def test_a_resumed_run_keeps_its_newest_checkpoint(tmp_path: Path) -> None:
+    """A new process counts from 0 again: what it has just saved stays, and the one it came from goes, as upstream has it."""
+    first = begin(folder=str(tmp_path))
+    for _ in range(2):
+        first.accelerator.save_state()
+    resumed = begin(folder=str(tmp_path))
+    resumed.accelerator.load_state()
+    resumed.train(0, 2)
+    resumed.accelerator.save_state()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_0"]
+    again = begin(folder=str(tmp_path))
+    again.accelerator.load_state()
+    assert_bitwise_equal(again.everything()[0], resumed.everything()[0])
+
+
 def test_a_whole_checkpoint_takes_its_place_after_a_kill(tmp_path: Path) -> None:
     """Killed while the files of a whole checkpoint are moved into their places: the move is completed."""
     target = tmp_path / "saved"

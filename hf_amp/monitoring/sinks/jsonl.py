@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ from hf_amp.monitoring.event_log import FILE_NAME as FILE_NAME
 
 _FIRST_KEYS = ("timestamp", "level", "event", "run_id", "rank", "step")
 _TAKEN_KEYS = (*_FIRST_KEYS, "cause", "before", "after", "modules", "message")
+
+_log = logging.getLogger("hf_amp")
 
 
 def _free_name(name: str) -> str:
@@ -43,7 +46,9 @@ def _known_keys_first(logger: Any, method: str, line: Any) -> dict[str, Any]:
 class JsonLinesSink:
     """Appends one line per event: UTC ISO-8601 timestamp, level, event, run id, rank, step, and the event's fields.
 
-    Every line is written and flushed at once; a line that a killed run has left unfinished is ended first. The user's logging configuration is not touched.
+    Every line is written at once; one that was left unfinished is ended first. Where a line cannot be written, as on a full
+    disk, it is lost, a warning says so once, and the next ones are tried again. The user's logging configuration is not
+    touched.
 
     Raises:
         OSError: the file cannot be opened for appending.
@@ -52,12 +57,11 @@ class JsonLinesSink:
     def __init__(self, path: str | Path, run_id: str, rank: int) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _ends_within_a_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")  # what a killed run left must not swallow our first line
+        self._torn = _ends_within_a_line(self.path)
+        self._lost_lines = 0
+        self._file = self.path.open("ab", buffering=0)
         self._log: Any = structlog.wrap_logger(
-            structlog.WriteLogger(self._file),
+            structlog.ReturnLogger(),
             processors=[
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -72,8 +76,8 @@ class JsonLinesSink:
 
     def write(self, event: AmpEvent) -> None:
         """Writes one event. Control characters in names and messages are escaped, so they cannot forge a line."""
-        emit = self._log.warning if event.kind.needs_attention else self._log.info
-        emit(
+        render = self._log.warning if event.kind.needs_attention else self._log.info
+        line: str = render(
             event.kind.value,
             step=event.step,
             cause=event.cause.value if event.cause else None,
@@ -83,6 +87,24 @@ class JsonLinesSink:
             message=event.message,
             **{_free_name(name): _plain(value) for name, value in event.figures.items()},
         )
+        self._append(f"{line}\n".encode())
+
+    def _append(self, line: bytes) -> None:
+        rest = memoryview(
+            b"\n" + line if self._torn else line
+        )  # an unfinished line must not swallow this one
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+                self._torn = bool(rest)
+        except OSError as error:
+            if not self._lost_lines:
+                _log.warning("%s: events are lost until it can be written to again (%s)", self.path, error)
+            self._lost_lines += 1
+            return
+        if self._lost_lines:
+            _log.warning("%s: is written to again; %d events are not in it", self.path, self._lost_lines)
+            self._lost_lines = 0
 
     def close(self) -> None:
         """Closes the file. Harmless when called again."""

@@ -1,0 +1,39 @@
+"""Runs the faults at full size and writes their table: `python -m tests.faults --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.measuring import write
+
+
+class Rows:
+    """A pytest plugin that gathers what the tests have told."""
+
+    def __init__(self) -> None:
+        self.faults: list[dict[str, Any]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.faults += [row for name, row in report.user_properties if name == "fault"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for faults.json")
+    arguments, rows = parser.parse_args(), Rows()
+    status = pytest.main([str(Path(__file__).parent), "--full-size", "-q"], plugins=[rows])
+    write("faults", {"faults": rows.faults}, arguments.out)
+    for row in rows.faults:
+        print(
+            f"{row['fault']:70} {row['injected']:6} {row['survived']:6} {row['lost']:4} {row['seconds']:7} s"
+        )
+    return int(status)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
