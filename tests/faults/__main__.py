@@ -19,7 +19,8 @@ class Rows:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
-            self.faults += [row for name, row in report.user_properties if name == "fault"]
+            rows = [row for name, row in report.user_properties if name == "fault"]
+            self.faults += [{**row, "seconds_of_its_test": round(report.duration, 1)} for row in rows]
 
 
 def main() -> int:
@@ -29,9 +30,7 @@ def main() -> int:
     status = pytest.main([str(Path(__file__).parent), "--full-size", "-q"], plugins=[rows])
     write("faults", {"faults": rows.faults}, arguments.out)
     for row in rows.faults:
-        print(
-            f"{row['fault']:70} {row['injected']:6} {row['survived']:6} {row['lost']:4} {row['seconds']:7} s"
-        )
+        print(*(f"{value:>8}" for name, value in row.items() if name != "fault"), row["fault"])
     return int(status)
 
 

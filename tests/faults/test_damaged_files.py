@@ -98,6 +98,7 @@ def test_a_state_with_a_flipped_bit(victim: Victim, full_size: bool, tally: Tall
     tally(f"{victim.file.name} with a random bit flipped", flips, survived)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_foreign_or_hostile_state(victim: Victim, tmp_path: Path, tally: Tally) -> None:
     """Text, other pickles, other people's states, and pickles that run code: refused by name, and the code is not run."""
     trace = tmp_path / "code has run"

@@ -196,14 +196,20 @@ def first_of_each_row(skips: list[tuple[int, Cause]]) -> list[int]:
     ids=["fp16", "fp16 with fallback", "bf16"],
 )
 def test_nan_and_inf_everywhere(
-    tmp_path: Path, precision: str, share: float, options: dict[str, Any], full_size: bool, tally: Tally
+    tmp_path: Path,
+    precision: str,
+    share: float,
+    options: dict[str, Any],
+    full_size: bool,
+    tally: Tally,
+    request: pytest.FixtureRequest,
 ) -> None:
     """One step in ten meets NaN or inf in a random place: parameters and optimizer state stay finite, the log holds each
     incident exactly once and under its cause, and the counters agree."""
     steps = int((20_000 if full_size else 1_000) * share)
     storm = Storm(precision, seed=7, folder=tmp_path, **options)
     storm.run(steps)
-    figures = storm.session.metrics()
+    figures, kind = storm.session.metrics(), request.node.callspec.id
     storm.session.detach()
     log = list(EventLog(find_log(tmp_path)).read())
     told = [(e["step"], Cause(e["cause"])) for e in log if e["event"] == EventKind.STEP_SKIPPED.value]
@@ -221,7 +227,7 @@ def test_nan_and_inf_everywhere(
         steps_of = [step for step, where in storm.injected if where == place]
         late = place == "optimizer state"
         survived = [s for s in steps_of if s in storm.harmless or once[s + late, storm.causes[place]] == 1]
-        tally(f"{precision}: NaN or inf in {place}, {decided} steps", len(steps_of), len(survived))
+        tally(f"NaN or inf in {place}: {kind}, {decided} steps", len(steps_of), len(survived))
 
 
 def test_an_infinite_second_moment_is_not_told(tmp_path: Path) -> None:
