@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import hf_amp
+
 Seconds = list[float]
 
 
@@ -52,7 +54,8 @@ def circumstances() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "accelerate", "hf_amp")},
+        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+        "hf_amp": hf_amp.__version__,  # which need not be installed: a checkout does
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
     }
 
