@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer
 
 from hf_amp import MixedPrecisionCallback
@@ -31,6 +30,8 @@ STEPS_A_ROUND = 8
 
 def training(size: str, folder: Path, ours: bool, steps: int) -> Callable[[], None]:
     """A few steps of one Trainer, which go on where the last call has ended."""
+    from datasets import Dataset
+
     width, layers, vocabulary = SIZES[size]
     torch.manual_seed(0)
     shape = GPT2Config(
