@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_amp.precision import FP16_FORMAT, NumberFormat
 from hf_amp.statistics import snapshot
+from hf_amp.statistics.transfer import moved
 
 SAMPLES_PER_TENSOR = 1024
 """Random elements per tensor for the underflow fraction, which they give to 0.003 to 0.005."""
@@ -69,7 +70,7 @@ def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     Squares are summed in the gradients' own precision: above |g| of about 1e19 an FP32 sum is inf although every
     gradient is finite. `exact_norm` has no such limit.
     """
-    norms = [_norm(group).to(device, torch.float32, non_blocking=True) for group in _filled_groups(gradients)]
+    norms = [moved(_norm(group), device, torch.float32) for group in _filled_groups(gradients)]
     return _combined(norms) if norms else torch.zeros((), device=device)
 
 
@@ -90,7 +91,7 @@ def total_amax(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 
     Always the true one: a sampled amax misses it by a factor of 2 to 6. No host read.
     """
-    peaks = [_amax(group).to(device, torch.float32, non_blocking=True) for group in _filled_groups(gradients)]
+    peaks = [moved(_amax(group), device, torch.float32) for group in _filled_groups(gradients)]
     if not peaks:
         return torch.zeros((), device=device)
     return peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax()
@@ -199,7 +200,7 @@ def random_elements(tensors: Sequence[Tensor], seed: int) -> tuple[Tensor, Tenso
             if key not in positions:
                 positions[key] = (drawn % size).to(tensor.device, non_blocking=True)
             sample = sample.take(positions[key])
-        samples.append(sample.to(device, torch.float32, non_blocking=True))
+        samples.append(moved(sample, device, torch.float32))
         weights.append(torch.full((sample.numel(),), size / total / sample.numel()))
     return torch.cat(samples), torch.cat(weights).to(device, non_blocking=True)
 
