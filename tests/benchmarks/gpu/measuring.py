@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from hf_amp.training.calibration import MemoryCalibration
 from tests.benchmarks.gpu.contenders import Contender
 from tests.benchmarks.gpu.models import Batch
 from tests.benchmarks.measuring import ratio
-from tests.host_reads import count_host_reads
+from tests.host_reads import count_host_reads, count_synchronisations
 
 WARM_UP_STEPS = 4
 COUNTED_STEPS = 3
@@ -72,33 +71,15 @@ class EnergyCounter:
 
 
 def synchronisations(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """How often the host waits for the device in a step, and in which lines; on a CPU, host reads.
-
-    Source: `torch.cuda.set_sync_debug_mode`, which does not know events and streams that are waited for by name.
-    """
-    if device.type != "cuda":
-        with count_host_reads() as reads:
-            for _ in range(COUNTED_STEPS):
-                step()
-        return _by_source(reads.sources)
-    wait(device)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            for _ in range(COUNTED_STEPS):
-                step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    calls = [w for w in told if "called a synchronizing CUDA operation" in str(w.message)]
-    return _by_source(["/".join(w.filename.split("/")[-3:]) + f":{w.lineno}" for w in calls])
-
-
-def _by_source(sources: list[str]) -> dict[str, Any]:
-    by_source = {source: sources.count(source) / COUNTED_STEPS for source in dict.fromkeys(sources)}
+    """How often the host waits for the device in a step, and in which lines; on a CPU, host reads."""
+    count = count_synchronisations if device.type == "cuda" else count_host_reads
+    with count() as reads:
+        for _ in range(COUNTED_STEPS):
+            step()
+    sources = reads.sources
     return {
         "synchronisations_per_step": len(sources) / COUNTED_STEPS,
-        "synchronisations_by_source": by_source,
+        "synchronisations_by_source": {s: sources.count(s) / COUNTED_STEPS for s in dict.fromkeys(sources)},
     }
 
 
