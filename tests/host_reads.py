@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,26 @@ def count_host_reads() -> Iterator[HostReads]:
     reads = HostReads()
     with _Operators(reads) as operators, _Functions(reads, operators):
         yield reads
+
+
+@contextmanager
+def count_synchronisations() -> Iterator[HostReads]:
+    """Counts how often the block makes the host wait for a CUDA device, by file and line; known when the block is left.
+
+    Source: `torch.cuda.set_sync_debug_mode`, which does not see events and streams that are waited for by name.
+    """
+    reads = HostReads()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield reads
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for warning in told:
+        if "called a synchronizing CUDA operation" in str(warning.message):
+            reads.sources.append("/".join([*warning.filename.split("/")[-3:], str(warning.lineno)]))
 
 
 class _Operators(TorchDispatchMode):

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_amp.cli.rescaling import Rescaling
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BLOCK_BYTES = 128
 STREAM_FACTOR = 2.0**21
 """Large enough that all that writes to the stream leaves FP16's range (65504) at once; a power of two rounds nothing."""
 
 
-def help_topics() -> Dataset:
-    """About 700 kB of English in blocks of bytes: columns `input_ids` and `labels`, each a list of 128 ints."""
+def text_blocks() -> list[list[int]]:
+    """About 700 kB of English, which comes with Python, in blocks of 128 bytes."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics)).encode()
-    blocks = [list(text[i : i + BLOCK_BYTES]) for i in range(0, len(text) - BLOCK_BYTES, BLOCK_BYTES)]
+    return [list(text[i : i + BLOCK_BYTES]) for i in range(0, len(text) - BLOCK_BYTES, BLOCK_BYTES)]
+
+
+def help_topics() -> Dataset:
+    """The same as a data set: columns `input_ids` and `labels`, each a list of 128 ints."""
+    from datasets import Dataset
+
+    blocks = text_blocks()
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 

@@ -14,6 +14,7 @@ from hf_amp.scaling.boundary import Boundary, Treatment
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.unscale import multiply_, reciprocal
 from hf_amp.statistics.gradients import random_elements
+from hf_amp.statistics.transfer import moved
 
 
 class Application:
@@ -56,7 +57,7 @@ class Application:
         before, weights = random_elements(low, cast(int, sample_seed))
         result = _apply(optimizer, boundary, arguments, options, on_device)
         after, _ = random_elements(low, cast(int, sample_seed))
-        lost = ((before == after) * weights).sum().to(boundary.scale.device, non_blocking=True)
+        lost = moved(((before == after) * weights).sum(), boundary.scale.device)
         # A step that the device has skipped changed nothing, and lost nothing.
         self._lost[id(optimizer)] = torch.where(boundary.found_inf > 0, torch.nan, lost)
         return result

@@ -16,6 +16,7 @@ from hf_amp.precision import FP16_FORMAT
 from hf_amp.scaling.unscale import reciprocal, unscale_and_check_
 from hf_amp.statistics import agreement
 from hf_amp.statistics import gradients as statistics
+from hf_amp.statistics.transfer import moved
 
 CARRIED = "carried "
 """Stands before the names of what others want read along."""
@@ -187,8 +188,9 @@ def examine(
     underflow = wanted = None
     bounded = statistics.collect(optimizer, look.not_sampled) if look.not_sampled else gradients
     if look.sample_seed is not None and bounded:
-        underflow, cure = statistics.underflow(bounded, FP16_FORMAT, look.sample_seed)
-        wanted = cure * scale
+        found = statistics.underflow(bounded, FP16_FORMAT, look.sample_seed)
+        underflow = moved(found.fraction, scale.device)
+        wanted = moved(found.cure, scale.device) * scale
     inverse = scale if treatment is Treatment.CHECK else reciprocal(scale)
     found_while_dividing = None
     if treatment is Treatment.DIVIDE:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.errors import ScalerError
+from hf_amp.statistics.transfer import moved
 
 
 def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
@@ -45,6 +46,6 @@ class SeenLosses:
 
     def note(self, loss: Tensor, device: torch.device) -> None:
         """Counts `loss`, on `device`. No host read."""
-        found = (~(loss.detach().abs() < math.inf).all()).float().to(device, non_blocking=True)
+        found = moved((~(loss.detach().abs() < math.inf).all()).float(), device)
         self.number += 1
         self.non_finite = found if self.non_finite is None else self.non_finite + found

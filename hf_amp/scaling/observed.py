@@ -14,6 +14,7 @@ from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.statistics import agreement
 from hf_amp.statistics.snapshot import PendingRead
+from hf_amp.statistics.transfer import moved
 
 
 class ObservedScaler(AdvancedGradScaler):
@@ -67,7 +68,7 @@ class ObservedScaler(AdvancedGradScaler):
         if not applied and self.ranks_agree and agreement.is_needed():
             (bad,) = agreement.largest_over_ranks(bad)
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())
-        figures = PendingRead({"bad": bad, "norm": norm.to(bad.device, non_blocking=True)})
+        figures = PendingRead({"bad": bad, "norm": moved(norm, bad.device)})
         return _ObservedStep(self.decided_steps, optimizer, applied, scale, self._losses.number, figures)
 
     def flush(self) -> None:

@@ -20,6 +20,7 @@ from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.policy import observation_of
 from hf_amp.scaling.scale_keeper import ScaleKeeper
 from hf_amp.scaling.verdict import PendingVerdict, outcome_now
+from hf_amp.statistics.transfer import moved
 
 StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 Passenger = Callable[[Boundary, torch.optim.Optimizer], Mapping[str, Tensor]]
@@ -93,7 +94,7 @@ class AdvancedGradScaler(ScaleKeeper):
             self._lazy_init_scale_growth_tracker(loss.device)
         scale = self._backward_scale = cast(Tensor, self._state.scale)
         self._losses.note(loss, scale.device)
-        return loss if self.guards_only else loss * scale.to(loss.device, non_blocking=True)
+        return loss if self.guards_only else loss * moved(scale, loss.device)
 
     # ---- step boundary --------------------------------------------------------------------------------------
 

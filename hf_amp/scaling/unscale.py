@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.statistics.gradients import by_device_and_dtype, total_amax
+from hf_amp.statistics.transfer import moved
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16)
 
@@ -31,14 +32,14 @@ def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Te
     """
     found = torch.zeros((), dtype=torch.float32, device=inverse_scale.device)
     for (device, dtype), group in by_device_and_dtype(gradients).items():
-        factor = inverse_scale.to(device, non_blocking=True)
+        factor = moved(inverse_scale, device)
         if dtype in _KERNEL_DTYPES:
             found_here = torch.zeros((), dtype=torch.float32, device=device)
             torch._amp_foreach_non_finite_check_and_unscale_(group, found_here, factor)
         else:
             torch._foreach_mul_(group, factor)
             found_here = (~total_amax(group, device).isfinite()).float()
-        found = torch.maximum(found, found_here.to(found.device, non_blocking=True))
+        found = torch.maximum(found, moved(found_here, found.device))
     return found
 
 
@@ -46,4 +47,4 @@ def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Te
 def multiply_(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """Multiplies `gradients` in place by `factor`, shape []. No host read."""
     for (device, _), group in by_device_and_dtype(gradients).items():
-        torch._foreach_mul_(group, factor.to(device, non_blocking=True))
+        torch._foreach_mul_(group, moved(factor, device))

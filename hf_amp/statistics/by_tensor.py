@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_amp.precision import NumberFormat
 from hf_amp.statistics.gradients import SAMPLES_PER_TENSOR
+from hf_amp.statistics.transfer import moved
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros(0, device=device)
     peaks = [amax(x) if x.numel() else x.new_zeros(()) for x in tensors]
-    return torch.stack([peak.to(device, torch.float32, non_blocking=True) for peak in peaks])
+    return torch.stack([moved(peak, device, torch.float32) for peak in peaks])
 
 
 @torch.no_grad()
@@ -51,8 +52,8 @@ def underflow_of_each(
     for tensor in tensors:
         sample = tensor.reshape(-1)
         if sample.numel() > SAMPLES_PER_TENSOR:
-            sample = sample[(drawn % sample.numel()).to(sample.device, non_blocking=True)]
-        sample = sample.to(factor.device, torch.float32, non_blocking=True) * factor
+            sample = sample[moved(drawn % sample.numel(), sample.device)]
+        sample = moved(sample, factor.device, torch.float32) * factor
         small = sample.abs_() < number_format.smallest_normal
         shares.append(small.float().mean() if sample.numel() else factor.new_zeros((), dtype=torch.float32))
     return torch.stack(shares)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_amp.precision import FP16_FORMAT, NumberFormat
 from hf_amp.statistics import snapshot
+from hf_amp.statistics.transfer import moved
 
 SAMPLES_PER_TENSOR = 1024
 """Random elements per tensor for the underflow fraction, which they give to 0.003 to 0.005."""
@@ -167,7 +168,7 @@ def _filled_groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 def _combined(figures: list[Tensor], device: torch.device, combine: Callable[[Tensor], Tensor]) -> Tensor:
     """One figure out of those of several groups; 0 out of none."""
-    here = [figure.to(device, torch.float32, non_blocking=True) for figure in figures]
+    here = [moved(figure, device, torch.float32) for figure in figures]
     if len(here) == 1:
         return here[0]
     return combine(torch.stack(here)) if here else torch.zeros((), device=device)
@@ -221,17 +222,13 @@ def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator)
     for group in _filled_groups(tensors):
-        drawn_here = drawn.to(group[0].device, non_blocking=True)
+        drawn_here = moved(drawn, group[0].device)
         for size, alike in itertools.groupby(sorted(group, key=Tensor.numel), Tensor.numel):
             taken = min(size, SAMPLES_PER_TENSOR)
             positions = drawn_here % size if size > taken else None
             while part := list(itertools.islice(alike, max(most // taken, 1))):
-                yield (
-                    torch.cat([t.reshape(-1) if positions is None else t.take(positions) for t in part]).to(
-                        tensors[0].device, torch.float32, non_blocking=True
-                    ),
-                    size / total / taken,
-                )
+                sample = torch.cat([t.reshape(-1) if positions is None else t.take(positions) for t in part])
+                yield moved(sample, tensors[0].device, torch.float32), size / total / taken
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ LABELS = "labels"
 def to_device(batch: Any, device: torch.device) -> Any:
     """`batch` with every tensor in it on `device`. Tensors that are there already are not copied."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=device.type != "cpu")  # see `hf_amp.statistics.transfer`
     if isinstance(batch, Mapping):
         return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,8 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "read-only"
     folder.mkdir()
     folder.chmod(0o555)
-    for above in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+    top = Path(tempfile.gettempdir())
+    for above in (p for p in (tmp_path, *tmp_path.parents) if top in p.parents):
         above.chmod(above.stat().st_mode | 0o055)
     yield folder
     folder.chmod(0o755)

@@ -23,7 +23,7 @@ from hf_amp import (
 )
 from hf_amp.events import Cause
 from hf_amp.fallback.controller import FallbackState, StepFacts
-from hf_amp.fallback.plan_keeper import ladder_of
+from hf_amp.fallback.ladder import ladder_of
 from hf_amp.hardware import probe
 from hf_amp.options import is_real
 from hf_amp.session import AmpSession
@@ -54,7 +54,7 @@ class Run:
         self.config = MixedPrecisionConfig(**BOUNDS, **CASES[case])
         mode = PrecisionMode.BF16 if case == "guard" else PrecisionMode.MIXED
         hardware = probe("cpu")
-        self.ladder = ladder_of(mode, hardware)
+        self.ladder = ladder_of(mode, hardware, emulate=True)
         self.session = AmpSession(self.config, AdvancedGradScaler(self.config, "cpu"), mode, hardware)
         self.model = tiny_mlp()
         self.session.adopt(self.model)

@@ -17,7 +17,7 @@ from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisio
 from hf_amp.scaling.half_parameters import settle
 from hf_amp.scaling.master_weights import MasterWeights
 from tests.integrations.half_models import dtypes, loaded
-from tests.integrations.trainers import arguments, text
+from tests.integrations.trainers import arguments, text_rows
 from tests.reference import tiny_mlp
 
 HALF = [torch.float16, torch.bfloat16]
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
 def trainer_on(model: nn.Module, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     set_seed(0)
-    return Trainer(model, arguments(folder, **options), train_dataset=text(), callbacks=list(callbacks))
+    return Trainer(model, arguments(folder, **options), train_dataset=text_rows(), callbacks=list(callbacks))
 
 
 def notices(session: hf_amp.AmpSession) -> list[hf_amp.AmpEvent]:

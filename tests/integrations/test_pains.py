@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_amp import Cause, EventKind, MixedPrecisionCallback, PrecisionMode
@@ -342,6 +341,8 @@ def test_22_an_early_skip_is_taken_for_disaster(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
 def test_23_every_label_is_ignored(tmp_path: Path, fp16: bool) -> None:
     """Stock logs loss 0.0 and grad_norm 0.0 for ever. Ours says in the first step that it is the labels, and stops."""
+    from datasets import Dataset
+
     rows = text()["input_ids"]
     blank = Dataset.from_dict({"input_ids": rows, "labels": [[-100] * 32] * len(rows)})
     stock = Trainer(tiny_gpt2(), arguments(tmp_path, fp16=fp16), train_dataset=blank)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
@@ -41,6 +40,9 @@ from tests.integrations.trainers import (
     text,
     tiny_gpt2,
 )
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 STEPS = 3
 
@@ -97,6 +99,8 @@ def tiny_vit() -> ViTForImageClassification:
 
 
 def labelled(name: str, values: Any, classes: int) -> Dataset:
+    from datasets import Dataset
+
     return Dataset.from_dict({name: values, "labels": [row % classes for row in range(len(values))]})
 
 

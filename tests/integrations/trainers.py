@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -19,17 +18,27 @@ from transformers import (
     set_seed,
 )
 
-from hf_amp.cli.demo_model import help_topics
+from hf_amp.cli.demo_model import text_blocks
 from hf_amp.integrations.upstream import replace_scaler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 POISONED_STEP = 3
 
 
 @cache
+def text_rows() -> list[dict[str, list[int]]]:
+    """The first 256 blocks of the help topics, 32 bytes each, as any map-style data set gives them."""
+    return [{"input_ids": block[:32], "labels": block[:32]} for block in text_blocks()[:256]]
+
+
+@cache
 def text() -> Dataset:
-    """The first 256 blocks of the help topics, 32 bytes each."""
-    blocks = [row[:32] for row in help_topics()["input_ids"][:256]]
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+    """The same as a data set of `datasets`."""
+    from datasets import Dataset
+
+    return Dataset.from_list(text_rows())
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -75,6 +84,8 @@ class Regression(nn.Module):
 
 def numbers(nan_rows: tuple[int, ...] = ()) -> Dataset:
     """64 rows of 4 floats, of which `nan_rows` hold NaN, and their sums."""
+    from datasets import Dataset
+
     x = torch.rand(64, 4, generator=torch.Generator().manual_seed(0)) - 0.5
     labels = x.sum(1).tolist()
     x[list(nan_rows)] = torch.nan
@@ -196,7 +207,7 @@ def trainer_with(folder: Path, *callbacks: Any, seed: int = 0, **options: Any) -
     trainer = Trainer(
         tiny_gpt2(),
         arguments(folder, **options),
-        train_dataset=text(),
+        train_dataset=text_rows(),
         callbacks=[*callbacks, witness],
     )
     witness.trainer = trainer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_amp.cli.demo_training import help_topics
+from hf_amp.cli.demo_model import text_blocks
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.precision import FP16_FORMAT
 from tests.reference import OverflowInBackward, tiny_mlp
@@ -28,7 +28,7 @@ def small_gpt2(seed: int = 0, dropout: float = 0.1) -> GPT2LMHeadModel:
 
 def real_text(steps: int, batch: int = 4) -> list[dict[str, Tensor]]:
     """Batches of Python's help topics: `input_ids` and `labels`, int64 of shape [batch, 32]."""
-    blocks = torch.tensor(help_topics()["input_ids"][: steps * batch])[:, :32]
+    blocks = torch.tensor(text_blocks()[: steps * batch])[:, :32]
     return [{"input_ids": block, "labels": block} for block in blocks.split(batch)]
 
 
