@@ -59,7 +59,7 @@ def train(task: str, scaling: str, seed: int, steps: int | None = None) -> dict[
 
 
 def row_of(task: str, scaling: str, runs: list[dict[str, float]], reference: list[dict[str, float]]) -> Row:
-    """Over the seeds. A figure that is not finite in some run has no median."""
+    """Over the seeds. A figure that is not finite in some run has no median; underflow is that of applied steps in FP16."""
 
     def over_seeds(values: list[float], digits: int) -> Any:
         return spread(values, digits) if all(map(math.isfinite, values)) else None
@@ -70,7 +70,7 @@ def row_of(task: str, scaling: str, runs: list[dict[str, float]], reference: lis
         "task": task,
         "scaling": scaling,
         "skipped_steps": over_seeds([run["skipped_steps"] for run in runs], 1),
-        "underflow_fraction": over_seeds([run["underflow_fraction"] for run in runs], 5),
+        "underflow_fraction": over_seeds([run["underflow_fraction"] for run in runs], 5) or "not taken",
         "final_loss": over_seeds(losses, 4),
         "final_loss_over_FP32": over_seeds(against, 4),
         "modules_in_fp32": over_seeds([run["modules_in_fp32"] for run in runs], 0),
