@@ -227,8 +227,15 @@ def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[
             taken = min(size, SAMPLES_PER_TENSOR)
             positions = drawn_here % size if size > taken else None
             while part := list(itertools.islice(alike, max(most // taken, 1))):
-                sample = torch.cat([t.reshape(-1) if positions is None else t.take(positions) for t in part])
-                yield moved(sample, tensors[0].device, torch.float32), size / total / taken
+                # Not by name, which would keep it while the next one is made.
+                yield (
+                    moved(
+                        torch.cat([t.reshape(-1) if positions is None else t.take(positions) for t in part]),
+                        tensors[0].device,
+                        torch.float32,
+                    ),
+                    size / total / taken,
+                )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from tests.benchmarks.measuring import Row
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one column. A median is judged as it is shown, to two decimal places.
+    """A bound on one column. A median is judged as it is shown, to as many decimal places.
 
     Attributes:
         words: what is wanted.

@@ -12,7 +12,7 @@ from tests.benchmarks.circumstances import PACKAGES, RESULTS
 from tests.benchmarks.gpu_rows import gpu_rows, gpu_verdicts
 from tests.benchmarks.measuring import Row
 from tests.benchmarks.suite import SUITES, folder_of
-from tests.benchmarks.tables import shown, table
+from tests.benchmarks.tables import DECIMALS, shown, table
 
 HEAD = """# Results
 
@@ -81,16 +81,17 @@ def verdict(target: Target, result: dict[str, Any] | None) -> str:
     rows = [row for row in rows if row[target.column] != "not installed"]
     if not rows:
         return "**not measured**."
-    missed = [row for row in rows if not _within(row[target.column], target.at_most)]
+    missed = [row for row in rows if not _within(row, target)]
     if not missed:
         return "**reached**."
     told = [f"{_name(row)} {shown(row[target.column], target.column, quartiles=False)}" for row in missed]
     return f"**missed** by {len(missed)} of {len(rows)}: {'; '.join(told)}."
 
 
-def _within(figure: Any, bound: float) -> bool:
+def _within(row: Row, target: Target) -> bool:
+    figure = row[target.column]
     value = figure["median"] if isinstance(figure, dict) else figure
-    return value is not None and round(value, 2) <= bound
+    return value is not None and round(value, DECIMALS.get(target.column, 2)) <= target.at_most
 
 
 def _name(row: Row) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from tests.benchmarks.benchmark import Benchmark
 from tests.benchmarks.measuring import Row
 
-DECIMALS = {"final_loss": 3, "final_loss_over_FP32": 3, "underflow_fraction": 5}
+DECIMALS = {"final_loss": 3, "final_loss_in_FP32": 3, "final_loss_over_FP32": 3, "underflow_fraction": 5}
 """Column → decimal places that are shown, where it is not two."""
 
 

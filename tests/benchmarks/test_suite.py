@@ -68,6 +68,13 @@ def test_targets_are_told_plainly(result: dict[str, Any] | None, words: str) -> 
     assert verdict(BOUND, result) == words
 
 
+def test_small_figures_are_not_rounded_away() -> None:
+    """A bound of 0.0007 is missed by 0.0011."""
+    bound = Target("little", "underflow_fraction", 0.0007)
+    assert "missed" in verdict(bound, {"rows": [{"underflow_fraction": 0.0011}]})
+    assert "reached" in verdict(bound, {"rows": [{"underflow_fraction": 0.0006}]})
+
+
 def test_a_table_shows_medians_with_quartiles() -> None:
     """Numbers are shown as they are read: two decimals, thousands, bytes; columns that a row lacks are empty."""
     rows = [

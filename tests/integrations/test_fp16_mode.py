@@ -281,7 +281,7 @@ def test_trainer_tells_of_the_conversion(tmp_path: Path) -> None:
     (event,) = [e for e in callback.session.events if e.kind is EventKind.PARAMETERS_CONVERTED]
     assert (event.before, event.after, event.step) == ("FP32", "FP16", 0)
     assert dtypes(trainer.model) == {torch.float16}
-    assert trainer.evaluate(trainer.train_dataset.select(range(4)))["eval_loss"] < 8
+    assert trainer.evaluate(trainer.train_dataset[:4])["eval_loss"] < 8
     assert trainer.model(torch.zeros(1, 4, dtype=torch.long)).logits.dtype == torch.float32
 
 
