@@ -55,7 +55,8 @@ CPU = (
     Benchmark(
         "trainer_cost",
         _module("trainer_cost"),
-        "Whole steps of a `Trainer` with `MixedPrecisionCallback`, default options, by number of parameters.",
+        "Eight steps of a `Trainer` with `MixedPrecisionCallback`, default options, by number of parameters, with all that a call "
+        "of `train` does once.",
         "the same `Trainer` with the stock scaler, both in emulated FP16",
         (Target("1.01 of stock or less", "ratio", 1.01),),
         pivot=("parameters", "ratio"),
