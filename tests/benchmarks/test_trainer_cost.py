@@ -22,7 +22,6 @@ from tests.benchmarks.measuring import Row, compared, interleaved, parser, write
 from tests.benchmarks.models import INIT_SCALE, MEASURED, SIZES, gpt2
 from tests.integrations.trainers import StockFP16OnCPU, arguments
 
-
 STEPS = 8
 """Of a round."""
 
