@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_amp.cli.demo_model import small_gpt2
 from hf_amp.emulation import EmulatedPrecision
 
 POSITIONS = 128
@@ -37,11 +38,13 @@ class Size:
 
 SIZES = {
     "tiny": Size(16, 1, 64, (2, 16), steps=1, rounds=2),
+    "demo": Size(96, 2, 256, (8, 128), steps=8, rounds=20),
     "1M": Size(128, 5, 256, (4, 128), steps=8, rounds=20),
     "25M": Size(512, 7, 5000, (4, 128), steps=4, rounds=8),
     "110M": Size(768, 12, 30000, (1, 64), steps=2, rounds=6),
 }
-"""Number of parameters → model. At 110M the sequence is short, so that a CPU takes minutes and not an hour."""
+"""Number of parameters, or "demo" for the model of `hf-amp demo` (0.2M) as it is before it is made to overflow → model. At
+110M the sequence is short, so that a CPU takes minutes and not an hour."""
 MEASURED = ("1M", "25M", "110M")
 
 
@@ -49,6 +52,8 @@ def gpt2(size: str, device: str) -> GPT2LMHeadModel:
     """Equal parameters at every call; with dropout, as GPT-2 has it."""
     shape = SIZES[size]
     torch.manual_seed(0)
+    if size == "demo":
+        return small_gpt2(factor=1.0).to(device)
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=shape.vocabulary, n_positions=POSITIONS, n_embd=shape.width, n_layer=shape.layers, n_head=4,
