@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from hf_amp import saved
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError
 from hf_amp.events import AmpEvent, Cause, EventKind
@@ -120,7 +121,7 @@ def _keep_progress_in_checkpoints(accelerator: Accelerator, session: AmpSession)
     def load(models: Any, folder: str) -> None:
         file = Path(folder) / GUARD_NAME
         if file.is_file():
-            go_on_from(torch.load(file, map_location="cpu", weights_only=True), session)
+            go_on_from(saved.read(file), session)
             session.begin_at(session.scaler.decided_steps)
         told = "counters go on from" if file.is_file() else "no counters are in"
         session.note(EventKind.STATE_LOADED, f"{told} {folder}; the loss scale is DeepSpeed's own to load.")

@@ -208,7 +208,7 @@ class PrecisionMonitor:
         return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
     def _headroom_bits(self) -> float | None:
-        if self.grad_amax is None or self.scale is None or min(self.grad_amax, self.scale) <= 0:
+        if not self.grad_amax or not self.scale:
             return None
         bits = math.log2(FP16_FORMAT.largest) - math.log2(self.grad_amax) - math.log2(self.scale)
         # A step was applied in which the largest gradient was beyond FP16: then it is not held in FP16.

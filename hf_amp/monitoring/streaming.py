@@ -40,7 +40,7 @@ class RunningStatistics:
     @property
     def deviation(self) -> float:
         """Standard deviation of what was seen; 0 before the second number."""
-        return math.sqrt(max(self.squares, 0.0) / self.count) if self.count else 0.0
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
 _BUCKETS_PER_DOUBLING = 64

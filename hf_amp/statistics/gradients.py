@@ -230,7 +230,9 @@ def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[
                 # Not by name, which would keep it while the next one is made.
                 yield (
                     moved(
-                        torch.cat([t.reshape(-1) if positions is None else t.take(positions) for t in part]),
+                        torch.cat(
+                            [t.reshape(-1) if positions is None else t.reshape(-1)[positions] for t in part]
+                        ),
                         tensors[0].device,
                         torch.float32,
                     ),

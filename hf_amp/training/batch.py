@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.errors import BatchError
+from hf_amp.statistics.transfer import moved
 
 LossFunction = Callable[[Any, Any], Tensor]
 """(outputs of the model, targets of the batch) → tensor of shape []."""
@@ -20,12 +21,12 @@ LABELS = "labels"
 def to_device(batch: Any, device: torch.device) -> Any:
     """`batch` with every tensor in it on `device`. Tensors that are there already are not copied."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=device.type != "cpu")  # see `hf_amp.statistics.transfer`
+        return moved(batch, device)
     if isinstance(batch, Mapping):
         return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
 
 

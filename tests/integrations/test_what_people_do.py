@@ -164,7 +164,7 @@ CHECKPOINTING = next(
         {"lr_scheduler_type": "cosine"},
         {"lr_scheduler_type": "constant"},
         {CHECKPOINTING: True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"torch_compile": True},
         {"label_smoothing_factor": 0.1},
         {"weight_decay": 0.1},
         {"neftune_noise_alpha": 5.0},
