@@ -63,6 +63,7 @@ class DecidedOptimizers:
         if optimizer in self.adopted:
             return
         self.adopted.add(optimizer)
+        self._scaler.watch(optimizer.optimizer)
         if optimizer.scaler is not self._scaler:
             replace_scaler(optimizer, self._scaler)
         former = vars(optimizer).get("step")

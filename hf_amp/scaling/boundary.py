@@ -81,6 +81,8 @@ class Boundary:
     """Whether the policy has seen it."""
     carried: dict[str, Tensor] = field(default_factory=dict)
     """What others want read along: tensors of shape [] or [n]."""
+    marked: int | None = None
+    """Writes to the gradients, by autograd's own counter, until the first backward after them; None before it."""
 
     def figures(self) -> dict[str, Tensor]:
         """What the host wants to know, by name."""
@@ -96,6 +98,17 @@ class Boundary:
         }
         carried = {CARRIED + name: value for name, value in self.carried.items()}
         return {**{name: value for name, value in named.items() if value is not None}, **carried}
+
+    def mark(self) -> None:
+        """Remembers the gradients as the caller has left them, before another backward begins. Later calls do nothing."""
+        if self.marked is None:
+            self.marked = sum(gradient._version for gradient in self.gradients)
+
+    def is_untouched(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether these are still the gradients of `optimizer`, and nothing was added to them since `mark`."""
+        now = statistics.collect(optimizer)
+        same = [g.data_ptr() for g in now] == [g.data_ptr() for g in self.gradients]
+        return same and self.marked in (None, sum(gradient._version for gradient in now))
 
     def clip(self, max_norm: float, trusting: bool) -> Tensor:
         """Folds a clip into what will apply the gradients. Returns their norm before it, unscaled; no host read.

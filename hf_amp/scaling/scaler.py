@@ -16,6 +16,7 @@ from hf_amp.precision import ScalingStrategy
 from hf_amp.scaling.application import Application, device_of, is_fused, refuse_closure
 from hf_amp.scaling.boundary import Boundary, Look, Treatment, examine
 from hf_amp.scaling.loss import SeenLosses, map_losses
+from hf_amp.scaling.open_steps import OpenSteps
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.policy import observation_of
 from hf_amp.scaling.scale_keeper import ScaleKeeper
@@ -73,10 +74,9 @@ class AdvancedGradScaler(ScaleKeeper):
         self._application = Application(self.master_weights)
         self.passengers: list[Passenger] = []
         self.not_sampled: Callable[[], Collection[int]] = tuple
-        self._boundaries: dict[int, Boundary] = {}
+        self._open = OpenSteps()
         self._pending: deque[PendingVerdict] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
-        self._backwards = 0
         self._backward_scale: Tensor | None = None
         self._losses = SeenLosses()
 
@@ -86,7 +86,7 @@ class AdvancedGradScaler(ScaleKeeper):
         """`outputs` (a tensor, or lists and tuples of them) times the scale. Notes whether they are finite; no host read."""
         if not self._enabled:
             return outputs
-        self._backwards += 1
+        self._open.begin_backward(self._backward_scale, None if self._state is None else self._state.scale)
         return map_losses(self._scale_one, outputs)
 
     def _scale_one(self, loss: Tensor) -> Tensor:
@@ -95,6 +95,13 @@ class AdvancedGradScaler(ScaleKeeper):
         scale = self._backward_scale = cast(Tensor, self._state.scale)
         self._losses.note(loss, scale.device)
         return loss if self.guards_only else loss * moved(scale, loss.device)
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets `optimizer`'s gradients wait while others step and the scale changes, from before its own first step on.
+
+        Only where a loop has several optimizers whose backward passes interleave; otherwise the first step is soon enough.
+        """
+        self._open.watch(optimizer)
 
     # ---- step boundary --------------------------------------------------------------------------------------
 
@@ -111,7 +118,7 @@ class AdvancedGradScaler(ScaleKeeper):
             self._application.ready_gradients(optimizer)
         if not self._enabled or self.guards_only:
             return
-        boundary = self._current_boundary(optimizer)
+        boundary = self._open.current(optimizer)
         if boundary is None:
             self._examine(optimizer, Treatment.DIVIDE)
         elif boundary.stepped:
@@ -131,7 +138,7 @@ class AdvancedGradScaler(ScaleKeeper):
         """
         if not self._enabled or self.guards_only:
             raise ScalerError("clip_grad_norm_ folds into loss scaling, and this scaler scales nothing.")
-        boundary = self._current_boundary(optimizer)
+        boundary = self._open.current(optimizer)
         if boundary is None:
             boundary = self._examine(optimizer, Treatment.FOLD, norm=True)
         if boundary.treatment is not Treatment.FOLD:
@@ -150,7 +157,7 @@ class AdvancedGradScaler(ScaleKeeper):
         if not self._enabled:
             return cast("float | None", optimizer.step(*args, **kwargs))
         refuse_closure(optimizer, args, kwargs)
-        boundary = self._current_boundary(optimizer)
+        boundary = self._open.current(optimizer)
         if boundary is None:
             boundary = self._examine(optimizer, self._treatment_for(optimizer))
         elif boundary.stepped:
@@ -173,7 +180,7 @@ class AdvancedGradScaler(ScaleKeeper):
             if not outcome.applied:
                 self._application.leave_out(optimizer)
             self._count(outcome, optimizer)
-        boundary.gradients = []
+        self._open.close(optimizer, boundary)
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -187,26 +194,22 @@ class AdvancedGradScaler(ScaleKeeper):
         """
         if not self._enabled:
             return
-        if self._state is None or (new_scale is None and not self._boundaries):
+        if self._state is None or (new_scale is None and not self._open):
             raise ScalerError(
                 "update() before any step: call scale(loss).backward() and step(optimizer) first."
             )
         if new_scale is not None:
             self._set_state(self._state._replace(scale=self._checked_scale(new_scale)))
-        else:
-            fresh = [boundary for boundary in self._boundaries.values() if not boundary.observed]
-            if fresh:
-                self._set_state(self._policy.next_state(self._state, observation_of(fresh)))
-        for boundary in self._boundaries.values():
-            boundary.observed = True
-        self._boundaries = {key: b for key, b in self._boundaries.items() if not b.stepped}
-        if not self._boundaries:
+        elif fresh := self._open.unobserved():
+            self._set_state(self._policy.next_state(self._state, observation_of(fresh)))
+        self._open.end_update()
+        if not self._open:
             self._losses = SeenLosses()
         self._deliver()
 
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
-        self._boundaries.clear()
+        self._open.abandon()
         self._losses = SeenLosses()
 
     def flush(self) -> None:
@@ -217,7 +220,7 @@ class AdvancedGradScaler(ScaleKeeper):
         self._deliver()
 
     def _is_within_step(self) -> bool:
-        return bool(self._boundaries)
+        return bool(self._open)
 
     def _treatment_for(self, optimizer: torch.optim.Optimizer) -> Treatment:
         if self.guards_only:
@@ -252,19 +255,6 @@ class AdvancedGradScaler(ScaleKeeper):
             for observer in self.observers:
                 observer(outcome, optimizer)
 
-    def _current_boundary(self, optimizer: torch.optim.Optimizer) -> Boundary | None:
-        """What was examined of these very gradients; None where they are new since."""
-        boundary = self._boundaries.get(id(optimizer))
-        if boundary is None or boundary.backward == self._backwards or boundary.stepped:
-            return boundary
-        if boundary.observed:  # left over from before an update: the next backward made new gradients
-            del self._boundaries[id(optimizer)]
-            return None
-        raise ScalerError(
-            "more gradients were accumulated onto ones that unscale_() or a clip had treated already: unscale or clip "
-            "only after the last backward of the accumulation window."
-        )
-
     def _examine(
         self, optimizer: torch.optim.Optimizer, treatment: Treatment, norm: bool = False
     ) -> Boundary:
@@ -276,11 +266,12 @@ class AdvancedGradScaler(ScaleKeeper):
                 )
             self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
             self._backward_scale = self._state.scale
+        self._open.watch(optimizer)
         self._application.ready_gradients(optimizer)
         monitors = self.config.enable_monitoring
         boundary = examine(
             optimizer,
-            backward=self._backwards,
+            backward=self._open.backwards,
             scale=cast(Tensor, self._backward_scale),
             treatment=treatment,
             losses=self._losses.number,
@@ -295,7 +286,7 @@ class AdvancedGradScaler(ScaleKeeper):
         )
         for ask in self.passengers:
             boundary.carried.update(ask(boundary, optimizer))
-        self._boundaries[id(optimizer)] = boundary
+        self._open.open(optimizer, boundary)
         return boundary
 
     def _samples_now(self) -> bool:

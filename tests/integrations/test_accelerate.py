@@ -186,6 +186,24 @@ def test_two_optimizers_each_move_once() -> None:
     assert [model.weight.item() for model in models] == [0.75, 0.75]
 
 
+def test_gradients_that_wait_keep_up_with_the_scale_from_the_first_step_on() -> None:
+    """The scale doubles between two backward passes while another optimizer's gradients wait: it moves as in FP32."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=1024.0, growth_interval=1))
+    first, second = (nn.Linear(1, 1, bias=False) for _ in range(2))
+    nn.init.constant_(second.weight, 1.0)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.25) for model in (first, second)]
+    first, second, *optimizers = accelerator.prepare(first, second, *optimizers)
+    accelerator.backward(second(torch.ones(1, 1)).sum())
+    for _ in range(2):
+        accelerator.backward(first(torch.ones(1, 1)).sum())
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+    assert session.scaler.get_scale() == 4096.0
+    optimizers[1].step()
+    assert second.weight.item() == 0.75
+
+
 def test_released_objects_are_not_kept_alive() -> None:
     """After free_memory a session holds neither the model nor the optimizer."""
     import gc
