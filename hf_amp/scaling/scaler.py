@@ -200,7 +200,7 @@ class AdvancedGradScaler(ScaleKeeper):
             )
         if new_scale is not None:
             self._set_state(self._state._replace(scale=self._checked_scale(new_scale)))
-        elif fresh := self._open.unobserved():
+        elif not self.guards_only and (fresh := self._open.unobserved()):
             self._set_state(self._policy.next_state(self._state, observation_of(fresh)))
         self._open.end_update()
         if not self._open:

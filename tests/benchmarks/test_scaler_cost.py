@@ -73,7 +73,7 @@ class NoStep(torch.optim.SGD):
 
 
 def guard_alone(held: list[nn.Parameter]) -> Callable[[], None]:
-    """All that a guard (BF16, FP32) does in a step, without the clip and the optimizer around it."""
+    """All that a guard (BF16, FP32) does in a step, around a call of an optimizer that moves nothing."""
     scaler = AdvancedGradScaler(MixedPrecisionConfig(precision_mode="FP32"), held[0].device)
     optimizer = NoStep(held, lr=1.0)
 
@@ -85,9 +85,16 @@ def guard_alone(held: list[nn.Parameter]) -> Callable[[], None]:
 
 
 def one_read(held: list[nn.Parameter]) -> Callable[[], None]:
-    """One read of all gradients: the unit that the guard is measured in."""
+    """What the guard is held against: one read of all gradients, and the same call of an optimizer that moves nothing."""
     gradients = [p.grad for p in held if p.grad is not None]
-    return lambda: [gradient.aminmax() for gradient in gradients] and None
+    optimizer = NoStep(held, lr=1.0)
+
+    def boundary() -> None:
+        for gradient in gradients:
+            gradient.aminmax()
+        optimizer.step()
+
+    return boundary
 
 
 def measure(size: str, rounds: int, device: str, clock: str = "wall") -> list[Row]:
