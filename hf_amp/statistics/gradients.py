@@ -136,7 +136,8 @@ def _read_on_cpu(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[Tens
         if not by_blas:
             extremes += piece.aminmax()
             continue
-        for part in torch.split(_flat(piece), _IN_CACHE):
+        flat = _flat(piece)
+        for part in torch.split(flat, _IN_CACHE) if flat.numel() > _IN_CACHE else (flat,):
             squares.append(part.dot(part))
             extremes += (part.amax(), part.amin())
     norms = [torch.stack(squares).sum().sqrt_()] if by_blas else _read_by_foreach(group, norm, False)[0]
