@@ -15,7 +15,19 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 # From the bottom to the top: what stands in one row may import the rows below it.
 LAYERS: list[set[str]] = [
-    {"config", "eager", "errors", "events", "nested", "options", "plain", "precision", "reversible", "saved"},
+    {
+        "config",
+        "eager",
+        "errors",
+        "events",
+        "nested",
+        "options",
+        "plain",
+        "precision",
+        "random_state",
+        "reversible",
+        "saved",
+    },
     {"statistics", "hardware", "emulation", "forward_context"},
     {"scaling", "fallback", "monitoring"},
     {"journal", "session"},

@@ -170,8 +170,8 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ForwardFindings]
         )
     return Diagnosis(
         Cause.UNKNOWN,
-        "the loss was not finite, but the same batch gives finite values now: dropout drew anew, or the loss is made "
-        "outside of the model. Look at the loss function and at this step's labels.",
+        "the loss was not finite, but the same batch gives finite values now: dropout may have drawn otherwise, or the loss "
+        "is made outside of the model. Look at the loss function and at this step's labels.",
         is_shown=False,
     )
 

@@ -20,6 +20,7 @@ from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.forward_context import to_float32
 from hf_amp.nested import tensors_in
 from hf_amp.precision import PrecisionMode
+from hf_amp.random_state import RandomState, devices_of
 from hf_amp.statistics import agreement, snapshot
 
 
@@ -33,7 +34,7 @@ class ForwardFindings:
         unsound: the first module whose output is not finite in FP32 either; None where none.
         only_loss: whether all that is not finite there is a single number, the loss.
         returns_loss: whether the model returns a single number among its outputs.
-        draws: whether the model has drawn random numbers, so that the pass was not the same as the first.
+        draws: whether the model has drawn random numbers, so that the pass may not have been the same as the first.
         error: why the pass could not be repeated; None where it could.
     """
 
@@ -50,7 +51,7 @@ def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindin
 
     A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
     with the FP32 output, so that one pass finds every such module. Nothing of the run changes: no gradients, buffers
-    and random state are put back, caches are not used. Dropout draws anew, so what overflowed by a hair may not again.
+    and random state are put back, caches are not used. Dropout draws what it drew.
     Reads the host once a module: for steps that went wrong only. Never raises.
     """
     watch = _Watch(current)
@@ -60,11 +61,7 @@ def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindin
     ]
     try:
         with _nothing_changes(forward.model), current():
-            arguments, options = _inputs_to_repeat(forward)
-            before = _random_states(forward.model)
-            forward.model(*arguments, **options)
-            after = _random_states(forward.model)
-            watch.findings.draws = not all(map(torch.equal, before, after))
+            _, watch.findings.draws = _repeat(forward)
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = f"{type(error).__name__}: {str(error)[:200]}"
     finally:
@@ -82,8 +79,7 @@ def parameters_overflowing_unscaled(forward: RecordedForward, current: CurrentPr
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
     try:
         with _nothing_changes(forward.model), torch.enable_grad(), current():
-            arguments, options = _inputs_to_repeat(forward)
-            output = forward.model(*arguments, **options)
+            output, _ = _repeat(forward)
             losses = [x for _, x in float_tensors(output) if x.dim() == 0 and x.requires_grad]
             if not losses:
                 return None
@@ -190,6 +186,15 @@ def broken_tensors(value: Any) -> list[Tensor]:
     return [x for i, (_, x) in enumerate(found) if not flags[str(i)]]
 
 
+def _repeat(forward: RecordedForward) -> tuple[Any, bool]:
+    """What the model returns for the same batch and the same random numbers, and whether it draws any."""
+    arguments, options = _inputs_to_repeat(forward)
+    if forward.random_state is not None:
+        forward.random_state.restore()
+    before = RandomState.now(devices_of(forward.model))
+    return forward.model(*arguments, **options), before.has_moved()
+
+
 def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The batch itself, in copies of whatever else holds it: a cache of keys and values would grow again.
 
@@ -203,14 +208,6 @@ def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[s
     if "use_cache" in inspect.signature(type(forward.model).forward).parameters:
         options["use_cache"] = False
     return arguments, options
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _random_states(model: nn.Module) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
 
 
 @contextmanager
@@ -227,7 +224,7 @@ def _nothing_changes(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    devices = _devices(model)
+    devices = [device for device in devices_of(model) if device.type == "cuda"]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_amp.eager import eager
 from hf_amp.nested import tensors_in
+from hf_amp.random_state import RandomState
 
 KEPT_FORWARDS = 64
 """Forward passes of one step that are kept, the newest ones; references to the arguments only, never copies."""
@@ -25,12 +26,14 @@ class RecordedForward(NamedTuple):
     Attributes:
         is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
             written into it since.
+        random_state: what dropout drew from on the CPU and on the batch's devices; None where that is not known.
     """
 
     model: nn.Module
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     is_intact: bool = True
+    random_state: RandomState | None = None
 
 
 class _Kept(NamedTuple):
@@ -40,6 +43,7 @@ class _Kept(NamedTuple):
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     versions: tuple[int, ...]
+    random_state: RandomState | None
 
 
 class ForwardRecorder:
@@ -66,7 +70,8 @@ class ForwardRecorder:
         if step not in self._kept:
             self._kept = {old: calls for old, calls in self._kept.items() if step - KEPT_STEPS < old < step}
             self._kept[step] = deque(maxlen=KEPT_FORWARDS)
-        self._kept[step].append(_Kept(model, arguments, options, _versions(arguments, options)))
+        versions, random_state = _versions(arguments, options), _random_state(arguments, options)
+        self._kept[step].append(_Kept(model, arguments, options, versions, random_state))
 
     def forwards_of(self, step: int) -> list[RecordedForward]:
         """The forward passes behind optimizer step `step`, oldest first.
@@ -77,7 +82,13 @@ class ForwardRecorder:
         if not steps:
             return []
         return [
-            RecordedForward(model, kept.arguments, kept.options, kept.versions == _versions(*kept[1:3]))
+            RecordedForward(
+                model,
+                kept.arguments,
+                kept.options,
+                is_intact=kept.versions == _versions(kept.arguments, kept.options),
+                random_state=kept.random_state,
+            )
             for kept in self._kept[max(steps)]
             if (model := kept.model()) is not None
         ]
@@ -91,6 +102,14 @@ def _versions(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[int,
     """How often each tensor has been written into. Source: `torch.Tensor._version`, which autograd checks as well."""
     found = tensors_in((arguments, options))
     return tuple(0 if x.is_inference() else x._version for _, x in found)
+
+
+def _random_state(arguments: tuple[Any, ...], options: dict[str, Any]) -> RandomState | None:
+    """What dropout will draw from; None while a CUDA graph is captured, when a generator may not be asked."""
+    devices = {x.device for _, x in tensors_in((arguments, options))}
+    if any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing():
+        return None
+    return RandomState.now(devices)
 
 
 class _Note:

@@ -291,8 +291,35 @@ def test_a_late_verdict_about_a_batch_that_was_overwritten_is_unknown() -> None:
 @EVERY_PRECISION
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_loss_made_from_the_models_own_loss(precision: str, dropout: float) -> None:
-    """LOSS where the repeated pass was the same and finite; UNKNOWN where dropout drew anew, because it may have been that."""
+    """LOSS where the repeated pass was the same and finite; UNKNOWN with dropout, which another kernel may draw otherwise."""
     loop = Loop(Regression(between=nn.Dropout(dropout)), precision)
     loop.step(SOUND, loss_of=lambda output: log_of_zero(output[0]))
     assert loop.skips[0].cause is (Cause.UNKNOWN if dropout else Cause.LOSS)
     assert "loss function" in loop.skips[0].message
+
+
+class Thinned(nn.Module):
+    """Sums what dropout leaves, which is beyond 65504 about every other time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.total = nn.Dropout(0.5), nn.Linear(64, 1, bias=False)
+        nn.init.ones_(self.total.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.total(self.dropout(x)) / 65504).square().mean()
+
+
+def test_an_overflow_that_hangs_on_dropout_is_found() -> None:
+    """The repeated pass drops what the first one dropped, and leaves the run's own random numbers as they are."""
+    loop = Loop(Thinned(), "fp16", init_scale=1.0, automatic_fallback=False)
+    torch.manual_seed(0)
+    for _ in range(20):
+        loop.step({"x": torch.full((1, 64), 65504 / 64)})
+    assert 4 <= len(loop.skips) <= 16
+    assert {(skip.cause, skip.modules) for skip in loop.skips} == {(Cause.ACTIVATION, ("total",))}
+    drawn = torch.rand(())
+    torch.manual_seed(0)
+    for _ in range(20):
+        torch.nn.functional.dropout(torch.ones(1, 64))
+    assert drawn == torch.rand(())
