@@ -15,10 +15,22 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 # From the bottom to the top: what stands in one row may import the rows below it.
 LAYERS: list[set[str]] = [
-    {"config", "eager", "errors", "events", "nested", "options", "plain", "precision", "reversible", "saved"},
+    {
+        "config",
+        "contradictions",
+        "eager",
+        "errors",
+        "events",
+        "nested",
+        "options",
+        "plain",
+        "precision",
+        "reversible",
+        "saved",
+    },
     {"statistics", "hardware", "emulation", "forward_context"},
     {"scaling", "fallback", "monitoring"},
-    {"journal", "session"},
+    {"after_step", "journal", "session"},
     {"integrations", "training"},
     {"cli"},
 ]
