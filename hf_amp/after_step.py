@@ -58,7 +58,7 @@ class AfterStep:
         self._scaler = scaler
         self._keeper = keeper
         self._at_floor = False
-        self.tell_monitor_of_formats()
+        self.see_models()
 
     def decided(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         """An observer of the scaler: takes in what became of one step of `optimizer`."""
@@ -88,7 +88,7 @@ class AfterStep:
             return
         keeper, before, after = self._keeper, transition.before, transition.after
         self.monitor.record_plan(len(after.modules))
-        self.tell_monitor_of_formats()
+        self.see_models()
         if skipped_at is not None:
             self.monitor.record_fallback()
             self._scaler.set_scale(skipped_at)
@@ -109,9 +109,14 @@ class AfterStep:
             )
         )
 
-    def tell_monitor_of_formats(self) -> None:
-        """The plan has changed, or a model has come: what share of the parameters runs in which format."""
-        sizes = ((name, p.numel()) for name, p in self._keeper.runner.named_parameters())
+    def see_models(self) -> None:
+        """A model has come, or the plan has changed: where parameters are, and what share of them runs in which format."""
+        runner = self._keeper.runner
+        parameters = list(runner.named_parameters())
+        # A model that is offloaded for now trains where the run is.
+        if devices := {p.device for _, p in parameters if p.device.type == runner.entry.device_type}:
+            self.pace.devices = devices
+        sizes = ((name, p.numel()) for name, p in parameters)
         self.monitor.record_formats(self._keeper.plan.format_shares(sizes))
 
     def _record(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:

@@ -108,7 +108,7 @@ class AmpSession(Journal):
         self.changes.call_on_undo(
             self._keeper.adopt(model, entry_point if entry_point is not None else model)
         )
-        self._after_step.tell_monitor_of_formats()
+        self._after_step.see_models()
 
     def repeat_no_forward(self) -> None:
         """Looks for causes in weights and batches only: a forward pass would run, and move, another library's scales."""
