@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_amp.contradictions import check_together
 from hf_amp.errors import ConfigError
 from hf_amp.options import (
     ABOVE_ONE,
@@ -28,7 +29,7 @@ from hf_amp.options import (
     option_field,
     shown,
 )
-from hf_amp.precision import FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE, PrecisionMode, ScalingStrategy
+from hf_amp.precision import LARGEST_SCALE, SMALLEST_SCALE, PrecisionMode, ScalingStrategy
 
 _MODE = Allowed(
     "None or one of " + ", ".join(PrecisionMode.__members__),
@@ -209,7 +210,7 @@ class MixedPrecisionConfig:
                 object.__setattr__(self, name, enumeration[value.upper()])
         for option in dataclasses.fields(self):
             self._check_value(option)
-        self._check_combinations()
+        check_together(self)
 
     def _check_value(self, option: dataclasses.Field[Any]) -> None:
         value = getattr(self, option.name)
@@ -221,47 +222,6 @@ class MixedPrecisionConfig:
             raise ConfigError(
                 f"MixedPrecisionConfig({option.name}={shown(value)}): {option.name} must be {allowed}; "
                 f"leave it out for the default ({default}).{hint}"
-            )
-
-    def _check_combinations(self) -> None:
-        if self.precision_mode is PrecisionMode.FP16 and self.half_parameters in ("error", "upcast"):
-            raise ConfigError(
-                f"MixedPrecisionConfig(precision_mode=FP16, half_parameters={self.half_parameters!r}): FP16 trains "
-                "half-precision parameters with FP32 master weights; leave half_parameters out, or train FP32 parameters "
-                "under FP16 autocast with precision_mode=MIXED."
-            )
-        if self.precision_mode is PrecisionMode.DYNAMIC and self.half_parameters == "master_weights":
-            raise ConfigError(
-                "MixedPrecisionConfig(precision_mode=DYNAMIC, half_parameters='master_weights'): DYNAMIC moves between "
-                "precisions, which needs FP32 parameters; leave half_parameters out, or choose another precision_mode."
-            )
-        if self.on_overflow == "retry" and self.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED:
-            raise ConfigError(
-                "MixedPrecisionConfig(on_overflow='retry', scaling_strategy=PERFORMANCE_OPTIMIZED): its verdicts come one "
-                "step late, when the batch is gone; use ADAPTIVE, or leave on_overflow out for the default (skip)."
-            )
-        if self.min_scale < FP32_FORMAT.smallest_normal:
-            raise ConfigError(
-                f"MixedPrecisionConfig(min_scale={self.min_scale!r}): the floor must be at least "
-                f"{FP32_FORMAT.smallest_normal!r} (2^-126), below which gradients cannot be divided by the scale in FP32; "
-                f"leave min_scale out for the default ({SMALLEST_SCALE!r})."
-            )
-        if not self.min_scale <= self.max_scale <= LARGEST_SCALE:
-            raise ConfigError(
-                f"MixedPrecisionConfig(min_scale={self.min_scale!r}, max_scale={self.max_scale!r}): the floor must "
-                f"not be above the ceiling, nor the ceiling above {LARGEST_SCALE!r} (2^127, so that the scale and "
-                "its reciprocal stay finite in FP32); lower min_scale or set max_scale in between."
-            )
-        if not self.min_scale <= self.init_scale <= self.max_scale:
-            raise ConfigError(
-                f"MixedPrecisionConfig(init_scale={self.init_scale!r}): init_scale must lie in [min_scale, "
-                f"max_scale] = [{self.min_scale!r}, {self.max_scale!r}]; move it or widen the bounds."
-            )
-
-        if self.communication_precision is not None and not self.distributed_amp:
-            raise ConfigError(
-                f"MixedPrecisionConfig(communication_precision={self.communication_precision.value}): nothing is sent "
-                "unless several processes train together; set distributed_amp=True too, or leave it out."
             )
 
     @classmethod

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_amp.events import AmpEvent, EventKind
+from hf_amp.monitoring.hopeless import Finding
 from hf_amp.monitoring.sinks import console
 
 EVENTS_KEPT = 10_000
@@ -24,6 +25,7 @@ class Journal:
     Attributes:
         run_id: names the run in logs.
         sinks: called with every event.
+        first_step: what the scaler's first decided step is called in events; 1, or later in a resumed run.
         newest_step: number of the newest optimizer step that is known; 0 before the first.
         lock: held while what people read is changed, so that other threads read it between two steps.
     """
@@ -31,6 +33,7 @@ class Journal:
     def __init__(self) -> None:
         self.run_id = uuid.uuid4().hex[:12]
         self.sinks: list[Callable[[AmpEvent], None]] = [console.Console().write]
+        self.first_step = 1
         self.newest_step = 0
         self.lock = threading.RLock()
         self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
@@ -58,6 +61,11 @@ class Journal:
     def note(self, kind: EventKind, message: str, **figures: Any) -> None:
         """Records an event in which nothing went wrong."""
         self.record(AmpEvent(self.newest_step, kind, message=message, figures=figures))
+
+    def tell(self, finding: Finding | None) -> None:
+        """Records what the watch over the run's hope has found, if anything."""
+        if finding is not None:
+            self.record(AmpEvent(self.newest_step, finding.kind, finding.cause, message=finding.message))
 
     def begin_log(self, write: Callable[[AmpEvent], None], message: str, **figures: Any) -> None:
         """Makes `write` a sink: it gets that training starts, what happened before while no log was open, and all to come."""

@@ -17,6 +17,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 LAYERS: list[set[str]] = [
     {
         "config",
+        "contradictions",
         "eager",
         "errors",
         "events",
@@ -30,7 +31,7 @@ LAYERS: list[set[str]] = [
     },
     {"statistics", "hardware", "emulation", "forward_context"},
     {"scaling", "fallback", "monitoring"},
-    {"journal", "session"},
+    {"after_step", "journal", "session"},
     {"integrations", "training"},
     {"cli"},
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_amp import (
     AdvancedGradScaler,
@@ -15,7 +16,7 @@ from hf_amp import (
     MixedPrecisionConfig,
     PrecisionMode,
 )
-from hf_amp.hardware import probe
+from hf_amp.hardware import Hardware, probe
 from hf_amp.journal import EVENTS_KEPT
 from hf_amp.monitoring.metrics import NAMES
 from tests.reference import OverflowInBackward
@@ -87,6 +88,25 @@ def test_weights_are_named_when_the_model_is_known() -> None:
     event = run.session.events[0]
     assert event.cause is Cause.WEIGHTS
     assert "weight among them" in event.message
+
+
+def test_the_pace_knows_the_devices_that_train() -> None:
+    """Those that living models are on, a split one on several; an offloaded one says nothing. Tensors without data."""
+    config, gpu = MixedPrecisionConfig(), Hardware("cuda", "H100", "native", "native")
+    session = AmpSession(config, AdvancedGradScaler(config, "cpu"), PrecisionMode.MIXED, gpu)
+    assert set(session.pace.devices) == {torch.device("cuda")}
+    with FakeTensorMode():
+        split = nn.ParameterList(torch.empty(1, device=device) for device in ("cuda:1", "cuda:2", "cpu"))
+        session.adopt(split)
+        assert set(session.pace.devices) == {torch.device("cuda:1"), torch.device("cuda:2")}
+        del split
+        offloaded = nn.ParameterList([torch.empty(1)])
+        session.adopt(offloaded)
+        assert set(session.pace.devices) == {torch.device("cuda:1"), torch.device("cuda:2")}
+        third = nn.ParameterList([torch.empty(1, device="cuda:3")])
+        session.adopt(third)
+    assert set(session.pace.devices) == {torch.device("cuda:3")}
+    assert "memory_bytes" in session.metrics()
 
 
 def test_step_numbers_go_on_in_a_resumed_run() -> None:

@@ -35,6 +35,7 @@ class PlanKeeper:
         step: gives the number of the optimizer step that forward passes now belong to.
 
     Attributes:
+        asked_for: the precision that the run asked for, where the plan begins.
         runner: the models.
         recorder: what they were called with.
         examiner: finds the causes.
@@ -51,6 +52,7 @@ class PlanKeeper:
     ) -> None:
         on_cpu_in_fp16 = hardware.device == "cpu" and mode in (PrecisionMode.MIXED, PrecisionMode.FP16)
         emulate = config.emulate and on_cpu_in_fp16
+        self.asked_for = mode
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(step)
         self.examiner = Examiner(self.runner, self.recorder, config.hysteresis)

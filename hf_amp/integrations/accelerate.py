@@ -105,6 +105,7 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         device,
     )
     session = AmpSession(config, scaler, mode, common_to_ranks(probe(device), device))
+    session.pace.devices = (device,)
     session.folds_clipping = config.fold_clipping is True
     if float8_runner is not None:
         session.described_as = float8.describe(float8_runner, session.hardware)

@@ -59,6 +59,7 @@ def observe(accelerator: Accelerator, config: MixedPrecisionConfig) -> AmpSessio
     )
     scaler = ObservedScaler(dataclasses.replace(config, precision_mode=mode), device)
     session = AmpSession(config, scaler, mode, probe(device))
+    session.pace.devices = (device,)
     session.described_as = f"{session.what_runs()} under DeepSpeed"
     if config.enabled:
         _watch_steps(accelerator, session, scaler)

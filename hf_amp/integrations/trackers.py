@@ -29,7 +29,7 @@ def merge_metrics_into_logs(accelerator: Accelerator, session: AmpSession) -> No
         nonlocal told
         if session.scaler.decided_steps != (told or 0):
             if told is None:
-                session.sinks += _tensorboard_sinks(accelerator)
+                session.sinks += _tensorboard_sinks(accelerator, session)
             told = session.scaler.decided_steps
             beside = {name: values[name] for name in _SHARED if isinstance(values.get(name), (int, float))}
             session.log_metrics(**beside)
@@ -46,7 +46,11 @@ _SHARED = ("loss", "learning_rate")
 """Names that the Trainer has for them, which the report shows."""
 
 
-def _tensorboard_sinks(accelerator: Accelerator) -> list[Callable[[AmpEvent], None]]:
+def _tensorboard_sinks(accelerator: Accelerator, session: AmpSession) -> list[Callable[[AmpEvent], None]]:
     """A sink for the writer of accelerate's own TensorBoard tracker, where there is one."""
     writers: list[Any] = [getattr(tracker, "writer", None) for tracker in accelerator.trackers]
-    return [TensorBoardSink(writer).write for writer in writers if hasattr(writer, "add_custom_scalars")]
+    return [
+        TensorBoardSink(writer, session.changes).write
+        for writer in writers
+        if hasattr(writer, "add_custom_scalars")
+    ]

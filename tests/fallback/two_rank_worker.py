@@ -111,13 +111,13 @@ def trial(rank: int) -> dict[str, Any]:
         now += (rank + 2.0) if session.plan.default.value == slow else 1.0
         return now
 
-    session.pace = Pace("cpu", clock)
+    pace = session._after_step.pace = Pace("cpu", clock)
     plain = Network()
     model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
     defaults = []
     for step in range(30):
         if rank == 0 and step == 5:
-            session.pace.pause()  # one rank was held up, and has no time of this step
+            pace.pause()  # one rank was held up, and has no time of this step
         loss = nn.functional.cross_entropy(
             model(torch.randn(3, 8), labels=torch.tensor([0, 1, 2]))[0], torch.tensor([0, 1, 2])
         )

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_amp.emulation import EmulatedPrecision
-from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, resident_bytes
+from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, peak_bytes, resident_bytes
 from hf_amp.precision import FP16_FORMAT
 
 TEXT = {"input_ids": torch.arange(256).reshape(4, 64), "labels": torch.arange(256).reshape(4, 64)}
@@ -133,3 +133,8 @@ def test_watching_changes_no_bit():
         loss.backward()
         gradients.append([loss, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_no_peak_is_told_where_pytorch_counts_none():
+    """A device without an allocator that counts is left out, rather than asked in CUDA's name."""
+    assert peak_bytes([]) is peak_bytes([torch.device("cpu"), torch.device("meta")]) is None

@@ -50,6 +50,23 @@ def test_memory_is_the_allocators_peak() -> None:
     assert told == torch.cuda.max_memory_allocated() >= held + 2**24
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_memory_is_that_of_the_device_that_trains() -> None:
+    """Whatever device is the current one; of a split model it is the fullest's."""
+    for device in (0, 1):
+        torch.cuda.reset_peak_memory_stats(device)
+    held = torch.empty(2**26, dtype=torch.uint8, device="cuda:1")
+    pace, first, second = Pace("cuda"), torch.device("cuda:0"), torch.device("cuda:1")
+    with torch.cuda.device(first):
+        pace.devices = (second,)
+        assert pace.metrics()["memory_bytes"] == torch.cuda.max_memory_allocated(second) >= held.nbytes
+        pace.devices = (first,)
+        assert pace.metrics()["memory_bytes"] == torch.cuda.max_memory_allocated(first)
+        pace.devices = (first, second)
+        both = [torch.cuda.max_memory_allocated(device) for device in (first, second)]
+        assert pace.metrics()["memory_bytes"] == max(both)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_estimate_is_what_the_allocator_gives(dtype: torch.dtype) -> None:
     """What a forward pass stores, as the estimate has it and as the allocator does: in half precision, and in FP32."""

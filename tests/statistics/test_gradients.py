@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 # Tensors without values: whatever needs one raises, and the branches taken are those of an accelerator.
 META = torch.device("meta")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+LAST_DIGITS = 4 * torch.finfo(torch.float32).eps
 NON_FINITE = [math.inf, -math.inf, math.nan]
 
 
@@ -214,6 +215,45 @@ def test_the_exact_norm_is_finite_wherever_the_gradients_are():
     gradients = [torch.full((3,), 2e19), torch.full((4,), -1e30), torch.ones(2, dtype=torch.bfloat16)]
     assert exact_norm(gradients, CPU).item() == pytest.approx(norm_of(gradients), rel=1e-6)
     assert total_norm(gradients, CPU).isinf()
+
+
+@pytest.mark.parametrize("exponent", [-130, -100, -70, 0, 70, 100, 115])
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16, torch.float32, torch.float64]], ids=str)
+def test_the_exact_norm_is_that_of_fp64_to_the_last_digits_of_fp32(dtypes, exponent):
+    """Within 4 roundings of FP32, from subnormal values to near the end of its range; groups of several dtypes too."""
+    generator = torch.Generator().manual_seed(exponent)
+    sizes = [(1,), (300, 7), (2**17,), (0,)]
+    values = [torch.randn(size, generator=generator, dtype=torch.float64) * 2.0**exponent for size in sizes]
+    gradients = [value.to(dtype) for value in values for dtype in dtypes]
+    expected = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+    assert exact_norm(gradients, CPU).item() == pytest.approx(
+        expected, rel=LAST_DIGITS, abs=FP32_FORMAT.smallest_subnormal
+    )
+
+
+def test_the_exact_norm_of_millions_of_elements():
+    """Adding one square after the other would be off by a thousandth."""
+    gradients = [torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 1e20]
+    expected = torch.linalg.vector_norm(gradients[0], dtype=torch.float64).item()
+    assert exact_norm(gradients, CPU).item() == pytest.approx(expected, rel=LAST_DIGITS)
+
+
+def test_the_exact_norm_at_the_ends():
+    """Nothing and zeros have the norm 0; where the norm itself leaves the range it is FP32's largest value, and NaN stays."""
+    assert exact_norm([], CPU).item() == exact_norm([torch.zeros(3), torch.zeros(0)], CPU).item() == 0.0
+    wide = torch.tensor([1e300], dtype=torch.float64)
+    for beyond in (torch.full((4,), 3e38), wide, torch.tensor([math.inf])):
+        assert exact_norm([torch.ones(2), beyond], CPU).item() == FP32_FORMAT.largest
+    assert exact_norm([torch.tensor([1.0, math.nan])], CPU).isnan()
+
+
+def test_the_exact_norm_reads_nothing_and_is_on_the_device_asked_for():
+    """Gradients of several devices come together there, as shape [], float32."""
+    gradients = [torch.ones(3), torch.ones(2, dtype=torch.bfloat16, device=META)]
+    with count_host_reads() as reads:
+        norm = exact_norm(gradients, META)
+    assert reads.count == 0
+    assert (norm.shape, norm.dtype, norm.device) == ((), torch.float32, META)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -5,14 +5,17 @@ Scalars themselves go through the Trainer's and accelerate's own trackers, so th
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy
 
 from hf_amp.events import AmpEvent, EventKind
 from hf_amp.monitoring.metrics import BY_MODULE, LOG_PREFIX
+from hf_amp.reversible import ReversibleChanges
 
 _CHARTS: Mapping[str, tuple[str, ...]] = {
     "loss scale": ("scale",),
@@ -30,6 +33,8 @@ _CHARTS: Mapping[str, tuple[str, ...]] = {
     "step time (s)": ("step_seconds",),
 }  # fmt: skip
 
+_log = logging.getLogger("hf_amp")
+
 
 class Writer(Protocol):
     """The part of `torch.utils.tensorboard.SummaryWriter` that is called here."""
@@ -42,18 +47,23 @@ class Writer(Protocol):
 class TensorBoardSink:
     """Groups the charts of precision on TensorBoard's "Custom Scalars" page, and adds histograms over modules.
 
+    Where `writer` cannot write, as on a full disk, charts are lost, its tracker's own too, and a warning says so once: a
+    tracker would end the run. What cannot be written at the start, before there is a sink, is an error as ever.
+
     Args:
         writer: a tracker's own. It gets the layout at once.
+        changes: what `writer` is changed through, so that `detach` takes it back.
         prefix: what the tracker puts before our names; the Trainer puts "train/".
     """
 
-    def __init__(self, writer: Writer, prefix: str = "") -> None:
+    def __init__(self, writer: Writer, changes: ReversibleChanges, prefix: str = "") -> None:
         self._writer = writer
         self._prefix = prefix + LOG_PREFIX
         charts = {
             title: ["Multiline", [f"^{self._prefix}{name}$" for name in names]]
             for title, names in _CHARTS.items()
         }
+        _lose_what_cannot_be_written(writer, changes)
         writer.add_custom_scalars({"hf_amp": charts})
 
     def write(self, event: AmpEvent) -> None:
@@ -65,3 +75,24 @@ class TensorBoardSink:
             finite = numpy.array([value for value in values if math.isfinite(value)])
             if finite.size:
                 self._writer.add_histogram(self._prefix + metric.name, finite, event.step)
+
+
+def _lose_what_cannot_be_written(writer: Writer, changes: ReversibleChanges) -> None:
+    told = False
+
+    def lossy(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def call_or_lose(*args: Any, **kwargs: Any) -> Any:
+            nonlocal told
+            try:
+                return call(*args, **kwargs)
+            except OSError as error:  # of a thread of TensorBoard's too, which every later call raises again
+                if not told:
+                    _log.warning("TensorBoard: charts are lost from here on (%s)", error)
+                told = True
+
+        return call_or_lose
+
+    for name in dir(writer):
+        if name.startswith("add_") or name in ("flush", "close"):
+            changes.set_attribute(writer, name, lossy(getattr(writer, name)))
