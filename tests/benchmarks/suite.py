@@ -36,7 +36,8 @@ SCALER_COST = Benchmark(
     "scaler_cost",
     _module("scaler_cost"),
     "The step boundary alone (unscale, clip, AdamW, update) with everything of hf_amp on, by number of parameters; and what "
-    "the guard of BF16 and FP32 adds, as a multiple of reading all gradients once.",
+    "the guard of BF16 and FP32 takes around the call of an optimizer that does nothing, as a multiple of reading all "
+    "gradients once and that call.",
     "`torch.amp.GradScaler` with `clip_grad_norm_`, in the same run",
     (
         Target("0.95 of stock or less with a fused optimizer", "ratio", 0.95, _fused),
