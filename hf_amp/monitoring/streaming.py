@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_amp.plain import AtLeastOne, Modest, NotNegative
 from hf_amp.statistics import snapshot
+from hf_amp.statistics.transfer import moved
 
 
 @dataclasses.dataclass
@@ -105,7 +106,7 @@ class LossMean:
         self._totals: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
-        """Takes a detached loss of shape [] into account."""
+        """Takes a detached loss of shape [], on any device, into account."""
         self._held.append(loss)
         if len(self._held) == _LOSSES_HELD:
             self._fold()
@@ -113,12 +114,14 @@ class LossMean:
     def _fold(self) -> None:
         if not self._held:
             return
-        losses = torch.stack(self._held)
+        known = self._held if self._totals is None else [self._totals, *self._held]
+        device = next((x.device for x in known if x.device.type != "cpu"), known[0].device)
+        losses = torch.stack([moved(loss, device) for loss in self._held])
         losses = losses.float() if losses.device.type == "mps" else losses.double()
         self._held = []
         finite = losses.isfinite()
         totals = torch.stack([losses.where(finite, 0.0).sum(), finite.sum(), (~finite).sum()])
-        self._totals = totals if self._totals is None else self._totals + totals
+        self._totals = totals if self._totals is None else moved(self._totals, device) + totals
 
     def read(self) -> tuple[float, int]:
         """Mean of the finite losses (NaN where there are none), and how many were not finite. Reads the host."""

@@ -43,7 +43,7 @@ class Application:
         on_device: bool = False,
         sample_seed: int | None = None,
     ) -> float | None:
-        """Runs the optimizer on `boundary`'s gradients. No host read.
+        """Runs the optimizer on `boundary`'s gradients. No host read, unless some of several devices' are on the CPU.
 
         Args:
             on_device: the verdict is not known on the host: a fused optimizer reads it on the device. Otherwise the
@@ -126,16 +126,25 @@ def _apply(
         return cast("float | None", optimizer.step(*arguments, **options))
     # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
     # where `found_inf` is not 0.
-    fused = cast(Any, optimizer)
-    fused.grad_scale = None
+    fused, device = cast(Any, optimizer), _where_it_can_read(boundary)
+    fused.grad_scale = fused.found_inf = None
     if folded:
-        fused.grad_scale = boundary.scale
-        if boundary.clip_coefficient is not None:
-            fused.grad_scale = boundary.scale / boundary.clip_coefficient
-    fused.found_inf = (
-        boundary.found_inf if on_device else None
-    )  # where it is known, asking costs a pass over counters
+        scale, clip = boundary.scale, boundary.clip_coefficient
+        fused.grad_scale = moved(scale if clip is None else scale / clip, device)
+    if on_device:  # where it is known, asking costs a pass over counters
+        fused.found_inf = moved(boundary.found_inf, device)
     try:
         return cast("float | None", optimizer.step(*arguments, **options))
     finally:
         del fused.grad_scale, fused.found_inf
+
+
+def _where_it_can_read(boundary: Boundary) -> torch.device:
+    """Where a fused optimizer finds what it reads: the scale's device, or the CPU where that has gradients as well.
+
+    It copies to its parameters' devices without waiting, and on the CPU uses what is there by then.
+    """
+    device = boundary.scale.device
+    if device.type != "cpu" and any(gradient.device.type == "cpu" for gradient in boundary.gradients):
+        return torch.device("cpu")
+    return device

@@ -86,8 +86,10 @@ class PlainStepping:
         hardware = common_to_ranks(probe(device), device) if distributed else probe(device)
         # So far this machine's fastest device, and no other machine, was supposed.
         if device.type != self.device.type or (distributed and hardware.bf16 != session.hardware.bf16):
+            progress = session.scaler.progress()  # a checkpoint's, where one was loaded
             session.detach()
             self.session = AmpSession(session.config, session.scaler, self._mode, hardware)
+            session.scaler.load_progress(progress)
         self.device = device
         if distributed:
             scaler = self.session.scaler

@@ -69,6 +69,15 @@ def test_the_mean_of_losses_reads_nothing_until_asked():
     assert mean.read() == (told, 2)
 
 
+def test_losses_of_several_devices_wait_for_no_one():
+    """Numbers come as tensors on the CPU: mixed with losses on an accelerator they are summed there, without a read."""
+    mean = LossMean()
+    with count_host_reads() as reads:
+        for index in range(200):
+            mean.add(torch.ones((), device="meta" if index % 90 == 10 else "cpu"))
+    assert reads.sources == []
+
+
 def test_no_losses_have_no_mean():
     """NaN rather than an invented 0."""
     told, non_finite = LossMean().read()

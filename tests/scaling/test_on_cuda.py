@@ -88,9 +88,10 @@ class Split(nn.Module):
         return self.second(x.to(self.second.weight.device)).square().mean().to(self.loss)
 
 
-def trained(model: Split, scaler: Any) -> list[Tensor]:
+def trained(model: Split, scaler: Any, fused: bool) -> list[Tensor]:
     """Parameters after 20 steps, on the CPU; the gradient of one half alone is inf in some."""
-    optimizer, overflowing = torch.optim.SGD(model.parameters(), lr=0.1), {4: model.first, 9: model.second}
+    optimizer = adamw(model, fused=True) if fused else torch.optim.SGD(model.parameters(), lr=0.1)
+    overflowing = {4: model.first, 9: model.second}
     for step in range(20):
         x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -108,16 +109,18 @@ def trained(model: Split, scaler: Any) -> list[Tensor]:
     return [p.detach().cpu() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("strategy", ["DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
 @pytest.mark.parametrize("loss", ["cpu", "cuda"])
 @pytest.mark.parametrize("halves", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda:0", "cuda:1")], ids="-".join)
-def test_a_model_on_two_devices(halves: tuple[str, str], loss: str, strategy: str) -> None:
+def test_a_model_on_two_devices(halves: tuple[str, str], loss: str, strategy: str, fused: bool) -> None:
     """An overflow on either device skips the step on both; the rest is the run without a scaler that leaves it out."""
     if "cuda:1" in halves and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     config = MixedPrecisionConfig(scaling_strategy=strategy, init_scale=256.0, monitoring_interval=1)
     scaler = AdvancedGradScaler(config, loss)
-    found, expected = trained(Split(*halves, loss), scaler), trained(Split(*halves, loss), None)
+    found, expected = trained(Split(*halves, loss), scaler, fused), trained(Split(*halves, loss), None, fused)
+    scaler.flush()
     assert (scaler.applied_steps, scaler.skipped_steps) == (18, 2)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -217,6 +217,21 @@ def test_a_resumed_run_is_the_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["manager.pt"]
 
 
+def test_what_was_loaded_is_kept_where_the_model_is_elsewhere(tmp_path):
+    """A model on another device than this machine's fastest has a session made for it, which goes on from the saved one."""
+    manager, model, optimizer = made(faults={3: "overflow"})
+    manager.train_epoch(vectors(4), model, optimizer)
+    manager.save(tmp_path / "manager.pt")
+    resumed = AdvancedMixedPrecisionManager(loss_fn=mse_loss)
+    resumed.load(tmp_path / "manager.pt")
+    former = resumed.trainer.session
+    resumed.trainer._stepping.bind(model.to("meta"))
+    assert resumed.trainer.session is not former
+    ours, theirs = (m.get_training_stats()["precision_stats"] for m in (resumed, manager))
+    for name in ("numerical_errors", "applied_steps", "skipped_steps", "usage_by_format", "gradient_scale"):
+        assert ours[name] == theirs[name]
+
+
 @pytest.mark.parametrize("content", [b"", b"text", None])
 def test_a_file_that_is_no_state_is_refused(tmp_path, content):
     """Empty, text, or a stock scaler's state: a StateError that names the file or what to pass."""

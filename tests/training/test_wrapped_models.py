@@ -74,11 +74,12 @@ def test_ranks_retry_together():
     assert first["applied"] >= 5
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="several GPUs share a batch")
 def test_data_parallel_is_the_model_inside():
     """Without several GPUs DataParallel calls its model: bitwise the same run, modules named without `module.`."""
     runs = []
     for wrap in (lambda model: model, nn.DataParallel):
-        model = FaultyMlp({2: "overflow"})
+        model = FaultyMlp({2: "overflow"}).to("cuda" if torch.cuda.is_available() else "cpu")
         wrapped = wrap(model)
         manager = AdvancedMixedPrecisionManager(
             MixedPrecisionConfig(distributed_amp=True, init_scale=256.0), loss_fn=mse_loss
