@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -86,8 +88,29 @@ class Application:
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `optimizer` divides by `grad_scale` and skips by `found_inf` itself."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    """Whether `optimizer` divides by `grad_scale` and skips by `found_inf` itself.
+
+    Not so what wraps such a one, which would not hand them on; nor those that take the scaler itself as an argument
+    (Apex), which without it are like any other.
+    """
+    name = "_step_supports_amp_scaling"
+    if not getattr(optimizer, name, False):
+        return False
+    own = hasattr(type(optimizer), name) or name in _attributes_of(optimizer)
+    return own and not _takes_scaler(type(optimizer).step)
+
+
+def _attributes_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """Those of its own, without what a `__getattr__` finds elsewhere."""
+    try:
+        return cast(Mapping[str, Any], object.__getattribute__(optimizer, "__dict__"))
+    except AttributeError:
+        return {}
+
+
+@functools.cache
+def _takes_scaler(step: Callable[..., Any]) -> bool:
+    return "grad_scaler" in inspect.signature(step).parameters
 
 
 def refuse_closure(

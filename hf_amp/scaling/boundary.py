@@ -99,9 +99,10 @@ class Boundary:
         carried = {CARRIED + name: value for name, value in self.carried.items()}
         return {**{name: value for name, value in named.items() if value is not None}, **carried}
 
-    def mark(self) -> None:
+    def mark(self, optimizer: torch.optim.Optimizer) -> None:
         """Remembers the gradients as the caller has left them, before another backward begins. Later calls do nothing."""
         if self.marked is None:
+            self.gradients = statistics.collect(optimizer)
             self.marked = sum(gradient._version for gradient in self.gradients)
 
     def is_untouched(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -152,8 +153,9 @@ class Boundary:
             self.clip_coefficient = None
             self.clip(self.max_norm, trusting=True)
 
-    def recheck(self) -> None:
+    def recheck(self, optimizer: torch.optim.Optimizer) -> None:
         """Looks at the gradients again, for what has happened to them since; one more read of them."""
+        self.gradients = statistics.collect(optimizer)
         again = statistics.total_amax(self.gradients, self.scale.device)
         self.found_inf = torch.maximum(self.found_inf, (~again.isfinite()).float())
 

@@ -7,13 +7,13 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import ScalerError
+from hf_amp.errors import ConfigError, ScalerError
 from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import state as state_of_policy
@@ -34,6 +34,16 @@ POLICIES: Mapping[ScalingStrategy, Callable[[MixedPrecisionConfig], ScalePolicy]
 _log = logging.getLogger("hf_amp")
 
 
+def _option(name: str) -> Any:
+    """An option of the stock class that is kept in the config, and checked as there when it is set."""
+
+    def change(scaler: ScaleKeeper, value: Any) -> None:
+        if value != getattr(scaler.config, name):
+            scaler._change_options(**{name: value})
+
+    return property(lambda scaler: getattr(scaler.config, name), change)
+
+
 class Companion(Protocol):
     """What rides in the scaler's checkpoint, because Trainer and Accelerator save no other file for us."""
 
@@ -46,6 +56,13 @@ class ScaleKeeper(torch.amp.GradScaler):
     """The part of `AdvancedGradScaler` that has nothing to do with gradients: options, scale, counters, checkpoint."""
 
     def __init__(self, config: MixedPrecisionConfig, device: torch.device | str) -> None:
+        if not isinstance(config, MixedPrecisionConfig):
+            raise ConfigError(
+                f"AdvancedGradScaler({config!r}): pass a MixedPrecisionConfig, which has the options of torch.amp.GradScaler "
+                "by the same names; the device is the second argument."
+            )
+        self.config = config
+        self._state: Any = None
         super().__init__(
             device=torch.device(device).type,
             init_scale=config.init_scale,
@@ -54,7 +71,6 @@ class ScaleKeeper(torch.amp.GradScaler):
             growth_interval=config.growth_interval,
             enabled=config.enabled,
         )
-        self.config = config
         self.guards_only = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
         self.decided_steps = 0
         self.applied_steps = 0
@@ -63,8 +79,7 @@ class ScaleKeeper(torch.amp.GradScaler):
         self.master_weights = MasterWeights() if config.enabled and keeps else None
         self.companions: dict[str, Companion] = {}
         self._policy = self._chosen_policy()
-        self._state: Any = None
-        self._loaded_state: dict[str, float] | None = None
+        self._loaded_state: dict[str, float] = {}
 
     def _chosen_policy(self) -> ScalePolicy:
         return ConstantScale(1.0) if self.guards_only else POLICIES[self.config.scaling_strategy](self.config)
@@ -86,13 +101,13 @@ class ScaleKeeper(torch.amp.GradScaler):
         if not self._enabled or self.guards_only:
             return 1.0
         if self._state is None:
-            return (self._loaded_state or {}).get("scale", self._init_scale)
+            return self._first_scale()
         return snapshot.read({"scale": self._state.scale})["scale"]
 
-    def set_scale(self, scale: float) -> None:
+    def set_scale(self, scale: float | Tensor) -> None:
         """Makes `scale`, clamped to the bounds, that of the next backward. A guard keeps its scale of 1. No host read."""
         if self._enabled and not self.guards_only and self._state is not None:
-            self._set_state(self._state._replace(scale=self._checked_scale(scale)))
+            self._state = self._state._replace(scale=self._checked_scale(scale))
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Changes the growth factor from now on."""
@@ -110,9 +125,6 @@ class ScaleKeeper(torch.amp.GradScaler):
         """Checks the options as a config would, then gives them to the policy; its state stays."""
         self.config = dataclasses.replace(self.config, **options)
         self._policy = self._chosen_policy()
-        self._growth_factor = self.config.growth_factor
-        self._backoff_factor = self.config.backoff_factor
-        self._growth_interval = self.config.growth_interval
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and strings only: the stock scaler's entries, and ours under "hf_amp". Reads the host.
@@ -122,13 +134,8 @@ class ScaleKeeper(torch.amp.GradScaler):
         if not self._enabled:
             return {}
         self.flush()
-        if self._state is not None:
-            fields = state_of_policy.read_fields(self._state)
-        else:
-            untouched = self._policy.init_state(torch.device("cpu"))
-            fields = state_of_policy.read_fields(
-                state_of_policy.restored(untouched, self._loaded_state or {})
-            )
+        state = self._first_state("cpu") if self._state is None else self._state
+        fields = state_of_policy.read_fields(state)
         plain = state_of_policy.to_plain(self.config, fields)
         plain["hf_amp"].update(self.progress())
         return plain
@@ -197,9 +204,9 @@ class ScaleKeeper(torch.amp.GradScaler):
             )
             fields["scale"] = bounded
         if not self.guards_only:
-            self._loaded_state = fields
+            self._loaded_state, self._init_scale = fields, fields["scale"]
             if self._state is not None:
-                self._set_state(state_of_policy.restored(self._state, fields))
+                self._state = state_of_policy.restored(self._state, fields)
 
     def keep_master_weights(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets `optimizer.state_dict()` carry FP32 master weights, and `load_state_dict` take them, unrounded.
@@ -212,18 +219,47 @@ class ScaleKeeper(torch.amp.GradScaler):
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device | str) -> None:
         """Puts the state on a device. The stock class's name, because accelerate's FSDP2 loading calls it."""
-        state = self._policy.init_state(torch.device(dev))
-        self._set_state(state_of_policy.restored(state, self._loaded_state or {}))
+        self._state = self._first_state(dev)
 
-    def _set_state(self, state: Any) -> None:
-        """Keeps the two attributes of the stock class, which other libraries read, in step with the policy's state."""
-        tracker = getattr(state, "growth_tracker", None)
-        if tracker is not None:
-            self._growth_tracker = tracker
-        elif self._state is None:
-            self._growth_tracker = scalar(0, torch.int32, state.scale.device)
-        self._state = state
-        self._scale = state.scale
+    def _first_state(self, device: torch.device | str) -> Any:
+        state = self._policy.init_state(torch.device(device))
+        if self.guards_only or not self._enabled:
+            return state
+        return state_of_policy.restored(state, {**self._loaded_state, "scale": self._first_scale()})
+
+    def _first_scale(self) -> float:
+        """What the stock class calls `_init_scale`, which may be set, or come from a checkpoint, before the first step."""
+        return min(max(self._init_scale, self.config.min_scale), self.config.max_scale)
+
+    # ---- attributes of the stock class, which others read and set ------------------------------------------------
+
+    @property
+    def _scale(self) -> Tensor | None:
+        return None if self._state is None else cast(Tensor, self._state.scale)
+
+    @_scale.setter
+    def _scale(self, value: Tensor | None) -> None:
+        if value is None:
+            return
+        if self._state is None:
+            self._lazy_init_scale_growth_tracker(value.device)
+        self.set_scale(value)
+
+    @property
+    def _growth_tracker(self) -> Tensor | None:
+        if self._state is None:
+            return None
+        return getattr(self._state, "growth_tracker", scalar(0, torch.int32, self._state.scale.device))
+
+    @_growth_tracker.setter
+    def _growth_tracker(self, value: Tensor | int | None) -> None:
+        if value is not None and hasattr(self._state, "growth_tracker"):
+            tracker = torch.zeros_like(self._state.growth_tracker).copy_(torch.as_tensor(value))
+            self._state = self._state._replace(growth_tracker=tracker)
+
+    _growth_factor = _option("growth_factor")
+    _backoff_factor = _option("backoff_factor")
+    _growth_interval = _option("growth_interval")
 
     def _checked_scale(self, new_scale: float | Tensor) -> Tensor:
         current: Tensor = self._state.scale
@@ -233,7 +269,8 @@ class ScaleKeeper(torch.amp.GradScaler):
                     "update(new_scale): a tensor must have one element and not require grad, got shape "
                     f"{tuple(new_scale.shape)}; pass a float or new_scale.detach()."
                 )
-            chosen = new_scale.reshape(()).to(current)
+            given = new_scale.reshape(()).to(current)
+            chosen = torch.where(given.isnan(), current, given)
         elif isinstance(new_scale, (int, float)) and math.isfinite(new_scale) and new_scale > 0:
             chosen = torch.full_like(current, new_scale)
         else:

@@ -16,10 +16,9 @@ from hf_amp.precision import ScalingStrategy
 from hf_amp.scaling.application import Application, device_of, is_fused, refuse_closure
 from hf_amp.scaling.boundary import Boundary, Look, Treatment, examine
 from hf_amp.scaling.loss import SeenLosses, map_losses
-from hf_amp.scaling.open_steps import OpenSteps
+from hf_amp.scaling.optimizer_states import StepKeeper
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.policy import observation_of
-from hf_amp.scaling.scale_keeper import ScaleKeeper
 from hf_amp.scaling.verdict import PendingVerdict, outcome_now
 from hf_amp.statistics.transfer import moved
 
@@ -27,7 +26,7 @@ StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 Passenger = Callable[[Boundary, torch.optim.Optimizer], Mapping[str, Tensor]]
 
 
-class AdvancedGradScaler(ScaleKeeper):
+class AdvancedGradScaler(StepKeeper):
     """Drop-in for `torch.amp.GradScaler`, with any scaling strategy, a floor, and a truthful account.
 
     Differences from the stock class, all of them deliberate:
@@ -35,6 +34,7 @@ class AdvancedGradScaler(ScaleKeeper):
     - A step that is skipped is skipped by not calling the optimizer, fused ones included.
     - Gradients are divided by the scale that their own backward used, whatever `update()` did in between.
     - Unscaling the same gradients twice is harmless, and an optimizer without gradients is no error.
+    - A skipped step need not lower the scale (floor, hysteresis, ADAPTIVE): ask `last_outcome.applied`, not `get_scale`.
     - `step` reads the host once. `scale`, `unscale_` and `update` never do; `get_scale` and `state_dict` do.
     - PERFORMANCE_OPTIMIZED with a fused optimizer reads nothing in the step: the optimizer is called and skips on
       the device, counters and outcomes follow one step late, and whoever infers a skip from whether the optimizer
@@ -68,17 +68,15 @@ class AdvancedGradScaler(ScaleKeeper):
     ) -> None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        super().__init__(config or MixedPrecisionConfig(), device)
+        super().__init__(MixedPrecisionConfig() if config is None else config, device)
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
         self._application = Application(self.master_weights)
         self.passengers: list[Passenger] = []
         self.not_sampled: Callable[[], Collection[int]] = tuple
-        self._open = OpenSteps()
         self._pending: deque[PendingVerdict] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
         self._backward_scale: Tensor | None = None
-        self._losses = SeenLosses()
 
     # ---- backward -------------------------------------------------------------------------------------------
 
@@ -165,7 +163,7 @@ class AdvancedGradScaler(ScaleKeeper):
                 "step() was already called on this optimizer since the last update(): call update()."
             )
         elif self.config.recheck_gradients:
-            boundary.recheck()
+            boundary.recheck(optimizer)
         boundary.stepped = True
         boundary.lost_update_fraction = self._application.take_lost_update_fraction(optimizer)
         seed = self.decided_steps if self.config.enable_monitoring and self._is_interval() else None
@@ -194,23 +192,19 @@ class AdvancedGradScaler(ScaleKeeper):
         """
         if not self._enabled:
             return
-        if self._state is None or (new_scale is None and not self._open):
+        examined = self._open or (self._state is not None and new_scale is not None)
+        if not examined and not self.guards_only:
             raise ScalerError(
                 "update() before any step: call scale(loss).backward() and step(optimizer) first."
             )
         if new_scale is not None:
-            self._set_state(self._state._replace(scale=self._checked_scale(new_scale)))
+            self.set_scale(new_scale)
         elif not self.guards_only and (fresh := self._open.unobserved()):
-            self._set_state(self._policy.next_state(self._state, observation_of(fresh)))
+            self._state = self._policy.next_state(self._state, observation_of(list(fresh.values())))
         self._open.end_update()
         if not self._open:
             self._losses = SeenLosses()
         self._deliver()
-
-    def abandon_step(self) -> None:
-        """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
-        self._open.abandon()
-        self._losses = SeenLosses()
 
     def flush(self) -> None:
         """Waits for verdicts that are still on the device and delivers them; nothing to do unless steps defer."""
@@ -218,9 +212,6 @@ class AdvancedGradScaler(ScaleKeeper):
             pending = self._pending.popleft()
             self._count(pending.outcome(), pending.optimizer)
         self._deliver()
-
-    def _is_within_step(self) -> bool:
-        return bool(self._open)
 
     def _treatment_for(self, optimizer: torch.optim.Optimizer) -> Treatment:
         if self.guards_only:
@@ -258,21 +249,14 @@ class AdvancedGradScaler(ScaleKeeper):
     def _examine(
         self, optimizer: torch.optim.Optimizer, treatment: Treatment, norm: bool = False
     ) -> Boundary:
-        if self._backward_scale is None:
-            if not self.guards_only:
-                raise ScalerError(
-                    "no loss was scaled before the optimizer's step: call scaler.scale(loss).backward(), or "
-                    "accelerator.backward(loss)."
-                )
-            self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
-            self._backward_scale = self._state.scale
+        scale = self._scale_of_gradients(optimizer)
         self._open.watch(optimizer)
         self._application.ready_gradients(optimizer)
         monitors = self.config.enable_monitoring
         boundary = examine(
             optimizer,
             backward=self._open.backwards,
-            scale=cast(Tensor, self._backward_scale),
+            scale=scale,
             treatment=treatment,
             losses=self._losses.number,
             loss_non_finite=self._losses.non_finite,
@@ -288,6 +272,18 @@ class AdvancedGradScaler(ScaleKeeper):
             boundary.carried.update(ask(boundary, optimizer))
         self._open.open(optimizer, boundary)
         return boundary
+
+    def _scale_of_gradients(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        if self._state is None:
+            if not self.guards_only:
+                raise ScalerError(
+                    "no loss was scaled before the optimizer's step: call scaler.scale(loss).backward(), or "
+                    "accelerator.backward(loss)."
+                )
+            self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
+        if self._backward_scale is None or self._open.is_scaled_by_hand(optimizer):
+            return cast(Tensor, self._state.scale)
+        return self._backward_scale
 
     def _samples_now(self) -> bool:
         wanted = self._policy.needs_underflow or self.config.enable_monitoring

@@ -36,11 +36,20 @@ def test_torch_tells_whether_onednn_has_half_kernels(number_format: str) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["_scale", "_growth_tracker", "_enabled", "_device", "_init_scale", "_lazy_init_scale_growth_tracker"]
+    "name", [
+        "_scale", "_growth_tracker", "_enabled", "_device", "_init_scale", "_lazy_init_scale_growth_tracker",
+        "_growth_factor", "_backoff_factor", "_growth_interval", "_per_optimizer_states", "_check_inf_per_device",
+        "_found_inf_per_device",
+    ]
 )  # fmt: skip
 def test_torch_grad_scaler_has(name: str) -> None:
     """The attributes that AdvancedGradScaler keeps in step with its parent class are still the parent's."""
     assert hasattr(torch.amp.GradScaler("cpu"), name)
+
+
+def test_torch_names_the_stages_of_a_step() -> None:
+    """`torch.amp.grad_scaler.OptState` has READY, UNSCALED and STEPPED, which `_per_optimizer_states` tells."""
+    assert {stage.name for stage in torch.amp.grad_scaler.OptState} >= {"READY", "UNSCALED", "STEPPED"}
 
 
 def test_torch_fused_optimizers_announce_themselves() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError, StateError
+from hf_amp import AdvancedGradScaler, ConfigError, MixedPrecisionConfig, ScalerError, StateError
 from hf_amp.scaling.boundary import Look, Treatment, examine
 from hf_amp.scaling.loss import SeenLosses
 from hf_amp.scaling.policy import observation_of
@@ -228,6 +228,8 @@ def test_non_finite_loss_is_told_from_a_scale_that_was_too_large() -> None:
         ),
         (lambda s, o, p: (s.scale(p.sum()), s.update(math.inf)), "positive finite number"),
         (lambda s, o, p: (s.scale(p.sum()), s.update(torch.ones(2))), "one element"),
+        (lambda s, o, p: s._per_optimizer_states[id(o)].__setitem__("stage", 0), "delete its entry"),
+        (lambda s, o, p: s._per_optimizer_states.update({id(o): {}}), "delete its entry"),
     ],
 )
 def test_misuse_says_what_to_do(misuse: object, advice: str) -> None:
@@ -237,6 +239,48 @@ def test_misuse_says_what_to_do(misuse: object, advice: str) -> None:
         misuse(scaler_with(), torch.optim.SGD([parameter], lr=1.0), parameter)
     assert advice in str(raised.value)
     assert isinstance(raised.value, RuntimeError)
+
+
+def test_the_stock_constructors_arguments_are_a_clear_error() -> None:
+    """`AdvancedGradScaler("cuda")` says where the device and the options belong."""
+    with pytest.raises(ConfigError, match="the device is the second argument"):
+        AdvancedGradScaler("cuda")
+
+
+def test_a_scale_that_is_not_a_number_is_not_taken() -> None:
+    """`update(tensor)` reads no host, so NaN raises nothing: the scale stays. A guard keeps its 1 whatever it is given."""
+    scaler, guard = scaler_with(init_scale=64.0), scaler_with(precision_mode="BF16")
+    for each in (scaler, guard):
+        each.scale(torch.ones(()))
+    for given, taken in ((torch.nan, 64.0), (torch.inf, scaler.config.max_scale), (8.0, 8.0)):
+        scaler.update(torch.tensor(given))
+        guard.update(torch.tensor(given))
+        assert scaler.get_scale() == taken
+    assert guard.state_dict()["scale"] == 1.0
+
+
+@pytest.mark.parametrize("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
+def test_a_wrapped_fused_optimizer_gets_unscaled_gradients(strategy: str) -> None:
+    """A wrapper whose `__getattr__` shows the fused optimizer's flag would keep `grad_scale` to itself: it is not given it."""
+
+    class Wrapper:
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+    wrapped, plain = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = Wrapper(torch.optim.SGD([wrapped], lr=0.25, fused=True))
+    twin, scaler = torch.optim.SGD([plain], lr=0.25), scaler_with(scaling_strategy=strategy)
+    for overflows in (False, True, False):
+        loss = wrapped.square().sum()
+        one_step(scaler, OverflowInBackward.apply(loss) if overflows else loss, optimizer)
+        if not overflows:
+            twin.zero_grad()
+            plain.square().sum().backward()
+            twin.step()
+        assert torch.equal(wrapped, plain)
 
 
 def test_fp16_parameters_are_a_clear_error() -> None:
