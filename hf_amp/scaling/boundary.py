@@ -71,6 +71,8 @@ class Boundary:
     """Whether `found_inf` was inferred from a norm, whose FP32 sum of squares can overflow by itself."""
     found_while_dividing: Tensor | None = None
     """What the unscaling kernel itself found, which stands whatever the caller makes of the gradients since."""
+    agrees: bool = False
+    """Whether the verdict is that of all ranks."""
     has_gradients: bool = True
     """Whether any parameter had a gradient."""
     stepped: bool = False
@@ -157,7 +159,10 @@ class Boundary:
         """Looks at the gradients again, for what has happened to them since; one more read of them."""
         self.gradients = statistics.collect(optimizer)
         again = statistics.total_amax(self.gradients, self.scale.device)
-        self.found_inf = torch.maximum(self.found_inf, (~again.isfinite()).float())
+        found = (~again.isfinite()).float()
+        if self.agrees:
+            found = cast(Tensor, _agreed(found)[0])
+        self.found_inf = torch.maximum(self.found_inf, found)
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,7 @@ def examine(
         wanted_scale=wanted,
         inferred=not takes_amax,
         found_while_dividing=found_while_dividing,
+        agrees=sharded or look.agree,
         has_gradients=bool(gradients),
     )
 

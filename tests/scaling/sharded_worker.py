@@ -63,8 +63,19 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def run(make_model: Callable[[], nn.Module], fused: bool, unscale: bool, **options: Any) -> dict[str, Any]:
-    """Five steps: an inf in rank 0's part of a gradient in the second, a NaN loss on rank 1 in the fourth."""
+def poison(model: nn.Module) -> None:
+    """Puts an inf into this rank's part of a gradient."""
+    held = (local(p.grad) for p in model.parameters() if p.grad is not None)
+    next(gradient for gradient in held if gradient.numel()).view(-1)[0] = torch.inf
+
+
+def run(
+    make_model: Callable[[], nn.Module], fused: bool, unscale: bool, late: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Five steps: an inf in rank 0's part of a gradient in the second, a NaN loss on rank 1 in the fourth.
+
+    Where it is `late`, the inf gets there after unscaling.
+    """
     rank = dist.get_rank()
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
@@ -77,11 +88,12 @@ def run(make_model: Callable[[], nn.Module], fused: bool, unscale: bool, **optio
         if step == 3 and rank == 1 and make_model is rank_local_model:
             loss = loss * torch.nan
         scaler.scale(loss).backward()
-        if step == 1 and rank == 0:
-            held = (local(p.grad) for p in model.parameters() if p.grad is not None)
-            next(gradient for gradient in held if gradient.numel()).view(-1)[0] = torch.inf
+        if step == 1 and rank == 0 and not late:
+            poison(model)
         if unscale:
             scaler.unscale_(optimizer)
+        if step == 1 and rank == 0 and late:
+            poison(model)
         scaler.step(optimizer)
         scaler.update()
         applied.append(scaler.last_outcome.applied)
@@ -103,6 +115,9 @@ def main() -> None:
         results[f"{kind} {fused} {unscale}"] = run(
             make_model, fused, unscale, scaling_strategy="ADAPTIVE", sync_grad_scaler=kind != "FSDP2"
         )
+    for kind, make_model in (("FSDP2", fsdp2_model), ("local", rank_local_model)):
+        options = {"recheck_gradients": True, "sync_grad_scaler": kind == "local"}
+        results[f"{kind} late"] = run(make_model, False, unscale=True, late=True, **options)
     for strategy in ("ADAPTIVE", "DYNAMIC"):
         for switch in ("sync_grad_scaler", "distributed_amp"):
             options = {"scaling_strategy": strategy, switch: True}
