@@ -68,7 +68,7 @@ class AdvancedGradScaler(ScaleKeeper):
     ) -> None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        super().__init__(config or MixedPrecisionConfig(), device)
+        super().__init__(MixedPrecisionConfig() if config is None else config, device)
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
         self._application = Application(self.master_weights)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError, StateError
+from hf_amp import AdvancedGradScaler, ConfigError, MixedPrecisionConfig, ScalerError, StateError
 from hf_amp.scaling.boundary import Look, Treatment, examine
 from hf_amp.scaling.loss import SeenLosses
 from hf_amp.scaling.policy import observation_of
@@ -237,6 +237,15 @@ def test_misuse_says_what_to_do(misuse: object, advice: str) -> None:
         misuse(scaler_with(), torch.optim.SGD([parameter], lr=1.0), parameter)
     assert advice in str(raised.value)
     assert isinstance(raised.value, RuntimeError)
+
+
+@pytest.mark.parametrize("config", ["cuda", {"init_scale": 8.0}, False])
+def test_what_the_stock_class_takes_first_is_a_clear_error(config: object) -> None:
+    """Its first argument is the device, ours the options: the error shows what was passed, and where each belongs."""
+    with pytest.raises(ConfigError) as raised:
+        AdvancedGradScaler(config)
+    assert f"AdvancedGradScaler(config={config!r}): pass a MixedPrecisionConfig" in str(raised.value)
+    assert "the device is the second argument" in str(raised.value)
 
 
 def test_fp16_parameters_are_a_clear_error() -> None:
