@@ -10,6 +10,8 @@ from hf_amp.session import AmpSession
 
 def sentence(session: AmpSession) -> str:
     """Steps applied and skipped by cause, changes of precision, final scale, time in each precision."""
+    if not session.config.enabled:
+        return "hf_amp, which the config disables, counted nothing"
     figures = session.metrics()
     causes = _named(figures, "skipped_steps_", "")
     times = _named(figures, "", "_seconds")
