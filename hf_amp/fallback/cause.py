@@ -131,7 +131,7 @@ def _unsound(found: ForwardFindings, forward: RecordedForward) -> Diagnosis:
     return Diagnosis(
         Cause.UNKNOWN,
         f"{where} gives non-finite values from finite ones in FP32 too, so precision is not to blame: look there for a "
-        "division by zero, a log or root of zero, or an empty mean.",
+        "division by zero, a log or root of zero, or an empty mean; or everything has grown, as with too high a learning rate.",
     )
 
 

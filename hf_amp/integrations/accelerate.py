@@ -63,6 +63,11 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     """
     config = config if config is not None else MixedPrecisionConfig()
     _check_supported(accelerator)
+    if not isinstance(config, MixedPrecisionConfig):
+        raise ConfigError(
+            f"hf_amp.attach(config={config!r}): pass a MixedPrecisionConfig, or leave it out for the defaults; its from_dict "
+            "and from_file read options from elsewhere."
+        )
     config.refuse(
         LOOP_OPTIONS,
         "only the trainers and the manager of hf_amp follow it; set what Trainer or Accelerator has for it",
@@ -74,6 +79,8 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
     else:
         session, limits = _decide_steps(accelerator, config)
     what = session.what_runs() + limits if config.enabled else "disabled by the config"
+    if not config.enabled:
+        session.described_as = "without hf_amp, which the config disables"
     session.note(
         EventKind.ATTACHED,
         f"hf_amp is attached: {what}.",

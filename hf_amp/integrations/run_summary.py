@@ -10,13 +10,17 @@ from hf_amp.session import AmpSession
 
 def sentence(session: AmpSession) -> str:
     """Steps applied and skipped by cause, changes of precision, final scale, time in each precision."""
+    if not session.config.enabled:
+        return "hf_amp, which the config disables, counted nothing"
     figures = session.metrics()
     causes = _named(figures, "skipped_steps_", "")
     times = _named(figures, "", "_seconds")
     times.pop("STEP", None)
-    changes, modules = figures["transitions"], figures["modules_in_fp32"]
+    applied, changes, modules = (
+        figures[name] for name in ("applied_steps", "transitions", "modules_in_fp32")
+    )
     parts = [
-        f"{figures['applied_steps']:g} steps applied",
+        f"{applied:g} step{'' if applied == 1 else 's'} applied",
         f"{figures['skipped_steps']:g} skipped"
         + _in_brackets(f"{n:g} {cause}" for cause, n in causes.items()),
         f"{changes:g} change{'' if changes == 1 else 's'} of precision",

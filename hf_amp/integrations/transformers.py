@@ -194,6 +194,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
                 return self.session
             self.session.detach()
             self._leave_run(self.session)
+        elif getattr(trainer, _CALLBACK, None) is not None:
+            raise AttachError("this Trainer has two MixedPrecisionCallbacks: leave one of them out.")
         self.session = session = attach(accelerator, self.config)
         self._trainer, self._accelerator = trainer, accelerator
         session.changes.set_attribute(trainer, _CALLBACK, self)

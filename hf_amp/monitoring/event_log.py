@@ -39,7 +39,7 @@ def find_log(run: str | Path) -> Path:
     hint = f" Runs below it: {', '.join(below[:5])}." if below else ""
     raise StateError(
         f"{path}: no {FILE_NAME} in this folder. hf_amp writes it into the output folder of a Trainer that has a "
-        f"MixedPrecisionCallback; pass such a folder.{hint}"
+        f"MixedPrecisionCallback, and in loops of your own where session.log_to(folder) says; pass such a folder.{hint}"
     )
 
 

@@ -117,5 +117,6 @@ _REMEDIES = {
     Cause.INPUT: "Mend the data: batch after batch holds non-finite values.",
     Cause.WEIGHTS: "Go back to the last good checkpoint.",
     Cause.LOSS: "Look at the labels (is every one ignored?) and at the loss function.",
-    Cause.UNKNOWN: "Look at the data, the labels and the loss function, or train in FP32 to see whether it is precision.",
+    Cause.UNKNOWN: "Look at the learning rate, the data, the labels and the loss function, or train in FP32 to see whether it is "
+    "precision.",
 }

@@ -58,8 +58,8 @@ class ScaleKeeper(torch.amp.GradScaler):
     def __init__(self, config: MixedPrecisionConfig, device: torch.device | str) -> None:
         if not isinstance(config, MixedPrecisionConfig):
             raise ConfigError(
-                f"AdvancedGradScaler({config!r}): pass a MixedPrecisionConfig, which has the options of torch.amp.GradScaler "
-                "by the same names; the device is the second argument."
+                f"{type(self).__name__}(config={config!r}): pass a MixedPrecisionConfig, which has the options of "
+                "torch.amp.GradScaler too, or leave it out for the defaults; the device is the second argument."
             )
         self.config = config
         self._state: Any = None

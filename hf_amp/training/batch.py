@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def compute_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> 
     if isinstance(batch, Mapping):
         outputs, targets = _call_with_mapping(model, batch, loss_fn)
     elif isinstance(batch, (list, tuple)) and len(batch) == 2:
-        outputs, targets = (model(batch[0]) if loss_fn else model(*batch)), batch[1]
+        outputs, targets = (model(batch[0]) if loss_fn else _call_with_pair(model, batch)), batch[1]
     elif isinstance(batch, Tensor):
         outputs, targets = model(batch), batch
     else:
@@ -75,6 +76,26 @@ def compute_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> 
         )
     loss = loss_fn(outputs, targets) if loss_fn else _returned_loss(outputs, batch)
     return _checked(loss, model)
+
+
+def _call_with_pair(model: nn.Module, batch: Sequence[Any]) -> Any:
+    try:
+        return model(*batch)
+    except TypeError as error:
+        if _takes(model, batch):
+            raise
+        raise BatchError(
+            f"{type(model).__name__} cannot be called with a pair (inputs, targets), and without loss_fn= it would have to "
+            "make the loss itself: pass loss_fn=, such as torch.nn.functional.cross_entropy."
+        ) from error
+
+
+def _takes(model: nn.Module, arguments: Sequence[Any]) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def _call_with_mapping(

@@ -10,6 +10,16 @@ from torch import nn
 from hf_amp.errors import AttachError
 
 
+def check_is_model(model: Any) -> None:
+    """Before anything is asked of `model`.
+
+    Raises:
+        AttachError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"the model is a {type(model).__name__}: pass a torch.nn.Module.")
+
+
 def check_belongs_together(model: Any, optimizer: Any, accelerated: bool) -> None:
     """Looks at identities only; reads no tensor.
 
@@ -20,8 +30,7 @@ def check_belongs_together(model: Any, optimizer: Any, accelerated: bool) -> Non
         AttachError: one of them is something else, the optimizer is another model's, nothing can be trained, or the
             Accelerator that prepared the optimizer was not passed.
     """
-    if not isinstance(model, nn.Module):
-        raise AttachError(f"the model is a {type(model).__name__}: pass a torch.nn.Module.")
+    check_is_model(model)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise AttachError(f"the optimizer is a {type(optimizer).__name__}: pass a torch.optim.Optimizer.")
     if (

@@ -14,10 +14,11 @@ from torch import nn
 
 from hf_amp import saved
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import AttachError, BatchError, StateError
+from hf_amp.errors import AttachError, BatchError, ConfigError, StateError
 from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.training.batch import LossFunction
+from hf_amp.training.binding import check_is_model
 from hf_amp.training.dynamic import DynamicMixedPrecisionTrainer
 from hf_amp.training.epoch import EpochLosses, Progress, step_schedule
 from hf_amp.training.performance_optimized import PerformanceOptimizedMixedPrecisionTrainer
@@ -55,6 +56,11 @@ class AdvancedMixedPrecisionManager:
         loss_fn: LossFunction | None = None,
         accelerator: Any = None,
     ) -> None:
+        config = MixedPrecisionConfig() if config is None else config
+        if not isinstance(config, MixedPrecisionConfig):
+            raise ConfigError(
+                f"{type(self).__name__}(config={config!r}): pass a MixedPrecisionConfig, or leave it out for the defaults."
+            )
         self.trainer = _trainer_class(config)(config, loss_fn=loss_fn, accelerator=accelerator)
         self.config = self.trainer.config
         self.epochs = 0
@@ -92,6 +98,7 @@ class AdvancedMixedPrecisionManager:
             BatchError: the dataloader is empty, or a batch is wrong.
             AttachError: model and optimizer do not belong together, or the manager was cleaned up.
         """
+        check_is_model(model)
         before = self._counters()
         losses = EpochLosses()
         model.train()
@@ -133,8 +140,10 @@ class AdvancedMixedPrecisionManager:
 
         Raises:
             BatchError: the dataloader is empty, or a batch is wrong.
+            AttachError: the model is none, or the manager was cleaned up.
         """
         self._refuse_when_cleaned_up()
+        check_is_model(model)
         return validate(self.trainer, dataloader, model, loss_fn)
 
     def _windows(self, dataloader: Iterable[Any]) -> Iterator[list[Any]]:
@@ -246,10 +255,9 @@ class AdvancedMixedPrecisionManager:
             raise AttachError("this manager was cleaned up: make a new one to train or validate with.")
 
 
-def _trainer_class(config: Any) -> type[StandardMixedPrecisionTrainer]:
-    if isinstance(config, MixedPrecisionConfig):
-        if config.precision_mode is PrecisionMode.DYNAMIC:
-            return DynamicMixedPrecisionTrainer
-        if config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED:
-            return PerformanceOptimizedMixedPrecisionTrainer
+def _trainer_class(config: MixedPrecisionConfig) -> type[StandardMixedPrecisionTrainer]:
+    if config.precision_mode is PrecisionMode.DYNAMIC:
+        return DynamicMixedPrecisionTrainer
+    if config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED:
+        return PerformanceOptimizedMixedPrecisionTrainer
     return StandardMixedPrecisionTrainer

@@ -155,6 +155,7 @@ def test_a_torn_line_is_told(run: Path, tmp_path: Path) -> None:
     [
         (b"hello\n", "not an event log of hf_amp: line 1 is 'hello"),
         (None, "no amp_events.jsonl in this folder"),
+        (None, "in loops of your own where session.log_to(folder) says"),
     ],
 )
 def test_what_is_no_run_ends_at_once(tmp_path: Path, content: bytes | None, words: str) -> None:

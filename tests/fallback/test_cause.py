@@ -246,6 +246,19 @@ def test_a_division_in_a_module_is_no_matter_of_precision(precision: str) -> Non
     assert "1 gives non-finite values from finite ones in FP32 too" in loop.skips[0].message
 
 
+def test_values_that_have_grown_beyond_fp32_are_told_to_come_from_the_learning_rate_too() -> None:
+    """After a step that was far too long products leave FP32: the message names that reason beside zeros."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    loop = Loop(model, "no")
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.fill_(1e25)
+    loop.step({"input": torch.ones(3, 8)}, loss_of=lambda logits: logits.square().mean())
+    assert loop.skips[0].cause is Cause.UNKNOWN
+    assert "1 gives non-finite values from finite ones" in loop.skips[0].message
+    assert "too high a learning rate" in loop.skips[0].message
+
+
 class _Normalizes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - x) / (x - x).norm()

@@ -13,7 +13,7 @@ from accelerate.utils import GradScalerKwargs
 from torch import nn
 
 import hf_amp
-from hf_amp import AttachError, MixedPrecisionConfig
+from hf_amp import AttachError, ConfigError, MixedPrecisionConfig
 from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot, tiny_mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
@@ -168,6 +168,17 @@ def test_attach_to_something_else_is_a_clear_error(wrong: object) -> None:
     """The error says what to pass, and what to do with a Trainer."""
     with pytest.raises(AttachError, match=r"pass an accelerate.Accelerator.*MixedPrecisionCallback"):
         hf_amp.attach(wrong)
+
+
+@pytest.mark.parametrize("config", [{"init_scale": 8.0}, "amp.yaml", False])
+def test_attach_with_something_else_than_options_is_a_clear_error(config: object) -> None:
+    """The error shows what was passed, and what reads options from elsewhere; the accelerator is as before."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    with pytest.raises(
+        ConfigError, match=r"attach\(config=.*pass a MixedPrecisionConfig.*from_dict and from_file"
+    ):
+        hf_amp.attach(accelerator, config)
+    hf_amp.attach(accelerator, MixedPrecisionConfig())
 
 
 def test_two_optimizers_each_move_once() -> None:

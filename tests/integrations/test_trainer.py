@@ -267,6 +267,30 @@ def test_disabled_config_changes_nothing(tmp_path: Path) -> None:
     assert attributes[0] == attributes[1]
 
 
+def test_a_disabled_run_says_that_it_is(tmp_path: Path) -> None:
+    """No event claims FP16, which Trainer leaves out on a CPU, or steps that nobody counted."""
+    callback = MixedPrecisionCallback({"enabled": False})
+    trainer, _ = trainer_with(tmp_path, callback, max_steps=1)
+    trainer.train()
+    told = {event.kind: event.message for event in callback.session.events}
+    assert told[EventKind.TRAINING_STARTED] == "training starts: without hf_amp, which the config disables."
+    assert (
+        told[EventKind.TRAINING_ENDED] == "training ends: hf_amp, which the config disables, counted nothing."
+    )
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_two_callbacks_are_a_clear_error(tmp_path: Path, enabled: bool) -> None:
+    """It says to leave one out, whether it comes with the Trainer or is added later."""
+    config = {"enabled": enabled}
+    with pytest.raises(AttachError, match="two MixedPrecisionCallbacks: leave one of them out"):
+        trainer_with(tmp_path, MixedPrecisionCallback(config), MixedPrecisionCallback(config))
+    trainer, _ = trainer_with(tmp_path, MixedPrecisionCallback(config))
+    trainer.add_callback(MixedPrecisionCallback(config))
+    with pytest.raises(AttachError, match="two MixedPrecisionCallbacks: leave one of them out"):
+        trainer.train()
+
+
 def test_poisoned_weights_are_named(tmp_path: Path) -> None:
     """When a parameter is NaN the cause is WEIGHTS and the message names it."""
     callback = MixedPrecisionCallback()

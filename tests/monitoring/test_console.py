@@ -40,11 +40,21 @@ def test_a_skip_names_cause_and_change_of_the_scale(caplog):
     assert caplog.messages == ["step 3: step_skipped (SCALE): 65536 -> 32768: normal"]
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, None), (65536.0, None), ("MIXED", "BF16")])
+@pytest.mark.parametrize(("before", "after"), [(None, None), (65536.0, None), ("MIXED", "BF16"), (1.0, 1.0)])
 def test_a_change_that_is_no_pair_of_numbers_prints_no_arrow(caplog, before, after):
-    """A line never shows half of a change."""
+    """A line never shows half of a change, nor a scale that stays, as in BF16."""
     Console().write(AmpEvent(3, EventKind.STEP_SKIPPED, before=before, after=after, message="text"))
     assert caplog.messages == ["step 3: step_skipped: text"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "where"), [(4, "h.0, h.1, h.2, h.3"), (96, "h.0, h.1, h.2, h.3 and 92 more")]
+)
+def test_a_line_names_a_few_of_many_modules(caplog, modules, where):
+    """A large model that overflows everywhere still has a line that can be read; the event has all names."""
+    names = tuple(f"h.{i}" for i in range(modules))
+    Console().write(AmpEvent(3, EventKind.STEP_SKIPPED, modules=names, message="text"))
+    assert caplog.messages == [f"step 3: step_skipped in {where}: text"]
 
 
 def test_percent_signs_are_text(caplog):

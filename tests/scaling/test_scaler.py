@@ -241,10 +241,13 @@ def test_misuse_says_what_to_do(misuse: object, advice: str) -> None:
     assert isinstance(raised.value, RuntimeError)
 
 
-def test_the_stock_constructors_arguments_are_a_clear_error() -> None:
-    """`AdvancedGradScaler("cuda")` says where the device and the options belong."""
-    with pytest.raises(ConfigError, match="the device is the second argument"):
-        AdvancedGradScaler("cuda")
+@pytest.mark.parametrize("config", ["cuda", {"init_scale": 8.0}, False])
+def test_what_the_stock_class_takes_first_is_a_clear_error(config: object) -> None:
+    """Its first argument is the device, ours the options: the error shows what was passed, and where each belongs."""
+    with pytest.raises(ConfigError) as raised:
+        AdvancedGradScaler(config)
+    assert f"AdvancedGradScaler(config={config!r}): pass a MixedPrecisionConfig" in str(raised.value)
+    assert "the device is the second argument" in str(raised.value)
 
 
 def test_a_scale_that_is_not_a_number_is_not_taken() -> None:

@@ -168,10 +168,26 @@ def test_cleanup_twice_is_an_error_but_with_is_not():
             call()
 
 
+@pytest.mark.parametrize("model", [None, vectors(1)])
+def test_a_model_of_the_wrong_type_is_refused(model):
+    """As when model and dataloader are interchanged: what was passed is told, and what to pass."""
+    manager, _, optimizer = made()
+    for call in (
+        lambda: manager.train_epoch(vectors(1), model, optimizer),
+        lambda: manager.validate_epoch(vectors(1), model),
+    ):
+        with pytest.raises(
+            AttachError, match=rf"the model is a {type(model).__name__}: pass a torch.nn.Module"
+        ):
+            call()
+
+
 @pytest.mark.parametrize("config", [{}, "fp16", 3])
 def test_a_config_of_the_wrong_type_is_refused(config):
-    """What was passed is shown, and what to pass instead."""
-    with pytest.raises(ConfigError, match="pass a MixedPrecisionConfig"):
+    """What was passed is shown, to whom, and what to pass instead."""
+    with pytest.raises(
+        ConfigError, match=r"AdvancedMixedPrecisionManager\(config=.*pass a MixedPrecisionConfig"
+    ):
         AdvancedMixedPrecisionManager(config)
 
 

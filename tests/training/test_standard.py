@@ -243,6 +243,22 @@ def test_a_model_without_a_loss_is_told_what_to_do():
         StandardMixedPrecisionTrainer().train_step(batch, model, adamw(model, fused=False))
 
 
+def test_a_pair_without_a_loss_fn_is_told_what_to_do():
+    """A model of inputs alone: the message names loss_fn. A TypeError from within a model that takes pairs stays its own."""
+    with pytest.raises(BatchError, match=r"Sequential cannot be called with a pair.*pass loss_fn="):
+        StandardMixedPrecisionTrainer().train_step(vectors(1)[0], MODEL, SGD)
+
+    class Pairs(nn.Linear):
+        def forward(self, inputs, targets):
+            return super().forward(inputs) + len(3)
+
+    model = Pairs(4, 3)
+    with pytest.raises(TypeError, match=r"'int' has no len"):
+        StandardMixedPrecisionTrainer().train_step(
+            vectors(1)[0], model, torch.optim.SGD(model.parameters(), lr=0.1)
+        )
+
+
 def test_a_config_of_the_wrong_type_is_refused():
     """A dictionary is named, and what to pass instead."""
     with pytest.raises(

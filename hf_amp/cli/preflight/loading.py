@@ -30,6 +30,12 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
         raise PreflightError(
             f"{name}: no such folder; pass a folder that save_pretrained wrote, or a hub name."
         )
+    folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise PreflightError(
+            f"{name}: an adapter of peft, without the model under it; pass that model, or what merge_and_unload() gave to "
+            "save_pretrained."
+        )
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or [""])[0]
@@ -56,7 +62,9 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
     Raises:
         PreflightError: neither a number nor such a file, or nothing can be made up for this model.
     """
-    if batch.isdecimal() and int(batch) > 0:
+    if batch.lstrip("-").isdecimal():
+        if int(batch) < 1:
+            raise PreflightError(f"--batch {batch}: pass a number of rows from 1 on.")
         return made_up_batch(model, int(batch), length)
     path = Path(batch)
     try:

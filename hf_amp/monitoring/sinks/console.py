@@ -7,13 +7,18 @@ import logging
 from hf_amp.events import AmpEvent, EventKind
 from hf_amp.monitoring.visible import visible
 
+NAMES_SHOWN = 4
+"""Modules that one line names; the event has all."""
+
 _log = logging.getLogger("hf_amp")
 
 
 def headline(event: AmpEvent) -> str:
-    """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, nothing hidden in it."""
+    """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, no control characters."""
     cause = f" ({event.cause.value})" if event.cause else ""
-    where = f" in {', '.join(event.modules)}" if event.modules else ""
+    more = len(event.modules) - NAMES_SHOWN
+    names = ", ".join(event.modules[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    where = f" in {names}" if event.modules else ""
     return visible(f"step {event.step}: {event.kind.value}{cause}{where}")
 
 
@@ -34,7 +39,9 @@ class Console:
         level = logging.WARNING if event.kind.needs_attention and not repeats else logging.DEBUG
         change = (
             f" {event.before:g} -> {event.after:g}:"
-            if isinstance(event.before, float) and isinstance(event.after, float)
+            if isinstance(event.before, float)
+            and isinstance(event.after, float)
+            and event.before != event.after
             else ""
         )
         row = f" ({self._in_a_row} like it in a row)" if self._in_a_row > 1 else ""
