@@ -25,6 +25,7 @@ from hf_amp.options import (
     SWITCH_OR_NONE,
     Allowed,
     check_names,
+    hint,
     names_checked,
     option_field,
     shown,
@@ -217,11 +218,9 @@ class MixedPrecisionConfig:
         allowed: Allowed = option.metadata["help"]
         if not allowed.accepts(value):
             default = getattr(option.default, "value", option.default)
-            text = isinstance(value, str) and isinstance(option.default, (int, float))
-            hint = " It is text: YAML wants a point in numbers such as 1.0e-6." if text else ""
             raise ConfigError(
                 f"MixedPrecisionConfig({option.name}={shown(value)}): {option.name} must be {allowed}; "
-                f"leave it out for the default ({default}).{hint}"
+                f"leave it out for the default ({default}).{hint(value, option.default)}"
             )
 
     @classmethod

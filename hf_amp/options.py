@@ -89,3 +89,14 @@ def names_checked(config: type[_Config]) -> type[_Config]:
 
     config.__init__ = checked_init  # type: ignore[assignment, method-assign]
     return config
+
+
+def hint(value: Any, default: Any) -> str:
+    """What to do about text in the place of a number or a switch, as configuration files give it."""
+    if not isinstance(value, str):
+        return ""
+    if isinstance(default, bool):
+        return " It is text: write true or false without quotes."
+    if isinstance(default, (int, float)) or value.replace(".", "", 1).isdigit():
+        return " It is text: write numbers without quotes; YAML wants a point in 1.0e-6."
+    return ""

@@ -71,6 +71,9 @@ class AmpSession(Journal):
 
     # ---- what people read -----------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        return f"<AmpSession {self.run_id}: {self.what_runs()}, step {self.newest_step}>"
+
     @property
     def plan(self) -> PrecisionPlan:
         """Which precision runs where, now."""

@@ -451,3 +451,17 @@ def test_the_scale_bounds_follow_from_the_formats():
 def test_a_mode_computes_in_its_format(mode, number_format):
     """MIXED is FP16 in its matrix products."""
     assert NumberFormat.of(mode) is number_format
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"enabled": "false"}, "write true or false without quotes"),
+        ({"init_scale": "1e3"}, "YAML wants a point in 1.0e-6"),
+        ({"clip_norm": "1.0"}, "write numbers without quotes"),
+    ],
+)
+def test_text_in_the_place_of_a_value_says_how_to_write_it(options: dict[str, object], hint: str) -> None:
+    """As configuration files give it: the error ends with what to change there."""
+    with pytest.raises(ConfigError, match=f"It is text: .*{hint}"):
+        MixedPrecisionConfig.from_dict(options)

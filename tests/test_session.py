@@ -134,3 +134,10 @@ def test_detached_session_records_nothing_more() -> None:
     run.session.detach()
     run.step("overflow")
     assert run.kinds() == [EventKind.STEP_SKIPPED, EventKind.DETACHED]
+
+
+def test_a_session_shows_what_runs_and_how_far() -> None:
+    """In a notebook: which run, in what precision on what, and the newest step."""
+    run = Run()
+    run.step()
+    assert repr(run.session) == f"<AmpSession {run.session.run_id}: {run.session.what_runs()}, step 1>"

@@ -19,7 +19,7 @@ from hf_amp.integrations import deepspeed, float8
 from hf_amp.integrations.adoption import adopt_models, lead_autocast
 from hf_amp.integrations.checkpoint import keep_state_in_checkpoints
 from hf_amp.integrations.communication import reduce_gradients_in_half, refuse_uneven_inputs
-from hf_amp.integrations.optimizers import DecidedOptimizers
+from hf_amp.integrations.optimizers import DecidedOptimizers, NoRawStep
 from hf_amp.integrations.parameter_precision import settle_parameters
 from hf_amp.integrations.trackers import merge_metrics_into_logs
 from hf_amp.integrations.upstream import has_step_hooks, prepared_models, prepared_optimizers
@@ -232,7 +232,7 @@ def _fold_clipping(accelerator: Accelerator, session: AmpSession, optimizers: De
         if session.folds_clipping and norm_type == 2 and len(optimizers.adopted) == 1:
             (optimizer,) = optimizers.adopted
             inner = optimizer.optimizer
-            if _holds_exactly(inner, parameters) and not has_step_hooks(inner):
+            if _holds_exactly(inner, parameters) and not has_step_hooks(inner, besides=NoRawStep):
                 return session.scaler.clip_grad_norm_(inner, max_norm)
         return clip_grad_norm_(parameters, max_norm, norm_type)
 

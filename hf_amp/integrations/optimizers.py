@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
+from hf_amp.errors import ScalerError
 from hf_amp.integrations.upstream import forget_skip, prepared_optimizers, replace_scaler
+from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
 
@@ -31,6 +34,8 @@ class DecidedOptimizers:
         self.adopted: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
         self._scaler = session.scaler
         self._former_scaler = accelerator.scaler
+        self._no_raw_step = NoRawStep(session.scaler)
+        self._call_on_undo = session.changes.call_on_undo
         self._steps: weakref.WeakKeyDictionary[AcceleratedOptimizer, _Steps] = weakref.WeakKeyDictionary()
         session.changes.call_on_undo(self._give_back)
         for prepared in prepared_optimizers(accelerator):
@@ -64,6 +69,9 @@ class DecidedOptimizers:
             return
         self.adopted.add(optimizer)
         self._scaler.watch(optimizer.optimizer)
+        if not self._scaler.guards_only:
+            handle = optimizer.optimizer.register_step_pre_hook(self._no_raw_step)
+            self._call_on_undo(handle.remove)
         if optimizer.scaler is not self._scaler:
             replace_scaler(optimizer, self._scaler)
         former = vars(optimizer).get("step")
@@ -81,6 +89,20 @@ class DecidedOptimizers:
             del optimizer.step
             if former is not None:
                 optimizer.step = former
+
+
+class NoRawStep:
+    """A hook before the step of an optimizer that was prepared: it is an error to step it past the scaler."""
+
+    def __init__(self, scaler: AdvancedGradScaler) -> None:
+        self._scaler = scaler
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._scaler.is_waiting(optimizer):
+            raise ScalerError(
+                f"{type(optimizer).__name__}.step() was called on the optimizer itself, whose gradients are still multiplied by "
+                "the loss scale: step what accelerator.prepare(optimizer) has returned, or call session.detach() first."
+            )
 
 
 class _Steps(NamedTuple):

@@ -30,9 +30,13 @@ def prepared_optimizers(accelerator: Accelerator) -> list[AcceleratedOptimizer]:
     return list(accelerator._optimizers)
 
 
-def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether anybody has registered a hook that runs before `optimizer.step`, and may look at gradients there."""
-    return bool(optimizer._optimizer_step_pre_hooks)
+def has_step_hooks(optimizer: torch.optim.Optimizer, besides: type) -> bool:
+    """Whether anybody has registered a hook that runs before `optimizer.step`, and may look at gradients there.
+
+    Args:
+        besides: the type of those that do not.
+    """
+    return any(not isinstance(hook, besides) for hook in optimizer._optimizer_step_pre_hooks.values())
 
 
 def forget_skip(optimizer: AcceleratedOptimizer) -> None:

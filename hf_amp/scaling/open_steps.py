@@ -106,6 +106,12 @@ class OpenSteps:
         """Whether no backward has begun here since `optimizer`'s last step: its caller multiplies by `get_scale()`."""
         return self._of(optimizer).closed_after == self.backwards
 
+    def is_waiting(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a backward has begun since `optimizer`'s last step, and none of its steps is running."""
+        known = self._of(optimizer)
+        is_stepping = known.boundary is not None and known.boundary.stepped
+        return not is_stepping and self.backwards > (known.closed_after or 0)
+
     def unobserved(self) -> dict[int, Boundary]:
         """The boundaries that no update has seen, by the optimizer's `id`."""
         boundaries = {key: known.boundary for key, known in self._known.items()}

@@ -34,6 +34,10 @@ class StepKeeper(ScaleKeeper):
     def _is_within_step(self) -> bool:
         return bool(self._open)
 
+    def is_waiting(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether `optimizer`'s gradients may be scaled now: a backward has begun since its last step, and it is not stepping."""
+        return self._open.is_waiting(optimizer)
+
     @property
     def _per_optimizer_states(self) -> Any:
         return OptimizerStates(self._open)

@@ -13,7 +13,7 @@ from accelerate.utils import GradScalerKwargs
 from torch import nn
 
 import hf_amp
-from hf_amp import AttachError, ConfigError, MixedPrecisionConfig
+from hf_amp import AttachError, ConfigError, MixedPrecisionConfig, ScalerError
 from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot, tiny_mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
@@ -213,6 +213,51 @@ def test_gradients_that_wait_keep_up_with_the_scale_from_the_first_step_on() -> 
     assert session.scaler.get_scale() == 4096.0
     optimizers[1].step()
     assert second.weight.item() == 0.75
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "detached"), [("fp16", False), ("fp16", True), ("bf16", False)], ids=str
+)
+def test_stepping_the_optimizer_itself_is_an_error(precision: str, detached: bool, fused: bool) -> None:
+    """Its gradients are scaled: nothing moves, and the error says what to step. Without a scale, or detached, it may be."""
+    accelerator, model = Accelerator(mixed_precision=precision, cpu=True), tiny_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=fused)
+    session = hf_amp.attach(accelerator)
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    for _ in range(2):
+        accelerator.backward(prepared(torch.ones(2, 4)).square().mean())
+        prepared_optimizer.step()
+        prepared_optimizer.zero_grad()
+    accelerator.backward(prepared(torch.ones(2, 4)).square().mean())
+    before = snapshot(model, optimizer)
+    if detached:
+        session.detach()
+    if detached or precision == "bf16":
+        optimizer.step()
+        return
+    with pytest.raises(ScalerError, match=r"step what accelerator\.prepare\(optimizer\) has returned"):
+        optimizer.step()
+    assert_bitwise_equal(before, snapshot(model, optimizer))
+    prepared_optimizer.step()
+
+
+@pytest.mark.parametrize("somebody_looks", [False, True])
+def test_clipping_folds_unless_a_hook_looks_at_the_gradients(somebody_looks: bool) -> None:
+    """Folded, gradients are still scaled after the clip; a hook before the optimizer's step gets them as ever."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=1024.0, fold_clipping=True))
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    seen: list[float] = []
+    if somebody_looks:
+        optimizer.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.item()))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.backward(prepared(torch.ones(1, 1)).sum())
+    assert accelerator.clip_grad_norm_(model.parameters(), 2.0) == 1.0
+    assert model.weight.grad.item() == (1.0 if somebody_looks else 1024.0)
+    optimizer.step()
+    assert seen == [1.0] * somebody_looks
 
 
 def test_released_objects_are_not_kept_alive() -> None:
