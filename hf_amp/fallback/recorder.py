@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_amp.eager import eager
 from hf_amp.nested import tensors_in
@@ -70,8 +70,9 @@ class ForwardRecorder:
         if step not in self._kept:
             self._kept = {old: calls for old, calls in self._kept.items() if step - KEPT_STEPS < old < step}
             self._kept[step] = deque(maxlen=KEPT_FORWARDS)
-        versions, random_state = _versions(arguments, options), _random_state(arguments, options)
-        self._kept[step].append(_Kept(model, arguments, options, versions, random_state))
+        tensors = _tensors(arguments, options)
+        kept = _Kept(model, arguments, options, _versions(tensors), _random_state(tensors))
+        self._kept[step].append(kept)
 
     def forwards_of(self, step: int) -> list[RecordedForward]:
         """The forward passes behind optimizer step `step`, oldest first.
@@ -86,7 +87,7 @@ class ForwardRecorder:
                 model,
                 kept.arguments,
                 kept.options,
-                is_intact=kept.versions == _versions(kept.arguments, kept.options),
+                is_intact=kept.versions == _versions(_tensors(kept.arguments, kept.options)),
                 random_state=kept.random_state,
             )
             for kept in self._kept[max(steps)]
@@ -98,15 +99,18 @@ class ForwardRecorder:
         self._kept.clear()
 
 
-def _versions(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[int, ...]:
+def _tensors(arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
+    return [x for _, x in tensors_in((arguments, options))]
+
+
+def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
     """How often each tensor has been written into. Source: `torch.Tensor._version`, which autograd checks as well."""
-    found = tensors_in((arguments, options))
-    return tuple(0 if x.is_inference() else x._version for _, x in found)
+    return tuple(0 if x.is_inference() else x._version for x in tensors)
 
 
-def _random_state(arguments: tuple[Any, ...], options: dict[str, Any]) -> RandomState | None:
+def _random_state(batch: list[Tensor]) -> RandomState | None:
     """What dropout will draw from; None while a CUDA graph is captured, when a generator may not be asked."""
-    devices = {x.device for _, x in tensors_in((arguments, options))}
+    devices = {x.device for x in batch}
     if any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing():
         return None
     return RandomState.now(devices)

@@ -185,7 +185,8 @@ class AdvancedGradScaler(StepKeeper):
         """Chooses the next scale from what was examined since the last update. No host read.
 
         Args:
-            new_scale: sets the scale instead: a number or a tensor with one element, clamped to the bounds.
+            new_scale: sets the scale instead: a number or a tensor with one element, clamped to the bounds. A tensor that
+                holds NaN, which no host read shows, leaves the scale as it is.
 
         Raises:
             ScalerError: nothing was examined since the last update, or `new_scale` is not usable.
@@ -250,7 +251,6 @@ class AdvancedGradScaler(StepKeeper):
         self, optimizer: torch.optim.Optimizer, treatment: Treatment, norm: bool = False
     ) -> Boundary:
         scale = self._scale_of_gradients(optimizer)
-        self._open.watch(optimizer)
         self._application.ready_gradients(optimizer)
         monitors = self.config.enable_monitoring
         boundary = examine(
