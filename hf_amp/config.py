@@ -14,6 +14,7 @@ from hf_amp.contradictions import check_together
 from hf_amp.errors import ConfigError
 from hf_amp.options import (
     ABOVE_ONE,
+    AT_LEAST_ONE,
     COUNT,
     FRACTION,
     ONE_OF_SKIP_RETRY,
@@ -83,8 +84,7 @@ class MixedPrecisionConfig:
     """How the loss scale is chosen; used in FP16 only. Names are accepted as strings, in any case."""
 
     init_scale: float = option_field(2.0**16, POSITIVE)
-    """Scale of the first step, dimensionless. Powers of two scale without rounding. Default 65536.
-    Source: `torch.amp.GradScaler`."""
+    """Scale of the first step; powers of two scale without rounding. Default 65536. Source: `torch.amp.GradScaler`."""
 
     growth_factor: float = option_field(2.0, ABOVE_ONE)
     """What a growth multiplies the scale by. Default 2, which is exact. Source: `torch.amp.GradScaler`."""
@@ -99,8 +99,7 @@ class MixedPrecisionConfig:
     """Overflowing steps before a backoff. Default 1, as stock; DeepSpeed and Megatron use 2."""
 
     consecutive_hysteresis: bool = option_field(False, SWITCH)
-    """Whether every clean step refills `hysteresis`, or only a growth does (default).
-    Source: DeepSpeed's `consecutive_hysteresis`."""
+    """Whether every clean step refills `hysteresis`, or only a growth does (default). Source: DeepSpeed, by this name."""
 
     overflow_tolerance: float = option_field(0.0, SHARE)
     """DYNAMIC: share of overflowing steps since the last change of scale up to which an overflow only skips.
@@ -110,6 +109,11 @@ class MixedPrecisionConfig:
     """ADAPTIVE and PERFORMANCE_OPTIMIZED: probability of an overflow in a step that the scale is chosen for.
     Default 1e-3: at most one skipped step in a thousand."""
 
+    outlier_headroom: float = option_field(64.0, AT_LEAST_ONE)
+    """ADAPTIVE and PERFORMANCE_OPTIMIZED: multiple of the typical gradient amax that must stay in range, as far as underflow
+    allows. Default 64: a first outlier skips no step. Where an overflow loses no batch (`on_overflow="retry"`), 1 and a
+    larger `overflow_budget` let less underflow."""
+
     min_scale: float = option_field(SMALLEST_SCALE, POSITIVE)
     """Floor of the scale. Default 2^-24, the smallest positive FP16 value: below it the gradient that backward
     starts from is itself 0 in FP16, so no smaller scale can help."""
@@ -118,8 +122,8 @@ class MixedPrecisionConfig:
     """Ceiling of the scale. Default 2^127, the largest power of two in FP32, where the stock scaler stops too."""
 
     recheck_gradients: bool = option_field(False, SWITCH)
-    """Whether gradients that were unscaled before the step are looked at again in the step, for what user code in
-    between has made of them; one more read of the gradients. Default off."""
+    """Whether gradients that were unscaled before the step are looked at again in it, for what user code has made of them;
+    one more read of the gradients. Default off."""
 
     fold_clipping: bool | None = option_field(None, SWITCH_OR_NONE)
     """Whether clipping by norm through Trainer or Accelerator folds into the optimizer step, which saves passes over the

@@ -52,6 +52,7 @@ KINDS = {
         "a positive finite number", [0, 0.0, -1, -0.5, *NOT_NUMBERS], ["init_scale", "min_scale", "max_scale"],
     ),
     "above one": ("a finite number above 1", [1, 1.0, 0.5, 0, -2, *NOT_NUMBERS], ["growth_factor"]),
+    "at least one": ("a finite number of at least 1", [0.99, 0, -2, *NOT_NUMBERS], ["outlier_headroom"]),
     "fraction": (
         "a number above 0 and below 1", [0, 1, 1.0, -0.5, 2, *NOT_NUMBERS], ["backoff_factor", "fallback_threshold", "overflow_budget"],
     ),

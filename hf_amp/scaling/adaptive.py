@@ -25,8 +25,6 @@ STEP_BITS = 2.0
 """How far the scale rises in one step, and how far it stays below one that has overflowed."""
 MEMORY = 0.99
 """Weight of the past in the running moments. Source: OpenSeq2Seq, `LogMaxScaler` (beta 0.99)."""
-OUTLIER_BITS = 6.0
-"""Room kept for an outlier that was never seen: 64 times the typical gradient, as in `tests/benchmarks`."""
 SMOOTHING = 0.2
 """Weight of a sample in the scale that underflow asks for; samples are noisy by a bit or two."""
 SURPRISE_BITS = 4.0
@@ -67,7 +65,7 @@ class AdaptiveScale:
       exchangeable draws the newest is the largest with probability 1/(n + 1), whatever the distribution.
     - what underflow *wants*: the scale at which no more than a share of 2^-10 of the sampled elements is subnormal.
       Zeros, which no scale cures, do not count.
-    - the *room* for an outlier: `OUTLIER_BITS` of it above the typical gradient. A higher scale than underflow wants buys
+    - the *room* for an outlier: `outlier_headroom` times the typical gradient. A higher scale than underflow wants buys
       nothing, and the first outlier skips its step.
 
     An overflow at a scale counts as an x that explains it by `STEP_BITS`, in the peak alone: it never enters the moments,
@@ -81,6 +79,7 @@ class AdaptiveScale:
     min_scale: float
     max_scale: float
     overflow_budget: float
+    outlier_headroom: float
 
     needs_amax: ClassVar[bool] = True
     needs_underflow: ClassVar[bool] = True
@@ -124,7 +123,7 @@ class AdaptiveScale:
 
         usual = torch.add(mean, variance.sqrt(), alpha=self._normal_quantile)
         ceiling = limit - torch.maximum(torch.maximum(peak, state.former_peak), usual)
-        room = limit - mean - OUTLIER_BITS
+        room = limit - mean - self._outlier_bits
         target = torch.minimum(ceiling, torch.maximum(room, wanted)).floor_()
         target = torch.minimum(target, bits + STEP_BITS)
 
@@ -154,6 +153,10 @@ class AdaptiveScale:
     @cached_property
     def _normal_quantile(self) -> float:
         return NormalDist().inv_cdf(1 - self.overflow_budget)
+
+    @cached_property
+    def _outlier_bits(self) -> float:
+        return math.log2(self.outlier_headroom)
 
     def _scale(self, bits: Tensor) -> Tensor:
         return bits.exp2().clamp_(self.min_scale, self.max_scale)

@@ -23,22 +23,24 @@ class Precision:
 
     Attributes:
         is_half: whether that is FP16.
+        repeats: whether a batch whose step is skipped is run again, as with `on_overflow="retry"`.
     """
 
     scaler: Any
     context: Callable[[], AbstractContextManager[Any]] = EmulatedPrecision
     session: AmpSession | None = None
     is_half: bool = True
+    repeats: bool = False
 
 
-def ours(strategy: str) -> Callable[[nn.Module], Precision]:
-    """hf_amp as it is by default, its fallback included."""
+def ours(strategy: str, **options: Any) -> Callable[[nn.Module], Precision]:
+    """hf_amp as it is by default, its fallback included, but for `options`."""
 
     def make(model: nn.Module) -> Precision:
-        config = MixedPrecisionConfig(scaling_strategy=strategy)
+        config = MixedPrecisionConfig(scaling_strategy=strategy, **options)
         session = AmpSession(config, AdvancedGradScaler(config, "cpu"), PrecisionMode.MIXED, probe("cpu"))
         session.adopt(model)
-        return Precision(session.scaler, session.autocast, session)
+        return Precision(session.scaler, session.autocast, session, repeats=config.on_overflow == "retry")
 
     return make
 
@@ -55,6 +57,9 @@ SCALINGS: dict[str, Callable[[nn.Module], Precision]] = {
     "hf_amp CONSTANT": ours("CONSTANT"),
     "hf_amp DYNAMIC": ours("DYNAMIC"),
     "hf_amp ADAPTIVE": ours("ADAPTIVE"),
+    "hf_amp ADAPTIVE, retry": ours(
+        "ADAPTIVE", on_overflow="retry", overflow_budget=0.1, outlier_headroom=1.0
+    ),
     "hf_amp PERFORMANCE_OPTIMIZED": ours("PERFORMANCE_OPTIMIZED"),
     "DeepSpeed's rule": rule(HysteresisRule, 2.0**16),
     "Megatron's rule": rule(HysteresisRule, 2.0**32),

@@ -16,7 +16,7 @@ from itertools import islice, product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_amp.precision import FP16_FORMAT
 from tests.benchmarks.measuring import Row, parser, spread, write
@@ -25,33 +25,44 @@ from tests.benchmarks.quality_tasks import OUTLIER_FACTOR, TASKS
 
 
 def train(task: str, scaling: str, seed: int, steps: int | None = None) -> dict[str, float]:
-    """One run: skipped steps, mean underflow fraction, mean loss of the last twentieth, modules in FP32 at the end."""
+    """One run: skipped and repeated steps, mean underflow fraction, mean loss of the last twentieth, modules in FP32 at the
+    end."""
     torch.set_num_threads(1)
     what = TASKS[task]
     steps = steps or what.steps
     model, batches, optimizer = what.build(seed)
     run = SCALINGS[scaling](model)
-    losses, underflow, skipped = [], [], 0
-    for step, batch in enumerate(islice(batches, steps), start=1):
+    losses, underflow, skipped, repeated = [], [], 0, 0
+
+    def attempt(batch: dict[str, Tensor], factor: float) -> Tensor | None:
+        """One step; its scaled gradients, or None where it was skipped."""
         with run.context():
             loss = model(**batch).loss
         losses.append(loss.item())
         optimizer.zero_grad()
-        outlier = what.outlier_every is not None and step % what.outlier_every == 0
-        scaled = run.scaler.scale(loss)
-        (scaled * OUTLIER_FACTOR if outlier else scaled).backward()
+        (run.scaler.scale(loss) * factor).backward()
         wide = run.scaler.not_sampled() if run.session else ()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if id(p) not in wide])
-        if not gradients.isfinite().all():
-            skipped += 1
-        elif step % 10 == 6 and run.is_half:
-            underflow.append((gradients.abs() < FP16_FORMAT.smallest_normal).float().mean().item())
         run.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         run.scaler.step(optimizer)
         run.scaler.update()
+        return gradients if gradients.isfinite().all() else None
+
+    for step, batch in enumerate(islice(batches, steps), start=1):
+        factor = OUTLIER_FACTOR if what.outlier_every is not None and step % what.outlier_every == 0 else 1.0
+        gradients = attempt(batch, factor)
+        if gradients is None and run.repeats:
+            repeated += 1
+            losses.pop()
+            gradients = attempt(batch, factor)
+        if gradients is None:
+            skipped += 1
+        elif step % 10 == 6 and run.is_half:
+            underflow.append((gradients.abs() < FP16_FORMAT.smallest_normal).float().mean().item())
     return {
         "skipped_steps": skipped,
+        "repeated_steps": repeated,
         "underflow_fraction": statistics.mean(underflow) if underflow else math.nan,
         "final_loss": statistics.mean(losses[-max(steps // 20, 1) :]),
         "modules_in_fp32": run.session.metrics()["modules_in_fp32"] if run.session else 0,
@@ -70,6 +81,7 @@ def row_of(task: str, scaling: str, runs: list[dict[str, float]], reference: lis
         "task": task,
         "scaling": scaling,
         "skipped_steps": over_seeds([run["skipped_steps"] for run in runs], 1),
+        "repeated_steps": over_seeds([run["repeated_steps"] for run in runs], 1),
         "underflow_fraction": over_seeds([run["underflow_fraction"] for run in runs], 5) or "not taken",
         "final_loss": over_seeds(losses, 4),
         "final_loss_over_FP32": over_seeds(against, 4),

@@ -70,6 +70,20 @@ def test_returning_outliers_cost_few_steps_where_it_does_not() -> None:
     assert bits[-1] >= 9  # 2^10 is the largest scale that the outliers bear
 
 
+def test_room_for_outliers_is_an_option() -> None:
+    """Gradients 64 times as large every 100 steps: without room the scale is larger in between, and they overflow."""
+    runs = {
+        room: simulate(
+            with_outliers(gaussian(1000)), spread_bits=20.0, overflow_budget=0.1, outlier_headroom=room
+        )
+        for room in (64.0, 1.0)
+    }
+    (kept, cautious), (overflows, bold) = runs[64.0], runs[1.0]
+    assert kept == []
+    assert 9 <= len(overflows) <= 20
+    assert bold[95] - cautious[95] >= 4
+
+
 def test_budget_is_an_option() -> None:
     """A larger budget keeps a larger scale."""
     careful, bold = (
