@@ -1,4 +1,4 @@
-"""Trains a network of wide layers with both trainers that choose a precision, and prints what they chose as JSON."""
+"""Trains a GPT-2 on real text with both trainers that choose a precision, and prints what they chose as JSON."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.functional import mse_loss
 
 from hf_amp import (
     DynamicMixedPrecisionTrainer,
@@ -17,9 +15,8 @@ from hf_amp import (
 )
 from hf_amp.fallback.speed import TIMED_STEPS, WARMUP_STEPS
 from hf_amp.hardware import probe
-
-WIDTH = 256
-"""Rows and columns of every product: without units a half product takes many times as long as one in FP32."""
+from tests.reference import adamw
+from tests.training.loops import real_text, small_gpt2
 
 
 def choices() -> dict[str, Any]:
@@ -27,11 +24,10 @@ def choices() -> dict[str, Any]:
     chosen = {}
     for kind in (DynamicMixedPrecisionTrainer, PerformanceOptimizedMixedPrecisionTrainer):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        trainer = kind(MixedPrecisionConfig(emulate=False, init_scale=1024.0), loss_fn=mse_loss)
-        batch = torch.randn(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH)
-        for _ in range(3 * (WARMUP_STEPS + TIMED_STEPS) + 2):
+        model = small_gpt2()
+        optimizer = adamw(model, fused=True)
+        trainer = kind(MixedPrecisionConfig(emulate=False))
+        for batch in real_text(3 * (WARMUP_STEPS + TIMED_STEPS) + 2, batch=16):
             trainer.train_step(batch, model, optimizer)
         told = [event.message for event in trainer.session.events]
         chosen[kind.__name__] = {"precision": trainer.session.plan.default.value, "told": told}

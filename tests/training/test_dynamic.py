@@ -133,7 +133,7 @@ def times_in(told):
 
 
 def test_on_this_machine_the_shortest_time_wins():
-    """Real kernels are timed, BF16's where this CPU has units: what goes on is what the event gives the least for."""
+    """GPT-2 on real text, real kernels, BF16's where this CPU has units: what goes on is what the event gives the least for."""
     chosen = choices()
     assert list(chosen) == TRAINERS
     units = {"BF16"} if probe("cpu").bf16 == "native" else set()
@@ -146,8 +146,8 @@ def test_on_this_machine_the_shortest_time_wins():
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limits are those of x86-64")
 def test_on_a_cpu_without_units_it_is_fp32_and_says_so():
-    """Limited to AVX2, a CPU has no units for half precision: the first event says that, and the verdict, with the
-    times, is FP32. BF16 is not tried."""
+    """The same, limited to AVX2, which has no units for half precision: the first event says that, and the verdict, with
+    the times, is FP32. BF16 is not tried."""
     environment = {
         **os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
