@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 import torch
 from torch.nn.functional import mse_loss
@@ -58,6 +60,35 @@ def test_a_retry_goes_on_until_the_scale_fits():
     skips = [event for event in trainer.session.events if event.kind is EventKind.STEP_SKIPPED]
     assert len(skips) == results[0]["retries"] == trainer.scaler.skipped_steps
     assert trainer.scaler.applied_steps == 1
+
+
+def test_outliers_lose_no_batch_and_need_no_room():
+    """Losses 64 times as large every 50 steps, ADAPTIVE without room for them: each is run again, none is skipped, and
+    between them the scale is at least four times what it is with the room that is kept by default."""
+
+    def outlier(outputs, targets):
+        return 64.0 * mse_loss(outputs, targets)
+
+    middle = {}
+    for headroom, budget in ((64.0, 1e-3), (1.0, 0.1)):
+        torch.manual_seed(0)
+        model = FaultyMlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        config = MixedPrecisionConfig(
+            scaling_strategy="ADAPTIVE",
+            on_overflow="retry",
+            overflow_budget=budget,
+            outlier_headroom=headroom,
+        )
+        trainer = StandardMixedPrecisionTrainer(config, loss_fn=mse_loss)
+        results = [
+            trainer.train_step(batch, model, optimizer, outlier if step % 50 == 0 else None)
+            for step, batch in enumerate(vectors(200), start=1)
+        ]
+        assert not any(result["skipped"] for result in results)
+        middle[headroom] = median(result["scale"] for result in results)
+    assert sum(result["retries"] for result in results) >= 4  # of the run without room
+    assert middle[1.0] >= 4 * middle[64.0]
 
 
 def test_what_no_scale_cures_is_not_retried():
