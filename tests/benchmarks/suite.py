@@ -16,6 +16,10 @@ def _fused(row: Row) -> bool:
     return row["optimizer"] == "AdamW, fused"
 
 
+def _is_default(row: Row) -> bool:
+    return _fused(row) and row["what"] == "DYNAMIC"
+
+
 def _learns(row: Row) -> bool:
     return row["scaling"].startswith("hf_amp") and row["scaling"] != "hf_amp CONSTANT"
 
@@ -40,7 +44,8 @@ SCALER_COST = Benchmark(
     "gradients once and that call.",
     "`torch.amp.GradScaler` with `clip_grad_norm_`, in the same run",
     (
-        Target("0.95 of stock or less with a fused optimizer", "ratio", 0.95, _fused),
+        Target("0.95 of stock or less by default (fused AdamW, DYNAMIC)", "ratio", 0.95, _is_default),
+        Target("0.95 of stock or less in every strategy with a fused optimizer", "ratio", 0.95, _fused),
         Target(
             "1.10 of stock or less with another", "ratio", 1.1, lambda row: row["optimizer"] == "AdamW, plain"
         ),
