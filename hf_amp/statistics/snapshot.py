@@ -61,7 +61,7 @@ class PendingRead:
         packed = _packed(values, list(values)).detach()
         self._event: torch.cuda.Event | None = None
         if packed.device.type == "cuda":
-            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
             self._host.copy_(packed, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(packed.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -73,6 +74,30 @@ def test_a_step_waits_as_often_as_is_promised(strategy: str) -> None:
     scaler.flush()
     assert (scaler.applied_steps, scaler.skipped_steps) == (STEPS - len(OVERFLOWS), len(OVERFLOWS))
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.fixture
+def deterministic_mode() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic_mode")
+@pytest.mark.parametrize("strategy", ["DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+def test_deterministic_mode_and_a_default_device(strategy: str) -> None:
+    """A step with statistics is no error with `full_determinism`, nor after `torch.set_default_device`."""
+    config = MixedPrecisionConfig(scaling_strategy=strategy, init_scale=1024.0, monitoring_interval=1)
+    scaler, weight = AdvancedGradScaler(config, "cuda"), nn.Parameter(torch.randn(5000, device=CUDA))
+    optimizer = torch.optim.SGD([weight], lr=0.1, fused=True)
+    with CUDA:
+        for factor in (1.0, torch.inf, 1.0):
+            optimizer.zero_grad()
+            scaler.scale((weight * factor).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        scaler.flush()
+    assert (scaler.applied_steps, scaler.skipped_steps) == (2, 1)
 
 
 class Split(nn.Module):
