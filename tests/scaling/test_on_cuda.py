@@ -76,6 +76,18 @@ def test_a_step_waits_as_often_as_is_promised(strategy: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_a_scale_from_the_host_is_not_waited_for() -> None:
+    """`update(new_scale)` with a tensor on the CPU."""
+    scaler, weight = AdvancedGradScaler(device="cuda"), nn.Parameter(torch.ones(3, device=CUDA))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler.scale(weight.sum()).backward()
+    scaler.step(optimizer)
+    with count_synchronisations() as waits:
+        scaler.update(torch.tensor(8.0))
+    assert waits.sources == []
+    assert scaler.get_scale() == 8.0
+
+
 @pytest.fixture
 def deterministic_mode() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
