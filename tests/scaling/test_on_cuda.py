@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
+from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError
 from tests.host_reads import count_synchronisations
 from tests.reference import (
     OverflowInBackward,
@@ -74,6 +75,17 @@ def test_a_step_waits_as_often_as_is_promised(strategy: str) -> None:
     scaler.flush()
     assert (scaler.applied_steps, scaler.skipped_steps) == (STEPS - len(OVERFLOWS), len(OVERFLOWS))
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["MIXED", "BF16"])
+def test_a_scale_in_a_cuda_graph_is_an_error(mode: str) -> None:
+    """A replay would not follow the scale. Where there is none (BF16) a loss may be captured."""
+    scaler = AdvancedGradScaler(MixedPrecisionConfig(precision_mode=mode), "cuda")
+    weight, graph = nn.Parameter(torch.ones(3, device=CUDA)), torch.cuda.CUDAGraph()
+    weight.sum()  # loads what a sum needs
+    refused = pytest.raises(ScalerError, match="outside of the graph") if mode == "MIXED" else nullcontext()
+    with refused, torch.cuda.graph(graph):
+        scaler.scale(weight.sum())
 
 
 def test_a_scale_from_the_host_is_not_waited_for() -> None:
