@@ -134,8 +134,9 @@ class AmpSession(Journal):
         """Whether the step that raised `error` can be tried again, because the plan that caused it is withdrawn.
 
         That is where memory ran out under a plan that had just widened precision: the former plan is in force again,
-        and the gradients of the adopted models are cleared. Several processes cannot recover so: the others wait in
-        backward for the one that failed.
+        and the gradients of the adopted models are cleared. Try again after the `except` clause, not in it: the traceback
+        of `error` keeps alive what has filled the memory. Several processes cannot recover so: the others wait in backward
+        for the one that failed.
         """
         withdrawn = self._keeper.recover_from(error)
         if withdrawn is None:

@@ -14,6 +14,7 @@ from hf_amp.eager import eager
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.statistics.by_tensor import amax, amax_of_each, underflow_of_each
 from hf_amp.statistics.snapshot import elements
+from hf_amp.statistics.transfer import moved
 
 HEADROOM, UNDERFLOW, ACTIVATION = (
     "module_headroom_bits",
@@ -73,7 +74,9 @@ class ModuleMonitor:
             if torch.is_grad_enabled():
                 peak = amax(output.detach()).float()
                 former = self._activations.get(name)
-                self._activations[name] = peak if former is None else torch.maximum(former, peak)
+                if former is not None:  # of another device under DataParallel
+                    peak = torch.maximum(former, moved(peak, former.device))
+                self._activations[name] = peak
 
         return look
 
@@ -107,7 +110,9 @@ class ModuleMonitor:
             activations, self._activations = self._activations, {}
             asked = self._asked[optimizer] = {ACTIVATION: list(activations)}
             if activations:
-                figures[ACTIVATION] = torch.stack([peak.to(scale.device) for peak in activations.values()])
+                figures[ACTIVATION] = torch.stack(
+                    [moved(peak, scale.device) for peak in activations.values()]
+                )
             if not guards:
                 factor = torch.ones_like(scale) if scaled else scale
                 asked[HEADROOM] = asked[UNDERFLOW] = [name.rpartition(".")[0] for name in names()]

@@ -259,7 +259,7 @@ class PrecisionMonitor:
 
 def _single_element(loss: Tensor | float) -> Tensor:
     if not isinstance(loss, Tensor):
-        return torch.tensor(float(loss))
+        return torch.tensor(float(loss), device="cpu")
     if loss.numel() != 1:
         raise BatchError(
             f"PrecisionMonitor.update_metrics got a loss of shape {tuple(loss.shape)}: pass a number or a tensor with "

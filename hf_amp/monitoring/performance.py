@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -60,7 +60,8 @@ class PerformanceTracker:
         self._start: Any = None
         # Bounded by what CUDA lets the host queue ahead.
         self._flights: deque[_Flight] = deque()
-        self._events: list[Any] = []
+        # To be used again, each on the device that it was first recorded on: CUDA knows it on no other.
+        self._events: defaultdict[torch.device, list[Any]] = defaultdict(list)
 
     def start_step(self) -> None:
         """A step begins; one that was begun and not ended is forgotten. No host read."""
@@ -126,14 +127,16 @@ class PerformanceTracker:
     def _mark(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
-        event = self._events.pop() if self._events else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
+        stream = torch.cuda.current_stream(self.device)
+        free = self._events[stream.device]
+        event = free.pop() if free else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
         return event
 
     def _land(self) -> None:
         flight = self._flights.popleft()
         self._add(flight.start.elapsed_time(flight.end) / 1000, flight.samples, flight.precision)
-        self._events += [flight.start, flight.end]
+        self._events[flight.start.device] += [flight.start, flight.end]
 
     def _add(self, seconds: float, samples: int, precision: str) -> None:
         self.newest_step_seconds = seconds

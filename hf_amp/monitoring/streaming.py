@@ -98,7 +98,8 @@ _LOSSES_HELD = 64
 class LossMean:
     """Mean of losses that stay on their device until somebody asks.
 
-    At most 64 tensors of shape [] are held; then they become one sum. No host read but in `read`.
+    At most 64 tensors of shape [] are held, copies of what was given, which may be written to again: compiled code that
+    runs as a CUDA graph does so. Then they become one sum. No host read but in `read`.
     """
 
     def __init__(self) -> None:
@@ -107,7 +108,7 @@ class LossMean:
 
     def add(self, loss: Tensor) -> None:
         """Takes a detached loss of shape [], on any device, into account."""
-        self._held.append(loss)
+        self._held.append(loss.clone())
         if len(self._held) == _LOSSES_HELD:
             self._fold()
 

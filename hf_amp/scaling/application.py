@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.errors import ScalerError
-from hf_amp.scaling.boundary import Boundary, Treatment
+from hf_amp.scaling.boundary import Boundary, Treatment, refuse_fp16
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.unscale import multiply_, reciprocal
 from hf_amp.statistics.gradients import random_elements
@@ -142,6 +142,7 @@ def _apply(
     folded = boundary.treatment is Treatment.FOLD
     if not is_fused(optimizer) or not (folded or on_device):
         if folded:
+            refuse_fp16(boundary.gradients)
             factor = reciprocal(boundary.scale)
             if boundary.clip_coefficient is not None:
                 factor = factor * boundary.clip_coefficient

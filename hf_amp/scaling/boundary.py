@@ -214,7 +214,7 @@ def examine(
     inverse = scale if treatment is Treatment.CHECK else reciprocal(scale)
     found_while_dividing = None
     if treatment is Treatment.DIVIDE:
-        _refuse_fp16(gradients)
+        refuse_fp16(gradients)
         found_while_dividing = unscale_and_check_(gradients, inverse)
     takes_amax = look.amax or sharded or look.agree
     takes_norm = (look.norm and not sharded) or not takes_amax
@@ -256,7 +256,8 @@ def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
     return any(hasattr(kind, "to_local") for kind in kinds)
 
 
-def _refuse_fp16(gradients: list[Tensor]) -> None:
+def refuse_fp16(gradients: list[Tensor]) -> None:
+    """Raises `ScalerError` where FP16 gradients would be divided in place, which rounds away what scaling has saved."""
     if any(gradient.dtype == torch.float16 for gradient in gradients):
         raise ScalerError(
             "the optimizer holds FP16 parameters, whose gradients cannot be unscaled in place: keep trainable "

@@ -32,6 +32,16 @@ def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     )
 
 
+def refuse_capture(loss: Tensor) -> None:
+    """Raises `ScalerError` where a CUDA graph is being captured: its replays would all scale by this step's scale."""
+    if loss.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ScalerError(
+            "scaler.scale(loss) while a CUDA graph is captured: every replay would scale by what the scale is now, and steps "
+            "divide by what it has become. Capture the model alone (torch.cuda.make_graphed_callables), before hf_amp is "
+            "attached to it, and scale its loss outside of the graph."
+        )
+
+
 @dataclass
 class SeenLosses:
     """The losses behind the gradients of one step.

@@ -64,7 +64,7 @@ class ObservedScaler(AdvancedGradScaler):
         grad_norm: Tensor | float | None,
     ) -> _ObservedStep:
         bad = self._losses.non_finite
-        bad = torch.zeros(()) if bad is None else bad
+        bad = torch.zeros((), device=self._device) if bad is None else bad
         if not applied and self.ranks_agree and agreement.is_needed():
             (bad,) = agreement.largest_over_ranks(bad)
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())

@@ -23,6 +23,7 @@ from hf_amp.scaling.dynamic import DynamicScale
 from hf_amp.scaling.master_weights import MasterWeights
 from hf_amp.scaling.policy import ScalePolicy, scalar
 from hf_amp.statistics import snapshot
+from hf_amp.statistics.transfer import moved
 
 POLICIES: Mapping[ScalingStrategy, Callable[[MixedPrecisionConfig], ScalePolicy]] = {
     ScalingStrategy.CONSTANT: ConstantScale.from_config,
@@ -269,7 +270,7 @@ class ScaleKeeper(torch.amp.GradScaler):
                     "update(new_scale): a tensor must have one element and not require grad, got shape "
                     f"{tuple(new_scale.shape)}; pass a float or new_scale.detach()."
                 )
-            given = new_scale.reshape(()).to(current)
+            given = moved(new_scale.reshape(()), current.device, current.dtype)
             chosen = torch.where(given.isnan(), current, given)
         elif isinstance(new_scale, (int, float)) and math.isfinite(new_scale) and new_scale > 0:
             chosen = torch.full_like(current, new_scale)

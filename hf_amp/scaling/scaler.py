@@ -15,7 +15,7 @@ from hf_amp.errors import ScalerError
 from hf_amp.precision import ScalingStrategy
 from hf_amp.scaling.application import Application, device_of, is_fused, refuse_closure
 from hf_amp.scaling.boundary import Boundary, Look, Treatment, examine
-from hf_amp.scaling.loss import SeenLosses, map_losses
+from hf_amp.scaling.loss import SeenLosses, map_losses, refuse_capture
 from hf_amp.scaling.optimizer_states import StepKeeper
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.policy import observation_of
@@ -81,13 +81,19 @@ class AdvancedGradScaler(StepKeeper):
     # ---- backward -------------------------------------------------------------------------------------------
 
     def scale(self, outputs: Any) -> Any:
-        """`outputs` (a tensor, or lists and tuples of them) times the scale. Notes whether they are finite; no host read."""
+        """`outputs` (a tensor, or lists and tuples of them) times the scale. Notes whether they are finite; no host read.
+
+        Raises:
+            ScalerError: `outputs` holds something else; or a CUDA graph is being captured.
+        """
         if not self._enabled:
             return outputs
         self._open.begin_backward(self._backward_scale, None if self._state is None else self._state.scale)
         return map_losses(self._scale_one, outputs)
 
     def _scale_one(self, loss: Tensor) -> Tensor:
+        if not self.guards_only:
+            refuse_capture(loss)
         if self._state is None:
             self._lazy_init_scale_growth_tracker(loss.device)
         scale = self._backward_scale = cast(Tensor, self._state.scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.precision import NumberFormat
-from hf_amp.statistics.gradients import SAMPLES_PER_TENSOR
+from hf_amp.statistics.gradients import SAMPLES_PER_TENSOR, drawn_on_cpu
 from hf_amp.statistics.transfer import moved
 
 
@@ -46,13 +46,13 @@ def underflow_of_each(
     """
     if not tensors:
         return torch.zeros(0, device=factor.device)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator)
+    drawn = drawn_on_cpu(seed)
+    drawn_there = {device: moved(drawn, device) for device in {tensor.device for tensor in tensors}}
     shares = []
     for tensor in tensors:
         sample = tensor.reshape(-1)
         if sample.numel() > SAMPLES_PER_TENSOR:
-            sample = sample[moved(drawn % sample.numel(), sample.device)]
+            sample = sample[drawn_there[sample.device] % sample.numel()]
         sample = moved(sample, factor.device, torch.float32) * factor
         small = sample.abs_() < number_format.smallest_normal
         shares.append(small.float().mean() if sample.numel() else factor.new_zeros((), dtype=torch.float32))

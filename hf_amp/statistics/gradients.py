@@ -20,6 +20,8 @@ TOLERATED_UNDERFLOW = float(torch.finfo(FP16_FORMAT.dtype).eps)
 """Share of elements whose underflow is left alone: 2^-10, the spacing of FP16 at one, which all the others are rounded to anyway."""
 _BITS = 64
 """Largest distance, in bits, of an element from the smallest normal value that is told apart from zero and from infinity."""
+_WHOLE = 2**30
+"""All elements, where their shares are integers."""
 _ELEMENTS_PER_COPIED = 200
 """Elements of all gradients to each that is copied at once, to be read together with others: half of 1%."""
 _MOST_COPIED = 16384
@@ -227,10 +229,17 @@ def underflow(gradients: Sequence[Tensor], number_format: NumberFormat, seed: in
         shares.index_add_(0, exponents, shares.new_full((), weight).expand(exponents.shape))
         del values, exponents  # before the next are there
     edge = 127 + round(math.log2(number_format.smallest_normal))
-    at_most = shares[max(edge - _BITS + 1, 1) : edge + _BITS].cumsum(0)
-    enough = (at_most > TOLERATED_UNDERFLOW).sum() - _BITS
+    near = (shares[max(edge - _BITS + 1, 1) : edge + _BITS] * _WHOLE).int()
+    at_most = near.cumsum(0, dtype=torch.int32)  # of floats it is an error in CUDA's deterministic mode
+    enough = (at_most > _WHOLE * TOLERATED_UNDERFLOW).sum() - _BITS
     cure = torch.where(enough > -_BITS, enough.float().exp2(), 0.0)
     return Underflow(fraction=shares[:edge].sum(), cure=cure)
+
+
+def drawn_on_cpu(seed: int) -> Tensor:
+    """What, modulo the size of a tensor, chooses its random elements: shape [1024], int64, whatever the default device is."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator, device="cpu")
 
 
 def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[Tensor, float]]:
@@ -241,10 +250,8 @@ def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[
         than `most` or of one tensor; and the share of all elements that each of them stands for.
     """
     total = sum(tensor.numel() for tensor in tensors)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator)
     for group in _filled_groups(tensors):
-        drawn_here = moved(drawn, group[0].device)
+        drawn_here = moved(drawn_on_cpu(seed), group[0].device)  # 8 KB, which CUDA does not wait for
         for size, alike in itertools.groupby(sorted(group, key=Tensor.numel), Tensor.numel):
             taken = min(size, SAMPLES_PER_TENSOR)
             positions = drawn_here % size if size > taken else None

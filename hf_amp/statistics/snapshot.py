@@ -52,6 +52,8 @@ def read_vector(values: Tensor) -> list[float]:
 class PendingRead:
     """Values on their way to the host: copied into pinned memory behind the work already queued, with an event.
 
+    That is on CUDA. Other devices, which have no such event here, are read in `result`, and waited for.
+
     Args:
         values: name → tensor of shape [] or [n], all on one device.
     """
@@ -61,7 +63,7 @@ class PendingRead:
         packed = _packed(values, list(values)).detach()
         self._event: torch.cuda.Event | None = None
         if packed.device.type == "cuda":
-            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
             self._host.copy_(packed, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(packed.device))
@@ -69,7 +71,7 @@ class PendingRead:
             self._host = packed
 
     def ready(self) -> bool:
-        """Whether `result` would not wait."""
+        """Whether `result` would not wait, as far as there is somebody to ask."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> dict[str, float]:

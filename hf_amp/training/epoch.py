@@ -34,10 +34,10 @@ class EpochLosses:
         self._newest: list[Tensor] = []
 
     def add(self, losses: Sequence[Tensor], batches: Sequence[Any]) -> None:
-        """The losses of some batches, each of shape []. No host read."""
+        """The losses of some batches, each of shape []; copied, because a CUDA graph writes the next ones there. No host read."""
         self.batches += len(batches)
         self._samples += [samples_in(batch) for batch in batches]
-        self._newest += losses
+        self._newest += [loss.clone() for loss in losses]
         if len(self._newest) >= _LOSSES_IN_ONE_TENSOR:
             self._whole.append(torch.stack(self._newest))
             self._newest = []

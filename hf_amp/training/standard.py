@@ -177,13 +177,14 @@ class StandardMixedPrecisionTrainer:
         return self._result(loss, window if steps else None)
 
     def _run_with_retries(self, window: Window, trained: Trained, steps: bool) -> Tensor:
+        loss: Tensor | None = None
         try:
             loss = self._run(window.batches[-1:], window, trained, steps)
         except torch.OutOfMemoryError as error:
             if not self.session.recover(error):
                 raise
-            loss = self._run_again(window, trained, steps)
-        while steps and window.may_retry():
+        # Outside of the handler, whose traceback keeps alive what has filled the memory.
+        while loss is None or (steps and window.may_retry()):
             loss = self._run_again(window, trained, steps)
         return loss
 

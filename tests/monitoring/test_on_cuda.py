@@ -30,13 +30,27 @@ def test_device_time_is_told_without_a_wait() -> None:
     assert (stats["steps"], stats["clock"]) == (200, "device")
     assert 0 < stats["time_share"]["FP16"] < stats["time_share"]["FP32"]
     assert stats["avg_throughput"] == pytest.approx(800 / stats["total_seconds"])
-    made = len(tracker._events)
+    made = sum(map(len, tracker._events.values()))
     for _ in range(20):
         with tracker.step(4):
             x.sum()
         torch.cuda.synchronize()
     assert tracker.get_stats()["steps"] == 220
-    assert len(tracker._events) == made
+    assert sum(map(len, tracker._events.values())) == made
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_each_device_has_its_own_clock() -> None:
+    """A tracker that is used for models on two devices in turn; an event stays on the device that it was made on."""
+    tracker = PerformanceTracker()
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        tracker.device = torch.device(device)
+        for _ in range(3):
+            with tracker.step(4):
+                torch.ones(64, device=device).sum()
+            torch.cuda.synchronize(device)
+    assert tracker.get_stats()["steps"] == 9
+    assert {event.device for events in tracker._events.values() for event in events} == {*tracker._events}
 
 
 def test_memory_is_the_allocators_peak() -> None:

@@ -78,6 +78,14 @@ def test_losses_of_several_devices_wait_for_no_one():
     assert reads.sources == []
 
 
+def test_a_loss_counts_as_it_was_when_it_was_given():
+    """A caller, or a CUDA graph, may write the next one into the same memory."""
+    mean, loss = LossMean(), torch.zeros(())
+    for value in (1.0, 2.0, 6.0):
+        mean.add(loss.fill_(value))
+    assert mean.read() == (3.0, 0)
+
+
 def test_no_losses_have_no_mean():
     """NaN rather than an invented 0."""
     told, non_finite = LossMean().read()

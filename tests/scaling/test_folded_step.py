@@ -53,6 +53,25 @@ def unscaled_reference(
     return snapshot(model, optimizer), norms
 
 
+def test_a_folded_clip_does_not_round_fp16_gradients() -> None:
+    """An optimizer that is not fused would have them divided in FP16, where what scaling has saved is lost: an error, and
+    nothing is touched. A fused one divides in FP32."""
+    for fused in (False, True):
+        weight = nn.Parameter(torch.ones(2, dtype=torch.float16))
+        scaler = AdvancedGradScaler(MixedPrecisionConfig(init_scale=4096.0), "cpu")
+        optimizer = torch.optim.SGD([weight], lr=1e6, fused=fused)
+        scaler.scale((weight.float() * 1e-8).sum()).backward()
+        scaled = weight.grad.clone()
+        scaler.clip_grad_norm_(optimizer, 1.0)
+        if fused:
+            scaler.step(optimizer)
+            assert weight.tolist() == pytest.approx([0.99, 0.99], abs=1e-3)
+            continue
+        with pytest.raises(ScalerError, match="cannot be unscaled in place"):
+            scaler.step(optimizer)
+        assert_bitwise_equal([weight.grad, weight], [scaled, torch.ones_like(weight)])
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("strategy", ["CONSTANT", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
 @pytest.mark.parametrize("max_norm", [MAX_NORM, 1e9])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
+from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError
 from tests.host_reads import count_synchronisations
 from tests.reference import (
     OverflowInBackward,
@@ -73,6 +75,53 @@ def test_a_step_waits_as_often_as_is_promised(strategy: str) -> None:
     scaler.flush()
     assert (scaler.applied_steps, scaler.skipped_steps) == (STEPS - len(OVERFLOWS), len(OVERFLOWS))
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["MIXED", "BF16"])
+def test_a_scale_in_a_cuda_graph_is_an_error(mode: str) -> None:
+    """A replay would not follow the scale. Where there is none (BF16) a loss may be captured."""
+    scaler = AdvancedGradScaler(MixedPrecisionConfig(precision_mode=mode), "cuda")
+    weight, graph = nn.Parameter(torch.ones(3, device=CUDA)), torch.cuda.CUDAGraph()
+    weight.sum()  # loads what a sum needs
+    refused = pytest.raises(ScalerError, match="outside of the graph") if mode == "MIXED" else nullcontext()
+    with refused, torch.cuda.graph(graph):
+        scaler.scale(weight.sum())
+
+
+def test_a_scale_from_the_host_is_not_waited_for() -> None:
+    """`update(new_scale)` with a tensor on the CPU."""
+    scaler, weight = AdvancedGradScaler(device="cuda"), nn.Parameter(torch.ones(3, device=CUDA))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler.scale(weight.sum()).backward()
+    scaler.step(optimizer)
+    with count_synchronisations() as waits:
+        scaler.update(torch.tensor(8.0))
+    assert waits.sources == []
+    assert scaler.get_scale() == 8.0
+
+
+@pytest.fixture
+def deterministic_mode() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic_mode")
+@pytest.mark.parametrize("strategy", ["DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+def test_deterministic_mode_and_a_default_device(strategy: str) -> None:
+    """A step with statistics is no error with `full_determinism`, nor after `torch.set_default_device`."""
+    config = MixedPrecisionConfig(scaling_strategy=strategy, init_scale=1024.0, monitoring_interval=1)
+    scaler, weight = AdvancedGradScaler(config, "cuda"), nn.Parameter(torch.randn(5000, device=CUDA))
+    optimizer = torch.optim.SGD([weight], lr=0.1, fused=True)
+    with CUDA:
+        for factor in (1.0, torch.inf, 1.0):
+            optimizer.zero_grad()
+            scaler.scale((weight * factor).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        scaler.flush()
+    assert (scaler.applied_steps, scaler.skipped_steps) == (2, 1)
 
 
 class Split(nn.Module):

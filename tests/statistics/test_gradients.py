@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
+from hf_amp.statistics.by_tensor import underflow_of_each
 from hf_amp.statistics.gradients import (
     SAMPLES_PER_TENSOR,
     by_device_and_dtype,
@@ -369,6 +370,16 @@ def test_sampling_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     underflow([torch.ones(3 * SAMPLES_PER_TENSOR)], FP16_FORMAT, 1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_default_device_changes_no_sample():
+    """`torch.set_default_device` says where a user's tensors go, not where a sample is drawn."""
+    tensors = [torch.randn(5000) * 2.0**-15, torch.randn(5000, dtype=torch.float64)]
+    expected = underflow(tensors, FP16_FORMAT, 3), underflow_of_each(tensors, FP16_FORMAT, torch.ones(()), 3)
+    one = torch.ones(())
+    with META:
+        found = underflow(tensors, FP16_FORMAT, 3), underflow_of_each(tensors, FP16_FORMAT, one, 3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_the_seed_chooses_the_sample():

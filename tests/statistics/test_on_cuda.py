@@ -110,6 +110,14 @@ def test_a_pending_read_does_not_wait() -> None:
     assert pending.ready()
 
 
+def test_a_pending_read_is_pinned_whatever_the_default_device_is() -> None:
+    """`torch.set_default_device("cuda")` has no say in where the host's memory is."""
+    with CUDA:
+        pending = snapshot.PendingRead({"norm": torch.tensor(0.5)})
+    assert pending._host.is_pinned()
+    assert pending.result() == {"norm": 0.5}
+
+
 def test_a_read_is_one_synchronisation() -> None:
     """However many values there are, of whatever dtype."""
     values = {str(i): torch.tensor(i, dtype=dtype, device=CUDA) for i, dtype in enumerate(DTYPES * 4)}

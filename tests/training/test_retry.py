@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from statistics import median
 
 import pytest
@@ -132,12 +133,15 @@ class Wide(torch.nn.Module):
         torch.nn.init.constant_(self.first.weight, 300.0)
         torch.nn.init.constant_(self.second.weight, 300.0)
         self.has_room = True
+        self.failed = lambda: None
         self.first.register_forward_hook(self._check)
 
     def _check(self, module, arguments, output):
+        assert self.failed() is None, "what the failed pass has stored is still there"
         widened = len(module._forward_hooks) > 1 or len(self.second._forward_hooks) > 0
         if widened and not self.has_room:
             self.has_room = True
+            self.failed = weakref.ref(output)
             raise torch.OutOfMemoryError("no room for FP32")
 
     def forward(self, x):
@@ -146,7 +150,10 @@ class Wide(torch.nn.Module):
 
 @pytest.mark.parametrize("has_room", [True, False])
 def test_out_of_memory_under_a_wider_plan_takes_the_plan_back(has_room):
-    """An activation overflow widens the plan; where memory does not suffice, the plan goes back and the step is run again."""
+    """An activation overflow widens the plan; where memory does not suffice, the plan goes back and the step is run again.
+
+    By then all memory of the pass that failed is free.
+    """
     model = Wide()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(init_scale=2.0), loss_fn=mse_loss)

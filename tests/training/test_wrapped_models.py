@@ -117,11 +117,13 @@ def test_losses_of_several_devices_are_averaged():
 
 @pytest.mark.gpu
 def test_data_parallel_on_gpus():
-    """On CUDA the replicas run in the precision of the plan, and losses are gathered and averaged."""
+    """On CUDA the replicas run in the precision of the plan, and losses are gathered and averaged; so are figures by module."""
     model = nn.DataParallel(FaultyMlp().cuda())
-    manager = AdvancedMixedPrecisionManager(MixedPrecisionConfig(), loss_fn=mse_loss)
+    config = MixedPrecisionConfig(monitor_modules=True, monitoring_interval=1)
+    manager = AdvancedMixedPrecisionManager(config, loss_fn=mse_loss)
     epoch = manager.train_epoch(vectors(8), model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert epoch["applied_steps"] > 0
+    assert "normalise" in manager.trainer.session.module_metrics()["module_activation_amax"]
 
 
 # ---- accelerate ---------------------------------------------------------------------------------------------
