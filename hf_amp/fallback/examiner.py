@@ -91,12 +91,14 @@ class Examiner:
     def _found(self, skip: SkippedStep) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
         poison = poison_in(skip.parameters, forwards, skip.optimizer_state)
-        if poison is not None:
+        if poison is not None and poison.is_shown:
             return poison
-        if skip.loss_finite and not self._looks_closer():
+        if poison is None and skip.loss_finite and not self._looks_closer():
             return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
         forwards = forwards if self.repeats_forwards else []
         found = diagnose(skip.loss_finite, forwards, self._runner.current, self._runner.name_of)
+        if poison is not None:
+            return found if found.cause is Cause.ACTIVATION else poison._replace(is_shown=True)
         return (self._without_scale(forwards) or found) if found.cause is Cause.SCALE else found
 
     def _agreed(self, found: Diagnosis) -> Diagnosis:

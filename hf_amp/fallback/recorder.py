@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.eager import eager
-from hf_amp.nested import tensors_in
+from hf_amp.nested import in_own_containers, tensors_in
 from hf_amp.random_state import RandomState
 
 KEPT_FORWARDS = 64
@@ -70,6 +70,8 @@ class ForwardRecorder:
         if step not in self._kept:
             self._kept = {old: calls for old, calls in self._kept.items() if step - KEPT_STEPS < old < step}
             self._kept[step] = deque(maxlen=KEPT_FORWARDS)
+        # A model may add its outputs to its batch: they are no data, and would be kept alive.
+        arguments, options = in_own_containers((arguments, options))
         tensors = _tensors(arguments, options)
         kept = _Kept(model, arguments, options, _versions(tensors), _random_state(tensors))
         self._kept[step].append(kept)
