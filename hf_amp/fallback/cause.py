@@ -71,16 +71,19 @@ def poison_in(
         bad = _bad_input(forward) if forward.is_intact else None
         if bad is None:
             continue
-        described, is_computed = bad
-        if is_computed:
+        described, x = bad
+        if x.grad_fn is not None:
             return Diagnosis(
                 Cause.UNKNOWN,
                 f"a forward pass was given what {described}, which this step had computed before: look at what computes it.",
                 is_shown=False,
             )
+        cure = "; no precision can cure that. Mend"
+        if x.dtype == torch.float16:
+            cure = ", in FP16. Where a frozen model computes that in FP16, run it in FP32 or BF16; otherwise mend"
         return Diagnosis(
             Cause.INPUT,
-            f"the batch {described}; no precision can cure that. Mend the data, or drop such batches.",
+            f"the batch {described}{cure} the data, or drop such batches.",
             is_shown=all(earlier.model is forward.model for earlier in forwards[:index]),
         )
     return None
@@ -207,8 +210,8 @@ def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:
     return list(tensors_in({**positional, **forward.options}))
 
 
-def _bad_input(forward: RecordedForward) -> tuple[str, bool] | None:
-    """What is wrong with the first bad tensor of the batch, and whether autograd made that tensor. One host read."""
+def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
+    """What is wrong with the first bad tensor of the batch, and that tensor. One host read."""
     inputs = {name: x for name, x in _named_inputs(forward) if x.is_floating_point()}
     if not inputs:
         return None
@@ -221,5 +224,5 @@ def _bad_input(forward: RecordedForward) -> tuple[str, bool] | None:
     for key, flag in snapshot.read(flags).items():
         if flag:
             kind, name = key.split(" ", 1)
-            return f"holds {kind} in {name}", inputs[name].grad_fn is not None
+            return f"holds {kind} in {name}", inputs[name]
     return None

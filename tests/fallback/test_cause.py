@@ -371,6 +371,19 @@ def test_values_from_outside_of_the_models_are_not_taken_for_data() -> None:
     assert loop.session.plan.default is PrecisionMode.FP32
 
 
+def test_what_comes_in_fp16_may_come_from_a_frozen_model() -> None:
+    """INPUT does not say that no precision helps, where a VAE or text encoder in FP16 may have made the values."""
+    loop = Loop(Regression(), "fp16")
+    frozen = nn.Linear(8, 8).half().requires_grad_(False)
+    frozen.weight.fill_(60000)
+    loop.step({"x": frozen(X.half() + 1)}, loss_of=lambda logits: logits.square().mean())
+    assert loop.skips[0].cause is Cause.INPUT
+    assert (
+        "holds inf in x, in FP16. Where a frozen model computes that in FP16, run it in"
+        in loop.skips[0].message
+    )
+
+
 class Thinned(nn.Module):
     """Sums what dropout leaves, which is beyond 65504 about every other time."""
 
