@@ -216,7 +216,7 @@ class AfterStep:
     def _named_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
         names = {p: name for name, p in self._keeper.runner.named_parameters()}
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        return [(names.get(p, f"parameter {index}"), p) for index, p in enumerate(held)]
+        return [(names.get(p, f"parameter {index} of the optimizer"), p) for index, p in enumerate(held)]
 
 
 def _gradient_elements(optimizer: torch.optim.Optimizer) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -60,6 +60,7 @@ class ForwardRecorder:
     def __init__(self, step: Callable[[], int]) -> None:
         self._step = step
         self._kept: dict[int, deque[_Kept]] = {}
+        self._overfull: set[int] = set()
         self._norms: dict[weakref.ref[nn.Module], list[weakref.ref[nn.Module]]] = {}
         self._gathered: dict[int, dict[weakref.ref[nn.Module], RunningStatistics]] = {}
 
@@ -99,7 +100,10 @@ class ForwardRecorder:
     ) -> None:
         if step not in self._kept:
             self._kept = _with_room_for(step, self._kept)
+            self._overfull &= self._kept.keys()
             self._kept[step] = deque(maxlen=KEPT_FORWARDS)
+        if len(self._kept[step]) == KEPT_FORWARDS:
+            self._overfull.add(step)
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
         arguments, options = in_own_containers((arguments, options))
         tensors = _tensors(arguments, options)
@@ -111,9 +115,6 @@ class ForwardRecorder:
 
         Where a step had none of its own, as the second of two optimizers, those of the step before.
         """
-        steps = [kept for kept in self._kept if kept <= step]
-        if not steps:
-            return []
         return [
             RecordedForward(
                 model,
@@ -122,27 +123,35 @@ class ForwardRecorder:
                 is_intact=kept.versions == _versions(_tensors(kept.arguments, kept.options)),
                 random_state=kept.random_state,
             )
-            for kept in self._kept[max(steps)]
+            for kept in self._kept.get(_newest(self._kept, step), ())
             if (model := kept.model()) is not None
         ]
+
+    def has_let_go(self, step: int) -> bool:
+        """Whether there were more forward passes behind optimizer step `step` than are kept."""
+        return _newest(self._kept, step) in self._overfull
 
     def put_back_statistics(self, step: int) -> list[nn.Module]:
         """Puts back running statistics that are not finite after optimizer step `step`, and were before it.
 
         Returns the modules that had them. One host read for each model that has any.
         """
-        gathered = self._gathered.get(
-            max((known for known in self._gathered if known <= step), default=step), {}
-        )
+        gathered = self._gathered.get(_newest(self._gathered, step), {})
         return [norm for statistics in gathered.values() for norm in statistics.put_back()]
 
     def forget(self) -> None:
         """Lets go of everything."""
         self._kept.clear()
+        self._overfull.clear()
         self._gathered.clear()
 
 
 _T = TypeVar("_T")
+
+
+def _newest(by_step: Iterable[int], step: int) -> int:
+    """The newest of the steps up to `step`; one that there never is where there is none."""
+    return max((known for known in by_step if known <= step), default=-1)
 
 
 def _with_room_for(step: int, by_step: dict[int, _T]) -> dict[int, _T]:

@@ -384,6 +384,27 @@ def test_what_comes_in_fp16_may_come_from_a_frozen_model() -> None:
     )
 
 
+@EVERY_PRECISION
+def test_a_bad_parameter_of_a_loss_is_told_by_its_place(precision: str) -> None:
+    """WEIGHTS, where the loss is a module with parameters of its own, which no prepared model has."""
+    loop = Loop(Regression(), precision)
+    weight = nn.Parameter(torch.full((8,), torch.nan))
+    loop.optimizer.add_param_group({"params": [weight]})
+    loop.step({"x": X}, loss_of=lambda logits: (logits * weight).sum())
+    assert loop.skips[0].cause is Cause.WEIGHTS
+    assert "parameter 4 of the optimizer among them" in loop.skips[0].message
+
+
+def test_an_overflow_in_a_forward_pass_that_is_no_longer_kept() -> None:
+    """UNKNOWN, not a fault of the loss, where a window has more forward passes than are kept; a second one is a pattern."""
+    loop = Loop(Regression(), "fp16", init_scale=1.0)
+    for _ in range(3):
+        loop.step({"x": X * 1e5}, *[{"x": X}] * 64, loss_of=lambda logits: logits.square().mean())
+    assert [skip.cause for skip in loop.skips] == [Cause.UNKNOWN, Cause.UNKNOWN]
+    assert "the newest 64 forward passes of the step are sound" in loop.skips[0].message
+    assert loop.session.plan.default is PrecisionMode.FP32
+
+
 class Thinned(nn.Module):
     """Sums what dropout leaves, which is beyond 65504 about every other time."""
 
