@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.events import AmpEvent, Cause, EventKind
-from hf_amp.fallback.cause import Diagnosis
+from hf_amp.fallback.cause import MENTIONED, Diagnosis
 from hf_amp.fallback.examiner import SkippedStep
 from hf_amp.fallback.plan_keeper import PlanKeeper
 from hf_amp.fallback.transition import Transition
@@ -142,6 +142,7 @@ class AfterStep:
 
     def _record_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         next_scale = self._scaler.get_scale()
+        norms = self._keeper.put_back_statistics(outcome.attempt)
         diagnosis = self._diagnose(outcome, next_scale, optimizer)
         self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
         self._journal.record(
@@ -161,6 +162,7 @@ class AfterStep:
                 },
             )
         )
+        self._tell_of_statistics(norms)
         self._tell_of_floor(outcome, next_scale)
         fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
         self.follow(self._keeper.note_skipped(diagnosis, fraction), diagnosis.cause, outcome.scale)
@@ -181,6 +183,20 @@ class AfterStep:
         skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, next_scale, parameters, state)
         return self._keeper.examiner.examine(skip, agree=self._scaler.ranks_agree)
 
+    def _tell_of_statistics(self, norms: tuple[str, ...]) -> None:
+        if not norms:
+            return
+        more = f" and {len(norms) - MENTIONED} more" if len(norms) > MENTIONED else ""
+        self._journal.record(
+            AmpEvent(
+                step=self._journal.newest_step,
+                kind=EventKind.STATISTICS_PUT_BACK,
+                modules=norms,
+                message=f"the running statistics of {', '.join(norms[:MENTIONED])}{more} were not finite after the skipped "
+                "step: they are again what they were before it.",
+            )
+        )
+
     def _tell_of_floor(self, outcome: StepOutcome, next_scale: float) -> None:
         if not outcome.loss_finite or outcome.scale > self._min_scale or self._at_floor:
             return
@@ -200,7 +216,7 @@ class AfterStep:
     def _named_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
         names = {p: name for name, p in self._keeper.runner.named_parameters()}
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        return [(names.get(p, f"parameter {index}"), p) for index, p in enumerate(held)]
+        return [(names.get(p, f"parameter {index} of the optimizer"), p) for index, p in enumerate(held)]
 
 
 def _gradient_elements(optimizer: torch.optim.Optimizer) -> int:

@@ -30,6 +30,8 @@ class EventKind(str, enum.Enum):
     ATTACHED = "attached"
     DETACHED = "detached"
     STEP_SKIPPED = "step_skipped"
+    STATISTICS_PUT_BACK = "statistics_put_back"
+    """Running statistics of batch norms, which a skipped step had made non-finite, are what they were before it."""
     SCALE_AT_FLOOR = "scale_at_floor"
     PRECISION_CHANGED = "precision_changed"
     HALF_PARAMETERS = "half_parameters"
@@ -62,6 +64,7 @@ _AS_EXPECTED = (
     EventKind.DETACHED,
     EventKind.MASTER_WEIGHTS_KEPT,
     EventKind.METRICS,
+    EventKind.STATISTICS_PUT_BACK,
     EventKind.TRAINING_STARTED,
     EventKind.TRAINING_ENDED,
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -57,6 +59,23 @@ def replace_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
         for name, item in changed.items():
             setattr(value, name, item)
     return value
+
+
+def in_own_containers(value: Any) -> Any:
+    """`value` in tuples, lists and mappings of its own, which what others add to theirs does not reach.
+
+    Tensors, dataclasses, and objects of which nothing is known, are shared.
+    """
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(in_own_containers, value))
+    if type(value) in (list, tuple):
+        return type(value)(map(in_own_containers, value))
+    if not isinstance(value, (dict, UserDict)):
+        return value
+    own = copy.copy(value)
+    for key, item in value.items():
+        own[key] = in_own_containers(item)
+    return own
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:

@@ -7,8 +7,8 @@ import pytest
 from hf_amp import AmpEvent, Cause, EventKind
 
 AS_EXPECTED = {
-    EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.METRICS, EventKind.TRAINING_STARTED,
-    EventKind.TRAINING_ENDED,
+    EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.METRICS, EventKind.STATISTICS_PUT_BACK,
+    EventKind.TRAINING_STARTED, EventKind.TRAINING_ENDED,
 }  # fmt: skip
 
 

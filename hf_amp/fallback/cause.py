@@ -33,7 +33,7 @@ class Diagnosis(NamedTuple):
         cause: the cause.
         message: a sentence that says what to do.
         modules: qualified names of the modules to blame.
-        is_shown: whether it was seen; otherwise it is what remains when nothing is, which another rank may have seen.
+        is_shown: whether it was seen; otherwise it is what remains when nothing else is, which another rank may have seen.
     """
 
     cause: Cause
@@ -49,7 +49,8 @@ def poison_in(
 ) -> Diagnosis | None:
     """What was not finite before a step whose gradients were not: the parameters, or the batch. None where neither.
 
-    A finite loss does not rule that out: functions that saturate hide it. Costs a read of both.
+    A finite loss does not rule that out: functions that saturate hide it. Costs a read of both. It is not shown where
+    another forward pass may have made what this one was given, as a generator does for its discriminator.
 
     Args:
         parameters: (qualified name, parameter) of what the optimizer holds.
@@ -66,13 +67,25 @@ def poison_in(
             f"{len(poisoned)} parameters already hold non-finite values, {poisoned[0]} among them{also}; no step can "
             "mend that. Go back to the last good checkpoint.",
         )
-    for forward in forwards:
-        described = _describe_input(forward) if forward.is_intact else None
-        if described:
+    for index, forward in enumerate(forwards):
+        bad = _bad_input(forward) if forward.is_intact else None
+        if bad is None:
+            continue
+        described, x = bad
+        if x.grad_fn is not None:
             return Diagnosis(
-                Cause.INPUT,
-                f"the batch {described}; no precision can cure that. Mend the data, or drop such batches.",
+                Cause.UNKNOWN,
+                f"a forward pass was given what {described}, which this step had computed before: look at what computes it.",
+                is_shown=False,
             )
+        cure = "; no precision can cure that. Mend"
+        if x.dtype == torch.float16:
+            cure = ", in FP16. Where a frozen model computes that in FP16, run it in FP32 or BF16; otherwise mend"
+        return Diagnosis(
+            Cause.INPUT,
+            f"the batch {described}{cure} the data, or drop such batches.",
+            is_shown=all(earlier.model is forward.model for earlier in forwards[:index]),
+        )
     return None
 
 
@@ -197,13 +210,13 @@ def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:
     return list(tensors_in({**positional, **forward.options}))
 
 
-def _describe_input(forward: RecordedForward) -> str | None:
-    """What is wrong with the first bad tensor of the batch, or None. One host read."""
-    inputs = [(name, x) for name, x in _named_inputs(forward) if x.is_floating_point()]
+def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
+    """What is wrong with the first bad tensor of the batch, and that tensor. One host read."""
+    inputs = {name: x for name, x in _named_inputs(forward) if x.is_floating_point()}
     if not inputs:
         return None
     flags: dict[str, Tensor] = {}
-    for name, x in inputs:
+    for name, x in inputs.items():
         flags[f"NaN {name}"] = x.isnan().any()
         # Additive attention masks hold -inf by design.
         masks = "mask" in name or "bias" in name
@@ -211,5 +224,5 @@ def _describe_input(forward: RecordedForward) -> str | None:
     for key, flag in snapshot.read(flags).items():
         if flag:
             kind, name = key.split(" ", 1)
-            return f"holds {kind} in {name}"
+            return f"holds {kind} in {name}", inputs[name]
     return None

@@ -12,12 +12,16 @@ from hf_amp.events import Cause
 from hf_amp.fallback.apply import PlanRunner
 from hf_amp.fallback.cause import SCALE_IS_CURING, Diagnosis, diagnose, joined, non_finite_names, poison_in
 from hf_amp.fallback.locate import parameters_overflowing_unscaled
-from hf_amp.fallback.recorder import ForwardRecorder, RecordedForward
+from hf_amp.fallback.recorder import KEPT_FORWARDS, ForwardRecorder, RecordedForward
 from hf_amp.statistics import agreement
 
 SCALE_SKIPS_BEFORE_A_LOOK = 3
 """Overflows in a row with a finite loss after which the step is looked at all the same: an infinite activation can hide
 behind a saturating function, and a derivative can be infinite by itself."""
+_NOT_KEPT = (
+    f"the newest {KEPT_FORWARDS} forward passes of the step are sound, and those before them are not kept. Look at this "
+    "step's batch and loss function, and for activations beyond 65504."
+)
 _GRAVITY = (
     (Cause.LOSS, False),
     (Cause.UNKNOWN, False),
@@ -91,12 +95,16 @@ class Examiner:
     def _found(self, skip: SkippedStep) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
         poison = poison_in(skip.parameters, forwards, skip.optimizer_state)
-        if poison is not None:
+        if poison is not None and poison.is_shown:
             return poison
-        if skip.loss_finite and not self._looks_closer():
+        if poison is None and skip.loss_finite and not self._looks_closer():
             return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
         forwards = forwards if self.repeats_forwards else []
         found = diagnose(skip.loss_finite, forwards, self._runner.current, self._runner.name_of)
+        if poison is not None:
+            return found if found.cause is Cause.ACTIVATION else poison._replace(is_shown=True)
+        if not found.is_shown and forwards and self._recorder.has_let_go(skip.step):
+            return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, is_shown=False)
         return (self._without_scale(forwards) or found) if found.cause is Cause.SCALE else found
 
     def _agreed(self, found: Diagnosis) -> Diagnosis:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.forward_context import to_float32
-from hf_amp.nested import tensors_in
+from hf_amp.nested import in_own_containers, tensors_in
 from hf_amp.precision import PrecisionMode
 from hf_amp.random_state import RandomState, devices_of
 from hf_amp.statistics import agreement, snapshot
@@ -56,9 +56,11 @@ def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindin
     """
     watch = _Watch(current)
     names = {module: name for name, module in forward.model.named_modules()}
-    handles = [
-        module.register_forward_hook(watch.look_at(name), with_kwargs=True) for module, name in names.items()
-    ]
+    handles = []
+    for module, name in names.items():
+        before, after = watch.look_at(name)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         with _nothing_changes(forward.model), current():
             _, watch.findings.draws = _repeat(forward)
@@ -113,10 +115,15 @@ class _Watch:
         self._repeats = False
         self._suspect: _Suspect | None = None
 
-    def look_at(self, name: str) -> Callable[..., Any]:
-        """A forward hook for the module of that name."""
+    def look_at(self, name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
+        """Forward hooks for the module of that name, one before and one after it has run."""
+        called_with: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def hook(module: nn.Module, arguments: tuple[Any, ...], options: Any, output: Any) -> Any:
+        def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            called_with.append(in_own_containers((arguments, options)))
+
+        def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
+            arguments, options = called_with.pop()  # what it was given may hold its output by now
             if self._repeats or self.findings.unsound is not None:
                 return None
             if name == "":
@@ -129,7 +136,7 @@ class _Watch:
                 self.findings.unsound, self.findings.only_loss = self._suspect.name, self._suspect.only_loss
             return cured
 
-        return hook
+        return before, after
 
     def _cured(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
         """The output in FP32 where that is finite; None otherwise."""

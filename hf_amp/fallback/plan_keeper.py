@@ -114,6 +114,11 @@ class PlanKeeper:
                 return self._continue_trial(self._trial)
         return self._decide(facts)
 
+    def put_back_statistics(self, step: int) -> tuple[str, ...]:
+        """Puts back running statistics that skipped step `step` has made non-finite; names of the modules that had them."""
+        norms = set(self.recorder.put_back_statistics(step))
+        return tuple(name for name, module in self.runner.named_modules() if module in norms) if norms else ()
+
     def _continue_trial(self, trial: SpeedTrial) -> Transition | None:
         """Enters the next candidate, or the fastest when all are through."""
         before, running = self.plan, trial.running

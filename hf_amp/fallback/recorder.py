@@ -1,17 +1,19 @@
-"""Keeps hold of the batches of the newest step, so that a step that went wrong can be looked at again."""
+"""Keeps hold of the batches of the newest step, so that a step that went wrong can be looked at again, and of what running
+statistics were before it, so that they can be put back."""
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_amp.eager import eager
-from hf_amp.nested import tensors_in
+from hf_amp.fallback.running_statistics import RunningStatistics, norms_of
+from hf_amp.nested import in_own_containers, tensors_in
 from hf_amp.random_state import RandomState
 
 KEPT_FORWARDS = 64
@@ -49,6 +51,8 @@ class _Kept(NamedTuple):
 class ForwardRecorder:
     """Notes what models are called with while gradients are on: one forward hook on each outermost module.
 
+    Before the first call of a training model in a step it copies the model's running statistics, if it has any.
+
     Args:
         step: gives the number of the optimizer step that forward passes now belong to.
     """
@@ -56,20 +60,52 @@ class ForwardRecorder:
     def __init__(self, step: Callable[[], int]) -> None:
         self._step = step
         self._kept: dict[int, deque[_Kept]] = {}
+        self._overfull: set[int] = set()
+        self._norms: dict[weakref.ref[nn.Module], list[weakref.ref[nn.Module]]] = {}
+        self._gathered: dict[int, dict[weakref.ref[nn.Module], RunningStatistics]] = {}
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
-        note = _Note(self._keep, weakref.ref(model))
+        reference = weakref.ref(model)
+        if norms := norms_of(model):
+            self._norms[reference] = norms
+        note = _Note(self._note, reference)
         handle = entry_point.register_forward_pre_hook(note, with_kwargs=True)
         return handle.remove
 
-    def _keep(
+    def _note(
         self, model: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         step = self._step()
+        if model in self._norms:
+            self._gather(step, model)
+        if torch.is_grad_enabled():
+            self._keep(step, model, arguments, options)
+
+    def _gather(self, step: int, reference: weakref.ref[nn.Module]) -> None:
+        model = reference()
+        if model is None or not model.training or reference in self._gathered.get(step, {}):
+            return
+        if step not in self._gathered:
+            self._gathered = _with_room_for(step, self._gathered)
+            self._gathered[step] = {}
+        self._gathered[step][reference] = RunningStatistics(self._norms[reference])
+
+    def _keep(
+        self,
+        step: int,
+        model: weakref.ref[nn.Module],
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> None:
         if step not in self._kept:
-            self._kept = {old: calls for old, calls in self._kept.items() if step - KEPT_STEPS < old < step}
+            self._kept = _with_room_for(step, self._kept)
+            self._overfull &= self._kept.keys()
             self._kept[step] = deque(maxlen=KEPT_FORWARDS)
+        if len(self._kept[step]) == KEPT_FORWARDS:
+            self._overfull.add(step)
+        # A model may add its outputs to its batch: they are no data, and would be kept alive.
+        arguments, options = in_own_containers((arguments, options))
         tensors = _tensors(arguments, options)
         kept = _Kept(model, arguments, options, _versions(tensors), _random_state(tensors))
         self._kept[step].append(kept)
@@ -79,9 +115,6 @@ class ForwardRecorder:
 
         Where a step had none of its own, as the second of two optimizers, those of the step before.
         """
-        steps = [kept for kept in self._kept if kept <= step]
-        if not steps:
-            return []
         return [
             RecordedForward(
                 model,
@@ -90,13 +123,40 @@ class ForwardRecorder:
                 is_intact=kept.versions == _versions(_tensors(kept.arguments, kept.options)),
                 random_state=kept.random_state,
             )
-            for kept in self._kept[max(steps)]
+            for kept in self._kept.get(_newest(self._kept, step), ())
             if (model := kept.model()) is not None
         ]
+
+    def has_let_go(self, step: int) -> bool:
+        """Whether there were more forward passes behind optimizer step `step` than are kept."""
+        return _newest(self._kept, step) in self._overfull
+
+    def put_back_statistics(self, step: int) -> list[nn.Module]:
+        """Puts back running statistics that are not finite after optimizer step `step`, and were before it.
+
+        Returns the modules that had them. One host read for each model that has any.
+        """
+        gathered = self._gathered.get(_newest(self._gathered, step), {})
+        return [norm for statistics in gathered.values() for norm in statistics.put_back()]
 
     def forget(self) -> None:
         """Lets go of everything."""
         self._kept.clear()
+        self._overfull.clear()
+        self._gathered.clear()
+
+
+_T = TypeVar("_T")
+
+
+def _newest(by_step: Iterable[int], step: int) -> int:
+    """The newest of the steps up to `step`; one that there never is where there is none."""
+    return max((known for known in by_step if known <= step), default=-1)
+
+
+def _with_room_for(step: int, by_step: dict[int, _T]) -> dict[int, _T]:
+    """The entries that are kept beside one for `step`."""
+    return {old: entry for old, entry in by_step.items() if step - KEPT_STEPS < old < step}
 
 
 def _tensors(arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
@@ -119,14 +179,13 @@ def _random_state(batch: list[Tensor]) -> RandomState | None:
 class _Note:
     """The hook that notes the calls of one model. Copies of the model, such as an EMA, carry one that notes nothing."""
 
-    def __init__(self, keep: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
-        self._keep = keep
+    def __init__(self, note: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
+        self._note = note
         self._model = model
 
     @eager
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            self._keep(self._model, arguments, options)
+        self._note(self._model, arguments, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _note_nothing, ()

@@ -311,6 +311,100 @@ def test_a_loss_made_from_the_models_own_loss(precision: str, dropout: float) ->
     assert "loss function" in loop.skips[0].message
 
 
+class Pair:
+    """Two models with an optimizer each, of which the second is given what the first has made, as in a GAN."""
+
+    def __init__(self, by: float) -> None:
+        torch.manual_seed(0)
+        first, second = (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+        with torch.no_grad():
+            for factor, layer in ((by, first[0]), (1 / by, first[2])):
+                layer.weight.mul_(factor)
+                layer.bias.mul_(factor if layer is first[0] else 1)
+        self.accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+        self.session = hf_amp.attach(self.accelerator)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=1e-9) for model in (first, second)]
+        self.models = self.accelerator.prepare(first, second)
+        self.optimizers = self.accelerator.prepare(*optimizers)
+
+    def step(self, x: Tensor, real: Tensor, detached: bool) -> None:
+        first, second = self.models
+        made = first(x)
+        loss = second(real).square().mean() + second(made.detach() if detached else made).square().mean()
+        self.accelerator.backward(loss)
+        optimizer = self.optimizers[int(detached)]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_what_one_model_makes_for_another_is_not_taken_for_data(detached: bool) -> None:
+    """The layers of the first that overflow are named and widened, and the next step is applied."""
+    pair = Pair(by=2.0**21)
+    for _ in range(2):
+        pair.step(X, X, detached)
+    (skip,) = [event for event in pair.session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert (skip.cause, skip.modules) == (Cause.ACTIVATION, ("0", "2"))
+
+
+def test_bad_data_for_the_second_of_two_models_is_bad_data() -> None:
+    """INPUT, although the first has run before, and soundly."""
+    pair = Pair(by=1.0)
+    pair.step(X, X * torch.nan, detached=True)
+    (skip,) = [event for event in pair.session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert skip.cause is Cause.INPUT
+    assert "the batch holds NaN in input" in skip.message
+
+
+def test_values_from_outside_of_the_models_are_not_taken_for_data() -> None:
+    """UNKNOWN says that the step had computed them: by a layer that is not prepared, under the accelerator's autocast."""
+    loop = Loop(Regression(), "fp16", init_scale=1.0)
+    outside = nn.Linear(8, 8)
+    with torch.no_grad():
+        outside.weight.mul_(1e7)
+    for _ in range(3):
+        with loop.accelerator.autocast():
+            x = outside(X)
+        loop.step({"x": x * 1e-9}, loss_of=lambda logits: logits.square().mean())
+    assert [skip.cause for skip in loop.skips] == [Cause.UNKNOWN, Cause.UNKNOWN]
+    assert "in x, which this step had computed before" in loop.skips[0].message
+    assert loop.session.plan.default is PrecisionMode.FP32
+
+
+def test_what_comes_in_fp16_may_come_from_a_frozen_model() -> None:
+    """INPUT does not say that no precision helps, where a VAE or text encoder in FP16 may have made the values."""
+    loop = Loop(Regression(), "fp16")
+    frozen = nn.Linear(8, 8).half().requires_grad_(False)
+    frozen.weight.fill_(60000)
+    loop.step({"x": frozen(X.half() + 1)}, loss_of=lambda logits: logits.square().mean())
+    assert loop.skips[0].cause is Cause.INPUT
+    assert (
+        "holds inf in x, in FP16. Where a frozen model computes that in FP16, run it in"
+        in loop.skips[0].message
+    )
+
+
+@EVERY_PRECISION
+def test_a_bad_parameter_of_a_loss_is_told_by_its_place(precision: str) -> None:
+    """WEIGHTS, where the loss is a module with parameters of its own, which no prepared model has."""
+    loop = Loop(Regression(), precision)
+    weight = nn.Parameter(torch.full((8,), torch.nan))
+    loop.optimizer.add_param_group({"params": [weight]})
+    loop.step({"x": X}, loss_of=lambda logits: (logits * weight).sum())
+    assert loop.skips[0].cause is Cause.WEIGHTS
+    assert "parameter 4 of the optimizer among them" in loop.skips[0].message
+
+
+def test_an_overflow_in_a_forward_pass_that_is_no_longer_kept() -> None:
+    """UNKNOWN, not a fault of the loss, where a window has more forward passes than are kept; a second one is a pattern."""
+    loop = Loop(Regression(), "fp16", init_scale=1.0)
+    for _ in range(3):
+        loop.step({"x": X * 1e5}, *[{"x": X}] * 64, loss_of=lambda logits: logits.square().mean())
+    assert [skip.cause for skip in loop.skips] == [Cause.UNKNOWN, Cause.UNKNOWN]
+    assert "the newest 64 forward passes of the step are sound" in loop.skips[0].message
+    assert loop.session.plan.default is PrecisionMode.FP32
+
+
 class Thinned(nn.Module):
     """Sums what dropout leaves, which is beyond 65504 about every other time."""
 

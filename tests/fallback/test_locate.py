@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import BatchEncoding, DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.utils import ModelOutput
 
 import hf_amp
@@ -388,6 +390,44 @@ def test_a_batch_that_the_model_wrote_into_is_not_looked_at() -> None:
     session = session_on(model)
     assert failed_step(session, model, X.clone()) == (Cause.UNKNOWN, ())
     assert "written into" in next(e.message for e in session.events if e.cause)
+
+
+class AddsToItsBatch(nn.Module):
+    """Puts its output into the mapping that it was given, as the modules of sentence-transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8))
+
+    def forward(self, batch: Any) -> Any:
+        batch.update(x=batch["x"] @ self.weight / 1e4)
+        return batch
+
+
+class Unpacks(nn.Module):
+    """The output alone."""
+
+    def forward(self, batch: Any) -> Tensor:
+        return batch["x"]
+
+
+@pytest.mark.parametrize("mapping", [dict, OrderedDict, BatchEncoding])
+def test_a_batch_that_the_model_adds_its_outputs_to_is_repeated_as_it_came(
+    mapping: Callable[[Any], Any],
+) -> None:
+    """The module that overflows is named, and nobody else: neither the batch, nor a module for what it has added."""
+    model = nn.Sequential(AddsToItsBatch(), AddsToItsBatch(), Unpacks())
+    enlarge(model[0])
+    assert failed_step(session_on(model), model, mapping({"x": X})) == (Cause.ACTIVATION, ("0",))
+
+
+def test_what_a_model_adds_to_its_batch_is_not_kept_alive() -> None:
+    """The recorder keeps what came in: outputs, and what autograd saved for them, go when the caller lets go of them."""
+    model = AddsToItsBatch()
+    session = session_on(model)
+    output = weakref.ref(model({"x": X})["x"])
+    assert output() is None
+    assert session.plan.default is PrecisionMode.MIXED
 
 
 @pytest.fixture
