@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.eager import eager
-from hf_amp.fallback.running_statistics import RunningStatistics, norms_of
+from hf_amp.fallback.batch_norm_statistics import BatchNormStatistics, norms_of
 from hf_amp.nested import in_own_containers, tensors_in
 from hf_amp.random_state import RandomState
 
@@ -62,7 +62,7 @@ class ForwardRecorder:
         self._kept: dict[int, deque[_Kept]] = {}
         self._overfull: set[int] = set()
         self._norms: dict[weakref.ref[nn.Module], list[weakref.ref[nn.Module]]] = {}
-        self._gathered: dict[int, dict[weakref.ref[nn.Module], RunningStatistics]] = {}
+        self._gathered: dict[int, dict[weakref.ref[nn.Module], BatchNormStatistics]] = {}
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
@@ -89,7 +89,7 @@ class ForwardRecorder:
         if step not in self._gathered:
             self._gathered = _with_room_for(step, self._gathered)
             self._gathered[step] = {}
-        self._gathered[step][reference] = RunningStatistics(self._norms[reference])
+        self._gathered[step][reference] = BatchNormStatistics(self._norms[reference])
 
     def _keep(
         self,

@@ -18,7 +18,7 @@ def norms_of(model: nn.Module) -> list[weakref.ref[nn.Module]]:
     return [weakref.ref(module) for module in model.modules() if next(_gathered_by(module), None) is not None]
 
 
-class RunningStatistics:
+class BatchNormStatistics:
     """What the norms of one model had gathered at one moment.
 
     A forward pass moves them before anybody knows whether its step will be applied. One NaN would stay in them for ever,
