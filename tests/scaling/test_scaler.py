@@ -482,6 +482,44 @@ def test_gradients_of_zero_are_noticed(mode: str, factor: float) -> None:
     assert scaler.last_outcome.zero_gradients is False
 
 
+@pytest.mark.parametrize("again", [True, False], ids=["called again", "next backward"])
+@pytest.mark.parametrize("clipped", [True, False], ids=["folded clip", "not clipped"])
+@pytest.mark.parametrize("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_an_optimizer_that_raises_has_had_no_step(fused, strategy, clipped, again) -> None:
+    """As without memory for its state: the same gradients can be applied after all, or the next ones, each divided once."""
+    models, scaler = [tiny_mlp(), tiny_mlp()], scaler_with(init_scale=256.0, scaling_strategy=strategy)
+    optimizer, expected = (adamw(model, fused) for model in models)
+    x = torch.ones(2, 4)
+
+    def backward(factor: float) -> None:
+        optimizer.zero_grad()
+        scaler.scale(factor * models[0](x).sum()).backward()
+        if clipped:
+            scaler.clip_grad_norm_(optimizer, 0.5)
+
+    def raise_once(*_: object) -> None:
+        failing.remove()
+        raise torch.OutOfMemoryError
+
+    failing = optimizer.register_step_pre_hook(raise_once)
+    backward(1.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        scaler.step(optimizer)
+    if not again:
+        backward(2.0)
+    scaler.step(optimizer)
+    scaler.update()
+    scaler.flush()
+    assert (scaler.decided_steps, scaler.applied_steps, scaler.skipped_steps) == (1, 1, 0)
+    ((1.0 if again else 2.0) * models[1](x).sum()).backward()
+    if clipped:
+        nn.utils.clip_grad_norm_(models[1].parameters(), 0.5)
+    expected.step()
+    for found, wanted in zip(snapshot(models[0], optimizer), snapshot(models[1], expected), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
+
+
 def test_an_abandoned_step_leaves_nothing_behind() -> None:
     """Losses noted and gradients unscaled before an exception do not count for the next step."""
     scaler = AdvancedGradScaler(MixedPrecisionConfig(init_scale=4.0), "cpu")
