@@ -250,6 +250,14 @@ def test_what_the_stock_class_takes_first_is_a_clear_error(config: object) -> No
     assert "the device is the second argument" in str(raised.value)
 
 
+def test_a_scale_may_be_set_before_the_first_step() -> None:
+    """The first backward uses it; without hf_amp's scaling there is none to set."""
+    for options, expected in (({}, 8.0), ({"precision_mode": "BF16"}, 1.0), ({"enabled": False}, 1.0)):
+        scaler = scaler_with(**options)
+        scaler.set_scale(8.0)
+        assert (scaler.get_scale(), scaler.scale(torch.ones(())).item()) == (expected, expected)
+
+
 def test_a_scale_that_is_not_a_number_is_not_taken() -> None:
     """`update(tensor)` reads no host, so NaN raises nothing: the scale stays. A guard keeps its 1 whatever it is given."""
     scaler, guard = scaler_with(init_scale=64.0), scaler_with(precision_mode="BF16")
