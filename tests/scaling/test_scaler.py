@@ -186,6 +186,25 @@ def test_sparse_duplicates_that_overflow_only_in_sum_are_seen() -> None:
     assert parameter.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("sync", [True, False], ids=["ranks agree", "alone"])
+@pytest.mark.parametrize("mode", ["MIXED", "BF16"])
+def test_complex_parameters_are_those_of_the_plain_loop(mode: str, sync: bool) -> None:
+    """The stock class cannot unscale them; ours can, conjugate views too, and skips what is not finite."""
+    scaler = scaler_with(precision_mode=mode, sync_grad_scaler=sync, init_scale=256.0)
+    weights = [nn.Parameter(torch.tensor([1 + 2j, 3 - 1j])) for _ in range(2)]
+    optimizer, plain = (torch.optim.SGD([weight], lr=0.1) for weight in weights)
+    for factor in (1.0, 2.0, math.nan):
+        ours, theirs = (
+            factor * (weight.conj() * torch.tensor([1j, 2 + 1j])).real.sum() for weight in weights
+        )
+        plain.zero_grad()
+        one_step(scaler, ours, optimizer)
+        theirs.backward()
+        _ = plain.step() if math.isfinite(factor) else None
+    assert torch.equal(*weights)
+    assert (scaler.applied_steps, scaler.skipped_steps, scaler.last_outcome.nan_elements) == (2, 1, 4)
+
+
 def test_outcome_tells_norm_and_amax_before_clipping() -> None:
     """The outcome's norm and amax are those of the unscaled gradients, whether or not they were clipped after."""
     model, scaler = tiny_mlp(), scaler_with()
