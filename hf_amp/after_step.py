@@ -143,6 +143,10 @@ class AfterStep:
     def _record_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         next_scale = self._scaler.get_scale()
         diagnosis = self._diagnose(outcome, next_scale, optimizer)
+        fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
+        transition = self._keeper.note_skipped(diagnosis, fraction)
+        if transition is not None:
+            next_scale = outcome.scale  # which `follow` puts back
         self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
         self._journal.record(
             AmpEvent(
@@ -162,8 +166,7 @@ class AfterStep:
             )
         )
         self._tell_of_floor(outcome, next_scale)
-        fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
-        self.follow(self._keeper.note_skipped(diagnosis, fraction), diagnosis.cause, outcome.scale)
+        self.follow(transition, diagnosis.cause, outcome.scale)
         self._journal.tell(self.hope.record_skipped(diagnosis.cause))
 
     def _diagnose(
