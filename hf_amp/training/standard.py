@@ -174,6 +174,7 @@ class StandardMixedPrecisionTrainer:
             trained.optimizer.zero_grad(set_to_none=True)
             self.scaler.abandon_step()
             self.performance_tracker.drop_step()
+            self.memory.again()
             raise
         self.precision_monitor.update_metrics(self.scaler, loss, self.scaler.decided_steps)
         if steps:

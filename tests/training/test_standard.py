@@ -290,6 +290,7 @@ def test_an_exception_in_user_code_leaves_all_clean(failing):
             trainers[1].train_step(batch, models[1], optimizers[1])
     left = [list(model.parameters()) for model in models]
     assert trainers[0].scaler.applied_steps == trainers[1].scaler.applied_steps
+    assert trainers[0].memory.estimate == trainers[1].memory.estimate
     assert_bitwise_equal(*left)
 
 
