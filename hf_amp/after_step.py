@@ -175,12 +175,12 @@ class AfterStep:
         # A finite loss shows that the scale is to blame, but only where there is one.
         loss_finite = None if self._scaler.guards_only and outcome.loss_finite else outcome.loss_finite
         parameters = self._named_parameters(optimizer)
-        state = [
+        state = (
             (f"{key} of {name}", value)
             for name, parameter in parameters
             for key, value in optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
-        ]
+        )
         skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, next_scale, parameters, state)
         return self._keeper.examiner.examine(skip, agree=self._scaler.ranks_agree)
 
