@@ -84,6 +84,8 @@ class AdvancedGradScaler(StepKeeper):
         if not self._enabled:
             return outputs
         self._open.begin_backward(self._backward_scale, None if self._state is None else self._state.scale)
+        if self._losses.ended:
+            self._losses = SeenLosses()
         return map_losses(self._scale_one, outputs)
 
     def _scale_one(self, loss: Tensor) -> Tensor:
@@ -157,7 +159,8 @@ class AdvancedGradScaler(StepKeeper):
         refuse_closure(optimizer, args, kwargs)
         boundary = self._open.current(optimizer)
         if boundary is None:
-            boundary = self._examine(optimizer, self._treatment_for(optimizer))
+            treatment = Treatment.FOLD if is_fused(optimizer) else Treatment.DIVIDE
+            boundary = self._examine(optimizer, Treatment.CHECK if self.guards_only else treatment)
         elif boundary.stepped:
             raise ScalerError(
                 "step() was already called on this optimizer since the last update(): call update()."
@@ -213,8 +216,7 @@ class AdvancedGradScaler(StepKeeper):
         elif not self.guards_only and (fresh := self._open.unobserved()):
             self._state = self._policy.next_state(self._state, observation_of(list(fresh.values())))
         self._open.end_update()
-        if not self._open:
-            self._losses = SeenLosses()
+        self._losses.ended = not self._open
         self._deliver()
 
     def flush(self) -> None:
@@ -223,11 +225,6 @@ class AdvancedGradScaler(StepKeeper):
             pending = self._pending.popleft()
             self._count(pending.outcome(), pending.optimizer)
         self._deliver()
-
-    def _treatment_for(self, optimizer: torch.optim.Optimizer) -> Treatment:
-        if self.guards_only:
-            return Treatment.CHECK
-        return Treatment.FOLD if is_fused(optimizer) else Treatment.DIVIDE
 
     def _defers(self, optimizer: torch.optim.Optimizer) -> bool:
         return self.config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED and is_fused(optimizer)
@@ -257,7 +254,7 @@ class AdvancedGradScaler(StepKeeper):
     def _examine(
         self, optimizer: torch.optim.Optimizer, treatment: Treatment, norm: bool = False
     ) -> Boundary:
-        scale = self._scale_of_gradients(optimizer)
+        scale, seen = self._scale_of_gradients(optimizer), self._losses_behind(optimizer)
         self._application.ready_gradients(optimizer)
         monitors = self.config.enable_monitoring
         boundary = examine(
@@ -265,8 +262,8 @@ class AdvancedGradScaler(StepKeeper):
             backward=self._open.backwards,
             scale=scale,
             treatment=treatment,
-            losses=self._losses.number,
-            loss_non_finite=self._losses.non_finite,
+            losses=seen.untold(),
+            loss_non_finite=seen.non_finite,
             look=Look(
                 norm=norm or (monitors and not self.guards_only),
                 amax=self._policy.needs_amax or self._samples_now() or self._defers(optimizer),

@@ -67,7 +67,7 @@ def _outcome(
         scale=host["scale"],
         loss_finite=host["loss_non_finite"] == 0 if "loss_non_finite" in host else None,
         losses=boundary.losses,
-        non_finite_losses=int(host.get("loss_non_finite", 0)),
+        non_finite_losses=min(int(host.get("loss_non_finite", 0)), boundary.losses),
         zero_gradients=magnitude == 0 and boundary.has_gradients,
         grad_norm=finite("norm") if applied else None,
         grad_amax=finite("amax") if applied else None,

@@ -468,6 +468,26 @@ def test_losses_of_a_window_are_counted(mode: str) -> None:
     assert counts == [(4, 2), (2, 0)]
 
 
+@pytest.mark.parametrize("updates", ["after each", "after both"])
+@pytest.mark.parametrize("mode", ["MIXED", "FP32"])
+def test_optimizers_of_one_backward_know_its_loss(mode: str, updates: str) -> None:
+    """As Muon beside AdamW: both outcomes stand on it, one of them counts it, and what is scaled by hand stands on none."""
+    scaler = scaler_with(precision_mode=mode, init_scale=4.0)
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=0.0) for weight in weights]
+    told: list[tuple[object, ...]] = []
+    scaler.observers.append(lambda o, _: told.append((o.loss_finite, o.losses, o.non_finite_losses)))
+    for factor in (1.0, math.nan, None):
+        loss = (weights[0] + weights[1]).sum() * (factor or 1.0)
+        (loss * scaler.get_scale() if factor is None else scaler.scale(loss)).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            if updates == "after each" or optimizer is optimizers[1]:
+                scaler.update()
+            optimizer.zero_grad()
+    assert told == [(True, 1, 0), (True, 0, 0), (False, 1, 1), (False, 0, 0), (None, 0, 0), (None, 0, 0)]
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_every_kind_of_non_finite_loss_counts(bad: float, shape: tuple[int, ...]) -> None:
