@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ from hf_amp.precision import NumberFormat
 from hf_amp.scaling.boundary import Boundary, Treatment
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.scaler import AdvancedGradScaler
+
+
+@dataclass
+class _Judged:
+    """What was found of a skipped step, and done about it, which holds for every optimizer that steps from one backward."""
+
+    backward: int
+    diagnosis: Diagnosis
+    changed_plan: bool
+    optimizers: set[int] = field(default_factory=set)
 
 
 class AfterStep:
@@ -58,6 +69,7 @@ class AfterStep:
         self._scaler = scaler
         self._keeper = keeper
         self._at_floor = False
+        self._judged: _Judged | None = None
         self.see_models()
 
     def decided(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
@@ -79,7 +91,7 @@ class AfterStep:
         )
 
     def follow(self, transition: Transition | None, cause: Cause | None, skipped_at: float | None) -> None:
-        """Tells of a change of plan, and sees to the scale, which was not to blame for it.
+        """Tells of a change of plan, and sees to the scale where the whole model leaves FP16 or comes back.
 
         Args:
             skipped_at: the scale of the skipped step that led to the change; None where the plan goes back.
@@ -91,7 +103,6 @@ class AfterStep:
         self.see_models()
         if skipped_at is not None:
             self.monitor.record_fallback()
-            self._scaler.set_scale(skipped_at)
             if before.default is not after.default and keeper.scale_at_rest is None:
                 keeper.scale_at_rest = skipped_at
         elif keeper.scale_at_rest is not None and after.default is keeper.asked_for:
@@ -142,11 +153,17 @@ class AfterStep:
 
     def _record_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         next_scale = self._scaler.get_scale()
-        diagnosis = self._diagnose(outcome, next_scale, optimizer)
-        fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
-        transition = self._keeper.note_skipped(diagnosis, fraction)
-        if transition is not None:
-            next_scale = outcome.scale  # which `follow` puts back
+        judged, transition = self._judged, None
+        if judged is None or judged.backward != outcome.backward or id(optimizer) in judged.optimizers:
+            diagnosis = self._diagnose(outcome, next_scale, optimizer)
+            fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
+            transition = self._keeper.note_skipped(diagnosis, fraction)
+            judged = self._judged = _Judged(outcome.backward, diagnosis, transition is not None)
+        judged.optimizers.add(id(optimizer))
+        diagnosis = judged.diagnosis
+        if judged.changed_plan:
+            next_scale = outcome.scale  # which was not to blame
+            self._scaler.set_scale(next_scale)
         self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
         self._journal.record(
             AmpEvent(

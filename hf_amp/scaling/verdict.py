@@ -65,6 +65,7 @@ def _outcome(
         attempt=attempt,
         applied=applied,
         scale=host["scale"],
+        backward=boundary.backward,
         loss_finite=host["loss_non_finite"] == 0 if "loss_non_finite" in host else None,
         losses=boundary.losses,
         non_finite_losses=min(int(host.get("loss_non_finite", 0)), boundary.losses),
