@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,12 +28,21 @@ from hf_amp.scaling.scaler import AdvancedGradScaler
 
 @dataclass
 class _Judged:
-    """What was found of a skipped step, and done about it, which holds for every optimizer that steps from one backward."""
+    """What was found of a skipped step, and done about it.
 
-    backward: int
+    Attributes:
+        diagnosis: why it was skipped.
+        changed_plan: whether that has changed the plan.
+        backward: number of the backward behind it, for whose other optimizers the same holds.
+        backwards: how many had begun by then: all of them ran under the former plan.
+        optimizers: `id` of those that it was told of.
+    """
+
     diagnosis: Diagnosis
     changed_plan: bool
-    optimizers: set[int] = field(default_factory=set)
+    backward: int
+    backwards: int
+    optimizers: set[int]
 
 
 class AfterStep:
@@ -153,13 +162,7 @@ class AfterStep:
 
     def _record_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         next_scale = self._scaler.get_scale()
-        judged, transition = self._judged, None
-        if judged is None or judged.backward != outcome.backward or id(optimizer) in judged.optimizers:
-            diagnosis = self._diagnose(outcome, next_scale, optimizer)
-            fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
-            transition = self._keeper.note_skipped(diagnosis, fraction)
-            judged = self._judged = _Judged(outcome.backward, diagnosis, transition is not None)
-        judged.optimizers.add(id(optimizer))
+        judged, transition = self._judge(outcome, next_scale, optimizer)
         diagnosis = judged.diagnosis
         if judged.changed_plan:
             next_scale = outcome.scale  # which was not to blame
@@ -185,6 +188,25 @@ class AfterStep:
         self._tell_of_floor(outcome, next_scale)
         self.follow(transition, diagnosis.cause, outcome.scale)
         self._journal.tell(self.hope.record_skipped(diagnosis.cause))
+
+    def _judge(
+        self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
+    ) -> tuple[_Judged, Transition | None]:
+        """What was found of the step, now or before, and the change of plan that it leads to, if it does now."""
+        former = self._judged
+        if former and former.backward == outcome.backward and id(optimizer) not in former.optimizers:
+            former.optimizers.add(id(optimizer))
+            return former, None
+        diagnosis = self._diagnose(outcome, next_scale, optimizer)
+        ran_before = former and former.changed_plan and former.backward < outcome.backward <= former.backwards
+        if former and ran_before and diagnosis.cause in (Cause.LOSS, Cause.UNKNOWN):
+            return former, None  # its forward pass, repeated under the new plan, shows nothing
+        fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
+        transition = self._keeper.note_skipped(diagnosis, fraction)
+        self._judged = _Judged(
+            diagnosis, transition is not None, outcome.backward, self._scaler.backwards, {id(optimizer)}
+        )
+        return self._judged, transition
 
     def _diagnose(
         self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer

@@ -158,6 +158,23 @@ def test_optimizers_of_one_backward_share_its_cause(precision: str) -> None:
     assert session.scaler.get_scale() == (256.0 if precision == "fp16" else 1.0)
 
 
+@pytest.mark.parametrize("second", [Cause.ACTIVATION, Cause.INPUT])
+def test_a_step_that_ran_before_its_remedy_has_the_same_cause(second: Cause) -> None:
+    """A late verdict changes the plan when the next step has overflowed already, unless that has a cause of its own."""
+    loop = Loop(scaling_strategy="PERFORMANCE_OPTIMIZED", recovery_steps=100)
+    loop.writer.grow(1e7)
+    loop.step()
+    if second is Cause.INPUT:
+        loop.accelerator.backward(loop.model(torch.full((4, 8), torch.nan)).square().mean())
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+    loop.steps(4)
+    loop.session.scaler.flush()
+    causes = [event.cause for event in loop.session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert causes == [Cause.ACTIVATION, second]
+    assert len(loop.changes()) == 1
+
+
 def test_what_was_scaled_by_hand_is_judged_anew() -> None:
     """No backward is seen to begin there: the cause of one skip is not taken for that of the next."""
     loop = Loop()
