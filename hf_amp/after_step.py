@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,25 @@ from hf_amp.precision import NumberFormat
 from hf_amp.scaling.boundary import Boundary, Treatment
 from hf_amp.scaling.outcome import StepOutcome
 from hf_amp.scaling.scaler import AdvancedGradScaler
+
+
+@dataclass
+class _Judged:
+    """What was found of a skipped step, and done about it.
+
+    Attributes:
+        diagnosis: why it was skipped.
+        changed_plan: whether that has changed the plan.
+        backward: number of the backward behind it, for whose other optimizers the same holds.
+        backwards: how many had begun by then: all of them ran under the former plan.
+        optimizers: `id` of those that it was told of.
+    """
+
+    diagnosis: Diagnosis
+    changed_plan: bool
+    backward: int
+    backwards: int
+    optimizers: set[int]
 
 
 class AfterStep:
@@ -58,6 +78,7 @@ class AfterStep:
         self._scaler = scaler
         self._keeper = keeper
         self._at_floor = False
+        self._judged: _Judged | None = None
         self.see_models()
 
     def decided(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
@@ -79,7 +100,7 @@ class AfterStep:
         )
 
     def follow(self, transition: Transition | None, cause: Cause | None, skipped_at: float | None) -> None:
-        """Tells of a change of plan, and sees to the scale, which was not to blame for it.
+        """Tells of a change of plan, and sees to the scale where the whole model leaves FP16 or comes back.
 
         Args:
             skipped_at: the scale of the skipped step that led to the change; None where the plan goes back.
@@ -91,7 +112,6 @@ class AfterStep:
         self.see_models()
         if skipped_at is not None:
             self.monitor.record_fallback()
-            self._scaler.set_scale(skipped_at)
             if before.default is not after.default and keeper.scale_at_rest is None:
                 keeper.scale_at_rest = skipped_at
         elif keeper.scale_at_rest is not None and after.default is keeper.asked_for:
@@ -143,7 +163,11 @@ class AfterStep:
     def _record_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         next_scale = self._scaler.get_scale()
         norms = self._keeper.put_back_statistics(outcome.attempt)
-        diagnosis = self._diagnose(outcome, next_scale, optimizer)
+        judged, transition = self._judge(outcome, next_scale, optimizer)
+        diagnosis = judged.diagnosis
+        if judged.changed_plan:
+            next_scale = outcome.scale  # which was not to blame
+            self._scaler.set_scale(next_scale)
         self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
         self._journal.record(
             AmpEvent(
@@ -164,9 +188,27 @@ class AfterStep:
         )
         self._tell_of_statistics(norms)
         self._tell_of_floor(outcome, next_scale)
-        fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
-        self.follow(self._keeper.note_skipped(diagnosis, fraction), diagnosis.cause, outcome.scale)
+        self.follow(transition, diagnosis.cause, outcome.scale)
         self._journal.tell(self.hope.record_skipped(diagnosis.cause))
+
+    def _judge(
+        self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
+    ) -> tuple[_Judged, Transition | None]:
+        """What was found of the step, now or before, and the change of plan that it leads to, if it does now."""
+        former = self._judged
+        if former and former.backward == outcome.backward and id(optimizer) not in former.optimizers:
+            former.optimizers.add(id(optimizer))
+            return former, None
+        diagnosis = self._diagnose(outcome, next_scale, optimizer)
+        ran_before = former and former.changed_plan and former.backward < outcome.backward <= former.backwards
+        if former and ran_before and diagnosis.cause in (Cause.LOSS, Cause.UNKNOWN):
+            return former, None  # its forward pass, repeated under the new plan, shows nothing
+        fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
+        transition = self._keeper.note_skipped(diagnosis, fraction)
+        self._judged = _Judged(
+            diagnosis, transition is not None, outcome.backward, self._scaler.backwards, {id(optimizer)}
+        )
+        return self._judged, transition
 
     def _diagnose(
         self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
@@ -174,12 +216,12 @@ class AfterStep:
         # A finite loss shows that the scale is to blame, but only where there is one.
         loss_finite = None if self._scaler.guards_only and outcome.loss_finite else outcome.loss_finite
         parameters = self._named_parameters(optimizer)
-        state = [
+        state = (
             (f"{key} of {name}", value)
             for name, parameter in parameters
             for key, value in optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
-        ]
+        )
         skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, next_scale, parameters, state)
         return self._keeper.examiner.examine(skip, agree=self._scaler.ranks_agree)
 

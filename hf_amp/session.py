@@ -152,7 +152,7 @@ class AmpSession(Journal):
         return non_finite_names(
             (name, p)
             for name, p in self._keeper.runner.named_parameters()
-            if p.is_floating_point() and p.element_size() > 1  # FP8 knows no isfinite
+            if p.element_size() > 1  # FP8 knows no isfinite
         )
 
     def circumstances(self) -> dict[str, Any]:

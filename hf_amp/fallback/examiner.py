@@ -40,7 +40,7 @@ class SkippedStep(NamedTuple):
         scale: the scale of its backward.
         next_scale: what the policy has made of it.
         parameters: (qualified name, parameter) of what the optimizer holds.
-        optimizer_state: (name, tensor) of its state.
+        optimizer_state: (name, tensor) of its state; looked at only where parameters are not finite.
     """
 
     step: int
@@ -48,7 +48,7 @@ class SkippedStep(NamedTuple):
     scale: float
     next_scale: float
     parameters: Sequence[tuple[str, Tensor]]
-    optimizer_state: Sequence[tuple[str, Tensor]] = ()
+    optimizer_state: Iterable[tuple[str, Tensor]] = ()
 
 
 class Examiner:

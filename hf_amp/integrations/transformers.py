@@ -32,7 +32,7 @@ _log = logging.getLogger("hf_amp")
 
 
 class MixedPrecisionCallback(TrainerCallback, ExportableState):
-    """Adaptive loss scaling, truthful skips and precision metrics for a stock `Trainer`.
+    """Loss scaling, truthful skips, fallback and precision metrics for a stock `Trainer`.
 
     Pass it in `callbacks=[...]`, or to `trainer.add_callback`. It follows `fp16`, `bf16` or neither of
     `TrainingArguments`. Metrics go where the Trainer logs (`log_history`, TensorBoard, W&B and the others) with

@@ -21,7 +21,9 @@ from hf_amp.statistics import snapshot
 def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
     """Makes what `trainer` logs hold our metrics, so that `log_history` and every reporter get one entry.
 
-    Training entries get the session's metrics and name what needed attention since the last one, evaluation entries the number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has made of it.
+    Training entries get the session's metrics and name what needed attention since the last one, evaluation entries the
+    number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has
+    made of it.
     """
     log = trainer.log
     lost_batches = _count_lost_batches(trainer, session)

@@ -75,7 +75,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "non_finite_loss_fraction", "1", "the same as a share of the micro-batches since the newest log entry of a Trainer, whose logged loss leaves them out", "above 0: the logged loss looks better than it is", "when logged"
     ),
     Metric(
-        "eval_non_finite_batches", "batches", "evaluation batches of this process whose loss was not finite, in the newest evaluation", "eval_loss is the mean of the others: look at the data, or at activations beyond 65504", "evaluations"
+        "eval_non_finite_batches", "batches", "evaluation batches of all processes whose loss was not finite, in the newest evaluation", "eval_loss is the mean of the others: look at the data, or at activations beyond 65504", "evaluations"
     ),
     Metric("inf_elements", "elements", "infinite gradient elements in the newest skipped step", "read the cause", "skipped steps"),
     Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause", "skipped steps"),

@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.eager import eager
+from hf_amp.monitoring.metrics import BY_MODULE
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.statistics.by_tensor import amax, amax_of_each, underflow_of_each
 from hf_amp.statistics.snapshot import elements
 from hf_amp.statistics.transfer import moved
 
-HEADROOM, UNDERFLOW, ACTIVATION = (
-    "module_headroom_bits",
-    "module_underflow_fraction",
-    "module_activation_amax",
-)
+HEADROOM, UNDERFLOW, ACTIVATION = (metric.name for metric in BY_MODULE)
 
 
 class ModuleMonitor:

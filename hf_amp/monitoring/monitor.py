@@ -17,7 +17,7 @@ from hf_amp.events import Cause
 from hf_amp.monitoring.precision_record import ERROR_OF_CAUSE, PrecisionRecord
 from hf_amp.monitoring.streaming import LossMean
 from hf_amp.plain import NotNegative, Positive, read_fields
-from hf_amp.precision import FP16_FORMAT, NumberFormat, PrecisionMode
+from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat, PrecisionMode
 
 
 @dataclasses.dataclass
@@ -138,7 +138,7 @@ class PrecisionMonitor:
         Args:
             scaler: what decided the step.
             loss: number or tensor with one element, any real dtype and device; its mean is in `get_precision_stats`.
-            step: number of the optimizer step.
+            step: number of the optimizer step; not needed, because steps are counted here.
 
         Raises:
             BatchError: the loss has more than one element.
@@ -150,7 +150,8 @@ class PrecisionMonitor:
         if hasattr(advanced, "last_outcome"):
             self._record_newest_outcome(advanced)
         elif scaler.is_enabled():
-            self._record_stock(scaler.get_scale())
+            # It decays to 0, which has no logarithm.
+            self._record_stock(max(scaler.get_scale(), FP32_FORMAT.smallest_subnormal))
 
     def _record_newest_outcome(self, scaler: Any) -> None:
         outcome = scaler.last_outcome

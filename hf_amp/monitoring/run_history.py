@@ -14,6 +14,7 @@ from hf_amp.errors import StateError
 from hf_amp.events import EventKind
 from hf_amp.monitoring.event_log import FILE_NAME, EventLog, find_log
 from hf_amp.monitoring.incidents import Incident, Transition, cause_of, plain_value, transition_of
+from hf_amp.monitoring.metrics import BY_MODULE
 from hf_amp.monitoring.series import Series
 from hf_amp.options import is_real
 
@@ -26,7 +27,7 @@ CHANGES_KEPT = 1000
 """Changes of precision, and resumptions; a plan cannot flap, so that a run has a handful."""
 POINTS_KEPT_BY_MODULE = 512
 """There can be thousands of modules, and a picture has columns for a tenth of these."""
-MODULE_FIGURES = ("module_headroom_bits", "module_underflow_fraction", "module_activation_amax")
+MODULE_FIGURES = tuple(metric.name for metric in BY_MODULE)
 """Figures by module, as a mapping from its qualified name."""
 
 _INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention}

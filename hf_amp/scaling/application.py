@@ -147,6 +147,7 @@ def _apply(
             if boundary.clip_coefficient is not None:
                 factor = factor * boundary.clip_coefficient
             multiply_(boundary.gradients, factor)
+            boundary.treatment = Treatment.DIVIDE  # also for a second call, after one that raised
         return cast("float | None", optimizer.step(*arguments, **options))
     # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
     # where `found_inf` is not 0.

@@ -49,7 +49,7 @@ class Boundary:
     found_inf: Tensor
     """Above 0 where an element is not finite."""
     losses: int
-    """Losses (micro-batches) behind the gradients that the scaler saw."""
+    """Losses (micro-batches) behind the gradients that the scaler saw, and that no other step was told of."""
     loss_non_finite: Tensor | None
     """How many of them were not finite, on the worst rank; None where the scaler saw none."""
     magnitude: Tensor

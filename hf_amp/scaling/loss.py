@@ -44,15 +44,24 @@ def refuse_capture(loss: Tensor) -> None:
 
 @dataclass
 class SeenLosses:
-    """The losses behind the gradients of one step.
+    """The losses behind the gradients of one step, or of those of several optimizers whose gradients they made together.
 
     Attributes:
         number: how many there were.
+        told: how many of them a step was told of.
         non_finite: how many held a non-finite value; shape [], float32. None before the first.
+        ended: whether the next backward begins anew.
     """
 
     number: int = 0
+    told: int = 0
     non_finite: Tensor | None = None
+    ended: bool = False
+
+    def untold(self) -> int:
+        """How many of them no step was told of yet; they are told from now on."""
+        number, self.told = self.number - self.told, self.number
+        return number
 
     def note(self, loss: Tensor, device: torch.device) -> None:
         """Counts `loss`, on `device`. No host read."""

@@ -100,6 +100,7 @@ class _ObservedStep:
             attempt=self.attempt,
             applied=self.applied,
             scale=self.scale,
+            backward=self.attempt,
             loss_finite=host["bad"] == 0 if self.losses else None,
             losses=self.losses,
             non_finite_losses=int(host["bad"]),

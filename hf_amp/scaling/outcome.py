@@ -15,7 +15,9 @@ class StepOutcome:
         applied: whether the optimizer moved anything; where not, parameters and optimizer state are as before.
         scale: the scale that the gradients' backward used.
         loss_finite: whether every loss behind the gradients was finite; None where the scaler saw no loss.
-        losses: how many losses (micro-batches) the scaler saw behind the gradients.
+        backward: number of the backward that made the gradients; the same for optimizers that step from one.
+        losses: how many losses (micro-batches) the scaler saw behind the gradients, each told of in one step alone, where one
+            backward makes gradients for several optimizers.
         non_finite_losses: how many of them were not finite; with several processes, on the worst of them.
         zero_gradients: whether there are gradients and every element of them is exactly zero: nothing is learned.
         grad_norm: 2-norm of the unscaled gradients before clipping; None where unknown or not finite.
@@ -32,6 +34,7 @@ class StepOutcome:
     attempt: int
     applied: bool
     scale: float
+    backward: int = 0
     loss_finite: bool | None = None
     losses: int = 0
     non_finite_losses: int = 0

@@ -107,7 +107,9 @@ class ScaleKeeper(torch.amp.GradScaler):
 
     def set_scale(self, scale: float | Tensor) -> None:
         """Makes `scale`, clamped to the bounds, that of the next backward. A guard keeps its scale of 1. No host read."""
-        if self._enabled and not self.guards_only and self._state is not None:
+        if self._enabled and not self.guards_only:
+            if self._state is None:
+                self._lazy_init_scale_growth_tracker(self._device)
             self._state = self._state._replace(scale=self._checked_scale(scale))
 
     def set_growth_factor(self, new_factor: float) -> None:

@@ -66,9 +66,8 @@ class AdvancedGradScaler(StepKeeper):
         config: MixedPrecisionConfig | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        super().__init__(MixedPrecisionConfig() if config is None else config, device)
+        fastest = "cuda" if torch.cuda.is_available() else "cpu"
+        super().__init__(MixedPrecisionConfig() if config is None else config, device or fastest)
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
         self._application = Application(self.master_weights)
@@ -89,6 +88,8 @@ class AdvancedGradScaler(StepKeeper):
         if not self._enabled:
             return outputs
         self._open.begin_backward(self._backward_scale, None if self._state is None else self._state.scale)
+        if self._losses.ended:
+            self._losses = SeenLosses()
         return map_losses(self._scale_one, outputs)
 
     def _scale_one(self, loss: Tensor) -> Tensor:
@@ -153,7 +154,8 @@ class AdvancedGradScaler(StepKeeper):
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Runs `optimizer.step()` if all its gradients are finite; skips it by not calling it otherwise.
 
-        Reads the host once; not at all in PERFORMANCE_OPTIMIZED with a fused optimizer.
+        Reads the host once; not at all in PERFORMANCE_OPTIMIZED with a fused optimizer. Where the optimizer raises, nothing
+        is counted, and the next backward can follow.
 
         Raises:
             ScalerError: a closure was passed, or `step` was called already since the last `update`.
@@ -163,7 +165,8 @@ class AdvancedGradScaler(StepKeeper):
         refuse_closure(optimizer, args, kwargs)
         boundary = self._open.current(optimizer)
         if boundary is None:
-            boundary = self._examine(optimizer, self._treatment_for(optimizer))
+            treatment = Treatment.FOLD if is_fused(optimizer) else Treatment.DIVIDE
+            boundary = self._examine(optimizer, Treatment.CHECK if self.guards_only else treatment)
         elif boundary.stepped:
             raise ScalerError(
                 "step() was already called on this optimizer since the last update(): call update()."
@@ -175,16 +178,26 @@ class AdvancedGradScaler(StepKeeper):
         seed = self.decided_steps if self.config.enable_monitoring and self._is_interval() else None
         self.decided_steps += 1
         run = functools.partial(self._application.run, optimizer, boundary, args, kwargs, sample_seed=seed)
-        if self._defers(optimizer):
-            self._pending.append(PendingVerdict(self.decided_steps, boundary, optimizer))
-            result = run(on_device=True)
-        else:
-            outcome = outcome_now(self.decided_steps, boundary)
-            result = run() if outcome.applied else None
-            if not outcome.applied:
-                self._application.leave_out(optimizer)
-            self._count(outcome, optimizer)
+        try:
+            result: float | None = self._decide(optimizer, boundary, run)
+        except BaseException:  # such as an optimizer without memory for its state
+            boundary.stepped, boundary.observed = False, True
+            self.decided_steps -= 1
+            raise
         self._open.close(optimizer, boundary)
+        return result
+
+    def _decide(self, optimizer: torch.optim.Optimizer, boundary: Boundary, run: Callable[..., Any]) -> Any:
+        if self._defers(optimizer):
+            pending = PendingVerdict(self.decided_steps, boundary, optimizer)
+            result = run(on_device=True)
+            self._pending.append(pending)
+            return result
+        outcome = outcome_now(self.decided_steps, boundary)
+        result = run() if outcome.applied else None
+        if not outcome.applied:
+            self._application.leave_out(optimizer)
+        self._count(outcome, optimizer)
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -209,8 +222,7 @@ class AdvancedGradScaler(StepKeeper):
         elif not self.guards_only and (fresh := self._open.unobserved()):
             self._state = self._policy.next_state(self._state, observation_of(list(fresh.values())))
         self._open.end_update()
-        if not self._open:
-            self._losses = SeenLosses()
+        self._losses.ended = not self._open
         self._deliver()
 
     def flush(self) -> None:
@@ -220,19 +232,12 @@ class AdvancedGradScaler(StepKeeper):
             self._count(pending.outcome(), pending.optimizer)
         self._deliver()
 
-    def _treatment_for(self, optimizer: torch.optim.Optimizer) -> Treatment:
-        if self.guards_only:
-            return Treatment.CHECK
-        return Treatment.FOLD if is_fused(optimizer) else Treatment.DIVIDE
-
     def _defers(self, optimizer: torch.optim.Optimizer) -> bool:
         return self.config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED and is_fused(optimizer)
 
     def _count(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
-        if outcome.applied:
-            self.applied_steps += 1
-        else:
-            self.skipped_steps += 1
+        self.applied_steps += outcome.applied
+        self.skipped_steps += not outcome.applied
         self.last_outcome = outcome
         self._undelivered.append((outcome, optimizer))
 
@@ -242,9 +247,8 @@ class AdvancedGradScaler(StepKeeper):
         Among several ranks it does wait for the one of the step before: observers may exchange what they find, so all
         ranks must come to it at the same step.
         """
-        agrees = self.ranks_agree
         while self._pending and self._pending[0].age(self.decided_steps) >= 1:
-            if not (agrees or self._pending[0].ready()):
+            if not (self.ranks_agree or self._pending[0].ready()):
                 break
             pending = self._pending.popleft()
             self._count(pending.outcome(), pending.optimizer)
@@ -256,7 +260,7 @@ class AdvancedGradScaler(StepKeeper):
     def _examine(
         self, optimizer: torch.optim.Optimizer, treatment: Treatment, norm: bool = False
     ) -> Boundary:
-        scale = self._scale_of_gradients(optimizer)
+        scale, seen = self._scale_of_gradients(optimizer), self._losses_behind(optimizer)
         self._application.ready_gradients(optimizer)
         monitors = self.config.enable_monitoring
         boundary = examine(
@@ -264,8 +268,8 @@ class AdvancedGradScaler(StepKeeper):
             backward=self._open.backwards,
             scale=scale,
             treatment=treatment,
-            losses=self._losses.number,
-            loss_non_finite=self._losses.non_finite,
+            losses=seen.untold(),
+            loss_non_finite=seen.non_finite,
             look=Look(
                 norm=norm or (monitors and not self.guards_only),
                 amax=self._policy.needs_amax or self._samples_now() or self._defers(optimizer),

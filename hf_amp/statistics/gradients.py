@@ -33,7 +33,7 @@ _ELEMENTS_PER_SAMPLE = 400
 
 
 def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> list[Tensor]:
-    """The gradients that `optimizer` will apply, parameter order; of a sparse one, its values.
+    """The gradients that `optimizer` will apply, parameter order; of a sparse one, its values; complex ones as real pairs.
 
     Of a DTensor it is this rank's shard, which shares its memory. Sparse gradients are coalesced in place first, so that
     duplicates which overflow only in sum are seen. No host read on dense gradients.
@@ -53,6 +53,10 @@ def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> 
                 if not gradient.is_coalesced():
                     parameter.grad = gradient = gradient.coalesce()
                 gradient = gradient._values()
+            if gradient.is_complex():
+                if gradient.is_conj():
+                    parameter.grad = gradient = gradient.resolve_conj()
+                gradient = torch.view_as_real(gradient)
             gradients.append(gradient)
     return gradients
 

@@ -33,7 +33,7 @@ class MemoryCalibration:
         self._stored: StoredForBackward | None = None
 
     def again(self) -> None:
-        """The plan has changed: watches the next forward pass."""
+        """The plan has changed, or a step has failed: watches the next forward pass."""
         self._wanted = self._enabled
 
     def around_forward(self, model: nn.Module) -> AbstractContextManager[Any]:

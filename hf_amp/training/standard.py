@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import AttachError, ConfigError
+from hf_amp.errors import AttachError, BatchError, ConfigError
 from hf_amp.events import AmpEvent, EventKind
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.performance import PerformanceTracker
@@ -67,8 +67,7 @@ class StandardMixedPrecisionTrainer:
         )
         self.performance_tracker = PerformanceTracker(self.config, self._stepping.device)
         self.memory = MemoryCalibration(self.config.enable_monitoring)
-        self._model: weakref.ref[nn.Module] | None = None
-        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._trained: tuple[weakref.ref[Any], ...] = ()
         self._window: Window | None = None
         self._closed = False
 
@@ -139,7 +138,12 @@ class StandardMixedPrecisionTrainer:
 
         Returns:
             What the last `train_step` returns, and `losses`: one tensor of shape [] for each batch.
+
+        Raises:
+            BatchError: there is no batch; else as `train_step`.
         """
+        if not batches:
+            raise BatchError("train_window got no batch: pass those of one optimizer step.")
         trained = Trained(model, optimizer, loss_fn or self.loss_fn, len(batches))
         keeps = self.config.gradient_accumulation_friendly and not self.config.memory_efficient
         losses = []
@@ -170,6 +174,7 @@ class StandardMixedPrecisionTrainer:
             trained.optimizer.zero_grad(set_to_none=True)
             self.scaler.abandon_step()
             self.performance_tracker.drop_step()
+            self.memory.again()
             raise
         self.precision_monitor.update_metrics(self.scaler, loss, self.scaler.decided_steps)
         if steps:
@@ -249,27 +254,23 @@ class StandardMixedPrecisionTrainer:
     # ---- a run from its first step to its end ---------------------------------------------------------------
 
     def _bind(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if self._optimizer is not None and self._optimizer() is optimizer and self._is_bound(model):
-            return
-        check_belongs_together(model, optimizer, isinstance(self._stepping, AcceleratedStepping))
+        same = [reference() for reference in self._trained] == [model, optimizer]
+        if not same:
+            check_belongs_together(model, optimizer, isinstance(self._stepping, AcceleratedStepping))
         self._bind_model(model)
         self._stepping.bind_optimizer(model, optimizer)
-        self._optimizer = weakref.ref(optimizer)
-        self._window = None
-
-    def _is_bound(self, model: nn.Module) -> bool:
-        return self._model is not None and self._model() is model and not self._closed
+        if not same:
+            self._trained = (weakref.ref(model), weakref.ref(optimizer))
+            self._window = None
 
     def _bind_model(self, model: nn.Module) -> None:
-        if self._is_bound(model):
-            return
         if self._closed:
             raise AttachError(f"this {type(self).__name__} was cleaned up: make a new one to go on with.")
         self._stepping.bind(model)
-        self._model = weakref.ref(model)
         self.performance_tracker.device = self._stepping.device
-        if self._note_event not in self.session.sinks:
-            self.session.sinks.append(self._note_event)
+        if self._note_event in self.session.sinks:
+            return
+        self.session.sinks.append(self._note_event)
         self.session.note(
             EventKind.TRAINING_STARTED,
             f"training starts: {self.session.what_runs()}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
@@ -29,10 +30,10 @@ class Stepping(Protocol):
     device: torch.device
 
     def bind(self, model: nn.Module) -> None:
-        """`model` is run from now on."""
+        """`model` is run next. Called before every run of a model."""
 
     def bind_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """`optimizer` trains `model`, which is bound, from now on."""
+        """`optimizer` trains `model`, which is bound, next. Called before every such run."""
 
     def micro_batch(self, model: nn.Module, last: bool) -> AbstractContextManager[bool]:
         """Around forward and backward of one micro-batch; gives whether a step follows. `last`: the window ends with it."""
@@ -79,9 +80,13 @@ class PlainStepping:
         scaler = AdvancedGradScaler(dataclasses.replace(config, precision_mode=self._mode), self.device)
         self.session = AmpSession(config, scaler, self._mode, probe(self.device))
         self._folds_clipping = folds_clipping and not scaler.guards_only and scaler.is_enabled()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # models and optimizers of the session
 
     def bind(self, model: nn.Module) -> None:
-        device, session = next(model.parameters()).device, self.session
+        device, session = next((p.device for p in model.parameters()), self.device), self.session
+        if model in self._known and device.type == self.device.type:
+            self.device = device
+            return
         distributed = isinstance(model, DistributedDataParallel)
         hardware = common_to_ranks(probe(device), device) if distributed else probe(device)
         # So far this machine's fastest device, and no other machine, was supposed.
@@ -90,15 +95,17 @@ class PlainStepping:
             session.detach()
             self.session = AmpSession(session.config, session.scaler, self._mode, hardware)
             session.scaler.load_progress(progress)
+            self._known.clear()
         self.device = device
         if distributed:
             scaler = self.session.scaler
             scaler.config = dataclasses.replace(scaler.config, sync_grad_scaler=True)
         self.session.adopt(unwrapped(model), entry_point=model)
+        self._known.add(model)
 
     def bind_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         session, masters = self.session, self.session.scaler.master_weights
-        if not session.scaler.is_enabled():
+        if optimizer in self._known or not session.scaler.is_enabled():
             return
         # Inside DDP a change of dtype would cut parameters off from the reduction of their gradients.
         fixed = isinstance(model, DistributedDataParallel)
@@ -108,6 +115,7 @@ class PlainStepping:
         event = settle(unwrapped(model), session.config, session.plan.default, [optimizer], masters, fixed)
         if event is not None:
             session.record(event)
+        self._known.add(optimizer)
 
     @contextmanager
     def micro_batch(self, model: nn.Module, last: bool) -> Iterator[bool]:

@@ -223,6 +223,11 @@ def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
         ("{folder}", "0", "pass a number of rows"),
         ("{folder}", "-1", "--batch -1: pass a number of rows from 1 on"),
         ("{folder}", "x.pt", "cannot be read"),
+        (
+            "{folder}",
+            "{folder}/other.safetensors",
+            "GPT2LMHeadModel cannot be run on input_ids (IndexError: index out of",
+        ),
         ("{folder}/adapter", "1", "an adapter of peft, without the model under it"),
     ],
 )
@@ -230,6 +235,7 @@ def test_what_cannot_be_loaded_ends_at_once(folder: Path, model: str, batch: str
     """Exit code 2, what was passed and what is allowed."""
     (folder / "adapter").mkdir(exist_ok=True)
     (folder / "adapter" / "adapter_config.json").write_text("{}")
-    result = preflight(model.format(folder=folder), "--batch", batch)
+    save_file({"input_ids": torch.tensor([[10**6]])}, folder / "other.safetensors")
+    result = preflight(model.format(folder=folder), "--batch", batch.format(folder=folder))
     assert result.exit_code == 2
     assert words in " ".join(result.output.replace("│", " ").split())

@@ -18,7 +18,7 @@ from tests.fallback.range_reference import fp16_flop_share, modules_out_of_range
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.fallback.rescue_runs import BY_NAME, STEPS, final_loss_in_fp32, outermost, stock_skips, train
 from tests.host_reads import count_host_reads
-from tests.reference import assert_bitwise_equal, snapshot
+from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
@@ -120,6 +120,72 @@ def test_when_the_overflow_goes_away_the_module_comes_back() -> None:
     assert loop.session.plan == PrecisionPlan(PrecisionMode.MIXED)
     assert loop.session.metrics()["skipped_steps_activation"] == 2
     assert loop.session.scaler.get_scale() == 256.0
+
+
+@pytest.mark.parametrize(("automatic", "expected"), [(True, 256.0), (False, 128.0)])
+def test_a_skip_tells_the_scale_of_the_next_step(automatic: bool, expected: float) -> None:
+    """Where the module leaves FP16 instead, the scale stays; event, metric and scaler say the same."""
+    loop = Loop(automatic_fallback=automatic)
+    loop.writer.grow(1e7)
+    loop.step()
+    (skip,) = [event for event in loop.session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert (skip.before, skip.after) == (256.0, expected)
+    assert loop.session.metrics()["scale"] == loop.session.scaler.get_scale() == expected
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_optimizers_of_one_backward_share_its_cause(precision: str) -> None:
+    """As Muon beside AdamW: both skips are told alike, what is done about them is done once, and the scale stays.
+
+    In FP16 a module overflows, in BF16 only backward, for a reason that cannot be shown: twice would be a pattern.
+    """
+    accelerator, writer = Accelerator(mixed_precision=precision, cpu=True), Writer()
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=256.0))
+    writer.grow(1e7)
+    parts = (writer.write.parameters(), writer.read.parameters())
+    model, *optimizers = accelerator.prepare(writer, *(torch.optim.AdamW(part, lr=1e-3) for part in parts))
+    for step in range(2):
+        loss = model(torch.ones(4, 8)).square().mean()
+        accelerator.backward(OverflowInBackward.apply(loss) if step == 0 and precision == "bf16" else loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    causes = [event.cause for event in session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert causes == [Cause.ACTIVATION if precision == "fp16" else Cause.UNKNOWN] * 2
+    assert session.plan.default is session.asked_for
+    assert list(session.plan.modules) == (["write"] if precision == "fp16" else [])
+    assert session.metrics()["applied_steps"] == 2
+    assert session.scaler.get_scale() == (256.0 if precision == "fp16" else 1.0)
+
+
+@pytest.mark.parametrize("second", [Cause.ACTIVATION, Cause.INPUT])
+def test_a_step_that_ran_before_its_remedy_has_the_same_cause(second: Cause) -> None:
+    """A late verdict changes the plan when the next step has overflowed already, unless that has a cause of its own."""
+    loop = Loop(scaling_strategy="PERFORMANCE_OPTIMIZED", recovery_steps=100)
+    loop.writer.grow(1e7)
+    loop.step()
+    if second is Cause.INPUT:
+        loop.accelerator.backward(loop.model(torch.full((4, 8), torch.nan)).square().mean())
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+    loop.steps(4)
+    loop.session.scaler.flush()
+    causes = [event.cause for event in loop.session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert causes == [Cause.ACTIVATION, second]
+    assert len(loop.changes()) == 1
+
+
+def test_what_was_scaled_by_hand_is_judged_anew() -> None:
+    """No backward is seen to begin there: the cause of one skip is not taken for that of the next."""
+    loop = Loop()
+    loop.step()
+    for batch in (torch.full((4, 8), torch.nan), torch.ones(4, 8)):
+        (loop.model(batch).square().mean() * loop.session.scaler.get_scale()).backward()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        loop.writer.grow(1e7)
+    causes = [event.cause for event in loop.session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert causes == [Cause.INPUT, Cause.ACTIVATION]
 
 
 def test_a_module_that_never_fits_is_tried_ever_less_often() -> None:

@@ -54,6 +54,24 @@ def test_a_skip_is_told_at_its_own_step_only() -> None:
     assert rates == [0.1, 0.05, 0.05, 0.05, 0.05, 0.025, 0.025, 0.0125]
 
 
+def test_two_optimizers_of_one_backward_search_the_scale_and_stay_in_fp16() -> None:
+    """As Muon beside AdamW, from a scale that is far too large: every skip is the scale's, of either optimizer."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=2.0**22))
+    model = tiny_mlp()
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in (model[0], model[2])]
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    for _ in range(12):
+        accelerator.backward(model(BATCH).square().sum())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    figures = session.metrics()
+    assert figures["skipped_steps_scale"] == figures["skipped_steps"] >= 4
+    assert figures["applied_steps"] + figures["skipped_steps"] == 24
+    assert (session.monitor.losses, figures["transitions"]) == (12, 0)
+
+
 @pytest.mark.parametrize("created_before_prepare", [True, False])
 @pytest.mark.parametrize("attached_first", [True, False])
 def test_schedulers_of_either_optimizer_step_it_once(

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from hf_amp import AmpEvent, AmpSession, Cause, EventKind, MixedPrecisionCallback, MixedPrecisionConfig
 from hf_amp.cli import app
 from tests.integrations.trainers import trainer_with
+from tests.readme import README
 
 STEP, MODULE = 3, "transformer.h.0.mlp.c_proj"
 HEADLINE = f"step {STEP}: step_skipped (ACTIVATION) in {MODULE}"
@@ -75,6 +76,12 @@ def test_session_events_name_it(told: Told) -> None:
 def test_the_console_names_it(told: Told) -> None:
     """One warning for the skip, with everything in it."""
     assert [line.startswith(HEADLINE) for line in told.console if "step_skipped" in line] == [True]
+
+
+def test_the_readme_shows_the_console(told: Told) -> None:
+    """What README.md has of a console is this one's, line by line, but for where lines are broken."""
+    block = README.read_text(encoding="utf-8").split("```console\n")[1].split("```")[0]
+    assert block.replace("\n  ", " ").splitlines() == told.console[:2]
 
 
 def test_the_json_log_names_it(told: Told) -> None:

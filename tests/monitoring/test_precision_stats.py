@@ -56,6 +56,16 @@ def test_the_document_s_loop_is_counted(scaler_class):
     assert math.isnan(stats["avg_memory_savings"])  # nobody has measured it
 
 
+def test_a_stock_scale_that_has_decayed_to_zero_is_survived():
+    """200 overflows in a row leave the stock scaler with a scale of 0: a monitor beside it goes on, and can be saved."""
+    scaler, monitor = torch.amp.GradScaler("cpu", init_scale=1.0), PrecisionMonitor()
+    run(monitor, scaler, 200, lambda step: True)
+    assert scaler.get_scale() == 0.0
+    assert monitor.applied_steps + monitor.skipped_steps == 200
+    assert monitor.get_precision_stats()["gradient_scale"]["min"] == 2.0**-149
+    PrecisionMonitor().load_state_dict(monitor.state_dict())
+
+
 def test_a_step_that_is_told_twice_counts_once():
     """Calling `update_metrics` again before the next step adds no step."""
     config = MixedPrecisionConfig()

@@ -186,6 +186,25 @@ def test_sparse_duplicates_that_overflow_only_in_sum_are_seen() -> None:
     assert parameter.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("sync", [True, False], ids=["ranks agree", "alone"])
+@pytest.mark.parametrize("mode", ["MIXED", "BF16"])
+def test_complex_parameters_are_those_of_the_plain_loop(mode: str, sync: bool) -> None:
+    """The stock class cannot unscale them; ours can, conjugate views too, and skips what is not finite."""
+    scaler = scaler_with(precision_mode=mode, sync_grad_scaler=sync, init_scale=256.0)
+    weights = [nn.Parameter(torch.tensor([1 + 2j, 3 - 1j])) for _ in range(2)]
+    optimizer, plain = (torch.optim.SGD([weight], lr=0.1) for weight in weights)
+    for factor in (1.0, 2.0, math.nan):
+        ours, theirs = (
+            factor * (weight.conj() * torch.tensor([1j, 2 + 1j])).real.sum() for weight in weights
+        )
+        plain.zero_grad()
+        one_step(scaler, ours, optimizer)
+        theirs.backward()
+        _ = plain.step() if math.isfinite(factor) else None
+    assert torch.equal(*weights)
+    assert (scaler.applied_steps, scaler.skipped_steps, scaler.last_outcome.nan_elements) == (2, 1, 4)
+
+
 def test_outcome_tells_norm_and_amax_before_clipping() -> None:
     """The outcome's norm and amax are those of the unscaled gradients, whether or not they were clipped after."""
     model, scaler = tiny_mlp(), scaler_with()
@@ -248,6 +267,14 @@ def test_what_the_stock_class_takes_first_is_a_clear_error(config: object) -> No
         AdvancedGradScaler(config)
     assert f"AdvancedGradScaler(config={config!r}): pass a MixedPrecisionConfig" in str(raised.value)
     assert "the device is the second argument" in str(raised.value)
+
+
+def test_a_scale_may_be_set_before_the_first_step() -> None:
+    """The first backward uses it; without hf_amp's scaling there is none to set."""
+    for options, expected in (({}, 8.0), ({"precision_mode": "BF16"}, 1.0), ({"enabled": False}, 1.0)):
+        scaler = scaler_with(**options)
+        scaler.set_scale(8.0)
+        assert (scaler.get_scale(), scaler.scale(torch.ones(())).item()) == (expected, expected)
 
 
 def test_a_scale_that_is_not_a_number_is_not_taken() -> None:
@@ -441,6 +468,26 @@ def test_losses_of_a_window_are_counted(mode: str) -> None:
     assert counts == [(4, 2), (2, 0)]
 
 
+@pytest.mark.parametrize("updates", ["after each", "after both"])
+@pytest.mark.parametrize("mode", ["MIXED", "FP32"])
+def test_optimizers_of_one_backward_know_its_loss(mode: str, updates: str) -> None:
+    """As Muon beside AdamW: both outcomes stand on it, one of them counts it, and what is scaled by hand stands on none."""
+    scaler = scaler_with(precision_mode=mode, init_scale=4.0)
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=0.0) for weight in weights]
+    told: list[tuple[object, ...]] = []
+    scaler.observers.append(lambda o, _: told.append((o.loss_finite, o.losses, o.non_finite_losses)))
+    for factor in (1.0, math.nan, None):
+        loss = (weights[0] + weights[1]).sum() * (factor or 1.0)
+        (loss * scaler.get_scale() if factor is None else scaler.scale(loss)).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            if updates == "after each" or optimizer is optimizers[1]:
+                scaler.update()
+            optimizer.zero_grad()
+    assert told == [(True, 1, 0), (True, 0, 0), (False, 1, 1), (False, 0, 0), (None, 0, 0), (None, 0, 0)]
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_every_kind_of_non_finite_loss_counts(bad: float, shape: tuple[int, ...]) -> None:
@@ -480,6 +527,44 @@ def test_gradients_of_zero_are_noticed(mode: str, factor: float) -> None:
     assert scaler.last_outcome.zero_gradients is (factor == 0.0)
     scaler.step(idle)
     assert scaler.last_outcome.zero_gradients is False
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["called again", "next backward"])
+@pytest.mark.parametrize("clipped", [True, False], ids=["folded clip", "not clipped"])
+@pytest.mark.parametrize("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_an_optimizer_that_raises_has_had_no_step(fused, strategy, clipped, again) -> None:
+    """As without memory for its state: the same gradients can be applied after all, or the next ones, each divided once."""
+    models, scaler = [tiny_mlp(), tiny_mlp()], scaler_with(init_scale=256.0, scaling_strategy=strategy)
+    optimizer, expected = (adamw(model, fused) for model in models)
+    x = torch.ones(2, 4)
+
+    def backward(factor: float) -> None:
+        optimizer.zero_grad()
+        scaler.scale(factor * models[0](x).sum()).backward()
+        if clipped:
+            scaler.clip_grad_norm_(optimizer, 0.5)
+
+    def raise_once(*_: object) -> None:
+        failing.remove()
+        raise torch.OutOfMemoryError
+
+    failing = optimizer.register_step_pre_hook(raise_once)
+    backward(1.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        scaler.step(optimizer)
+    if not again:
+        backward(2.0)
+    scaler.step(optimizer)
+    scaler.update()
+    scaler.flush()
+    assert (scaler.decided_steps, scaler.applied_steps, scaler.skipped_steps) == (1, 1, 0)
+    ((1.0 if again else 2.0) * models[1](x).sum()).backward()
+    if clipped:
+        nn.utils.clip_grad_norm_(models[1].parameters(), 0.5)
+    expected.step()
+    for found, wanted in zip(snapshot(models[0], optimizer), snapshot(models[1], expected), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
 
 
 def test_an_abandoned_step_leaves_nothing_behind() -> None:

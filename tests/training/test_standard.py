@@ -14,6 +14,7 @@ from hf_amp import (
     BatchError,
     Cause,
     ConfigError,
+    EventKind,
     MixedPrecisionConfig,
     PrecisionMode,
     StandardMixedPrecisionTrainer,
@@ -220,6 +221,9 @@ MISUSES = {
         BatchError, "the batch is a tuple of 3: pass a mapping",
         lambda trainer: trainer.train_step((1, 2, 3), MODEL, SGD),
     ),
+    "window of nothing": (
+        BatchError, "train_window got no batch", lambda trainer: trainer.train_window([], MODEL, SGD),
+    ),
     "batch of text": (BatchError, "the batch is a str", lambda trainer: trainer.train_step("text", MODEL, SGD)),
 }  # fmt: skip
 
@@ -286,6 +290,7 @@ def test_an_exception_in_user_code_leaves_all_clean(failing):
             trainers[1].train_step(batch, models[1], optimizers[1])
     left = [list(model.parameters()) for model in models]
     assert trainers[0].scaler.applied_steps == trainers[1].scaler.applied_steps
+    assert trainers[0].memory.estimate == trainers[1].memory.estimate
     assert_bitwise_equal(*left)
 
 
@@ -334,6 +339,26 @@ def test_the_trainer_keeps_no_model_alive():
         model = tiny_mlp()
         trainer.train_step(vectors(1)[0], model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert trainer.scaler.decided_steps == 2
+
+
+def test_models_in_turn_are_bound_once():
+    """A GAN's two, and a copy that is evaluated within a window: one hook each, told once, and the window goes on."""
+    models = [tiny_mlp(seed).bfloat16() for seed in range(3)]
+    trained = [(model, torch.optim.SGD(model.parameters(), lr=0.1)) for model in models[:2]]
+    trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(precision_mode="BF16"), loss_fn=mse_loss)
+    for batch in vectors(4):
+        for model, optimizer in trained:
+            assert trainer.train_step(batch, model, optimizer)["stepped"]
+    assert [len(model._forward_pre_hooks) for model in models] == [1, 1, 0]
+    told = [event.kind for event in trainer.session.events]
+    assert told == [EventKind.TRAINING_STARTED, EventKind.HALF_PARAMETERS, EventKind.HALF_PARAMETERS]
+    window = MixedPrecisionConfig(precision_mode="BF16", accumulation_steps=2)
+    trainer, stepped = StandardMixedPrecisionTrainer(window, loss_fn=mse_loss), []
+    for batch in vectors(4):
+        stepped.append(trainer.train_step(batch, *trained[0])["stepped"])
+        with torch.no_grad():
+            trainer.evaluate(batch, models[2])
+    assert stepped == [False, True, False, True]
 
 
 def test_memory_savings_are_measured_in_the_first_step():

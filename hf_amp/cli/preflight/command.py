@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from hf_amp.cli.preflight.dry_run import DryRun
@@ -35,8 +36,6 @@ def preflight(
 
     console = Console(highlight=False, stderr=as_json)
     with console.status("Loading ..."):
-        import torch
-        from torch import nn
         from transformers.utils import logging
 
         from hf_amp.cli.preflight.loading import PreflightError, batch_for, load_model
@@ -51,17 +50,15 @@ def preflight(
     facts = _facts(loaded)
     runs: list[DryRun] = []
     if inputs is not None:
-        from hf_amp.cli.preflight.dry_run import dry_runs
-
         with console.status("Dry run in FP16, BF16 and FP8 ..."):
-            runs = list(dry_runs(nn.Module.to(loaded, torch.float32).train(), inputs))
+            runs = _dry_runs(loaded, inputs)
     if as_json:
         told = [run.to_dict() for run in runs]
         typer.echo(json.dumps({"model": model, **facts, "dry_runs": told}, indent=2))
         return
     console.print(_memory_table(model, facts))
     for trouble in facts["trouble"]:
-        console.print(f"[yellow]{trouble}[/yellow]", markup=True)
+        console.print(trouble, style="yellow", markup=False)
     if runs:
         console.print(_dry_run_table(runs))
         for run in runs:
@@ -70,6 +67,21 @@ def preflight(
         console.print(
             "With --batch 1 a dry run tells which modules would leave the range of FP16, BF16 and FP8."
         )
+
+
+def _dry_runs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[DryRun]:
+    import torch
+    from torch import nn
+
+    from hf_amp.cli.preflight.dry_run import dry_runs
+
+    try:
+        return list(dry_runs(nn.Module.to(model, torch.float32).train(), inputs))
+    except Exception as error:  # whatever the model raises on this batch
+        raise typer.BadParameter(
+            f"--batch: {type(model).__name__} cannot be run on {', '.join(inputs)} ({type(error).__name__}: "
+            f"{str(error)[:200]}); pass its arguments by name, as it takes them in training."
+        ) from error
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
