@@ -89,6 +89,9 @@ class OptimizerStates(MutableMapping[int, Any]):
     def __iter__(self) -> Iterator[int]:
         return iter(self._open.unobserved())
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._open.unobserved()
+
     def __len__(self) -> int:
         return len(self._open.unobserved())
 

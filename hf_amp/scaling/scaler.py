@@ -82,8 +82,7 @@ class AdvancedGradScaler(StepKeeper):
     def scale(self, outputs: Any) -> Any:
         """`outputs` (a tensor, or lists and tuples of them) times the scale. Notes whether they are finite; no host read.
 
-        Raises:
-            ScalerError: `outputs` holds something else; or a CUDA graph is being captured.
+        Raises `ScalerError` where they hold something else, and while a CUDA graph is captured.
         """
         if not self._enabled:
             return outputs
@@ -296,8 +295,8 @@ class AdvancedGradScaler(StepKeeper):
         return self._backward_scale
 
     def _samples_now(self) -> bool:
-        wanted = self._policy.needs_underflow or self.config.enable_monitoring
-        return wanted and not self.guards_only and self._is_interval()
+        is_wanted = self._policy.needs_underflow or self.config.enable_monitoring
+        return is_wanted and not self.guards_only and self._is_interval()
 
     def _is_interval(self) -> bool:
         return self.decided_steps % self.config.monitoring_interval == 0

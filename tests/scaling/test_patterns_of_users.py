@@ -113,8 +113,10 @@ def sam(scaler: Scaler, run: Run, *_: Run) -> None:
     """SAM loops: climb where `_per_optimizer_states` has no inf, update, and step from the second backward."""
     weights = list(run.model.parameters())
     for step in range(STEPS):
+        assert id(run.optimizer) not in scaler._per_optimizer_states
         scaler.scale(run.loss(step)).backward()
         scaler.unscale_(run.optimizer)
+        assert id(run.optimizer) in scaler._per_optimizer_states
         state = scaler._per_optimizer_states[id(run.optimizer)]
         before = [p.detach().clone() for p in weights]
         if not sum(found.item() for found in state["found_inf_per_device"].values()):
