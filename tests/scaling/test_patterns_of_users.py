@@ -113,10 +113,8 @@ def sam(scaler: Scaler, run: Run, *_: Run) -> None:
     """SAM loops: climb where `_per_optimizer_states` has no inf, update, and step from the second backward."""
     weights = list(run.model.parameters())
     for step in range(STEPS):
-        assert id(run.optimizer) not in scaler._per_optimizer_states
         scaler.scale(run.loss(step)).backward()
         scaler.unscale_(run.optimizer)
-        assert id(run.optimizer) in scaler._per_optimizer_states
         state = scaler._per_optimizer_states[id(run.optimizer)]
         before = [p.detach().clone() for p in weights]
         if not sum(found.item() for found in state["found_inf_per_device"].values()):
@@ -253,3 +251,16 @@ def test_no_strategy_lets_an_overflow_through(pattern: Callable[..., None], opti
     """Under every other strategy, and in a guard, the same loops run and their parameters stay finite."""
     scaler = AdvancedGradScaler(MixedPrecisionConfig(**OPTIONS, **options), "cpu")
     assert all(tensor.isfinite().all() for tensor in outcome(pattern, scaler))
+
+
+@pytest.mark.parametrize("make", [Scaler, AdvancedGradScaler])
+def test_a_step_is_looked_up_as_open_from_unscale_to_update(make: Callable[..., Scaler]) -> None:
+    """`id(optimizer) in scaler._per_optimizer_states`, of the stock class and of ours."""
+    scaler, run = make(device="cpu"), Run(0)
+    seen = []
+    for act in (lambda: None, lambda: scaler.unscale_(run.optimizer), lambda: run.step(scaler)):
+        if not seen:
+            scaler.scale(run.loss(0)).backward()
+        act()
+        seen.append(id(run.optimizer) in scaler._per_optimizer_states)
+    assert seen == [False, True, False]
