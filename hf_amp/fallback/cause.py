@@ -101,7 +101,7 @@ def diagnose(
             prefix = name_of(forward.model)
             return _activation(tuple(joined(prefix, name) for name in found.overflowing), current)
         if found.unsound is not None:
-            return _unsound(found, forward)
+            return _unsound(found, forward, name_of(forward.model))
     return _nothing_found(loss_finite, findings)
 
 
@@ -122,12 +122,12 @@ def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
     )
 
 
-def _unsound(found: ForwardFindings, forward: RecordedForward) -> Diagnosis:
+def _unsound(found: ForwardFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
     if found.only_loss:
         return Diagnosis(
             Cause.LOSS, f"the model's outputs are finite, its loss is not: {_why_loss(forward)}."
         )
-    where = found.unsound or "the model's own forward"
+    where = joined(prefix, found.unsound or "") or "the model's own forward"
     return Diagnosis(
         Cause.UNKNOWN,
         f"{where} gives non-finite values from finite ones in FP32 too, so precision is not to blame: look there for a "

@@ -97,7 +97,28 @@ class Examiner:
             return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
         forwards = forwards if self.repeats_forwards else []
         found = diagnose(skip.loss_finite, forwards, self._runner.current, self._runner.name_of)
-        return (self._without_scale(forwards) or found) if found.cause is Cause.SCALE else found
+        if found.cause is Cause.SCALE:
+            return self._without_scale(forwards) or found
+        return found if found.is_shown else self._in_evaluations(skip) or found
+
+    def _in_evaluations(self, skip: SkippedStep) -> Diagnosis | None:
+        """What models that only evaluate are seen to do to the loss; None where nothing is."""
+        evaluations = self._recorder.evaluations_of(skip.step) if self.repeats_forwards else []
+        weights = [
+            (joined(self._runner.name_of(model), name), p)
+            for model in dict.fromkeys(evaluation.model for evaluation in evaluations)
+            for name, p in model.named_parameters()
+            if p.is_floating_point() and p.element_size() > 1  # FP8 knows no isfinite
+        ]
+        poisoned = non_finite_names(weights)
+        if poisoned:
+            return Diagnosis(
+                Cause.WEIGHTS,
+                f"the loss is made from a model that is not trained, and {len(poisoned)} of its parameters hold non-finite "
+                f"values, {poisoned[0]} among them; no step can mend that. Load it anew, in a format that holds its weights.",
+            )
+        found = diagnose(skip.loss_finite, evaluations, self._runner.current, self._runner.name_of)
+        return found if found.is_shown else None
 
     def _agreed(self, found: Diagnosis) -> Diagnosis:
         """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""

@@ -16,6 +16,8 @@ from hf_amp.random_state import RandomState
 
 KEPT_FORWARDS = 64
 """Forward passes of one step that are kept, the newest ones; references to the arguments only, never copies."""
+KEPT_EVALUATIONS = 8
+"""The same of models that only evaluate, such as a reference model; few, because a long evaluation also runs them."""
 KEPT_STEPS = 2
 """Steps kept: the newest, and the one before, whose verdict PERFORMANCE_OPTIMIZED learns one step late."""
 
@@ -49,54 +51,78 @@ class _Kept(NamedTuple):
 class ForwardRecorder:
     """Notes what models are called with while gradients are on: one forward hook on each outermost module.
 
+    Of models that only evaluate, it notes calls without gradients.
+
     Args:
         step: gives the number of the optimizer step that forward passes now belong to.
+        evaluates: whether a model only evaluates.
     """
 
-    def __init__(self, step: Callable[[], int]) -> None:
+    def __init__(self, step: Callable[[], int], evaluates: Callable[[nn.Module], bool]) -> None:
         self._step = step
+        self._evaluates = evaluates
         self._kept: dict[int, deque[_Kept]] = {}
+        self._evaluations: dict[int, deque[_Kept]] = {}
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
-        note = _Note(self._keep, weakref.ref(model))
+        note = _Note(self._note, weakref.ref(model))
         handle = entry_point.register_forward_pre_hook(note, with_kwargs=True)
         return handle.remove
 
-    def _keep(
-        self, model: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]
+    def _note(
+        self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        step = self._step()
-        if step not in self._kept:
-            self._kept = {old: calls for old, calls in self._kept.items() if step - KEPT_STEPS < old < step}
-            self._kept[step] = deque(maxlen=KEPT_FORWARDS)
+        if torch.is_grad_enabled():
+            calls = self._calls_of_step(self._kept, KEPT_FORWARDS)
+        elif (model := reference()) is not None and self._evaluates(model):
+            calls = self._calls_of_step(self._evaluations, KEPT_EVALUATIONS)
+        else:
+            return
         tensors = _tensors(arguments, options)
-        kept = _Kept(model, arguments, options, _versions(tensors), _random_state(tensors))
-        self._kept[step].append(kept)
+        calls.append(_Kept(reference, arguments, options, _versions(tensors), _random_state(tensors)))
+
+    def _calls_of_step(self, kept: dict[int, deque[_Kept]], most: int) -> deque[_Kept]:
+        step = self._step()
+        if step not in kept:
+            for calls in (self._kept, self._evaluations):
+                for old in [old for old in calls if not step - KEPT_STEPS < old <= step]:
+                    del calls[old]
+            kept[step] = deque(maxlen=most)
+        return kept[step]
 
     def forwards_of(self, step: int) -> list[RecordedForward]:
         """The forward passes behind optimizer step `step`, oldest first.
 
         Where a step had none of its own, as the second of two optimizers, those of the step before.
         """
-        steps = [kept for kept in self._kept if kept <= step]
-        if not steps:
-            return []
-        return [
-            RecordedForward(
-                model,
-                kept.arguments,
-                kept.options,
-                is_intact=kept.versions == _versions(_tensors(kept.arguments, kept.options)),
-                random_state=kept.random_state,
-            )
-            for kept in self._kept[max(steps)]
-            if (model := kept.model()) is not None
-        ]
+        return _forwards_of(step, self._kept)
+
+    def evaluations_of(self, step: int) -> list[RecordedForward]:
+        """The same of models that only evaluate, whose outputs the loss may be made from."""
+        return _forwards_of(step, self._evaluations)
 
     def forget(self) -> None:
         """Lets go of everything."""
         self._kept.clear()
+        self._evaluations.clear()
+
+
+def _forwards_of(step: int, calls: dict[int, deque[_Kept]]) -> list[RecordedForward]:
+    steps = [kept for kept in calls if kept <= step]
+    if not steps:
+        return []
+    return [
+        RecordedForward(
+            model,
+            kept.arguments,
+            kept.options,
+            is_intact=kept.versions == _versions(_tensors(kept.arguments, kept.options)),
+            random_state=kept.random_state,
+        )
+        for kept in calls[max(steps)]
+        if (model := kept.model()) is not None
+    ]
 
 
 def _tensors(arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
@@ -119,14 +145,13 @@ def _random_state(batch: list[Tensor]) -> RandomState | None:
 class _Note:
     """The hook that notes the calls of one model. Copies of the model, such as an EMA, carry one that notes nothing."""
 
-    def __init__(self, keep: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
-        self._keep = keep
+    def __init__(self, note: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
+        self._note = note
         self._model = model
 
     @eager
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            self._keep(self._model, arguments, options)
+        self._note(self._model, arguments, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _note_nothing, ()
