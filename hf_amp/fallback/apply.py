@@ -83,6 +83,7 @@ class PlanRunner:
         current: the context of the default, for whoever runs a forward pass.
         on_default_change: called with the new default.
         wide_parameters: `id` of the parameters that only modules which the plan names hold.
+        plan: what the next forward passes follow.
     """
 
     def __init__(self, entry: PrecisionEntry, default: PrecisionMode) -> None:
@@ -94,7 +95,7 @@ class PlanRunner:
         self._inner: dict[str, Callable[[], None]] = {}
         self.wide_parameters: frozenset[int] = frozenset()
         self._host = default
-        self._plan = PrecisionPlan(default)
+        self.plan = PrecisionPlan(default)
 
     def adopt(self, model: nn.Module, is_trained: bool = True) -> None:
         """Lets `model` follow the plan, without keeping it alive. Harmless when called again.
@@ -115,7 +116,7 @@ class PlanRunner:
                 break
         else:
             models.append(weakref.ref(model))
-        self.apply(self._plan)
+        self.apply(self.plan)
 
     def evaluates(self, model: nn.Module) -> bool:
         """Whether `model` was adopted as one that only evaluates."""
@@ -165,8 +166,8 @@ class PlanRunner:
     def apply(self, plan: PrecisionPlan) -> None:
         """Makes the next forward passes follow `plan`. Modules that it names but nobody has are left out."""
         modules = dict(self.named_modules())
-        changed = plan.default is not self._plan.default
-        for name in [name for name in self._inner if plan.modules.get(name) != self._plan.modules.get(name)]:
+        changed = plan.default is not self.plan.default
+        for name in [name for name in self._inner if plan.modules.get(name) != self.plan.modules.get(name)]:
             self._inner.pop(name)()
             changed = True
         for name, precision in plan.modules.items():
@@ -174,7 +175,7 @@ class PlanRunner:
                 context = InnerForwardContext(_Inner(self.entry, precision))
                 self._inner[name] = context.install(modules[name])
                 changed = True
-        self._plan = plan
+        self.plan = plan
         if plan.default is not self.current.mode:
             self.current.mode = plan.default
             for notify in self.on_default_change:

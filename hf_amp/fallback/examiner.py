@@ -22,6 +22,7 @@ _GRAVITY = (
     (Cause.LOSS, False),
     (Cause.UNKNOWN, False),
     (Cause.SCALE, True),
+    (Cause.ACTIVATION, False),
     *((cause, True) for cause in (Cause.UNKNOWN, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)),
 )
 """Where ranks find different causes, the last of these stands: the others only see its traces. (Cause, whether shown)."""
@@ -96,7 +97,7 @@ class Examiner:
         if skip.loss_finite and not self._looks_closer():
             return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
         forwards = forwards if self.repeats_forwards else []
-        found = diagnose(skip.loss_finite, forwards, self._runner.current, self._runner.name_of)
+        found = diagnose(skip.loss_finite, forwards, self._runner)
         if found.cause is Cause.SCALE:
             return self._without_scale(forwards) or found
         return found if found.is_shown else self._in_evaluations(skip) or found
@@ -117,8 +118,8 @@ class Examiner:
                 f"the loss is made from a model that is not trained, and {len(poisoned)} of its parameters hold non-finite "
                 f"values, {poisoned[0]} among them; no step can mend that. Load it anew, in a format that holds its weights.",
             )
-        found = diagnose(skip.loss_finite, evaluations, self._runner.current, self._runner.name_of)
-        return found if found.is_shown else None
+        found = diagnose(skip.loss_finite, evaluations, self._runner)
+        return found if found.is_shown or found.is_cured else None
 
     def _agreed(self, found: Diagnosis) -> Diagnosis:
         """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
@@ -132,7 +133,7 @@ class Examiner:
         )
         cause, is_shown = _GRAVITY[int(gravest)]
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
-        if cause is found.cause and set(modules) == set(found.modules):
+        if (cause, is_shown, set(modules)) == (found.cause, found.is_shown, set(found.modules)):
             return found
         message = f"another rank has found the cause. Here: {found.message}"
         return Diagnosis(cause, message, modules, is_shown)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.eager import eager
+from hf_amp.fallback.apply import PlanRunner
+from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.nested import tensors_in
 from hf_amp.random_state import RandomState
 
@@ -29,6 +31,7 @@ class RecordedForward(NamedTuple):
         is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
             written into it since.
         random_state: what dropout drew from on the CPU and on the batch's devices; None where that is not known.
+        plan: what it ran under; None where that is not known.
     """
 
     model: nn.Module
@@ -36,6 +39,7 @@ class RecordedForward(NamedTuple):
     options: dict[str, Any]
     is_intact: bool = True
     random_state: RandomState | None = None
+    plan: PrecisionPlan | None = None
 
 
 class _Kept(NamedTuple):
@@ -46,6 +50,7 @@ class _Kept(NamedTuple):
     options: dict[str, Any]
     versions: tuple[int, ...]
     random_state: RandomState | None
+    plan: PrecisionPlan
 
 
 class ForwardRecorder:
@@ -55,12 +60,12 @@ class ForwardRecorder:
 
     Args:
         step: gives the number of the optimizer step that forward passes now belong to.
-        evaluates: whether a model only evaluates.
+        runner: the models; says which of them only evaluate, and which plan they run under.
     """
 
-    def __init__(self, step: Callable[[], int], evaluates: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, step: Callable[[], int], runner: PlanRunner) -> None:
         self._step = step
-        self._evaluates = evaluates
+        self._runner = runner
         self._kept: dict[int, deque[_Kept]] = {}
         self._evaluations: dict[int, deque[_Kept]] = {}
 
@@ -75,12 +80,13 @@ class ForwardRecorder:
     ) -> None:
         if torch.is_grad_enabled():
             calls = self._calls_of_step(self._kept, KEPT_FORWARDS)
-        elif (model := reference()) is not None and self._evaluates(model):
+        elif (model := reference()) is not None and self._runner.evaluates(model):
             calls = self._calls_of_step(self._evaluations, KEPT_EVALUATIONS)
         else:
             return
         tensors = _tensors(arguments, options)
-        calls.append(_Kept(reference, arguments, options, _versions(tensors), _random_state(tensors)))
+        seen = _versions(tensors), _random_state(tensors), self._runner.plan
+        calls.append(_Kept(reference, arguments, options, *seen))
 
     def _calls_of_step(self, kept: dict[int, deque[_Kept]], most: int) -> deque[_Kept]:
         step = self._step()
@@ -119,6 +125,7 @@ def _forwards_of(step: int, calls: dict[int, deque[_Kept]]) -> list[RecordedForw
             kept.options,
             is_intact=kept.versions == _versions(_tensors(kept.arguments, kept.options)),
             random_state=kept.random_state,
+            plan=kept.plan,
         )
         for kept in calls[max(steps)]
         if (model := kept.model()) is not None

@@ -301,6 +301,22 @@ def test_a_late_verdict_about_a_batch_that_was_overwritten_is_unknown() -> None:
     assert "written into" in loop.skips[0].message
 
 
+def test_a_late_verdict_about_a_step_that_ran_before_the_plan_changed() -> None:
+    """ACTIVATION too, not a fault of the loss, which is sound once its batch runs under the new plan; nothing more is done."""
+    model = Regression(between=lambda large: large / 1e6)
+    with torch.no_grad():
+        model.first.weight.mul_(1e6)
+    loop = Loop(model, "fp16", fused=True, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=64.0)
+    for _ in range(6):
+        loop.step(SOUND)
+    loop.session.scaler.flush()
+    told = [(skip.step, skip.cause, skip.modules) for skip in loop.skips]
+    assert told == [(1, Cause.ACTIVATION, ("first",)), (2, Cause.ACTIVATION, ())]
+    assert "before the newest change of precision" in loop.skips[1].message
+    assert loop.session.plan.default is PrecisionMode.MIXED
+    assert list(loop.session.plan.modules) == ["first"]
+
+
 @EVERY_PRECISION
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_loss_made_from_the_models_own_loss(precision: str, dropout: float) -> None:

@@ -80,6 +80,21 @@ def test_a_reference_that_overflows_is_named_and_runs_in_fp32(gain: float) -> No
     assert loop.reference(X).isfinite().all()
 
 
+def test_what_a_reference_gave_before_it_ran_in_fp32_is_told_as_that() -> None:
+    """As in GRPO, which takes what the reference gives for several steps: no fault of the loss, and no further change."""
+    loop = Distillation("fp16", Network(), Network(GAIN))
+    with torch.no_grad():
+        target = loop.reference(X)
+    for _ in range(2):
+        loop.accelerator.backward((loop.trained(X) - target).square().mean())
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+    loop.step()
+    skips = [(skip.cause, skip.modules) for skip in loop.told(EventKind.STEP_SKIPPED)]
+    assert skips == [(Cause.ACTIVATION, ("eval_model_1.first",)), (Cause.ACTIVATION, ())]
+    assert len(loop.told(EventKind.PRECISION_CHANGED)) == 1
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
 def test_a_reference_whose_weights_are_not_finite_is_told(precision: str) -> None:
     """WEIGHTS, of the reference; the run is hopeless, and the trained model's precision stays."""
@@ -93,6 +108,23 @@ def test_a_reference_whose_weights_are_not_finite_is_told(precision: str) -> Non
     assert "eval_model_1.last.bias" in loop.told(EventKind.STEP_SKIPPED)[0].message
     assert len(loop.told(EventKind.HOPELESS)) == 1
     assert loop.session.plan == before
+
+
+class DividedByZero(nn.Module):
+    """Not finite in any precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.zeros(())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+def test_a_reference_that_is_not_finite_in_fp32_either_is_named(precision: str) -> None:
+    """UNKNOWN, and where to look: a fault of the reference, not of the loss."""
+    loop = Distillation(precision, Network(), nn.Sequential(nn.Linear(8, 4), DividedByZero()))
+    loop.step()
+    (skip,) = loop.told(EventKind.STEP_SKIPPED)
+    assert skip.cause is Cause.UNKNOWN
+    assert "eval_model_1.1 gives non-finite values" in skip.message
 
 
 def test_a_fault_of_the_loss_stays_one() -> None:
