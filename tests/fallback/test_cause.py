@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -315,6 +316,38 @@ def test_a_late_verdict_about_a_step_that_ran_before_the_plan_changed() -> None:
     assert "before the newest change of precision" in loop.skips[1].message
     assert loop.session.plan.default is PrecisionMode.MIXED
     assert list(loop.session.plan.modules) == ["first"]
+
+
+class Large(nn.Module):
+    """The output of its head leaves FP16's range, and is brought back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+        nn.init.constant_(self.head.bias, 1e6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.head(self.body(x)).float() / 1e6).square().mean()
+
+
+def without_calling_the_head(self: Large, x: Tensor) -> Tensor:
+    """The same, as libraries that fuse a head with its loss put it in the place of a model's own forward."""
+    large = nn.functional.linear(self.body(x), self.head.weight, self.head.bias)
+    return (large.float() / 1e6).square().mean()
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_an_overflow_in_a_forward_that_was_put_on_the_instance(emulate: bool) -> None:
+    """ACTIVATION in the model's own forward, and the model leaves FP16: in FP32 that very function is finite."""
+    model = Large()
+    model.forward = MethodType(without_calling_the_head, model)
+    loop = Loop(model, "fp16", init_scale=64.0, emulate=emulate)
+    for _ in range(3):
+        loop.step({"x": X})
+    assert [(skip.cause, skip.modules) for skip in loop.skips] == [(Cause.ACTIVATION, ("",))]
+    assert "the model's own forward" in loop.skips[0].message
+    assert loop.session.metrics()["applied_steps"] == 2
 
 
 @EVERY_PRECISION
