@@ -34,14 +34,12 @@ class _Judged:
         diagnosis: why it was skipped.
         changed_plan: whether that has changed the plan.
         backward: number of the backward behind it, for whose other optimizers the same holds.
-        backwards: how many had begun by then: all of them ran under the former plan.
         optimizers: `id` of those that it was told of.
     """
 
     diagnosis: Diagnosis
     changed_plan: bool
     backward: int
-    backwards: int
     optimizers: set[int]
 
 
@@ -165,7 +163,7 @@ class AfterStep:
         norms = self._keeper.put_back_statistics(outcome.attempt)
         judged, transition = self._judge(outcome, next_scale, optimizer)
         diagnosis = judged.diagnosis
-        if judged.changed_plan:
+        if judged.changed_plan or diagnosis.is_cured:
             next_scale = outcome.scale  # which was not to blame
             self._scaler.set_scale(next_scale)
         self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
@@ -200,14 +198,9 @@ class AfterStep:
             former.optimizers.add(id(optimizer))
             return former, None
         diagnosis = self._diagnose(outcome, next_scale, optimizer)
-        ran_before = former and former.changed_plan and former.backward < outcome.backward <= former.backwards
-        if former and ran_before and diagnosis.cause in (Cause.LOSS, Cause.UNKNOWN):
-            return former, None  # its forward pass, repeated under the new plan, shows nothing
         fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
         transition = self._keeper.note_skipped(diagnosis, fraction)
-        self._judged = _Judged(
-            diagnosis, transition is not None, outcome.backward, self._scaler.backwards, {id(optimizer)}
-        )
+        self._judged = _Judged(diagnosis, transition is not None, outcome.backward, {id(optimizer)})
         return self._judged, transition
 
     def _diagnose(

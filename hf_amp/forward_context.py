@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +41,8 @@ class ForwardContext:
         ]
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
+        if self._all_of_thread.__dict__.get("is_suspended"):
+            return
         running = self._running()
         if not running:
             self._of_thread.context = self._make_context()
@@ -51,7 +53,7 @@ class ForwardContext:
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
         running = self._running()
         if not running or running[-1] is not module:
-            return  # somebody else's hook raised before `_enter`: torch calls this one all the same
+            return  # suspended, or somebody else's hook raised before `_enter`: torch calls this one all the same
         running.pop()
         if not running:
             self._exit()
@@ -70,6 +72,17 @@ class ForwardContext:
         for context in reversed(list(cls._entered())):
             context._running().clear()
             context._exit()
+
+    @classmethod
+    @contextmanager
+    def suspended(cls) -> Iterator[None]:
+        """Inside of it, forward passes of this thread enter no context: they run in what is around them."""
+        of_thread = cls._all_of_thread.__dict__
+        of_thread["is_suspended"] = True
+        try:
+            yield
+        finally:
+            of_thread["is_suspended"] = False
 
     @classmethod
     def _entered(cls) -> list[ForwardContext]:

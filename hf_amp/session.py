@@ -99,18 +99,30 @@ class AmpSession(Journal):
 
     # ---- what integrations call -----------------------------------------------------------------------------
 
-    def adopt(self, model: nn.Module, entry_point: nn.Module | None = None) -> None:
+    def adopt(self, model: nn.Module, entry_point: nn.Module | None = None, is_trained: bool = True) -> None:
         """Lets `model` follow the plan, and a skipped step of it be diagnosed, without keeping it alive.
 
         Args:
             model: the model itself, unwrapped.
             entry_point: what is called in its place, such as a DistributedDataParallel or compiled module around it.
+            is_trained: False for one that only evaluates, such as a reference model: the plan covers it, and what it does
+                to the loss is told, but its parameters are none of the run's; `train` takes that back.
         """
+        self.changes.call_on_undo(
+            self._keeper.adopt(model, entry_point if entry_point is not None else model, is_trained)
+        )
+        if is_trained:
+            self._see_trained(model)
+
+    def train(self, model: nn.Module) -> None:
+        """Goes on with an adopted `model` as one that is trained. Harmless where it is."""
+        if self._keeper.runner.evaluates(model):
+            self._keeper.runner.adopt(model)
+            self._see_trained(model)
+
+    def _see_trained(self, model: nn.Module) -> None:
         if self._after_step.look_at_modules in self.scaler.passengers:
             self._modules.adopt(model, self.scaler.decided_steps)
-        self.changes.call_on_undo(
-            self._keeper.adopt(model, entry_point if entry_point is not None else model)
-        )
         self._after_step.see_models()
 
     def repeat_no_forward(self) -> None:

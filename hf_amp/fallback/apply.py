@@ -83,6 +83,7 @@ class PlanRunner:
         current: the context of the default, for whoever runs a forward pass.
         on_default_change: called with the new default.
         wide_parameters: `id` of the parameters that only modules which the plan names hold.
+        plan: what the next forward passes follow.
     """
 
     def __init__(self, entry: PrecisionEntry, default: PrecisionMode) -> None:
@@ -90,23 +91,36 @@ class PlanRunner:
         self.current = CurrentPrecision(entry, default)
         self.on_default_change: list[Callable[[PrecisionMode], None]] = []
         self._models: list[weakref.ref[nn.Module]] = []
+        self._evaluated: list[weakref.ref[nn.Module]] = []
         self._inner: dict[str, Callable[[], None]] = {}
         self.wide_parameters: frozenset[int] = frozenset()
         self._host = default
-        self._plan = PrecisionPlan(default)
+        self.plan = PrecisionPlan(default)
 
-    def adopt(self, model: nn.Module) -> None:
-        """Lets `model` follow the plan, without keeping it alive. Harmless when called again."""
-        if model in self.models():
+    def adopt(self, model: nn.Module, is_trained: bool = True) -> None:
+        """Lets `model` follow the plan, without keeping it alive. Harmless when called again.
+
+        Args:
+            is_trained: False for one that only evaluates, such as a reference model, until it is adopted as trained.
+        """
+        if model in self.models() or (not is_trained and self.evaluates(model)):
             return
-        for index, reference in enumerate(self._models):
+        if self.evaluates(model):
+            self._evaluated = [reference for reference in self._evaluated if reference() is not model]
+            self._forget_contexts()  # those under the names that it leaves, and that others take
+        models = self._models if is_trained else self._evaluated
+        for index, reference in enumerate(models):
             if reference() is None:
-                self._models[index] = weakref.ref(model)
+                models[index] = weakref.ref(model)
                 self._forget_contexts()  # those under these names were of the model that is gone
                 break
         else:
-            self._models.append(weakref.ref(model))
-        self.apply(self._plan)
+            models.append(weakref.ref(model))
+        self.apply(self.plan)
+
+    def evaluates(self, model: nn.Module) -> bool:
+        """Whether `model` was adopted as one that only evaluates."""
+        return any(reference() is model for reference in self._evaluated)
 
     @property
     def device(self) -> torch.device:
@@ -115,21 +129,21 @@ class PlanRunner:
         return next((p.device for model in self.models() for p in model.parameters()), anywhere)
 
     def models(self) -> list[nn.Module]:
-        """The models that are alive, in order of adoption."""
-        return [model for _, model in self._prefixed()]
+        """The trained models that are alive, in order of adoption."""
+        return [model for _, model in self._trained()]
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(qualified name, module) of every module of every model.
 
-        Names are those of `named_modules`; from the second model on "model_2." stands before them. The name of a
-        whole first model is "".
+        Names are those of `named_modules`; from the second model on "model_2." stands before them, and "eval_model_1."
+        before those of the first that only evaluates. The name of a whole first model is "".
         """
         for prefix, model in self._prefixed():
             yield from model.named_modules(prefix=prefix)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(qualified name, parameter) of every parameter of every model, under the same names."""
-        for prefix, model in self._prefixed():
+        """(qualified name, parameter) of every parameter of every trained model, under the same names."""
+        for prefix, model in self._trained():
             yield from model.named_parameters(prefix=prefix)
 
     def name_of(self, model: nn.Module) -> str:
@@ -137,6 +151,13 @@ class PlanRunner:
         return next(prefix for prefix, known in self._prefixed() if known is model)
 
     def _prefixed(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from self._trained()
+        for index, reference in enumerate(self._evaluated):
+            model = reference()
+            if model is not None:
+                yield f"eval_model_{index + 1}", model
+
+    def _trained(self) -> Iterator[tuple[str, nn.Module]]:
         for index, reference in enumerate(self._models):
             model = reference()
             if model is not None:
@@ -145,8 +166,8 @@ class PlanRunner:
     def apply(self, plan: PrecisionPlan) -> None:
         """Makes the next forward passes follow `plan`. Modules that it names but nobody has are left out."""
         modules = dict(self.named_modules())
-        changed = plan.default is not self._plan.default
-        for name in [name for name in self._inner if plan.modules.get(name) != self._plan.modules.get(name)]:
+        changed = plan.default is not self.plan.default
+        for name in [name for name in self._inner if plan.modules.get(name) != self.plan.modules.get(name)]:
             self._inner.pop(name)()
             changed = True
         for name, precision in plan.modules.items():
@@ -154,7 +175,7 @@ class PlanRunner:
                 context = InnerForwardContext(_Inner(self.entry, precision))
                 self._inner[name] = context.install(modules[name])
                 changed = True
-        self._plan = plan
+        self.plan = plan
         if plan.default is not self.current.mode:
             self.current.mode = plan.default
             for notify in self.on_default_change:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_amp.events import Cause
-from hf_amp.fallback.apply import CurrentPrecision
+from hf_amp.fallback.apply import CurrentPrecision, PlanRunner
 from hf_amp.fallback.locate import ForwardFindings, locate
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.nested import tensors_in
@@ -40,6 +40,19 @@ class Diagnosis(NamedTuple):
     message: str
     modules: tuple[str, ...] = ()
     is_shown: bool = True
+
+    @property
+    def is_cured(self) -> bool:
+        """Whether the plan in force, under which the step did not run yet, is what it lacked: nothing is left to do."""
+        return self.cause is Cause.ACTIVATION and not self.is_shown
+
+
+_CURED_ALREADY = Diagnosis(
+    Cause.ACTIVATION,
+    "a forward value left the range of its format before the newest change of precision took effect, under which the same "
+    "batch gives finite values; nothing to do.",
+    is_shown=False,
+)
 
 
 def poison_in(
@@ -92,8 +105,7 @@ def poison_in(
 def diagnose(
     loss_finite: bool | None,
     forwards: Sequence[RecordedForward],
-    current: CurrentPrecision,
-    name_of: Callable[[nn.Module], str],
+    runner: PlanRunner,
 ) -> Diagnosis:
     """Looks closer at a step whose gradients were not finite, although all was that they were made from.
 
@@ -103,19 +115,19 @@ def diagnose(
         loss_finite: whether every loss behind the gradients was finite before scaling; None where that is no sign of
             the scale, because nothing is scaled (BF16, FP32).
         forwards: the forward passes behind the gradients.
-        current: the precision that they ran in.
-        name_of: gives what stands before the names of a model's modules.
+        runner: the models, and the plan in force.
     """
     findings = []
     for forward in forwards:
-        found = locate(forward, current)
+        found = locate(forward, runner.current)
         findings.append(found)
         if found.overflowing:
-            prefix = name_of(forward.model)
-            return _activation(tuple(joined(prefix, name) for name in found.overflowing), current)
+            prefix = runner.name_of(forward.model)
+            return _activation(tuple(joined(prefix, name) for name in found.overflowing), runner.current)
         if found.unsound is not None:
-            return _unsound(found, forward)
-    return _nothing_found(loss_finite, findings)
+            return _unsound(found, forward, runner.name_of(forward.model))
+    ran_before = any(forward.plan not in (None, runner.plan) for forward in forwards)
+    return _nothing_found(loss_finite, findings, ran_before)
 
 
 def joined(prefix: str, name: str) -> str:
@@ -135,12 +147,12 @@ def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
     )
 
 
-def _unsound(found: ForwardFindings, forward: RecordedForward) -> Diagnosis:
+def _unsound(found: ForwardFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
     if found.only_loss:
         return Diagnosis(
             Cause.LOSS, f"the model's outputs are finite, its loss is not: {_why_loss(forward)}."
         )
-    where = found.unsound or "the model's own forward"
+    where = joined(prefix, found.unsound or "") or "the model's own forward"
     return Diagnosis(
         Cause.UNKNOWN,
         f"{where} gives non-finite values from finite ones in FP32 too, so precision is not to blame: look there for a "
@@ -155,7 +167,9 @@ def _why_loss(forward: RecordedForward) -> str:
     return "look at the loss function (log or division by zero) and at this step's labels"
 
 
-def _nothing_found(loss_finite: bool | None, findings: Sequence[ForwardFindings]) -> Diagnosis:
+def _nothing_found(
+    loss_finite: bool | None, findings: Sequence[ForwardFindings], ran_before: bool
+) -> Diagnosis:
     failed = next((found.error for found in findings if found.error), None)
     if loss_finite:
         return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
@@ -167,6 +181,8 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ForwardFindings]
             "function, and for activations beyond 65504.",
             is_shown=False,
         )
+    if ran_before:
+        return _CURED_ALREADY
     if loss_finite is None:
         return Diagnosis(
             Cause.UNKNOWN,

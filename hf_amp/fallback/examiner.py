@@ -26,6 +26,7 @@ _GRAVITY = (
     (Cause.LOSS, False),
     (Cause.UNKNOWN, False),
     (Cause.SCALE, True),
+    (Cause.ACTIVATION, False),
     *((cause, True) for cause in (Cause.UNKNOWN, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)),
 )
 """Where ranks find different causes, the last of these stands: the others only see its traces. (Cause, whether shown)."""
@@ -100,12 +101,36 @@ class Examiner:
         if poison is None and skip.loss_finite and not self._looks_closer():
             return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
         forwards = forwards if self.repeats_forwards else []
-        found = diagnose(skip.loss_finite, forwards, self._runner.current, self._runner.name_of)
+        found = diagnose(skip.loss_finite, forwards, self._runner)
         if poison is not None:
             return found if found.cause is Cause.ACTIVATION else poison._replace(is_shown=True)
-        if not found.is_shown and forwards and self._recorder.has_let_go(skip.step):
+        if found.cause is Cause.SCALE:
+            return self._without_scale(forwards) or found
+        if found.is_shown:
+            return found
+        found = self._in_evaluations(skip) or found
+        if not (found.is_shown or found.is_cured) and forwards and self._recorder.has_let_go(skip.step):
             return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, is_shown=False)
-        return (self._without_scale(forwards) or found) if found.cause is Cause.SCALE else found
+        return found
+
+    def _in_evaluations(self, skip: SkippedStep) -> Diagnosis | None:
+        """What models that only evaluate are seen to do to the loss; None where nothing is."""
+        evaluations = self._recorder.evaluations_of(skip.step) if self.repeats_forwards else []
+        weights = [
+            (joined(self._runner.name_of(model), name), p)
+            for model in dict.fromkeys(evaluation.model for evaluation in evaluations)
+            for name, p in model.named_parameters()
+            if p.is_floating_point() and p.element_size() > 1  # FP8 knows no isfinite
+        ]
+        poisoned = non_finite_names(weights)
+        if poisoned:
+            return Diagnosis(
+                Cause.WEIGHTS,
+                f"the loss is made from a model that is not trained, and {len(poisoned)} of its parameters hold non-finite "
+                f"values, {poisoned[0]} among them; no step can mend that. Load it anew, in a format that holds its weights.",
+            )
+        found = diagnose(skip.loss_finite, evaluations, self._runner)
+        return found if found.is_shown or found.is_cured else None
 
     def _agreed(self, found: Diagnosis) -> Diagnosis:
         """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
@@ -119,7 +144,7 @@ class Examiner:
         )
         cause, is_shown = _GRAVITY[int(gravest)]
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
-        if cause is found.cause and set(modules) == set(found.modules):
+        if (cause, is_shown, set(modules)) == (found.cause, found.is_shown, set(found.modules)):
             return found
         message = f"another rank has found the cause. Here: {found.message}"
         return Diagnosis(cause, message, modules, is_shown)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_amp.fallback.apply import CurrentPrecision
 from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.forward_context import to_float32
+from hf_amp.forward_context import ForwardContext, to_float32
 from hf_amp.nested import in_own_containers, tensors_in
 from hf_amp.precision import PrecisionMode
 from hf_amp.random_state import RandomState, devices_of
@@ -142,7 +142,7 @@ class _Watch:
         """The output in FP32 where that is finite; None otherwise."""
         self._repeats = True
         try:
-            with self._current.entry.context(PrecisionMode.FP32):
+            with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
                 # The whole model's own attribute may be a wrapper that enters autocast again, as accelerate's does.
                 forward = module.forward if name else functools.partial(type(module).forward, module)
                 exact = forward(*to_float32(arguments), **to_float32(options))

@@ -54,7 +54,7 @@ class PlanKeeper:
         emulate = config.emulate and on_cpu_in_fp16
         self.asked_for = mode
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
-        self.recorder = ForwardRecorder(step)
+        self.recorder = ForwardRecorder(step, self.runner)
         self.examiner = Examiner(self.runner, self.recorder, config.hysteresis)
         half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
@@ -76,9 +76,9 @@ class PlanKeeper:
         """Which precision runs where."""
         return self._state.plan
 
-    def adopt(self, model: nn.Module, entry_point: nn.Module) -> Callable[[], None]:
+    def adopt(self, model: nn.Module, entry_point: nn.Module, is_trained: bool = True) -> Callable[[], None]:
         """Lets `model` follow the plan and its calls through `entry_point` be repeated; returns what undoes the latter."""
-        self.runner.adopt(model)
+        self.runner.adopt(model, is_trained)
         return self.recorder.watch(entry_point, model)
 
     def note_applied(self, step_seconds: float | None = None, agree: bool = False) -> Transition | None:
@@ -106,6 +106,8 @@ class PlanKeeper:
 
     def note_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float) -> Transition | None:
         """One skipped step; what is done about it."""
+        if diagnosis.is_cured:
+            return None
         facts = StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction)
         if self._trial is not None and self._trial.running is not None:
             next_state = self._fallback.next_state(self._state, facts)

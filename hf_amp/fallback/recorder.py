@@ -6,18 +6,23 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_amp.eager import eager
+from hf_amp.fallback.apply import PlanRunner
 from hf_amp.fallback.batch_norm_statistics import BatchNormStatistics, norms_of
+from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.nested import in_own_containers, tensors_in
 from hf_amp.random_state import RandomState
 
 KEPT_FORWARDS = 64
 """Forward passes of one step that are kept, the newest ones; references to the arguments only, never copies."""
+KEPT_EVALUATIONS = 8
+"""The same of models that only evaluate, such as a reference model; few, because a long evaluation also runs them."""
 KEPT_STEPS = 2
 """Steps kept: the newest, and the one before, whose verdict PERFORMANCE_OPTIMIZED learns one step late."""
 
@@ -29,6 +34,7 @@ class RecordedForward(NamedTuple):
         is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
             written into it since.
         random_state: what dropout drew from on the CPU and on the batch's devices; None where that is not known.
+        plan: what it ran under; None where that is not known.
     """
 
     model: nn.Module
@@ -36,6 +42,7 @@ class RecordedForward(NamedTuple):
     options: dict[str, Any]
     is_intact: bool = True
     random_state: RandomState | None = None
+    plan: PrecisionPlan | None = None
 
 
 class _Kept(NamedTuple):
@@ -46,117 +53,132 @@ class _Kept(NamedTuple):
     options: dict[str, Any]
     versions: tuple[int, ...]
     random_state: RandomState | None
+    plan: PrecisionPlan
+
+
+@dataclass
+class _OfStep:
+    """What belongs to one optimizer step.
+
+    Attributes:
+        calls: of models while gradients are on.
+        has_let_go: whether there were more of them than are kept.
+        evaluations: calls of models that only evaluate, without gradients.
+        statistics: what batch norms had gathered before it, by model.
+    """
+
+    calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
+    has_let_go: bool = False
+    evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
+    statistics: dict[weakref.ref[nn.Module], BatchNormStatistics] = field(default_factory=dict)
 
 
 class ForwardRecorder:
     """Notes what models are called with while gradients are on: one forward hook on each outermost module.
 
-    Before the first call of a training model in a step it copies the model's running statistics, if it has any.
+    Of models that only evaluate, it notes calls without gradients. Before the first call of a training model in a step it
+    copies the model's running statistics, if it has any.
 
     Args:
         step: gives the number of the optimizer step that forward passes now belong to.
+        runner: the models; says which of them only evaluate, and which plan they run under.
     """
 
-    def __init__(self, step: Callable[[], int]) -> None:
+    def __init__(self, step: Callable[[], int], runner: PlanRunner) -> None:
         self._step = step
-        self._kept: dict[int, deque[_Kept]] = {}
-        self._overfull: set[int] = set()
+        self._runner = runner
+        self._by_step: dict[int, _OfStep] = {}
         self._norms: dict[weakref.ref[nn.Module], list[weakref.ref[nn.Module]]] = {}
-        self._gathered: dict[int, dict[weakref.ref[nn.Module], BatchNormStatistics]] = {}
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
         reference = weakref.ref(model)
         if norms := norms_of(model):
             self._norms[reference] = norms
-        note = _Note(self._note, reference)
-        handle = entry_point.register_forward_pre_hook(note, with_kwargs=True)
+        handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
         return handle.remove
 
     def _note(
-        self, model: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]
+        self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        step = self._step()
-        if model in self._norms:
-            self._gather(step, model)
-        if torch.is_grad_enabled():
-            self._keep(step, model, arguments, options)
-
-    def _gather(self, step: int, reference: weakref.ref[nn.Module]) -> None:
         model = reference()
-        if model is None or not model.training or reference in self._gathered.get(step, {}):
+        if model is None:
             return
-        if step not in self._gathered:
-            self._gathered = _with_room_for(step, self._gathered)
-            self._gathered[step] = {}
-        self._gathered[step][reference] = BatchNormStatistics(self._norms[reference])
+        if model.training and reference in self._norms:
+            self._gather(reference)
+        if torch.is_grad_enabled():
+            now = self._now()
+            now.has_let_go |= len(now.calls) == KEPT_FORWARDS
+            now.calls.append(self._kept(reference, arguments, options))
+        elif self._runner.evaluates(model):
+            self._now().evaluations.append(self._kept(reference, arguments, options))
 
-    def _keep(
-        self,
-        step: int,
-        model: weakref.ref[nn.Module],
-        arguments: tuple[Any, ...],
-        options: dict[str, Any],
-    ) -> None:
-        if step not in self._kept:
-            self._kept = _with_room_for(step, self._kept)
-            self._overfull &= self._kept.keys()
-            self._kept[step] = deque(maxlen=KEPT_FORWARDS)
-        if len(self._kept[step]) == KEPT_FORWARDS:
-            self._overfull.add(step)
+    def _now(self) -> _OfStep:
+        step = self._step()
+        if step not in self._by_step:
+            kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
+            self._by_step = {**kept, step: _OfStep()}
+        return self._by_step[step]
+
+    def _gather(self, reference: weakref.ref[nn.Module]) -> None:
+        statistics = self._now().statistics
+        if reference not in statistics:
+            statistics[reference] = BatchNormStatistics(self._norms[reference])
+
+    def _kept(
+        self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> _Kept:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
         arguments, options = in_own_containers((arguments, options))
         tensors = _tensors(arguments, options)
-        kept = _Kept(model, arguments, options, _versions(tensors), _random_state(tensors))
-        self._kept[step].append(kept)
+        seen = _versions(tensors), _random_state(tensors), self._runner.plan
+        return _Kept(reference, arguments, options, *seen)
 
     def forwards_of(self, step: int) -> list[RecordedForward]:
         """The forward passes behind optimizer step `step`, oldest first.
 
         Where a step had none of its own, as the second of two optimizers, those of the step before.
         """
-        return [
-            RecordedForward(
-                model,
-                kept.arguments,
-                kept.options,
-                is_intact=kept.versions == _versions(_tensors(kept.arguments, kept.options)),
-                random_state=kept.random_state,
-            )
-            for kept in self._kept.get(_newest(self._kept, step), ())
-            if (model := kept.model()) is not None
-        ]
+        return _repeatable(next((its.calls for its in self._back_from(step) if its.calls), ()))
 
     def has_let_go(self, step: int) -> bool:
         """Whether there were more forward passes behind optimizer step `step` than are kept."""
-        return _newest(self._kept, step) in self._overfull
+        return next((its.has_let_go for its in self._back_from(step) if its.calls), False)
+
+    def evaluations_of(self, step: int) -> list[RecordedForward]:
+        """The same as `forwards_of`, of models that only evaluate, whose outputs the loss may be made from."""
+        return _repeatable(next((its.evaluations for its in self._back_from(step) if its.evaluations), ()))
 
     def put_back_statistics(self, step: int) -> list[nn.Module]:
         """Puts back running statistics that are not finite after optimizer step `step`, and were before it.
 
         Returns the modules that had them. One host read for each model that has any.
         """
-        gathered = self._gathered.get(_newest(self._gathered, step), {})
+        gathered = next((its.statistics for its in self._back_from(step) if its.statistics), {})
         return [norm for statistics in gathered.values() for norm in statistics.put_back()]
+
+    def _back_from(self, step: int) -> list[_OfStep]:
+        """Of `step` and the kept steps before it, the newest first."""
+        return [self._by_step[known] for known in sorted(self._by_step, reverse=True) if known <= step]
 
     def forget(self) -> None:
         """Lets go of everything."""
-        self._kept.clear()
-        self._overfull.clear()
-        self._gathered.clear()
+        self._by_step.clear()
 
 
-_T = TypeVar("_T")
-
-
-def _newest(by_step: Iterable[int], step: int) -> int:
-    """The newest of the steps up to `step`; one that there never is where there is none."""
-    return max((known for known in by_step if known <= step), default=-1)
-
-
-def _with_room_for(step: int, by_step: dict[int, _T]) -> dict[int, _T]:
-    """The entries that are kept beside one for `step`."""
-    return {old: entry for old, entry in by_step.items() if step - KEPT_STEPS < old < step}
+def _repeatable(calls: Iterable[_Kept]) -> list[RecordedForward]:
+    return [
+        RecordedForward(
+            model,
+            kept.arguments,
+            kept.options,
+            is_intact=kept.versions == _versions(_tensors(kept.arguments, kept.options)),
+            random_state=kept.random_state,
+            plan=kept.plan,
+        )
+        for kept in calls
+        if (model := kept.model()) is not None
+    ]
 
 
 def _tensors(arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:

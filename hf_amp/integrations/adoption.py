@@ -31,12 +31,12 @@ def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
             session.changes.set_attribute(accelerator, "autocast_handler", AutocastKwargs(enabled=False))
     adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def adopt(prepared: nn.Module) -> None:
+    def adopt(prepared: nn.Module, is_trained: bool = True) -> None:
         model = accelerator.unwrap_model(prepared, keep_torch_compile=False)
         if model in adopted:
             return
         adopted.add(model)
-        session.adopt(model, entry_point=prepared)
+        session.adopt(model, entry_point=prepared, is_trained=is_trained)
         if on_cpu:
             session.changes.call_on_undo(context.install(model))
             if (
@@ -53,14 +53,16 @@ def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
     prepare_model = accelerator.prepare_model
 
     @functools.wraps(prepare_model)
-    def prepare_and_adopt(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def prepare_and_adopt(
+        model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
         native_amp = accelerator.native_amp
         accelerator.native_amp = native_amp and not on_cpu
         try:
-            prepared = prepare_model(model, *args, **kwargs)
+            prepared = prepare_model(model, device_placement, evaluation_mode)
         finally:
             accelerator.native_amp = native_amp
-        adopt(prepared)
+        adopt(prepared, is_trained=not evaluation_mode)
         return prepared
 
     session.changes.set_attribute(accelerator, "prepare_model", prepare_and_adopt)

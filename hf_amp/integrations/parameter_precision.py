@@ -38,6 +38,7 @@ def settle_parameters(
     known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
     settled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     converted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    evaluating: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def settle_model(wrapped: nn.Module, fixed: bool) -> None:
         model = accelerator.unwrap_model(wrapped)
@@ -51,6 +52,12 @@ def settle_parameters(
                 converted.add(model)
 
     def settle_optimizer(optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for model in [m for m in evaluating if any(id(p) in held for p in m.parameters())]:
+            # A Trainer prepares so what it evaluates before it trains, and what transformers has distributed.
+            evaluating.discard(model)
+            session.train(model)
+            settle_model(model, fixed=False)
         known.add(optimizer)
         if masters is not None:
             masters.adopt(optimizer)
@@ -79,9 +86,14 @@ def settle_parameters(
     prepare_model, prepare_optimizer = accelerator.prepare_model, accelerator.prepare_optimizer
 
     @functools.wraps(prepare_model)
-    def settle_and_prepare_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        settle_model(model, fixed=isinstance(model, DistributedDataParallel))
-        return prepare_model(model, *args, **kwargs)
+    def settle_and_prepare_model(
+        model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
+        if evaluation_mode:
+            evaluating.add(accelerator.unwrap_model(model))
+        else:
+            settle_model(model, fixed=isinstance(model, DistributedDataParallel))
+        return prepare_model(model, device_placement, evaluation_mode)
 
     @functools.wraps(prepare_optimizer)
     def settle_and_prepare_optimizer(optimizer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -103,7 +103,7 @@ class HopeWatch:
 
 _MAYBE_LABELS = (
     "where the loss is 0.0 too, every label of the batch is ignored (-100): look at what the collator makes of them; "
-    "otherwise look for frozen parameters"
+    "where rewards are learned from, all of a group may be equal; otherwise look for frozen parameters"
 )
 _LABELS = {
     None: _MAYBE_LABELS,
@@ -116,7 +116,8 @@ _REMEDIES = {
     Cause.ACTIVATION: "Train the modules that the events name, or all, in BF16 or FP32.",
     Cause.INPUT: "Mend the data: batch after batch holds non-finite values.",
     Cause.WEIGHTS: "Go back to the last good checkpoint.",
-    Cause.LOSS: "Look at the labels (is every one ignored?) and at the loss function.",
+    Cause.LOSS: "Look at the labels (is every one ignored?), at rewards (are all of a group equal?) and at the loss "
+    "function.",
     Cause.UNKNOWN: "Look at the learning rate, the data, the labels and the loss function, or train in FP32 to see whether it is "
     "precision.",
 }

@@ -31,11 +31,6 @@ class StepKeeper(ScaleKeeper):
         self._open.abandon()
         self._losses = SeenLosses()
 
-    @property
-    def backwards(self) -> int:
-        """Backward passes that have begun."""
-        return self._open.backwards
-
     def _losses_behind(self, optimizer: torch.optim.Optimizer) -> SeenLosses:
         """Those of the newest backward passes, which may have been other optimizers' too; none where nobody showed them."""
         return SeenLosses() if self._open.is_scaled_by_hand(optimizer) else self._losses

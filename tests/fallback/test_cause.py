@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -299,6 +300,54 @@ def test_a_late_verdict_about_a_batch_that_was_overwritten_is_unknown() -> None:
     loop.session.scaler.flush()
     assert [(s.step, s.cause) for s in loop.skips] == [(2, Cause.UNKNOWN)]
     assert "written into" in loop.skips[0].message
+
+
+def test_a_late_verdict_about_a_step_that_ran_before_the_plan_changed() -> None:
+    """ACTIVATION too, not a fault of the loss, which is sound once its batch runs under the new plan; nothing more is done."""
+    model = Regression(between=lambda large: large / 1e6)
+    with torch.no_grad():
+        model.first.weight.mul_(1e6)
+    loop = Loop(model, "fp16", fused=True, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=64.0)
+    for _ in range(6):
+        loop.step(SOUND)
+    loop.session.scaler.flush()
+    told = [(skip.step, skip.cause, skip.modules) for skip in loop.skips]
+    assert told == [(1, Cause.ACTIVATION, ("first",)), (2, Cause.ACTIVATION, ())]
+    assert "before the newest change of precision" in loop.skips[1].message
+    assert loop.session.plan.default is PrecisionMode.MIXED
+    assert list(loop.session.plan.modules) == ["first"]
+
+
+class Large(nn.Module):
+    """The output of its head leaves FP16's range, and is brought back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+        nn.init.constant_(self.head.bias, 1e6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.head(self.body(x)).float() / 1e6).square().mean()
+
+
+def without_calling_the_head(self: Large, x: Tensor) -> Tensor:
+    """The same, as libraries that fuse a head with its loss put it in the place of a model's own forward."""
+    large = nn.functional.linear(self.body(x), self.head.weight, self.head.bias)
+    return (large.float() / 1e6).square().mean()
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_an_overflow_in_a_forward_that_was_put_on_the_instance(emulate: bool) -> None:
+    """ACTIVATION in the model's own forward, and the model leaves FP16: in FP32 that very function is finite."""
+    model = Large()
+    model.forward = MethodType(without_calling_the_head, model)
+    loop = Loop(model, "fp16", init_scale=64.0, emulate=emulate)
+    for _ in range(3):
+        loop.step({"x": X})
+    assert [(skip.cause, skip.modules) for skip in loop.skips] == [(Cause.ACTIVATION, ("",))]
+    assert "the model's own forward" in loop.skips[0].message
+    assert loop.session.metrics()["applied_steps"] == 2
 
 
 @EVERY_PRECISION

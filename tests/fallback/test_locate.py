@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 import hf_amp
 from hf_amp import AdvancedGradScaler, AmpSession, Cause, MixedPrecisionConfig, PrecisionMode
-from hf_amp.fallback.apply import CurrentPrecision, PrecisionEntry
+from hf_amp.fallback.apply import CurrentPrecision, PlanRunner, PrecisionEntry
 from hf_amp.fallback.cause import Diagnosis, diagnose, poison_in
 from hf_amp.fallback.locate import ForwardFindings, locate
 from hf_amp.fallback.recorder import RecordedForward
@@ -42,7 +42,9 @@ def found_in(model: nn.Module, *arguments: Any, emulate: bool = True, **options:
 
 def told_of(model: nn.Module, *arguments: Any, **options: Any) -> Diagnosis:
     forward = RecordedForward(model, arguments, options)
-    return poison_in((), [forward]) or diagnose(False, [forward], fp16(), lambda _: "")
+    runner = PlanRunner(PrecisionEntry("cpu", emulate=True), PrecisionMode.MIXED)
+    runner.adopt(model)
+    return poison_in((), [forward]) or diagnose(False, [forward], runner)
 
 
 def enlarge(*layers: nn.Module, by: float = 1e6) -> None:

@@ -62,6 +62,7 @@ def test_the_cause_is_that_of_most_skips() -> None:
         (False, 0.5, Cause.LOSS, "not a number"),
         (True, 8.0, Cause.LOSS, "0.0 too"),
         (None, 1.0, Cause.LOSS, "0.0 too"),
+        (True, 8.0, Cause.LOSS, "where rewards are learned from, all of a group may be equal"),
         (True, 2.0**-24, Cause.SCALE, "the scale of 5.96046e-08 leaves nothing"),
     ],
 )

@@ -1,0 +1,240 @@
+"""The trainers of TRL with the callback: they train as without it, and what overflows beside a reference model is told right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, set_seed
+
+from hf_amp import AmpEvent, Cause, EventKind, MixedPrecisionCallback
+from hf_amp.cli.demo_model import text_blocks
+from tests.fallback.rescaled import ZOO
+from tests.integrations.trainers import logged
+from tests.reference import assert_bitwise_equal
+
+trl = pytest.importorskip("trl", reason="needs trl, which the extra hf_amp[peers] brings")
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator_state", "no_telemetry")
+LLAMA = next(model for model in ZOO if model.name == "Llama")
+OVERFLOWING = tuple(
+    f"model.layers.{layer}.{writer}" for layer in (0, 1) for writer in ("self_attn.o_proj", "mlp.down_proj")
+)
+"""What writes to the residual stream, which the factors of `LLAMA` drive out of FP16's range."""
+STEPS = 4
+
+
+@pytest.fixture
+def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL tells its makers of every trainer but those in CI."""
+    monkeypatch.setenv("CI", "true")
+
+
+def llama(overflows: bool = False) -> LlamaForCausalLM:
+    """Two layers over bytes and two special tokens; equal at every call, and the same function if it overflows FP16."""
+    model = LLAMA.plain(seed=0)
+    model.resize_token_embeddings(258, mean_resizing=False)
+    if overflows:
+        LLAMA.rescaling.apply(model)
+    return model
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every byte, one to end with and one to pad with."""
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>", "<pad>"]
+    inner = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<pad>")
+
+
+def rows(*columns: str) -> Dataset:
+    """32 rows of real text: prompts of 12 bytes, what follows, and that backwards as what is rejected."""
+    texts = [bytes(block).decode("ascii", "replace") for block in text_blocks()[:32]]
+    every = {
+        "text": [text[:32] for text in texts],
+        "prompt": [text[:12] for text in texts],
+        "chosen": [text[12:28] for text in texts],
+        "rejected": [text[28:12:-1] for text in texts],
+    }
+    return Dataset.from_dict({column: every[column] for column in columns})
+
+
+def arguments(of: type, folder: Path, precision: str, **options: Any) -> Any:
+    """A few steps on the CPU, a log entry each, nothing saved or reported."""
+    defaults: dict[str, Any] = {
+        "fp16": precision == "fp16",
+        "bf16": precision == "bf16",
+        "use_cpu": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "learning_rate": 1e-3,
+    }
+    return of(str(folder), **{**defaults, **options})
+
+
+def adapters() -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+def sft_with_lora(folder: Path, precision: str, callbacks: list[Any]) -> Trainer:
+    return trl.SFTTrainer(
+        llama(),
+        arguments(trl.SFTConfig, folder, precision, gradient_accumulation_steps=2),
+        train_dataset=rows("text"),
+        processing_class=tokenizer(),
+        peft_config=adapters(),
+        callbacks=callbacks,
+    )
+
+
+def dpo(
+    folder: Path,
+    precision: str,
+    callbacks: list[Any],
+    overflows: bool = False,
+    reference_overflows: bool = False,
+    lora: bool = False,
+) -> Trainer:
+    return trl.DPOTrainer(
+        llama(overflows),
+        None if lora else llama(reference_overflows),
+        arguments(trl.DPOConfig, folder, precision),
+        train_dataset=rows("prompt", "chosen", "rejected"),
+        processing_class=tokenizer(),
+        peft_config=adapters() if lora else None,
+        callbacks=callbacks,
+    )
+
+
+def distinct_letters(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(completion))) for completion in completions]
+
+
+def grpo(folder: Path, precision: str, callbacks: list[Any], reward: Any = distinct_letters) -> Trainer:
+    """Generates before every second step, and takes each batch twice."""
+    options = {
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "steps_per_generation": 1,
+        "num_iterations": 2,
+    }
+    return trl.GRPOTrainer(
+        llama(),
+        reward,
+        arguments(trl.GRPOConfig, folder, precision, **options),
+        train_dataset=rows("prompt"),
+        processing_class=tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def trained(make: Callable[..., Trainer], *given: Any, **options: Any) -> Trainer:
+    set_seed(0)
+    trainer = make(*given, **options)
+    trainer.train()
+    return trainer
+
+
+def told(callback: MixedPrecisionCallback, kind: EventKind) -> list[AmpEvent]:
+    assert callback.session is not None
+    return [event for event in callback.session.events if event.kind is kind]
+
+
+TRAINERS = pytest.mark.parametrize("make", [sft_with_lora, dpo, grpo])
+
+
+@TRAINERS
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_without_faults_it_is_as_without_the_callback(
+    make: Callable[..., Trainer], precision: str, tmp_path: Path
+) -> None:
+    """Parameters to the last bit, losses, and whatever else TRL logs but times."""
+    stock = trained(make, tmp_path / "stock", precision, [])
+    ours = trained(make, tmp_path / "ours", precision, [MixedPrecisionCallback()])
+    assert_bitwise_equal(list(stock.model.parameters()), list(ours.model.parameters()))
+    for before, after in zip(stock.state.log_history, ours.state.log_history, strict=True):
+        kept = [key for key in before if "time" not in key and "second" not in key]
+        assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+
+
+@TRAINERS
+def test_fp16_learns_what_fp32_does(make: Callable[..., Trainer], tmp_path: Path) -> None:
+    """Every loss, of the trained model and of what it is compared with, within a rounding of FP16."""
+    callback = MixedPrecisionCallback()
+    exact = trained(make, tmp_path / "exact", "no", [])
+    half = trained(make, tmp_path / "half", "fp16", [callback])
+    assert logged(half, "loss") == pytest.approx(logged(exact, "loss"), abs=0.02)
+    assert logged(half, "amp/applied_steps")[-1] == STEPS
+    assert not told(callback, EventKind.STEP_SKIPPED)
+
+
+@pytest.mark.parametrize(("overflows", "reference_overflows"), [(True, False), (False, True), (True, True)])
+def test_dpo_tells_the_model_and_its_reference_apart(
+    overflows: bool, reference_overflows: bool, tmp_path: Path
+) -> None:
+    """Each that overflows costs one step, is named, and runs its modules in FP32 from then on."""
+    callback = MixedPrecisionCallback()
+    trained(dpo, tmp_path, "fp16", [callback], overflows=overflows, reference_overflows=reference_overflows)
+    expected = [OVERFLOWING] if overflows else []
+    if reference_overflows:
+        expected.append(tuple(f"eval_model_1.{name}" for name in OVERFLOWING))
+    skips = told(callback, EventKind.STEP_SKIPPED)
+    assert [(skip.cause, skip.modules) for skip in skips] == [(Cause.ACTIVATION, names) for names in expected]
+    assert callback.session.metrics()["applied_steps"] == STEPS - len(expected)
+
+
+def test_dpo_with_adapters_has_one_model(tmp_path: Path) -> None:
+    """The reference is the model without its adapters: one step is lost, and modules are named inside of peft's."""
+    callback = MixedPrecisionCallback()
+    trained(dpo, tmp_path, "fp16", [callback], overflows=True, lora=True)
+    (skip,) = told(callback, EventKind.STEP_SKIPPED)
+    names = tuple(
+        f"base_model.model.{name}" + (".base_layer" if "down_proj" in name else "") for name in OVERFLOWING
+    )
+    assert (skip.cause, skip.modules) == (Cause.ACTIVATION, names)
+
+
+class RescaleBefore(TrainerCallback):
+    """Makes the model overflow FP16, without changing its function, before a step (from 1)."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self._step:
+            LLAMA.rescaling.apply(kwargs["model"])
+
+
+def hooks_on(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_grpo_generates_under_the_plan(tmp_path: Path) -> None:
+    """What overflows in a step on generated text is named, the next generation runs it in FP32; detach takes all hooks."""
+    stock = trained(grpo, tmp_path / "stock", "no", [])
+    callback = MixedPrecisionCallback()
+    trainer = trained(grpo, tmp_path / "ours", "fp16", [callback, RescaleBefore(2)])
+    (skip,) = told(callback, EventKind.STEP_SKIPPED)
+    assert (skip.step, skip.cause, skip.modules) == (2, Cause.ACTIVATION, OVERFLOWING)
+    assert logged(trainer, "amp/applied_steps")[-1] == STEPS - 1
+    callback.session.detach()
+    assert hooks_on(trainer.model) == hooks_on(stock.model)
+
+
+def test_equal_rewards_are_named_where_nothing_is_learned(tmp_path: Path) -> None:
+    """GRPO learns from differences within a group: without any, every gradient is zero, and labels are not all there is."""
+    callback = MixedPrecisionCallback()
+    trained(grpo, tmp_path, "fp16", [callback], reward=lambda completions, **_: [1.0] * len(completions))
+    (zero,) = told(callback, EventKind.ZERO_GRADIENTS)
+    assert "rewards" in zero.message
