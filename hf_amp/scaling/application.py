@@ -15,7 +15,7 @@ from hf_amp.errors import ScalerError
 from hf_amp.scaling.boundary import Boundary, Treatment, refuse_fp16
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.unscale import multiply_, reciprocal
-from hf_amp.statistics.gradients import random_elements
+from hf_amp.statistics.samples import random_elements
 from hf_amp.statistics.transfer import moved
 
 

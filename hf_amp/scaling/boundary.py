@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_amp.errors import ScalerError
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.scaling.unscale import reciprocal, unscale_and_check_
-from hf_amp.statistics import agreement
+from hf_amp.statistics import agreement, samples
 from hf_amp.statistics import gradients as statistics
 from hf_amp.statistics.transfer import moved
 
@@ -208,7 +208,7 @@ def examine(
     underflow = wanted = None
     bounded = statistics.collect(optimizer, look.not_sampled) if look.not_sampled else gradients
     if look.sample_seed is not None and bounded:
-        found = statistics.underflow(bounded, FP16_FORMAT, look.sample_seed)
+        found = samples.underflow(bounded, FP16_FORMAT, look.sample_seed)
         underflow = moved(found.fraction, scale.device)
         wanted = moved(found.cure, scale.device) * scale
     inverse = scale if treatment is Treatment.CHECK else reciprocal(scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.precision import NumberFormat
-from hf_amp.statistics.gradients import SAMPLES_PER_TENSOR, drawn_on_cpu
+from hf_amp.statistics.samples import SAMPLES_PER_TENSOR, drawn_on_cpu
 from hf_amp.statistics.transfer import moved
 
 

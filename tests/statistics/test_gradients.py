@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
 from hf_amp.statistics.by_tensor import underflow_of_each
 from hf_amp.statistics.gradients import (
-    SAMPLES_PER_TENSOR,
     by_device_and_dtype,
     collect,
     count_non_finite,
@@ -18,8 +17,8 @@ from hf_amp.statistics.gradients import (
     norm_and_amax,
     total_amax,
     total_norm,
-    underflow,
 )
+from hf_amp.statistics.samples import SAMPLES_PER_TENSOR, underflow
 from tests.host_reads import count_host_reads
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from hf_amp.precision import FP16_FORMAT
 from hf_amp.scaling.unscale import multiply_, unscale_and_check_
 from hf_amp.statistics import snapshot
 from hf_amp.statistics.by_tensor import amax_of_each, underflow_of_each
-from hf_amp.statistics.gradients import count_non_finite, exact_norm, total_amax, total_norm, underflow
+from hf_amp.statistics.gradients import count_non_finite, exact_norm, total_amax, total_norm
+from hf_amp.statistics.samples import underflow
 from tests.host_reads import count_synchronisations
 
 pytestmark = pytest.mark.gpu
