@@ -5,7 +5,6 @@
     │   └── UnknownOptionError            no option has that name; names the nearest one
     ├── AttachError (RuntimeError)        hf_amp cannot work on this Trainer, Accelerator, model or device
     ├── BatchError (ValueError)           a batch, or the loss made from it, cannot be trained on
-    ├── PreflightError (ValueError)       `hf-amp preflight` cannot load or run what it was given (in hf_amp.cli)
     ├── ScalerError (RuntimeError)        a scaler method was called in an order that has no meaning
     └── StateError (ValueError)           a checkpoint or event log does not hold what it should
 
