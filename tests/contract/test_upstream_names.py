@@ -112,6 +112,12 @@ def test_accelerator_prepares_through(name: str) -> None:
     assert calls == [name]
 
 
+def test_accelerator_prepares_what_evaluates_by_an_argument() -> None:
+    """`Accelerator.prepare_model(model, device_placement, evaluation_mode)`, no more and no less."""
+    names = list(inspect.signature(Accelerator.prepare_model).parameters)
+    assert names == ["self", "model", "device_placement", "evaluation_mode"]
+
+
 def test_accelerate_optimizer_keeps_its_skip() -> None:
     """`AcceleratedOptimizer._is_overflow` is what `step_was_skipped` tells."""
     optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0))
