@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.events import AmpEvent, Cause, EventKind
-from hf_amp.fallback.cause import MENTIONED, Diagnosis
+from hf_amp.fallback.cause import Diagnosis, mentioned
 from hf_amp.fallback.examiner import SkippedStep
 from hf_amp.fallback.plan_keeper import PlanKeeper
 from hf_amp.fallback.transition import Transition
@@ -221,13 +221,12 @@ class AfterStep:
     def _tell_of_statistics(self, norms: tuple[str, ...]) -> None:
         if not norms:
             return
-        more = f" and {len(norms) - MENTIONED} more" if len(norms) > MENTIONED else ""
         self._journal.record(
             AmpEvent(
                 step=self._journal.newest_step,
                 kind=EventKind.STATISTICS_PUT_BACK,
                 modules=norms,
-                message=f"the running statistics of {', '.join(norms[:MENTIONED])}{more} were not finite after the skipped "
+                message=f"the running statistics of {mentioned(norms)} were not finite after the skipped "
                 "step: they are again what they were before it.",
             )
         )

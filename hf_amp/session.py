@@ -161,11 +161,7 @@ class AmpSession(Journal):
 
     def non_finite_parameters(self) -> list[str]:
         """Qualified names of the parameters of adopted models that hold non-finite values. One host read."""
-        return non_finite_names(
-            (name, p)
-            for name, p in self._keeper.runner.named_parameters()
-            if p.element_size() > 1  # FP8 knows no isfinite
-        )
+        return non_finite_names(self._keeper.runner.named_parameters())
 
     def circumstances(self) -> dict[str, Any]:
         """What a log begins with: the precision and the options in force, as plain data."""

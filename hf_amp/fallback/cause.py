@@ -135,13 +135,18 @@ def joined(prefix: str, name: str) -> str:
     return ".".join(filter(None, (prefix, name)))
 
 
-def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
-    which = ", ".join(name or "the model's own forward" for name in names[:MENTIONED])
+def mentioned(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
     more = f" and {len(names) - MENTIONED} more" if len(names) > MENTIONED else ""
+    return ", ".join(names[:MENTIONED]) + more
+
+
+def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
+    which = mentioned([name or "the model's own forward" for name in names])
     left = NumberFormat.of(current.mode)
     return Diagnosis(
         Cause.ACTIVATION,
-        f"a forward value left the range of {left.name} (±{left.largest:g}) in {which}{more}, from finite inputs; no scale "
+        f"a forward value left the range of {left.name} (±{left.largest:g}) in {which}, from finite inputs; no scale "
         "can cure that, a wider range does.",
         names,
     )
@@ -206,7 +211,10 @@ def _nothing_found(
 
 
 def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One host read."""
+    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One host read.
+
+    FP8, which knows no `isfinite`, is passed over.
+    """
 
     def held(x: Tensor) -> Tensor:
         if is_sharded(x):
@@ -214,7 +222,7 @@ def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         return x._values() if x.is_sparse else x
 
     with torch.no_grad():
-        flags = {name: ~held(x).isfinite().all() for name, x in tensors}
+        flags = {name: ~held(x).isfinite().all() for name, x in tensors if x.element_size() > 1}
     return [name for name, flag in snapshot.read(flags).items() if flag] if flags else []
 
 

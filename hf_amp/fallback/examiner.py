@@ -120,7 +120,6 @@ class Examiner:
             (joined(self._runner.name_of(model), name), p)
             for model in dict.fromkeys(evaluation.model for evaluation in evaluations)
             for name, p in model.named_parameters()
-            if p.is_floating_point() and p.element_size() > 1  # FP8 knows no isfinite
         ]
         poisoned = non_finite_names(weights)
         if poisoned:

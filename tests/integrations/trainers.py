@@ -51,8 +51,8 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     )  # fmt: skip
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    """FP16 on the CPU, six steps, a log entry each, nothing saved, no reporter; changed by `options`."""
+def arguments(folder: Path, of: type = TrainingArguments, **options: Any) -> Any:
+    """FP16 on the CPU, six steps, a log entry each, nothing saved, no reporter; changed by `options`. `of`: their class."""
     defaults: dict[str, Any] = {
         "fp16": True,
         "use_cpu": True,
@@ -65,7 +65,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
         "learning_rate": 1e-3,
         "lr_scheduler_type": "linear",
     }
-    return TrainingArguments(str(folder), **{**defaults, **options})
+    return of(str(folder), **{**defaults, **options})
 
 
 class Regression(nn.Module):

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, Tra
 from hf_amp import AmpEvent, Cause, EventKind, MixedPrecisionCallback
 from hf_amp.cli.demo_model import text_blocks
 from tests.fallback.rescaled import ZOO
+from tests.integrations import trainers
 from tests.integrations.trainers import logged
 from tests.reference import assert_bitwise_equal
 
@@ -67,20 +68,9 @@ def rows(*columns: str) -> Dataset:
 
 
 def arguments(of: type, folder: Path, precision: str, **options: Any) -> Any:
-    """A few steps on the CPU, a log entry each, nothing saved or reported."""
-    defaults: dict[str, Any] = {
-        "fp16": precision == "fp16",
-        "bf16": precision == "bf16",
-        "use_cpu": True,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "learning_rate": 1e-3,
-    }
-    return of(str(folder), **{**defaults, **options})
+    """Those of a short run in this precision."""
+    precisions = {"fp16": precision == "fp16", "bf16": precision == "bf16"}
+    return trainers.arguments(folder, of, max_steps=STEPS, **precisions, **options)
 
 
 def adapters() -> LoraConfig:
