@@ -228,6 +228,22 @@ class MixedPrecisionConfig:
             )
 
     @classmethod
+    def or_default(cls, config: Any, whose: str, besides: str = "") -> MixedPrecisionConfig:
+        """`config` as a caller has passed it to `whose`; the defaults where it is None.
+
+        Args:
+            besides: what `whose` takes too, or what is to be known, for the error.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        if config is None or isinstance(config, cls):
+            return config or cls()
+        raise ConfigError(
+            f"{whose}(config={shown(config)}): pass a MixedPrecisionConfig{besides}; leave it out for the defaults."
+        )
+
+    @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> MixedPrecisionConfig:
         """A config from plain data, such as parsed YAML or JSON.
 

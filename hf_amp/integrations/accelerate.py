@@ -61,13 +61,10 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
         AttachError: the accelerator runs something that hf_amp does not support, or has a session already; or a prepared
             model has half-precision parameters that `config.half_parameters` does not allow.
     """
-    config = config if config is not None else MixedPrecisionConfig()
     _check_supported(accelerator)
-    if not isinstance(config, MixedPrecisionConfig):
-        raise ConfigError(
-            f"hf_amp.attach(config={config!r}): pass a MixedPrecisionConfig, or leave it out for the defaults; its from_dict "
-            "and from_file read options from elsewhere."
-        )
+    config = MixedPrecisionConfig.or_default(
+        config, "hf_amp.attach", ", whose from_dict and from_file read options from elsewhere"
+    )
     config.refuse(
         LOOP_OPTIONS,
         "only the trainers and the manager of hf_amp follow it; set what Trainer or Accelerator has for it",

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import AttachError, ConfigError
+from hf_amp.errors import AttachError
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.integrations import run_summary
 from hf_amp.integrations.accelerate import attach
@@ -255,17 +255,12 @@ def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:
 
 
 def _as_config(config: Any) -> MixedPrecisionConfig:
-    if config is None:
-        return MixedPrecisionConfig()
-    if isinstance(config, MixedPrecisionConfig):
-        return config
     if isinstance(config, dict):
         return MixedPrecisionConfig.from_dict(config)
     if isinstance(config, (str, Path)):
         return MixedPrecisionConfig.from_file(config)
-    raise ConfigError(
-        f"MixedPrecisionCallback(config={config!r}): pass a MixedPrecisionConfig, a dict of its options, or the path "
-        "of a YAML or JSON file; leave it out for the defaults."
+    return MixedPrecisionConfig.or_default(
+        config, "MixedPrecisionCallback", ", a dict of its options, or the path of a YAML or JSON file"
     )
 
 

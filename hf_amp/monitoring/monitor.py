@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import BatchError, ConfigError
+from hf_amp.errors import BatchError
 from hf_amp.events import Cause
 from hf_amp.monitoring.precision_record import ERROR_OF_CAUSE, PrecisionRecord
 from hf_amp.monitoring.streaming import LossMean
@@ -54,11 +54,7 @@ class PrecisionMonitor:
     record: PrecisionRecord = dataclasses.field(default_factory=PrecisionRecord)
 
     def __post_init__(self, config: MixedPrecisionConfig | None) -> None:
-        config = MixedPrecisionConfig() if config is None else config
-        if not isinstance(config, MixedPrecisionConfig):
-            raise ConfigError(
-                f"PrecisionMonitor(config={config!r}): pass a MixedPrecisionConfig, or leave it out for the defaults."
-            )
+        config = MixedPrecisionConfig.or_default(config, "PrecisionMonitor")
         mode = (config.precision_mode or PrecisionMode.MIXED) if config.enabled else PrecisionMode.FP32
         self.record_formats({NumberFormat.of(mode).name: 1.0})
         self._loss_mean = LossMean()

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import ConfigError
 from hf_amp.monitoring.streaming import Quantiles, RunningStatistics
 from hf_amp.precision import NumberFormat, PrecisionMode
 
@@ -43,11 +42,7 @@ class PerformanceTracker:
     def __init__(
         self, config: MixedPrecisionConfig | None = None, device: torch.device | str | None = None
     ) -> None:
-        config = MixedPrecisionConfig() if config is None else config
-        if not isinstance(config, MixedPrecisionConfig):
-            raise ConfigError(
-                f"PerformanceTracker(config={config!r}): pass a MixedPrecisionConfig; leave it out for the defaults."
-            )
+        config = MixedPrecisionConfig.or_default(config, "PerformanceTracker")
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)

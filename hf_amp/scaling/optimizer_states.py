@@ -21,7 +21,7 @@ from hf_amp.statistics.gradients import collect, total_amax
 class StepKeeper(ScaleKeeper):
     """The part of `AdvancedGradScaler` that tells which steps are open."""
 
-    def __init__(self, config: MixedPrecisionConfig, device: torch.device | str) -> None:
+    def __init__(self, config: MixedPrecisionConfig | None, device: torch.device | str) -> None:
         self._open = OpenSteps()
         self._losses = SeenLosses()
         super().__init__(config, device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import ConfigError, ScalerError
+from hf_amp.errors import ScalerError
 from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import state as state_of_policy
@@ -56,13 +56,9 @@ class Companion(Protocol):
 class ScaleKeeper(torch.amp.GradScaler):
     """The part of `AdvancedGradScaler` that has nothing to do with gradients: options, scale, counters, checkpoint."""
 
-    def __init__(self, config: MixedPrecisionConfig, device: torch.device | str) -> None:
-        if not isinstance(config, MixedPrecisionConfig):
-            raise ConfigError(
-                f"{type(self).__name__}(config={config!r}): pass a MixedPrecisionConfig, which has the options of "
-                "torch.amp.GradScaler too, or leave it out for the defaults; the device is the second argument."
-            )
-        self.config = config
+    def __init__(self, config: MixedPrecisionConfig | None, device: torch.device | str) -> None:
+        options = ", which has the options of torch.amp.GradScaler too (the device is the second argument)"
+        self.config = config = MixedPrecisionConfig.or_default(config, type(self).__name__, options)
         self._state: Any = None
         super().__init__(
             device=torch.device(device).type,

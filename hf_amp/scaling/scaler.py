@@ -67,7 +67,7 @@ class AdvancedGradScaler(StepKeeper):
         device: torch.device | str | None = None,
     ) -> None:
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
-        super().__init__(MixedPrecisionConfig() if config is None else config, device or fastest)
+        super().__init__(config, device or fastest)
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
         self._application = Application(self.master_weights)

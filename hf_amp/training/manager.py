@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_amp import saved
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import AttachError, BatchError, ConfigError, StateError
+from hf_amp.errors import AttachError, BatchError, StateError
 from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.training.batch import LossFunction
@@ -56,11 +56,7 @@ class AdvancedMixedPrecisionManager:
         loss_fn: LossFunction | None = None,
         accelerator: Any = None,
     ) -> None:
-        config = MixedPrecisionConfig() if config is None else config
-        if not isinstance(config, MixedPrecisionConfig):
-            raise ConfigError(
-                f"{type(self).__name__}(config={config!r}): pass a MixedPrecisionConfig, or leave it out for the defaults."
-            )
+        config = MixedPrecisionConfig.or_default(config, type(self).__name__)
         self.trainer = _trainer_class(config)(config, loss_fn=loss_fn, accelerator=accelerator)
         self.config = self.trainer.config
         self.epochs = 0

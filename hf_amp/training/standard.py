@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import AttachError, BatchError, ConfigError
+from hf_amp.errors import AttachError, BatchError
 from hf_amp.events import AmpEvent, EventKind
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.performance import PerformanceTracker
@@ -51,13 +51,7 @@ class StandardMixedPrecisionTrainer:
         loss_fn: LossFunction | None = None,
         accelerator: Any = None,
     ) -> None:
-        config = MixedPrecisionConfig() if config is None else config
-        if not isinstance(config, MixedPrecisionConfig):
-            raise ConfigError(
-                f"{type(self).__name__}(config={config!r}): pass a MixedPrecisionConfig, or leave it out for the "
-                "defaults."
-            )
-        self.config = self._adjusted(config)
+        self.config = self._adjusted(MixedPrecisionConfig.or_default(config, type(self).__name__))
         self.loss_fn = loss_fn
         folds = self._folds_clipping if self.config.fold_clipping is None else self.config.fold_clipping
         self._stepping: Stepping = (
