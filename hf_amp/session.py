@@ -208,7 +208,8 @@ class AmpSession(Journal):
         """Gives everything that was attached to its former state. Harmless when called again."""
         if self._after_step.decided in self.scaler.observers:
             self.scaler.observers.remove(self._after_step.decided)
-            self.scaler.passengers.clear()
+            passengers, ours = self.scaler.passengers, self._after_step.look_at_modules
+            passengers[:] = [ask for ask in passengers if ask != ours]
             ForwardContext.leave_interrupted()
             self.changes.undo()
             self.note(

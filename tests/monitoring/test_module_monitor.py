@@ -122,6 +122,20 @@ def test_between_close_looks_there_is_no_hook() -> None:
     assert not model.first._forward_hooks
 
 
+def test_detach_leaves_the_passengers_of_others() -> None:
+    """What somebody else has read along with every step goes on being read."""
+    session, _, _ = next(run(1))
+    (own,) = session.scaler.passengers
+
+    def mine(boundary: Any, optimizer: Any) -> dict[str, Tensor]:
+        return {}
+
+    session.scaler.passengers.append(mine)
+    session.detach()
+    assert own not in session.scaler.passengers
+    assert mine in session.scaler.passengers
+
+
 def test_it_adds_no_host_read() -> None:
     """A step that is looked at closely reads the host once, like every other."""
     counts = []
