@@ -32,13 +32,13 @@ class _Judged:
 
     Attributes:
         diagnosis: why it was skipped.
-        changed_plan: whether that has changed the plan.
+        transition: the change of plan that this has led to; None where it has led to none.
         backward: number of the backward behind it, for whose other optimizers the same holds.
-        optimizers: `id` of those that it was told of.
+        optimizers: `id` of those that it holds for so far.
     """
 
     diagnosis: Diagnosis
-    changed_plan: bool
+    transition: Transition | None
     backward: int
     optimizers: set[int]
 
@@ -161,9 +161,9 @@ class AfterStep:
     def _record_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         next_scale = self._scaler.get_scale()
         norms = self._keeper.put_back_statistics(outcome.attempt)
-        judged, transition = self._judge(outcome, next_scale, optimizer)
+        judged = self._judge(outcome, next_scale, optimizer)
         diagnosis = judged.diagnosis
-        if judged.changed_plan or diagnosis.is_cured:
+        if judged.transition or diagnosis.is_cured:
             next_scale = outcome.scale  # which was not to blame
             self._scaler.set_scale(next_scale)
         self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
@@ -186,22 +186,21 @@ class AfterStep:
         )
         self._tell_of_statistics(norms)
         self._tell_of_floor(outcome, next_scale)
-        self.follow(transition, diagnosis.cause, outcome.scale)
+        if len(judged.optimizers) == 1:  # a change of plan is told once for all of a backward
+            self.follow(judged.transition, diagnosis.cause, outcome.scale)
         self._journal.tell(self.hope.record_skipped(diagnosis.cause))
 
-    def _judge(
-        self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
-    ) -> tuple[_Judged, Transition | None]:
-        """What was found of the step, now or before, and the change of plan that it leads to, if it does now."""
+    def _judge(self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer) -> _Judged:
+        """What is found of the step and done about it, or was for another optimizer of the same backward."""
         former = self._judged
         if former and former.backward == outcome.backward and id(optimizer) not in former.optimizers:
             former.optimizers.add(id(optimizer))
-            return former, None
+            return former
         diagnosis = self._diagnose(outcome, next_scale, optimizer)
-        fraction = outcome.non_finite_fraction(_gradient_elements(optimizer))
-        transition = self._keeper.note_skipped(diagnosis, fraction)
-        self._judged = _Judged(diagnosis, transition is not None, outcome.backward, {id(optimizer)})
-        return self._judged, transition
+        elements = sum(p.grad.numel() for _, p in self._named_parameters(optimizer) if p.grad is not None)
+        transition = self._keeper.note_skipped(diagnosis, outcome.non_finite_fraction(elements))
+        self._judged = _Judged(diagnosis, transition, outcome.backward, {id(optimizer)})
+        return self._judged
 
     def _diagnose(
         self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
@@ -251,8 +250,3 @@ class AfterStep:
         names = {p: name for name, p in self._keeper.runner.named_parameters()}
         held = [p for group in optimizer.param_groups for p in group["params"]]
         return [(names.get(p, f"parameter {index} of the optimizer"), p) for index, p in enumerate(held)]
-
-
-def _gradient_elements(optimizer: torch.optim.Optimizer) -> int:
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    return sum(p.grad.numel() for p in held if p.grad is not None)
