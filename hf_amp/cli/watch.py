@@ -99,7 +99,7 @@ def panel(history: RunHistory) -> RenderableType:
         times = f" ({incident.count:,} times)" if incident.count > 1 else ""
         unnamed = [name for name in incident.modules if name not in incident.message][:NAMES_SHOWN]
         where = f" {', '.join(unnamed)}" if unnamed else ""
-        what = f"{incident.kind.replace('_', ' ')} {incident.cause}".rstrip()
+        what = f"{incident.event.replace('_', ' ')} {incident.cause}".rstrip()
         line = f"step {incident.last_step:,}: {what}{where}{times}. {incident.message}"
         parts.append(Text(visible(line), style="yellow"))
     state = "ended" if history.ended else "running, or killed"

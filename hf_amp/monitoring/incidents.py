@@ -14,7 +14,7 @@ class Incident:
     """What needed attention, alike events together.
 
     Attributes:
-        kind: name of the event.
+        event: name of its kind, as in the log.
         cause: name of the cause; "" where there is none.
         modules: qualified names of the modules concerned.
         first_step: optimizer step of the first.
@@ -25,7 +25,7 @@ class Incident:
         after: what it changed to.
     """
 
-    kind: str
+    event: str
     cause: str
     modules: tuple[str, ...]
     first_step: int
@@ -37,8 +37,8 @@ class Incident:
 
 
 @dataclass(frozen=True)
-class Transition:
-    """A change of precision: of the modules named, or of the whole model where none is."""
+class PrecisionChange:
+    """A change of precision as a log tells of it: of the modules named, or of the whole model where none is."""
 
     step: int
     before: str
@@ -57,8 +57,8 @@ def plain_value(value: Any) -> float | str | None:
     return value if value is None or is_real(value) else str(value)
 
 
-def transition_of(line: Mapping[str, Any]) -> Transition:
-    return Transition(
+def precision_change_of(line: Mapping[str, Any]) -> PrecisionChange:
+    return PrecisionChange(
         step=line["step"],
         before=str(line.get("before")),
         after=str(line.get("after")),

@@ -13,7 +13,7 @@ from typing import Any
 from hf_amp.errors import StateError
 from hf_amp.events import EventKind
 from hf_amp.monitoring.event_log import FILE_NAME, EventLog, find_log
-from hf_amp.monitoring.incidents import Incident, Transition, cause_of, plain_value, transition_of
+from hf_amp.monitoring.incidents import Incident, PrecisionChange, cause_of, plain_value, precision_change_of
 from hf_amp.monitoring.metrics import BY_MODULE
 from hf_amp.monitoring.series import Series
 from hf_amp.options import is_real
@@ -74,7 +74,7 @@ class RunHistory:
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: Series(POINTS_KEPT_BY_MODULE)))
     )
     skips: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
-    transitions: list[Transition] = field(default_factory=list)
+    transitions: list[PrecisionChange] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     former_runs: int = 0
     lines: int = 0
@@ -96,13 +96,13 @@ class RunHistory:
         return Counter({cause: series.points for cause, series in self.skips.items() if series.points})
 
     @property
-    def departures(self) -> dict[str, Transition]:
+    def departures(self) -> dict[str, PrecisionChange]:
         """Module → how it came to the precision that it has now, where that is not the one it had at first.
 
         "" stands for the whole model.
         """
         first: dict[str, str] = {}
-        newest: dict[str, Transition] = {}
+        newest: dict[str, PrecisionChange] = {}
         for transition in self.transitions:
             for module in transition.modules or ("",):
                 first.setdefault(module, transition.before)
@@ -141,7 +141,7 @@ class RunHistory:
             scale = float(scale) if is_real(scale) else math.nan
             self.skips[cause_of(line) or "UNKNOWN"].add(step, scale)
         elif event == EventKind.PRECISION_CHANGED.value:
-            self.transitions.append(transition_of(line))
+            self.transitions.append(precision_change_of(line))
             _thin(self.transitions)
         for names, most in (
             (self.figures, MOST_NAMES),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_amp.events import Cause, EventKind
-from hf_amp.monitoring.incidents import Incident, Transition
+from hf_amp.monitoring.incidents import Incident, PrecisionChange
 from hf_amp.monitoring.run_history import RunHistory
 
 SKIP_RATE_TO_WATCH = 0.01
@@ -72,7 +72,7 @@ def verdict_on(run: RunHistory) -> Verdict:
             Level.BROKEN,
             f"Nothing was learned{so_far}: all {_count(total, 'step')} were skipped{_causes(run)}.",
         )
-    if any(incident.kind == EventKind.SCALE_AT_FLOOR.value for incident in run.incidents):
+    if any(incident.event == EventKind.SCALE_AT_FLOOR.value for incident in run.incidents):
         return Verdict(
             Level.BROKEN,
             f"The gradients overflowed at the smallest scale, so FP16 is not enough for this model: {skipped:,} of "
@@ -101,7 +101,7 @@ def _verdict_on_a_learning_run(run: RunHistory, skipped: int, total: int, so_far
     return Verdict(Level.SOUND, f"Sound: {told}.")
 
 
-def _in_which_precision(departures: Mapping[str, Transition]) -> str:
+def _in_which_precision(departures: Mapping[str, PrecisionChange]) -> str:
     if "" in departures:
         change = departures[""]
         return (
@@ -118,7 +118,7 @@ def _in_which_precision(departures: Mapping[str, Transition]) -> str:
 
 def _hopeless(run: RunHistory) -> Incident | None:
     """That nothing can be learned any more, where that was told and no step has been applied since."""
-    told = [incident for incident in run.incidents if incident.kind == EventKind.HOPELESS.value]
+    told = [incident for incident in run.incidents if incident.event == EventKind.HOPELESS.value]
     if not told:
         return None
     newest = max(told, key=lambda incident: incident.last_step)

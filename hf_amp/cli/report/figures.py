@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
+from hf_amp.monitoring.incidents import Incident, PrecisionChange
 from hf_amp.monitoring.metrics import CATALOGUE
 from hf_amp.monitoring.run_history import RunHistory
 from hf_amp.monitoring.verdict import verdict_on
@@ -34,32 +36,13 @@ def figures_of(run: RunHistory) -> dict[str, Any]:
             for name, value in run.latest.items()
         },
         "skipped_by_cause": dict(run.skipped_by_cause),
-        "incidents": [
-            {
-                "event": incident.kind,
-                "cause": incident.cause or None,
-                "first_step": incident.first_step,
-                "last_step": incident.last_step,
-                "count": incident.count,
-                "before": incident.before,
-                "after": incident.after,
-                "modules": list(incident.modules),
-                "message": incident.message,
-            }
-            for incident in run.incidents
-        ],
-        "transitions": [
-            {
-                "step": transition.step,
-                "before": transition.before,
-                "after": transition.after,
-                "modules": list(transition.modules),
-                "cause": transition.cause or None,
-                "message": transition.message,
-            }
-            for transition in run.transitions
-        ],
+        "incidents": [_fields_of(incident) for incident in run.incidents],
+        "transitions": [_fields_of(change) for change in run.transitions],
     }
+
+
+def _fields_of(told: Incident | PrecisionChange) -> dict[str, Any]:
+    return {**asdict(told), "cause": told.cause or None}
 
 
 def state_of(run: RunHistory) -> str:

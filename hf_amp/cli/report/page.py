@@ -181,7 +181,7 @@ def _incident_cells(incident: Incident) -> list[str]:
     cause = f'<span class="cause {_text(incident.cause.lower())}">{_text(incident.cause)}</span>'
     change = "" if incident.before is None else f"{_value(incident.before)} → {_value(incident.after)}"
     return [
-        steps, _text(incident.kind.replace("_", " ")), cause if incident.cause else "", modules, change,
+        steps, _text(incident.event.replace("_", " ")), cause if incident.cause else "", modules, change,
         _text(incident.message),
     ]  # fmt: skip
 
