@@ -154,6 +154,7 @@ def test_optimizers_of_one_backward_share_its_cause(precision: str) -> None:
     assert causes == [Cause.ACTIVATION if precision == "fp16" else Cause.UNKNOWN] * 2
     assert session.plan.default is session.asked_for
     assert list(session.plan.modules) == (["write"] if precision == "fp16" else [])
+    assert session.metrics()["transitions"] == len(session.plan.modules)
     assert session.metrics()["applied_steps"] == 2
     assert session.scaler.get_scale() == (256.0 if precision == "fp16" else 1.0)
 
