@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -31,19 +31,24 @@ def merge_metrics_into_logs(accelerator: Accelerator, session: AmpSession) -> No
             if told is None:
                 session.sinks += _tensorboard_sinks(accelerator, session)
             told = session.scaler.decided_steps
-            beside = {name: values[name] for name in _SHARED if isinstance(values.get(name), (int, float))}
-            session.log_metrics(**beside)
-            values = {**values, **{LOG_PREFIX + name: value for name, value in session.metrics().items()}}
-            incidents = session.unlogged_incidents()
-            if incidents:
-                values[INCIDENT] = incidents
+            values = {**values, **log_entry(session, values)}
         log(values, *args, **kwargs)
 
     session.changes.set_attribute(accelerator, "log", log_with_metrics)
 
 
-_SHARED = ("loss", "learning_rate")
-"""Names that the Trainer has for them, which the report shows."""
+def log_entry(session: AmpSession, values: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
+    """What the session adds to an entry of training; the session's own log gets it too. No host read.
+
+    Args:
+        values: the entry of the loop or Trainer, whose loss and learning rate the report shows.
+        step: optimizer step that it is of; None for the newest that is known.
+    """
+    shared = ((name, values.get(name)) for name in ("loss", "learning_rate"))
+    session.log_metrics(step, **{name: value for name, value in shared if isinstance(value, (int, float))})
+    ours = {LOG_PREFIX + name: value for name, value in session.metrics().items()}
+    incidents = session.unlogged_incidents()
+    return {**ours, INCIDENT: incidents} if incidents else ours
 
 
 def _tensorboard_sinks(accelerator: Accelerator, session: AmpSession) -> list[Callable[[AmpEvent], None]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from hf_amp.events import EventKind
-from hf_amp.monitoring.metrics import INCIDENT, LOG_PREFIX
+from hf_amp.integrations.trackers import log_entry
+from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.session import AmpSession
 from hf_amp.statistics import snapshot
 
@@ -31,14 +32,7 @@ def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
     @functools.wraps(log)
     def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         training = "loss" in logs
-        ours: dict[str, Any] = {}
-        if training:
-            ours = {LOG_PREFIX + name: value for name, value in session.metrics().items()}
-            incidents = session.unlogged_incidents()
-            if incidents:
-                ours[INCIDENT] = incidents
-            beside = {name: logs[name] for name in ("loss", "learning_rate") if name in logs}
-            session.log_metrics(trainer.state.global_step, **beside)
+        ours = log_entry(session, logs, trainer.state.global_step) if training else {}
         for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
             ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)
         entry = {**logs, **ours}
