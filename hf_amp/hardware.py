@@ -20,7 +20,7 @@ class Hardware:
         bf16: the same for BF16.
         fp8: `native` or `none`.
         tf32: the same for TF32, in which FP32 matrix products may run on request.
-        capability: compute capability of a CUDA device; None elsewhere.
+        capability: compute capability of an NVIDIA device; None elsewhere.
     """
 
     device: str
@@ -42,6 +42,13 @@ class Hardware:
         return f"real FP16 on {self.name}"
 
 
+_AMD_UNITS = {
+    "fp16": ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"),
+    "bf16": ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"),
+    "fp8": ("gfx94", "gfx95", "gfx12"),
+    "tf32": ("gfx94",),
+}
+"""Format → how the names of architectures with matrix units for it begin. Source: ROCm, Data types and precision support."""
 _CPU_UNITS = {
     "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
     "bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
@@ -58,6 +65,9 @@ def probe(device: torch.device | str) -> Hardware:
     capability 7.0, BF16 and TF32 since 8.0, FP8 since 8.9.
     """
     device = torch.device(device)
+    if device.type == "cuda" and torch.version.hip:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName
+        return amd_gpu(torch.cuda.get_device_name(device), architecture)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return Hardware(
@@ -73,6 +83,25 @@ def probe(device: torch.device | str) -> Hardware:
         name = platform.processor() or platform.machine()
         return Hardware(device="cpu", name=name, fp16=_on_cpu("fp16"), bf16=_on_cpu("bf16"))
     return Hardware(device=device.type, name=device.type, fp16="native", bf16="native")
+
+
+def amd_gpu(name: str, architecture: str) -> Hardware:
+    """What an AMD GPU can run, by the name of its architecture, such as "gfx90a:sramecc+:xnack-".
+
+    The capability that ROCm gives is the number in that name: that of gfx90a is (9, 0), which is Hopper's.
+    """
+
+    def units(number_format: str, otherwise: str) -> str:
+        return "native" if architecture.startswith(_AMD_UNITS[number_format]) else otherwise
+
+    return Hardware(
+        "cuda",
+        name,
+        units("fp16", "slow"),
+        units("bf16", "slow"),
+        units("fp8", "none"),
+        units("tf32", "none"),
+    )
 
 
 def _on_cpu(number_format: str) -> str:

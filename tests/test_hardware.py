@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_amp.hardware import Hardware, probe
+from hf_amp.hardware import Hardware, amd_gpu, probe
 from tests.host_reads import count_host_reads
 
 
@@ -55,6 +55,23 @@ def test_a_gpu_has_what_its_capability_says():
     assert hardware.capability == torch.cuda.get_device_capability()
     assert (hardware.fp8 == "native") == (hardware.capability >= (8, 9))
     assert (hardware.tf32 == "native") == (hardware.bf16 == "native") == (hardware.capability >= (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "formats"),
+    [
+        ("gfx906:sramecc+:xnack-", set()),
+        ("gfx90a:sramecc+:xnack-", {"fp16", "bf16"}),
+        ("gfx942:sramecc+:xnack-", {"fp16", "bf16", "fp8", "tf32"}),
+        ("gfx1030", set()),
+        ("gfx1100", {"fp16", "bf16"}),
+        ("gfx1201", {"fp16", "bf16", "fp8"}),
+    ],
+)
+def test_an_amd_gpu_is_not_taken_for_one_of_nvidia(architecture, formats):
+    """ROCm gives gfx906 and gfx90a the capability (9, 0), which is Hopper's: their names tell them apart."""
+    facts = dataclasses.asdict(amd_gpu("AMD Instinct", architecture))
+    assert {name for name, has in facts.items() if has == "native"} == formats
 
 
 def test_a_device_of_another_type_is_taken_as_native():
