@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.events import AmpEvent, Cause, EventKind
-from hf_amp.fallback.cause import Diagnosis, mentioned
+from hf_amp.events import AmpEvent, Cause, EventKind, mentioned
+from hf_amp.fallback.cause import Diagnosis
 from hf_amp.fallback.examiner import SkippedStep
 from hf_amp.fallback.plan_keeper import PlanKeeper
 from hf_amp.fallback.transition import Transition

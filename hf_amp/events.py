@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,12 @@ _AS_EXPECTED = (
     EventKind.TRAINING_STARTED,
     EventKind.TRAINING_ENDED,
 )
+
+
+def mentioned(names: Sequence[str], most: int = 3) -> str:
+    """The first of `names`, and how many more there are: a sentence names a few, the event has all."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @dataclass(frozen=True)

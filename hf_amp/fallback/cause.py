@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from hf_amp.events import Cause
+from hf_amp.events import Cause, mentioned
 from hf_amp.fallback.apply import CurrentPrecision, PlanRunner
 from hf_amp.fallback.locate import ForwardFindings, locate
 from hf_amp.fallback.recorder import RecordedForward
@@ -22,8 +22,6 @@ SCALE_IS_CURING = (
     "the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in the "
     "first steps of a run; nothing to do."
 )
-MENTIONED = 3
-"""Names that a sentence mentions; the event has all."""
 
 
 class Diagnosis(NamedTuple):
@@ -133,12 +131,6 @@ def diagnose(
 def joined(prefix: str, name: str) -> str:
     """The qualified name of what is called `name` inside of the model `prefix`."""
     return ".".join(filter(None, (prefix, name)))
-
-
-def mentioned(names: Sequence[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    more = f" and {len(names) - MENTIONED} more" if len(names) > MENTIONED else ""
-    return ", ".join(names[:MENTIONED]) + more
 
 
 def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hf_amp.fallback.cause import MENTIONED
+from hf_amp.events import mentioned
 from hf_amp.fallback.controller import WHOLE_MODEL, Fallback, FallbackState, StepFacts
 from hf_amp.fallback.plan import PrecisionPlan
 
@@ -35,7 +35,7 @@ def transition_between(
     if before.default is after.default:
         order = [*before.modules, *after.modules]
         names = tuple(sorted(set(before.modules) ^ set(after.modules), key=order.index))
-        who = _counted(names)
+        who = f"{len(names)} module{'s' if len(names) > 1 else ''} ({mentioned(names)})"
         leaves, goes = ("leaves its", "goes") if len(names) == 1 else ("leave their", "go")
     change = f"{before.describe()} → {after.describe()}"
     if facts.cause is None:
@@ -46,8 +46,3 @@ def transition_between(
     return Transition(
         before, after, names, f"{who} {leaves} precision: {change}; tried again after {patience} quiet steps."
     )
-
-
-def _counted(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:MENTIONED]) + (", …" if len(names) > MENTIONED else "")
-    return f"{len(names)} module{'s' if len(names) > 1 else ''} ({shown})"

@@ -9,13 +9,11 @@ from torch import nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError
-from hf_amp.events import AmpEvent, EventKind
+from hf_amp.events import AmpEvent, EventKind, mentioned
 from hf_amp.precision import FP16_FORMAT, PrecisionMode
 from hf_amp.scaling.master_weights import MasterWeights, widen_state
 from hf_amp.statistics import snapshot
 from hf_amp.statistics.gradients import total_amax
-
-NAMES_SHOWN = 3
 
 _STAY_FP32 = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Their running statistics are FP32 buffers, and on a CPU they take no others beside them."""
@@ -153,11 +151,8 @@ def _too_late(parameters: Named, wanted: str) -> AttachError:
 
 
 def _listed(parameters: Named) -> str:
-    shown = ", ".join(list(parameters)[:NAMES_SHOWN])
-    rest = len(parameters) - NAMES_SHOWN
-    more = f" and {rest} more" if rest > 0 else ""
     noun = "parameter" if len(parameters) == 1 else "parameters"
-    return f"{len(parameters)} {_formats(parameters)} {noun} ({shown}{more})"
+    return f"{len(parameters)} {_formats(parameters)} {noun} ({mentioned(list(parameters))})"
 
 
 def _formats(parameters: Named) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_amp.events import mentioned
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -151,6 +153,4 @@ def _print_modules(console: Console, run: DryRun) -> None:
 
 
 def _names(modules: list[str]) -> str:
-    shown = [name or "(outside of its modules)" for name in modules[:NAMES_SHOWN]]
-    rest = f" and {len(modules) - NAMES_SHOWN} more" if len(modules) > NAMES_SHOWN else ""
-    return ", ".join(shown) + rest
+    return mentioned([name or "(outside of its modules)" for name in modules], NAMES_SHOWN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from hf_amp.events import AmpEvent, EventKind
+from hf_amp.events import AmpEvent, EventKind, mentioned
 from hf_amp.monitoring.visible import visible
 
 NAMES_SHOWN = 4
@@ -16,9 +16,7 @@ _log = logging.getLogger("hf_amp")
 def headline(event: AmpEvent) -> str:
     """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, no control characters."""
     cause = f" ({event.cause.value})" if event.cause else ""
-    more = len(event.modules) - NAMES_SHOWN
-    names = ", ".join(event.modules[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-    where = f" in {names}" if event.modules else ""
+    where = f" in {mentioned(event.modules, NAMES_SHOWN)}" if event.modules else ""
     return visible(f"step {event.step}: {event.kind.value}{cause}{where}")
 
 
