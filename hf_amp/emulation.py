@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hf_amp.nested import map_tensors
-from hf_amp.precision import FP16_FORMAT, NumberFormat
+from hf_amp.precision import FP16_FORMAT, HALF_DTYPES, NumberFormat, widened
 
 # Source: PyTorch documentation, "Autocast Op Reference", ops that can autocast to float16, as Python sees them.
 _REDUCED_PRECISION_FUNCTIONS = frozenset(
@@ -56,8 +56,6 @@ _FULL_PRECISION_FUNCTIONS = frozenset(
         Tensor.sinh, Tensor.tan, Tensor.erfinv,
     ]
 )  # fmt: skip
-_HALF = (torch.float16, torch.bfloat16)
-
 _WITHOUT_INFINITY = frozenset([torch.float8_e4m3fn])
 
 
@@ -144,7 +142,7 @@ class EmulatedPrecision(TorchFunctionMode):
         rounds = rounds and self.number_format.dtype != torch.float32
         if not (rounds or half):
             return func(*args, **kwargs)
-        convert = self._round if rounds else _widened
+        convert = self._round if rounds else widened
         converted = {name: map_tensors(convert, value) for name, value in kwargs.items()}
         result = func(*map_tensors(convert, args), **converted)
         if not rounds:
@@ -153,7 +151,7 @@ class EmulatedPrecision(TorchFunctionMode):
 
     def _round(self, x: Tensor) -> Tensor:
         """An operand or result as the format has it, in FP32. Autocast leaves FP64 and integers alone, and so does this."""
-        x = _widened(x)
+        x = widened(x)
         return round_to(x, self.number_format.dtype) if x.dtype == torch.float32 else x
 
     def _narrow(self, x: Tensor) -> Tensor:
@@ -162,9 +160,5 @@ class EmulatedPrecision(TorchFunctionMode):
 
 def _holds_half(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.dtype in _HALF
+        return value.dtype in HALF_DTYPES
     return isinstance(value, (list, tuple)) and any(map(_holds_half, value))
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _HALF else x

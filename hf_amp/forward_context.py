@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_amp.eager import eager
 from hf_amp.nested import map_tensors, replace_tensors
+from hf_amp.precision import widened
 
 
 class ForwardContext:
@@ -132,16 +132,12 @@ class InnerForwardContext(ForwardContext):
 
 def to_float32(value: Any) -> Any:
     """`value` with its FP16 and BF16 tensors in FP32; differentiable."""
-    return map_tensors(_float32, value)
+    return map_tensors(widened, value)
 
 
 def widened_in_place(value: Any) -> Any:
     """The same, in the very lists, mappings and dataclasses of `value`; tuples are new ones where something changes."""
-    return replace_tensors(_float32, value)
-
-
-def _float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return replace_tensors(widened, value)
 
 
 def _removal(handles: list[Any]) -> Callable[[], None]:

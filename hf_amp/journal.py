@@ -59,7 +59,7 @@ class Journal:
             sink(event)
 
     def note(self, kind: EventKind, message: str, **figures: Any) -> None:
-        """Records an event in which nothing went wrong."""
+        """Records an event of the newest step that has no cause and changes no value."""
         self.record(AmpEvent(self.newest_step, kind, message=message, figures=figures))
 
     def tell(self, finding: Finding | None) -> None:

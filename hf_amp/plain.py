@@ -13,12 +13,12 @@ from typing import Annotated, Any, get_args, get_origin
 from hf_amp.errors import StateError
 from hf_amp.options import Allowed, is_real, shown
 
-LARGEST_COUNT = 2**53
+LARGEST_EXACT = 2**53
 """Whole numbers up to here are exact in FP64, which `snapshot.read` carries them in; no run takes as many steps."""
 
 _COUNT = Allowed(
-    f"a whole number from 0 to {LARGEST_COUNT}",
-    lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= LARGEST_COUNT,
+    f"a whole number from 0 to {LARGEST_EXACT}",
+    lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= LARGEST_EXACT,
 )
 _BY_TYPE: dict[Any, Allowed] = {
     bool: Allowed("True or False", lambda v: isinstance(v, bool)),

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 class PrecisionMode(str, enum.Enum):
@@ -72,6 +73,12 @@ class NumberFormat:
 FP16_FORMAT = NumberFormat("FP16", torch.float16)
 BF16_FORMAT = NumberFormat("BF16", torch.bfloat16)
 FP32_FORMAT = NumberFormat("FP32", torch.float32)
+HALF_DTYPES = (FP16_FORMAT.dtype, BF16_FORMAT.dtype)
 
 SMALLEST_SCALE = FP16_FORMAT.smallest_subnormal
 LARGEST_SCALE = 2.0 ** math.floor(math.log2(FP32_FORMAT.largest))
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in FP32 where it is FP16 or BF16, else `x` itself; differentiable."""
+    return x.float() if x.dtype in HALF_DTYPES else x

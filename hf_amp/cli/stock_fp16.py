@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.forward_context import ForwardContext
 from hf_amp.integrations.transformers import calling_trainer
-from hf_amp.precision import FP16_FORMAT
 
 
 class StockFP16OnCPU(TrainerCallback):
@@ -30,8 +29,4 @@ class StockFP16OnCPU(TrainerCallback):
         accelerator.native_amp = True
         if self._emulate:
             accelerator.autocast_handler = AutocastKwargs(enabled=False)
-            ForwardContext(_emulated_fp16).install(kwargs["model"])
-
-
-def _emulated_fp16() -> EmulatedPrecision:
-    return EmulatedPrecision(FP16_FORMAT)
+            ForwardContext(EmulatedPrecision).install(kwargs["model"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -61,17 +62,6 @@ class CurrentPrecision:
         return self
 
 
-@dataclass(frozen=True)
-class _Inner:
-    """Gives the context of one precision; picklable, because it goes with the hooks of a module."""
-
-    entry: PrecisionEntry
-    precision: PrecisionMode
-
-    def __call__(self) -> AbstractContextManager[Any]:
-        return self.entry.context(self.precision)
-
-
 class PlanRunner:
     """The models of a run, and the plan that their forward passes follow.
 
@@ -94,7 +84,7 @@ class PlanRunner:
         self._evaluated: list[weakref.ref[nn.Module]] = []
         self._inner: dict[str, Callable[[], None]] = {}
         self.wide_parameters: frozenset[int] = frozenset()
-        self._host = default
+        self._asked_for = default
         self.plan = PrecisionPlan(default)
 
     def adopt(self, model: nn.Module, is_trained: bool = True) -> None:
@@ -172,7 +162,7 @@ class PlanRunner:
             changed = True
         for name, precision in plan.modules.items():
             if name in modules and name not in self._inner:
-                context = InnerForwardContext(_Inner(self.entry, precision))
+                context = InnerForwardContext(functools.partial(self.entry.context, precision))
                 self._inner[name] = context.install(modules[name])
                 changed = True
         self.plan = plan
@@ -197,7 +187,7 @@ class PlanRunner:
 
     def remove(self) -> None:
         """Takes every context back, and the default that the run asked for."""
-        self.apply(PrecisionPlan(self._host))
+        self.apply(PrecisionPlan(self._asked_for))
 
 
 def _forget_compiled_code() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError
 from hf_amp.events import AmpEvent, EventKind, mentioned
-from hf_amp.precision import FP16_FORMAT, PrecisionMode
+from hf_amp.precision import FP16_FORMAT, HALF_DTYPES, PrecisionMode
 from hf_amp.scaling.master_weights import MasterWeights, widen_state
 from hf_amp.statistics import snapshot
 from hf_amp.statistics.gradients import total_amax
@@ -48,7 +48,7 @@ def settle(
         AttachError: `half_parameters="error"` and there are some; or a conversion comes too late; or a weight is
             beyond the range of FP16.
     """
-    half = {n: p for n, p in trainable(model).items() if p.dtype in (torch.float16, torch.bfloat16)}
+    half = {n: p for n, p in trainable(model).items() if p.dtype in HALF_DTYPES}
     if mode is PrecisionMode.FP16 and masters is not None:
         return _narrow(model, masters, fixed)
     if not half:

@@ -24,13 +24,12 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_amp.errors import ScalerError
-from hf_amp.precision import FP16_FORMAT, FP32_FORMAT
+from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, HALF_DTYPES
 from hf_amp.statistics.gradients import is_sharded
 
 STATE_KEY = "hf_amp_master_weights"
 """Where the master weights stand in `optimizer.state_dict()`, by the parameter's index."""
 
-_HALF = (torch.float16, torch.bfloat16)
 _WIDE = FP32_FORMAT.dtype
 
 
@@ -201,10 +200,10 @@ class MasterWeights:
         masters = saved.get(STATE_KEY, {})
         indices = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
         for index, parameter in zip(indices, _parameters(optimizer), strict=True):
-            if parameter.dtype not in _HALF:
+            if parameter.dtype not in HALF_DTYPES:
                 continue
             for name, rounded in optimizer.state.get(parameter, {}).items():
-                if _is_float(rounded) and rounded.dtype in _HALF:
+                if _is_float(rounded) and rounded.dtype in HALF_DTYPES:
                     unrounded = saved["state"][index][name]
                     optimizer.state[parameter][name] = unrounded.to(parameter.device, _WIDE)
             if index in masters:
@@ -214,14 +213,14 @@ class MasterWeights:
 
 def half_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """The FP16 and BF16 parameters that `optimizer` holds, in its order."""
-    return [p for p in _parameters(optimizer) if p.dtype in _HALF]
+    return [p for p in _parameters(optimizer) if p.dtype in HALF_DTYPES]
 
 
 def widen_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
     """Makes the half-precision state that `optimizer` has for `parameters` FP32, in place of the old."""
     for parameter in parameters:
         for name, value in optimizer.state.get(parameter, {}).items():
-            if _is_float(value) and value.dtype in _HALF:
+            if _is_float(value) and value.dtype in HALF_DTYPES:
                 optimizer.state[parameter][name] = value.to(_WIDE)
 
 
@@ -260,7 +259,7 @@ def _checked(parameter: torch.nn.Parameter) -> Tensor:
 
 def _refuse_half_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
     values = itertools.chain.from_iterable(optimizer.state.get(p, {}).values() for p in parameters)
-    if any(_is_float(value) and value.dtype in _HALF for value in values):
+    if any(_is_float(value) and value.dtype in HALF_DTYPES for value in values):
         raise ScalerError(
             f"{type(optimizer).__name__} has half-precision state from before its first step with master weights, so a "
             "checkpoint was rounded when it was loaded: call scaler.keep_master_weights(optimizer) before "

@@ -35,7 +35,7 @@ class PendingVerdict:
     def __init__(self, attempt: int, boundary: Boundary, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self._attempt = attempt
-        self._facts = boundary
+        self._boundary = boundary
         self._read = snapshot.PendingRead(boundary.figures())
 
     def age(self, attempts: int) -> int:
@@ -48,7 +48,7 @@ class PendingVerdict:
 
     def outcome(self) -> StepOutcome:
         """The outcome; waits for the device where `ready` is False. What was not finite has not been counted."""
-        return _outcome(self._attempt, self._facts, self._read.result(), None)
+        return _outcome(self._attempt, self._boundary, self._read.result(), None)
 
 
 def _outcome(

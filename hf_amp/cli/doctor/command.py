@@ -33,7 +33,7 @@ def doctor(
     if as_json:
         plain = {
             "recommendation": asdict(recommendation),
-            **machine.to_dict(),
+            **asdict(machine),
             "upstream_bugs": [bug._asdict() for bug in bugs],
         }
         typer.echo(json.dumps(plain, indent=2))

@@ -8,9 +8,8 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -66,10 +65,6 @@ class Machine:
     versions: dict[str, str]
     kernels: dict[str, bool]
     system: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
-        return asdict(self)
 
 
 def look_around(measure: bool = True) -> Machine:
