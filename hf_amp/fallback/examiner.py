@@ -51,6 +51,10 @@ class SkippedStep(NamedTuple):
     parameters: Sequence[tuple[str, Tensor]]
     optimizer_state: Iterable[tuple[str, Tensor]] = ()
 
+    def bad_gradients(self) -> list[str]:
+        """Names of the parameters whose gradients hold inf or NaN. One host read."""
+        return non_finite_names((name, p.grad) for name, p in self.parameters if p.grad is not None)
+
 
 class Examiner:
     """Finds the causes of skipped steps.
@@ -184,15 +188,13 @@ class Examiner:
         held = skip.next_scale >= skip.scale and self.scale_skips > self._patience
         if diagnosis.cause is not Cause.SCALE or not (skip.scale <= 1 or held):
             return diagnosis
-        gradients = [(name, p.grad) for name, p in skip.parameters if p.grad is not None]
-        return self._backward_overflow(non_finite_names(gradients), f"at a scale of {skip.scale:g}")
+        return self._backward_overflow(skip.bad_gradients(), f"at a scale of {skip.scale:g}")
 
     def _naming_gradient(self, skip: SkippedStep, diagnosis: Diagnosis) -> Diagnosis:
         """`diagnosis`, with where backward overflowed where there is no scale to blame and nothing else to go by."""
         if diagnosis.cause is not Cause.UNKNOWN or diagnosis.modules or skip.loss_finite is not None:
             return diagnosis
-        gradients = [(name, p.grad) for name, p in skip.parameters if p.grad is not None]
-        first = self._first_in_backward(non_finite_names(gradients))
+        first = self._first_in_backward(skip.bad_gradients())
         if first is None:
             return diagnosis
         return diagnosis._replace(

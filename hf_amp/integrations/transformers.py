@@ -43,7 +43,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             defaults.
 
     Attributes:
-        session: the `AmpSession`; None until the Trainer is known.
+        session: the `AmpSession`; None until the Trainer is known. It stays attached until `session.detach()`, also after
+            `trainer.remove_callback`, of which a Trainer tells nobody.
 
     Raises:
         ConfigError: an option is wrong, or contradicts `TrainingArguments`.

@@ -229,10 +229,10 @@ class StandardMixedPrecisionTrainer:
         skipped: bool | None = False
         norm: float | Tensor | None = window.norm if window else None
         if window and self.scaler.is_enabled():
-            known = outcome is not None and outcome.attempt == self.scaler.decided_steps
-            skipped = not outcome.applied if known and outcome else None
-            if known and outcome and outcome.grad_norm is not None:
-                norm = outcome.grad_norm
+            skipped = None
+            if outcome and outcome.attempt == self.scaler.decided_steps:
+                skipped = not outcome.applied
+                norm = norm if outcome.grad_norm is None else outcome.grad_norm
         return {
             "loss": loss,
             "precision_mode": self.session.plan.default,
