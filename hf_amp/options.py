@@ -40,11 +40,13 @@ def shown(value: Any) -> str:
 
 
 def is_real(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite number of Python's; a switch is none."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def is_count(value: Any) -> bool:
+    """Whether `value` is a whole number from 1 on that int32 holds; a switch is none."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
 
 
@@ -62,6 +64,7 @@ COUNT = Allowed(f"a whole number from 1 to {LARGEST_COUNT}", is_count)
 
 
 def option_field(default: Any, allowed: Allowed) -> Any:
+    """A dataclass field that `allowed` checks."""
     return dataclasses.field(default=default, metadata={"help": allowed})
 
 

@@ -21,11 +21,11 @@ from hf_amp.session import AmpSession
 
 def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
     """Lets all models, prepared or to be, follow the session's plan. On a CPU this makes "fp16" mean FP16."""
-    on_cpu = not session.scaler.guards_only and accelerator.device.type == "cpu"
+    on_cpu = _is_fp16_on_cpu(accelerator, session)
     context = ForwardContext(session.current_precision)
+    half_outputs = not session.config.emulate or session.scaler.master_weights is not None
     if on_cpu:
-        # accelerate builds neither scaler nor autocast there and runs FP32. With `native_amp` it unscales before
-        # clipping; its own autocast is kept out, ours is entered by hooks.
+        # With `native_amp` accelerate unscales before clipping; its own autocast is kept out, ours is entered by hooks.
         session.changes.set_attribute(accelerator, "native_amp", True)
         if session.config.emulate:
             session.changes.set_attribute(accelerator, "autocast_handler", AutocastKwargs(enabled=False))
@@ -39,9 +39,7 @@ def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
         session.adopt(model, entry_point=prepared, is_trained=is_trained)
         if on_cpu:
             session.changes.call_on_undo(context.install(model))
-            if (
-                not session.config.emulate or session.scaler.master_weights is not None
-            ):  # outputs are half precision
+            if half_outputs:
                 handle = model.register_forward_hook(_outputs_to_fp32)
                 session.changes.call_on_undo(handle.remove)
         else:
@@ -95,7 +93,7 @@ def _changer_of_forward(
 def lead_autocast(accelerator: Accelerator, session: AmpSession) -> None:
     """Makes `accelerator.autocast()` enter the plan's default where accelerate would enter another."""
     autocast = accelerator.autocast
-    on_cpu = not session.scaler.guards_only and accelerator.device.type == "cpu"
+    on_cpu = _is_fp16_on_cpu(accelerator, session)
 
     @functools.wraps(autocast)
     def autocast_of_plan(autocast_handler: AutocastKwargs | None = None) -> Any:
@@ -104,6 +102,11 @@ def lead_autocast(accelerator: Accelerator, session: AmpSession) -> None:
         return autocast(autocast_handler)
 
     session.changes.set_attribute(accelerator, "autocast", autocast_of_plan)
+
+
+def _is_fp16_on_cpu(accelerator: Accelerator, session: AmpSession) -> bool:
+    """Where accelerate builds neither scaler nor autocast, and runs FP32."""
+    return not session.scaler.guards_only and accelerator.device.type == "cpu"
 
 
 def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:

@@ -31,7 +31,7 @@ class PrecisionMonitor:
         config: options; None for the defaults.
 
     Raises:
-        ConfigError: `config` is none.
+        ConfigError: `config` is something else.
     """
 
     config: dataclasses.InitVar[MixedPrecisionConfig | None] = None

@@ -46,7 +46,7 @@ class AdvancedMixedPrecisionManager:
         epochs: epochs that were trained to their end.
 
     Raises:
-        ConfigError: `config` is none, or contradicts the accelerator.
+        ConfigError: `config` is something else, or contradicts the accelerator.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class AdvancedMixedPrecisionManager:
 
         Raises:
             BatchError: the dataloader is empty, or a batch is wrong.
-            AttachError: the model is none, or the manager was cleaned up.
+            AttachError: the model is no `torch.nn.Module`, or the manager was cleaned up.
         """
         self._refuse_when_cleaned_up()
         check_is_model(model)

@@ -39,7 +39,7 @@ class StandardMixedPrecisionTrainer:
         performance_tracker: step times and throughput.
 
     Raises:
-        ConfigError: `config` is none, or contradicts the accelerator.
+        ConfigError: `config` is something else, or contradicts the accelerator.
     """
 
     _folds_clipping = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hf_amp.cli.report.theme import CAUSE_MARKERS, CAUSE_ORDER, Theme
+from hf_amp.cli.report.theme import CAUSE_MARKERS, Theme
 from hf_amp.monitoring.run_history import RunHistory
 from hf_amp.monitoring.series import Series
 
@@ -174,7 +174,7 @@ def _line(axes: Axes, series: Series, color: str) -> None:
 
 def _causes(run: RunHistory) -> list[str]:
     known = run.skipped_by_cause
-    return [cause for cause in CAUSE_ORDER if cause in known] + sorted(set(known) - set(CAUSE_ORDER))
+    return [cause for cause in CAUSE_MARKERS if cause in known] + sorted(set(known) - set(CAUSE_MARKERS))
 
 
 def _spread(series: Series) -> list[tuple[int, float]]:

@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 
 from hf_amp.monitoring.visible import visible
 
-CAUSE_ORDER = ("SCALE", "ACTIVATION", "INPUT", "LOSS", "WEIGHTS", "UNKNOWN")
 CAUSE_MARKERS = {"SCALE": "v", "ACTIVATION": "D", "INPUT": "s", "LOSS": "^", "WEIGHTS": "X", "UNKNOWN": "o"}
-"""A shape beside the colour, for those who do not see colours."""
+"""A shape beside the colour, for those who do not see colours; in the order of legends."""
 
 
 @dataclass(frozen=True)
