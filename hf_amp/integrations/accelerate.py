@@ -20,9 +20,9 @@ from hf_amp.integrations.adoption import adopt_models, lead_autocast
 from hf_amp.integrations.checkpoint import keep_state_in_checkpoints
 from hf_amp.integrations.communication import reduce_gradients_in_half, refuse_uneven_inputs
 from hf_amp.integrations.optimizers import DecidedOptimizers, NoRawStep
-from hf_amp.integrations.parameter_precision import settle_parameters
+from hf_amp.integrations.parameter_precision import SettledParameters
 from hf_amp.integrations.trackers import merge_metrics_into_logs
-from hf_amp.integrations.upstream import has_step_hooks, prepared_models, prepared_optimizers
+from hf_amp.integrations.upstream import has_step_hooks, prepared_optimizers
 from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
@@ -144,8 +144,7 @@ def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
         return
     adopt_models(accelerator, session)
     lead_autocast(accelerator, session)
-    inner = [optimizer.optimizer for optimizer in optimizers.adopted]
-    settle_parameters(accelerator, session, prepared_models(accelerator), inner)
+    SettledParameters(accelerator, session)
 
 
 def session_of(accelerator: Any) -> AmpSession | None:
