@@ -106,7 +106,7 @@ class AmpSession(Journal):
             model: the model itself, unwrapped.
             entry_point: what is called in its place, such as a DistributedDataParallel or compiled module around it.
             is_trained: False for one that only evaluates, such as a reference model: the plan covers it, and what it does
-                to the loss is told, but its parameters are none of the run's; `train` takes that back.
+                to the loss is told, but its parameters are none of the run's; `take_as_trained` takes that back.
         """
         self.changes.call_on_undo(
             self._keeper.adopt(model, entry_point if entry_point is not None else model, is_trained)
@@ -114,7 +114,7 @@ class AmpSession(Journal):
         if is_trained:
             self._see_trained(model)
 
-    def train(self, model: nn.Module) -> None:
+    def take_as_trained(self, model: nn.Module) -> None:
         """Goes on with an adopted `model` as one that is trained. Harmless where it is."""
         if self._keeper.runner.evaluates(model):
             self._keeper.runner.adopt(model)

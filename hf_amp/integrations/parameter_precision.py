@@ -92,7 +92,7 @@ class SettledParameters:
         for model in [m for m in self._evaluating if any(id(p) in held for p in m.parameters())]:
             # A Trainer prepares so what it evaluates before it trains, and what transformers has distributed.
             self._evaluating.discard(model)
-            self._session.train(model)
+            self._session.take_as_trained(model)
             self._settle_model(model, fixed=False)
         self._optimizers.add(optimizer)
         if self._masters is not None:

@@ -36,7 +36,7 @@ _log = logging.getLogger("hf_amp")
 
 
 def _option(name: str) -> Any:
-    """An option of the stock class that is kept in the config, and checked as there when it is set."""
+    """An option of the stock class, whose setters set it: kept in the config, and checked as there."""
 
     def change(scaler: ScaleKeeper, value: Any) -> None:
         if value != getattr(scaler.config, name):
@@ -107,18 +107,6 @@ class ScaleKeeper(torch.amp.GradScaler):
             if self._state is None:
                 self._lazy_init_scale_growth_tracker(self._device)
             self._state = self._state._replace(scale=self._checked_scale(scale))
-
-    def set_growth_factor(self, new_factor: float) -> None:
-        """Changes the growth factor from now on."""
-        self._change_options(growth_factor=new_factor)
-
-    def set_backoff_factor(self, new_factor: float) -> None:
-        """Changes the backoff factor from now on."""
-        self._change_options(backoff_factor=new_factor)
-
-    def set_growth_interval(self, new_interval: int) -> None:
-        """Changes the growth interval from now on."""
-        self._change_options(growth_interval=new_interval)
 
     def _change_options(self, **options: Any) -> None:
         """Checks the options as a config would, then gives them to the policy; its state stays."""

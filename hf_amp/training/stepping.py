@@ -41,8 +41,8 @@ class Stepping(Protocol):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Around the forward pass and the loss."""
 
-    def backward(self, loss: Tensor, window: int) -> None:
-        """Adds gradients of `loss`, shape [], divided by the `window`'s number of micro-batches."""
+    def backward(self, loss: Tensor, micro_batches: int) -> None:
+        """Adds gradients of `loss`, shape [], divided by the number of `micro_batches` in the window."""
 
     def clip(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         """Limits the 2-norm of the gradients; returns it as it was before, shape []."""
@@ -131,8 +131,8 @@ class PlainStepping:
         ):
             yield
 
-    def backward(self, loss: Tensor, window: int) -> None:
-        self.session.scaler.scale(loss / window if window > 1 else loss).backward()
+    def backward(self, loss: Tensor, micro_batches: int) -> None:
+        self.session.scaler.scale(loss / micro_batches if micro_batches > 1 else loss).backward()
 
     def clip(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         scaler = self.session.scaler
@@ -186,7 +186,7 @@ class AcceleratedStepping:
         # prepare() has put the model's forward into its own context
         return cast_region(self.device, keeps_casts=not self._config.memory_efficient)
 
-    def backward(self, loss: Tensor, window: int) -> None:
+    def backward(self, loss: Tensor, micro_batches: int) -> None:
         self._accelerator.backward(loss)
 
     def clip(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
