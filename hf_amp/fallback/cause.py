@@ -32,12 +32,14 @@ class Diagnosis(NamedTuple):
         message: a sentence that says what to do.
         modules: qualified names of the modules to blame.
         is_shown: whether it was seen; otherwise it is what remains when nothing else is, which another rank may have seen.
+        fails_in_fp32: whether the whole model was seen to fail in FP32 as well, so that no change of precision cures it.
     """
 
     cause: Cause
     message: str
     modules: tuple[str, ...] = ()
     is_shown: bool = True
+    fails_in_fp32: bool = False
 
     @property
     def is_cured(self) -> bool:
@@ -154,6 +156,7 @@ def _unsound(found: ForwardFindings, forward: RecordedForward, prefix: str) -> D
         Cause.UNKNOWN,
         f"{where} gives non-finite values from finite ones in FP32 too, so precision is not to blame: look there for a "
         "division by zero, a log or root of zero, or an empty mean; or everything has grown, as with too high a learning rate.",
+        fails_in_fp32=True,
     )
 
 

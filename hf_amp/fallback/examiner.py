@@ -23,13 +23,18 @@ _NOT_KEPT = (
     "step's batch and loss function, and for activations beyond 65504."
 )
 _GRAVITY = (
-    (Cause.LOSS, False),
-    (Cause.UNKNOWN, False),
-    (Cause.SCALE, True),
-    (Cause.ACTIVATION, False),
-    *((cause, True) for cause in (Cause.UNKNOWN, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)),
+    (Cause.LOSS, False, False),
+    (Cause.UNKNOWN, False, False),
+    (Cause.SCALE, True, False),
+    (Cause.ACTIVATION, False, False),
+    (Cause.UNKNOWN, True, True),
+    *(
+        (cause, True, False)
+        for cause in (Cause.UNKNOWN, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)
+    ),
 )
-"""Where ranks find different causes, the last of these stands: the others only see its traces. (Cause, whether shown)."""
+"""Where ranks find different causes, the last of these stands: the others only see its traces. (Cause, whether shown, whether
+FP32 fails as well)."""
 
 
 class SkippedStep(NamedTuple):
@@ -139,18 +144,18 @@ class Examiner:
         """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
         names = [name for name, _ in self._runner.named_modules()]
         local = [
-            float(_GRAVITY.index((found.cause, found.is_shown))),
+            float(_GRAVITY.index((found.cause, found.is_shown, found.fails_in_fp32))),
             *(float(name in found.modules) for name in names),
         ]
         gravest, *blamed = agreement.largest_elements_over_ranks(
             torch.tensor(local, device=self._runner.device)
         )
-        cause, is_shown = _GRAVITY[int(gravest)]
+        cause, is_shown, fails_in_fp32 = _GRAVITY[int(gravest)]
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
-        if (cause, is_shown, set(modules)) == (found.cause, found.is_shown, set(found.modules)):
-            return found
         message = f"another rank has found the cause. Here: {found.message}"
-        return Diagnosis(cause, message, modules, is_shown)
+        agreed = Diagnosis(cause, message, modules, is_shown, fails_in_fp32)
+        same = agreed._replace(message=found.message, modules=found.modules) == found
+        return found if same and set(modules) == set(found.modules) else agreed
 
     def _looks_closer(self) -> bool:
         """Whether it is time to doubt that a smaller scale cures: at the 4th, 8th, 16th, … such skip in a row."""

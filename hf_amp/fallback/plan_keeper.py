@@ -105,8 +105,8 @@ class PlanKeeper:
         return None if is_unknown else longest
 
     def note_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float) -> Transition | None:
-        """One skipped step; what is done about it."""
-        if diagnosis.is_cured:
+        """One skipped step; what is done about it. Nothing, where the plan has cured it already, or none can."""
+        if diagnosis.is_cured or diagnosis.fails_in_fp32:
             return None
         facts = StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction)
         if self._trial is not None and self._trial.running is not None:

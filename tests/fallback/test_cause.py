@@ -245,6 +245,9 @@ def test_a_division_in_a_module_is_no_matter_of_precision(precision: str) -> Non
     loop.step({"input": torch.zeros(3, 8)}, loss_of=lambda logits: logits.square().mean())
     assert loop.skips[0].cause is Cause.UNKNOWN
     assert "1 gives non-finite values from finite ones in FP32 too" in loop.skips[0].message
+    loop.step({"input": torch.zeros(3, 8)}, loss_of=lambda logits: logits.square().mean())
+    assert len(loop.skips) == 2
+    assert loop.session.metrics()["transitions"] == 0  # twice is no pattern of what FP32 does not cure
 
 
 def test_values_that_have_grown_beyond_fp32_are_told_to_come_from_the_learning_rate_too() -> None:
