@@ -253,15 +253,15 @@ class ScaleKeeper(torch.amp.GradScaler):
         if isinstance(new_scale, Tensor):
             if new_scale.numel() != 1 or new_scale.requires_grad:
                 raise ScalerError(
-                    "update(new_scale): a tensor must have one element and not require grad, got shape "
-                    f"{tuple(new_scale.shape)}; pass a float or new_scale.detach()."
+                    f"the loss scale was to be a tensor of shape {tuple(new_scale.shape)}: it must have one element and not "
+                    "require grad; pass a float or new_scale.detach()."
                 )
             given = moved(new_scale.reshape(()), current.device, current.dtype)
             chosen = torch.where(given.isnan(), current, given)
         elif isinstance(new_scale, (int, float)) and math.isfinite(new_scale) and new_scale > 0:
             chosen = torch.full_like(current, new_scale)
         else:
-            raise ScalerError(f"update(new_scale={new_scale!r}): pass a positive finite number.")
+            raise ScalerError(f"the loss scale was to be {new_scale!r}: pass a positive finite number.")
         return chosen.clamp(self.config.min_scale, self.config.max_scale)
 
     def __getstate__(self) -> dict[str, Any]:
