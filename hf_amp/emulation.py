@@ -85,8 +85,8 @@ torch.library.register_autograd(
 )
 
 
-class _RoundEager(torch.autograd.Function):
-    """The same rounding without the dispatcher's cost, for eager mode."""
+class _RoundWithoutInfinity(torch.autograd.Function):
+    """The same rounding in eager mode, to a format whose casts are not their own derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,7 +105,9 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return cast(Tensor, torch.ops.hf_amp.round_to(x, dtype))
-    return cast(Tensor, _RoundEager.apply(x, dtype))  # type: ignore[no-untyped-call]
+    if dtype in _WITHOUT_INFINITY:
+        return cast(Tensor, _RoundWithoutInfinity.apply(x, dtype))  # type: ignore[no-untyped-call]
+    return _rounded(x, dtype)  # autograd casts gradients there and back as well, also those of torch.func
 
 
 class EmulatedPrecision(TorchFunctionMode):

@@ -131,6 +131,22 @@ def test_gradient_checkpointing_recomputes_in_the_same_precision() -> None:
         assert torch.equal(a, b)
 
 
+def test_transforms_of_torch_func_round_as_backward_does() -> None:
+    """Gradients by example, and a directional derivative as consistency models take it, are those of one backward each."""
+    model = TwoStages(recompute=False)
+    x, direction = torch.linspace(-1, 1, 32).reshape(4, 8), torch.ones(4, 8)
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    ForwardContext(EmulatedPrecision).install(model)
+    one_by_one = torch.stack([torch.autograd.functional.jacobian(loss, row) for row in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), one_by_one, rtol=0, atol=1e-3)
+    value, slope = torch.func.jvp(loss, (x,), (direction,))
+    assert value == loss(x)
+    assert slope.item() == pytest.approx((one_by_one * direction).sum().item(), rel=1e-2)
+
+
 def test_compiled_model_rounds_as_the_eager_one() -> None:
     """Inductor, which drops casts to FP16 and back, does not drop ours."""
     eager = TwoStages(recompute=False)
