@@ -101,6 +101,21 @@ def test_rounding_is_ieee_and_rounds_gradients_too() -> None:
     assert x.grad.tolist() == [torch.tensor(1 / 3).half().item(), 0.0, torch.inf, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_what_a_model_keeps_out_of_autocast_is_fp32(device_type: str) -> None:
+    """Inside of `torch.autocast(enabled=False)`, as around attention, nothing is rounded; after it everything is."""
+    large = torch.full((2, 2), 250.0)
+    # The outermost says nothing of what is inside.
+    with torch.autocast("cpu", enabled=False), EmulatedPrecision():
+        assert (large @ large).isinf().all()
+        with torch.autocast(device_type, enabled=False):
+            assert (large @ large).isfinite().all()
+            with EmulatedPrecision():
+                assert (large @ large).isinf().all()
+        assert (large @ large).isinf().all()
+
+
 class TwoStages(nn.Module):
     """A network whose second stage is recomputed in backward when `recompute`."""
 
