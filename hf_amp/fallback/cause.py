@@ -130,6 +130,27 @@ def diagnose(
     return _nothing_found(loss_finite, findings, ran_before)
 
 
+def found_elsewhere(
+    cause: Cause, is_shown: bool, modules: tuple[str, ...], current: CurrentPrecision
+) -> Diagnosis:
+    """What another rank has found, told on one that has seen nothing of it: its own batch, loss and labels may be sound."""
+    if cause is Cause.ACTIVATION:
+        what = _activation(modules, current).message if is_shown else _CURED_ALREADY.message
+    else:
+        what = _ELSEWHERE[cause]
+    return Diagnosis(cause, f"found by another rank, whose console says more: {what}", modules, is_shown)
+
+
+_ELSEWHERE = {
+    Cause.SCALE: SCALE_IS_CURING,
+    Cause.INPUT: "the batch there holds inf or NaN; no precision can cure that. Mend the data, or drop such batches.",
+    Cause.WEIGHTS: "parameters there hold non-finite values; no step can mend that. Go back to the last good checkpoint.",
+    Cause.LOSS: "the model's outputs are finite there, its loss is not: look at the loss function and at the labels there.",
+    Cause.UNKNOWN: "the cause there has no name. Look at the batch there and at the loss function, and for activations "
+    "beyond 65504.",
+}
+
+
 def joined(prefix: str, name: str) -> str:
     """The qualified name of what is called `name` inside of the model `prefix`."""
     return ".".join(filter(None, (prefix, name)))

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from hf_amp.events import Cause
 from hf_amp.fallback.apply import PlanRunner
-from hf_amp.fallback.cause import SCALE_IS_CURING, Diagnosis, diagnose, joined, non_finite_names, poison_in
+from hf_amp.fallback.cause import (
+    SCALE_IS_CURING,
+    Diagnosis,
+    diagnose,
+    found_elsewhere,
+    joined,
+    non_finite_names,
+    poison_in,
+)
 from hf_amp.fallback.locate import parameters_overflowing_unscaled
 from hf_amp.fallback.recorder import KEPT_FORWARDS, ForwardRecorder, RecordedForward
 from hf_amp.statistics import agreement
@@ -145,6 +153,8 @@ class Examiner:
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
         if (cause, is_shown, set(modules)) == (found.cause, found.is_shown, set(found.modules)):
             return found
+        if not found.is_shown:
+            return found_elsewhere(cause, is_shown, modules, self._runner.current)
         message = f"another rank has found the cause. Here: {found.message}"
         return Diagnosis(cause, message, modules, is_shown)
 
