@@ -17,7 +17,8 @@ def headline(event: AmpEvent) -> str:
     """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, no control characters."""
     cause = f" ({event.cause.value})" if event.cause else ""
     more = len(event.modules) - NAMES_SHOWN
-    names = ", ".join(event.modules[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    shown = [name or "the model" for name in event.modules[:NAMES_SHOWN]]  # its own name is ""
+    names = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
     where = f" in {names}" if event.modules else ""
     return visible(f"step {event.step}: {event.kind.value}{cause}{where}")
 
