@@ -83,8 +83,8 @@ torch.library.register_autograd(
 )
 
 
-class _RoundEager(torch.autograd.Function):
-    """The same rounding without the dispatcher's cost, for eager mode."""
+class _RoundWithoutInfinity(torch.autograd.Function):
+    """The same rounding in eager mode, to a format whose casts are not their own derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,13 +103,16 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return cast(Tensor, torch.ops.hf_amp.round_to(x, dtype))
-    return cast(Tensor, _RoundEager.apply(x, dtype))  # type: ignore[no-untyped-call]
+    if dtype in _WITHOUT_INFINITY:
+        return cast(Tensor, _RoundWithoutInfinity.apply(x, dtype))  # type: ignore[no-untyped-call]
+    return _rounded(x, dtype)  # autograd casts gradients there and back as well, also those of torch.func
 
 
 class EmulatedPrecision(TorchFunctionMode):
     """Context in which the functions that autocast runs in half precision run as emulated `number_format`.
 
-    Contexts nest as autocast does: the innermost one alone acts. In FP32's nothing is rounded.
+    Contexts nest as autocast does: the innermost one alone acts. In FP32's nothing is rounded, and neither is what runs
+    inside of `torch.autocast(..., enabled=False)`, where models keep what FP16 does not hold.
     """
 
     _innermost: ClassVar[threading.local] = (
@@ -120,10 +123,12 @@ class EmulatedPrecision(TorchFunctionMode):
         super().__init__()
         self.number_format = number_format
         self._outer: EmulatedPrecision | None = None
+        self._autocasts_around = 0.0
 
     def __enter__(self) -> EmulatedPrecision:
         self._outer = getattr(self._innermost, "mode", None)
         self._innermost.mode = self
+        self._autocasts_around = _entered_autocasts()
         return cast(EmulatedPrecision, super().__enter__())  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
@@ -139,7 +144,7 @@ class EmulatedPrecision(TorchFunctionMode):
         if not (rounds or widens) or self._innermost.mode is not self or kwargs.get("out") is not None:
             return func(*args, **kwargs)
         half = _holds_half(args) or _holds_half(tuple(kwargs.values()))
-        rounds = rounds and self.number_format.dtype != torch.float32
+        rounds = rounds and self.number_format.dtype != torch.float32 and not self._is_switched_off()
         if not (rounds or half):
             return func(*args, **kwargs)
         convert = self._round if rounds else widened
@@ -149,6 +154,12 @@ class EmulatedPrecision(TorchFunctionMode):
             return result
         return map_tensors(self._narrow if half else self._round, result)
 
+    def _is_switched_off(self) -> bool:
+        """Whether autocast was disabled since this context was entered. Not seen in compiled code."""
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        return _entered_autocasts() > self._autocasts_around
+
     def _round(self, x: Tensor) -> Tensor:
         """An operand or result as the format has it, in FP32. Autocast leaves FP64 and integers alone, and so does this."""
         x = widened(x)
@@ -156,6 +167,14 @@ class EmulatedPrecision(TorchFunctionMode):
 
     def _narrow(self, x: Tensor) -> Tensor:
         return x.to(self.number_format.dtype) if x.dtype == torch.float32 else x
+
+
+def _entered_autocasts() -> float:
+    """How many `torch.autocast` this thread is inside of; in compiled code, which does not count them, no end of them."""
+    if torch.compiler.is_compiling():
+        return math.inf
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _holds_half(value: Any) -> bool:

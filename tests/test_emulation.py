@@ -101,6 +101,21 @@ def test_rounding_is_ieee_and_rounds_gradients_too() -> None:
     assert x.grad.tolist() == [torch.tensor(1 / 3).half().item(), 0.0, torch.inf, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_what_a_model_keeps_out_of_autocast_is_fp32(device_type: str) -> None:
+    """Inside of `torch.autocast(enabled=False)`, as around attention, nothing is rounded; after it everything is."""
+    large = torch.full((2, 2), 250.0)
+    # The outermost says nothing of what is inside.
+    with torch.autocast("cpu", enabled=False), EmulatedPrecision():
+        assert (large @ large).isinf().all()
+        with torch.autocast(device_type, enabled=False):
+            assert (large @ large).isfinite().all()
+            with EmulatedPrecision():
+                assert (large @ large).isinf().all()
+        assert (large @ large).isinf().all()
+
+
 class TwoStages(nn.Module):
     """A network whose second stage is recomputed in backward when `recompute`."""
 
@@ -129,6 +144,22 @@ def test_gradient_checkpointing_recomputes_in_the_same_precision() -> None:
     plain, recomputed = (gradients_inside_context(TwoStages(flag)) for flag in (False, True))
     for a, b in zip(plain, recomputed, strict=True):
         assert torch.equal(a, b)
+
+
+def test_transforms_of_torch_func_round_as_backward_does() -> None:
+    """Gradients by example, and a directional derivative as consistency models take it, are those of one backward each."""
+    model = TwoStages(recompute=False)
+    x, direction = torch.linspace(-1, 1, 32).reshape(4, 8), torch.ones(4, 8)
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    ForwardContext(EmulatedPrecision).install(model)
+    one_by_one = torch.stack([torch.autograd.functional.jacobian(loss, row) for row in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), one_by_one, rtol=0, atol=1e-3)
+    value, slope = torch.func.jvp(loss, (x,), (direction,))
+    assert value == loss(x)
+    assert slope.item() == pytest.approx((one_by_one * direction).sum().item(), rel=1e-2)
 
 
 def test_compiled_model_rounds_as_the_eager_one() -> None:

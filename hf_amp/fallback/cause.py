@@ -130,6 +130,27 @@ def diagnose(
     return _nothing_found(loss_finite, findings, ran_before)
 
 
+def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision) -> str:
+    """What a rank that has seen nothing of `agreed` tells of it: its own batch, loss and labels may be sound."""
+    if agreed.is_cured:
+        what = _CURED_ALREADY.message
+    elif agreed.cause is Cause.ACTIVATION:
+        what = _activation(agreed.modules, current).message
+    else:
+        what = _ELSEWHERE[agreed.cause]
+    return f"found by another rank, whose console says more: {what}"
+
+
+_ELSEWHERE = {
+    Cause.SCALE: SCALE_IS_CURING,
+    Cause.INPUT: "the batch there holds inf or NaN; no precision can cure that. Mend the data, or drop such batches.",
+    Cause.WEIGHTS: "parameters there hold non-finite values; no step can mend that. Go back to the last good checkpoint.",
+    Cause.LOSS: "the model's outputs are finite there, its loss is not: look at the loss function and at the labels there.",
+    Cause.UNKNOWN: "the cause there has no name. Look at the batch there and at the loss function, and for activations "
+    "beyond 65504.",
+}
+
+
 def joined(prefix: str, name: str) -> str:
     """The qualified name of what is called `name` inside of the model `prefix`."""
     return ".".join(filter(None, (prefix, name)))

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from hf_amp.events import Cause
 from hf_amp.fallback.apply import PlanRunner
-from hf_amp.fallback.cause import SCALE_IS_CURING, Diagnosis, diagnose, joined, non_finite_names, poison_in
+from hf_amp.fallback.cause import (
+    SCALE_IS_CURING,
+    Diagnosis,
+    diagnose,
+    joined,
+    message_elsewhere,
+    non_finite_names,
+    poison_in,
+)
 from hf_amp.fallback.locate import parameters_overflowing_unscaled
 from hf_amp.fallback.recorder import KEPT_FORWARDS, ForwardRecorder, RecordedForward
 from hf_amp.statistics import agreement
@@ -152,10 +160,12 @@ class Examiner:
         )
         cause, is_shown, fails_in_fp32 = _GRAVITY[int(gravest)]
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
-        message = f"another rank has found the cause. Here: {found.message}"
-        agreed = Diagnosis(cause, message, modules, is_shown, fails_in_fp32)
-        same = agreed._replace(message=found.message, modules=found.modules) == found
-        return found if same and set(modules) == set(found.modules) else agreed
+        agreed = Diagnosis(cause, found.message, modules, is_shown, fails_in_fp32)
+        if agreed._replace(modules=found.modules) == found and set(modules) == set(found.modules):
+            return found
+        if not found.is_shown:
+            return agreed._replace(message=message_elsewhere(agreed, self._runner.current))
+        return agreed._replace(message=f"another rank has found the cause. Here: {found.message}")
 
     def _looks_closer(self) -> bool:
         """Whether it is time to doubt that a smaller scale cures: at the 4th, 8th, 16th, … such skip in a row."""

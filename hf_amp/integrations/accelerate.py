@@ -211,6 +211,8 @@ def _show_losses(accelerator: Accelerator, session: AmpSession) -> None:
 def _scale_losses(accelerator: Accelerator, session: AmpSession) -> None:
     """Makes `accelerator.backward` scale with the session's scaler, which goes on where a used stock one was."""
     stock = accelerator.scaler
+    if stock is None and accelerator.scaler_handler is not None:  # accelerate makes none on a CPU
+        stock = torch.amp.GradScaler(accelerator.device.type, **accelerator.scaler_handler.to_kwargs())
     if stock is not None and stock.is_enabled():
         used = stock.state_dict()
         if used != type(stock)(accelerator.device.type).state_dict():

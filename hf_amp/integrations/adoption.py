@@ -97,7 +97,8 @@ def lead_autocast(accelerator: Accelerator, session: AmpSession) -> None:
 
     @functools.wraps(autocast)
     def autocast_of_plan(autocast_handler: AutocastKwargs | None = None) -> Any:
-        if autocast_handler is None and (on_cpu or session.plan.default is not session.asked_for):
+        is_wanted = autocast_handler is None or autocast_handler.enabled
+        if is_wanted and (on_cpu or session.plan.default is not session.asked_for):
             return session.autocast()
         return autocast(autocast_handler)
 

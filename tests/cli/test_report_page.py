@@ -184,3 +184,9 @@ def test_nothing_is_cut_off_on_a_phone(file: Path) -> None:
     )
     measured = Parts(visit(frame, frame.parent, "--allow-file-access-from-files").dom).text
     assert "width 360 of 360" in measured
+
+
+def test_a_whole_model_is_named() -> None:
+    """A model that is one module has the name "" in the log, and is called by what it is."""
+    run = history(started(), skipped(1, "ACTIVATION", modules=[""]))
+    assert "<code>the model</code>" in page([run], "0")

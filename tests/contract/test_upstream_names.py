@@ -94,7 +94,7 @@ def test_accelerate_optimizer_takes_another_scaler_by_its_pickling_protocol() ->
     assert vars(optimizer) == before
 
 
-@pytest.mark.parametrize("name", ["native_amp", "scaler", "autocast_handler"])
+@pytest.mark.parametrize("name", ["native_amp", "scaler", "scaler_handler", "autocast_handler"])
 def test_accelerator_has(name: str) -> None:
     """The attributes that attach changes are there."""
     assert name in vars(Accelerator(cpu=True))

@@ -59,7 +59,25 @@ def test_the_rank_with_the_fault_says_what_failed(ranks: list[dict[str, Any]]) -
     """An exception in the look is in the message of its rank, and the other rank did not wait for it in vain."""
     assert "this pass cannot be repeated" in ranks[1]["failing look"]["messages"][0]
     assert "no peeking" in ranks[1]["failing examination"]["messages"][0]
-    assert "another rank has found the cause" in ranks[0]["activation"]["messages"][0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [
+        ("activation", "a forward value left the range of FP16 (±65504) in first"),
+        ("NaN batch", "the batch there holds inf or NaN"),
+        ("labels", "the labels there"),
+        ("division", "the batch there and at the loss function"),
+    ],
+)
+def test_the_rank_without_the_fault_blames_nothing_of_its_own(
+    ranks: list[dict[str, Any]], fault: str, advice: str
+) -> None:
+    """Rank 0, whose messages are in the log and the report, tells what the other has found, not what itself has not."""
+    (message, *_) = ranks[0][fault]["messages"]
+    assert message.startswith("found by another rank, whose console says more: ")
+    assert advice in message
+    assert "this step's labels" not in message
 
 
 def test_a_derivative_of_one_rank_is_found_out_by_both_at_the_fourth_skip(

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import hf_amp
-from hf_amp import AttachError, MixedPrecisionConfig
+from hf_amp import AttachError, MixedPrecisionConfig, PrecisionMode
 from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.monitoring.run_history import read_run
 from tests.reference import OverflowInBackward, snapshot, tiny_mlp
@@ -180,11 +180,28 @@ def test_accelerator_autocast_is_fp16_on_a_cpu(emulate: bool) -> None:
     large = torch.full((2, 2), 250.0)
     with accelerator.autocast():
         assert (large @ large).isinf().all()
+    with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+        assert (large @ large).isinf().all()
+        assert (large @ large).dtype == (torch.float32 if emulate else torch.float16)
     with accelerator.autocast(AutocastKwargs(enabled=False)):
         assert (large @ large).isfinite().all()
     assert (large @ large).isfinite().all()
     session.detach()
     with accelerator.autocast():
+        assert (large @ large).isfinite().all()
+
+
+def test_autocast_with_options_follows_the_plan() -> None:
+    """Once the whole model has left FP16, so has what the loop runs inside of `autocast(AutocastKwargs(...))`."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator)
+    model = nn.Linear(1, 1)  # all of the model is one module
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-12))
+    accelerator.backward(prepared(torch.full((1, 1), 1e6)).sum())
+    optimizer.step()
+    assert session.plan.default is PrecisionMode.FP32
+    large = torch.full((2, 2), 250.0)
+    with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
         assert (large @ large).isfinite().all()
 
 

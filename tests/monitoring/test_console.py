@@ -57,6 +57,12 @@ def test_a_line_names_a_few_of_many_modules(caplog, modules, where):
     assert caplog.messages == [f"step 3: step_skipped in {where}: text"]
 
 
+def test_a_whole_model_is_named(caplog):
+    """A model that is one module, or overflows in its own forward, has the name "" in events, and is called by what it is."""
+    Console().write(AmpEvent(3, EventKind.STEP_SKIPPED, modules=("", "head"), message="text"))
+    assert caplog.messages == ["step 3: step_skipped in the model, head: text"]
+
+
 def test_percent_signs_are_text(caplog):
     """A message is never taken as a format."""
     Console().write(AmpEvent(1, EventKind.STEP_SKIPPED, message="100%s of %d"))

@@ -175,7 +175,7 @@ def _incident_cells(incident: Incident) -> list[str]:
     steps = f"{incident.first_step:,}"
     if incident.count > 1:
         steps += f" to {incident.last_step:,}, {incident.count:,} times"
-    modules = "<br>".join(f"<code>{_text(name)}</code>" for name in incident.modules[:12])
+    modules = "<br>".join(f"<code>{_text(name or 'the model')}</code>" for name in incident.modules[:12])
     if len(incident.modules) > 12:
         modules += f"<br>and {len(incident.modules) - 12} more"
     cause = f'<span class="cause {_text(incident.cause.lower())}">{_text(incident.cause)}</span>'

@@ -16,7 +16,8 @@ _log = logging.getLogger("hf_amp")
 def headline(event: AmpEvent) -> str:
     """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, no control characters."""
     cause = f" ({event.cause.value})" if event.cause else ""
-    where = f" in {mentioned(event.modules, NAMES_SHOWN)}" if event.modules else ""
+    names = [name or "the model" for name in event.modules]  # its own name is ""
+    where = f" in {mentioned(names, NAMES_SHOWN)}" if names else ""
     return visible(f"step {event.step}: {event.kind.value}{cause}{where}")
 
 
