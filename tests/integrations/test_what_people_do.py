@@ -218,6 +218,32 @@ def test_custom_losses(tmp_path: Path) -> None:
         trained(trainer, callback)
 
 
+def test_a_trainer_that_logs_losses_of_its_own(tmp_path: Path) -> None:
+    """An overridden compute_loss logs each batch's loss: that is no training entry, and the Trainer's mean stays its mean."""
+
+    class Telling(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            self.log({"loss": loss.item(), "batch": 1.0})
+            return loss
+
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    trainer = Telling(
+        Regression(),
+        arguments(tmp_path, max_steps=STEPS, logging_steps=STEPS),
+        train_dataset=numbers(),
+        callbacks=[callback, OverflowAt(2)],
+    )
+    result = trainer.train()
+    *batches, entry, _ = trainer.state.log_history
+    mean = sum(batch["loss"] for batch in batches) / STEPS
+    assert entry["loss"] == pytest.approx(mean)
+    assert result.training_loss == pytest.approx(mean)
+    assert not any(name.startswith("amp/") for batch in batches for name in batch)
+    assert entry["amp/skipped_steps"] == 1
+    assert "step 2" in entry["amp_incident"]
+
+
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
 def test_full_eval(tmp_path: Path, half: str) -> None:
     """Evaluation and prediction in half parameters, after training; a model that overflows there is told of."""
