@@ -26,8 +26,9 @@ from transformers import (
     ViTForImageClassification,
     set_seed,
 )
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from hf_amp import EventKind, MixedPrecisionCallback, MixedPrecisionConfig, ScalingStrategy
+from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, ScalingStrategy
 from tests.integrations.trainers import (
     OverflowAt,
     Regression,
@@ -281,6 +282,49 @@ def test_best_model_and_early_stopping(tmp_path: Path) -> None:
     expected.load_state_dict(load_file(Path(best) / "model.safetensors"))
     for a, b in zip(expected.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class StepsInBackward(torch.optim.SGD):
+    """What LOMO is to accelerate: an optimizer whose `fused_backward` takes the step."""
+
+    def fused_backward(self, loss: torch.Tensor, lr: float) -> None:
+        loss.backward()
+        self.step()
+
+
+def layerwise(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """What transformers makes of `galore_adamw_layerwise` and its kin: an optimizer for each parameter, and a dummy."""
+    each = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+    for parameter in each:
+        parameter.register_post_accumulate_grad_hook(lambda p: each[p].step())
+    return LayerWiseDummyOptimizer(optimizer_dict=each, lr=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "make", [layerwise, lambda model: StepsInBackward(model.parameters(), lr=0.01)], ids=["layerwise", "LOMO"]
+)
+def test_an_optimizer_that_steps_inside_of_backward_is_a_clear_error(
+    tmp_path: Path, make: Callable[[torch.nn.Module], torch.optim.Optimizer], precision: str
+) -> None:
+    """Nothing can look at its gradients before they are applied: it would be told of as sound, whatever they are."""
+
+    def trainer(config: dict[str, Any]) -> Trainer:
+        model = Regression()
+        return Trainer(
+            model,
+            arguments(tmp_path, fp16=precision == "fp16", bf16=precision == "bf16", max_steps=1),
+            train_dataset=numbers(),
+            optimizers=(make(model), None),
+            callbacks=[MixedPrecisionCallback(config)],
+        )
+
+    refused = trainer({})
+    before = parameters_of(refused)
+    with pytest.raises(AttachError, match=r"inside of backward.*galore_adamw.*leave hf_amp out"):
+        refused.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters_of(refused), strict=True))
+    trainer({"enabled": False}).train()
 
 
 def test_hyperparameter_search(tmp_path: Path) -> None:
