@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,6 +25,9 @@ from hf_amp.monitoring.pace import Pace
 from hf_amp.precision import PrecisionMode
 from hf_amp.reversible import ReversibleChanges
 from hf_amp.scaling.scaler import AdvancedGradScaler
+
+_trains: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
+"""The session that has trained a model last, weakly."""
 
 
 class AmpSession(Journal):
@@ -108,15 +112,25 @@ class AmpSession(Journal):
             is_trained: False for one that only evaluates, such as a reference model: the plan covers it, and what it does
                 to the loss is told, but its parameters are none of the run's; `train` takes that back.
         """
+        if is_trained:
+            self.take_over(model)
         self.changes.call_on_undo(
             self._keeper.adopt(model, entry_point if entry_point is not None else model, is_trained)
         )
         if is_trained:
             self._see_trained(model)
 
+    def take_over(self, model: nn.Module) -> None:
+        """Detaches the session that has trained `model` so far: its plan would be in force under the one of this session."""
+        former = _trains.get(model, lambda: None)()
+        if former is not None and former is not self:
+            former.detach()
+        _trains[model] = weakref.ref(self)
+
     def train(self, model: nn.Module) -> None:
         """Goes on with an adopted `model` as one that is trained. Harmless where it is."""
         if self._keeper.runner.evaluates(model):
+            self.take_over(model)
             self._keeper.runner.adopt(model)
             self._see_trained(model)
 

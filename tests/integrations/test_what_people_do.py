@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -356,6 +357,51 @@ def test_hyperparameter_search(tmp_path: Path) -> None:
     assert kinds[-1] is EventKind.DETACHED
     assert 0 < best.objective < 1
     assert logs[-1].__wrapped__ == type(trainer).log.__get__(trainer)
+
+
+class Large(Regression):
+    """One whose hidden layer leaves FP16's range."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return super().forward(x * 1e6, labels)
+
+
+def test_a_new_trainer_on_the_same_model(tmp_path: Path) -> None:
+    """A cell of a notebook that is run again, also in FP32: what runs is what the newest session says, and back."""
+
+    def trainer(
+        folder: str, model: torch.nn.Module, **options: Any
+    ) -> tuple[Trainer, MixedPrecisionCallback]:
+        set_seed(0)
+        callback = MixedPrecisionCallback({"init_scale": 1.0})
+        options = {
+            "max_steps": STEPS,
+            "learning_rate": 0.0,
+            "train_sampling_strategy": "sequential",
+            **options,
+        }
+        given = arguments(tmp_path / folder, **options)
+        return Trainer(model, given, train_dataset=numbers(), callbacks=[callback]), callback
+
+    model = Large()
+    first, callback = trainer("first", model)
+    first.train()
+    assert "hidden" in callback.session.plan.modules
+    for name in ("again", "once more"):
+        again, callback_again = trainer(name, model)
+        again.train()
+        assert callback_again.session.plan == callback.session.plan
+        assert logged(again, "loss") == logged(first, "loss")
+        assert callback_again.session.metrics()["skipped_steps"] == 1
+    former = callback.session
+    first.train()
+    assert callback.session is not former
+    assert callback.session.metrics()["skipped_steps"] == 1
+    wide, _ = trainer("wide", model, fp16=False)
+    wide.train()
+    alone, _ = trainer("alone", copy.deepcopy(model), fp16=False)
+    alone.train()
+    assert logged(wide, "loss") == logged(alone, "loss") != logged(again, "loss")
 
 
 def test_a_trial_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:
