@@ -155,7 +155,9 @@ class AfterStep:
         self._at_floor = False
         self.follow(self._keeper.note_applied(step_seconds, self._scaler.ranks_agree), None, None)
         self._journal.tell(
-            self.hope.record_applied(outcome.zero_gradients, outcome.loss_finite, outcome.scale)
+            self.hope.record_applied(
+                outcome.zero_gradients, outcome.loss_finite, outcome.scale, outcome.has_gradients
+            )
         )
 
     def _record_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,6 +25,9 @@ from hf_amp.monitoring.pace import Pace
 from hf_amp.precision import PrecisionMode
 from hf_amp.reversible import ReversibleChanges
 from hf_amp.scaling.scaler import AdvancedGradScaler
+
+_trains: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
+"""The session that has trained a model last, weakly."""
 
 
 class AmpSession(Journal):
@@ -108,15 +112,27 @@ class AmpSession(Journal):
             is_trained: False for one that only evaluates, such as a reference model: the plan covers it, and what it does
                 to the loss is told, but its parameters are none of the run's; `take_as_trained` takes that back.
         """
+        if is_trained:
+            self.take_over(model)
         self.changes.call_on_undo(
             self._keeper.adopt(model, entry_point if entry_point is not None else model, is_trained)
         )
         if is_trained:
             self._see_trained(model)
 
+    def take_over(self, model: nn.Module) -> None:
+        """Detaches the session that has trained `model` so far: its plan would be in force under the one of this session."""
+        former = _trains.get(model, lambda: None)()
+        if former is not None and former is not self:
+            former._detach(
+                f"another session trains this {type(model).__name__} from now on: hf_amp is detached here"
+            )
+        _trains[model] = weakref.ref(self)
+
     def take_as_trained(self, model: nn.Module) -> None:
         """Goes on with an adopted `model` as one that is trained. Harmless where it is."""
         if self._keeper.runner.evaluates(model):
+            self.take_over(model)
             self._keeper.runner.adopt(model)
             self._see_trained(model)
 
@@ -206,15 +222,22 @@ class AmpSession(Journal):
 
     def detach(self) -> None:
         """Gives everything that was attached to its former state. Harmless when called again."""
-        if self._after_step.decided in self.scaler.observers:
+        self._detach("hf_amp is detached")
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether neither `detach` nor another session on a model of this one has ended it."""
+        return self._after_step.decided in self.scaler.observers
+
+    def _detach(self, why: str) -> None:
+        if self.is_attached:
             self.scaler.observers.remove(self._after_step.decided)
             passengers, ours = self.scaler.passengers, self._after_step.look_at_modules
             passengers[:] = [ask for ask in passengers if ask != ours]
             ForwardContext.leave_interrupted()
             self.changes.undo()
             self.note(
-                EventKind.DETACHED,
-                "hf_amp is detached; what it had changed is as before, upcast parameters excepted.",
+                EventKind.DETACHED, f"{why}; what it had changed is as before, upcast parameters excepted."
             )
 
     def __enter__(self) -> AmpSession:

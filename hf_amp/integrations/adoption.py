@@ -54,6 +54,8 @@ def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
     def prepare_and_adopt(
         model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> Any:
+        if not evaluation_mode:  # before accelerate wraps what the former session has put into `forward`
+            session.take_over(accelerator.unwrap_model(model, keep_torch_compile=False))
         native_amp = accelerator.native_amp
         accelerator.native_amp = native_amp and not on_cpu
         try:

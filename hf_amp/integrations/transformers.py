@@ -18,7 +18,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.integrations import run_summary
-from hf_amp.integrations.accelerate import attach
+from hf_amp.integrations.accelerate import attach, session_of
 from hf_amp.integrations.progress import go_on_from, progress_of
 from hf_amp.integrations.resuming import load_scaler_where_there_is_one
 from hf_amp.integrations.truthful_logs import save_valid_json, tell_in_logs
@@ -191,7 +191,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self._take_over(trainer)
         accelerator = trainer.accelerator
         if self.session is not None:
-            if self._trainer is trainer and self._accelerator is accelerator:
+            same = self._trainer is trainer and self._accelerator is accelerator
+            if same and (session_of(accelerator) is self.session or not self.config.enabled):
                 return self.session
             self.session.detach()
             self._leave_run(self.session)

@@ -31,7 +31,7 @@ def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
 
     @functools.wraps(log)
     def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        training = "loss" in logs
+        training = {"loss", "learning_rate"} <= logs.keys()  # a compute_loss may log losses of its own
         ours = log_entry(session, logs, trainer.state.global_step) if training else {}
         for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
             ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)

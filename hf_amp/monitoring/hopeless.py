@@ -35,6 +35,7 @@ class HopeWatch:
     patience: int
     skipped_by_cause: Counter[CauseName] = dataclasses.field(default_factory=Counter)
     zero_steps: int = 0
+    empty_steps: int = 0
     hopeless: bool = False
 
     def record_skipped(self, cause: Cause) -> Finding | None:
@@ -42,29 +43,37 @@ class HopeWatch:
         self.skipped_by_cause[cause.value] += 1
         if cause is Cause.WEIGHTS:
             return self.give_up(cause, "no step can mend weights that are not finite")
-        if sum(self.skipped_by_cause.values()) + self.zero_steps < self.patience:
+        if not self._patience_is_over():
             return None
         main = Cause(self.skipped_by_cause.most_common(1)[0][0])
         return self.give_up(
             main, f"all of the last {self.patience} steps were skipped, most for {main.value}"
         )
 
-    def record_applied(self, zero_gradients: bool, loss_finite: bool | None, scale: float) -> Finding | None:
+    def record_applied(
+        self, zero_gradients: bool, loss_finite: bool | None, scale: float, has_gradients: bool = True
+    ) -> Finding | None:
         """One applied step; what it shows of the run, where that is new.
 
         Args:
             zero_gradients: every element of every gradient was exactly zero.
             loss_finite: whether its losses were finite; None where they were not seen.
             scale: the loss scale; 1 where nothing is scaled.
+            has_gradients: whether any parameter had a gradient. One step without is nothing to tell: it may be another
+                optimizer's turn.
         """
+        if not has_gradients:
+            self.empty_steps += 1
+            reason = f"for {self.empty_steps} steps no parameter that the optimizer holds had a gradient"
+            return self.give_up(Cause.UNKNOWN, reason, _NO_GRADIENTS) if self._patience_is_over() else None
         if not zero_gradients:
             self.skipped_by_cause.clear()
-            self.zero_steps, self.hopeless = 0, False
+            self.zero_steps, self.empty_steps, self.hopeless = 0, 0, False
             return None
         self.zero_steps += 1
         flushed = loss_finite is not False and scale < 1
         cause = Cause.SCALE if flushed else Cause.LOSS
-        if self.zero_steps + sum(self.skipped_by_cause.values()) >= self.patience:
+        if self._patience_is_over():
             return self.give_up(cause, f"for {self.zero_steps} steps every gradient was exactly zero")
         if self.zero_steps > 1:
             return None
@@ -75,12 +84,17 @@ class HopeWatch:
             f"every gradient is exactly zero, and nothing was learned from this step: {shown}.",
         )
 
-    def give_up(self, cause: Cause, reason: str) -> Finding | None:
-        """The run is hopeless for `reason`; None where that has been told."""
+    def _patience_is_over(self) -> bool:
+        return sum(self.skipped_by_cause.values()) + self.zero_steps + self.empty_steps >= self.patience
+
+    def give_up(self, cause: Cause, reason: str, remedy: str | None = None) -> Finding | None:
+        """The run is hopeless for `reason`; None where that has been told. `remedy`: where it is not that of `cause`."""
         if self.hopeless:
             return None
         self.hopeless = True
-        return Finding(EventKind.HOPELESS, cause, f"this run learns nothing: {reason}. {_REMEDIES[cause]}")
+        return Finding(
+            EventKind.HOPELESS, cause, f"this run learns nothing: {reason}. {remedy or _REMEDIES[cause]}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted, as numbers and one flat mapping."""
@@ -111,6 +125,10 @@ _LABELS = {
     False: "the loss is not a number, so most likely every label of the batch is ignored (-100): look at what the "
     "collator makes of them",
 }
+_NO_GRADIENTS = (
+    "Look whether the optimizer holds the parameters of the model that is trained (was it made before the model was wrapped, "
+    "resized or replaced?), and whether any of them needs gradients."
+)
 _REMEDIES = {
     Cause.SCALE: "Train in BF16 or FP32, or lower init_scale and min_scale.",
     Cause.ACTIVATION: "Train the modules that the events name, or all, in BF16 or FP32.",

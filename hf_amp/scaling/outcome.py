@@ -20,6 +20,7 @@ class StepOutcome:
             backward makes gradients for several optimizers.
         non_finite_losses: how many of them were not finite; with several processes, on the worst of them.
         zero_gradients: whether there are gradients and every element of them is exactly zero: nothing is learned.
+        has_gradients: whether any parameter had a gradient.
         grad_norm: 2-norm of the unscaled gradients before clipping; None where unknown or not finite.
         grad_amax: largest magnitude of the same; None likewise.
         underflow_fraction: share of scaled gradient elements that are zero or subnormal; None where not sampled.
@@ -39,6 +40,7 @@ class StepOutcome:
     losses: int = 0
     non_finite_losses: int = 0
     zero_gradients: bool = False
+    has_gradients: bool = True
     grad_norm: float | None = None
     grad_amax: float | None = None
     underflow_fraction: float | None = None

@@ -170,8 +170,8 @@ class ScaleKeeper(torch.amp.GradScaler):
         """Continues from `state_dict`, ours or the stock scaler's, before the first step or later.
 
         As in the stock class the saved growth and backoff options replace the config's; where they differ, that is
-        logged. A scale outside of the bounds is clamped, which is logged too. A guard keeps its scale of 1: it takes
-        over the counters only.
+        logged. A scale outside of the bounds is clamped, which is logged too, as is one that CONSTANT keeps in the place of
+        `init_scale`. A guard keeps its scale of 1: it takes over the counters only.
 
         Raises:
             StateError: it is not a scaler's state; nothing has changed then.
@@ -191,6 +191,11 @@ class ScaleKeeper(torch.amp.GradScaler):
             )
             fields["scale"] = bounded
         if not self.guards_only:
+            own = self.config.init_scale
+            if self.config.scaling_strategy is ScalingStrategy.CONSTANT and bounded != own:
+                _log.warning(
+                    "CONSTANT goes on with the loaded scale %g, not with init_scale=%g", bounded, own
+                )
             self._loaded_state, self._init_scale = fields, fields["scale"]
             if self._state is not None:
                 self._state = state_of_policy.restored(self._state, fields)

@@ -70,6 +70,7 @@ def _outcome(
         losses=boundary.losses,
         non_finite_losses=min(int(host.get("loss_non_finite", 0)), boundary.losses),
         zero_gradients=magnitude == 0 and boundary.has_gradients,
+        has_gradients=boundary.has_gradients,
         grad_norm=finite("norm") if applied else None,
         grad_amax=finite("amax") if applied else None,
         underflow_fraction=finite("underflow_fraction"),

@@ -84,13 +84,14 @@ class PlainStepping:
 
     def bind(self, model: nn.Module) -> None:
         device, session = next((p.device for p in model.parameters()), self.device), self.session
-        if model in self._known and device.type == self.device.type:
+        if model in self._known and device.type == self.device.type and session.is_attached:
             self.device = device
             return
         distributed = isinstance(model, DistributedDataParallel)
         hardware = common_to_ranks(probe(device), device) if distributed else probe(device)
-        # So far this machine's fastest device, and no other machine, was supposed.
-        if device.type != self.device.type or (distributed and hardware.bf16 != session.hardware.bf16):
+        # So far this machine's fastest device, and no other machine, was supposed; and another session may train the model.
+        differs = device.type != self.device.type or (distributed and hardware.bf16 != session.hardware.bf16)
+        if differs or not session.is_attached:
             progress = session.scaler.progress()  # a checkpoint's, where one was loaded
             session.detach()
             self.session = AmpSession(session.config, session.scaler, self._mode, hardware)

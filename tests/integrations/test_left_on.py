@@ -17,6 +17,7 @@ from hf_amp import EventKind, MixedPrecisionCallback, PrecisionMode
 from tests.host_reads import count_host_reads
 from tests.integrations.trainers import (
     OverflowAt,
+    Regression,
     arguments,
     numbers,
     parameters_of,
@@ -234,6 +235,24 @@ def test_hopeless_run_is_told_and_stopped_if_configured(tmp_path: Path, stop: bo
     assert len(stopped) == stop
     if stop:
         assert "checkpoint-" in stopped[0].message
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_an_optimizer_of_another_models_parameters_is_told(tmp_path: Path, precision: str) -> None:
+    """One made before the model was replaced: stock FP16 ends with an assertion, others train nothing without a word."""
+    callback = MixedPrecisionCallback({"patience": 3, "stop_when_hopeless": True})
+    trainer = Trainer(
+        Regression(),
+        arguments(tmp_path, fp16=precision == "fp16", bf16=precision == "bf16"),
+        train_dataset=numbers(),
+        optimizers=(torch.optim.AdamW(Regression().parameters()), None),
+        callbacks=[callback],
+    )
+    trainer.train()
+    (hopeless,) = [e for e in callback.session.events if e.kind is EventKind.HOPELESS]
+    assert (hopeless.step, hopeless.cause, trainer.state.global_step) == (3, "UNKNOWN", 3)
+    assert "for 3 steps no parameter that the optimizer holds had a gradient" in hopeless.message
+    assert "made before the model was wrapped, resized or replaced" in hopeless.message
 
 
 def test_poisoned_weights_are_told_before_the_first_step(tmp_path: Path) -> None:

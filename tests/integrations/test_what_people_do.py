@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,9 @@ from transformers import (
     ViTForImageClassification,
     set_seed,
 )
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from hf_amp import EventKind, MixedPrecisionCallback, MixedPrecisionConfig, ScalingStrategy
+from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, ScalingStrategy
 from tests.integrations.trainers import (
     OverflowAt,
     Regression,
@@ -218,6 +220,32 @@ def test_custom_losses(tmp_path: Path) -> None:
         trained(trainer, callback)
 
 
+def test_a_trainer_that_logs_losses_of_its_own(tmp_path: Path) -> None:
+    """An overridden compute_loss logs each batch's loss: that is no training entry, and the Trainer's mean stays its mean."""
+
+    class Telling(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            self.log({"loss": loss.item(), "batch": 1.0})
+            return loss
+
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    trainer = Telling(
+        Regression(),
+        arguments(tmp_path, max_steps=STEPS, logging_steps=STEPS),
+        train_dataset=numbers(),
+        callbacks=[callback, OverflowAt(2)],
+    )
+    result = trainer.train()
+    *batches, entry, _ = trainer.state.log_history
+    mean = sum(batch["loss"] for batch in batches) / STEPS
+    assert entry["loss"] == pytest.approx(mean)
+    assert result.training_loss == pytest.approx(mean)
+    assert not any(name.startswith("amp/") for batch in batches for name in batch)
+    assert entry["amp/skipped_steps"] == 1
+    assert "step 2" in entry["amp_incident"]
+
+
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
 def test_full_eval(tmp_path: Path, half: str) -> None:
     """Evaluation and prediction in half parameters, after training; a model that overflows there is told of."""
@@ -257,6 +285,49 @@ def test_best_model_and_early_stopping(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+class StepsInBackward(torch.optim.SGD):
+    """What LOMO is to accelerate: an optimizer whose `fused_backward` takes the step."""
+
+    def fused_backward(self, loss: torch.Tensor, lr: float) -> None:
+        loss.backward()
+        self.step()
+
+
+def layerwise(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """What transformers makes of `galore_adamw_layerwise` and its kin: an optimizer for each parameter, and a dummy."""
+    each = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+    for parameter in each:
+        parameter.register_post_accumulate_grad_hook(lambda p: each[p].step())
+    return LayerWiseDummyOptimizer(optimizer_dict=each, lr=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "make", [layerwise, lambda model: StepsInBackward(model.parameters(), lr=0.01)], ids=["layerwise", "LOMO"]
+)
+def test_an_optimizer_that_steps_inside_of_backward_is_a_clear_error(
+    tmp_path: Path, make: Callable[[torch.nn.Module], torch.optim.Optimizer], precision: str
+) -> None:
+    """Nothing can look at its gradients before they are applied: it would be told of as sound, whatever they are."""
+
+    def trainer(config: dict[str, Any]) -> Trainer:
+        model = Regression()
+        return Trainer(
+            model,
+            arguments(tmp_path, fp16=precision == "fp16", bf16=precision == "bf16", max_steps=1),
+            train_dataset=numbers(),
+            optimizers=(make(model), None),
+            callbacks=[MixedPrecisionCallback(config)],
+        )
+
+    refused = trainer({})
+    before = parameters_of(refused)
+    with pytest.raises(AttachError, match=r"inside of backward.*galore_adamw.*leave hf_amp out"):
+        refused.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters_of(refused), strict=True))
+    trainer({"enabled": False}).train()
+
+
 def test_hyperparameter_search(tmp_path: Path) -> None:
     """Three trials with optuna: one session each, the objective is the loss alone, nothing of one is left in the next."""
     callback = MixedPrecisionCallback({"init_scale": 1024.0})
@@ -286,6 +357,51 @@ def test_hyperparameter_search(tmp_path: Path) -> None:
     assert kinds[-1] is EventKind.DETACHED
     assert 0 < best.objective < 1
     assert logs[-1].__wrapped__ == type(trainer).log.__get__(trainer)
+
+
+class Large(Regression):
+    """One whose hidden layer leaves FP16's range."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return super().forward(x * 1e6, labels)
+
+
+def test_a_new_trainer_on_the_same_model(tmp_path: Path) -> None:
+    """A cell of a notebook that is run again, also in FP32: what runs is what the newest session says, and back."""
+
+    def trainer(
+        folder: str, model: torch.nn.Module, **options: Any
+    ) -> tuple[Trainer, MixedPrecisionCallback]:
+        set_seed(0)
+        callback = MixedPrecisionCallback({"init_scale": 1.0})
+        options = {
+            "max_steps": STEPS,
+            "learning_rate": 0.0,
+            "train_sampling_strategy": "sequential",
+            **options,
+        }
+        given = arguments(tmp_path / folder, **options)
+        return Trainer(model, given, train_dataset=numbers(), callbacks=[callback]), callback
+
+    model = Large()
+    first, callback = trainer("first", model)
+    first.train()
+    assert "hidden" in callback.session.plan.modules
+    for name in ("again", "once more"):
+        again, callback_again = trainer(name, model)
+        again.train()
+        assert callback_again.session.plan == callback.session.plan
+        assert logged(again, "loss") == logged(first, "loss")
+        assert callback_again.session.metrics()["skipped_steps"] == 1
+    former = callback.session
+    first.train()
+    assert callback.session is not former
+    assert callback.session.metrics()["skipped_steps"] == 1
+    wide, _ = trainer("wide", model, fp16=False)
+    wide.train()
+    alone, _ = trainer("alone", copy.deepcopy(model), fp16=False)
+    alone.train()
+    assert logged(wide, "loss") == logged(alone, "loss") != logged(again, "loss")
 
 
 def test_a_trial_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ from hf_amp.monitoring.hopeless import HopeWatch
 
 
 def kinds_told(watch: HopeWatch, steps: str) -> list[str]:
-    """What is told at each step: `-` nothing, `z` zero gradients, `h` hopeless. Steps: `a`pplied, `z`ero, `s`kipped."""
+    """What is told at each step: `-` nothing, `z` zero gradients, `h` hopeless. Steps: `a`pplied, `z`ero, `n`one, `s`kipped."""
     marks = {None: "-", EventKind.ZERO_GRADIENTS: "z", EventKind.HOPELESS: "h"}
     told = []
     for step in steps:
         if step == "s":
             finding = watch.record_skipped(Cause.SCALE)
         else:
-            finding = watch.record_applied(zero_gradients=step == "z", loss_finite=True, scale=8.0)
+            finding = watch.record_applied(
+                zero_gradients=step == "z", loss_finite=True, scale=8.0, has_gradients=step != "n"
+            )
         told.append(marks[finding.kind if finding else None])
     return told
 
@@ -33,6 +35,8 @@ def kinds_told(watch: HopeWatch, steps: str) -> list[str]:
         ("zazza", "z-z--"),
         ("zzzz", "z-h-"),
         ("szsa", "-zh-"),
+        ("nannn", "----h"),
+        ("nzsn", "-zh-"),
     ],
 )
 def test_what_is_told_when(steps: str, told: str) -> None:

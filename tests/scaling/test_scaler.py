@@ -377,6 +377,19 @@ def test_dead_stock_scale_is_brought_back_into_bounds(dead_scale: float) -> None
     assert scaler.get_scale() == (scaler.config.min_scale if dead_scale == 0 else 2.0**24)
 
 
+@pytest.mark.parametrize("saved_scale", [512.0, 8.0])
+def test_constant_says_that_a_loaded_scale_is_not_its_own(
+    caplog: pytest.LogCaptureFixture, saved_scale: float
+) -> None:
+    """Who resumes with CONSTANT and another init_scale is told which of the two it goes on with."""
+    scaler = scaler_with(scaling_strategy="CONSTANT", init_scale=8.0)
+    scaler.load_state_dict(torch.amp.GradScaler("cpu", init_scale=saved_scale).state_dict())
+    assert scaler.get_scale() == saved_scale
+    told = [record.getMessage() for record in caplog.records if record.name == "hf_amp"]
+    expected = "CONSTANT goes on with the loaded scale 512, not with init_scale=8"
+    assert told == ([] if saved_scale == 8.0 else [expected])
+
+
 def test_disabled_scaler_passes_through() -> None:
     """enabled=False: losses and steps pass, the state is empty, as in the stock class."""
     scaler, parameter = scaler_with(enabled=False), nn.Parameter(torch.tensor([1.0]))
