@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -359,6 +360,38 @@ def test_models_in_turn_are_bound_once():
         with torch.no_grad():
             trainer.evaluate(batch, models[2])
     assert stepped == [False, True, False, True]
+
+
+def test_a_window_that_was_begun_is_finished_first():
+    """Neither another model's batch nor `train_window` cuts it short: an error, and then it ends as if nothing had been."""
+    batches, parameters = vectors(2), []
+    for interrupted in (False, True):
+        model, other = tiny_mlp(), tiny_mlp(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(accumulation_steps=2), loss_fn=mse_loss)
+        trainer.train_step(batches[0], model, optimizer)
+        if interrupted:
+            with pytest.raises(
+                BatchError, match=r"another model or optimizer.*so far: 1\).*train_window takes"
+            ):
+                trainer.train_step(batches[0], other, torch.optim.SGD(other.parameters(), lr=0.1))
+            with pytest.raises(BatchError, match=r"train_window, but.*so far: 1\).*train_step"):
+                trainer.train_window(batches, model, optimizer)
+        assert trainer.train_step(batches[1], model, optimizer)["stepped"]
+        parameters.append(parameters_of(model))
+    assert_bitwise_equal(*parameters)
+
+
+def test_a_model_that_is_gone_leaves_no_window_behind():
+    """Its gradients are gone with it, so that the next model begins a window of its own."""
+    model, other = tiny_mlp(), tiny_mlp(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(accumulation_steps=2), loss_fn=mse_loss)
+    trainer.train_step(vectors(1)[0], model, optimizer)
+    del model, optimizer
+    gc.collect()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    assert [trainer.train_step(batch, other, optimizer)["stepped"] for batch in vectors(2)] == [False, True]
 
 
 def test_memory_savings_are_measured_in_the_first_step():
