@@ -13,8 +13,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from hf_amp.errors import ScalerError
-from hf_amp.integrations.upstream import forget_skip, prepared_optimizers, replace_scaler
+from hf_amp.errors import AttachError, ScalerError
+from hf_amp.integrations.upstream import (
+    forget_skip,
+    prepared_optimizers,
+    replace_scaler,
+    steps_in_backward,
+)
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
@@ -67,6 +72,7 @@ class DecidedOptimizers:
     def _adopt(self, optimizer: AcceleratedOptimizer) -> None:
         if optimizer in self.adopted:
             return
+        _refuse_steps_in_backward(optimizer.optimizer)
         self.adopted.add(optimizer)
         self._scaler.watch(optimizer.optimizer)
         if not self._scaler.guards_only:
@@ -89,6 +95,15 @@ class DecidedOptimizers:
             del optimizer.step
             if former is not None:
                 optimizer.step = former
+
+
+def _refuse_steps_in_backward(optimizer: torch.optim.Optimizer) -> None:
+    if steps_in_backward(optimizer):
+        raise AttachError(
+            f"{type(optimizer).__name__} takes its steps inside of backward, where nothing can look at the gradients first: "
+            "hf_amp can neither scale, skip nor count them. Take an optimizer that steps after backward (in a Trainer, "
+            "optim='galore_adamw' for 'galore_adamw_layerwise'), or leave hf_amp out."
+        )
 
 
 class NoRawStep:

@@ -30,7 +30,7 @@ def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
 
     @functools.wraps(log)
     def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        training = "loss" in logs
+        training = {"loss", "learning_rate"} <= logs.keys()  # a compute_loss may log losses of its own
         ours: dict[str, Any] = {}
         if training:
             ours = {LOG_PREFIX + name: value for name, value in session.metrics().items()}

@@ -39,6 +39,17 @@ def has_step_hooks(optimizer: torch.optim.Optimizer, besides: type) -> bool:
     return any(not isinstance(hook, besides) for hook in optimizer._optimizer_step_pre_hooks.values())
 
 
+def steps_in_backward(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks on the parameters, or a backward of its own, move them before `optimizer.step`.
+
+    Sources: LOMO's `fused_backward`, which accelerate calls; the `optimizer_dict` (parameter → optimizer) of transformers'
+    LayerWiseDummyOptimizer.
+    """
+    by_parameter = getattr(optimizer, "optimizer_dict", None)
+    layerwise = isinstance(by_parameter, dict) and any(isinstance(p, torch.Tensor) for p in by_parameter)
+    return layerwise or hasattr(optimizer, "fused_backward")
+
+
 def forget_skip(optimizer: AcceleratedOptimizer) -> None:
     """Makes `optimizer.step_was_skipped` False."""
     optimizer._is_overflow = False

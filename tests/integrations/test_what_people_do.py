@@ -26,8 +26,9 @@ from transformers import (
     ViTForImageClassification,
     set_seed,
 )
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from hf_amp import EventKind, MixedPrecisionCallback, MixedPrecisionConfig, ScalingStrategy
+from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, ScalingStrategy
 from tests.integrations.trainers import (
     OverflowAt,
     Regression,
@@ -218,6 +219,32 @@ def test_custom_losses(tmp_path: Path) -> None:
         trained(trainer, callback)
 
 
+def test_a_trainer_that_logs_losses_of_its_own(tmp_path: Path) -> None:
+    """An overridden compute_loss logs each batch's loss: that is no training entry, and the Trainer's mean stays its mean."""
+
+    class Telling(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            self.log({"loss": loss.item(), "batch": 1.0})
+            return loss
+
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    trainer = Telling(
+        Regression(),
+        arguments(tmp_path, max_steps=STEPS, logging_steps=STEPS),
+        train_dataset=numbers(),
+        callbacks=[callback, OverflowAt(2)],
+    )
+    result = trainer.train()
+    *batches, entry, _ = trainer.state.log_history
+    mean = sum(batch["loss"] for batch in batches) / STEPS
+    assert entry["loss"] == pytest.approx(mean)
+    assert result.training_loss == pytest.approx(mean)
+    assert not any(name.startswith("amp/") for batch in batches for name in batch)
+    assert entry["amp/skipped_steps"] == 1
+    assert "step 2" in entry["amp_incident"]
+
+
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
 def test_full_eval(tmp_path: Path, half: str) -> None:
     """Evaluation and prediction in half parameters, after training; a model that overflows there is told of."""
@@ -255,6 +282,49 @@ def test_best_model_and_early_stopping(tmp_path: Path) -> None:
     expected.load_state_dict(load_file(Path(best) / "model.safetensors"))
     for a, b in zip(expected.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class StepsInBackward(torch.optim.SGD):
+    """What LOMO is to accelerate: an optimizer whose `fused_backward` takes the step."""
+
+    def fused_backward(self, loss: torch.Tensor, lr: float) -> None:
+        loss.backward()
+        self.step()
+
+
+def layerwise(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """What transformers makes of `galore_adamw_layerwise` and its kin: an optimizer for each parameter, and a dummy."""
+    each = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+    for parameter in each:
+        parameter.register_post_accumulate_grad_hook(lambda p: each[p].step())
+    return LayerWiseDummyOptimizer(optimizer_dict=each, lr=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "make", [layerwise, lambda model: StepsInBackward(model.parameters(), lr=0.01)], ids=["layerwise", "LOMO"]
+)
+def test_an_optimizer_that_steps_inside_of_backward_is_a_clear_error(
+    tmp_path: Path, make: Callable[[torch.nn.Module], torch.optim.Optimizer], precision: str
+) -> None:
+    """Nothing can look at its gradients before they are applied: it would be told of as sound, whatever they are."""
+
+    def trainer(config: dict[str, Any]) -> Trainer:
+        model = Regression()
+        return Trainer(
+            model,
+            arguments(tmp_path, fp16=precision == "fp16", bf16=precision == "bf16", max_steps=1),
+            train_dataset=numbers(),
+            optimizers=(make(model), None),
+            callbacks=[MixedPrecisionCallback(config)],
+        )
+
+    refused = trainer({})
+    before = parameters_of(refused)
+    with pytest.raises(AttachError, match=r"inside of backward.*galore_adamw.*leave hf_amp out"):
+        refused.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters_of(refused), strict=True))
+    trainer({"enabled": False}).train()
 
 
 def test_hyperparameter_search(tmp_path: Path) -> None:
