@@ -23,7 +23,7 @@ def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
 
     Training entries get the session's metrics and name what needed attention since the last one, evaluation entries the
     number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has
-    made of it.
+    made of it, and where no loss since the last entry was finite, their mean is NaN, not 0.
     """
     log = trainer.log
     lost_batches = _count_lost_batches(trainer, session)
@@ -33,6 +33,8 @@ def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
         training = {"loss", "learning_rate"} <= logs.keys()  # a compute_loss may log losses of its own
         ours: dict[str, Any] = {}
         if training:
+            if session.monitor.non_finite_loss_fraction == 1 and logs["loss"] == 0:
+                logs["loss"] = math.nan
             ours = {LOG_PREFIX + name: value for name, value in session.metrics().items()}
             incidents = session.unlogged_incidents()
             if incidents:
