@@ -24,7 +24,7 @@ def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
 
     Training entries get the session's metrics and name what needed attention since the last one, evaluation entries the
     number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has
-    made of it.
+    made of it, and where no loss since the last entry was finite, their mean is NaN, not 0.
     """
     log = trainer.log
     lost_batches = _count_lost_batches(trainer, session)
@@ -32,6 +32,8 @@ def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
     @functools.wraps(log)
     def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         training = {"loss", "learning_rate"} <= logs.keys()  # a compute_loss may log losses of its own
+        if training and session.monitor.non_finite_loss_fraction == 1 and logs["loss"] == 0:
+            logs["loss"] = math.nan
         ours = log_entry(session, logs, trainer.state.global_step) if training else {}
         for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
             ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)

@@ -198,7 +198,7 @@ class PrecisionMonitor:
             "transitions": self.transitions,
             "modules_in_fp32": self.modules_in_fp32,
             "non_finite_losses": self.non_finite_losses if self.losses else None,
-            "non_finite_loss_fraction": self._non_finite_loss_fraction(),
+            "non_finite_loss_fraction": self.non_finite_loss_fraction,
             "eval_non_finite_batches": self.eval_non_finite_batches,
             "memory_saving_fraction": self.record.memory_savings,
         }
@@ -211,7 +211,9 @@ class PrecisionMonitor:
         # A step was applied in which the largest gradient was beyond FP16: then it is not held in FP16.
         return bits if bits >= 0 else None
 
-    def _non_finite_loss_fraction(self) -> float | None:
+    @property
+    def non_finite_loss_fraction(self) -> float | None:
+        """Share of the losses since `begin_window` that were not finite; None where there was none."""
         losses = self.losses - self.losses_before_window
         return (self.non_finite_losses - self.non_finite_losses_before_window) / losses if losses else None
 

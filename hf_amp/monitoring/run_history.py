@@ -185,8 +185,6 @@ class RunHistory:
         self.newest_step = step
 
     def _add_figures(self, step: int, line: Mapping[str, Any]) -> None:
-        if line.get("non_finite_loss_fraction", 0) >= 1 and "loss" in line:
-            line = {**line, "loss": "nan"}  # a Trainer logs the mean of the others as 0 where there are none
         for name, value in line.items():
             if name in _NO_FIGURES:
                 continue

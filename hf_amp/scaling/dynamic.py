@@ -71,8 +71,14 @@ class DynamicScale:
         )
 
     def next_state(self, state: DynamicState, observation: Observation) -> DynamicState:
+        if observation.known_clean and self.hysteresis == 1 and self.overflow_tolerance == 0:
+            clean_steps = state.growth_tracker + 1
+            grows = clean_steps >= self.growth_interval
+            return state._replace(
+                scale=self._grown(state.scale, grows), growth_tracker=clean_steps.masked_fill(grows, 0)
+            )
         overflow = observation.found_inf > 0
-        clean_steps = torch.where(overflow, 0, state.growth_tracker + 1)
+        clean_steps = (state.growth_tracker + 1).masked_fill(overflow, 0)
         grows = clean_steps >= self.growth_interval
         backs_off = overflow
         if self.hysteresis > 1:
@@ -87,12 +93,14 @@ class DynamicScale:
                 overflows_since_change=torch.where(backs_off | grows, 0, overflows),
             )
         lower = (state.scale * self.backoff_factor).clamp(min=self.min_scale)
-        higher = state.scale * self.growth_factor
-        grown = torch.where(grows & (higher <= self.max_scale), higher, state.scale)
         return state._replace(
-            scale=torch.where(backs_off, lower, grown),
-            growth_tracker=torch.where(grows, 0, clean_steps),
+            scale=torch.where(backs_off, lower, self._grown(state.scale, grows)),
+            growth_tracker=clean_steps.masked_fill(grows, 0),
         )
+
+    def _grown(self, scale: Tensor, grows: Tensor) -> Tensor:
+        higher = scale * self.growth_factor
+        return torch.where(grows & (higher <= self.max_scale), higher, scale)
 
     def _with_hysteresis(self, state: DynamicState, overflow: Tensor, grows: Tensor) -> DynamicState:
         left = (state.hysteresis_left - overflow.int()).clamp(min=1)

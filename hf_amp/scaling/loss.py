@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +64,8 @@ class SeenLosses:
 
     def note(self, loss: Tensor, device: torch.device) -> None:
         """Counts `loss`, on `device`. No host read."""
-        found = moved((~(loss.detach().abs() < math.inf).all()).float(), device)
+        known = loss.detach()
+        flags = torch.nan_to_num(known - known, nan=1.0)  # NaN where it is not finite, 0 elsewhere
+        found = moved(flags.any() if flags.dim() else flags, device, torch.float32)
         self.number += 1
         self.non_finite = found if self.non_finite is None else self.non_finite + found

@@ -114,7 +114,7 @@ class StandardMixedPrecisionTrainer:
 
         Raises:
             AttachError: model and optimizer do not belong together, or `cleanup` was called.
-            BatchError: the batch or what came of it cannot be trained on.
+            BatchError: the batch or what came of it cannot be trained on, or another model's step is not finished.
         """
         size = self.config.accumulation_steps
         return self._train(batch, Trained(model, optimizer, loss_fn or self.loss_fn, size))
@@ -134,10 +134,15 @@ class StandardMixedPrecisionTrainer:
             What the last `train_step` returns, and `losses`: one tensor of shape [] for each batch.
 
         Raises:
-            BatchError: there is no batch; else as `train_step`.
+            BatchError: there is no batch, or `train_step` has not finished a step; else as `train_step`.
         """
         if not batches:
             raise BatchError("train_window got no batch: pass those of one optimizer step.")
+        self._bind(model, optimizer)
+        if self._window is not None and isinstance(self._stepping, PlainStepping):
+            raise BatchError(
+                f"train_window, but {_unfinished(self._window)}: pass the rest to train_step, or use train_window alone."
+            )
         trained = Trained(model, optimizer, loss_fn or self.loss_fn, len(batches))
         keeps = self.config.gradient_accumulation_friendly and not self.config.memory_efficient
         losses = []
@@ -251,11 +256,17 @@ class StandardMixedPrecisionTrainer:
         same = [reference() for reference in self._trained] == [model, optimizer]
         if not same:
             check_belongs_together(model, optimizer, isinstance(self._stepping, AcceleratedStepping))
+            if self._window is not None and all(reference() is not None for reference in self._trained):
+                raise BatchError(
+                    f"a batch for another model or optimizer ({type(model).__name__}, {type(optimizer).__name__}), but "
+                    f"{_unfinished(self._window)}: finish it first. train_window takes all batches of a step at once; "
+                    "otherwise use a trainer for each model."
+                )
+            self._window = None
         self._bind_model(model)
         self._stepping.bind_optimizer(model, optimizer)
         if not same:
             self._trained = (weakref.ref(model), weakref.ref(optimizer))
-            self._window = None
 
     def _bind_model(self, model: nn.Module) -> None:
         if self._closed:
@@ -285,3 +296,7 @@ class StandardMixedPrecisionTrainer:
             self._window = None
             self.scaler.flush()
             self._stepping.close()
+
+
+def _unfinished(window: Window) -> str:
+    return f"an optimizer step has begun and is not finished (batches so far: {len(window.batches)})"

@@ -121,6 +121,21 @@ def test_formats_differ_by_their_range(result: float, formats: set[str]) -> None
     assert {run.number_format.name for run in runs if run.overflowing} == formats
 
 
+class Faint(Product):
+    """The same, of which little comes out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2.0**-14
+
+
+def test_gradients_that_are_lost_are_not_called_fine() -> None:
+    """Nothing overflows, and with the largest scale tried the gradient is subnormal in E4M3 alone."""
+    runs = {run.number_format.name: run for run in dry_runs(Faint(1.0), {"x": EIGHTS})}
+    lost = {name for name, run in runs.items() if "wider range" in run.saved_by}
+    assert lost == {"FP8 E4M3"}
+    assert (runs["FP8 E4M3"].overflowing, runs["FP8 E4M3"].underflow_fraction) == ([], 1.0)
+
+
 def test_a_model_that_is_broken_is_not_blamed_on_precision() -> None:
     """A NaN in a weight is not finite in FP32 either, and no plan saves that."""
     model = Product(1.0)

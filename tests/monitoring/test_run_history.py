@@ -62,13 +62,6 @@ def test_a_loss_that_is_not_finite_is_a_point_too() -> None:
     assert [str(value) for value in run.figures["loss"].values] == ["nan", "inf"]
 
 
-def test_a_loss_of_nothing_is_no_loss() -> None:
-    """Where all losses since the last entry were not finite, a Trainer logs 0; that is not shown as learning."""
-    entries = ((1, 3.0, 0.0), (2, 0.0, 1.0), (3, 2.5, 0.5))
-    run = history(started(), *(line("metrics", s, loss=v, non_finite_loss_fraction=f) for s, v, f in entries))
-    assert [str(value) for value in run.figures["loss"].values] == ["3.0", "nan", "2.5"]
-
-
 def test_alike_incidents_are_one() -> None:
     """Kind, cause and modules tell incidents apart; steps and times are those of all, the message is the newest."""
     run = history(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -359,6 +360,54 @@ def test_models_in_turn_are_bound_once():
         with torch.no_grad():
             trainer.evaluate(batch, models[2])
     assert stepped == [False, True, False, True]
+
+
+def test_trainers_in_turn_on_one_model_each_tell_of_their_own_steps():
+    """One at a time has its contexts on the model; what each had counted goes on, also of the one that comes back."""
+    model = tiny_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainers = [StandardMixedPrecisionTrainer(loss_fn=mse_loss) for _ in range(2)]
+    for batch, trainer in zip(vectors(5), trainers + trainers + trainers[:1], strict=True):
+        former = trainer.session
+        assert trainer.train_step(batch, model, optimizer)["skipped"] is False
+    assert trainer.session is not former
+    assert trainer.session.is_attached
+    assert not trainers[1].session.is_attached
+    assert "another session trains this Sequential" in trainers[1].session.events[-1].message
+    assert [trainer.session.metrics()["applied_steps"] for trainer in trainers] == [3, 2]
+    assert len(model._forward_pre_hooks) == 1
+
+
+def test_a_window_that_was_begun_is_finished_first():
+    """Neither another model's batch nor `train_window` cuts it short: an error, and then it ends as if nothing had been."""
+    batches, parameters = vectors(2), []
+    for interrupted in (False, True):
+        model, other = tiny_mlp(), tiny_mlp(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(accumulation_steps=2), loss_fn=mse_loss)
+        trainer.train_step(batches[0], model, optimizer)
+        if interrupted:
+            with pytest.raises(
+                BatchError, match=r"another model or optimizer.*so far: 1\).*train_window takes"
+            ):
+                trainer.train_step(batches[0], other, torch.optim.SGD(other.parameters(), lr=0.1))
+            with pytest.raises(BatchError, match=r"train_window, but.*so far: 1\).*train_step"):
+                trainer.train_window(batches, model, optimizer)
+        assert trainer.train_step(batches[1], model, optimizer)["stepped"]
+        parameters.append(parameters_of(model))
+    assert_bitwise_equal(*parameters)
+
+
+def test_a_model_that_is_gone_leaves_no_window_behind():
+    """Its gradients are gone with it, so that the next model begins a window of its own."""
+    model, other = tiny_mlp(), tiny_mlp(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(accumulation_steps=2), loss_fn=mse_loss)
+    trainer.train_step(vectors(1)[0], model, optimizer)
+    del model, optimizer
+    gc.collect()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    assert [trainer.train_step(batch, other, optimizer)["stepped"] for batch in vectors(2)] == [False, True]
 
 
 def test_memory_savings_are_measured_in_the_first_step():

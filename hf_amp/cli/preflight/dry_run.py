@@ -84,6 +84,8 @@ class DryRun:
             count = len(self.overflowing)
             by_itself = ": hf_amp does that" if self.number_format is FP16_FORMAT else ""
             return f"{count} module{'s' if count > 1 else ''} in FP32{by_itself}"
+        if (self.underflow_fraction or 0.0) > UNDERFLOW_TO_TELL:
+            return "nothing overflows, but much is lost: a format of wider range"
         return "nothing needed"
 
 
