@@ -26,7 +26,12 @@ class StockFP16OnCPU(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         accelerator = calling_trainer(self).accelerator
         accelerator.scaler = torch.amp.GradScaler("cpu")
-        accelerator.native_amp = True
         if self._emulate:
             accelerator.autocast_handler = AutocastKwargs(enabled=False)
             ForwardContext(EmulatedPrecision).install(kwargs["model"])
+        else:
+            accelerator.native_amp = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Later than prepare(), which would put the model inside of an autocast that is off, and so keep emulation out.
+        calling_trainer(self).accelerator.native_amp = True
