@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -123,6 +124,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     ) -> TrainerControl:
         return self._without_bad_checkpoint(control)
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # `save_strategy="best"` decides after this, and what a broken model scores can be the best so far.
+        metrics: dict[str, float] = kwargs.get("metrics") or {}
+        best = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
+        in_training = self._trainer is not None and self._trainer.is_in_train
+        if in_training and best in metrics and self._are_weights_bad(f"{best} counts as NaN"):
+            metrics[best] = math.nan
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -175,16 +186,21 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
 
     def _without_bad_checkpoint(self, control: TrainerControl) -> TrainerControl:
         """Lets no checkpoint with non-finite weights be written: it would rotate a good one out, and be resumed from."""
-        if control.should_save and self.session is not None:
-            poisoned = self.session.non_finite_parameters()
-            if poisoned:
-                control.should_save = False
-                self.session.note(
-                    EventKind.CHECKPOINT_WITHHELD,
-                    f"{len(poisoned)} parameters are not finite, {poisoned[0]} among them: this checkpoint is not "
-                    "written, so that the last good one stays.",
-                )
+        if control.should_save and self._are_weights_bad("this checkpoint is not written"):
+            control.should_save = False
         return control
+
+    def _are_weights_bad(self, so: str) -> bool:
+        """Whether a parameter is not finite, in which case it is told what comes of it. One host read."""
+        poisoned = [] if self.session is None else self.session.non_finite_parameters()
+        if self.session is None or not poisoned:
+            return False
+        self.session.note(
+            EventKind.CHECKPOINT_WITHHELD,
+            f"{len(poisoned)} parameters are not finite, {poisoned[0]} among them: {so}, so that the last good checkpoint "
+            "stays.",
+        )
+        return True
 
     def _attach_to(self, trainer: Trainer) -> AmpSession:
         """The session for this Trainer and its accelerator, which a hyperparameter search replaces between trials."""

@@ -102,14 +102,16 @@ def test_without_the_filter_one_nan_is_logged_for_ever(tmp_path: Path) -> None:
     assert finite == [[True] * 2 + [False] * 4, [True] * 2 + [False] + [True] * 3]
 
 
+class PoisonAt4(TrainerCallback):
+    """Makes a weight NaN before the fourth step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            torch.nn.init.constant_(kwargs["model"].output.bias, torch.nan)
+
+
 def test_3_nan_checkpoints_rotate_the_good_one_out(tmp_path: Path) -> None:
     """Stock keeps the NaN checkpoint only. Ours writes none, keeps the good one and says so."""
-
-    class PoisonAt4(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                torch.nn.init.constant_(kwargs["model"].output.bias, torch.nan)
-
     options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
     stock, ours = stock_and_ours(tmp_path, PoisonAt4(), **options)
     assert [folder.name for folder in (tmp_path / "stock").glob("checkpoint-*")] == ["checkpoint-6"]
@@ -120,6 +122,26 @@ def test_3_nan_checkpoints_rotate_the_good_one_out(tmp_path: Path) -> None:
     assert "output.bias" in withheld[0].message
     (hopeless,) = events_of(ours, EventKind.HOPELESS)
     assert (hopeless.step, hopeless.cause) == (4, Cause.WEIGHTS)
+
+
+def test_3_a_nan_checkpoint_is_not_the_best(tmp_path: Path) -> None:
+    """What a model of NaN scores can be the best so far: stock saves it as such. In ours the good one stays the best."""
+    scores = iter([0.5, 0.6, 0.7] * 2)
+    options = {
+        "save_strategy": "best", "metric_for_best_model": "accuracy", "greater_is_better": True, "save_total_limit": 1,
+        "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": numbers(),
+        "compute_metrics": lambda predictions: {"accuracy": next(scores)},
+    }  # fmt: skip
+    stock, ours = stock_and_ours(tmp_path, PoisonAt4(), **options)
+    assert [trainer.state.best_global_step for trainer in (stock, ours)] == [6, 2]
+    assert [folder.name for folder in (tmp_path / "stock").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [folder.name for folder in (tmp_path / "ours").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [event.step for event in events_of(ours, EventKind.CHECKPOINT_WITHHELD)] == [4, 6]
+    assert [entry["eval_accuracy"] for entry in ours.state.log_history if "eval_accuracy" in entry] == [
+        0.5,
+        0.6,
+        0.7,
+    ]
 
 
 def test_5_a_scale_without_a_floor_writes_infinities_into_weights(tmp_path: Path) -> None:

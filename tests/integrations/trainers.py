@@ -96,7 +96,8 @@ def regression_trainer(
     folder: Path, *callbacks: Any, nan_rows: tuple[int, ...] = (), **options: Any
 ) -> Trainer:
     """A stock Trainer on `numbers`, four rows a batch in order; FP32 unless `options` say otherwise."""
-    given = {name: options.pop(name) for name in ("compute_loss_func", "eval_dataset") if name in options}
+    names = ("compute_loss_func", "compute_metrics", "eval_dataset")
+    given = {name: options.pop(name) for name in names if name in options}
     set_seed(0)
     return Trainer(
         Regression(),
