@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_amp.after_step import AfterStep
@@ -25,6 +26,7 @@ from hf_amp.monitoring.pace import Pace
 from hf_amp.precision import PrecisionMode
 from hf_amp.reversible import ReversibleChanges
 from hf_amp.scaling.scaler import AdvancedGradScaler
+from hf_amp.statistics import agreement
 
 _trains: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
 """The session that has trained a model last, weakly."""
@@ -175,9 +177,21 @@ class AmpSession(Journal):
         self._after_step.follow(withdrawn, None, None)
         return True
 
-    def non_finite_parameters(self) -> list[str]:
-        """Qualified names of the parameters of adopted models that hold non-finite values. One host read."""
-        return non_finite_names(self._keeper.runner.named_parameters())
+    def non_finite_parameters(self, on_any_rank: bool = False) -> list[str]:
+        """Qualified names of the parameters of adopted models that hold non-finite values. One host read.
+
+        Args:
+            on_any_rank: those of all ranks, which may hold shards and must all call it; one all-reduce and one more host
+                read where there are several.
+        """
+        runner = self._keeper.runner
+        here = non_finite_names(runner.named_parameters())
+        if not (on_any_rank and self.scaler.ranks_agree and agreement.is_needed()):
+            return here
+        names = [name for name, _ in runner.named_parameters()]
+        flags = torch.tensor([float(name in here) for name in names], device=runner.device)
+        found = agreement.largest_elements_over_ranks(flags)
+        return [name for name, flag in zip(names, found, strict=True) if flag]
 
     def circumstances(self) -> dict[str, Any]:
         """What a log begins with: the precision and the options in force, as plain data."""

@@ -97,7 +97,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             session.begin_log(log.write, message, **session.circumstances())
         else:
             session.note(EventKind.TRAINING_STARTED, message, **session.circumstances())
-        poisoned = session.non_finite_parameters()
+        poisoned = session.non_finite_parameters(on_any_rank=True)
         if poisoned:
             reason = (
                 f"{len(poisoned)} parameters are not finite before the first step, {poisoned[0]} among them"
@@ -192,10 +192,11 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
 
     def _are_weights_bad(self, so: str) -> bool:
         """Whether a parameter is not finite, in which case it is told what comes of it. One host read."""
-        poisoned = [] if self.session is None else self.session.non_finite_parameters()
-        if self.session is None or not poisoned:
+        session = self.session
+        poisoned = session.non_finite_parameters(on_any_rank=True) if session is not None else []
+        if session is None or not poisoned:
             return False
-        self.session.note(
+        session.note(
             EventKind.CHECKPOINT_WITHHELD,
             f"{len(poisoned)} parameters are not finite, {poisoned[0]} among them: {so}, so that the last good checkpoint "
             "stays.",

@@ -52,3 +52,14 @@ def test_nan_of_one_rank_skips_on_both_and_is_told_once(
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert events.count("step_skipped") == events.count("evaluation_lost_batches") == 1
     assert (folder / precision / "checkpoint-3").exists()
+
+
+def test_a_weight_that_is_nan_on_one_rank_holds_the_checkpoint_back_on_both(
+    ranks: list[dict[str, Any]], folder: Path
+) -> None:
+    """Of a sharded model one rank alone sees it; if the others went on to write, they would wait for it."""
+    assert [rank["withheld"] for rank in ranks] == [[3], [3]]
+    assert sorted(path.name for path in (folder / "poisoned").glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]

@@ -1,4 +1,5 @@
-"""One of two processes under `accelerate launch`: a Trainer whose rank 1 alone meets NaN. Rank 0 prints what both saw."""
+"""One of two processes under `accelerate launch`: a Trainer whose rank 1 alone meets NaN, or has it in a weight. Rank 0
+prints what both saw."""
 
 from __future__ import annotations
 
@@ -7,13 +8,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 
 from hf_amp import EventKind, MixedPrecisionCallback
 from tests.integrations.trainers import logged, numbers, regression_trainer
 from tests.rank_end import leave_together
 
 ROWS_OF_RANK_1 = (13, 14)  # in the second batch of rank 1, in training and in evaluation
+
+
+class PoisonRank1(TrainerCallback):
+    """Makes a weight of rank 1 NaN before the last step, as memory that fails does."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and dist.get_rank() == 1:
+            torch.nn.init.constant_(kwargs["model"].output.bias, torch.nan)
+
+
+def withheld_by(folder: Path) -> list[int]:
+    """The steps of the checkpoints that this rank lets nobody write."""
+    callback = MixedPrecisionCallback()
+    trainer = regression_trainer(
+        folder, callback, PoisonRank1(), max_steps=3, save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    events = callback.session.events
+    return [event.step for event in events if event.kind is EventKind.CHECKPOINT_WITHHELD]
 
 
 def seen_in(precision: str, folder: Path) -> dict[str, Any]:
@@ -40,7 +62,11 @@ def seen_in(precision: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    seen = {precision: seen_in(precision, Path(sys.argv[1]) / precision) for precision in ("fp16", "fp32")}
+    folder = Path(sys.argv[1])
+    seen: dict[str, Any] = {
+        precision: seen_in(precision, folder / precision) for precision in ("fp16", "fp32")
+    }
+    seen["withheld"] = withheld_by(folder / "poisoned")
     gathered: list[object] = [None, None]
     dist.all_gather_object(gathered, seen)
     if dist.get_rank() == 0:
