@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hf_amp.cli.watch import panel
-from hf_amp.monitoring.run_history import read_run
+from hf_amp.report.reader import read_run
 
 PICTURES = Path(__file__).parent / "pictures"
 OPTIONS = "monitor_modules: true\nmonitoring_interval: 5\n"

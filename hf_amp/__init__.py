@@ -20,14 +20,16 @@ from hf_amp.errors import (
 )
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.monitoring.monitor import PrecisionMonitor
-from hf_amp.monitoring.performance import PerformanceTracker
+from hf_amp.monitoring.throughput import PerformanceTracker
 from hf_amp.precision import NumberFormat, PrecisionMode, ScalingStrategy
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
-from hf_amp.training.dynamic import DynamicMixedPrecisionTrainer
 from hf_amp.training.manager import AdvancedMixedPrecisionManager
-from hf_amp.training.performance_optimized import PerformanceOptimizedMixedPrecisionTrainer
-from hf_amp.training.standard import StandardMixedPrecisionTrainer
+from hf_amp.training.trainers import (
+    DynamicMixedPrecisionTrainer,
+    PerformanceOptimizedMixedPrecisionTrainer,
+    StandardMixedPrecisionTrainer,
+)
 
 if TYPE_CHECKING:
     from hf_amp.integrations.accelerate import attach

@@ -3,35 +3,170 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
+import functools
 import json
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-from hf_amp.contradictions import check_together
-from hf_amp.errors import ConfigError
-from hf_amp.options import (
-    ABOVE_ONE,
-    AT_LEAST_ONE,
-    COUNT,
-    FRACTION,
-    ONE_OF_SKIP_RETRY,
-    POSITIVE,
-    POSITIVE_OR_NONE,
-    SHARE,
-    STEPS,
-    SWITCH,
-    SWITCH_OR_NONE,
-    Allowed,
-    check_names,
-    hint,
-    names_checked,
-    option_field,
-    shown,
-)
-from hf_amp.precision import LARGEST_SCALE, SMALLEST_SCALE, PrecisionMode, ScalingStrategy
+import torch
+
+from hf_amp.errors import ConfigError, UnknownOptionError
+from hf_amp.precision import FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE, PrecisionMode, ScalingStrategy
+
+if TYPE_CHECKING:
+    from hf_amp.config import MixedPrecisionConfig
+
+LARGEST_COUNT = torch.iinfo(torch.int32).max
+"""Steps are counted in int32 on the device."""
+
+
+class Allowed(str):
+    """The values that an option takes: in words for people, which the text is, and as a check.
+
+    A text, because `transformers.HfArgumentParser` hands a field's metadata to argparse, which knows `help` alone.
+    """
+
+    accepts: Callable[[Any], bool]
+
+    def __new__(cls, words: str, accepts: Callable[[Any], bool]) -> Allowed:
+        allowed = super().__new__(cls, words)
+        allowed.accepts = accepts
+        return allowed
+
+
+def shown(value: Any) -> str:
+    """`repr(value)`, also of what has none, such as an int of more than 4300 digits."""
+    try:
+        return repr(value)
+    except Exception:  # whatever a class of the user's raises
+        return f"<{type(value).__name__} that cannot be shown>"
+
+
+def is_real(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite number of Python's; a switch is none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def is_count(value: Any) -> bool:
+    """Whether `value` is a whole number from 1 on that int32 holds; a switch is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
+
+
+SWITCH = Allowed("True or False", lambda v: isinstance(v, bool))
+SWITCH_OR_NONE = Allowed("None, True or False", lambda v: v is None or isinstance(v, bool))
+POSITIVE = Allowed("a positive finite number", lambda v: is_real(v) and v > 0)
+POSITIVE_OR_NONE = Allowed("None or a positive finite number", lambda v: v is None or POSITIVE.accepts(v))
+AT_LEAST_ONE = Allowed("a finite number of at least 1", lambda v: is_real(v) and v >= 1)
+ABOVE_ONE = Allowed("a finite number above 1", lambda v: is_real(v) and v > 1)
+FRACTION = Allowed("a number above 0 and below 1", lambda v: is_real(v) and 0 < v < 1)
+SHARE = Allowed("a number from 0 up to, but not, 1", lambda v: is_real(v) and 0 <= v < 1)
+ONE_OF_SKIP_RETRY = Allowed("'skip' or 'retry'", lambda v: isinstance(v, str) and v in ("skip", "retry"))
+STEPS = Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", is_count)
+COUNT = Allowed(f"a whole number from 1 to {LARGEST_COUNT}", is_count)
+
+
+def option_field(default: Any, allowed: Allowed) -> Any:
+    """A dataclass field that `allowed` checks."""
+    return dataclasses.field(default=default, metadata={"help": allowed})
+
+
+def check_names(config: type[Any], names: Iterable[Any]) -> None:
+    """Raises `UnknownOptionError`, which names the nearest option, where one of `names` is no field of `config`."""
+    known = [option.name for option in dataclasses.fields(config)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(shown(name).strip("'").lower(), known, n=1, cutoff=0.0)[0]
+            raise UnknownOptionError(
+                f"{config.__name__} has no option {shown(name)}; the nearest is {near!r}. Allowed: {', '.join(known)}."
+            )
+
+
+_Config = TypeVar("_Config")
+
+
+def names_checked(config: type[_Config]) -> type[_Config]:
+    """A dataclass that answers an unknown keyword as `check_names` does, not with Python's TypeError."""
+    init = config.__init__
+
+    @functools.wraps(init)
+    def checked_init(self: _Config, *arguments: Any, **options: Any) -> None:
+        check_names(config, options)
+        init(self, *arguments, **options)
+
+    config.__init__ = checked_init  # type: ignore[assignment, method-assign]
+    return config
+
+
+def hint(value: Any, default: Any) -> str:
+    """What to do about text in the place of a number or a switch, as configuration files give it."""
+    if not isinstance(value, str):
+        return ""
+    if isinstance(default, bool):
+        return " It is text: write true or false without quotes."
+    if isinstance(default, (int, float)) or value.replace(".", "", 1).isdigit():
+        return " It is text: write numbers without quotes; YAML wants a point in 1.0e-6."
+    return ""
+
+
+def check_together(config: MixedPrecisionConfig) -> None:
+    """Looks at options whose values, each allowed, contradict each other.
+
+    Raises:
+        ConfigError: two of them do; both are named, with what to do.
+    """
+    _check_formats(config)
+    _check_scale(config)
+    if config.on_overflow == "retry" and config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED:
+        raise ConfigError(
+            "MixedPrecisionConfig(on_overflow='retry', scaling_strategy=PERFORMANCE_OPTIMIZED): its verdicts come one "
+            "step late, when the batch is gone; use ADAPTIVE, or leave on_overflow out for the default (skip)."
+        )
+
+
+def _check_formats(config: MixedPrecisionConfig) -> None:
+    if config.precision_mode is PrecisionMode.FP16 and config.half_parameters in ("error", "upcast"):
+        raise ConfigError(
+            f"MixedPrecisionConfig(precision_mode=FP16, half_parameters={config.half_parameters!r}): FP16 trains "
+            "half-precision parameters with FP32 master weights; leave half_parameters out, or train FP32 parameters "
+            "under FP16 autocast with precision_mode=MIXED."
+        )
+    if config.precision_mode is PrecisionMode.DYNAMIC and config.half_parameters == "master_weights":
+        raise ConfigError(
+            "MixedPrecisionConfig(precision_mode=DYNAMIC, half_parameters='master_weights'): DYNAMIC moves between "
+            "precisions, which needs FP32 parameters; leave half_parameters out, or choose another precision_mode."
+        )
+    if config.communication_precision is not None and not config.distributed_amp:
+        raise ConfigError(
+            f"MixedPrecisionConfig(communication_precision={config.communication_precision.value}): nothing is sent "
+            "unless several processes train together; set distributed_amp=True too, or leave it out."
+        )
+
+
+def _check_scale(config: MixedPrecisionConfig) -> None:
+    if config.min_scale < FP32_FORMAT.smallest_normal:
+        raise ConfigError(
+            f"MixedPrecisionConfig(min_scale={config.min_scale!r}): the floor must be at least "
+            f"{FP32_FORMAT.smallest_normal!r} (2^-126), below which gradients cannot be divided by the scale in FP32; "
+            f"leave min_scale out for the default ({SMALLEST_SCALE!r})."
+        )
+    if not config.min_scale <= config.max_scale <= LARGEST_SCALE:
+        raise ConfigError(
+            f"MixedPrecisionConfig(min_scale={config.min_scale!r}, max_scale={config.max_scale!r}): the floor must "
+            f"not be above the ceiling, nor the ceiling above {LARGEST_SCALE!r} (2^127, so that the scale and "
+            "its reciprocal stay finite in FP32); lower min_scale or set max_scale in between."
+        )
+    if not config.min_scale <= config.init_scale <= config.max_scale:
+        raise ConfigError(
+            f"MixedPrecisionConfig(init_scale={config.init_scale!r}): init_scale must lie in [min_scale, "
+            f"max_scale] = [{config.min_scale!r}, {config.max_scale!r}]; move it or widen the bounds."
+        )
+
 
 _MODE = Allowed(
     "None or one of " + ", ".join(PrecisionMode.__members__),

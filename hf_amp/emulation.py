@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hf_amp.nested import map_tensors
 from hf_amp.precision import FP16_FORMAT, HALF_DTYPES, NumberFormat, widened
+from hf_amp.tree import map_tensors
 
 # Source: PyTorch documentation, "Autocast Op Reference", ops that can autocast to float16, as Python sees them.
 _REDUCED_PRECISION_FUNCTIONS = frozenset(

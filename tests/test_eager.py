@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_amp.eager import eager
+from hf_amp._compat import eager
 
 
 @pytest.mark.parametrize("called_before", [False, True])

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_amp.emulation import EmulatedPrecision, round_to
-from hf_amp.forward_context import ForwardContext, InnerForwardContext
+from hf_amp.fallback.module_precision import ForwardContext, InnerForwardContext
 from hf_amp.precision import FP32_FORMAT
 
 

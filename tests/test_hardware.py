@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_amp.hardware import Hardware, amd_gpu, probe
+from hf_amp.device import Hardware, amd_gpu, probe
 from tests.host_reads import count_host_reads
 
 

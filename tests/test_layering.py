@@ -118,7 +118,7 @@ def test_a_file_imports_downward_only(file):
     [
         ("config.py", "from hf_amp.session import AmpSession", "above it"),
         ("statistics/gradients.py", "import hf_amp.scaling.scaler", "above it"),
-        ("statistics/gradients.py", "from hf_amp.hardware import probe", "its neighbour"),
+        ("statistics/gradients.py", "from hf_amp.device import probe", "its neighbour"),
         ("scaling/scaler.py", "from hf_amp.monitoring.sinks import console", "its neighbour"),
         ("fallback/cause.py", "def f():\n    from hf_amp.scaling import scaler", "its neighbour"),
         ("fallback/cause.py", "from ..scaling import scaler", "its neighbour"),

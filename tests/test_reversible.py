@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_amp.reversible import ReversibleChanges
+from hf_amp.patch_log import ReversibleChanges
 
 
 class Gadget:

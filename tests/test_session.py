@@ -16,9 +16,9 @@ from hf_amp import (
     MixedPrecisionConfig,
     PrecisionMode,
 )
-from hf_amp.hardware import Hardware, probe
-from hf_amp.journal import EVENTS_KEPT
+from hf_amp.device import Hardware, probe
 from hf_amp.monitoring.metrics import NAMES
+from hf_amp.session import EVENTS_KEPT
 from tests.reference import OverflowInBackward
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import typer
 
 from hf_amp.cli.demo import demo
-from hf_amp.cli.doctor.command import doctor
-from hf_amp.cli.preflight.command import preflight
-from hf_amp.cli.report.command import report
+from hf_amp.cli.doctor import doctor
+from hf_amp.cli.preflight import preflight
+from hf_amp.cli.report import report
 from hf_amp.cli.watch import watch
 
 app = typer.Typer(

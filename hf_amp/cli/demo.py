@@ -56,8 +56,7 @@ def demo(
     chosen = _config(config, strategy, real_half)
     folder = output_dir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     with console.status("Loading PyTorch and Transformers ..."):
-        from hf_amp.cli.demo_table import table_of
-        from hf_amp.cli.demo_training import train
+        from hf_amp.cli.demo_training import table_of, train
     _quieten_libraries()
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import AutocastKwargs
+from rich.table import Table
+from torch import nn
 from transformers import (
+    GPT2Config,
     GPT2LMHeadModel,
     PrinterCallback,
     Trainer,
@@ -18,12 +24,136 @@ from transformers import (
     set_seed,
 )
 
-from hf_amp.cli.demo_model import STREAM_FACTOR, held_out_loss, help_topics, residual_stream, small_gpt2
-from hf_amp.cli.stock_fp16 import StockFP16OnCPU
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.hardware import probe
-from hf_amp.integrations.transformers import MixedPrecisionCallback
+from hf_amp.device import probe
+from hf_amp.emulation import EmulatedPrecision
+from hf_amp.fallback.module_precision import ForwardContext
+from hf_amp.integrations.transformers import MixedPrecisionCallback, calling_trainer
+from hf_amp.precision import PrecisionMode
 from hf_amp.session import AmpSession
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hf_amp.cli.demo_training import DemoResult
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """Factors that cancel out over a model, such as one on all that writes to a residual stream which norms read.
+
+    Powers of two round nothing: the rescaled model then gives what the plain one gives to the last bit.
+
+    Attributes:
+        parameters: pattern of qualified parameter names → factor on the parameter, dimensionless.
+        norms: pattern of qualified module names → factor by which the inputs of these norms have grown.
+    """
+
+    parameters: Mapping[str, float]
+    norms: Mapping[str, float] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module) -> None:
+        """Multiplies parameters in place, and the epsilon of norms, which is added to a square, by the squared factor."""
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(_matching(self.parameters, name))
+        for name, module in model.named_modules():
+            for epsilon in ("eps", "variance_epsilon"):
+                if hasattr(module, epsilon):
+                    setattr(module, epsilon, getattr(module, epsilon) * _matching(self.norms, name) ** 2)
+
+    def parameter_groups(self, model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+        """Groups for `torch.optim.AdamW` under which the rescaled model learns what the plain one would.
+
+        A parameter times c has gradients divided by c, and must move c times as far; AdamW moves by the learning rate
+        whatever the size of the gradients, but for its epsilon (1e-8 by default).
+        """
+        # The plain ones come first: a Trainer logs the learning rate of the first group.
+        groups: dict[float, list[nn.Parameter]] = {1.0: []}
+        for name, parameter in model.named_parameters():
+            groups.setdefault(_matching(self.parameters, name), []).append(parameter)
+        return [
+            {"params": members, "lr": learning_rate * factor, "eps": 1e-8 / factor, "weight_decay": 0.0}
+            for factor, members in groups.items()
+            if members
+        ]
+
+
+def _matching(factors: Mapping[str, float], name: str) -> float:
+    """The factor of the pattern that matches the whole of `name`; 1 where none does."""
+    return next((factor for pattern, factor in factors.items() if re.fullmatch(pattern, name)), 1.0)
+
+
+class StockFP16OnCPU(TrainerCallback):
+    """Gives a Trainer's accelerator the stock `torch.amp.GradScaler` and FP16, as it would have them on a GPU.
+
+    Args:
+        emulate: round FP32 arithmetic to FP16; else accelerate's own autocast runs the CPU's half kernels.
+    """
+
+    def __init__(self, emulate: bool) -> None:
+        self._emulate = emulate
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        accelerator = calling_trainer(self).accelerator
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        if self._emulate:
+            accelerator.autocast_handler = AutocastKwargs(enabled=False)
+            ForwardContext(EmulatedPrecision).install(kwargs["model"])
+        else:
+            accelerator.native_amp = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Later than prepare(), which would put the model inside of an autocast that is off, and so keep emulation out.
+        calling_trainer(self).accelerator.native_amp = True
+
+
+BLOCK_BYTES = 128
+STREAM_FACTOR = 2.0**21
+"""Large enough that all that writes to the stream leaves FP16's range (65504) at once; a power of two rounds nothing."""
+
+
+def text_blocks() -> list[list[int]]:
+    """About 700 kB of English, which comes with Python, in blocks of 128 bytes."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    return [list(text[i : i + BLOCK_BYTES]) for i in range(0, len(text) - BLOCK_BYTES, BLOCK_BYTES)]
+
+
+def help_topics() -> Dataset:
+    """The same as a data set: columns `input_ids` and `labels`, each a list of 128 ints."""
+    from datasets import Dataset
+
+    blocks = text_blocks()
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def residual_stream(factor: float) -> Rescaling:
+    """All parameters of a GPT-2 that write to its residual stream, times `factor`; the norms that read it undo that."""
+    return Rescaling({r"transformer\.w[tp]e\.weight|.*\.c_proj\.(weight|bias)": factor})
+
+
+def small_gpt2(factor: float = STREAM_FACTOR) -> GPT2LMHeadModel:
+    """A GPT-2 of 0.21M parameters over single bytes; its function is the same for every `factor` of its stream."""
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=256, n_positions=BLOCK_BYTES, n_embd=96, n_layer=2, n_head=4, n_inner=192,
+            initializer_range=0.08, layer_norm_epsilon=1e-5 * factor**2, tie_word_embeddings=False,
+            bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    residual_stream(factor).apply(model)
+    return model
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT2LMHeadModel, blocks: Dataset) -> float:
+    """Mean loss on `blocks` in FP32 on the CPU, in nats a byte, whatever precision the model was trained in."""
+    ids = torch.tensor(blocks["input_ids"][:])
+    model.train(False)
+    return float(model.cpu()(input_ids=ids, labels=ids).loss)
+
 
 BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
@@ -164,3 +294,76 @@ def _what_ran(trainer: Trainer, precision: str, emulate: bool) -> str:
     return (
         hardware.describe_fp16(emulate) if precision == "fp16" else f"{precision.upper()} on {hardware.name}"
     )
+
+
+LONGEST_NAME = 27
+"""Characters of `transformer.h.0.attn.c_proj`, which is not to be broken on a terminal of 80 columns."""
+
+
+def table_of(results: Mapping[str, DemoResult], steps: int) -> Table:
+    """Runs side by side.
+
+    Args:
+        results: heading → run.
+        steps: optimizer steps that each run was to make.
+    """
+    table = Table(title="hf-amp demo", show_lines=True)
+    table.add_column("")
+    for heading, result in results.items():
+        table.add_column(heading, width=LONGEST_NAME if _modules_in_fp32(result) else None)
+    runs = list(results.values())
+    table.add_row("ran", *(run.ran for run in runs))
+    table.add_row("logged loss", *(_change(run.losses[0][1], run.losses[-1][1]) for run in runs))
+    table.add_row("held-out loss", *(_change(*run.held_out_losses) for run in runs))
+    table.add_row("applied steps", *(str(run.applied_steps) for run in runs))
+    table.add_row("skipped steps", *(_skipped(run, steps) for run in runs))
+    table.add_row("scale", *(_scale(run) for run in runs))
+    table.add_row("in FP32", *(_in_fp32(run) for run in runs))
+    table.add_row("step time", *(_step_time(run) for run in runs))
+    return table
+
+
+def _change(first: float, last: float) -> str:
+    return f"{first:.3f} → {last:.3f}"
+
+
+def _skipped(run: DemoResult, steps: int) -> str:
+    if run.session is None:
+        skipped = steps - run.applied_steps
+        return f"{skipped}, cause not told" if skipped else "0"
+    causes = [
+        f"{value:g} {name.removeprefix('skipped_steps_').upper()}"
+        for name, value in run.session.metrics().items()
+        if name.startswith("skipped_steps_")
+    ]
+    return ", ".join(causes) or "0"
+
+
+def _scale(run: DemoResult) -> str:
+    if run.scale is not None:
+        strategy = f" ({run.session.config.scaling_strategy.value})" if run.session is not None else ""
+        return f"{run.scale:g}{strategy}"
+    if run.session is not None:
+        return "none: only FP16 is scaled; non-finite steps are skipped all the same"
+    return "none"
+
+
+def _modules_in_fp32(run: DemoResult) -> list[str]:
+    if run.session is None:
+        return []
+    return [name for name, mode in run.session.plan.modules.items() if mode is PrecisionMode.FP32]
+
+
+def _in_fp32(run: DemoResult) -> str:
+    """What the plan says, where there is one."""
+    if run.session is None:
+        return "no plan"
+    if run.session.plan.default is PrecisionMode.FP32:
+        return "the whole model"
+    return "\n".join(_modules_in_fp32(run)) or "nothing"
+
+
+def _step_time(run: DemoResult) -> str:
+    if math.isfinite(run.step_seconds):
+        return f"{run.step_seconds * 1000:.0f} ms"
+    return "not measured: one step only"

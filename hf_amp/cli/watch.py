@@ -12,8 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hf_amp.monitoring.event_log import EventLog
-    from hf_amp.monitoring.run_history import RunHistory
+    from hf_amp.report.reader import EventLog, RunHistory
 
 INCIDENTS_SHOWN = 8
 NAMES_SHOWN = 3
@@ -35,8 +34,7 @@ def watch(
     from rich.live import Live
 
     from hf_amp.errors import StateError
-    from hf_amp.monitoring.event_log import EventLog
-    from hf_amp.monitoring.run_history import named_run
+    from hf_amp.report.reader import EventLog, named_run
 
     try:
         history = named_run(run)
@@ -76,9 +74,9 @@ def panel(history: RunHistory) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from hf_amp.cli.report.figures import shown
-    from hf_amp.monitoring.verdict import verdict_on
-    from hf_amp.monitoring.visible import visible
+    from hf_amp.monitoring.sinks.console import visible
+    from hf_amp.report.pictures import shown
+    from hf_amp.report.verdict import verdict_on
 
     verdict = verdict_on(history)
     parts: list[RenderableType] = [

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
+from hf_amp.device import Hardware
 from hf_amp.precision import NumberFormat, PrecisionMode
+from hf_amp.statistics import all_reduce_max_to_host, is_distributed
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,27 @@ class PrecisionPlan:
             "default": self.default.value,
             "modules": {name: precision.value for name, precision in self.modules.items()},
         }
+
+
+def ladder_of(mode: PrecisionMode, hardware: Hardware, emulate: bool) -> tuple[PrecisionMode, ...]:
+    """The precisions from `mode` to the widest: BF16 where there are units for it.
+
+    Emulation stands for a GPU whose units are for FP16 alone (V100, T4), whatever this CPU has: a run is the same on
+    every machine.
+    """
+    if mode in (PrecisionMode.MIXED, PrecisionMode.FP16):
+        middle = (PrecisionMode.BF16,) if hardware.bf16 == "native" and not emulate else ()
+        return (mode, *middle, PrecisionMode.FP32)
+    return (mode, PrecisionMode.FP32) if mode is PrecisionMode.BF16 else (mode,)
+
+
+def common_to_ranks(hardware: Hardware, device: torch.device) -> Hardware:
+    """`hardware`, with units for BF16 only where every rank has them, so that all have the same ladder.
+
+    Called by all ranks. One all-reduce and one host read where there are several, nothing elsewhere.
+    """
+    if not is_distributed():
+        return hardware
+    lacks_bf16 = torch.tensor([float(hardware.bf16 != "native")], device=device)
+    (somebody_lacks_it,) = all_reduce_max_to_host(lacks_bf16)
+    return replace(hardware, bf16="slow") if somebody_lacks_it and hardware.bf16 == "native" else hardware

@@ -4,28 +4,341 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import (
+    AutocastKwargs,
+    DDPCommunicationHookType,
+    DistributedType,
+    convert_outputs_to_fp32,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_amp.config import LOOP_OPTIONS, MixedPrecisionConfig
+from hf_amp.device import probe
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
-from hf_amp.fallback.ladder import common_to_ranks
-from hf_amp.hardware import probe
+from hf_amp.fallback.module_precision import ForwardContext
+from hf_amp.fallback.plan import common_to_ranks
 from hf_amp.integrations import deepspeed, float8
-from hf_amp.integrations.adoption import adopt_models, lead_autocast
+from hf_amp.integrations._compat import (
+    forward_before_autocast,
+    has_step_hooks,
+    prepared_models,
+    prepared_optimizers,
+)
 from hf_amp.integrations.checkpoint import keep_state_in_checkpoints
-from hf_amp.integrations.communication import reduce_gradients_in_half, refuse_uneven_inputs
 from hf_amp.integrations.optimizers import DecidedOptimizers, NoRawStep
-from hf_amp.integrations.parameter_precision import SettledParameters
 from hf_amp.integrations.trackers import merge_metrics_into_logs
-from hf_amp.integrations.upstream import has_step_hooks, prepared_optimizers
-from hf_amp.precision import PrecisionMode
+from hf_amp.patch_log import ReversibleChanges
+from hf_amp.precision import NumberFormat, PrecisionMode
+from hf_amp.scaling.master_weights import MasterWeights, settle, widen_state
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
+
+
+class SettledParameters:
+    """Settles what becomes of half-precision parameters, now and whenever the accelerator prepares more.
+
+    Args:
+        accelerator: with what it has prepared already.
+        session: whose config decides.
+
+    Raises:
+        AttachError: `half_parameters` forbids what a model has, or it cannot be converted any more.
+    """
+
+    def __init__(self, accelerator: Accelerator, session: AmpSession) -> None:
+        self._accelerator, self._session = accelerator, session
+        self._masters = session.scaler.master_weights
+        # Inside DDP a change of dtype would cut parameters off from the reduction of their gradients. accelerate lists
+        # models as they were before it wrapped them.
+        self._in_ddp = accelerator.num_processes > 1
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._settled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._converted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._evaluating: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        if self._masters is not None:
+            session.changes.call_on_undo(functools.partial(self._release, self._masters))
+        for optimizer in prepared_optimizers(accelerator):
+            self._settle_optimizer(optimizer.optimizer)
+        for model in prepared_models(accelerator):
+            self._settle_model(model, fixed=self._in_ddp)
+        self._settle_what_is_prepared()
+
+    def _settle_what_is_prepared(self) -> None:
+        prepare_model, prepare_optimizer = (
+            self._accelerator.prepare_model,
+            self._accelerator.prepare_optimizer,
+        )
+
+        @functools.wraps(prepare_model)
+        def settle_and_prepare_model(
+            model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+        ) -> Any:
+            if evaluation_mode:
+                self._evaluating.add(self._accelerator.unwrap_model(model))
+            else:
+                self._settle_model(model, fixed=isinstance(model, DistributedDataParallel))
+            return prepare_model(model, device_placement, evaluation_mode)
+
+        @functools.wraps(prepare_optimizer)
+        def settle_and_prepare_optimizer(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            # Before, because preparing loads the optimizer's state, which rounds it to what its parameters are.
+            self._settle_optimizer(
+                optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+            )
+            return prepare_optimizer(optimizer, *args, **kwargs)
+
+        changes = self._session.changes
+        changes.set_attribute(self._accelerator, "prepare_model", settle_and_prepare_model)
+        changes.set_attribute(self._accelerator, "prepare_optimizer", settle_and_prepare_optimizer)
+
+    def _settle_model(self, wrapped: nn.Module, fixed: bool) -> None:
+        model, session = self._accelerator.unwrap_model(wrapped), self._session
+        if model in self._settled:
+            return
+        event = settle(model, session.config, session.plan.default, self._optimizers, self._masters, fixed)
+        self._settled.add(model)
+        if event is not None:
+            session.record(event)
+            if event.kind is EventKind.PARAMETERS_CONVERTED:
+                self._converted.add(model)
+
+    def _settle_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for model in [m for m in self._evaluating if any(id(p) in held for p in m.parameters())]:
+            # A Trainer prepares so what it evaluates before it trains, and what transformers has distributed.
+            self._evaluating.discard(model)
+            self._session.take_as_trained(model)
+            self._settle_model(model, fixed=False)
+        self._optimizers.add(optimizer)
+        if self._masters is not None:
+            self._masters.adopt(optimizer)
+        for model in self._converted:
+            widen_state(optimizer, model.parameters())
+
+    def _release(self, masters: MasterWeights) -> None:
+        masters.release(restore=not self._in_ddp)
+        if self._in_ddp and self._converted:
+            self._session.note(
+                EventKind.HALF_PARAMETERS,
+                "parameters stay FP16 after detach, because DistributedDataParallel counts on it: to go on in FP32, convert "
+                "the model and wrap it again.",
+            )
+
+
+def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
+    """Lets all models, prepared or to be, follow the session's plan. On a CPU this makes "fp16" mean FP16."""
+    on_cpu = _is_fp16_on_cpu(accelerator, session)
+    context = ForwardContext(session.current_precision)
+    half_outputs = not session.config.emulate or session.scaler.master_weights is not None
+    if on_cpu:
+        # With `native_amp` accelerate unscales before clipping; its own autocast is kept out, ours is entered by hooks.
+        session.changes.set_attribute(accelerator, "native_amp", True)
+        if session.config.emulate:
+            session.changes.set_attribute(accelerator, "autocast_handler", AutocastKwargs(enabled=False))
+    adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def adopt(prepared: nn.Module, is_trained: bool = True) -> None:
+        model = accelerator.unwrap_model(prepared, keep_torch_compile=False)
+        if model in adopted:
+            return
+        adopted.add(model)
+        session.adopt(model, entry_point=prepared, is_trained=is_trained)
+        if on_cpu:
+            session.changes.call_on_undo(context.install(model))
+            if half_outputs:
+                handle = model.register_forward_hook(_outputs_to_fp32)
+                session.changes.call_on_undo(handle.remove)
+        else:
+            session.follow_default(_changer_of_forward(weakref.ref(model), session))
+
+    for prepared in prepared_models(accelerator):
+        adopt(prepared)
+
+    prepare_model = accelerator.prepare_model
+
+    @functools.wraps(prepare_model)
+    def prepare_and_adopt(
+        model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
+        if not evaluation_mode:  # before accelerate wraps what the former session has put into `forward`
+            session.take_over(accelerator.unwrap_model(model, keep_torch_compile=False))
+        native_amp = accelerator.native_amp
+        accelerator.native_amp = native_amp and not on_cpu
+        try:
+            prepared = prepare_model(model, device_placement, evaluation_mode)
+        finally:
+            accelerator.native_amp = native_amp
+        adopt(prepared, is_trained=not evaluation_mode)
+        return prepared
+
+    session.changes.set_attribute(accelerator, "prepare_model", prepare_and_adopt)
+
+
+def _changer_of_forward(
+    reference: weakref.ref[nn.Module], session: AmpSession
+) -> Callable[[PrecisionMode], None]:
+    """What makes a model follow a changed default: accelerate has bound its `forward` to the autocast asked for."""
+    changes = ReversibleChanges()
+
+    def change(default: PrecisionMode) -> None:
+        changes.undo()
+        model = reference()
+        if model is None or default is session.asked_for:
+            return
+        plain = forward_before_autocast(model)
+
+        @functools.wraps(plain)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with session.autocast():
+                output = plain(self, *args, **kwargs)
+            return convert_outputs_to_fp32(lambda: output)()
+
+        changes.set_attribute(model, "forward", MethodType(forward, model))
+
+    return change
+
+
+def lead_autocast(accelerator: Accelerator, session: AmpSession) -> None:
+    """Makes `accelerator.autocast()` enter the plan's default where accelerate would enter another."""
+    autocast = accelerator.autocast
+    on_cpu = _is_fp16_on_cpu(accelerator, session)
+
+    @functools.wraps(autocast)
+    def autocast_of_plan(autocast_handler: AutocastKwargs | None = None) -> Any:
+        is_wanted = autocast_handler is None or autocast_handler.enabled
+        if is_wanted and (on_cpu or session.plan.default is not session.asked_for):
+            return session.autocast()
+        return autocast(autocast_handler)
+
+    session.changes.set_attribute(accelerator, "autocast", autocast_of_plan)
+
+
+def _is_fp16_on_cpu(accelerator: Accelerator, session: AmpSession) -> bool:
+    """Where accelerate builds neither scaler nor autocast, and runs FP32."""
+    return not session.scaler.guards_only and accelerator.device.type == "cpu"
+
+
+def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:
+    """As accelerate does on other devices."""
+    return convert_outputs_to_fp32(lambda: output)()
+
+
+_REDUCTION = "_hf_amp_reduction"
+
+
+class GradientReduction:
+    """How one DistributedDataParallel model averages its gradients over the ranks.
+
+    Attributes:
+        dtype: what they travel in; None for as they are, in which case the result is that of no hook at all.
+    """
+
+    def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None
+
+    def average(self, bucket: Any) -> Any:
+        """A communication hook: the mean of `bucket` over all ranks, as a future of its flat buffer.
+
+        Each rank divides before it rounds, so that what travels and is summed is the mean, never the larger sum: its
+        largest magnitude is the one that the headroom is taken from. A gradient beyond the range becomes inf, on all
+        ranks alike, and so an overflow.
+        """
+        buffer: Tensor = bucket.buffer()
+        buffer.div_(dist.get_world_size())
+        sent = buffer if self.dtype is None else buffer.to(self.dtype)
+        return (
+            dist.all_reduce(sent, async_op=True).get_future().then(lambda done: buffer.copy_(done.value()[0]))
+        )
+
+
+def reduce_gradients_in_half(accelerator: Accelerator, session: AmpSession) -> None:
+    """Makes DistributedDataParallel send gradients in `config.communication_precision`, if that is set.
+
+    torch cannot take a communication hook off a model: after `detach` it stays, and averages as without it.
+
+    Raises:
+        ConfigError: FP16 in a run whose gradients are not scaled; or another communication hook is asked for.
+        AttachError: models are prepared already.
+    """
+    precision = session.config.communication_precision
+    if precision is None:
+        return
+    if precision is PrecisionMode.FP16 and session.scaler.guards_only:
+        raise ConfigError(
+            f"communication_precision=FP16 with mixed_precision={accelerator.mixed_precision!r}: without loss scaling "
+            "small gradients would vanish in FP16; use communication_precision=BF16, or mixed_precision='fp16'."
+        )
+    if accelerator.distributed_type is DistributedType.FSDP:
+        raise ConfigError(
+            f"communication_precision={precision.value} under FSDP, which has an option of its own for what it reduces "
+            "gradients in: set the reduce_dtype of mixed_precision_policy of FullyShardedDataParallelPlugin instead."
+        )
+    handler = accelerator.ddp_handler
+    if handler is not None and handler.comm_hook != DDPCommunicationHookType.NO:
+        raise ConfigError(
+            f"communication_precision={precision.value} and comm_hook={handler.comm_hook.value!r} of "
+            "DistributedDataParallelKwargs are two communication hooks, and a model takes one: leave one of them out."
+        )
+    if accelerator.num_processes > 1 and prepared_models(accelerator):
+        raise AttachError(
+            f"communication_precision={precision.value} after accelerator.prepare(): accelerate keeps no hold of the "
+            "DistributedDataParallel that it has put around a model; call hf_amp.attach before prepare."
+        )
+    dtype = NumberFormat.of(precision).dtype
+    prepare_model = accelerator.prepare_model
+
+    @functools.wraps(prepare_model)
+    def prepare_and_reduce(*args: Any, **kwargs: Any) -> Any:
+        model = prepare_model(*args, **kwargs)
+        _reduce_in(model, dtype, session)
+        return model
+
+    session.changes.set_attribute(accelerator, "prepare_model", prepare_and_reduce)
+
+
+def _reduce_in(model: nn.Module, dtype: torch.dtype, session: AmpSession) -> None:
+    if not isinstance(model, DistributedDataParallel):
+        return
+    reduction: GradientReduction | None = getattr(model, _REDUCTION, None)
+    if reduction is None:
+        reduction = GradientReduction()
+        model.register_comm_hook(reduction, lambda reduction, bucket: reduction.average(bucket))
+        setattr(model, _REDUCTION, reduction)
+    session.changes.set_attribute(reduction, "dtype", dtype)
+
+
+def refuse_uneven_inputs(accelerator: Accelerator, session: AmpSession) -> None:
+    """Makes `join_uneven_inputs` a clear error where it would let ranks run out of batches one by one.
+
+    A rank that has left the loop takes no part in the agreement on each step, for which the others would wait.
+    """
+    join_uneven_inputs = accelerator.join_uneven_inputs
+
+    @functools.wraps(join_uneven_inputs)
+    def join_even_inputs(joinables: Any, even_batches: bool | None = None) -> AbstractContextManager[None]:
+        even = accelerator.even_batches if even_batches is None else even_batches
+        if accelerator.multi_device and not even:
+            raise AttachError(
+                "join_uneven_inputs without even_batches: hf_amp's ranks agree on every step, so that all of them need "
+                "the same number of batches; use even_batches=True (accelerate's default), or detach hf_amp."
+            )
+        context: AbstractContextManager[None] = join_uneven_inputs(joinables, even_batches)
+        return context
+
+    session.changes.set_attribute(accelerator, "join_uneven_inputs", join_even_inputs)
+
 
 _SESSION = "_hf_amp_session"
 _MODES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,97 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME
 
-from hf_amp import saved
 from hf_amp.errors import StateError
 from hf_amp.events import EventKind
 from hf_amp.integrations.optimizers import DecidedOptimizers
-from hf_amp.integrations.progress import go_on_from, progress_of
-from hf_amp.integrations.staging import Staging, finish_interrupted
-from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode
+from hf_amp.serialization import load_file, parse
 from hf_amp.session import AmpSession
+
+
+def progress_of(session: AmpSession) -> dict[str, Any]:
+    """What a run in any precision goes on from: counters and figures, and the precision that they were made in."""
+    return {"precision": session.asked_for.value, **session.scaler.progress()}
+
+
+def go_on_from(progress: dict[str, Any], session: AmpSession) -> str:
+    """Restores what `progress_of` has saved, but no plan that was made for another precision.
+
+    Returns:
+        The precision that the saved run was in.
+
+    Raises:
+        StateError: something in it cannot be; nothing has changed then.
+    """
+    progress = parse(dict[str, Any], progress, "the progress")
+    precision = str(progress.get("precision", session.asked_for.value))
+    companions = parse(dict[str, Any], progress.get("companions", {}), "the companions")
+    if precision != session.asked_for.value:
+        companions.pop("fallback", None)
+    session.scaler.load_progress({**progress, "companions": companions})
+    return precision
+
+
+_WRITING = ".incomplete"
+_WRITTEN = ".complete"
+
+
+class Staging:
+    """Where a checkpoint is written before it takes its place.
+
+    A new one is written beside its place and renamed. One that replaces another is written inside it, marked as
+    whole by a rename, and then moved file by file, which `finish_interrupted` completes after a kill; what else lies
+    in that folder stays.
+
+    Args:
+        target: the folder that the checkpoint is to be.
+        beside: the folder, on the same file system, to write a new one in; None for that of `target`.
+
+    Attributes:
+        folder: where to write.
+    """
+
+    def __init__(self, target: Path, beside: Path | None = None) -> None:
+        self.target = target
+        self.replaces = target.exists()
+        self.folder = (
+            target / _WRITING if self.replaces else (beside or target.parent) / f".{target.name}{_WRITING}"
+        )
+
+    def clear(self) -> None:
+        """Removes what an interrupted save has left, after completing it where it was whole."""
+        if self.replaces:
+            finish_interrupted(self.target)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def publish(self, stale: str) -> None:
+        """Puts what was written in its place; does nothing where another process has.
+
+        Args:
+            stale: the name of a file that a checkpoint in that place may hold and that this one supersedes.
+        """
+        if not self.folder.is_dir():
+            return
+        if not self.replaces:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.rename(self.target)
+            return
+        self.folder.rename(self.target / _WRITTEN)
+        finish_interrupted(self.target)
+        (self.target / stale).unlink(missing_ok=True)
+
+
+def finish_interrupted(target: Path) -> None:
+    """Moves into `target` what a process had written whole when it was killed; nothing to do otherwise."""
+    whole = target / _WRITTEN
+    if not whole.is_dir():
+        return
+    for file in sorted(path for path in whole.rglob("*") if path.is_file()):
+        place = target / file.relative_to(whole)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    shutil.rmtree(whole)
+
 
 GUARD_NAME = "hf_amp.pt"
 """Where BF16 and FP32 runs keep what FP16 runs keep in `scaler.pt`, which a stock FP16 run would take its scale from."""
@@ -165,14 +248,14 @@ def _load_session(session: AmpSession, folder: Path) -> str:
             "counters stay as they are"
         )
     else:
-        state = read(dict[str, Any], saved.read(folder / name), str(folder / name))
+        state = parse(dict[str, Any], load_file(folder / name), str(folder / name))
         message = f"goes on from the {name} of {folder}"
         if name == SCALER_NAME == own:
             session.scaler.load_state_dict(state)
         elif name == GUARD_NAME:
             go_on_from(state, session)
         else:
-            own_part = read(dict[str, Any], state.get("hf_amp", {}), f"{folder / name}['hf_amp']")
+            own_part = parse(dict[str, Any], state.get("hf_amp", {}), f"{folder / name}['hf_amp']")
             go_on_from({"precision": PrecisionMode.MIXED.value, **own_part}, session)
         if name == others:
             message += (

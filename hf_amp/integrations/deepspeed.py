@@ -4,23 +4,119 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from hf_amp import saved
 from hf_amp.config import MixedPrecisionConfig
+from hf_amp.device import probe
 from hf_amp.errors import AttachError
 from hf_amp.events import AmpEvent, Cause, EventKind
-from hf_amp.hardware import probe
-from hf_amp.integrations.checkpoint import GUARD_NAME
-from hf_amp.integrations.progress import go_on_from, progress_of
+from hf_amp.integrations.checkpoint import GUARD_NAME, go_on_from, progress_of
 from hf_amp.integrations.trackers import merge_metrics_into_logs
 from hf_amp.precision import PrecisionMode
-from hf_amp.scaling.observed import ObservedScaler
+from hf_amp.scaling.scaler import AdvancedGradScaler
+from hf_amp.scaling.step import SeenLosses, StepOutcome
+from hf_amp.serialization import load_file
 from hf_amp.session import AmpSession
+from hf_amp.statistics import PendingTransfer, all_reduce_max, is_distributed, moved
+
+
+class ObservedScaler(AdvancedGradScaler):
+    """Counts and tells the steps of a scaler that is not ours, and neither scales nor skips anything.
+
+    What is on the device (losses, the gradient norm) comes to the host without a wait: with the step itself where it
+    has arrived by then, or where the step was skipped, else with the next step.
+    """
+
+    def __init__(self, config: MixedPrecisionConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self._newest: _ObservedStep | None = None
+        self._next_scale = 1.0
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Sees an unscaled loss on its way into backward. No host read."""
+        self._losses.note(loss, loss.device)
+
+    def note_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        applied: bool,
+        scale: float,
+        next_scale: float,
+        grad_norm: Tensor | float | None,
+    ) -> None:
+        """Takes a step that is over into account. Reads the host where it was skipped; all ranks must then call it.
+
+        Args:
+            scale: what the gradients' backward used.
+            next_scale: what the next one will use.
+            grad_norm: 2-norm of the unscaled gradients before clipping; a tensor has one element. None where unknown.
+        """
+        self.flush()
+        self._next_scale = next_scale
+        self.decided_steps += 1
+        self._newest = self._observed(optimizer, applied, scale, grad_norm)
+        self._losses = SeenLosses()
+        if not applied or self._newest.figures.ready():
+            self.flush()
+
+    def _observed(
+        self,
+        optimizer: torch.optim.Optimizer,
+        applied: bool,
+        scale: float,
+        grad_norm: Tensor | float | None,
+    ) -> _ObservedStep:
+        bad = self._losses.non_finite
+        bad = torch.zeros((), device=self._device) if bad is None else bad
+        if not applied and self.ranks_agree and is_distributed():
+            (bad,) = all_reduce_max(bad)
+        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())
+        figures = PendingTransfer({"bad": bad, "norm": moved(norm, bad.device)})
+        return _ObservedStep(self.decided_steps, optimizer, applied, scale, self._losses.number, figures)
+
+    def flush(self) -> None:
+        """Waits for the figures of the newest step, and delivers it, unless that has been done."""
+        if self._newest is not None:
+            newest, self._newest = self._newest, None
+            self._count(newest.outcome(), newest.optimizer)
+        super().flush()
+
+    def get_scale(self) -> float:
+        """The scale that the next backward will use, as of the newest step. No host read."""
+        return self._next_scale
+
+
+@dataclass(frozen=True)
+class _ObservedStep:
+    """One step, with what is on its way to the host: "bad", how many losses were not finite, and "norm"."""
+
+    attempt: int
+    optimizer: torch.optim.Optimizer
+    applied: bool
+    scale: float
+    losses: int
+    figures: PendingTransfer
+
+    def outcome(self) -> StepOutcome:
+        host = self.figures.result()
+        return StepOutcome(
+            attempt=self.attempt,
+            applied=self.applied,
+            scale=self.scale,
+            backward=self.attempt,
+            loss_finite=host["bad"] == 0 if self.losses else None,
+            losses=self.losses,
+            non_finite_losses=int(host["bad"]),
+            grad_norm=host["norm"] if self.applied and math.isfinite(host["norm"]) else None,
+        )
+
 
 _MODES = {
     "fp16": PrecisionMode.FP16,  # half-precision parameters, of which DeepSpeed keeps FP32 masters
@@ -122,7 +218,7 @@ def _keep_progress_in_checkpoints(accelerator: Accelerator, session: AmpSession)
     def load(models: Any, folder: str) -> None:
         file = Path(folder) / GUARD_NAME
         if file.is_file():
-            go_on_from(saved.read(file), session)
+            go_on_from(load_file(file), session)
             session.begin_at(session.scaler.decided_steps)
         told = "counters go on from" if file.is_file() else "no counters are in"
         session.note(EventKind.STATE_LOADED, f"{told} {folder}; the loss scale is DeepSpeed's own to load.")

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils.dataclasses import FP8BackendType
 
 from hf_amp.config import MixedPrecisionConfig
+from hf_amp.device import Hardware
 from hf_amp.errors import AttachError
-from hf_amp.hardware import Hardware
 
 _RUNNERS = {FP8BackendType.AO: "torchao", FP8BackendType.TE: "TransformerEngine"}
 

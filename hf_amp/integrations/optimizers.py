@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from hf_amp.errors import AttachError, ScalerError
-from hf_amp.integrations.upstream import (
+from hf_amp.integrations._compat import (
     forget_skip,
     prepared_optimizers,
     replace_scaler,

@@ -14,10 +14,212 @@ from torch import Tensor
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import BatchError
 from hf_amp.events import Cause
-from hf_amp.monitoring.precision_record import ERROR_OF_CAUSE, PrecisionRecord
-from hf_amp.monitoring.streaming import LossMean
-from hf_amp.plain import NotNegative, Positive, read_fields
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat, PrecisionMode
+from hf_amp.serialization import AtLeastOne, Modest, NotNegative, Positive, parse_fields
+from hf_amp.statistics import moved, to_host_list
+
+
+@dataclasses.dataclass
+class RunningStatistics:
+    """Count, mean, spread and range.
+
+    Source: Welford, "Note on a method for calculating corrected sums of squares and products", 1962.
+    """
+
+    count: int = 0
+    mean: Modest = 0.0
+    squares: NotNegative = 0.0
+    """Sum of squared distances from the mean."""
+    smallest: Modest | None = None
+    largest: Modest | None = None
+
+    def add(self, value: float) -> None:
+        """Takes one finite number into account."""
+        self.count += 1
+        distance = value - self.mean
+        self.mean += distance / self.count
+        self.squares += distance * (value - self.mean)
+        if self.smallest is None or value < self.smallest:
+            self.smallest = value
+        if self.largest is None or value > self.largest:
+            self.largest = value
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of what was seen; 0 before the second number."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
+_BUCKETS_PER_DOUBLING = 64
+
+
+class Quantiles:
+    """Quantiles of positive numbers, each within 0.6% of the true one (half a bucket of a 64th of a doubling)."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self._total = 0
+
+    def add(self, value: float) -> None:
+        """Takes one positive number into account."""
+        bucket = math.floor(math.log2(value) * _BUCKETS_PER_DOUBLING) if value > 0 else -(2**12)
+        self._counts[bucket] = self._counts.get(bucket, 0) + 1
+        self._total += 1
+
+    def at(self, share: float) -> float:
+        """The number below which `share` of all lie; NaN where there are none."""
+        passed = 0
+        for bucket in sorted(self._counts):
+            passed += self._counts[bucket]
+            if passed >= share * self._total:
+                return float(2.0 ** ((bucket + 0.5) / _BUCKETS_PER_DOUBLING))
+        return math.nan
+
+
+_POINTS_KEPT = 256
+
+
+@dataclasses.dataclass
+class History:
+    """Where a step-wise constant value changed: at most 256 points, thinned evenly when there are more."""
+
+    points: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    every: AtLeastOne = 1
+    """Of this many changes one is kept."""
+    changes: int = 0
+
+    def add(self, step: int, value: float) -> None:
+        """Notes `value` at `step` where it is another than before. Call it with every step, or with changes only."""
+        if self.changes % self.every == 0:
+            if len(self.points) >= _POINTS_KEPT:
+                self.points = self.points[::2]
+                self.every *= 2
+            self.points.append((step, value))
+        self.changes += 1
+
+
+_LOSSES_HELD = 64
+
+
+class LossMean:
+    """Mean of losses that stay on their device until somebody asks.
+
+    At most 64 tensors of shape [] are held, copies of what was given, which may be written to again: compiled code that
+    runs as a CUDA graph does so. Then they become one sum. No host read but in `read`.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []
+        self._totals: Tensor | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """Takes a detached loss of shape [], on any device, into account."""
+        self._held.append(loss.clone())
+        if len(self._held) == _LOSSES_HELD:
+            self._fold()
+
+    def _fold(self) -> None:
+        if not self._held:
+            return
+        known = self._held if self._totals is None else [self._totals, *self._held]
+        device = next((x.device for x in known if x.device.type != "cpu"), known[0].device)
+        losses = torch.stack([moved(loss, device) for loss in self._held])
+        losses = losses.float() if losses.device.type == "mps" else losses.double()
+        self._held = []
+        finite = losses.isfinite()
+        totals = torch.stack([losses.where(finite, 0.0).sum(), finite.sum(), (~finite).sum()])
+        self._totals = totals if self._totals is None else moved(self._totals, device) + totals
+
+    def read(self) -> tuple[float, int]:
+        """Mean of the finite losses (NaN where there are none), and how many were not finite. Reads the host."""
+        self._fold()
+        if self._totals is None:
+            return math.nan, 0
+        total, finite, non_finite = to_host_list(list(self._totals))
+        return (total / finite if finite else math.nan), int(non_finite)
+
+
+ERRORS_KEPT = 1000
+"""Newest numerical errors that are kept one by one; all are counted."""
+KINDS_KEPT = 100
+"""Kinds of numerical errors that are told apart; further ones count as "other"."""
+
+ERROR_OF_CAUSE: Mapping[Cause, str] = {
+    Cause.SCALE: "gradient_overflow",
+    Cause.ACTIVATION: "activation_overflow",
+    Cause.INPUT: "non_finite_input",
+    Cause.WEIGHTS: "non_finite_weights",
+    Cause.LOSS: "non_finite_loss",
+    Cause.UNKNOWN: "unknown",
+}
+"""What a skipped step is called among the numerical errors."""
+
+
+@dataclasses.dataclass
+class PrecisionRecord:
+    """Sums and streaming statistics over steps, applied and skipped."""
+
+    format_shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Share of the parameters that are used in each number format, from the next step on."""
+    memory_savings: float | None = None
+    """Share of training memory that precision saves over FP32, from the next step on; None where not measured."""
+    steps: int = 0
+    steps_by_format: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Steps in each number format; a step in several counts for each with its share."""
+    fallback_count: int = 0
+    error_counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    newest_errors: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    scale: Positive | None = None
+    log2_scale: RunningStatistics = dataclasses.field(default_factory=RunningStatistics)
+    scale_history: History = dataclasses.field(default_factory=History)
+    savings: RunningStatistics = dataclasses.field(default_factory=RunningStatistics)
+
+    def add_step(self, scale: float) -> None:
+        """One decided step, and the scale after it."""
+        self.steps += 1
+        for name, share in self.format_shares.items():
+            self.steps_by_format[name] = self.steps_by_format.get(name, 0.0) + share
+        if self.memory_savings is not None:
+            self.savings.add(self.memory_savings)
+        self.log2_scale.add(math.log2(scale))
+        if scale != self.scale:
+            self.scale = scale
+            self.scale_history.add(self.steps, scale)
+
+    def add_error(self, kind: str, step: int) -> None:
+        """One numerical error."""
+        if kind not in self.error_counts and len(self.error_counts) >= KINDS_KEPT:
+            kind = "other"
+        self.error_counts[kind] = self.error_counts.get(kind, 0) + 1
+        self.newest_errors.append((kind, step))
+        if len(self.newest_errors) > ERRORS_KEPT:
+            del self.newest_errors[0]
+
+    def stats(self) -> dict[str, Any]:
+        """The part of `PrecisionMonitor.get_precision_stats` that is summed up here."""
+        usage = {name: share / max(1, self.steps) for name, share in self.steps_by_format.items()}
+        newest = math.nan if self.memory_savings is None else self.memory_savings
+        return {
+            "fp16_usage_rate": usage.get(FP16_FORMAT.name, 0.0),
+            "usage_by_format": usage,
+            "avg_memory_savings": self.savings.mean if self.savings.count else newest,
+            "numerical_errors": list(self.newest_errors),
+            "numerical_error_counts": dict(self.error_counts),
+            "fallback_count": self.fallback_count,
+            "gradient_scale": self._scale_stats(),
+        }
+
+    def _scale_stats(self) -> dict[str, Any]:
+        seen = self.log2_scale
+        return {
+            "current": self.scale,
+            "min": None if seen.smallest is None else 2.0**seen.smallest,
+            "max": None if seen.largest is None else 2.0**seen.largest,
+            "geometric_mean": 2.0**seen.mean if seen.count else None,
+            "volatility_bits": seen.deviation,
+            "changes": max(0, self.scale_history.changes - 1),
+            "history": list(self.scale_history.points),
+        }
 
 
 @dataclasses.dataclass
@@ -253,7 +455,7 @@ class PrecisionMonitor:
         Raises:
             StateError: it is no such state; nothing has changed then.
         """
-        vars(self).update(read_fields(PrecisionMonitor, state_dict, "monitor"))
+        vars(self).update(parse_fields(PrecisionMonitor, state_dict, "monitor"))
 
 
 def _single_element(loss: Tensor | float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.precision import FP16_FORMAT, LARGEST_SCALE
-from hf_amp.scaling.policy import Observation, options_for, scalar
+from hf_amp.scaling.policies import Observation, options_for, scalar
 
 LIMIT_BITS = math.log2(FP16_FORMAT.largest)
 MARGIN_BITS = 0.5

@@ -10,12 +10,11 @@ from typing import Annotated, Any
 
 import torch
 
-from hf_amp.config import MixedPrecisionConfig
+from hf_amp.config import Allowed, MixedPrecisionConfig, is_real, shown
 from hf_amp.errors import ConfigError, StateError
-from hf_amp.options import Allowed, is_real, shown
-from hf_amp.plain import read
-from hf_amp.scaling.policy import ScaleState
-from hf_amp.statistics import snapshot
+from hf_amp.scaling.policies import ScaleState
+from hf_amp.serialization import parse
+from hf_amp.statistics import to_host
 
 STOCK_OPTIONS = ("growth_factor", "backoff_factor", "growth_interval")
 _VERSION = 1
@@ -29,7 +28,7 @@ _Scale = Annotated[
 ]
 
 
-def to_plain(config: MixedPrecisionConfig, fields: Mapping[str, float]) -> dict[str, Any]:
+def to_state_dict(config: MixedPrecisionConfig, fields: Mapping[str, float]) -> dict[str, Any]:
     """The saved form: the stock scaler's five entries, and under "hf_amp" what only our policies have."""
     return {
         "scale": fields["scale"],
@@ -43,7 +42,7 @@ def to_plain(config: MixedPrecisionConfig, fields: Mapping[str, float]) -> dict[
     }
 
 
-def from_plain(
+def from_state_dict(
     saved: Mapping[str, Any], config: MixedPrecisionConfig, ranges: Mapping[str, tuple[float, float]]
 ) -> dict[str, float]:
     """Policy fields out of a saved form, ours or stock. Fields of another strategy are left out.
@@ -59,7 +58,7 @@ def from_plain(
             "not a gradient scaler's state: expected what state_dict() of torch.amp.GradScaler or AdvancedGradScaler "
             f"gives, got {_shown(saved)}. A disabled scaler saves an empty one; start without loading it."
         )
-    stock: _Stock = read(_Stock, saved, "the scaler state")
+    stock: _Stock = parse(_Stock, saved, "the scaler state")
     if stock.hf_amp.version > _VERSION:
         raise StateError(
             f"the scaler state has version {stock.hf_amp.version}, this hf_amp reads up to {_VERSION}: update hf_amp."
@@ -108,9 +107,9 @@ class _Stock:
     hf_amp: _Own = field(default_factory=_Own)
 
 
-def read_fields(state: ScaleState) -> dict[str, float]:
+def state_to_host(state: ScaleState) -> dict[str, float]:
     """A policy state's fields as numbers. One host read."""
-    return snapshot.read(state._asdict())
+    return to_host(state._asdict())
 
 
 def restored(state: ScaleState, fields: Mapping[str, float]) -> Any:

@@ -2,28 +2,153 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hf_amp import saved
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, BatchError, StateError
-from hf_amp.plain import read
 from hf_amp.precision import PrecisionMode, ScalingStrategy
-from hf_amp.training.batch import LossFunction
-from hf_amp.training.binding import check_is_model
-from hf_amp.training.dynamic import DynamicMixedPrecisionTrainer
-from hf_amp.training.epoch import EpochLosses, Progress, step_schedule
-from hf_amp.training.performance_optimized import PerformanceOptimizedMixedPrecisionTrainer
-from hf_amp.training.standard import StandardMixedPrecisionTrainer
-from hf_amp.training.validation import validate
+from hf_amp.serialization import load_file, parse
+from hf_amp.statistics import to_host, vector_to_host
+from hf_amp.training.batch import LossFunction, check_is_model, samples_in
+from hf_amp.training.trainers import (
+    DynamicMixedPrecisionTrainer,
+    PerformanceOptimizedMixedPrecisionTrainer,
+    StandardMixedPrecisionTrainer,
+)
+
+_LOSSES_IN_ONE_TENSOR = 256
+_SECONDS_BETWEEN_LOSSES = 1.0
+
+
+class EpochLosses:
+    """The losses of an epoch, on their device until its end.
+
+    Attributes:
+        batches: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._samples: list[int] = []
+        self._started = time.perf_counter()
+        self._whole: list[Tensor] = []
+        self._newest: list[Tensor] = []
+
+    def add(self, losses: Sequence[Tensor], batches: Sequence[Any]) -> None:
+        """The losses of some batches, each of shape []; copied, because a CUDA graph writes the next ones there. No host read."""
+        self.batches += len(batches)
+        self._samples += [samples_in(batch) for batch in batches]
+        self._newest += [loss.clone() for loss in losses]
+        if len(self._newest) >= _LOSSES_IN_ONE_TENSOR:
+            self._whole.append(torch.stack(self._newest))
+            self._newest = []
+
+    def figures(self) -> dict[str, Any]:
+        """Losses, mean over the finite ones by samples, counts and speed. Reads the host once."""
+        newest = [torch.stack(self._newest)] if self._newest else []
+        losses = vector_to_host(torch.cat(self._whole + newest))
+        seconds = time.perf_counter() - self._started
+        pairs = zip(losses, self._samples, strict=True)
+        finite = [(loss, samples) for loss, samples in pairs if math.isfinite(loss)]
+        weight = sum(samples for _, samples in finite)
+        total = sum(self._samples)
+        return {
+            "losses": losses,
+            "loss": sum(loss * samples for loss, samples in finite) / weight if weight else math.nan,
+            "batches": self.batches,
+            "samples": total,
+            "non_finite_losses": len(losses) - len(finite),
+            "seconds": seconds,
+            "samples_per_second": total / seconds,
+        }
+
+
+class Progress:
+    """A progress bar on stderr, or none.
+
+    Args:
+        batches: what the bar runs over; its length is shown where it has one.
+        shown: None for only where stderr is a terminal.
+        title: stands before it.
+    """
+
+    def __init__(self, batches: Iterable[Any], shown: bool | None, title: str) -> None:
+        self._bar: Any = None
+        self._read_at = -math.inf
+        self._loss = math.nan
+        if shown or (shown is None and sys.stderr.isatty()):
+            from tqdm.auto import tqdm  # a dependency of transformers and datasets
+
+            total = len(batches) if isinstance(batches, Sized) else None
+            self._bar = tqdm(total=total, desc=title, unit="batch", file=sys.stderr)
+
+    def advance(self, result: dict[str, Any], batches: int) -> None:
+        """One optimizer step is over. Reads its loss where a second has passed since the last."""
+        if self._bar is None:
+            return
+        now = time.monotonic()
+        if now - self._read_at >= _SECONDS_BETWEEN_LOSSES:
+            self._read_at, self._loss = now, to_host({"loss": result["loss"]})["loss"]
+            scale = {} if result["scale"] is None else {"scale": f"{result['scale']:g}"}
+            self._bar.set_postfix(loss=f"{self._loss:.4f}", **scale, refresh=False)
+        self._bar.update(batches)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def step_schedule(scheduler: Any, result: dict[str, Any]) -> None:
+    """Moves the learning-rate schedule by the optimizer step that `result` tells of, unless that was skipped.
+
+    A skip that only the device knows of (PERFORMANCE_OPTIMIZED with a fused optimizer) does not hold it back.
+    """
+    if scheduler is not None and result["stepped"] and not result["skipped"]:
+        scheduler.step()
+
+
+def validate(
+    trainer: StandardMixedPrecisionTrainer,
+    dataloader: Iterable[Any],
+    model: nn.Module,
+    loss_fn: LossFunction | None,
+) -> dict[str, Any]:
+    """`AdvancedMixedPrecisionManager.validate_epoch`."""
+    modes = [(module, module.training) for module in model.modules()]
+    losses = EpochLosses()
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in dataloader:
+                losses.add([trainer.evaluate(batch, model, loss_fn)], [batch])
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not losses.batches:
+        raise BatchError(
+            "the dataloader gave no batch to validate on: check its dataset, sampler and drop_last."
+        )
+    return losses.figures()
+
 
 _STATE = "hf_amp_manager"
 
@@ -197,8 +322,8 @@ class AdvancedMixedPrecisionManager:
                 f"not the state of a manager, but {shown or 'an empty mapping'}: pass what state_dict() gave; a scaler's state "
                 "goes into trainer.scaler.load_state_dict."
             )
-        epochs = read(int, state_dict.get("epochs"), "epochs")
-        scaler = read(dict[str, Any], state_dict.get("scaler"), "scaler")
+        epochs = parse(int, state_dict.get("epochs"), "epochs")
+        scaler = parse(dict[str, Any], state_dict.get("scaler"), "scaler")
         if scaler:  # that of a disabled one is empty
             self.trainer.scaler.load_state_dict(scaler)
         self.epochs = epochs
@@ -216,7 +341,7 @@ class AdvancedMixedPrecisionManager:
         Raises:
             StateError: it cannot be read, or is something else.
         """
-        self.load_state_dict(saved.read(path))
+        self.load_state_dict(load_file(path))
 
     # ---- the end --------------------------------------------------------------------------------------------
 

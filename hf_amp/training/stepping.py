@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_amp.config import MixedPrecisionConfig
+from hf_amp.device import probe
 from hf_amp.errors import ConfigError
-from hf_amp.fallback.ladder import common_to_ranks
-from hf_amp.hardware import probe
+from hf_amp.fallback.plan import common_to_ranks
 from hf_amp.precision import PrecisionMode
-from hf_amp.scaling.half_parameters import settle
+from hf_amp.scaling.master_weights import settle
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_amp.cli.demo_model import small_gpt2
+from hf_amp.cli.demo_training import small_gpt2
 from hf_amp.emulation import EmulatedPrecision
 
 POSITIONS = 128

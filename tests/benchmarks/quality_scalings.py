@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, AmpSession, MixedPrecisionConfig, PrecisionMode
+from hf_amp.device import probe
 from hf_amp.emulation import EmulatedPrecision
-from hf_amp.hardware import probe
 from tests.benchmarks.quality_tasks import OUTLIER_FACTOR
 from tests.benchmarks.scaling_rules import HistogramRule, HysteresisRule, LogMaxRule, Oracle, RuleScaler
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_amp.cli.demo_model import help_topics
+from hf_amp.cli.demo_training import help_topics
 from tests.fallback.rescaled import ZOO
 
 Setup = tuple[nn.Module, Iterator[dict[str, Tensor]], torch.optim.Optimizer]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from hf_amp import AdvancedGradScaler, AmpSession, MixedPrecisionConfig, PrecisionMode
+from hf_amp.device import probe
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.hardware import probe
 from tests.benchmarks.measuring import Row, compared, device, interleaved, parser, write
 from tests.benchmarks.models import INIT_SCALE, SIZES, batch, gpt2
 

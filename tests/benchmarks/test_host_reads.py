@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_amp import AdvancedGradScaler, AmpSession, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
-from hf_amp.hardware import probe
+from hf_amp.device import probe
 from tests.benchmarks import fabric
 from tests.benchmarks.measuring import Row, parser, write
 from tests.benchmarks.models import INIT_SCALE

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_amp import AdvancedGradScaler, AmpSession, MixedPrecisionConfig, PrecisionMode
-from hf_amp.hardware import probe
+from hf_amp.device import probe
 from tests.benchmarks.measuring import Row, compared, device, interleaved, parser, write
 from tests.benchmarks.models import INIT_SCALE, MEASURED, SIZES, batch, gpt2
 from tests.host_reads import count_host_reads

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hf_amp.monitoring.event_log import FILE_NAME
+from hf_amp.report.reader import FILE_NAME
 from tests.benchmarks.measuring import Row, parser, write
 
 EVENTS = 1_000_000

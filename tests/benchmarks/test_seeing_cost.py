@@ -12,7 +12,7 @@ import time
 import torch
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, PerformanceTracker, PrecisionMonitor
-from hf_amp.scaling.outcome import StepOutcome
+from hf_amp.scaling.step import StepOutcome
 from tests.benchmarks.measuring import Row, parser, spread, write
 
 CHUNK = 1000

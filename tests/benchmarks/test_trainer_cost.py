@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer
 
 from hf_amp import MixedPrecisionCallback
 from hf_amp.emulation import EmulatedPrecision
-from hf_amp.forward_context import ForwardContext
+from hf_amp.fallback.module_precision import ForwardContext
 from tests.benchmarks.measuring import Row, compared, interleaved, parser, write
 from tests.benchmarks.models import INIT_SCALE, MEASURED, SIZES, gpt2
 from tests.integrations.trainers import StockFP16OnCPU, arguments

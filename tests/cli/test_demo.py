@@ -12,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from hf_amp.cli import app
-from hf_amp.cli.demo_model import help_topics, small_gpt2
-from hf_amp.hardware import probe
+from hf_amp.cli.demo_training import help_topics, small_gpt2
+from hf_amp.device import probe
 from tests.fallback.range_reference import fp16_flop_share, modules_out_of_range
 
 STEPS = 12

@@ -11,10 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from hf_amp.cli import app
-from hf_amp.cli.doctor.machine import Device, installed_versions, look_around
-from hf_amp.cli.doctor.recommendation import recommend
-from hf_amp.cli.doctor.upstream_bugs import KNOWN, bugs_in
-from hf_amp.hardware import Hardware, probe
+from hf_amp.cli.doctor import KNOWN, Device, bugs_in, installed_versions, look_around, recommend
+from hf_amp.device import Hardware, probe
 
 
 def doctor(*arguments: str) -> Any:

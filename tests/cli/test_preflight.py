@@ -18,9 +18,17 @@ from typer.testing import CliRunner
 
 import hf_amp
 from hf_amp.cli import app
-from hf_amp.cli.preflight.dry_run import FORMATS, dry_runs
-from hf_amp.cli.preflight.loading import PreflightError, batch_for, load_model, made_up_batch
-from hf_amp.cli.preflight.memory import RECIPES, counted, half_precision_trouble
+from hf_amp.cli.dry_run import (
+    FORMATS,
+    RECIPES,
+    PreflightError,
+    batch_for,
+    counted,
+    dry_runs,
+    half_precision_trouble,
+    load_model,
+    made_up_batch,
+)
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.integrations.trainers import tiny_gpt2
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_amp.cli import app
-from hf_amp.monitoring.event_log import FILE_NAME
+from hf_amp.report.reader import FILE_NAME
 from tests.monitoring.test_run_history import changed, line, skipped, started
 
 pytest.importorskip("matplotlib", reason="the page's pictures need the extra hf_amp[report]")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from hf_amp.cli.report.page import page
-from hf_amp.monitoring.run_history import RunHistory
-from hf_amp.monitoring.verdict import verdict_on
+from hf_amp.report.page import page
+from hf_amp.report.reader import RunHistory
+from hf_amp.report.verdict import verdict_on
 from tests.cli.chromium import Visit, needs_chromium, screenshot, visit
 from tests.monitoring.test_run_history import changed, history, line, skipped, started
 

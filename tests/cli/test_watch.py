@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from hf_amp.cli import app
 from hf_amp.cli.watch import course, follow, panel, take_in
-from hf_amp.monitoring.event_log import FILE_NAME, EventLog
-from hf_amp.monitoring.run_history import named_run
+from hf_amp.report.reader import FILE_NAME, EventLog, named_run
 from tests.monitoring.test_run_history import line, skipped, started
 
 

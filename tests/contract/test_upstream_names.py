@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback
 
-from hf_amp.integrations.upstream import (
+from hf_amp.integrations._compat import (
     forget_skip,
     forward_before_autocast,
     prepared_models,
@@ -214,7 +214,7 @@ def test_torch_casts_by_one_operator() -> None:
 @pytest.mark.parametrize("compiled", [torch.compile, lambda module: module.compile() or module])
 def test_torch_compiled_modules_are_recognised(compiled: object) -> None:
     """By `_orig_mod`, or `_compiled_call_impl`, whichever way they were compiled; others are not."""
-    from hf_amp.training.calibration import _can_be_watched
+    from hf_amp.training.trainers import _can_be_watched
 
     assert not _can_be_watched(compiled(torch.nn.Linear(1, 1)))  # type: ignore[operator]
     assert _can_be_watched(torch.nn.Linear(1, 1))

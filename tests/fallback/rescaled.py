@@ -22,7 +22,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_amp.cli.rescaling import Rescaling
+from hf_amp.cli.demo_training import Rescaling
 from tests.fallback import real_batches
 from tests.fallback.real_batches import Batches
 

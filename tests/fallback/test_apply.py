@@ -21,11 +21,10 @@ from transformers.utils import ModelOutput
 
 import hf_amp
 from hf_amp import AdvancedGradScaler, AmpSession, Cause, MixedPrecisionConfig, PrecisionMode
-from hf_amp.fallback.apply import PlanRunner, PrecisionEntry
-from hf_amp.fallback.cause import Diagnosis
+from hf_amp.device import probe
+from hf_amp.fallback.diagnosis import Diagnosis
+from hf_amp.fallback.module_precision import ForwardContext, PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.forward_context import ForwardContext
-from hf_amp.hardware import probe
 
 KERNELS = pytest.mark.parametrize("emulate", [False, True], ids=["half kernels", "emulated"])
 X = torch.linspace(-1, 1, 24).reshape(3, 8) / 3

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
-from hf_amp.fallback.ladder import ladder_of
-from hf_amp.hardware import Hardware
+from hf_amp.device import Hardware
+from hf_amp.fallback.plan import ladder_of
 
 MIXED, FP16, BF16, FP32 = (PrecisionMode[name] for name in ("MIXED", "FP16", "BF16", "FP32"))
 WITH_UNITS = Hardware("cpu", "a CPU with units", "native", "native")

@@ -21,12 +21,11 @@ from transformers.utils import ModelOutput
 
 import hf_amp
 from hf_amp import AdvancedGradScaler, AmpSession, Cause, MixedPrecisionConfig, PrecisionMode
-from hf_amp.fallback.apply import CurrentPrecision, PlanRunner, PrecisionEntry
-from hf_amp.fallback.cause import Diagnosis, diagnose, poison_in
-from hf_amp.fallback.locate import ForwardFindings, locate
+from hf_amp.device import probe
+from hf_amp.fallback.diagnosis import Diagnosis, diagnose, poison_in
+from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, PlanRunner, PrecisionEntry
 from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.forward_context import ForwardContext
-from hf_amp.hardware import probe
+from hf_amp.fallback.replay import ForwardFindings, locate
 
 KERNELS = pytest.mark.parametrize("emulate", [False, True], ids=["half kernels", "emulated"])
 X = torch.linspace(-1, 1, 24).reshape(3, 8) + 0.01

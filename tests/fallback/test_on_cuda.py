@@ -11,8 +11,8 @@ from torch import nn
 
 import hf_amp
 from hf_amp import Cause, EventKind, MixedPrecisionConfig, PrecisionMode
+from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.fallback.speed import TIMED_STEPS, WARMUP_STEPS
 from tests.fallback.rescaled import ZOO, RescaledModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_accelerator_state")]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, AmpSession, EventKind, MixedPrecisionConfig, PrecisionMode
-from hf_amp.fallback.speed import TIMED_STEPS, WARMUP_STEPS, SpeedTrial
-from hf_amp.hardware import Hardware
+from hf_amp.device import Hardware
+from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS, SpeedTrial
 
 MIXED, BF16, FP32 = PrecisionMode.MIXED, PrecisionMode.BF16, PrecisionMode.FP32
 STEPS_EACH = WARMUP_STEPS + TIMED_STEPS

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import EventKind, MixedPrecisionConfig
-from hf_amp.monitoring.pace import Pace
+from hf_amp.monitoring.throughput import Pace
 from tests.rank_end import leave_together
 
 FAULTS = (

@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 
 from hf_amp import AdvancedMixedPrecisionManager, MixedPrecisionCallback
 from hf_amp.cli import app
-from hf_amp.monitoring.event_log import FILE_NAME
 from hf_amp.monitoring.metrics import TIMINGS
-from hf_amp.monitoring.run_history import read_run
+from hf_amp.report.reader import FILE_NAME, read_run
 from tests.faults.conftest import Tally
 from tests.integrations.trainers import OverflowAt, regression_trainer
 from tests.reference import adamw, tiny_mlp

@@ -15,9 +15,8 @@ import torch
 
 from hf_amp import AdvancedMixedPrecisionManager, AmpEvent, Cause, EventKind, StateError
 from hf_amp.integrations.checkpoint import GUARD_NAME
-from hf_amp.monitoring.event_log import FILE_NAME
-from hf_amp.monitoring.run_history import read_run
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
+from hf_amp.report.reader import FILE_NAME, read_run
 from tests.faults.conftest import Tally
 from tests.integrations.checkpointed_run import begin
 

@@ -22,9 +22,8 @@ from transformers import TrainerCallback
 
 import hf_amp
 from hf_amp import EventKind, MixedPrecisionCallback, MixedPrecisionConfig, StateError
-from hf_amp.monitoring.event_log import FILE_NAME
-from hf_amp.monitoring.run_history import read_run
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
+from hf_amp.report.reader import FILE_NAME, read_run
 from tests.faults.conftest import Tally
 from tests.integrations.checkpointed_run import Run, begin
 from tests.integrations.trainers import OverflowAt, logged, parameters_of, regression_trainer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import Cause, EventKind, MixedPrecisionConfig
-from hf_amp.monitoring.event_log import EventLog, find_log
+from hf_amp.report.reader import EventLog, find_log
 from tests.faults.conftest import Tally
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_amp import ConfigError, MixedPrecisionConfig, PrecisionMode, ScalingStrategy
-from hf_amp.options import shown
+from hf_amp.config import shown
 from tests.fuzz.anything import ANYTHING, FAST, PLAIN
 
 OPTIONS = {option.name: option for option in dataclasses.fields(MixedPrecisionConfig)}

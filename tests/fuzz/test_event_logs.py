@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from hf_amp import EventKind, StateError
-from hf_amp.cli.report.figures import figures_of
-from hf_amp.cli.report.page import page
 from hf_amp.cli.watch import panel, take_in
-from hf_amp.monitoring import run_history
-from hf_amp.monitoring.event_log import FILE_NAME, EventLog
+from hf_amp.report import reader
 from hf_amp.monitoring.metrics import NAMES
-from hf_amp.monitoring.run_history import CHANGES_KEPT, RunHistory, read_run
+from hf_amp.report.page import page
+from hf_amp.report.pictures import figures_of
+from hf_amp.report.reader import CHANGES_KEPT, FILE_NAME, EventLog, RunHistory, read_run
 from tests.fuzz.anything import FAST, PLAIN
 
 KINDS = (
@@ -175,7 +174,7 @@ def test_names_without_end_are_refused(
     monkeypatch: pytest.MonkeyPatch, flood: Callable[[int], dict[str, Any]]
 ) -> None:
     """A log in which every line has another figure, cause or module is none of hf_amp's, and does not fill the memory."""
-    monkeypatch.setattr(run_history, "MOST_MODULES", 2000)
+    monkeypatch.setattr(reader, "MOST_MODULES", 2000)
     lines = map(flood, range(1100))
     with pytest.raises(StateError, match=r"line \d+ .*more than"):
         history(lines)

@@ -21,11 +21,11 @@ from hf_amp import (
     PrecisionMode,
     StateError,
 )
+from hf_amp.config import is_real
+from hf_amp.device import probe
 from hf_amp.events import Cause
 from hf_amp.fallback.controller import FallbackState, StepFacts
-from hf_amp.fallback.ladder import ladder_of
-from hf_amp.hardware import probe
-from hf_amp.options import is_real
+from hf_amp.fallback.plan import ladder_of
 from hf_amp.session import AmpSession
 from tests.fuzz.anything import ANYTHING, FAST
 from tests.reference import OverflowInBackward, tiny_mlp

@@ -17,7 +17,7 @@ from torch import nn
 import hf_amp
 from hf_amp import AttachError, MixedPrecisionConfig, PrecisionMode
 from hf_amp.monitoring.metrics import LOG_PREFIX
-from hf_amp.monitoring.run_history import read_run
+from hf_amp.report.reader import read_run
 from tests.reference import OverflowInBackward, snapshot, tiny_mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from hf_amp import EventKind
-from hf_amp.integrations.checkpoint import GUARD_NAME
-from hf_amp.integrations.staging import Staging, finish_interrupted
+from hf_amp.integrations.checkpoint import GUARD_NAME, Staging, finish_interrupted
 from tests.integrations.checkpointed_run import KilledWhileSaved, begin
 from tests.reference import assert_bitwise_equal
 

@@ -14,8 +14,7 @@ from transformers import Trainer, set_seed
 
 import hf_amp
 from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
-from hf_amp.scaling.half_parameters import settle
-from hf_amp.scaling.master_weights import MasterWeights
+from hf_amp.scaling.master_weights import MasterWeights, settle
 from tests.integrations.half_models import dtypes, loaded
 from tests.integrations.trainers import arguments, text_rows
 from tests.reference import tiny_mlp

@@ -18,8 +18,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_amp.cli.demo_model import text_blocks
-from hf_amp.integrations.upstream import replace_scaler
+from hf_amp.cli.demo_training import text_blocks
+from hf_amp.integrations._compat import replace_scaler
 
 if TYPE_CHECKING:
     from datasets import Dataset

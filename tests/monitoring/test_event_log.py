@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hf_amp import AmpEvent, Cause, EventKind, StateError
-from hf_amp.monitoring.event_log import FILE_NAME, EventLog, find_log
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
+from hf_amp.report.reader import FILE_NAME, EventLog, find_log
 
 
 def written(path: Path, *events: AmpEvent) -> Path:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hf_amp import Cause, EventKind
-from hf_amp.monitoring.hopeless import HopeWatch
+from hf_amp.monitoring.stall import HopeWatch
 
 
 def kinds_told(watch: HopeWatch, steps: str) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 from hf_amp import Cause
 from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX, NAMES
 from hf_amp.monitoring.monitor import PrecisionMonitor
-from hf_amp.monitoring.pace import Pace
+from hf_amp.monitoring.throughput import Pace
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
 
 

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_amp import PerformanceTracker
 from hf_amp.monitoring.memory import StoredForBackward
-from hf_amp.monitoring.pace import Pace
+from hf_amp.monitoring.throughput import Pace
 from tests.host_reads import count_synchronisations
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hf_amp.monitoring.pace import Pace
+from hf_amp.monitoring.throughput import Pace
 
 
 def pace_at(*times: float, number_format: str = "FP16") -> Pace:

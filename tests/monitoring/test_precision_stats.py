@@ -18,7 +18,7 @@ from hf_amp import (
     PerformanceTracker,
     PrecisionMonitor,
 )
-from hf_amp.monitoring.precision_record import ERRORS_KEPT, KINDS_KEPT
+from hf_amp.monitoring.monitor import ERRORS_KEPT, KINDS_KEPT
 from tests.host_reads import count_host_reads
 from tests.reference import losses, tiny_mlp
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from hf_amp import StateError
-from hf_amp.monitoring.run_history import LARGEST_GROUPS, RunHistory
-from hf_amp.monitoring.series import POINTS_KEPT, Series
+from hf_amp.report.reader import LARGEST_GROUPS, POINTS_KEPT, RunHistory, Series
 
 _seconds = itertools.count()
 

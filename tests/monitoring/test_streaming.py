@@ -9,7 +9,7 @@ import statistics
 import pytest
 import torch
 
-from hf_amp.monitoring.streaming import History, LossMean, Quantiles, RunningStatistics
+from hf_amp.monitoring.monitor import History, LossMean, Quantiles, RunningStatistics
 from tests.host_reads import count_host_reads
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_amp.monitoring.verdict import Level, verdict_on
+from hf_amp.report.verdict import Level, verdict_on
 from tests.monitoring.test_run_history import changed, history, line, skipped, started
 
 

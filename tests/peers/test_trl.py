@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, set_seed
 
 from hf_amp import AmpEvent, Cause, EventKind, MixedPrecisionCallback
-from hf_amp.cli.demo_model import text_blocks
+from hf_amp.cli.demo_training import text_blocks
 from tests.fallback.rescaled import ZOO
 from tests.integrations import trainers
 from tests.integrations.trainers import logged

@@ -10,7 +10,7 @@ import torch
 from hf_amp import MixedPrecisionConfig
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.scaling.adaptive import LIMIT_BITS, AdaptiveScale
-from hf_amp.scaling.policy import Observation, ScalePolicy
+from hf_amp.scaling.policies import Observation, ScalePolicy
 
 
 def observed(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
-from hf_amp.scaling.outcome import StepOutcome
+from hf_amp.scaling.step import StepOutcome
 from tests.host_reads import count_host_reads
 from tests.reference import OverflowInBackward
 

@@ -12,7 +12,7 @@ from torchgen.gen import parse_native_yaml
 from torchgen.model import DispatchKey
 
 from hf_amp import ScalingStrategy
-from hf_amp.statistics import gradients
+from hf_amp.statistics import exact_norm
 from tests.scaling.operations import Dispatched, steps_of
 
 
@@ -52,6 +52,6 @@ def test_a_norm_whose_squares_overflow_needs_no_fp64() -> None:
     """MPS does not have it. What else a step does in FP64 asks for the device first."""
     large = [torch.full((3,), 1e30), torch.full((2,), 1e20, dtype=torch.bfloat16)]
     with Dispatched() as dispatched:
-        gradients.exact_norm(large, torch.device("cpu"))
+        exact_norm(large, torch.device("cpu"))
     assert dispatched.names - with_kernel_for_mps() == set()
     assert torch.float64 not in {dtype for _, dtype in dispatched.given}

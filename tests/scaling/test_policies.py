@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_amp import MixedPrecisionConfig, ScalingStrategy
-from hf_amp.scaling.policy import Observation, ScalePolicy
-from hf_amp.scaling.scale_keeper import POLICIES
-from hf_amp.scaling.state import read_fields, restored
+from hf_amp.scaling.policies import Observation, ScalePolicy
+from hf_amp.scaling.scaler import POLICIES
+from hf_amp.scaling.state import restored, state_to_host
 from tests.host_reads import count_host_reads
 from tests.scaling.observations import observed, scales_under
 
@@ -61,7 +61,7 @@ def test_state_round_trips_and_ranks_agree(strategy: ScalingStrategy, steps: lis
     policy = policy_of(strategy, growth_interval=3)
     whole = run(policy, steps + steps)[-1]
     middle = run(policy, steps)[-1]
-    resumed = restored(policy.init_state(torch.device("cpu")), read_fields(middle))
+    resumed = restored(policy.init_state(torch.device("cpu")), state_to_host(middle))
     for observation in steps:
         resumed = policy.next_state(resumed, observation)
     for a, b, c in zip(whole, resumed, run(policy, steps + steps)[-1], strict=True):

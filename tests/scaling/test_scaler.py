@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, ConfigError, MixedPrecisionConfig, ScalerError, StateError
-from hf_amp.scaling.boundary import Look, Treatment, examine
-from hf_amp.scaling.loss import SeenLosses
-from hf_amp.scaling.policy import observation_of
+from hf_amp.scaling.policies import observation_of
+from hf_amp.scaling.step import Look, SeenLosses, Treatment, examine
 from tests.host_reads import count_host_reads
 from tests.reference import (
     OverflowInBackward,

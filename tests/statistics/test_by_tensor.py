@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.precision import FP16_FORMAT
-from hf_amp.statistics.by_tensor import amax_of_each, underflow_of_each
+from hf_amp.statistics import amax_of_each, underflow_of_each
 from tests.host_reads import count_host_reads
 
 

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
-from hf_amp.statistics.by_tensor import underflow_of_each
-from hf_amp.statistics.gradients import (
+from hf_amp.statistics import (
+    SAMPLES_PER_TENSOR,
     by_device_and_dtype,
     collect,
     count_non_finite,
     exact_norm,
     norm_and_amax,
+    sample_underflow,
     total_amax,
     total_norm,
+    underflow_of_each,
 )
-from hf_amp.statistics.samples import SAMPLES_PER_TENSOR, underflow
 from tests.host_reads import count_host_reads
 
 CPU = torch.device("cpu")
@@ -205,7 +206,7 @@ def test_measuring_leaves_the_gradients_alone():
     gradients = random_gradients(2, DTYPES)
     before = [gradient.clone() for gradient in gradients]
     measure(gradients, CPU)
-    underflow(gradients, FP16_FORMAT, 0)
+    sample_underflow(gradients, FP16_FORMAT, 0)
     count_non_finite(gradients)
     assert all(torch.equal(was, now) for was, now in zip(before, gradients, strict=True))
 
@@ -305,7 +306,7 @@ EDGES = [0.0, -0.0, 2.0**-25, -(2.0**-24), 2.0**-15, -(2.0**-14), 2.0**-14, 1.0,
 def test_zero_and_subnormal_elements_underflow(dtype):
     """The smallest normal value does not count, whatever is below it does, in every dtype."""
     gradient = torch.tensor(EDGES, dtype=dtype)
-    assert underflow([gradient], FP16_FORMAT, 0).fraction.item() == pytest.approx(5 / len(EDGES))
+    assert sample_underflow([gradient], FP16_FORMAT, 0).fraction.item() == pytest.approx(5 / len(EDGES))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -314,7 +315,7 @@ def test_the_fraction_of_small_tensors_is_exact(seed):
     gradients = [gradient * 1e-2 for gradient in random_gradients(seed, [torch.float32])]
     gradients.append(torch.zeros(SAMPLES_PER_TENSOR))
     expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
-    assert underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(expected, abs=1e-5)
+    assert sample_underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.0])
@@ -327,13 +328,13 @@ def test_the_fraction_of_large_tensors_is_close(share):
         gradient[torch.rand_like(gradient) < share * (1 + i % 2) / 1.5] = 2.0**-20
         gradients.append(gradient)
     expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
-    assert underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(expected, abs=0.02)
+    assert sample_underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(expected, abs=0.02)
 
 
 def test_a_large_tensor_outweighs_a_small_one():
     """The fraction is one of elements, not of tensors."""
     gradients = [torch.zeros(10), torch.ones(99_990)]
-    assert underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(1e-4, rel=1e-3)
+    assert sample_underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(1e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("number_format", [FP16_FORMAT, BF16_FORMAT, FP32_FORMAT])
@@ -341,14 +342,14 @@ def test_the_format_draws_the_line(number_format):
     """Each format's own smallest normal value is the limit."""
     edge = number_format.smallest_normal
     gradient = torch.tensor([0.0, edge / 2, edge, 2 * edge], dtype=torch.float64)
-    assert underflow([gradient], number_format, 0).fraction.item() == 0.5
+    assert sample_underflow([gradient], number_format, 0).fraction.item() == 0.5
 
 
 @pytest.mark.parametrize("exponent", range(-20, 4))
 def test_the_value_below_a_power_of_two_belongs_to_the_power_before(exponent):
     """The largest number below 2^-14 is subnormal, and each number asks for the scale that its own exponent needs."""
     below = torch.nextafter(torch.tensor(2.0**exponent), torch.tensor(0.0))
-    found = underflow([below.repeat(3)], FP16_FORMAT, 0)
+    found = sample_underflow([below.repeat(3)], FP16_FORMAT, 0)
     assert found.fraction.item() == float(exponent <= -14)
     assert found.cure.item() == 2.0 ** (-14 - exponent + 1)
 
@@ -356,28 +357,31 @@ def test_the_value_below_a_power_of_two_belongs_to_the_power_before(exponent):
 @pytest.mark.parametrize("bad", NON_FINITE)
 def test_bad_elements_do_not_underflow(bad):
     """An overflowing step still gives a fraction."""
-    assert underflow([torch.tensor([bad, 0.0])], FP16_FORMAT, 0).fraction.item() == 0.5
+    assert sample_underflow([torch.tensor([bad, 0.0])], FP16_FORMAT, 0).fraction.item() == 0.5
 
 
 def test_only_empty_tensors_underflow_nothing():
     """Without elements the fraction is 0, not 0/0."""
-    assert underflow([torch.zeros(0), torch.zeros(0, 3)], FP16_FORMAT, 0).fraction.item() == 0.0
+    assert sample_underflow([torch.zeros(0), torch.zeros(0, 3)], FP16_FORMAT, 0).fraction.item() == 0.0
 
 
 def test_sampling_leaves_the_random_state_alone():
     """Dropout and shuffling are the same with monitoring on or off."""
     before = torch.get_rng_state()
-    underflow([torch.ones(3 * SAMPLES_PER_TENSOR)], FP16_FORMAT, 1)
+    sample_underflow([torch.ones(3 * SAMPLES_PER_TENSOR)], FP16_FORMAT, 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_default_device_changes_no_sample():
     """`torch.set_default_device` says where a user's tensors go, not where a sample is drawn."""
     tensors = [torch.randn(5000) * 2.0**-15, torch.randn(5000, dtype=torch.float64)]
-    expected = underflow(tensors, FP16_FORMAT, 3), underflow_of_each(tensors, FP16_FORMAT, torch.ones(()), 3)
+    expected = (
+        sample_underflow(tensors, FP16_FORMAT, 3),
+        underflow_of_each(tensors, FP16_FORMAT, torch.ones(()), 3),
+    )
     one = torch.ones(())
     with META:
-        found = underflow(tensors, FP16_FORMAT, 3), underflow_of_each(tensors, FP16_FORMAT, one, 3)
+        found = sample_underflow(tensors, FP16_FORMAT, 3), underflow_of_each(tensors, FP16_FORMAT, one, 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -385,8 +389,8 @@ def test_the_seed_chooses_the_sample():
     """Ranks with the same gradients and seed agree to the last bit; other seeds look at other elements."""
     torch.manual_seed(0)
     gradient = torch.rand(100 * SAMPLES_PER_TENSOR) * 2 * FP16_FORMAT.smallest_normal
-    fractions = [underflow([gradient], FP16_FORMAT, seed).fraction.item() for seed in range(20)]
-    again = [underflow([gradient.clone()], FP16_FORMAT, seed).fraction.item() for seed in range(20)]
+    fractions = [sample_underflow([gradient], FP16_FORMAT, seed).fraction.item() for seed in range(20)]
+    again = [sample_underflow([gradient.clone()], FP16_FORMAT, seed).fraction.item() for seed in range(20)]
     assert fractions == again
     assert len(set(fractions)) > 1
     assert sum(fractions) / len(fractions) == pytest.approx(0.5, abs=0.02)
@@ -406,7 +410,7 @@ def test_the_cure_is_the_power_of_two_that_lifts_all_but_the_tolerated_share(see
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.randn(1000, generator=generator) * 2.0 ** (seed * 4 - 20)
     gradient[::7] = 0.0
-    assert underflow([gradient], FP16_FORMAT, 0).cure.item() == cure_of(gradient.double().tolist(), 0)
+    assert sample_underflow([gradient], FP16_FORMAT, 0).cure.item() == cure_of(gradient.double().tolist(), 0)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2, 3])
@@ -416,13 +420,13 @@ def test_a_tolerated_share_asks_for_nothing(lost):
     other = torch.full((1024,), 1.0)
     gradient[:lost] = 2.0**-20
     expected = 2.0**-14 if lost <= 2 else 2.0**6
-    assert underflow([gradient, other], FP16_FORMAT, 0).cure.item() == expected
+    assert sample_underflow([gradient, other], FP16_FORMAT, 0).cure.item() == expected
 
 
 @pytest.mark.parametrize("values", [[0.0] * 5, [math.nan] * 5, [0.0, math.nan]])
 def test_nothing_but_zeros_asks_for_nothing(values):
     """Zeros may be beyond cure, and NaN tells nothing: no scale is asked for."""
-    assert underflow([torch.tensor(values)], FP16_FORMAT, 0).cure.item() == 0.0
+    assert sample_underflow([torch.tensor(values)], FP16_FORMAT, 0).cure.item() == 0.0
 
 
 # ---- host reads ---------------------------------------------------------------------------------------------
@@ -434,7 +438,7 @@ def test_measuring_and_sampling_read_nothing(dtypes):
     gradients = [*random_gradients(0, dtypes), torch.ones(3 * SAMPLES_PER_TENSOR)]
     with count_host_reads() as reads:
         measure(gradients, CPU)
-        underflow(gradients, FP16_FORMAT, 0)
+        sample_underflow(gradients, FP16_FORMAT, 0)
     assert reads.sources == []
 
 
@@ -442,7 +446,7 @@ def test_measuring_and_sampling_read_nothing(dtypes):
 def test_no_value_is_needed_on_an_accelerator_either(dtypes):
     """Tensors that have no values at all, and are not on the CPU, are measured and sampled without an error."""
     gradients = [torch.empty(5000, dtype=dtype, device=META) for dtype in dtypes * 2]
-    results = [*measure(gradients, META), *underflow(gradients, FP16_FORMAT, 0)]
+    results = [*measure(gradients, META), *sample_underflow(gradients, FP16_FORMAT, 0)]
     assert {(result.shape, result.dtype, result.device) for result in results} == {((), torch.float32, META)}
 
 
@@ -451,8 +455,8 @@ def test_a_gpu_finds_what_the_cpu_finds():
     """Norm, amax, and what the same sample shows of underflow."""
     gradients = [gradient * 2.0**-13 for gradient in large_and_small(0, torch.float32)]
     here, there = ([g.to(device) for g in gradients] for device in ("cpu", "cuda"))
-    expected = [*measure(here, CPU), *underflow(here, FP16_FORMAT, 0)]
-    found = [*measure(there, torch.device("cuda")), *underflow(there, FP16_FORMAT, 0)]
+    expected = [*measure(here, CPU), *sample_underflow(here, FP16_FORMAT, 0)]
+    found = [*measure(there, torch.device("cuda")), *sample_underflow(there, FP16_FORMAT, 0)]
     assert [figure.item() for figure in found] == pytest.approx([f.item() for f in expected], rel=1e-5)
 
 

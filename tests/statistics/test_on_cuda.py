@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from hf_amp.precision import FP16_FORMAT
-from hf_amp.scaling.unscale import multiply_, unscale_and_check_
-from hf_amp.statistics import snapshot
-from hf_amp.statistics.by_tensor import amax_of_each, underflow_of_each
-from hf_amp.statistics.gradients import count_non_finite, exact_norm, total_amax, total_norm
-from hf_amp.statistics.samples import underflow
+from hf_amp.scaling.step import multiply_, unscale_and_check_
+from hf_amp.statistics import (
+    PendingTransfer,
+    amax_of_each,
+    count_non_finite,
+    exact_norm,
+    sample_underflow,
+    to_host,
+    total_amax,
+    total_norm,
+    underflow_of_each,
+)
 from tests.host_reads import count_synchronisations
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +44,7 @@ def test_statistics_are_those_of_the_cpu(dtypes: list[torch.dtype]) -> None:
 
     def found(held: list[Tensor], device: torch.device) -> list[Tensor]:
         filled = [g for g in held if g.numel()]
-        half, factor = underflow(held, FP16_FORMAT, seed=3), torch.full((), 4.0, device=device)
+        half, factor = sample_underflow(held, FP16_FORMAT, seed=3), torch.full((), 4.0, device=device)
         return [
             total_norm(held, device), total_amax(held, device), half.fraction, half.cure,
             *amax_of_each(held, device), *underflow_of_each(filled, FP16_FORMAT, factor, seed=3),
@@ -82,7 +89,9 @@ def test_gradients_on_two_devices_are_one_set(first: str, target: str) -> None:
         squares = sum(gradient.double().square().sum().item() for gradient in held)
         assert total_amax(held, device).item() == 200.0
         assert total_norm(held, device).item() == pytest.approx(math.sqrt(squares), rel=1e-4)
-        assert underflow([g * 1e-8 for g in held], FP16_FORMAT, seed).fraction.item() == pytest.approx(1.0)
+        assert sample_underflow([g * 1e-8 for g in held], FP16_FORMAT, seed).fraction.item() == pytest.approx(
+            1.0
+        )
         inverse = torch.full((), 0.5, device=device)
         assert unscale_and_check_(held, inverse).item() == 0
         multiply_(held, inverse)
@@ -97,12 +106,12 @@ def test_a_pending_read_does_not_wait() -> None:
     x = torch.randn(8192, 8192, device=CUDA)
     values = {"norm": torch.tensor(0.5, device=CUDA), "count": torch.tensor(7, device=CUDA)}
     x @ x  # loads what products need
-    assert snapshot.PendingRead(values).result() == {"norm": 0.5, "count": 7.0}
+    assert PendingTransfer(values).result() == {"norm": 0.5, "count": 7.0}
     with count_synchronisations() as waits:
         for _ in range(20):
             x @ x
         values["norm"] += 1
-        pending = snapshot.PendingRead(values)
+        pending = PendingTransfer(values)
         values["norm"] += 1
         was_ready = pending.ready()
     assert waits.sources == []
@@ -114,7 +123,7 @@ def test_a_pending_read_does_not_wait() -> None:
 def test_a_pending_read_is_pinned_whatever_the_default_device_is() -> None:
     """`torch.set_default_device("cuda")` has no say in where the host's memory is."""
     with CUDA:
-        pending = snapshot.PendingRead({"norm": torch.tensor(0.5)})
+        pending = PendingTransfer({"norm": torch.tensor(0.5)})
     assert pending._host.is_pinned()
     assert pending.result() == {"norm": 0.5}
 
@@ -123,6 +132,6 @@ def test_a_read_is_one_synchronisation() -> None:
     """However many values there are, of whatever dtype."""
     values = {str(i): torch.tensor(i, dtype=dtype, device=CUDA) for i, dtype in enumerate(DTYPES * 4)}
     with count_synchronisations() as waits:
-        host = snapshot.read(values)
+        host = to_host(values)
     assert waits.count == 1, waits.sources
     assert host == {str(i): float(i) for i in range(12)}

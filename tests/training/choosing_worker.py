@@ -13,8 +13,8 @@ from hf_amp import (
     MixedPrecisionConfig,
     PerformanceOptimizedMixedPrecisionTrainer,
 )
-from hf_amp.fallback.speed import TIMED_STEPS, WARMUP_STEPS
-from hf_amp.hardware import probe
+from hf_amp.device import probe
+from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS
 from tests.reference import adamw
 from tests.training.loops import real_text, small_gpt2
 

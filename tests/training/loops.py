@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_amp.cli.demo_model import text_blocks
+from hf_amp.cli.demo_training import text_blocks
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.precision import FP16_FORMAT
 from tests.reference import OverflowInBackward, tiny_mlp

@@ -25,8 +25,8 @@ from hf_amp import (
     PrecisionMode,
     ScalingStrategy,
 )
-from hf_amp.fallback.speed import TIMED_STEPS, WARMUP_STEPS
-from hf_amp.hardware import probe
+from hf_amp.device import probe
+from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS
 from tests.training.choosing_worker import choices
 from tests.training.loops import vectors
 

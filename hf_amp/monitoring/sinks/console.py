@@ -5,7 +5,12 @@ from __future__ import annotations
 import logging
 
 from hf_amp.events import AmpEvent, EventKind, mentioned
-from hf_amp.monitoring.visible import visible
+
+
+def visible(text: str) -> str:
+    """`text` with control characters and everything else that does not print shown as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 NAMES_SHOWN = 4
 """Modules that one line names; the event has all."""

@@ -15,7 +15,7 @@ import numpy
 
 from hf_amp.events import AmpEvent, EventKind
 from hf_amp.monitoring.metrics import BY_MODULE, LOG_PREFIX
-from hf_amp.reversible import ReversibleChanges
+from hf_amp.patch_log import ReversibleChanges
 
 _CHARTS: Mapping[str, tuple[str, ...]] = {
     "loss scale": ("scale",),

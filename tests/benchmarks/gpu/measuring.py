@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_amp.monitoring.monitor import PrecisionMonitor
-from hf_amp.training.calibration import MemoryCalibration
+from hf_amp.training.trainers import MemoryCalibration
 from tests.benchmarks.gpu.contenders import Contender
 from tests.benchmarks.gpu.models import Batch
 from tests.benchmarks.measuring import ratio

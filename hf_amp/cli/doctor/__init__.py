@@ -1,1 +1,0 @@
-"""`hf-amp doctor`: what this machine can run, and what it should."""

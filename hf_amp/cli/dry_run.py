@@ -1,0 +1,369 @@
+"""A training step of a model in formats that this machine does not have, by emulation: what would leave their range."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from hf_amp.emulation import EmulatedPrecision
+from hf_amp.errors import HfAmpError
+from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry
+from hf_amp.fallback.plan import PrecisionPlan
+from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.fallback.replay import float_tensors, locate
+from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, NumberFormat, PrecisionMode
+from hf_amp.statistics import to_host
+
+
+class PreflightError(HfAmpError, ValueError):
+    """The model or the batch cannot be used."""
+
+
+def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a folder or hub name, of the class that its configuration names, in the dtypes that it was saved in.
+
+    Weights come from safetensors, or from a pickle that holds tensors only, which is how transformers loads.
+
+    Raises:
+        PreflightError: it cannot be loaded.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise PreflightError(
+            f"{name}: no such folder; pass a folder that save_pretrained wrote, or a hub name."
+        )
+    folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise PreflightError(
+            f"{name}: an adapter of peft, without the model under it; pass that model, or what merge_and_unload() gave to "
+            "save_pretrained."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        architecture = (config.architectures or [""])[0]
+        factory: Any = AutoModel if trust_remote_code else getattr(transformers, architecture, AutoModel)
+        model: PreTrainedModel = factory.from_pretrained(
+            name, dtype="auto", trust_remote_code=trust_remote_code, weights_only=True
+        )
+    except Exception as error:  # transformers raises of many kinds
+        raise PreflightError(
+            f"{name}: cannot be loaded ({type(error).__name__}: {str(error)[:400]}); pass a folder that save_pretrained wrote, or "
+            "a hub name."
+        ) from error
+    return model
+
+
+def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tensor]:
+    """The batch for a dry run.
+
+    Args:
+        batch: a number of rows to make up, with a fixed seed; or a `.safetensors` or `.pt` file with a mapping of
+            argument names to tensors, loaded with `weights_only`.
+        length: tokens a row of what is made up.
+
+    Raises:
+        PreflightError: neither a number nor such a file, or nothing can be made up for this model.
+    """
+    if batch.lstrip("-").isdecimal():
+        if int(batch) < 1:
+            raise PreflightError(f"--batch {batch}: pass a number of rows from 1 on.")
+        return made_up_batch(model, int(batch), length)
+    path = Path(batch)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        loaded = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # safetensors, pickle and the system raise of many kinds
+        raise PreflightError(
+            f"--batch {batch}: cannot be read ({type(error).__name__}: {str(error)[:200]}); pass a number of rows, or a "
+            ".safetensors or .pt file with the arguments of the model by name."
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise PreflightError(f"--batch {batch}: must hold a mapping of argument names to tensors.")
+    return loaded
+
+
+def made_up_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
+    """Random tokens, pixels or sound in the shapes that the configuration asks for, and labels where there is a loss."""
+    generator = torch.Generator().manual_seed(0)
+    config, name = model.config, model.main_input_name
+    if name == "input_ids":
+        length = min(length, getattr(config, "max_position_embeddings", None) or length)
+        batch = {name: _tokens(config, rows, length, generator)}
+    elif name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        batch = {name: torch.randn(rows, config.num_channels, height, width, generator=generator)}
+    elif name == "input_features":
+        frames = 2 * config.max_source_positions
+        batch = {name: torch.randn(rows, config.num_mel_bins, frames, generator=generator)}
+    elif name == "input_values":
+        batch = {name: torch.randn(rows, 16_000, generator=generator)}
+    else:
+        raise PreflightError(
+            f"no batch can be made up for {type(model).__name__}, whose input is {name}: save one as .safetensors and pass it "
+            "as --batch."
+        )
+    return batch | _labels(model, batch, rows, length, generator)
+
+
+def _tokens(config: PretrainedConfig, rows: int, length: int, generator: torch.Generator) -> Tensor:
+    vocabulary = int(config.get_text_config().vocab_size)
+    return torch.randint(vocabulary, (rows, length), generator=generator)
+
+
+def _labels(
+    model: PreTrainedModel, batch: dict[str, Tensor], rows: int, length: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Labels for the model's own loss; without one, what a decoder begins from."""
+    config, architecture = model.config, type(model).__name__
+    accepted = inspect.signature(model.forward).parameters
+    if "labels" in accepted and "Classification" in architecture and "Token" not in architecture:
+        return {"labels": torch.randint(int(config.num_labels or 1), (rows,), generator=generator)}
+    if "labels" in accepted and "input_ids" in batch and not config.is_encoder_decoder:
+        return {"labels": batch["input_ids"].clone()}
+    if config.is_encoder_decoder:
+        longest = min(length, getattr(config, "max_target_positions", None) or length)
+        tokens = _tokens(config, rows, int(longest), generator)
+        return {"labels" if "labels" in accepted else "decoder_input_ids": tokens}
+    return {}
+
+
+ADAM_STATES = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a trainable parameter takes, in bytes.
+
+    Attributes:
+        name: the precision, and what is meant by it.
+        weights: of the parameter, FP32 master weights included.
+        gradients: of its gradient.
+        optimizer: of Adam's two averages.
+        casts: of its half-precision copy, which autocast keeps for the length of a forward pass.
+    """
+
+    name: str
+    weights: int
+    gradients: int
+    optimizer: int
+    casts: int
+
+    def total_bytes(self, trainable: int, frozen: int) -> int:
+        """For so many parameters; a frozen one has weights and a cast, in the same formats, and nothing else."""
+        frozen_weights = min(self.weights, 4)
+        return trainable * (self.weights + self.gradients + self.optimizer + self.casts) + frozen * (
+            frozen_weights + self.casts
+        )
+
+
+RECIPES = (
+    Recipe("FP32", 4, 4, 4 * ADAM_STATES, 0),
+    Recipe("MIXED (fp16=True) or BF16 (bf16=True)", 4, 4, 4 * ADAM_STATES, 2),
+    Recipe("FP16 parameters, FP32 master weights", 2 + 4, 2, 4 * ADAM_STATES, 0),
+    Recipe("BF16 parameters alone (small updates are lost)", 2, 2, 2 * ADAM_STATES, 0),
+)
+"""Source: dtypes of the tensors that each keeps: autocast keeps parameters, gradients and Adam in FP32."""
+
+
+def counted(model: nn.Module) -> tuple[int, int]:
+    """(trainable, frozen) elements of all parameters; a tied one counts once."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters()) - trainable
+
+
+def elements_by_dtype(model: nn.Module) -> Counter[str]:
+    """Name of a dtype → elements of parameters that have it."""
+    counts: Counter[str] = Counter()
+    for parameter in model.parameters():
+        counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return counts
+
+
+def half_precision_trouble(model: nn.Module) -> list[str]:
+    """What the dtypes of the parameters will lead to, a sentence each; empty where all trainable ones are FP32."""
+    found = []
+    for dtype, consequence in (
+        (torch.float16, "the stock scaler raises 'Attempting to unscale FP16 gradients'"),
+        (
+            torch.bfloat16,
+            "updates smaller than 1/256 of a weight are lost, and norm weights do not move at small learning rates",
+        ),
+    ):
+        names = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == dtype]
+        if names:
+            found.append(
+                f"{len(names)} trainable parameters are {str(dtype).removeprefix('torch.')} ({names[0]} among them): "
+                f"{consequence}. Load with dtype=torch.float32, or call model.float() before training."
+            )
+    return found
+
+
+FORMATS = (
+    FP16_FORMAT,
+    BF16_FORMAT,
+    NumberFormat("FP8 E4M3", torch.float8_e4m3fn),
+    NumberFormat("FP8 E5M2", torch.float8_e5m2),
+)
+UNDERFLOW_TO_TELL = 0.1
+"""The catalogue's limit for `underflow_fraction`."""
+FIRST_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-24
+
+
+@dataclass(frozen=True)
+class EmulatedEntry(PrecisionEntry):
+    """Enters one format by emulation, whichever half precision is asked for, and FP32 for FP32."""
+
+    device_type: str = "cpu"
+    emulate: bool = True
+    number_format: NumberFormat = FP16_FORMAT
+
+    def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
+        exact = precision is PrecisionMode.FP32
+        return EmulatedPrecision(NumberFormat.of(precision) if exact else self.number_format)
+
+
+@dataclass
+class DryRun:
+    """What a step in one format would be like.
+
+    Attributes:
+        number_format: whose range is in question.
+        overflowing: modules whose output leaves its range although their inputs are in it; "" is the model's own forward.
+        unsound: a module whose output is not finite in FP32 either; None where there is none.
+        scale: a loss scale with which the gradients are finite, with those modules in FP32; None where there is none.
+        underflow_fraction: share of gradient elements that are lost at that scale, of those that are not zero in FP32; None where
+            there is no such scale.
+        underflowing: module → the same, where it is above 0.1, worst first.
+        error: why it could not be run; None where it could.
+    """
+
+    number_format: NumberFormat
+    overflowing: list[str] = field(default_factory=list)
+    unsound: str | None = None
+    scale: float | None = None
+    underflow_fraction: float | None = None
+    underflowing: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        plain = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {**plain, "number_format": self.number_format.name, "saved_by": self.saved_by}
+
+    @property
+    def saved_by(self) -> str:
+        """The plan that would save a run in this format, in words."""
+        if self.error is not None or self.unsound is not None:
+            return "none: mend the model or the batch first"
+        if self.scale is None:
+            return "none: the gradients overflow at every scale; use another format"
+        if "" in self.overflowing:
+            return "the whole model in FP32 or BF16"
+        if self.overflowing:
+            count = len(self.overflowing)
+            by_itself = ": hf_amp does that" if self.number_format is FP16_FORMAT else ""
+            return f"{count} module{'s' if count > 1 else ''} in FP32{by_itself}"
+        if (self.underflow_fraction or 0.0) > UNDERFLOW_TO_TELL:
+            return "nothing overflows, but much is lost: a format of wider range"
+        return "nothing needed"
+
+
+def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
+    """One forward and backward of `model` on `batch` in each format, by emulation on the CPU. Nothing of the model changes.
+
+    FP8 is cast without a scale for each tensor, which real FP8 recipes have; so its figures are the worst case.
+
+    Args:
+        model: in FP32.
+        batch: arguments of the model by name.
+    """
+    exact = gradients_of(model, batch, CurrentPrecision(EmulatedEntry(), PrecisionMode.FP32), 1.0)
+    for number_format in FORMATS:
+        entry = EmulatedEntry(number_format=number_format)
+        forward = RecordedForward(model, (), dict(batch))
+        findings = locate(forward, CurrentPrecision(entry, PrecisionMode.MIXED))
+        result = DryRun(number_format, findings.overflowing, findings.unsound, error=findings.error)
+        if result.error is None and result.unsound is None:
+            _backward(model, batch, entry, exact, result)
+        yield result
+
+
+def _backward(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    entry: EmulatedEntry,
+    exact: Mapping[str, Tensor],
+    result: DryRun,
+) -> None:
+    """With the overflowing modules in FP32, looks for a scale, the largest first, and for what is lost with it."""
+    runner = PlanRunner(entry, PrecisionMode.MIXED)
+    runner.adopt(model)
+    in_fp32 = dict.fromkeys(result.overflowing, PrecisionMode.FP32)
+    runner.apply(PrecisionPlan(PrecisionMode.MIXED, in_fp32))
+    scale = FIRST_SCALE if entry.number_format is not BF16_FORMAT else 1.0
+    try:
+        while exact and scale >= SMALLEST_SCALE:
+            gradients = gradients_of(model, batch, runner.current, scale)
+            flags = {name: gradient.isfinite().all() for name, gradient in gradients.items()}
+            if all(to_host(flags).values()):
+                result.scale = scale
+                _note_underflow(gradients, exact, result)
+                return
+            scale /= 2
+    finally:
+        runner.remove()
+
+
+def gradients_of(
+    model: nn.Module, batch: Mapping[str, Tensor], precision: CurrentPrecision, scale: float
+) -> dict[str, Tensor]:
+    """Name of a parameter → its gradient of the scaled loss; the model's own are left empty."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same dropout in every format
+        with precision():
+            loss = _loss(model(**batch))
+    (loss * scale).backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+def _loss(output: Any) -> Tensor:
+    """The model's own loss; without one, the mean square of all that it returns."""
+    loss = getattr(output, "loss", None)
+    if loss is not None:
+        return torch.as_tensor(loss)
+    return torch.stack([x.float().square().mean() for _, x in float_tensors(output) if x.requires_grad]).sum()
+
+
+def _note_underflow(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun) -> None:
+    """What of the gradient is zero or subnormal; elements that are zero in FP32 as well, and so lose nothing, left out."""
+    counts: dict[str, Tensor] = {}
+    for name, gradient in gradients.items():
+        there = exact[name] != 0
+        small = gradient.abs() < result.number_format.smallest_normal
+        counts[f"lost {name}"], counts[f"there {name}"] = (small & there).sum(), there.sum()
+    host = to_host(counts)
+    lost: Counter[str] = Counter()
+    there_by_module: Counter[str] = Counter()
+    for name in gradients:
+        module = name.rpartition(".")[0]
+        lost[module] += int(host[f"lost {name}"])
+        there_by_module[module] += int(host[f"there {name}"])
+    result.underflow_fraction = lost.total() / max(1, there_by_module.total())
+    shares = {module: lost[module] / count for module, count in there_by_module.items() if count}
+    told = {module: share for module, share in shares.items() if share > UNDERFLOW_TO_TELL}
+    result.underflowing = dict(sorted(told.items(), key=lambda item: -item[1]))

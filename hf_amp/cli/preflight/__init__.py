@@ -1,1 +1,0 @@
-"""`hf-amp preflight`: what precision will do to a model, before it is trained."""

@@ -1,1 +1,0 @@
-"""`hf-amp report`: what a run's log tells, as one page to show to people."""

@@ -1,0 +1,156 @@
+"""What a device can run in half precision, and how, as a frozen record."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What FP16 and BF16 mean on one device.
+
+    Attributes:
+        device: the device's type, such as `cuda` or `cpu`.
+        name: the device's name as its driver or the operating system gives it.
+        fp16: `native` (units for it), `slow` (kernels without units) or `none`. Units are no promise of speed.
+        bf16: the same for BF16.
+        fp8: `native` or `none`.
+        tf32: the same for TF32, in which FP32 matrix products may run on request.
+        capability: compute capability of an NVIDIA device; None elsewhere.
+    """
+
+    device: str
+    name: str
+    fp16: str
+    bf16: str
+    fp8: str = "none"
+    tf32: str = "none"
+    capability: tuple[int, int] | None = None
+
+    def describe_fp16(self, emulate: bool) -> str:
+        """One phrase that says what FP16 is on this device."""
+        if self.device == "cpu" and emulate:
+            return "FP16 emulated on the CPU (FP32 arithmetic rounded to FP16; not faster than FP32)"
+        if self.fp16 == "slow":
+            return (
+                f"real FP16 kernels on {self.name}, which has no units for them (many times slower than FP32)"
+            )
+        return f"real FP16 on {self.name}"
+
+
+_AMD_UNITS = {
+    "fp16": ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"),
+    "bf16": ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"),
+    "fp8": ("gfx94", "gfx95", "gfx12"),
+    "tf32": ("gfx94",),
+}
+"""Format → how the names of architectures with matrix units for it begin. Source: ROCm, Data types and precision support."""
+_CPU_UNITS = {
+    "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
+    "bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+}
+"""Format → names of `torch.cpu.get_capabilities` for arithmetic in it, on x86 and ARM."""
+_LIMITS_WITHOUT_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
+"""Limits of oneDNN under which it has BF16 kernels, but none on units. Source: oneDNN, CPU dispatcher control."""
+
+
+def probe(device: torch.device | str) -> Hardware:
+    """What `device` can run. Reads no tensor.
+
+    Source: CUDA C++ Programming Guide, table of arithmetic instructions: FP16 tensor cores since compute
+    capability 7.0, BF16 and TF32 since 8.0, FP8 since 8.9.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and torch.version.hip:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName
+        return amd_gpu(torch.cuda.get_device_name(device), architecture)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return Hardware(
+            device="cuda",
+            name=torch.cuda.get_device_name(device),
+            fp16="native" if capability >= (7, 0) else "slow",
+            bf16="native" if capability >= (8, 0) else "slow",
+            fp8="native" if capability >= (8, 9) else "none",
+            tf32="native" if capability >= (8, 0) else "none",
+            capability=capability,
+        )
+    if device.type == "cpu":
+        name = platform.processor() or platform.machine()
+        return Hardware(device="cpu", name=name, fp16=_on_cpu("fp16"), bf16=_on_cpu("bf16"))
+    return Hardware(device=device.type, name=device.type, fp16="native", bf16="native")
+
+
+def amd_gpu(name: str, architecture: str) -> Hardware:
+    """What an AMD GPU can run, by the name of its architecture, such as "gfx90a:sramecc+:xnack-".
+
+    The capability that ROCm gives is the number in that name: that of gfx90a is (9, 0), which is Hopper's.
+    """
+
+    def units(number_format: str, otherwise: str) -> str:
+        return "native" if architecture.startswith(_AMD_UNITS[number_format]) else otherwise
+
+    return Hardware(
+        "cuda",
+        name,
+        units("fp16", "slow"),
+        units("bf16", "slow"),
+        units("fp8", "none"),
+        units("tf32", "none"),
+    )
+
+
+def _on_cpu(number_format: str) -> str:
+    """`native` where the CPU has units for matrix products in `number_format`, and oneDNN has kernels that may use them.
+
+    What the CPU has does not change with ONEDNN_MAX_CPU_ISA, and what oneDNN has kernels for does; which of these do
+    without units is only told by the limit itself. ATEN_CPU_CAPABILITY does not concern matrix products.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    has_units = any(capabilities.get(unit, False) for unit in _CPU_UNITS[number_format])
+    has_kernels = getattr(torch.ops.mkldnn, f"_is_mkldnn_{number_format}_supported", lambda: False)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    is_kept_off = number_format == "bf16" and limit in _LIMITS_WITHOUT_BF16
+    return "native" if has_units and has_kernels() and not is_kept_off else "slow"
+
+
+@dataclass(frozen=True, eq=False)
+class RandomState:
+    """The states of the CPU's generator and of those of some CUDA devices. They lie on the host: no device is read.
+
+    Attributes:
+        cpu: of the CPU's, shape [n], uint8.
+        cuda: device → that of its generator, likewise.
+    """
+
+    cpu: Tensor
+    cuda: Mapping[torch.device, Tensor]
+
+    @classmethod
+    def now(cls, devices: Iterable[torch.device]) -> RandomState:
+        """The present one, of the CPU and of what is CUDA among `devices`."""
+        cuda = {device for device in devices if device.type == "cuda"}
+        return cls(torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in cuda})
+
+    def restore(self) -> None:
+        """Makes it the present one."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+    def has_moved(self) -> bool:
+        """Whether anything was drawn since."""
+        now = RandomState.now(self.cuda)
+        same = (torch.equal(now.cuda[device], state) for device, state in self.cuda.items())
+        return not (torch.equal(now.cpu, self.cpu) and all(same))
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Where `model`'s parameters are."""
+    return {parameter.device for parameter in model.parameters()}

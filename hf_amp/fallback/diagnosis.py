@@ -1,0 +1,459 @@
+"""Why a step was skipped, found only after it was."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from hf_amp.events import Cause, mentioned
+from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
+from hf_amp.fallback.recorder import KEPT_FORWARDS, ForwardRecorder, RecordedForward
+from hf_amp.fallback.replay import ForwardFindings, locate, parameters_overflowing_unscaled
+from hf_amp.precision import NumberFormat
+from hf_amp.statistics import all_reduce_max_to_host, is_distributed, is_sharded, to_host
+from hf_amp.tree import tensors_in
+
+SCALE_IS_CURING = (
+    "the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in the "
+    "first steps of a run; nothing to do."
+)
+
+
+class Diagnosis(NamedTuple):
+    """Why a step was skipped.
+
+    Attributes:
+        cause: the cause.
+        message: a sentence that says what to do.
+        modules: qualified names of the modules to blame.
+        is_shown: whether it was seen; otherwise it is what remains when nothing else is, which another rank may have seen.
+        fails_in_fp32: whether the whole model was seen to fail in FP32 as well, so that no change of precision cures it.
+    """
+
+    cause: Cause
+    message: str
+    modules: tuple[str, ...] = ()
+    is_shown: bool = True
+    fails_in_fp32: bool = False
+
+    @property
+    def is_cured(self) -> bool:
+        """Whether the plan in force, under which the step did not run yet, is what it lacked: nothing is left to do."""
+        return self.cause is Cause.ACTIVATION and not self.is_shown
+
+
+_CURED_ALREADY = Diagnosis(
+    Cause.ACTIVATION,
+    "a forward value left the range of its format before the newest change of precision took effect, under which the same "
+    "batch gives finite values; nothing to do.",
+    is_shown=False,
+)
+
+
+def poison_in(
+    parameters: Iterable[tuple[str, Tensor]],
+    forwards: Sequence[RecordedForward],
+    optimizer_state: Iterable[tuple[str, Tensor]] = (),
+) -> Diagnosis | None:
+    """What was not finite before a step whose gradients were not: the parameters, or the batch. None where neither.
+
+    A finite loss does not rule that out: functions that saturate hide it. Costs a read of both. It is not shown where
+    another forward pass may have made what this one was given, as a generator does for its discriminator.
+
+    Args:
+        parameters: (qualified name, parameter) of what the optimizer holds.
+        forwards: the forward passes behind the gradients.
+        optimizer_state: (name, tensor) of its state, which is looked at only where the parameters are not finite: a
+            state that was poisoned, as by a damaged checkpoint, gets into them with the next step.
+    """
+    poisoned = non_finite_names(parameters)
+    if poisoned:
+        state = non_finite_names(optimizer_state)
+        also = f", and so does the optimizer's state ({state[0]})" if state else ""
+        return Diagnosis(
+            Cause.WEIGHTS,
+            f"{len(poisoned)} parameters already hold non-finite values, {poisoned[0]} among them{also}; no step can "
+            "mend that. Go back to the last good checkpoint.",
+        )
+    for index, forward in enumerate(forwards):
+        bad = _bad_input(forward) if forward.is_intact else None
+        if bad is None:
+            continue
+        described, x = bad
+        if x.grad_fn is not None:
+            return Diagnosis(
+                Cause.UNKNOWN,
+                f"a forward pass was given what {described}, which this step had computed before: look at what computes it.",
+                is_shown=False,
+            )
+        cure = "; no precision can cure that. Mend"
+        if x.dtype == torch.float16:
+            cure = ", in FP16. Where a frozen model computes that in FP16, run it in FP32 or BF16; otherwise mend"
+        return Diagnosis(
+            Cause.INPUT,
+            f"the batch {described}{cure} the data, or drop such batches.",
+            is_shown=all(earlier.model is forward.model for earlier in forwards[:index]),
+        )
+    return None
+
+
+def diagnose(
+    loss_finite: bool | None,
+    forwards: Sequence[RecordedForward],
+    runner: PlanRunner,
+) -> Diagnosis:
+    """Looks closer at a step whose gradients were not finite, although all was that they were made from.
+
+    Costs one more forward pass per micro-batch until one shows the cause.
+
+    Args:
+        loss_finite: whether every loss behind the gradients was finite before scaling; None where that is no sign of
+            the scale, because nothing is scaled (BF16, FP32).
+        forwards: the forward passes behind the gradients.
+        runner: the models, and the plan in force.
+    """
+    findings = []
+    for forward in forwards:
+        found = locate(forward, runner.current)
+        findings.append(found)
+        if found.overflowing:
+            prefix = runner.name_of(forward.model)
+            return _activation(tuple(joined(prefix, name) for name in found.overflowing), runner.current)
+        if found.unsound is not None:
+            return _unsound(found, forward, runner.name_of(forward.model))
+    ran_before = any(forward.plan not in (None, runner.plan) for forward in forwards)
+    return _nothing_found(loss_finite, findings, ran_before)
+
+
+def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision) -> str:
+    """What a rank that has seen nothing of `agreed` tells of it: its own batch, loss and labels may be sound."""
+    if agreed.is_cured:
+        what = _CURED_ALREADY.message
+    elif agreed.cause is Cause.ACTIVATION:
+        what = _activation(agreed.modules, current).message
+    else:
+        what = _ELSEWHERE[agreed.cause]
+    return f"found by another rank, whose console says more: {what}"
+
+
+_ELSEWHERE = {
+    Cause.SCALE: SCALE_IS_CURING,
+    Cause.INPUT: "the batch there holds inf or NaN; no precision can cure that. Mend the data, or drop such batches.",
+    Cause.WEIGHTS: "parameters there hold non-finite values; no step can mend that. Go back to the last good checkpoint.",
+    Cause.LOSS: "the model's outputs are finite there, its loss is not: look at the loss function and at the labels there.",
+    Cause.UNKNOWN: "the cause there has no name. Look at the batch there and at the loss function, and for activations "
+    "beyond 65504.",
+}
+
+
+def joined(prefix: str, name: str) -> str:
+    """The qualified name of what is called `name` inside of the model `prefix`."""
+    return ".".join(filter(None, (prefix, name)))
+
+
+def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
+    which = mentioned([name or "the model's own forward" for name in names])
+    left = NumberFormat.of(current.mode)
+    return Diagnosis(
+        Cause.ACTIVATION,
+        f"a forward value left the range of {left.name} (±{left.largest:g}) in {which}, from finite inputs; no scale "
+        "can cure that, a wider range does.",
+        names,
+    )
+
+
+def _unsound(found: ForwardFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
+    if found.only_loss:
+        return Diagnosis(
+            Cause.LOSS, f"the model's outputs are finite, its loss is not: {_why_loss(forward)}."
+        )
+    where = joined(prefix, found.unsound or "") or "the model's own forward"
+    return Diagnosis(
+        Cause.UNKNOWN,
+        f"{where} gives non-finite values from finite ones in FP32 too, so precision is not to blame: look there for a "
+        "division by zero, a log or root of zero, or an empty mean; or everything has grown, as with too high a learning rate.",
+        fails_in_fp32=True,
+    )
+
+
+def _why_loss(forward: RecordedForward) -> str:
+    labels = [x for name, x in _named_inputs(forward) if "label" in name and not x.is_floating_point()]
+    if labels and to_host({"any": torch.stack([(x >= 0).any() for x in labels]).any()})["any"] == 0:
+        return "every label of the batch is ignored (-100), and a mean over none is NaN; mend the data"
+    return "look at the loss function (log or division by zero) and at this step's labels"
+
+
+def _nothing_found(
+    loss_finite: bool | None, findings: Sequence[ForwardFindings], ran_before: bool
+) -> Diagnosis:
+    failed = next((found.error for found in findings if found.error), None)
+    if loss_finite:
+        return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
+    if failed is not None or not findings:
+        why = f"failed ({failed})" if failed else "is not possible: no forward pass is there to repeat"
+        return Diagnosis(
+            Cause.UNKNOWN,
+            f"a closer look {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "
+            "function, and for activations beyond 65504.",
+            is_shown=False,
+        )
+    if ran_before:
+        return _CURED_ALREADY
+    if loss_finite is None:
+        return Diagnosis(
+            Cause.UNKNOWN,
+            "the forward pass is sound, the gradients are not, and there is no loss scale to blame. Look at the loss "
+            "function, and for a root or division at zero, whose derivative is infinite.",
+            is_shown=False,
+        )
+    if not any(found.returns_loss and found.draws for found in findings):
+        return Diagnosis(
+            Cause.LOSS,
+            "the model's outputs are finite, the loss made from them is not: look at the loss function (log or "
+            "division by zero) and at this step's labels.",
+            is_shown=False,
+        )
+    return Diagnosis(
+        Cause.UNKNOWN,
+        "the loss was not finite, but the same batch gives finite values now: dropout may have drawn otherwise, or the loss "
+        "is made outside of the model. Look at the loss function and at this step's labels.",
+        is_shown=False,
+    )
+
+
+def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One host read.
+
+    FP8, which knows no `isfinite`, is passed over.
+    """
+
+    def held(x: Tensor) -> Tensor:
+        if is_sharded(x):
+            return cast(Tensor, cast(Any, x).to_local())
+        return x._values() if x.is_sparse else x
+
+    with torch.no_grad():
+        flags = {name: ~held(x).isfinite().all() for name, x in tensors if x.element_size() > 1}
+    return [name for name, flag in to_host(flags).items() if flag] if flags else []
+
+
+def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor that the model was called with, positional ones under their parameter's name."""
+
+    names = list(inspect.signature(type(forward.model).forward).parameters)[1:]
+    positional: dict[str, Any] = dict(zip(names, forward.arguments, strict=False))
+    return list(tensors_in({**positional, **forward.options}))
+
+
+def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
+    """What is wrong with the first bad tensor of the batch, and that tensor. One host read."""
+    inputs = {name: x for name, x in _named_inputs(forward) if x.is_floating_point()}
+    if not inputs:
+        return None
+    flags: dict[str, Tensor] = {}
+    for name, x in inputs.items():
+        flags[f"NaN {name}"] = x.isnan().any()
+        # Additive attention masks hold -inf by design.
+        masks = "mask" in name or "bias" in name
+        flags[f"inf {name}"] = (x.isposinf() if masks else x.isinf()).any()
+    for key, flag in to_host(flags).items():
+        if flag:
+            kind, name = key.split(" ", 1)
+            return f"holds {kind} in {name}", inputs[name]
+    return None
+
+
+SCALE_SKIPS_BEFORE_A_LOOK = 3
+"""Overflows in a row with a finite loss after which the step is looked at all the same: an infinite activation can hide
+behind a saturating function, and a derivative can be infinite by itself."""
+_NOT_KEPT = (
+    f"the newest {KEPT_FORWARDS} forward passes of the step are sound, and those before them are not kept. Look at this "
+    "step's batch and loss function, and for activations beyond 65504."
+)
+_GRAVITY = (
+    (Cause.LOSS, False, False),
+    (Cause.UNKNOWN, False, False),
+    (Cause.SCALE, True, False),
+    (Cause.ACTIVATION, False, False),
+    (Cause.UNKNOWN, True, True),
+    *(
+        (cause, True, False)
+        for cause in (Cause.UNKNOWN, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)
+    ),
+)
+"""Where ranks find different causes, the last of these stands: the others only see its traces. (Cause, whether shown, whether
+FP32 fails as well)."""
+
+
+class SkippedStep(NamedTuple):
+    """What is known of a skipped step before anybody looks closer.
+
+    Attributes:
+        step: its number, as the recorder counts.
+        loss_finite: whether every loss behind the gradients was finite; None where there is no scale to blame.
+        scale: the scale of its backward.
+        next_scale: what the policy has made of it.
+        parameters: (qualified name, parameter) of what the optimizer holds.
+        optimizer_state: (name, tensor) of its state; looked at only where parameters are not finite.
+    """
+
+    step: int
+    loss_finite: bool | None
+    scale: float
+    next_scale: float
+    parameters: Sequence[tuple[str, Tensor]]
+    optimizer_state: Iterable[tuple[str, Tensor]] = ()
+
+    def bad_gradients(self) -> list[str]:
+        """Names of the parameters whose gradients hold inf or NaN. One host read."""
+        return non_finite_names((name, p.grad) for name, p in self.parameters if p.grad is not None)
+
+
+class Examiner:
+    """Finds the causes of skipped steps.
+
+    Args:
+        runner: the models.
+        recorder: what they were called with.
+        hysteresis: overflows before the scale backs off.
+
+    Attributes:
+        scale_skips: skips in a row that were put down to the scale.
+        repeats_forwards: whether a forward pass may be run again to see what it does.
+    """
+
+    def __init__(self, runner: PlanRunner, recorder: ForwardRecorder, hysteresis: int) -> None:
+        self._runner = runner
+        self._recorder = recorder
+        self._patience = SCALE_SKIPS_BEFORE_A_LOOK + hysteresis
+        self.scale_skips = 0
+        self.repeats_forwards = True
+
+    def examine(self, skip: SkippedStep, agree: bool) -> Diagnosis:
+        """Why a step was skipped.
+
+        Where parameters and batch are finite, a finite loss shows that forward was sound, and it is not repeated until a
+        smaller scale has not helped for a while.
+
+        Args:
+            agree: exchange what was found with the other ranks, which all call this for the same step.
+        """
+        diagnosis = self._naming_gradient(skip, self._doubting_scale(skip, self._diagnose(skip, agree)))
+        self.scale_skips = self.scale_skips + 1 if diagnosis.cause is Cause.SCALE else 0
+        return diagnosis
+
+    def _diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
+        try:
+            found = self._found(skip)
+        except Exception as error:  # a rank that fails here must not keep the others waiting
+            why = f"a closer look failed ({type(error).__name__}: {error})."
+            found = Diagnosis(Cause.UNKNOWN, why, is_shown=False)
+        return self._agreed(found) if agree and is_distributed() else found
+
+    def _found(self, skip: SkippedStep) -> Diagnosis:
+        forwards = self._recorder.forwards_of(skip.step)
+        poison = poison_in(skip.parameters, forwards, skip.optimizer_state)
+        if poison is not None and poison.is_shown:
+            return poison
+        if poison is None and skip.loss_finite and not self._looks_closer():
+            return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
+        forwards = forwards if self.repeats_forwards else []
+        found = diagnose(skip.loss_finite, forwards, self._runner)
+        if poison is not None:
+            return found if found.cause is Cause.ACTIVATION else poison._replace(is_shown=True)
+        if found.cause is Cause.SCALE:
+            return self._without_scale(forwards) or found
+        if found.is_shown:
+            return found
+        found = self._in_evaluations(skip) or found
+        if not (found.is_shown or found.is_cured) and forwards and self._recorder.has_let_go(skip.step):
+            return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, is_shown=False)
+        return found
+
+    def _in_evaluations(self, skip: SkippedStep) -> Diagnosis | None:
+        """What models that only evaluate are seen to do to the loss; None where nothing is."""
+        evaluations = self._recorder.evaluations_of(skip.step) if self.repeats_forwards else []
+        weights = [
+            (joined(self._runner.name_of(model), name), p)
+            for model in dict.fromkeys(evaluation.model for evaluation in evaluations)
+            for name, p in model.named_parameters()
+        ]
+        poisoned = non_finite_names(weights)
+        if poisoned:
+            return Diagnosis(
+                Cause.WEIGHTS,
+                f"the loss is made from a model that is not trained, and {len(poisoned)} of its parameters hold non-finite "
+                f"values, {poisoned[0]} among them; no step can mend that. Load it anew, in a format that holds its weights.",
+            )
+        found = diagnose(skip.loss_finite, evaluations, self._runner)
+        return found if found.is_shown or found.is_cured else None
+
+    def _agreed(self, found: Diagnosis) -> Diagnosis:
+        """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
+        names = [name for name, _ in self._runner.named_modules()]
+        local = [
+            float(_GRAVITY.index((found.cause, found.is_shown, found.fails_in_fp32))),
+            *(float(name in found.modules) for name in names),
+        ]
+        gravest, *blamed = all_reduce_max_to_host(torch.tensor(local, device=self._runner.device))
+        cause, is_shown, fails_in_fp32 = _GRAVITY[int(gravest)]
+        modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
+        agreed = Diagnosis(cause, found.message, modules, is_shown, fails_in_fp32)
+        if agreed._replace(modules=found.modules) == found and set(modules) == set(found.modules):
+            return found
+        if not found.is_shown:
+            return agreed._replace(message=message_elsewhere(agreed, self._runner.current))
+        return agreed._replace(message=f"another rank has found the cause. Here: {found.message}")
+
+    def _looks_closer(self) -> bool:
+        """Whether it is time to doubt that a smaller scale cures: at the 4th, 8th, 16th, … such skip in a row."""
+        count = self.scale_skips + 1
+        return count > SCALE_SKIPS_BEFORE_A_LOOK and count & (count - 1) == 0
+
+    def _without_scale(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
+        """The diagnosis of a backward that overflows without a scale too; None where none is seen to."""
+        for forward in forwards:
+            broken = parameters_overflowing_unscaled(forward, self._runner.current)
+            if broken:
+                prefix = self._runner.name_of(forward.model)
+                return self._backward_overflow([joined(prefix, name) for name in broken], "without a scale")
+        return None
+
+    def _backward_overflow(self, parameters: Iterable[str], when: str) -> Diagnosis:
+        """Names the module where backward, which runs from the last to the first, met the first bad value."""
+        first = self._first_in_backward(parameters)
+        where = f"The first gradient that is not finite is that of {first}" if first else "Look"
+        return Diagnosis(
+            Cause.UNKNOWN,
+            f"the loss was finite, but backward overflows {when} as well. {where}: look there for a root or a division "
+            "at zero, whose derivative is infinite.",
+            (first,) if first in dict(self._runner.named_modules()) else (),
+        )
+
+    def _first_in_backward(self, parameters: Iterable[str]) -> str | None:
+        """The module that is last in order among those that own `parameters`; the parameter where it is the model's own."""
+        owners = {name.rpartition(".")[0]: name for name in parameters}
+        known = [owners[name] for name, _ in self._runner.named_modules() if name in owners]
+        return known[-1].rpartition(".")[0] or known[-1] if known else None
+
+    def _doubting_scale(self, skip: SkippedStep, diagnosis: Diagnosis) -> Diagnosis:
+        """`diagnosis`, unless it is that of a scale which cures nothing: at most 1, or no longer being lowered."""
+        held = skip.next_scale >= skip.scale and self.scale_skips > self._patience
+        if diagnosis.cause is not Cause.SCALE or not (skip.scale <= 1 or held):
+            return diagnosis
+        return self._backward_overflow(skip.bad_gradients(), f"at a scale of {skip.scale:g}")
+
+    def _naming_gradient(self, skip: SkippedStep, diagnosis: Diagnosis) -> Diagnosis:
+        """`diagnosis`, with where backward overflowed where there is no scale to blame and nothing else to go by."""
+        if diagnosis.cause is not Cause.UNKNOWN or diagnosis.modules or skip.loss_finite is not None:
+            return diagnosis
+        first = self._first_in_backward(skip.bad_gradients())
+        if first is None:
+            return diagnosis
+        return diagnosis._replace(
+            message=f"{diagnosis.message} The first gradient that is not finite is that of {first}."
+        )

@@ -1,0 +1,332 @@
+"""Enters a context around the forward pass of a model or of one of its modules: emulated FP16, or real autocast."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from hf_amp._compat import eager
+from hf_amp.emulation import EmulatedPrecision
+from hf_amp.fallback.plan import PrecisionPlan
+from hf_amp.precision import FP32_FORMAT, NumberFormat, PrecisionMode, widened
+from hf_amp.tree import map_tensors, replace_tensors
+
+
+class ForwardContext:
+    """Runs the forward passes of modules inside a context, until removed.
+
+    The context is entered by forward hooks on every module, of which only the outermost acts: a module that is called
+    on its own, as gradient checkpointing does when it recomputes, runs inside it as well.
+
+    Args:
+        make_context: gives a new context manager per forward pass; a picklable callable where the model is to be.
+    """
+
+    _all_of_thread: ClassVar[threading.local] = threading.local()
+
+    def __init__(self, make_context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make_context = make_context
+        self._of_thread = threading.local()  # DataParallel calls replicas from several threads
+
+    def install(self, model: nn.Module) -> Callable[[], None]:
+        """Puts `model` and its submodules inside the context from now on; returns what undoes it."""
+        return _removal([handle for module in model.modules() for handle in self._hook(module)])
+
+    def _hook(self, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(self._enter, prepend=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, arguments: Any) -> None:
+        if self._all_of_thread.__dict__.get("is_suspended"):
+            return
+        running = self._running()
+        if not running:
+            self._of_thread.context = self._make_context()
+            self._of_thread.context.__enter__()
+            self._entered().append(self)
+        running.append(module)
+
+    def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        running = self._running()
+        if not running or running[-1] is not module:
+            return  # suspended, or somebody else's hook raised before `_enter`: torch calls this one all the same
+        running.pop()
+        if not running:
+            self._exit()
+
+    def _exit(self) -> None:
+        self._entered().remove(self)
+        self._of_thread.context.__exit__(None, None, None)
+
+    @classmethod
+    def leave_interrupted(cls) -> None:
+        """Leaves what this thread is still inside of; called where no forward pass can be running.
+
+        A forward pass that ends by KeyboardInterrupt, as in a notebook, calls no hooks: torch does so for
+        `Exception` only.
+        """
+        for context in reversed(list(cls._entered())):
+            context._running().clear()
+            context._exit()
+
+    @classmethod
+    @contextmanager
+    def suspended(cls) -> Iterator[None]:
+        """Inside of it, forward passes of this thread enter no context: they run in what is around them."""
+        of_thread = cls._all_of_thread.__dict__
+        of_thread["is_suspended"] = True
+        try:
+            yield
+        finally:
+            of_thread["is_suspended"] = False
+
+    @classmethod
+    def _entered(cls) -> list[ForwardContext]:
+        """The contexts that this thread is inside of, outermost first."""
+        entered: list[ForwardContext] = cls._all_of_thread.__dict__.setdefault("entered", [])
+        return entered
+
+    def _running(self) -> list[nn.Module]:
+        """The modules that this thread is inside of, outermost first."""
+        running: list[nn.Module] = self._of_thread.__dict__.setdefault("running", [])
+        return running
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled model runs inside a context of its own."""
+        return type(self), (self._make_context,)
+
+
+class InnerForwardContext(ForwardContext):
+    """The same for one module of a model that runs inside another context: this one is entered last and left first.
+
+    Half-precision arguments of the outermost call are cast to FP32 on the way in, as FP32 kernels want them. Compiled
+    code breaks its graph at these hooks: a context that is entered in one traced function and left in another would
+    be lost.
+    """
+
+    def _hook(self, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(self._enter_with_float32, with_kwargs=True),
+            module.register_forward_hook(self._leave_eagerly, prepend=True, always_call=True),
+        ]
+
+    @eager
+    def _enter_with_float32(
+        self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        outermost = not self._running()
+        self._enter(module, arguments)
+        if not outermost:
+            return arguments, options
+        # Lists and mappings stay the same objects: the module may add to them for its caller.
+        return widened_in_place(arguments), widened_in_place(options)
+
+    @eager
+    def _leave_eagerly(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._leave(module, arguments, output)
+
+
+def to_float32(value: Any) -> Any:
+    """`value` with its FP16 and BF16 tensors in FP32; differentiable."""
+    return map_tensors(widened, value)
+
+
+def widened_in_place(value: Any) -> Any:
+    """The same, in the very lists, mappings and dataclasses of `value`; tuples are new ones where something changes."""
+    return replace_tensors(widened, value)
+
+
+def _removal(handles: list[Any]) -> Callable[[], None]:
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+@dataclass(frozen=True)
+class PrecisionEntry:
+    """How a precision is entered on one device.
+
+    Attributes:
+        device_type: such as "cuda".
+        emulate: round FP32 arithmetic to the format instead of running its kernels.
+    """
+
+    device_type: str
+    emulate: bool
+
+    def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
+        """A new context manager in which what autocast would cast runs in `precision`, whatever is around it."""
+        number_format = NumberFormat.of(precision)
+        if self.emulate:
+            return EmulatedPrecision(number_format)
+        if number_format.dtype == torch.float32:
+            return _float32_kernels(self.device_type)
+        return torch.autocast(self.device_type, number_format.dtype)
+
+
+@contextmanager
+def _float32_kernels(device_type: str) -> Iterator[None]:
+    """FP32, also of half-precision parameters, such as a frozen body under adapters, which no kernel mixes with FP32."""
+    with torch.autocast(device_type, enabled=False), EmulatedPrecision(FP32_FORMAT):
+        yield
+
+
+class CurrentPrecision:
+    """Gives the context of the plan's default, whatever that is by then. Copies of a model share it."""
+
+    def __init__(self, entry: PrecisionEntry, mode: PrecisionMode) -> None:
+        self.entry = entry
+        self.mode = mode
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        return self.entry.context(self.mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CurrentPrecision:
+        return self
+
+
+class PlanRunner:
+    """The models of a run, and the plan that their forward passes follow.
+
+    A module that the plan names runs inside a context of its own: FP32 kernels on FP32 copies of its half-precision
+    arguments. Where the whole model changes, `current` gives another context from then on, and `on_default_change`
+    is called for models that do not enter `current` by themselves.
+
+    Attributes:
+        current: the context of the default, for whoever runs a forward pass.
+        on_default_change: called with the new default.
+        wide_parameters: `id` of the parameters that only modules which the plan names hold.
+        plan: what the next forward passes follow.
+    """
+
+    def __init__(self, entry: PrecisionEntry, default: PrecisionMode) -> None:
+        self.entry = entry
+        self.current = CurrentPrecision(entry, default)
+        self.on_default_change: list[Callable[[PrecisionMode], None]] = []
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._evaluated: list[weakref.ref[nn.Module]] = []
+        self._inner: dict[str, Callable[[], None]] = {}
+        self.wide_parameters: frozenset[int] = frozenset()
+        self._asked_for = default
+        self.plan = PrecisionPlan(default)
+
+    def adopt(self, model: nn.Module, is_trained: bool = True) -> None:
+        """Lets `model` follow the plan, without keeping it alive. Harmless when called again.
+
+        Args:
+            is_trained: False for one that only evaluates, such as a reference model, until it is adopted as trained.
+        """
+        if model in self.models() or (not is_trained and self.evaluates(model)):
+            return
+        if self.evaluates(model):
+            self._evaluated = [reference for reference in self._evaluated if reference() is not model]
+            self._forget_contexts()  # those under the names that it leaves, and that others take
+        models = self._models if is_trained else self._evaluated
+        for index, reference in enumerate(models):
+            if reference() is None:
+                models[index] = weakref.ref(model)
+                self._forget_contexts()  # those under these names were of the model that is gone
+                break
+        else:
+            models.append(weakref.ref(model))
+        self.apply(self.plan)
+
+    def evaluates(self, model: nn.Module) -> bool:
+        """Whether `model` was adopted as one that only evaluates."""
+        return any(reference() is model for reference in self._evaluated)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        anywhere = torch.device(self.entry.device_type)
+        return next((p.device for model in self.models() for p in model.parameters()), anywhere)
+
+    def models(self) -> list[nn.Module]:
+        """The trained models that are alive, in order of adoption."""
+        return [model for _, model in self._trained()]
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(qualified name, module) of every module of every model.
+
+        Names are those of `named_modules`; from the second model on "model_2." stands before them, and "eval_model_1."
+        before those of the first that only evaluates. The name of a whole first model is "".
+        """
+        for prefix, model in self._prefixed():
+            yield from model.named_modules(prefix=prefix)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(qualified name, parameter) of every parameter of every trained model, under the same names."""
+        for prefix, model in self._trained():
+            yield from model.named_parameters(prefix=prefix)
+
+    def name_of(self, model: nn.Module) -> str:
+        """What stands before the names of `model`'s modules."""
+        return next(prefix for prefix, known in self._prefixed() if known is model)
+
+    def _prefixed(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from self._trained()
+        for index, reference in enumerate(self._evaluated):
+            model = reference()
+            if model is not None:
+                yield f"eval_model_{index + 1}", model
+
+    def _trained(self) -> Iterator[tuple[str, nn.Module]]:
+        for index, reference in enumerate(self._models):
+            model = reference()
+            if model is not None:
+                yield f"model_{index + 1}" if index else "", model
+
+    def apply(self, plan: PrecisionPlan) -> None:
+        """Makes the next forward passes follow `plan`. Modules that it names but nobody has are left out."""
+        modules = dict(self.named_modules())
+        changed = plan.default is not self.plan.default
+        for name in [name for name in self._inner if plan.modules.get(name) != self.plan.modules.get(name)]:
+            self._inner.pop(name)()
+            changed = True
+        for name, precision in plan.modules.items():
+            if name in modules and name not in self._inner:
+                context = InnerForwardContext(functools.partial(self.entry.context, precision))
+                self._inner[name] = context.install(modules[name])
+                changed = True
+        self.plan = plan
+        if plan.default is not self.current.mode:
+            self.current.mode = plan.default
+            for notify in self.on_default_change:
+                notify(plan.default)
+        self.wide_parameters = self._wide_parameters(plan)
+        if changed:
+            _forget_compiled_code()
+
+    def _wide_parameters(self, plan: PrecisionPlan) -> frozenset[int]:
+        """`id` of the parameters that only modules in FP32 hold."""
+        held: dict[bool, set[int]] = {True: set(), False: set()}
+        for name, module in self.named_modules() if plan.modules else ():
+            held[plan.holds(name)].update(id(p) for p in module.parameters(recurse=False))
+        return frozenset(held[True] - held[False])
+
+    def _forget_contexts(self) -> None:
+        for name in list(self._inner):
+            self._inner.pop(name)()
+
+    def remove(self) -> None:
+        """Takes every context back, and the default that the run asked for."""
+        self.apply(PrecisionPlan(self._asked_for))
+
+
+def _forget_compiled_code() -> None:
+    """Compiled code does not watch the hooks of modules: whatever is compiled is compiled anew, at its next call."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

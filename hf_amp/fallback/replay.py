@@ -1,0 +1,247 @@
+"""Where a forward pass leaves the range of its format: the pass once more, watched, on the batch that went wrong."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_amp.device import RandomState, devices_of
+from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
+from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.precision import PrecisionMode
+from hf_amp.statistics import is_distributed, to_host
+from hf_amp.tree import in_own_containers, tensors_in
+
+
+@dataclass
+class ForwardFindings:
+    """What a forward pass was seen to do.
+
+    Attributes:
+        overflowing: names of the modules whose output is not finite in the run's precision, and is in FP32, in the
+            order in which they ran; "" for what the model computes outside of its modules.
+        unsound: the first module whose output is not finite in FP32 either; None where none.
+        only_loss: whether all that is not finite there is a single number, the loss.
+        returns_loss: whether the model returns a single number among its outputs.
+        draws: whether the model has drawn random numbers, so that the pass may not have been the same as the first.
+        error: why the pass could not be repeated; None where it could.
+    """
+
+    overflowing: list[str] = field(default_factory=list)
+    unsound: str | None = None
+    only_loss: bool = False
+    returns_loss: bool = False
+    draws: bool = False
+    error: str | None = None
+
+
+def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindings:
+    """Repeats `forward` under the precision of the run and tells which modules leave its range.
+
+    A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
+    with the FP32 output, so that one pass finds every such module. Nothing of the run changes: no gradients, buffers
+    and random state are put back, caches are not used. Dropout draws what it drew.
+    Reads the host once a module: for steps that went wrong only. Never raises.
+    """
+    watch = _Watch(current)
+    names = {module: name for name, module in forward.model.named_modules()}
+    handles = []
+    for module, name in names.items():
+        before, after = watch.look_at(name)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        with _nothing_changes(forward.model), current():
+            _, watch.findings.draws = _repeat(forward)
+    except Exception as error:  # out of memory, or whatever the model raises on this batch
+        watch.findings.error = f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return watch.findings
+
+
+def parameters_overflowing_unscaled(forward: RecordedForward, current: CurrentPrecision) -> list[str] | None:
+    """Repeats `forward` and its backward without a loss scale: names of the parameters whose gradients are not finite.
+
+    Where there are any, no scale is to blame. None where that cannot be told: the model returns no loss, or the
+    repetition failed. Costs one step without its optimizer, and memory for the gradients; nothing of the run changes.
+    """
+    named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
+    try:
+        with _nothing_changes(forward.model), torch.enable_grad(), current():
+            output, _ = _repeat(forward)
+            losses = [x for _, x in float_tensors(output) if x.dim() == 0 and x.requires_grad]
+            if not losses:
+                return None
+            gradients = torch.autograd.grad(losses[0], [p for _, p in named], allow_unused=True)
+    except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
+        return None
+    known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
+    return [name for name, g in known if broken_tensors(g)]
+
+
+class _Suspect(NamedTuple):
+    """A module whose output is not finite in FP32 either.
+
+    Attributes:
+        name: its name.
+        only_loss: whether all that is not finite there is a single number.
+        may_be_mask: whether all that is not finite there is -inf.
+    """
+
+    name: str
+    only_loss: bool
+    may_be_mask: bool
+
+
+class _Watch:
+    """Looks at the output of every module as it returns, innermost first."""
+
+    def __init__(self, current: CurrentPrecision) -> None:
+        self.findings = ForwardFindings()
+        self._current = current
+        self._repeats = False
+        self._suspect: _Suspect | None = None
+
+    def look_at(self, name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
+        """Forward hooks for the module of that name, one before and one after it has run."""
+        called_with: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            called_with.append(in_own_containers((arguments, options)))
+
+        def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
+            arguments, options = called_with.pop()  # what it was given may hold its output by now
+            if self._repeats or self.findings.unsound is not None:
+                return None
+            if name == "":
+                self.findings.returns_loss = any(x.dim() == 0 for _, x in float_tensors(output))
+            if not broken_tensors(output):
+                self._acquit(name, (arguments, options))
+                return None
+            cured = self._cured(name, module, arguments, options)
+            if name == "" and cured is None and self._suspect:
+                self.findings.unsound, self.findings.only_loss = self._suspect.name, self._suspect.only_loss
+            return cured
+
+        return before, after
+
+    def _cured(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
+        """The output in FP32 where that is finite; None otherwise."""
+        self._repeats = True
+        try:
+            with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
+                # The whole model's own attribute may be a wrapper that enters autocast again, as accelerate's does.
+                forward = module.forward if name else functools.partial(type(module).forward, module)
+                exact = forward(*to_float32(arguments), **to_float32(options))
+        finally:
+            self._repeats = False
+        broken_in_fp32 = broken_tensors(exact)
+        if broken_in_fp32:
+            self._suspect = self._more_suspect(name, (arguments, options), broken_in_fp32)
+            return None
+        if name not in self.findings.overflowing:
+            self.findings.overflowing.append(name)
+        return exact
+
+    def _more_suspect(self, name: str, inputs: Any, outputs: list[Tensor]) -> _Suspect | None:
+        """Who is to blame if the model's output is not finite: the first whose own inputs were, unless it made a mask."""
+        may_be_mask = not _poisoned(outputs)
+        former = self._suspect
+        if former is not None and (may_be_mask or not former.may_be_mask or broken_tensors(inputs)):
+            return former
+        if name and _poisoned(inputs):
+            return former
+        return _Suspect(name, all(x.dim() == 0 for x in outputs), may_be_mask)
+
+    def _acquit(self, name: str, inputs: Any) -> None:
+        """Lets go of a suspect whose infinities the module of this name has made finite values of, as masks are meant to."""
+        suspect = self._suspect
+        if suspect is not None and (f"{suspect.name}.".startswith(f"{name}.") or broken_tensors(inputs)):
+            self._suspect = None
+
+
+def _poisoned(inputs: Any) -> bool:
+    """Whether they hold NaN or inf; -inf may be a mask. One host read."""
+    found = {str(i): (x.isnan() | x.isposinf()).any() for i, (_, x) in enumerate(float_tensors(inputs))}
+    return bool(found) and any(to_host(found).values())
+
+
+def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
+    """(path, tensor) of the floating-point tensors inside of `value`."""
+    return [(path, x) for path, x in tensors_in(value) if x.is_floating_point()]
+
+
+def broken_tensors(value: Any) -> list[Tensor]:
+    """The floating-point tensors inside of `value` that hold inf or NaN. One host read."""
+    found = float_tensors(value)
+    if not found:
+        return []
+    flags = to_host({str(i): x.detach().isfinite().all() for i, (_, x) in enumerate(found)})
+    return [x for i, (_, x) in enumerate(found) if not flags[str(i)]]
+
+
+def _repeat(forward: RecordedForward) -> tuple[Any, bool]:
+    """What the model returns for the same batch and the same random numbers, and whether it draws any."""
+    arguments, options = _inputs_to_repeat(forward)
+    if forward.random_state is not None:
+        forward.random_state.restore()
+    before = RandomState.now(devices_of(forward.model))
+    return forward.model(*arguments, **options), before.has_moved()
+
+
+def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The batch itself, in copies of whatever else holds it: a cache of keys and values would grow again.
+
+    Raises:
+        RuntimeError: the batch is no longer what it was.
+    """
+    if not forward.is_intact:
+        raise RuntimeError("the batch was written into since, by the model or by what loads it")
+    kept = {id(x): x for _, x in tensors_in((forward.arguments, forward.options))}
+    arguments, options = copy.deepcopy((forward.arguments, forward.options), kept)
+    if "use_cache" in inspect.signature(type(forward.model).forward).parameters:
+        options["use_cache"] = False
+    return arguments, options
+
+
+@contextmanager
+def _nothing_changes(model: nn.Module) -> Iterator[None]:
+    """Buffers and random state are afterwards what they are now; nothing is recorded for backward or compiled.
+
+    Raises:
+        RuntimeError: the model would wait for other ranks, which need not take the same look.
+    """
+    if is_distributed() and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise RuntimeError("its SyncBatchNorm would wait for the other processes")
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    devices = [device for device in devices_of(model) if device.type == "cuda"]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # which takes seconds to import
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for module, name, buffer, former in buffers:
+                buffer.copy_(former)
+                setattr(module, name, buffer)  # forward may have put another tensor in its place
+            torch.clear_autocast_cache()  # it may hold casts that were made while gradients were off

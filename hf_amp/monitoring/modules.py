@@ -1,0 +1,149 @@
+"""Headroom, underflow and activations by module: where in the model precision is short."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_amp._compat import eager
+from hf_amp.monitoring.metrics import BY_MODULE
+from hf_amp.precision import FP16_FORMAT
+from hf_amp.statistics import amax, amax_of_each, elements_of, moved, underflow_of_each
+
+HEADROOM, UNDERFLOW, ACTIVATION = (metric.name for metric in BY_MODULE)
+
+
+class ModuleMonitor:
+    """The newest figures of every module, taken in the steps that are looked at closely, and brought along by their read.
+
+    In such a step every module without children has a forward hook for its output, and gradients are passed over once
+    more. In all other steps there is neither. What a compiled model computes inside of its graph is not seen.
+
+    Args:
+        interval: optimizer steps between two close looks.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._handles: list[Any] = []
+        self._activations: dict[str, Tensor] = {}
+        self._asked: dict[int, dict[str, list[str]]] = {}
+        self._newest: dict[str, dict[str, float]] = {HEADROOM: {}, UNDERFLOW: {}, ACTIVATION: {}}
+        self._fresh = False
+
+    def looks_at(self, decided_steps: int) -> bool:
+        """Whether the step after `decided_steps` is one of those that are looked at closely."""
+        return decided_steps % self._interval == 0
+
+    def adopt(self, model: nn.Module, decided_steps: int) -> None:
+        """Looks at the modules of `model` too, without keeping it alive."""
+        self._models.add(model)
+        if self.looks_at(decided_steps):
+            self.begin_close_look()
+
+    def begin_close_look(self) -> None:
+        """Puts hooks on all modules for the forward passes of the coming step."""
+        self.end_close_look()
+        for model in self._models:
+            for name, module in model.named_modules():
+                if not any(True for _ in module.children()):
+                    self._handles.append(module.register_forward_hook(self._hook(name)))
+
+    def end_close_look(self) -> None:
+        """Takes the hooks away again. Harmless where there are none."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, name: str) -> Callable[..., Any]:
+        @eager
+        def look(module: nn.Module, arguments: Any, output: Any) -> None:
+            if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
+                return
+            if torch.is_grad_enabled():
+                peak = amax(output.detach()).float()
+                former = self._activations.get(name)
+                if former is not None:  # of another device under DataParallel
+                    peak = torch.maximum(former, moved(peak, former.device))
+                self._activations[name] = peak
+
+        return look
+
+    def ride_along(
+        self,
+        optimizer: int,
+        names: Callable[[], Sequence[str]],
+        gradients: Sequence[Tensor],
+        scale: Tensor,
+        *,
+        scaled: bool,
+        guards: bool,
+        decided_steps: int,
+    ) -> dict[str, Tensor]:
+        """What is to come to the host with this step's read, name → tensor of shape [n]; and hooks for a coming close look.
+
+        Nothing in a step that is not looked at closely. No host read.
+
+        Args:
+            optimizer: tells several optimizers apart.
+            names: gives the qualified names of the parameters that the gradients belong to.
+            gradients: as they are now.
+            scale: the loss scale of their backward, shape [].
+            scaled: whether they are still multiplied by it.
+            guards: whether nothing is scaled (BF16, FP32), so that gradients have no headroom in FP16 to tell.
+            decided_steps: steps before this one; chooses the sample for underflow.
+        """
+        figures: dict[str, Tensor] = {}
+        if self.looks_at(decided_steps):
+            self.end_close_look()
+            activations, self._activations = self._activations, {}
+            asked = self._asked[optimizer] = {ACTIVATION: list(activations)}
+            if activations:
+                figures[ACTIVATION] = torch.stack(
+                    [moved(peak, scale.device) for peak in activations.values()]
+                )
+            if not guards:
+                factor = torch.ones_like(scale) if scaled else scale
+                asked[HEADROOM] = asked[UNDERFLOW] = [name.rpartition(".")[0] for name in names()]
+                figures[HEADROOM] = amax_of_each(gradients, scale.device) * factor
+                figures[UNDERFLOW] = underflow_of_each(gradients, FP16_FORMAT, factor, decided_steps)
+        if self.looks_at(decided_steps + 1):
+            self.begin_close_look()
+        return figures
+
+    def take(self, optimizer: int, host: Mapping[str, float]) -> None:
+        """Takes in what `ride_along` asked for, as the host has read it; nothing where this step did not ask."""
+        for name, modules in self._asked.get(optimizer, {}).items():
+            largest = _largest_by_module(modules, elements_of(host, name))
+            if name == HEADROOM:
+                largest = {
+                    module: math.log2(FP16_FORMAT.largest / peak)
+                    for module, peak in largest.items()
+                    if 0 < peak < math.inf
+                }
+            self._newest[name].update(largest)
+            self._fresh = self._fresh or bool(largest)
+
+    def by_module(self) -> dict[str, dict[str, float]]:
+        """Name of a figure → qualified module name → newest value; figures that nobody has are absent."""
+        return {name: dict(values) for name, values in self._newest.items() if values}
+
+    def unlogged(self) -> dict[str, dict[str, float]]:
+        """The same if it is newer than at the last call, else nothing."""
+        fresh, self._fresh = self._fresh, False
+        return self.by_module() if fresh else {}
+
+
+def _largest_by_module(modules: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """A module's worst parameter speaks for it. Nothing where the values are not those of the modules."""
+    largest: dict[str, float] = {}
+    if len(modules) == len(values):
+        for module, value in zip(modules, values, strict=True):
+            largest[module] = max(value, largest.get(module, value))
+    return largest

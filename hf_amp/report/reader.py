@@ -1,0 +1,482 @@
+"""Reads the JSON-lines log of a run: whole, growing, cut off by a kill, empty, or not ours at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_amp.config import is_real
+from hf_amp.errors import StateError
+from hf_amp.events import EventKind
+from hf_amp.monitoring.metrics import BY_MODULE
+
+FILE_NAME = "amp_events.jsonl"
+"""What a run's log is called in its folder."""
+
+LONGEST_LINE = 2**24
+"""Bytes; with figures for 100,000 modules a line is shorter."""
+
+_LINE_START = b'{"timestamp": '
+_BLANK = b"\0\r\n "
+_NEEDED = ("timestamp", "event", "run_id", "step")
+
+
+def find_log(run: str | Path) -> Path:
+    """The log file of a run, given as its folder or as the file itself.
+
+    Raises:
+        StateError: there is none. Names the folders below that have one.
+    """
+    path = Path(run)
+    if path.is_file():
+        return path
+    if (path / FILE_NAME).is_file():
+        return path / FILE_NAME
+    if not path.is_dir():
+        raise StateError(
+            f"{path}: no such file or folder; pass a run's output folder, or the {FILE_NAME} in it."
+        )
+    below = sorted(str(found.parent) for depth in ("*", "*/*") for found in path.glob(f"{depth}/{FILE_NAME}"))
+    hint = f" Runs below it: {', '.join(below[:5])}." if below else ""
+    raise StateError(
+        f"{path}: no {FILE_NAME} in this folder. hf_amp writes it into the output folder of a Trainer that has a "
+        f"MixedPrecisionCallback, and in loops of your own where session.log_to(folder) says; pass such a folder.{hint}"
+    )
+
+
+class EventLog:
+    """Reads a log from the beginning, and then what is added to it.
+
+    A line that is not finished is left for the next `read`: the run is writing it, or was killed there. Lines that a
+    kill has cut off in the middle of the file are counted and passed over.
+
+    Args:
+        path: the log file.
+
+    Attributes:
+        torn_lines: lines in the middle of the file that were cut off.
+        unfinished: whether the newest line had no end when the file was last read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.torn_lines = 0
+        self.unfinished = False
+        self._offset = 0
+        self._lines = 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yields every whole line that has not been read yet, as parsed; holds one line in memory.
+
+        Raises:
+            StateError: the file is not an event log of hf_amp; names the line.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            self.unfinished = False
+            while raw := file.readline(LONGEST_LINE):
+                if not raw.endswith(b"\n"):
+                    self.unfinished = True
+                    if len(raw) == LONGEST_LINE or not _may_become_ours(raw):
+                        raise self._foreign(raw)
+                    return
+                self._offset += len(raw)
+                self._lines += 1
+                line = self._parsed(raw.strip(_BLANK))
+                if line is not None:
+                    yield line
+
+    def _parsed(self, raw: bytes) -> dict[str, Any] | None:
+        if not raw:
+            return None
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            if not _may_become_ours(raw):
+                raise self._foreign(raw) from None
+            self.torn_lines += 1
+            return None
+        if not isinstance(line, dict) or any(name not in line for name in _NEEDED):
+            raise self._foreign(raw)
+        if type(line["step"]) is not int or not 0 <= line["step"] < 2**63:
+            raise self._foreign(raw)
+        return line
+
+    def _foreign(self, raw: bytes) -> StateError:
+        shown = ascii(raw[:60].decode("utf-8", "replace"))
+        return StateError(
+            f"{self.path}: not an event log of hf_amp: line {max(self._lines, 1)} is {shown}. Every line must be a JSON "
+            f"object with {', '.join(_NEEDED)}; pass a run's output folder, or the {FILE_NAME} in it."
+        )
+
+
+def _may_become_ours(raw: bytes) -> bool:
+    """Whether `raw` is how one of our lines begins."""
+    start = raw.lstrip(_BLANK)[: len(_LINE_START)]
+    return _LINE_START.startswith(start)
+
+
+@dataclass
+class Incident:
+    """What needed attention, alike events together.
+
+    Attributes:
+        event: name of its kind, as in the log.
+        cause: name of the cause; "" where there is none.
+        modules: qualified names of the modules concerned.
+        first_step: optimizer step of the first.
+        last_step: optimizer step of the newest.
+        count: how many.
+        message: the newest one's sentence, with what to do.
+        before: the value that the newest one changed.
+        after: what it changed to.
+    """
+
+    event: str
+    cause: str
+    modules: tuple[str, ...]
+    first_step: int
+    last_step: int
+    count: int
+    message: str
+    before: float | str | None = None
+    after: float | str | None = None
+
+
+@dataclass(frozen=True)
+class PrecisionChange:
+    """A change of precision as a log tells of it: of the modules named, or of the whole model where none is."""
+
+    step: int
+    before: str
+    after: str
+    modules: tuple[str, ...]
+    cause: str
+    message: str
+
+
+def cause_of(line: Mapping[str, Any]) -> str:
+    return str(line.get("cause") or "")
+
+
+def plain_value(value: Any) -> float | str | None:
+    """A finite number, text or None; anything else as text."""
+    return value if value is None or is_real(value) else str(value)
+
+
+def precision_change_of(line: Mapping[str, Any]) -> PrecisionChange:
+    return PrecisionChange(
+        step=line["step"],
+        before=str(line.get("before")),
+        after=str(line.get("after")),
+        modules=tuple(map(str, line.get("modules") or ())),
+        cause=cause_of(line),
+        message=str(line.get("message", "")),
+    )
+
+
+POINTS_KEPT = 8192
+"""Points after which a series is thinned; several for every pixel of a picture."""
+
+
+class Series:
+    """(step, value) points in order of steps. Beyond `points_kept` it keeps the extremes of every four neighbours.
+
+    Attributes:
+        steps: optimizer steps, int64.
+        values: the figure at each, float64.
+        points: how many were added.
+    """
+
+    def __init__(self, points_kept: int = POINTS_KEPT) -> None:
+        self._points_kept = points_kept
+        self.steps = array("q")
+        self.values = array("d")
+        self.points = 0
+
+    def add(self, step: int, value: float) -> None:
+        """Appends one point; another one of the same step replaces it."""
+        self.points += 1
+        if self.steps and self.steps[-1] == step:
+            self.values[-1] = value
+            return
+        self.steps.append(step)
+        self.values.append(value)
+        if len(self.steps) >= self._points_kept:
+            self._thin()
+
+    def _thin(self) -> None:
+        kept: list[int] = []
+        newest = len(self.values) - 1
+        for start in range(0, newest, 4):
+            four = range(start, min(start + 4, newest))
+            kept += sorted({min(four, key=self.values.__getitem__), max(four, key=self.values.__getitem__)})
+        kept.append(newest)
+        self.steps = array("q", (self.steps[i] for i in kept))
+        self.values = array("d", (self.values[i] for i in kept))
+
+    def cut_after(self, step: int) -> None:
+        """Forgets what is later than `step`, because a resumed run does it anew."""
+        while self.steps and self.steps[-1] > step:
+            self.steps.pop()
+            self.values.pop()
+
+    @property
+    def newest(self) -> float | None:
+        """The last value; None where there is none."""
+        return self.values[-1] if self.values else None
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        return iter(zip(self.steps, self.values, strict=True))
+
+
+LARGEST_GROUPS = 500
+"""Different incidents that are told apart; what comes after goes into one more, named so."""
+MOST_NAMES = 1000
+"""Figures, or causes, in one log; hf_amp has some 40, the rest are the loop's own."""
+MOST_MODULES = 100_000
+CHANGES_KEPT = 1000
+"""Changes of precision, and resumptions; a plan cannot flap, so that a run has a handful."""
+POINTS_KEPT_BY_MODULE = 512
+"""There can be thousands of modules, and a picture has columns for a tenth of these."""
+MODULE_FIGURES = tuple(metric.name for metric in BY_MODULE)
+"""Figures by module, as a mapping from its qualified name."""
+
+_INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention}
+
+
+@dataclass
+class RunHistory:
+    """One run, as far as its log goes. A resumed run goes on where it was resumed; a run begun anew replaces the former.
+
+    Attributes:
+        name: what people call the run: its folder.
+        path: its log file.
+        run_id: the newest run id in the log; None before the first line.
+        started: UTC time of the first line of this run, as written.
+        newest: UTC time of the newest line.
+        newest_step: highest optimizer step told of.
+        ended: whether training came to its end.
+        what_ran: what the log says about the precision and the device.
+        precision: default precision at the start.
+        config: the options in force.
+        figures: name of a figure → its values over time.
+        modules: name of a figure by module → module → its values over time.
+        skips: cause → (optimizer step, loss scale of the skipped step).
+        incidents: what needed attention, in order of first steps.
+        transitions: changes of precision.
+        resumed_at: optimizer steps at which the run was taken up again.
+        former_runs: runs that were begun in the same file before.
+        lines: lines read.
+        torn_lines: lines that were cut off.
+    """
+
+    name: str
+    path: Path
+    run_id: str | None = None
+    started: str | None = None
+    newest: str | None = None
+    newest_step: int = 0
+    ended: bool = False
+    what_ran: str = ""
+    precision: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    figures: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
+    modules: defaultdict[str, defaultdict[str, Series]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(lambda: Series(POINTS_KEPT_BY_MODULE)))
+    )
+    skips: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
+    transitions: list[PrecisionChange] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
+    former_runs: int = 0
+    lines: int = 0
+    torn_lines: int = 0
+    _groups: dict[tuple[Any, ...], Incident] = field(default_factory=dict)
+
+    @property
+    def incidents(self) -> list[Incident]:
+        return sorted(self._groups.values(), key=lambda incident: incident.first_step)
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The newest value of every figure."""
+        return {name: series.values[-1] for name, series in sorted(self.figures.items()) if len(series)}
+
+    @property
+    def skipped_by_cause(self) -> Counter[str]:
+        """Skipped steps of this run that the log tells of, by cause."""
+        return Counter({cause: series.points for cause, series in self.skips.items() if series.points})
+
+    @property
+    def departures(self) -> dict[str, PrecisionChange]:
+        """Module → how it came to the precision that it has now, where that is not the one it had at first.
+
+        "" stands for the whole model.
+        """
+        first: dict[str, str] = {}
+        newest: dict[str, PrecisionChange] = {}
+        for transition in self.transitions:
+            for module in transition.modules or ("",):
+                first.setdefault(module, transition.before)
+                newest[module] = transition
+        return {module: change for module, change in newest.items() if change.after != first[module]}
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Takes in one line of the log. Fields that it does not know are left alone.
+
+        Raises:
+            StateError: a field has a type that it cannot have.
+        """
+        self.lines += 1
+        try:
+            self._add(line)
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise StateError(
+                f"{self.path}: line {self.lines} is not what hf_amp writes ({error}); it was changed, or comes from a "
+                "version that this one cannot read."
+            ) from error
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        event, step = line["event"], line["step"]
+        if event == EventKind.TRAINING_STARTED.value:
+            self._begin(line)
+        if self.started is None:
+            self.started = str(line["timestamp"])
+        self.run_id, self.newest = str(line["run_id"]), str(line["timestamp"])
+        self.newest_step = max(self.newest_step, step)
+        if event in (EventKind.METRICS.value, EventKind.TRAINING_ENDED.value):
+            self._add_figures(step, line)
+        if event == EventKind.TRAINING_ENDED.value:
+            self.ended = True
+        elif event == EventKind.STEP_SKIPPED.value:
+            scale = line.get("before")
+            scale = float(scale) if is_real(scale) else math.nan
+            self.skips[cause_of(line) or "UNKNOWN"].add(step, scale)
+        elif event == EventKind.PRECISION_CHANGED.value:
+            self.transitions.append(precision_change_of(line))
+            _thin(self.transitions)
+        for names, most in (
+            (self.figures, MOST_NAMES),
+            (self.skips, MOST_NAMES),
+            *((m, MOST_MODULES) for m in self.modules.values()),
+        ):
+            if len(names) > most:
+                raise ValueError(f"more than {most:,} names")
+        if event in _INCIDENTS:
+            self._add_incident(line)
+
+    def _begin(self, line: Mapping[str, Any]) -> None:
+        """Training starts, in this process: from the beginning, or after the steps that a checkpoint has behind it."""
+        completed = line["step"]
+        if self.what_ran and completed == 0:
+            anew = RunHistory(self.name, self.path, former_runs=self.former_runs + 1, lines=self.lines)
+            vars(self).update(vars(anew))
+        elif completed:
+            self._cut_after(completed)
+            self.resumed_at.append(completed)
+            _thin(self.resumed_at)
+        self.ended = False
+        self.precision = str(line.get("precision", ""))
+        self.config = dict(line.get("config", {}))
+        self.what_ran = str(line.get("message", "")).partition(": ")[2].rstrip(".")
+
+    def _cut_after(self, step: int) -> None:
+        by_module = [series for modules in self.modules.values() for series in modules.values()]
+        for series in [*self.figures.values(), *by_module]:
+            series.cut_after(step)
+        for series in self.skips.values():
+            kept = len(series)
+            series.cut_after(step)
+            series.points -= kept - len(series)
+        self.transitions = [transition for transition in self.transitions if transition.step <= step]
+        self._groups = {
+            key: dataclasses.replace(group, last_step=min(group.last_step, step))
+            for key, group in self._groups.items()
+            if group.first_step <= step
+        }
+        self.newest_step = step
+
+    def _add_figures(self, step: int, line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if name in _NO_FIGURES:
+                continue
+            if name in MODULE_FIGURES:
+                for module, figure in value.items():
+                    self.modules[name][module].add(step, float(figure))
+            elif is_real(value):
+                self.figures[name].add(step, value)
+            elif name in _LOSS_FIGURES and value is not None:
+                self.figures[name].add(step, float(value))
+
+    def _add_incident(self, line: Mapping[str, Any]) -> None:
+        modules, step = tuple(map(str, line.get("modules") or ())), line["step"]
+        key = (line["event"], cause_of(line), modules)
+        if key not in self._groups and len(self._groups) >= LARGEST_GROUPS:
+            modules = ("and others",)
+            key = (line["event"], cause_of(line), modules)
+        group = self._groups.get(key)
+        if group is None:
+            group = Incident(line["event"], cause_of(line), modules, step, step, 0, "")
+            self._groups[key] = group
+        group.count += 1
+        group.last_step = max(group.last_step, step)
+        group.message = str(line.get("message", ""))
+        group.before, group.after = plain_value(line.get("before")), plain_value(line.get("after"))
+
+
+_NO_FIGURES = frozenset(
+    (
+        "timestamp",
+        "level",
+        "event",
+        "run_id",
+        "rank",
+        "step",
+        "cause",
+        "before",
+        "after",
+        "modules",
+        "message",
+    )
+)
+_LOSS_FIGURES = ("loss",)  # may be "nan" or "inf", in words, which is worth a point
+
+
+def _thin(changes: list[Any]) -> None:
+    """Drops one from the middle where there are too many: the first and the newest say how it began and how it is."""
+    if len(changes) > CHANGES_KEPT:
+        del changes[CHANGES_KEPT // 2]
+
+
+def named_run(run: str | Path) -> RunHistory:
+    """The history of a run before anything is read, given as its folder or its log file.
+
+    Raises:
+        StateError: there is no log.
+    """
+    path = find_log(run)
+    return RunHistory(path.resolve().parent.name if path.name == FILE_NAME else path.stem, path)
+
+
+def read_run(run: str | Path) -> RunHistory:
+    """The history of a run, as far as its log goes; read in one pass.
+
+    Raises:
+        StateError: there is no log, or it is not one of hf_amp.
+    """
+    history = named_run(run)
+    log = EventLog(history.path)
+    for line in log.read():
+        history.add(line)
+    history.torn_lines = log.torn_lines + log.unfinished
+    return history

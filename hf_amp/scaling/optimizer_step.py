@@ -1,0 +1,173 @@
+"""Applying examined gradients: fused or not, to the parameters or to their master weights, and what that changed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hf_amp.errors import ScalerError
+from hf_amp.scaling.master_weights import MasterWeights, half_parameters
+from hf_amp.scaling.step import Boundary, Treatment, multiply_, reciprocal, refuse_fp16
+from hf_amp.statistics import moved, random_elements
+
+
+class Application:
+    """How one scaler's optimizers are run.
+
+    Args:
+        masters: FP32 copies of their half-precision parameters; None where none are kept.
+    """
+
+    def __init__(self, masters: MasterWeights | None) -> None:
+        self._masters = masters
+        self._lost: dict[int, Tensor] = {}
+
+    def ready_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Brings gradients into the precision that they are examined and applied in. No host read."""
+        if self._masters is not None:
+            self._masters.widen_gradients(optimizer)
+
+    def run(
+        self,
+        optimizer: torch.optim.Optimizer,
+        boundary: Boundary,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+        *,
+        on_device: bool = False,
+        sample_seed: int | None = None,
+    ) -> float | None:
+        """Runs the optimizer on `boundary`'s gradients. No host read, unless some of several devices' are on the CPU.
+
+        Args:
+            on_device: the verdict is not known on the host: a fused optimizer reads it on the device. Otherwise the
+                gradients were found finite.
+            sample_seed: takes the lost-update fraction, from a sample with this seed; None for not.
+        """
+        low = self._moved_in_half(optimizer) if sample_seed is not None else []
+        if not low:
+            with self._on_masters(optimizer):
+                return _apply(optimizer, boundary, arguments, options, on_device)
+        before, weights = random_elements(low, cast(int, sample_seed))
+        result = _apply(optimizer, boundary, arguments, options, on_device)
+        after, _ = random_elements(low, cast(int, sample_seed))
+        lost = moved(((before == after) * weights).sum(), boundary.scale.device)
+        # A step that the device has skipped changed nothing, and lost nothing.
+        self._lost[id(optimizer)] = torch.where(boundary.found_inf > 0, torch.nan, lost)
+        return result
+
+    def leave_out(self, optimizer: torch.optim.Optimizer) -> None:
+        """Ends a step that is skipped."""
+        if self._masters is not None:
+            self._masters.narrow_gradients(optimizer)
+
+    def take_lost_update_fraction(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Share of low-precision elements that `optimizer`'s newest sampled step left as they were; None the next time.
+
+        Returns:
+            Tensor of shape [], float32, on the scale's device; NaN where the device skipped the step. The host learns
+            of it in the read of the step after, because that of its own was before it moved anything.
+        """
+        return self._lost.pop(id(optimizer), None)
+
+    def _moved_in_half(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        if self._masters is not None:
+            return []
+        return [p.detach() for p in half_parameters(optimizer) if p.grad is not None]
+
+    def _on_masters(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        return nullcontext() if self._masters is None else self._masters.in_place_of_parameters(optimizer)
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer` divides by `grad_scale` and skips by `found_inf` itself.
+
+    Not so what wraps such a one, which would not hand them on; nor those that take the scaler itself as an argument
+    (Apex), which without it are like any other.
+    """
+    name = "_step_supports_amp_scaling"
+    if not getattr(optimizer, name, False):
+        return False
+    own = hasattr(type(optimizer), name) or name in _attributes_of(optimizer)
+    return own and not _takes_scaler(type(optimizer).step)
+
+
+def _attributes_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """Those of its own, without what a `__getattr__` finds elsewhere."""
+    try:
+        return cast(Mapping[str, Any], object.__getattribute__(optimizer, "__dict__"))
+    except AttributeError:
+        return {}
+
+
+@functools.cache
+def _takes_scaler(step: Callable[..., Any]) -> bool:
+    return "grad_scaler" in inspect.signature(step).parameters
+
+
+def refuse_closure(
+    optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], options: Mapping[str, Any]
+) -> None:
+    """Raises `ScalerError` where `optimizer.step` was given a closure."""
+    if options.get("closure") is not None or any(callable(argument) for argument in arguments):
+        raise ScalerError(
+            f"{type(optimizer).__name__}.step with a closure cannot be loss-scaled, because the closure runs backward "
+            "several times within one step; use an optimizer without a closure, or FP32 or BF16 without hf_amp."
+        )
+
+
+def device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
+    """Where `optimizer`'s first parameter is; `default` where it has none."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            return cast(torch.device, parameter.device)
+    return torch.device(default)
+
+
+def _apply(
+    optimizer: torch.optim.Optimizer,
+    boundary: Boundary,
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any],
+    on_device: bool,
+) -> float | None:
+    folded = boundary.treatment is Treatment.FOLD
+    if not is_fused(optimizer) or not (folded or on_device):
+        if folded:
+            refuse_fp16(boundary.gradients)
+            factor = reciprocal(boundary.scale)
+            if boundary.clip_coefficient is not None:
+                factor = factor * boundary.clip_coefficient
+            multiply_(boundary.gradients, factor)
+            boundary.treatment = Treatment.DIVIDE  # also for a second call, after one that raised
+        return cast("float | None", optimizer.step(*arguments, **options))
+    # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
+    # where `found_inf` is not 0.
+    fused, device = cast(Any, optimizer), _where_it_can_read(boundary)
+    fused.grad_scale = fused.found_inf = None
+    if folded:
+        scale, clip = boundary.scale, boundary.clip_coefficient
+        fused.grad_scale = moved(scale if clip is None else scale / clip, device)
+    if on_device:  # where it is known, asking costs a pass over counters
+        fused.found_inf = moved(boundary.found_inf, device)
+    try:
+        return cast("float | None", optimizer.step(*arguments, **options))
+    finally:
+        del fused.grad_scale, fused.found_inf
+
+
+def _where_it_can_read(boundary: Boundary) -> torch.device:
+    """Where a fused optimizer finds what it reads: the scale's device, or the CPU where that has gradients as well.
+
+    It copies to its parameters' devices without waiting, and on the CPU uses what is there by then.
+    """
+    device = boundary.scale.device
+    if device.type != "cpu" and any(gradient.device.type == "cpu" for gradient in boundary.gradients):
+        return torch.device("cpu")
+    return device

@@ -1,0 +1,476 @@
+"""Small tensors from one device to another."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat
+
+
+def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`x` on `device`, and in `dtype` where one is given. Waited for on the way to the CPU alone.
+
+    There PyTorch would give back memory that is still being written to, and arithmetic on it would use what is in it by
+    then. Between other devices, and from the CPU, work is queued behind the copy.
+    """
+    return x.to(device, x.dtype if dtype is None else dtype, non_blocking=device.type != "cpu")
+
+
+def to_host(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Brings small tensors to the host in one transfer per device, which waits for the device.
+
+    Args:
+        values: name → tensor of shape [] or [n], any real dtype. FP64 carries them, so FP32 and integers up to 2^53 arrive
+            exactly.
+
+    Returns:
+        name → value, in the same order; the elements of a tensor of shape [n] under `name[0]`, `name[1]` and so on.
+        Booleans arrive as 0.0 and 1.0.
+    """
+    if len({value.device for value in values.values()}) == 1:
+        return dict(zip(_labels(values, values), _packed(values, list(values)).tolist(), strict=True))
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in values.items():
+        by_device.setdefault(value.device, []).append(name)
+    host: dict[str, float] = {}
+    for names in by_device.values():
+        host.update(zip(_labels(values, names), _packed(values, names).tolist(), strict=True))
+    return {label: host[label] for label in _labels(values, values)}
+
+
+def elements_of(host: Mapping[str, float], name: str) -> list[float]:
+    """The elements of what was read as a tensor of shape [n] under `name`; none where it was not."""
+    found: list[float] = []
+    while f"{name}[{len(found)}]" in host:
+        found.append(host[f"{name}[{len(found)}]"])
+    return found
+
+
+def to_host_list(values: Sequence[Tensor]) -> list[float]:
+    """The same for 0-d tensors without names."""
+    named = to_host({str(index): value for index, value in enumerate(values)})
+    return list(named.values())
+
+
+def vector_to_host(values: Tensor) -> list[float]:
+    """Brings a tensor of shape [n] to the host in one transfer, which waits for the device."""
+    return [float(value) for value in values.tolist()]
+
+
+class PendingTransfer:
+    """Values on their way to the host: copied into pinned memory behind the work already queued, with an event.
+
+    That is on CUDA. Other devices, which have no such event here, are read in `result`, and waited for.
+
+    Args:
+        values: name → tensor of shape [] or [n], all on one device.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._labels = _labels(values, values)
+        packed = _packed(values, list(values)).detach()
+        self._event: torch.cuda.Event | None = None
+        if packed.device.type == "cuda":
+            self._host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(packed.device))
+        else:
+            self._host = packed
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait, as far as there is somebody to ask."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def result(self) -> dict[str, float]:
+        """The values; waits for the device where `ready` is False."""
+        if self._event is not None:
+            self._event.synchronize()
+        return dict(zip(self._labels, self._host.tolist(), strict=True))
+
+
+def _packed(values: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    tensors = [values[name] for name in names]
+    if all(tensor.dtype == torch.float32 for tensor in tensors):
+        if not any(tensor.dim() for tensor in tensors):
+            return torch.stack(tensors)
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    return torch.cat([tensor.to(wide).reshape(-1) for tensor in tensors])
+
+
+def _labels(values: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    """What the elements of `_packed` are called."""
+    labels: list[str] = []
+    for name in names:
+        value = values[name]
+        labels += [name] if value.dim() == 0 else [f"{name}[{i}]" for i in range(value.numel())]
+    return labels
+
+
+def is_distributed() -> bool:
+    """Whether there is more than one process to agree with."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
+    """The element-wise maximum over all ranks of tensors of shape [], float32, in one all-reduce. No host read.
+
+    NaN, of which MAX loses track on some backends, travels as inf.
+    """
+    packed = torch.stack([value.float().nan_to_num(nan=torch.inf, posinf=torch.inf) for value in values])
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    return tuple(packed.unbind())
+
+
+def all_reduce_max_to_host(values: Tensor) -> list[float]:
+    """The element-wise maximum over all ranks of a tensor of shape [n], float32, finite, in one all-reduce and one host read."""
+    agreed = values.clone()
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return vector_to_host(agreed)
+
+
+_ELEMENTS_PER_COPIED = 200
+"""Elements of all gradients to each that is copied at once, to be read together with others: half of 1%."""
+_MOST_COPIED = 16384
+"""Elements that are copied at once, at most; copying more costs what it saves."""
+_IN_CACHE = 2**17
+"""Elements of FP32 that stay in the cache of one core until they are read again: 512 KiB."""
+
+
+def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> list[Tensor]:
+    """The gradients that `optimizer` will apply, parameter order; of a sparse one, its values; complex ones as real pairs.
+
+    Of a DTensor it is this rank's shard, which shares its memory. Sparse gradients are coalesced in place first, so that
+    duplicates which overflow only in sum are seen. No host read on dense gradients.
+
+    Args:
+        without: `id` of the parameters whose gradients are left out.
+    """
+    gradients = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None or (without and id(parameter) in without):
+                continue
+            if type(gradient) is not Tensor and is_sharded(gradient):
+                gradient = gradient.to_local()
+            if gradient.is_sparse:
+                if not gradient.is_coalesced():
+                    parameter.grad = gradient = gradient.coalesce()
+                gradient = gradient._values()
+            if gradient.is_complex():
+                if gradient.is_conj():
+                    parameter.grad = gradient = gradient.resolve_conj()
+                gradient = torch.view_as_real(gradient)
+            gradients.append(gradient)
+    return gradients
+
+
+def is_sharded(gradient: Tensor) -> bool:
+    """Whether `gradient` is a DTensor, of which this process holds a part."""
+    return type(gradient) is not Tensor and hasattr(gradient, "to_local")
+
+
+def by_device_and_dtype(
+    gradients: Iterable[Tensor],
+) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    """The same gradients grouped as the foreach kernels want them."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    return groups
+
+
+def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """2-norm over all elements, shape [], float32, on `device`. Not finite where a gradient is not. No host read.
+
+    Squares are summed in the gradients' own precision: above |g| of about 1e19 an FP32 sum is inf although every
+    gradient is finite. `exact_norm` has no such limit.
+    """
+    return cast(Tensor, norm_and_amax(gradients, device, amax=False)[0])
+
+
+@torch.no_grad()
+def exact_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """2-norm to the last digits of FP32, at most its largest value: finite wherever all gradients are. No host read.
+
+    Slow, and copies every gradient, one at a time; for when `total_norm` is not finite although the gradients are.
+    """
+    norms = [_norm_within_range(moved(g, g.device, torch.float32)) for g in gradients if g.numel()]
+    return _combined(norms, device, _norm_within_range)
+
+
+def _norm_within_range(x: Tensor) -> Tensor:
+    """What is squared is divided by the amax first, so that no square leaves the range, without FP64, which MPS lacks."""
+    peak = torch.linalg.vector_norm(x, math.inf).clamp(FP32_FORMAT.smallest_normal, FP32_FORMAT.largest)
+    # `sum` adds in pairs. A 2-norm does not: on a CPU it is off by 0.5% at 2^26 elements.
+    return cast(Tensor, peak * (x / peak).square_().sum().sqrt_()).clamp_(max=FP32_FORMAT.largest)
+
+
+def total_amax(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Largest magnitude over all elements, shape [], float32, on `device`. Not finite where a gradient is not.
+
+    Always the true one: a sampled amax misses it by a factor of 2 to 6. No host read.
+    """
+    return cast(Tensor, norm_and_amax(gradients, device, norm=False)[1])
+
+
+@torch.no_grad()
+def norm_and_amax(
+    gradients: Sequence[Tensor], device: torch.device, *, norm: bool = True, amax: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """`total_norm` and `total_amax`, for less than the two cost apart; None for the one that is not wanted."""
+    norms: list[Tensor] = []
+    peaks: list[Tensor] = []
+    for group in filled_groups(gradients):
+        read = _read_on_cpu if group[0].device.type == "cpu" else _read_by_foreach
+        group_norm, group_peak = read(group, norm, amax)
+        norms += group_norm
+        peaks += group_peak
+    return (
+        _combined(norms, device, torch.linalg.vector_norm) if norm else None,
+        _combined(peaks, device, torch.amax) if amax else None,
+    )
+
+
+def _read_by_foreach(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Its norm and its largest magnitude, each if it is wanted."""
+    return (
+        [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(group, 2.0)))] if norm else [],
+        [torch.stack(torch._foreach_norm(group, math.inf)).amax()] if amax else [],
+    )
+
+
+def _read_on_cpu(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The same. BLAS reads large FP32 with every core; `aminmax` reads anything eight times faster than an inf-norm, and what
+    BLAS has just brought into the cache `amax` and `amin` read twice as fast again. Measured by `tests/benchmarks`."""
+    if not amax:
+        return _norms_on_cpu(group), []
+    by_blas = norm and group[0].dtype == torch.float32
+    squares: list[Tensor] = []
+    extremes: list[Tensor] = []
+    for piece in _pieces(group):
+        if not by_blas:
+            extremes += piece.aminmax()
+            continue
+        flat = _flat(piece)
+        for part in torch.split(flat, _IN_CACHE) if flat.numel() > _IN_CACHE else (flat,):
+            squares.append(part.dot(part))
+            extremes += (part.amax(), part.amin())
+    norms = [torch.stack(squares).sum().sqrt_()] if by_blas else _read_by_foreach(group, norm, False)[0]
+    return norms, [torch.stack(extremes).abs_().amax()]
+
+
+def _norms_on_cpu(group: list[Tensor]) -> list[Tensor]:
+    """The norm alone: what is large by BLAS, the rest in one call."""
+    large = [g for g in group if g.numel() > _IN_CACHE] if group[0].dtype == torch.float32 else []
+    if not large:
+        return _read_by_foreach(group, True, False)[0]
+    squares = [flat.dot(flat) for flat in map(_flat, large)]
+    rest = [gradient for gradient in group if gradient.numel() <= _IN_CACHE]
+    norms = _read_by_foreach(rest, True, False)[0] if rest else []
+    return [*norms, torch.stack(squares).sum().sqrt_()]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """`tensors`, of one device and dtype, small ones copied together: calls cost more than reading them."""
+    sizes = [tensor.numel() for tensor in tensors]
+    most = min(sum(sizes) // _ELEMENTS_PER_COPIED, _MOST_COPIED)
+    run: list[Tensor] = []
+    held = 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if 2 * size > most:
+            yield tensor
+            continue
+        if held + size > most:
+            yield torch.cat(run)
+            run, held = [], 0
+        run.append(tensor if tensor.dim() == 1 else tensor.reshape(-1))
+        held += size
+    if run:
+        yield torch.cat(run)
+
+
+def filled_groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Those of `tensors` that have elements, grouped by device and dtype."""
+    return list(by_device_and_dtype([tensor for tensor in tensors if tensor.numel()]).values())
+
+
+def _combined(figures: list[Tensor], device: torch.device, combine: Callable[[Tensor], Tensor]) -> Tensor:
+    """One figure out of those of several groups; 0 out of none."""
+    here = [moved(figure, device, torch.float32) for figure in figures]
+    if len(here) == 1:
+        return here[0]
+    return combine(torch.stack(here)) if here else torch.zeros((), device=device)
+
+
+@torch.no_grad()
+def count_non_finite(gradients: Sequence[Tensor]) -> tuple[int, int]:
+    """How many elements are infinite, and how many NaN. One host read: for overflowing steps only."""
+    if not gradients:
+        return 0, 0
+    counts: dict[str, Tensor] = {}
+    for index, gradient in enumerate(gradients):
+        counts[f"inf {index}"] = gradient.isinf().sum()
+        counts[f"nan {index}"] = gradient.isnan().sum()
+    host = to_host(counts)
+    infinite = sum(value for name, value in host.items() if name.startswith("inf"))
+    return int(infinite), int(sum(host.values()) - infinite)
+
+
+SAMPLES_PER_TENSOR = 1024
+"""Random elements per tensor for the underflow fraction, which they give to 0.003 to 0.005."""
+TOLERATED_UNDERFLOW = float(torch.finfo(FP16_FORMAT.dtype).eps)
+"""Share of elements whose underflow is left alone: 2^-10, the spacing of FP16 at one, which all the others are rounded to anyway."""
+_BITS = 64
+"""Largest distance, in bits, of an element from the smallest normal value that is told apart from zero and from infinity."""
+_WHOLE = 2**30
+"""All elements, where their shares are integers."""
+_ELEMENTS_PER_SAMPLE = 400
+"""Elements of all gradients to each that is looked at at once, which takes 8 bytes: half of 1% of what FP32 gradients take."""
+
+
+class Underflow(NamedTuple):
+    """What a sample of scaled gradients shows of their smallest elements. Both of shape [], float32."""
+
+    fraction: Tensor
+    """Share of elements that are zero or subnormal. What the format has flushed arrives as zero, so zeros count as well;
+    exact zeros of the FP32 gradient cannot be told from them."""
+    cure: Tensor
+    """The power of two that the gradients would have to be multiplied by, so that a share of no more than
+    `TOLERATED_UNDERFLOW` of all elements is subnormal; below 1 where they could be smaller. Zeros, which it might not cure,
+    do not count; 0 where nothing else is seen."""
+
+
+@torch.no_grad()
+def sample_underflow(gradients: Sequence[Tensor], number_format: NumberFormat, seed: int) -> Underflow:
+    """Looks for elements that are zero or subnormal in `number_format`, in a random sample. No host read.
+
+    Args:
+        gradients: the *scaled* gradients, as backward left them. At least one.
+        seed: chooses the sample; ranks that hold the same gradients and pass the same seed get the same result. The global
+            random state is not touched.
+
+    Returns:
+        Both figures on the device of the first gradient, weighted by tensor size.
+    """
+    total = sum(gradient.numel() for gradient in gradients)
+    shares = torch.zeros(256, device=gradients[0].device)  # of elements, by the exponent of FP32, 0 for zero
+    for values, weight in _samples(gradients, seed, most=total // _ELEMENTS_PER_SAMPLE):
+        exponents = values.view(torch.int32).bitwise_right_shift_(23).bitwise_and_(255)
+        shares.index_add_(0, exponents, shares.new_full((), weight).expand(exponents.shape))
+        del values, exponents  # before the next are there
+    edge = 127 + round(math.log2(number_format.smallest_normal))
+    near = (shares[max(edge - _BITS + 1, 1) : edge + _BITS] * _WHOLE).int()
+    at_most = near.cumsum(0, dtype=torch.int32)  # of floats it is an error in CUDA's deterministic mode
+    enough = (at_most > _WHOLE * TOLERATED_UNDERFLOW).sum() - _BITS
+    cure = torch.where(enough > -_BITS, enough.float().exp2(), 0.0)
+    return Underflow(fraction=shares[:edge].sum(), cure=cure)
+
+
+def drawn_on_cpu(seed: int) -> Tensor:
+    """What, modulo the size of a tensor, chooses its random elements: shape [1024], int64, whatever the default device is."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator, device="cpu")
+
+
+def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[Tensor, float]]:
+    """At most 1024 random elements of each of `tensors`, the same for the same sizes and seed. No host read.
+
+    Yields:
+        (values, weight): new, shape [n], float32, on the device of the first tensor, from tensors of one size, and no more
+        than `most` or of one tensor; and the share of all elements that each of them stands for.
+    """
+    total = sum(tensor.numel() for tensor in tensors)
+    for group in filled_groups(tensors):
+        drawn_here = moved(drawn_on_cpu(seed), group[0].device)  # 8 KB, which CUDA does not wait for
+        for size, alike in itertools.groupby(sorted(group, key=Tensor.numel), Tensor.numel):
+            taken = min(size, SAMPLES_PER_TENSOR)
+            positions = drawn_here % size if size > taken else None
+            while part := list(itertools.islice(alike, max(most // taken, 1))):
+                # Not by name, which would keep it while the next one is made.
+                yield (
+                    moved(
+                        torch.cat(
+                            [t.reshape(-1) if positions is None else t.reshape(-1)[positions] for t in part]
+                        ),
+                        tensors[0].device,
+                        torch.float32,
+                    ),
+                    size / total / taken,
+                )
+
+
+@torch.no_grad()
+def random_elements(tensors: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """At most 1024 random elements of each of `tensors`, the same for the same sizes and seed. No host read.
+
+    Returns:
+        (values, weights), of one shape [n], float32, on the device of the first tensor. A weight is the share of all
+        elements that a value stands for; together they are 1, or nothing where there are no elements.
+    """
+    device = tensors[0].device
+    samples = list(_samples(tensors, seed, most=sum(tensor.numel() for tensor in tensors)))
+    if not samples:
+        return torch.zeros(0, device=device), torch.zeros(0, device=device)
+    weights = [torch.full(values.shape, weight, device=device) for values, weight in samples]
+    return torch.cat([values for values, _ in samples]), torch.cat(weights)
+
+
+@torch.no_grad()
+def amax(x: Tensor) -> Tensor:
+    """Largest magnitude of a tensor that is not empty: shape [], its dtype and device. No host read, and no copy of it."""
+    if x.device.type == "cpu":
+        return torch.stack(x.aminmax()).abs_().amax()
+    peak: Tensor = torch.linalg.vector_norm(x, torch.inf)
+    return peak
+
+
+@torch.no_grad()
+def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Largest magnitude of each tensor: shape [n], float32, on `device`; 0 for an empty one. No host read."""
+    if not tensors:
+        return torch.zeros(0, device=device)
+    peaks = [amax(x) if x.numel() else x.new_zeros(()) for x in tensors]
+    return torch.stack([moved(peak, device, torch.float32) for peak in peaks])
+
+
+@torch.no_grad()
+def underflow_of_each(
+    tensors: Sequence[Tensor], number_format: NumberFormat, factor: Tensor, seed: int
+) -> Tensor:
+    """Share of elements of each tensor times `factor` that are zero or subnormal in `number_format`. No host read.
+
+    Args:
+        tensors: gradients; of large ones 1,024 elements are looked at.
+        factor: shape [], what makes them the *scaled* gradients.
+        seed: chooses the sample. The global random state is not touched.
+
+    Returns:
+        Shape [n], float32, on `factor`'s device.
+    """
+    if not tensors:
+        return torch.zeros(0, device=factor.device)
+    drawn = drawn_on_cpu(seed)
+    drawn_there = {device: moved(drawn, device) for device in {tensor.device for tensor in tensors}}
+    shares = []
+    for tensor in tensors:
+        sample = tensor.reshape(-1)
+        if sample.numel() > SAMPLES_PER_TENSOR:
+            sample = sample[drawn_there[sample.device] % sample.numel()]
+        sample = moved(sample, factor.device, torch.float32) * factor
+        small = sample.abs_() < number_format.smallest_normal
+        shares.append(small.float().mean() if sample.numel() else factor.new_zeros((), dtype=torch.float32))
+    return torch.stack(shares)

@@ -1,1 +1,0 @@
-"""Statistics of gradients, taken on their device; `snapshot.read` is the only host read."""

@@ -1,0 +1,489 @@
+"""Puts a model and the random generators back to where a step began, so that it can be run again as if for the first time."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_amp.config import MixedPrecisionConfig
+from hf_amp.device import RandomState, devices_of
+from hf_amp.errors import AttachError, BatchError, ConfigError
+from hf_amp.events import AmpEvent, Cause, EventKind
+from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, peak_bytes, resident_bytes
+from hf_amp.monitoring.monitor import PrecisionMonitor
+from hf_amp.monitoring.throughput import PerformanceTracker
+from hf_amp.precision import NumberFormat, PrecisionMode, ScalingStrategy
+from hf_amp.scaling.scaler import AdvancedGradScaler
+from hf_amp.session import AmpSession
+from hf_amp.training.batch import LossFunction, check_belongs_together, compute_loss, samples_in, to_device
+from hf_amp.training.stepping import AcceleratedStepping, PlainStepping, Stepping, cast_region
+
+
+class Rewind:
+    """What a forward pass changes: buffers (running statistics) and random generators (dropout).
+
+    Copies the buffers, on their devices. No host read.
+
+    Args:
+        model: about to be run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers: list[tuple[Tensor, Tensor]] = [
+            (buffer, buffer.detach().clone()) for buffer in model.buffers()
+        ]
+        self._random_state = RandomState.now(devices_of(model))
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Back to the moment of construction; any number of times."""
+        for buffer, former in self._buffers:
+            buffer.copy_(former)
+        self._random_state.restore()
+
+
+RETRIES: dict[Cause, int] = {Cause.SCALE: 32, Cause.ACTIVATION: 32, Cause.UNKNOWN: 2}
+"""How often a skipped step is run again with the same data, by its cause: as long as a new scale or plan may cure it.
+Source of the 2 for causes that could not be shown: fairseq's AMP trainer."""
+
+
+class Trained(NamedTuple):
+    """What a step trains, with what.
+
+    Attributes:
+        size: batches in the window.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: LossFunction | None
+    size: int
+
+
+@dataclass
+class Window:
+    """Batches that are accumulated into one optimizer step.
+
+    Attributes:
+        batches: so far, as they were given.
+        rewind: takes model and random generators back to before the first; None where no step is run again.
+        retries: how often the step was run again.
+        norm: of the gradients before clipping, shape []; None where nothing is clipped.
+        cause: of the newest skip; None after an applied step.
+    """
+
+    rewind: Rewind | None
+    batches: list[Any] = field(default_factory=list)
+    retries: int = 0
+    norm: Tensor | None = None
+    cause: Cause | None = None
+
+    @property
+    def samples(self) -> int:
+        """Rows of all batches."""
+        return sum(map(samples_in, self.batches))
+
+    def may_retry(self) -> bool:
+        """Whether another run of the same data may succeed where the newest was skipped."""
+        if self.rewind is None or self.cause is None:
+            return False
+        return self.retries < RETRIES.get(self.cause, 0)
+
+
+class MemoryCalibration:
+    """Watches the first forward pass under a plan, and tells the monitor after the first applied step.
+
+    Left alone are models whose forward pass one thread's hooks do not see: compiled, sharded, or on several devices.
+
+    Args:
+        enabled: False watches nothing.
+
+    Attributes:
+        estimate: the newest; None before.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.estimate: MemoryEstimate | None = None
+        self._devices: set[torch.device] = set()
+        self._wanted = enabled
+        self._enabled = enabled
+        self._stored: StoredForBackward | None = None
+
+    def again(self) -> None:
+        """The plan has changed, or a step has failed: watches the next forward pass."""
+        self._wanted = self._enabled
+
+    def around_forward(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Context for one forward pass; does nothing unless it is the one to watch."""
+        if not self._wanted:
+            return nullcontext()
+        self._wanted = False
+        if not _can_be_watched(model):
+            return nullcontext()
+        self._stored = StoredForBackward(model.parameters())
+        return self._stored
+
+    def report(self) -> dict[str, int] | None:
+        """The newest estimate in bytes, and on CUDA the peak of the fullest device that the model is on; None before it."""
+        if self.estimate is None:
+            return None
+        peak = peak_bytes(self._devices)
+        measured = {} if peak is None else {"max_memory_allocated": peak}
+        return {**dataclasses.asdict(self.estimate), **measured}
+
+    def finish(self, model: nn.Module, optimizer: torch.optim.Optimizer, monitor: PrecisionMonitor) -> None:
+        """After an applied step, which has made the optimizer's state."""
+        if self._stored is None:
+            return
+        resident, fp32_resident = resident_bytes(model, optimizer)
+        self.estimate = MemoryEstimate(
+            resident, self._stored.stored_bytes, fp32_resident, self._stored.fp32_bytes
+        )
+        self._stored = None
+        self._devices = {parameter.device for parameter in model.parameters()}
+        monitor.record_memory(self.estimate.savings)
+
+
+def _can_be_watched(model: nn.Module) -> bool:
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        return False
+    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        return False
+    return not any(_is_compiled(module) for module in model.modules())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)` or `module.compile()`."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+class StandardMixedPrecisionTrainer:
+    """Autocast and loss scaling around one step at a time; by default what a hand-written loop over `torch.autocast`
+    and `torch.amp.GradScaler` does, to the last bit.
+
+    Args:
+        config: options; None for the defaults.
+        loss_fn: (outputs, targets) → loss, for models that return none.
+        accelerator: an `accelerate.Accelerator` that has prepared model and optimizer; None for PyTorch alone.
+
+    Attributes:
+        performance_tracker: step times and throughput.
+
+    Raises:
+        ConfigError: `config` is something else, or contradicts the accelerator.
+    """
+
+    _folds_clipping = False
+
+    def __init__(
+        self,
+        config: MixedPrecisionConfig | None = None,
+        *,
+        loss_fn: LossFunction | None = None,
+        accelerator: Any = None,
+    ) -> None:
+        self.config = self._adjusted(MixedPrecisionConfig.or_default(config, type(self).__name__))
+        self.loss_fn = loss_fn
+        folds = self._folds_clipping if self.config.fold_clipping is None else self.config.fold_clipping
+        self._stepping: Stepping = (
+            PlainStepping(self.config, folds)
+            if accelerator is None
+            else AcceleratedStepping(self.config, accelerator)
+        )
+        self.performance_tracker = PerformanceTracker(self.config, self._stepping.device)
+        self.memory = MemoryCalibration(self.config.enable_monitoring)
+        self._trained: tuple[weakref.ref[Any], ...] = ()
+        self._window: Window | None = None
+        self._closed = False
+
+    def _adjusted(self, config: MixedPrecisionConfig) -> MixedPrecisionConfig:
+        """What this trainer makes of the options."""
+        return config
+
+    @property
+    def session(self) -> AmpSession:
+        """What is known of the run: `metrics()`, `events`, `plan`. Another one once a model on another device is seen."""
+        return self._stepping.session
+
+    @property
+    def scaler(self) -> AdvancedGradScaler:
+        """The session's gradient scaler."""
+        return self.session.scaler
+
+    @property
+    def precision_monitor(self) -> PrecisionMonitor:
+        """The session's monitor."""
+        return self.session.monitor
+
+    # ---- one step -------------------------------------------------------------------------------------------
+
+    def train_step(
+        self,
+        batch: Any,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFunction | None = None,
+    ) -> dict[str, Any]:
+        """Forward and backward of one batch, and, with every `accumulation_steps`-th one, an optimizer step.
+
+        Gradients are cleared before a window's first batch, not after the step (`memory_efficient`: right after it).
+        Where anything raises, the window is thrown away, and the next batch begins a new one. Reads the host as the
+        scaler does: once with an optimizer step, or not at all.
+
+        Args:
+            batch: mapping, (inputs, targets) or tensor, on any device; see `hf_amp.training.batch.compute_loss`.
+            model: plain, or in DataParallel or DistributedDataParallel.
+            optimizer: of that model.
+            loss_fn: overrides the trainer's.
+
+        Returns:
+            `loss`: of this batch, detached tensor of shape [], on the device. `precision_mode`: of the run now.
+            `stepped`: whether an optimizer step was decided. `skipped`: whether it was skipped; None where the device
+            has not told yet. `cause`: of the skip. `scale`: that the newest step used; None before the first.
+            `grad_norm`: before clipping; number or tensor of shape [], None where unknown or skipped. `retries`: how
+            often the step was run again. `step_seconds`: duration of the newest step that is known.
+
+        Raises:
+            AttachError: model and optimizer do not belong together, or `cleanup` was called.
+            BatchError: the batch or what came of it cannot be trained on, or another model's step is not finished.
+        """
+        size = self.config.accumulation_steps
+        return self._train(batch, Trained(model, optimizer, loss_fn or self.loss_fn, size))
+
+    def train_window(
+        self,
+        batches: Sequence[Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFunction | None = None,
+    ) -> dict[str, Any]:
+        """One optimizer step from all of `batches`, however many: `train_step` on each of them, but in one go.
+
+        With `gradient_accumulation_friendly` parameters are cast once for all of them.
+
+        Returns:
+            What the last `train_step` returns, and `losses`: one tensor of shape [] for each batch.
+
+        Raises:
+            BatchError: there is no batch, or `train_step` has not finished a step; else as `train_step`.
+        """
+        if not batches:
+            raise BatchError("train_window got no batch: pass those of one optimizer step.")
+        self._bind(model, optimizer)
+        if self._window is not None and isinstance(self._stepping, PlainStepping):
+            raise BatchError(
+                f"train_window, but {_unfinished(self._window)}: pass the rest to train_step, or use train_window alone."
+            )
+        trained = Trained(model, optimizer, loss_fn or self.loss_fn, len(batches))
+        keeps = self.config.gradient_accumulation_friendly and not self.config.memory_efficient
+        losses = []
+        with cast_region(self._stepping.device, keeps_casts=True) if keeps else nullcontext():
+            for batch in batches:
+                result = self._train(batch, trained)
+                losses.append(result["loss"])
+        return {**result, "losses": losses}
+
+    def evaluate(self, batch: Any, model: nn.Module, loss_fn: LossFunction | None = None) -> Tensor:
+        """Loss of one batch in the precision of training, shape []; call it under `torch.no_grad()`. No host read."""
+        self._bind_model(model)
+        with self._stepping.forward_context():
+            return compute_loss(model, to_device(batch, self._stepping.device), loss_fn or self.loss_fn)
+
+    def _train(self, batch: Any, trained: Trained) -> dict[str, Any]:
+        self._bind(trained.model, trained.optimizer)
+        if self._window is None:
+            self._window = self._begin_window(trained)
+        window = self._window
+        window.batches.append(batch)
+        try:
+            last = len(window.batches) >= trained.size
+            with self._stepping.micro_batch(trained.model, last) as steps:
+                loss = self._run_with_retries(window, trained, steps)
+        except BaseException:
+            self._window = None
+            trained.optimizer.zero_grad(set_to_none=True)
+            self.scaler.abandon_step()
+            self.performance_tracker.drop_step()
+            self.memory.again()
+            raise
+        self.precision_monitor.update_metrics(self.scaler, loss, self.scaler.decided_steps)
+        if steps:
+            self._end_window(window, trained)
+        return self._result(loss, window if steps else None)
+
+    def _run_with_retries(self, window: Window, trained: Trained, steps: bool) -> Tensor:
+        loss: Tensor | None = None
+        try:
+            loss = self._run(window.batches[-1:], window, trained, steps)
+        except torch.OutOfMemoryError as error:
+            if not self.session.recover(error):
+                raise
+        # Outside of the handler, whose traceback keeps alive what has filled the memory.
+        while loss is None or (steps and window.may_retry()):
+            loss = self._run_again(window, trained, steps)
+        return loss
+
+    def _run_again(self, window: Window, trained: Trained, steps: bool) -> Tensor:
+        """All of the window under the scale or plan that the failure has led to, as if for the first time."""
+        window.retries += 1
+        if window.rewind is not None:
+            window.rewind.rewind()
+        trained.optimizer.zero_grad(set_to_none=True)
+        return self._run(window.batches, window, trained, steps)
+
+    def _run(self, batches: Sequence[Any], window: Window, trained: Trained, steps: bool) -> Tensor:
+        """Forward and backward of `batches`, and the optimizer's step where one is due; the last one's loss."""
+        for batch in batches:
+            batch = to_device(batch, self._stepping.device)
+            with self.memory.around_forward(trained.model), self._stepping.forward_context():
+                loss = compute_loss(trained.model, batch, trained.loss_fn)
+            self._stepping.backward(loss, trained.size)
+        if steps:
+            window.cause = None
+            if self.config.clip_norm is not None:
+                window.norm = self._stepping.clip(trained.model, trained.optimizer, self.config.clip_norm)
+            self._stepping.step(trained.optimizer)
+        return loss.detach()
+
+    def _begin_window(self, trained: Trained) -> Window:
+        self.performance_tracker.start_step()
+        trained.optimizer.zero_grad(set_to_none=True)
+        return Window(Rewind(trained.model) if self.config.on_overflow == "retry" else None)
+
+    def _end_window(self, window: Window, trained: Trained) -> None:
+        self._window = None
+        if not self.scaler.is_enabled():
+            self.precision_monitor.record_applied(1.0, None, None, None)
+        if window.cause is None:
+            self.memory.finish(trained.model, trained.optimizer, self.precision_monitor)
+        if self.config.memory_efficient:
+            trained.optimizer.zero_grad(set_to_none=True)
+        self.performance_tracker.end_step(window.samples, NumberFormat.of(self.session.plan.default).name)
+
+    def _result(self, loss: Tensor, window: Window | None) -> dict[str, Any]:
+        outcome = self.scaler.last_outcome
+        skipped: bool | None = False
+        norm: float | Tensor | None = window.norm if window else None
+        if window and self.scaler.is_enabled():
+            skipped = None
+            if outcome and outcome.attempt == self.scaler.decided_steps:
+                skipped = not outcome.applied
+                norm = norm if outcome.grad_norm is None else outcome.grad_norm
+        return {
+            "loss": loss,
+            "precision_mode": self.session.plan.default,
+            "stepped": window is not None,
+            "skipped": skipped,
+            "cause": window.cause if window and skipped else None,
+            "scale": outcome.scale if outcome else None,
+            "grad_norm": None if skipped else norm,
+            "retries": window.retries if window else 0,
+            "step_seconds": self.performance_tracker.newest_step_seconds,
+        }
+
+    # ---- a run from its first step to its end ---------------------------------------------------------------
+
+    def _bind(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        same = [reference() for reference in self._trained] == [model, optimizer]
+        if not same:
+            check_belongs_together(model, optimizer, isinstance(self._stepping, AcceleratedStepping))
+            if self._window is not None and all(reference() is not None for reference in self._trained):
+                raise BatchError(
+                    f"a batch for another model or optimizer ({type(model).__name__}, {type(optimizer).__name__}), but "
+                    f"{_unfinished(self._window)}: finish it first. train_window takes all batches of a step at once; "
+                    "otherwise use a trainer for each model."
+                )
+            self._window = None
+        self._bind_model(model)
+        self._stepping.bind_optimizer(model, optimizer)
+        if not same:
+            self._trained = (weakref.ref(model), weakref.ref(optimizer))
+
+    def _bind_model(self, model: nn.Module) -> None:
+        if self._closed:
+            raise AttachError(f"this {type(self).__name__} was cleaned up: make a new one to go on with.")
+        self._stepping.bind(model)
+        self.performance_tracker.device = self._stepping.device
+        if self._note_event in self.session.sinks:
+            return
+        self.session.sinks.append(self._note_event)
+        self.session.note(
+            EventKind.TRAINING_STARTED,
+            f"training starts: {self.session.what_runs()}.",
+            precision=self.session.plan.default.value,
+            config=self.config.to_dict(),
+        )
+
+    def _note_event(self, event: AmpEvent) -> None:
+        if event.kind is EventKind.STEP_SKIPPED and self._window is not None:
+            self._window.cause = event.cause
+        elif event.kind is EventKind.PRECISION_CHANGED:
+            self.memory.again()
+
+    def cleanup(self) -> None:
+        """Gives model and accelerator their former state; statistics can still be read. Harmless when called again."""
+        if not self._closed:
+            self._closed = True
+            self._window = None
+            self.scaler.flush()
+            self._stepping.close()
+
+
+def _unfinished(window: Window) -> str:
+    return f"an optimizer step has begun and is not finished (batches so far: {len(window.batches)})"
+
+
+class DynamicMixedPrecisionTrainer(StandardMixedPrecisionTrainer):
+    """The standard trainer under `PrecisionMode.DYNAMIC`: the session chooses among FP16, BF16 and FP32 while training,
+    and every change is an event.
+
+    Args:
+        config: options; `precision_mode` DYNAMIC, MIXED (where it starts in any case) or None.
+        loss_fn: as in the standard trainer.
+        accelerator: as in the standard trainer.
+
+    Raises:
+        ConfigError: `precision_mode` leaves no choice.
+    """
+
+    def _adjusted(self, config: MixedPrecisionConfig) -> MixedPrecisionConfig:
+        if config.precision_mode not in (None, PrecisionMode.MIXED, PrecisionMode.DYNAMIC):
+            raise ConfigError(
+                f"{type(self).__name__}(precision_mode={config.precision_mode.value}): this trainer chooses the precision; "
+                "leave precision_mode out, or use StandardMixedPrecisionTrainer."
+            )
+        return dataclasses.replace(config, precision_mode=PrecisionMode.DYNAMIC)
+
+
+class PerformanceOptimizedMixedPrecisionTrainer(DynamicMixedPrecisionTrainer):
+    """Times every precision that is stable on this device in the first steps, and goes on in the fastest; scales by
+    PERFORMANCE_OPTIMIZED, and clips within the optimizer's step.
+
+    What was chosen, and the times that it was chosen by, are an event. Emulated FP16 cannot be the fastest: on a CPU its
+    half kernels are timed, which leaves FP32 where it has no units for them.
+
+    Args:
+        config: options; `precision_mode` DYNAMIC, MIXED (where it starts in any case) or None; any `scaling_strategy`
+            and `emulate`.
+        loss_fn: as in the standard trainer.
+        accelerator: as in the standard trainer.
+
+    Raises:
+        ConfigError: `precision_mode` leaves no choice.
+    """
+
+    _folds_clipping = True
+
+    def _adjusted(self, config: MixedPrecisionConfig) -> MixedPrecisionConfig:
+        return dataclasses.replace(
+            super()._adjusted(config),
+            scaling_strategy=ScalingStrategy.PERFORMANCE_OPTIMIZED,
+            emulate=False,
+        )
