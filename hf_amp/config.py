@@ -11,15 +11,12 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
 from hf_amp.errors import ConfigError, UnknownOptionError
 from hf_amp.precision import FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE, PrecisionMode, ScalingStrategy
-
-if TYPE_CHECKING:
-    from hf_amp.config import MixedPrecisionConfig
 
 LARGEST_COUNT = torch.iinfo(torch.int32).max
 """Steps are counted in int32 on the device."""

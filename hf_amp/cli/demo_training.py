@@ -35,8 +35,6 @@ from hf_amp.session import AmpSession
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_amp.cli.demo_training import DemoResult
-
 
 @dataclass(frozen=True)
 class Rescaling:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from hf_amp.cli.doctor import Device, Machine, UpstreamBug
 
 PACKAGES = (
     "hf_amp", "torch", "transformers", "accelerate", "datasets", "structlog", "tensorboard", "peft", "bitsandbytes",
@@ -336,7 +335,6 @@ def doctor(
     ] = True,
 ) -> None:
     """Tell what this machine can run, which precision to train in and why, and which upstream bugs are installed."""
-    from hf_amp.cli.doctor import bugs_in, look_around, recommend
 
     machine = look_around(measure)
     recommendation = recommend(machine.devices[0])

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from hf_amp import EventKind, StateError
 from hf_amp.cli.watch import panel, take_in
-from hf_amp.report import reader
 from hf_amp.monitoring.metrics import NAMES
+from hf_amp.report import reader
 from hf_amp.report.page import page
 from hf_amp.report.pictures import figures_of
 from hf_amp.report.reader import CHANGES_KEPT, FILE_NAME, EventLog, RunHistory, read_run

@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_amp import Cause, EventKind, MixedPrecisionCallback, PrecisionMode
-from hf_amp.cli.demo_training import StockFP16OnCPU
+from hf_amp.cli import demo_training
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.module_precision import ForwardContext
 from tests.integrations.half_models import dtypes, loaded
@@ -56,7 +56,7 @@ def stock_scaled(folder: Path, *others: Any, **options: Any) -> Trainer:
 def stock_fp16_run(folder: Path, model: Any, emulate: bool, **options: Any) -> Trainer:
     """A Trainer with the stock scaler on text, in accelerate's own FP16 autocast or with its products emulated."""
     set_seed(0)
-    fp16 = StockFP16OnCPU(emulate)
+    fp16 = demo_training.StockFP16OnCPU(emulate)
     return Trainer(model, arguments(folder, **options), train_dataset=text(), callbacks=[fp16])
 
 
@@ -336,7 +336,7 @@ def test_21_a_short_run_is_spent_on_finding_the_scale(tmp_path: Path) -> None:
 
     applied = []
     for callback in (
-        StockFP16OnCPU(emulate=True),
+        demo_training.StockFP16OnCPU(emulate=True),
         MixedPrecisionCallback({"init_scale": 2.0**6}),
         MixedPrecisionCallback({"scaling_strategy": "ADAPTIVE"}),
     ):
