@@ -61,7 +61,7 @@ def main() -> None:
         stats = manager.get_training_stats()
 
     precision, performance = stats["precision_stats"], stats["performance_stats"]
-    print(stats["what_runs"])
+    print(stats["description"])
     print(f"{precision['fp16_usage_rate']:.0%} of the steps in FP16, {precision['fallback_count']} fallbacks")
     print(f"{precision['avg_memory_savings']:.1%} of memory saved over FP32")
     print(

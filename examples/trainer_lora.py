@@ -99,7 +99,7 @@ def train(name: str, model: Any, rows: Dataset, fp16: bool, options: argparse.Na
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures = callback.session.metrics()
     return (
-        f"{name}: {callback.session.what_runs()}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
+        f"{name}: {callback.session.describe()}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
         f"{figures['applied_steps']:g} steps applied, {figures['skipped_steps']:g} skipped"
     )
 

@@ -107,7 +107,7 @@ def train(precision: str, options: argparse.Namespace) -> str:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures = callback.session.metrics()
     return (
-        f"{callback.session.what_runs()}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
+        f"{callback.session.describe()}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
         f"{figures['applied_steps']:g} steps applied, {figures['skipped_steps']:g} skipped"
     )
 

@@ -128,7 +128,7 @@ def train(precision: str, options: argparse.Namespace) -> str:
     measured = trainer.evaluate()
     figures = callback.session.metrics()
     return (
-        f"{callback.session.what_runs()}: accuracy {measured['eval_accuracy']:.3f}, loss {measured['eval_loss']:.3f}, "
+        f"{callback.session.describe()}: accuracy {measured['eval_accuracy']:.3f}, loss {measured['eval_loss']:.3f}, "
         f"{figures['applied_steps']:g} steps applied, {figures['skipped_steps']:g} skipped"
     )
 

@@ -12,7 +12,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def eager(hook: Callable[P, R]) -> Callable[P, R]:
+def compile_disabled(hook: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.disable`, put off to the first call: it loads torch's compiler, which takes a second."""
     kept: Any = hook
 

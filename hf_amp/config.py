@@ -36,7 +36,7 @@ class Allowed(str):
         return allowed
 
 
-def shown(value: Any) -> str:
+def safe_repr(value: Any) -> str:
     """`repr(value)`, also of what has none, such as an int of more than 4300 digits."""
     try:
         return repr(value)
@@ -78,16 +78,16 @@ def check_names(config: type[Any], names: Iterable[Any]) -> None:
     known = [option.name for option in dataclasses.fields(config)]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(shown(name).strip("'").lower(), known, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(safe_repr(name).strip("'").lower(), known, n=1, cutoff=0.0)[0]
             raise UnknownOptionError(
-                f"{config.__name__} has no option {shown(name)}; the nearest is {near!r}. Allowed: {', '.join(known)}."
+                f"{config.__name__} has no option {safe_repr(name)}; the nearest is {near!r}. Allowed: {', '.join(known)}."
             )
 
 
 _Config = TypeVar("_Config")
 
 
-def names_checked(config: type[_Config]) -> type[_Config]:
+def check_keywords(config: type[_Config]) -> type[_Config]:
     """A dataclass that answers an unknown keyword as `check_names` does, not with Python's TypeError."""
     init = config.__init__
 
@@ -186,7 +186,7 @@ LOOP_OPTIONS = (
 """Options that only loops which are ours can follow."""
 
 
-@names_checked
+@check_keywords
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecisionConfig:
     """Every option of hf_amp. Frozen; wrong names, values and combinations raise `ConfigError` here, not in step 1.
@@ -297,7 +297,7 @@ class MixedPrecisionConfig:
     hopeless. Default 50, more than the 40 halvings from the default scale to the floor. Non-finite weights are hopeless
     at once."""
 
-    stop_when_hopeless: bool = option_field(False, SWITCH)
+    stop_when_stalled: bool = option_field(False, SWITCH)
     """Whether a hopeless run is stopped, in a Trainer, at the end of the step. Default off: it is told only."""
 
     on_overflow: str = option_field("skip", ONE_OF_SKIP_RETRY)
@@ -355,7 +355,7 @@ class MixedPrecisionConfig:
         if not allowed.accepts(value):
             default = getattr(option.default, "value", option.default)
             raise ConfigError(
-                f"MixedPrecisionConfig({option.name}={shown(value)}): {option.name} must be {allowed}; "
+                f"MixedPrecisionConfig({option.name}={safe_repr(value)}): {option.name} must be {allowed}; "
                 f"leave it out for the default ({default}).{hint(value, option.default)}"
             )
 
@@ -372,7 +372,7 @@ class MixedPrecisionConfig:
         if config is None or isinstance(config, cls):
             return config or cls()
         raise ConfigError(
-            f"{whose}(config={shown(config)}): pass a MixedPrecisionConfig{besides}; leave it out for the defaults."
+            f"{whose}(config={safe_repr(config)}): pass a MixedPrecisionConfig{besides}; leave it out for the defaults."
         )
 
     @classmethod

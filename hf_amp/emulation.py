@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hf_amp.precision import FP16_FORMAT, HALF_DTYPES, NumberFormat, widened
+from hf_amp.precision import FP16_FORMAT, HALF_DTYPES, NumberFormat, upcast
 from hf_amp.tree import map_tensors
 
 # Source: PyTorch documentation, "Autocast Op Reference", ops that can autocast to float16, as Python sees them.
@@ -147,12 +147,12 @@ class EmulatedPrecision(TorchFunctionMode):
         rounds = rounds and self.number_format.dtype != torch.float32 and not self._is_switched_off()
         if not (rounds or half):
             return func(*args, **kwargs)
-        convert = self._round if rounds else widened
+        convert = self._round if rounds else upcast
         converted = {name: map_tensors(convert, value) for name, value in kwargs.items()}
         result = func(*map_tensors(convert, args), **converted)
         if not rounds:
             return result
-        return map_tensors(self._narrow if half else self._round, result)
+        return map_tensors(self._downcast if half else self._round, result)
 
     def _is_switched_off(self) -> bool:
         """Whether autocast was disabled since this context was entered. Not seen in compiled code."""
@@ -162,10 +162,10 @@ class EmulatedPrecision(TorchFunctionMode):
 
     def _round(self, x: Tensor) -> Tensor:
         """An operand or result as the format has it, in FP32. Autocast leaves FP64 and integers alone, and so does this."""
-        x = widened(x)
+        x = upcast(x)
         return round_to(x, self.number_format.dtype) if x.dtype == torch.float32 else x
 
-    def _narrow(self, x: Tensor) -> Tensor:
+    def _downcast(self, x: Tensor) -> Tensor:
         return x.to(self.number_format.dtype) if x.dtype == torch.float32 else x
 
 

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+LOG_FILE = "amp_events.jsonl"
+"""What a run's log is called in its folder."""
+
 
 class Cause(str, enum.Enum):
     """Why an optimizer step was skipped."""
@@ -31,7 +34,7 @@ class EventKind(str, enum.Enum):
     ATTACHED = "attached"
     DETACHED = "detached"
     STEP_SKIPPED = "step_skipped"
-    STATISTICS_PUT_BACK = "statistics_put_back"
+    BUFFERS_RESTORED = "buffers_restored"
     """Running statistics of batch norms, which a skipped step had made non-finite, are what they were before it."""
     SCALE_AT_FLOOR = "scale_at_floor"
     PRECISION_CHANGED = "precision_changed"
@@ -40,7 +43,7 @@ class EventKind(str, enum.Enum):
     MASTER_WEIGHTS_KEPT = "master_weights_kept"
     ZERO_GRADIENTS = "zero_gradients"
     """An applied step whose gradients are all exactly zero; told for the first of several in a row."""
-    HOPELESS = "hopeless"
+    STALLED = "stalled"
     """Nothing can be learned any more."""
     TRAINING_STOPPED = "training_stopped"
     """A hopeless run was stopped, as configured."""
@@ -65,13 +68,13 @@ _AS_EXPECTED = (
     EventKind.DETACHED,
     EventKind.MASTER_WEIGHTS_KEPT,
     EventKind.METRICS,
-    EventKind.STATISTICS_PUT_BACK,
+    EventKind.BUFFERS_RESTORED,
     EventKind.TRAINING_STARTED,
     EventKind.TRAINING_ENDED,
 )
 
 
-def mentioned(names: Sequence[str], most: int = 3) -> str:
+def join_names(names: Sequence[str], most: int = 3) -> str:
     """The first of `names`, and how many more there are: a sentence names a few, the event has all."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -8,7 +8,7 @@ from typing import Any
 _ABSENT = object()
 
 
-class ReversibleChanges:
+class PatchLog:
     """A log of changes to instances, undone in reverse order. Classes and modules are never touched."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class ReversibleChanges:
 
         self._undo.append(undo)
 
-    def call_on_undo(self, undo: Callable[[], None]) -> None:
+    def on_undo(self, undo: Callable[[], None]) -> None:
         """Registers what takes back a change that the caller has made, such as a hook handle's `remove`."""
         self._undo.append(undo)
 

@@ -79,6 +79,6 @@ SMALLEST_SCALE = FP16_FORMAT.smallest_subnormal
 LARGEST_SCALE = 2.0 ** math.floor(math.log2(FP32_FORMAT.largest))
 
 
-def widened(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """`x` in FP32 where it is FP16 or BF16, else `x` itself; differentiable."""
     return x.float() if x.dtype in HALF_DTYPES else x

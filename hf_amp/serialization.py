@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import torch
 
-from hf_amp.config import Allowed, is_real, shown
+from hf_amp.config import Allowed, is_real, safe_repr
 from hf_amp.errors import StateError
 
 LARGEST_EXACT = 2**53
@@ -34,7 +34,7 @@ _BY_TYPE: dict[Any, Allowed] = {
 
 NotNegative = Annotated[float, Allowed("a finite number from 0 on", lambda v: is_real(v) and v >= 0)]
 Positive = Annotated[float, Allowed("a positive finite number", lambda v: is_real(v) and v > 0)]
-Modest = Annotated[
+Log2Value = Annotated[
     float,
     Allowed("a number between -1024 and 1024, as log2 in FP64 is", lambda v: is_real(v) and abs(v) < 1024),
 ]
@@ -101,7 +101,7 @@ def _mapping(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) ->
         raise _damaged(where, value, "a mapping")
     key_kind, value_kind = arguments if len(arguments) == 2 else (*arguments, int)  # a Counter has no second
     found = {
-        parse(key_kind, key, f"a key of {where}"): parse(value_kind, item, f"{where}[{shown(key)}]")
+        parse(key_kind, key, f"a key of {where}"): parse(value_kind, item, f"{where}[{safe_repr(key)}]")
         for key, item in value.items()
     }
     if origin is Counter:
@@ -120,7 +120,7 @@ def _sequence(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -
 
 
 def _damaged(where: str, value: Any, allowed: str) -> StateError:
-    text = shown(value)
+    text = safe_repr(value)
     text = text if len(text) <= 200 else f"{text[:200]}…"
     return StateError(f"{where} is {text}, where {allowed} belongs: the state is damaged; load another one.")
 

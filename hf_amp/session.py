@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware
-from hf_amp.events import AmpEvent, Cause, EventKind, mentioned
-from hf_amp.fallback.controller import PlanKeeper, Transition
+from hf_amp.events import AmpEvent, Cause, EventKind, join_names
+from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, non_finite_names
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.monitoring.modules import ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.sinks.console import Console, headline
-from hf_amp.monitoring.stall import Finding, HopeWatch
-from hf_amp.monitoring.throughput import Pace
-from hf_amp.patch_log import ReversibleChanges
+from hf_amp.monitoring.stall import Finding, StallDetector
+from hf_amp.monitoring.throughput import ThroughputMonitor
+from hf_amp.patch_log import PatchLog
 from hf_amp.precision import NumberFormat, PrecisionMode
 from hf_amp.scaling.scaler import AdvancedGradScaler
-from hf_amp.scaling.step import Boundary, StepOutcome, Treatment
+from hf_amp.scaling.step import GradientStep, StepOutcome, Unscale
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
 
 EVENTS_KEPT = 10_000
@@ -41,7 +41,7 @@ INCIDENTS_A_LOG_ENTRY = 3
 """Incidents that one log entry names; the JSON-lines log has all."""
 
 
-class Journal:
+class EventRecorder:
     """The part of `AmpSession` that knows nothing of precision: events, and where they go.
 
     Attributes:
@@ -104,9 +104,9 @@ class Journal:
 
     def unlogged_incidents(self) -> str:
         """What needed attention since the last call, for one log entry: the newest three; "" where nothing did."""
-        told = "; ".join(headline(event) for event in self._unlogged)
+        reported = "; ".join(headline(event) for event in self._unlogged)
         self._unlogged.clear()
-        return told
+        return reported
 
 
 @dataclass
@@ -121,7 +121,7 @@ class _Judged:
     """
 
     diagnosis: Diagnosis
-    transition: Transition | None
+    change: PrecisionChange | None
     backward: int
     optimizers: set[int]
 
@@ -144,15 +144,15 @@ class AfterStep:
 
     def __init__(
         self,
-        journal: Journal,
+        journal: EventRecorder,
         config: MixedPrecisionConfig,
         scaler: AdvancedGradScaler,
-        keeper: PlanKeeper,
-        pace: Pace,
+        keeper: FallbackController,
+        throughput: ThroughputMonitor,
     ) -> None:
         self.monitor = PrecisionMonitor()
-        self.hope = HopeWatch(config.patience)
-        self.pace = pace
+        self.stall = StallDetector(config.patience)
+        self.throughput = throughput
         self.modules = ModuleMonitor(config.monitoring_interval)
         self._journal = journal
         self._min_scale = config.min_scale
@@ -160,7 +160,7 @@ class AfterStep:
         self._keeper = keeper
         self._at_floor = False
         self._judged: _Judged | None = None
-        self.see_models()
+        self.note_models()
 
     def decided(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         """An observer of the scaler: takes in what became of one step of `optimizer`."""
@@ -168,34 +168,36 @@ class AfterStep:
         with self._journal.lock:
             self._record(outcome, optimizer)
 
-    def look_at_modules(self, boundary: Boundary, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
+    def collect_module_statistics(
+        self, record: GradientStep, optimizer: torch.optim.Optimizer
+    ) -> Mapping[str, Tensor]:
         """A passenger of the scaler: what is to come to the host by module. No host read."""
-        return self.modules.ride_along(
+        return self.modules.collect(
             id(optimizer),
             lambda: [name for name, p in self._named_parameters(optimizer) if p.grad is not None],
-            boundary.gradients,
-            boundary.scale,
-            scaled=boundary.treatment is Treatment.FOLD,
-            guards=boundary.treatment is Treatment.CHECK,
+            record.gradients,
+            record.scale,
+            scaled=record.unscale is Unscale.FUSED,
+            guards=record.unscale is Unscale.NONE,
             decided_steps=self._scaler.decided_steps,
         )
 
-    def follow(self, transition: Transition | None, cause: Cause | None, skipped_at: float | None) -> None:
+    def follow(self, change: PrecisionChange | None, cause: Cause | None, skipped_at: float | None) -> None:
         """Tells of a change of plan, and sees to the scale where the whole model leaves FP16 or comes back.
 
         Args:
             skipped_at: the scale of the skipped step that led to the change; None where the plan goes back.
         """
-        if transition is None:
+        if change is None:
             return
-        keeper, before, after = self._keeper, transition.before, transition.after
+        keeper, before, after = self._keeper, change.before, change.after
         self.monitor.record_plan(len(after.modules))
-        self.see_models()
+        self.note_models()
         if skipped_at is not None:
             self.monitor.record_fallback()
             if before.default is not after.default and keeper.scale_at_rest is None:
                 keeper.scale_at_rest = skipped_at
-        elif keeper.scale_at_rest is not None and after.default is keeper.asked_for:
+        elif keeper.scale_at_rest is not None and after.default is keeper.requested_mode:
             self._scaler.set_scale(min(keeper.scale_at_rest, self._scaler.get_scale()))
             keeper.scale_at_rest = None
         self._journal.record(
@@ -203,20 +205,20 @@ class AfterStep:
                 step=self._journal.newest_step,
                 kind=EventKind.PRECISION_CHANGED,
                 cause=cause,
-                before=before.precision_of(transition.modules).value,
-                after=after.precision_of(transition.modules).value,
-                modules=transition.modules,
-                message=transition.message,
+                before=before.precision_of(change.modules).value,
+                after=after.precision_of(change.modules).value,
+                modules=change.modules,
+                message=change.message,
             )
         )
 
-    def see_models(self) -> None:
+    def note_models(self) -> None:
         """A model has come, or the plan has changed: where parameters are, and what share of them runs in which format."""
         runner = self._keeper.runner
         parameters = list(runner.named_parameters())
         # A model that is offloaded for now trains where the run is.
         if devices := {p.device for _, p in parameters if p.device.type == runner.entry.device_type}:
-            self.pace.devices = devices
+            self.throughput.devices = devices
         sizes = ((name, p.numel()) for name, p in parameters)
         self.monitor.record_formats(self._keeper.plan.format_shares(sizes))
 
@@ -224,8 +226,8 @@ class AfterStep:
         self._journal.newest_step = self._journal.first_step + outcome.attempt - 1
         self.monitor.record_lost_updates(outcome.lost_update_fraction)
         self.monitor.record_losses(outcome.losses, outcome.non_finite_losses)
-        step_seconds = self.pace.step_decided(NumberFormat.of(self._keeper.plan.default).name)
-        self.modules.take(id(optimizer), outcome.carried)
+        step_seconds = self.throughput.step_decided(NumberFormat.of(self._keeper.plan.default).name)
+        self.modules.take(id(optimizer), outcome.extras)
         if outcome.applied:
             self._record_applied(outcome, step_seconds)
         else:
@@ -238,17 +240,17 @@ class AfterStep:
         self._at_floor = False
         self.follow(self._keeper.note_applied(step_seconds, self._scaler.ranks_agree), None, None)
         self._journal.tell(
-            self.hope.record_applied(
+            self.stall.record_applied(
                 outcome.zero_gradients, outcome.loss_finite, outcome.scale, outcome.has_gradients
             )
         )
 
     def _record_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         next_scale = self._scaler.get_scale()
-        norms = self._keeper.put_back_statistics(outcome.attempt)
+        norms = self._keeper.restore_buffers(outcome.attempt)
         judged = self._judge(outcome, next_scale, optimizer)
         diagnosis = judged.diagnosis
-        if judged.transition or diagnosis.is_cured:
+        if judged.change or diagnosis.already_fixed:
             next_scale = outcome.scale  # which was not to blame
             self._scaler.set_scale(next_scale)
         self.monitor.record_skipped(diagnosis.cause, next_scale, outcome.inf_elements, outcome.nan_elements)
@@ -272,8 +274,8 @@ class AfterStep:
         self._tell_of_statistics(norms)
         self._tell_of_floor(outcome, next_scale)
         if len(judged.optimizers) == 1:  # a change of plan is told once for all of a backward
-            self.follow(judged.transition, diagnosis.cause, outcome.scale)
-        self._journal.tell(self.hope.record_skipped(diagnosis.cause))
+            self.follow(judged.change, diagnosis.cause, outcome.scale)
+        self._journal.tell(self.stall.record_skipped(diagnosis.cause))
 
     def _judge(self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer) -> _Judged:
         """What is found of the step and done about it, or was for another optimizer of the same backward."""
@@ -283,15 +285,15 @@ class AfterStep:
             return former
         diagnosis = self._diagnose(outcome, next_scale, optimizer)
         elements = sum(p.grad.numel() for _, p in self._named_parameters(optimizer) if p.grad is not None)
-        transition = self._keeper.note_skipped(diagnosis, outcome.non_finite_fraction(elements))
-        self._judged = _Judged(diagnosis, transition, outcome.backward, {id(optimizer)})
+        change = self._keeper.note_skipped(diagnosis, outcome.non_finite_fraction(elements))
+        self._judged = _Judged(diagnosis, change, outcome.backward, {id(optimizer)})
         return self._judged
 
     def _diagnose(
         self, outcome: StepOutcome, next_scale: float, optimizer: torch.optim.Optimizer
     ) -> Diagnosis:
         # A finite loss shows that the scale is to blame, but only where there is one.
-        loss_finite = None if self._scaler.guards_only and outcome.loss_finite else outcome.loss_finite
+        loss_finite = None if self._scaler.no_scaling and outcome.loss_finite else outcome.loss_finite
         parameters = self._named_parameters(optimizer)
         state = (
             (f"{key} of {name}", value)
@@ -300,7 +302,7 @@ class AfterStep:
             if isinstance(value, Tensor)
         )
         skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, next_scale, parameters, state)
-        return self._keeper.examiner.examine(skip, agree=self._scaler.ranks_agree)
+        return self._keeper.diagnoser.explain(skip, agree=self._scaler.ranks_agree)
 
     def _tell_of_statistics(self, norms: tuple[str, ...]) -> None:
         if not norms:
@@ -308,9 +310,9 @@ class AfterStep:
         self._journal.record(
             AmpEvent(
                 step=self._journal.newest_step,
-                kind=EventKind.STATISTICS_PUT_BACK,
+                kind=EventKind.BUFFERS_RESTORED,
                 modules=norms,
-                message=f"the running statistics of {mentioned(norms)} were not finite after the skipped "
+                message=f"the running statistics of {join_names(norms)} were not finite after the skipped "
                 "step: they are again what they were before it.",
             )
         )
@@ -341,13 +343,13 @@ _trains: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] =
 """The session that has trained a model last, weakly."""
 
 
-class AmpSession(Journal):
+class AmpSession(EventRecorder):
     """What hf_amp does and knows in one run. Made by `attach` and `MixedPrecisionCallback`.
 
     Attributes:
         config: the options in force.
         scaler: the gradient scaler; in FP32 and BF16 it scales nothing and only guards.
-        asked_for: the precision that the Trainer or Accelerator was given, where the plan begins.
+        requested_mode: the precision that the Trainer or Accelerator was given, where the plan begins.
         hardware: what the device can run.
         folds_clipping: whether clipping by norm may fold into the optimizer step: nobody looks at gradients before it.
         monitor: counts and newest figures.
@@ -370,24 +372,26 @@ class AmpSession(Journal):
         self.hardware = hardware
         self.folds_clipping = False
         self.described_as: str | None = None
-        self.changes = ReversibleChanges()
-        self.asked_for = mode
-        self._keeper = PlanKeeper(config, mode, hardware, step=lambda: scaler.decided_steps + 1)
-        self.changes.call_on_undo(self._keeper.remove)
-        self._after_step = AfterStep(self, config, scaler, self._keeper, Pace(hardware.device))
-        self.monitor, self.hope = self._after_step.monitor, self._after_step.hope
-        self.pace, self._modules = self._after_step.pace, self._after_step.modules
+        self.changes = PatchLog()
+        self.requested_mode = mode
+        self._keeper = FallbackController(config, mode, hardware, step=lambda: scaler.decided_steps + 1)
+        self.changes.on_undo(self._keeper.remove)
+        self._after_step = AfterStep(self, config, scaler, self._keeper, ThroughputMonitor(hardware.device))
+        self.monitor, self.stall = self._after_step.monitor, self._after_step.stall
+        self.throughput, self._modules = self._after_step.throughput, self._after_step.modules
         scaler.observers.append(self._after_step.decided)
-        scaler.not_sampled = lambda: self._keeper.runner.wide_parameters
-        scaler.companions.update(monitor=self.monitor, hope=self.hope, fallback=self._keeper, pace=self.pace)
+        scaler.not_sampled = lambda: self._keeper.runner.fp32_parameters
+        scaler.stateful.update(
+            monitor=self.monitor, stall=self.stall, fallback=self._keeper, throughput=self.throughput
+        )
         if config.monitor_modules and config.enable_monitoring:
-            scaler.passengers.append(self._after_step.look_at_modules)
-            self.changes.call_on_undo(self._modules.end_close_look)
+            scaler.step_hooks.append(self._after_step.collect_module_statistics)
+            self.changes.on_undo(self._modules.remove_hooks)
 
     # ---- what people read -----------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return f"<AmpSession {self.run_id}: {self.what_runs()}, step {self.newest_step}>"
+        return f"<AmpSession {self.run_id}: {self.describe()}, step {self.newest_step}>"
 
     @property
     def plan(self) -> PrecisionPlan:
@@ -397,14 +401,14 @@ class AmpSession(Journal):
     def metrics(self) -> dict[str, float]:
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No host read. From any thread."""
         with self.lock:
-            return {**self.monitor.metrics(), **self.pace.metrics()}
+            return {**self.monitor.metrics(), **self.throughput.metrics()}
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No host read."""
         with self.lock:
             return self._modules.by_module()
 
-    def what_runs(self) -> str:
+    def describe(self) -> str:
         """One phrase: the precision of the run, and what that means on this device."""
         if self.described_as is not None:
             return self.described_as
@@ -414,24 +418,26 @@ class AmpSession(Journal):
 
     # ---- what integrations call -----------------------------------------------------------------------------
 
-    def adopt(self, model: nn.Module, entry_point: nn.Module | None = None, is_trained: bool = True) -> None:
+    def register_model(
+        self, model: nn.Module, entry_point: nn.Module | None = None, is_trained: bool = True
+    ) -> None:
         """Lets `model` follow the plan, and a skipped step of it be diagnosed, without keeping it alive.
 
         Args:
             model: the model itself, unwrapped.
             entry_point: what is called in its place, such as a DistributedDataParallel or compiled module around it.
             is_trained: False for one that only evaluates, such as a reference model: the plan covers it, and what it does
-                to the loss is told, but its parameters are none of the run's; `take_as_trained` takes that back.
+                to the loss is told, but its parameters are none of the run's; `mark_trainable` takes that back.
         """
         if is_trained:
-            self.take_over(model)
-        self.changes.call_on_undo(
-            self._keeper.adopt(model, entry_point if entry_point is not None else model, is_trained)
+            self.detach_previous_session(model)
+        self.changes.on_undo(
+            self._keeper.register_model(model, entry_point if entry_point is not None else model, is_trained)
         )
         if is_trained:
-            self._see_trained(model)
+            self._note_trained(model)
 
-    def take_over(self, model: nn.Module) -> None:
+    def detach_previous_session(self, model: nn.Module) -> None:
         """Detaches the session that has trained `model` so far: its plan would be in force under the one of this session."""
         former = _trains.get(model, lambda: None)()
         if former is not None and former is not self:
@@ -440,21 +446,21 @@ class AmpSession(Journal):
             )
         _trains[model] = weakref.ref(self)
 
-    def take_as_trained(self, model: nn.Module) -> None:
+    def mark_trainable(self, model: nn.Module) -> None:
         """Goes on with an adopted `model` as one that is trained. Harmless where it is."""
         if self._keeper.runner.evaluates(model):
-            self.take_over(model)
-            self._keeper.runner.adopt(model)
-            self._see_trained(model)
+            self.detach_previous_session(model)
+            self._keeper.runner.register_model(model)
+            self._note_trained(model)
 
-    def _see_trained(self, model: nn.Module) -> None:
-        if self._after_step.look_at_modules in self.scaler.passengers:
-            self._modules.adopt(model, self.scaler.decided_steps)
-        self._after_step.see_models()
+    def _note_trained(self, model: nn.Module) -> None:
+        if self._after_step.collect_module_statistics in self.scaler.step_hooks:
+            self._modules.register_model(model, self.scaler.decided_steps)
+        self._after_step.note_models()
 
-    def repeat_no_forward(self) -> None:
+    def disable_replay(self) -> None:
         """Looks for causes in weights and batches only: a forward pass would run, and move, another library's scales."""
-        self._keeper.examiner.repeats_forwards = False
+        self._keeper.diagnoser.repeats_forwards = False
 
     @property
     def current_precision(self) -> CurrentPrecision:
@@ -502,7 +508,7 @@ class AmpSession(Journal):
         found = all_reduce_max_to_host(flags)
         return [name for name, flag in zip(names, found, strict=True) if flag]
 
-    def circumstances(self) -> dict[str, Any]:
+    def run_metadata(self) -> dict[str, Any]:
         """What a log begins with: the precision and the options in force, as plain data."""
         return {"precision": self.plan.default.value, "config": self.config.to_dict()}
 
@@ -514,17 +520,18 @@ class AmpSession(Journal):
         Raises:
             OSError: the folder cannot be written to.
         """
-        from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink  # loads structlog
+        from hf_amp.events import LOG_FILE
+        from hf_amp.monitoring.sinks.jsonl import JsonLinesSink  # loads structlog
 
-        sink = JsonLinesSink(Path(folder) / FILE_NAME, self.run_id, rank=0)
-        self.begin_log(sink.write, f"training starts: {self.what_runs()}.", **self.circumstances())
+        sink = JsonLinesSink(Path(folder) / LOG_FILE, self.run_id, rank=0)
+        self.begin_log(sink.write, f"training starts: {self.describe()}.", **self.run_metadata())
 
         def end() -> None:
             self.note(EventKind.TRAINING_ENDED, "training ends.", **self.metrics())
             self.end_log(sink.write)
             sink.close()
 
-        self.changes.call_on_undo(end)
+        self.changes.on_undo(end)
 
     def log_metrics(self, step: int | None = None, **figures: float) -> None:
         """Writes the newest metrics into the log, with `figures` of the caller's beside them, such as the loss.
@@ -555,8 +562,8 @@ class AmpSession(Journal):
     def _detach(self, why: str) -> None:
         if self.is_attached:
             self.scaler.observers.remove(self._after_step.decided)
-            passengers, ours = self.scaler.passengers, self._after_step.look_at_modules
-            passengers[:] = [ask for ask in passengers if ask != ours]
+            step_hooks, ours = self.scaler.step_hooks, self._after_step.collect_module_statistics
+            step_hooks[:] = [ask for ask in step_hooks if ask != ours]
             ForwardContext.leave_interrupted()
             self.changes.undo()
             self.note(

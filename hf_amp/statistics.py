@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat
 
 
-def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """`x` on `device`, and in `dtype` where one is given. Waited for on the way to the CPU alone.
 
     There PyTorch would give back memory that is still being written to, and arithmetic on it would use what is in it by
@@ -204,7 +204,7 @@ def exact_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 
     Slow, and copies every gradient, one at a time; for when `total_norm` is not finite although the gradients are.
     """
-    norms = [_norm_within_range(moved(g, g.device, torch.float32)) for g in gradients if g.numel()]
+    norms = [_norm_within_range(to_device(g, g.device, torch.float32)) for g in gradients if g.numel()]
     return _combined(norms, device, _norm_within_range)
 
 
@@ -310,7 +310,7 @@ def filled_groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 def _combined(figures: list[Tensor], device: torch.device, combine: Callable[[Tensor], Tensor]) -> Tensor:
     """One figure out of those of several groups; 0 out of none."""
-    here = [moved(figure, device, torch.float32) for figure in figures]
+    here = [to_device(figure, device, torch.float32) for figure in figures]
     if len(here) == 1:
         return here[0]
     return combine(torch.stack(here)) if here else torch.zeros((), device=device)
@@ -395,14 +395,14 @@ def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[
     """
     total = sum(tensor.numel() for tensor in tensors)
     for group in filled_groups(tensors):
-        drawn_here = moved(drawn_on_cpu(seed), group[0].device)  # 8 KB, which CUDA does not wait for
+        drawn_here = to_device(drawn_on_cpu(seed), group[0].device)  # 8 KB, which CUDA does not wait for
         for size, alike in itertools.groupby(sorted(group, key=Tensor.numel), Tensor.numel):
             taken = min(size, SAMPLES_PER_TENSOR)
             positions = drawn_here % size if size > taken else None
             while part := list(itertools.islice(alike, max(most // taken, 1))):
                 # Not by name, which would keep it while the next one is made.
                 yield (
-                    moved(
+                    to_device(
                         torch.cat(
                             [t.reshape(-1) if positions is None else t.reshape(-1)[positions] for t in part]
                         ),
@@ -444,7 +444,7 @@ def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros(0, device=device)
     peaks = [amax(x) if x.numel() else x.new_zeros(()) for x in tensors]
-    return torch.stack([moved(peak, device, torch.float32) for peak in peaks])
+    return torch.stack([to_device(peak, device, torch.float32) for peak in peaks])
 
 
 @torch.no_grad()
@@ -464,13 +464,13 @@ def underflow_of_each(
     if not tensors:
         return torch.zeros(0, device=factor.device)
     drawn = drawn_on_cpu(seed)
-    drawn_there = {device: moved(drawn, device) for device in {tensor.device for tensor in tensors}}
+    drawn_there = {device: to_device(drawn, device) for device in {tensor.device for tensor in tensors}}
     shares = []
     for tensor in tensors:
         sample = tensor.reshape(-1)
         if sample.numel() > SAMPLES_PER_TENSOR:
             sample = sample[drawn_there[sample.device] % sample.numel()]
-        sample = moved(sample, factor.device, torch.float32) * factor
+        sample = to_device(sample, factor.device, torch.float32) * factor
         small = sample.abs_() < number_format.smallest_normal
         shares.append(small.float().mean() if sample.numel() else factor.new_zeros((), dtype=torch.float32))
     return torch.stack(shares)

@@ -61,20 +61,20 @@ def replace_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def in_own_containers(value: Any) -> Any:
+def copy_containers(value: Any) -> Any:
     """`value` in tuples, lists and mappings of its own, which what others add to theirs does not reach.
 
     Tensors, dataclasses, and objects of which nothing is known, are shared.
     """
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(in_own_containers, value))
+        return type(value)(*map(copy_containers, value))
     if type(value) in (list, tuple):
-        return type(value)(map(in_own_containers, value))
+        return type(value)(map(copy_containers, value))
     if not isinstance(value, (dict, UserDict)):
         return value
     own = copy.copy(value)
     for key, item in value.items():
-        own[key] = in_own_containers(item)
+        own[key] = copy_containers(item)
     return own
 
 

@@ -59,14 +59,14 @@ def count_synchronisations() -> Iterator[HostReads]:
     """
     reads = HostReads()
     torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as reported:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield reads
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    for warning in told:
+    for warning in reported:
         if "called a synchronizing CUDA operation" in str(warning.message):
             reads.sources.append("/".join([*warning.filename.split("/")[-3:], str(warning.lineno)]))
 

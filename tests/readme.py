@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX
-from tests.benchmarks.circumstances import RESULTS
 from tests.benchmarks.results_table import read, rows_of
+from tests.benchmarks.run_metadata import RESULTS
 from tests.benchmarks.suite import SUITES, folder_of
 from tests.benchmarks.tables import table
 

@@ -45,7 +45,7 @@ KINDS = {
         [
             "enabled", "consecutive_hysteresis", "enable_monitoring", "monitor_modules", "emulate", "automatic_fallback",
             "memory_efficient", "gradient_accumulation_friendly", "distributed_amp", "sync_grad_scaler",
-            "recheck_gradients", "stop_when_hopeless",
+            "recheck_gradients", "stop_when_stalled",
         ],
     ),
     "positive": (

@@ -7,7 +7,7 @@ import pytest
 from hf_amp import AmpEvent, Cause, EventKind
 
 AS_EXPECTED = {
-    EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.METRICS, EventKind.STATISTICS_PUT_BACK,
+    EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.METRICS, EventKind.BUFFERS_RESTORED,
     EventKind.TRAINING_STARTED, EventKind.TRAINING_ENDED,
 }  # fmt: skip
 

@@ -70,8 +70,8 @@ def test_every_skip_is_one_event_with_cause_before_and_after() -> None:
     run = Run(init_scale=8.0)
     for kind in ("finite", "overflow", "finite", "overflow"):
         run.step(kind)
-    told = [(e.step, e.cause, e.before, e.after) for e in run.session.events]
-    assert told == [(2, Cause.SCALE, 8.0, 4.0), (4, Cause.SCALE, 4.0, 2.0)]
+    reported = [(e.step, e.cause, e.before, e.after) for e in run.session.events]
+    assert reported == [(2, Cause.SCALE, 8.0, 4.0), (4, Cause.SCALE, 4.0, 2.0)]
     figures = run.session.metrics()
     assert figures["skipped_steps_scale"] == 2
     assert figures["skip_rate"] == 0.5
@@ -81,7 +81,7 @@ def test_every_skip_is_one_event_with_cause_before_and_after() -> None:
 def test_weights_are_named_when_the_model_is_known() -> None:
     """A NaN parameter is the cause WEIGHTS, with its qualified name."""
     run = Run()
-    run.session.adopt(run.model)
+    run.session.register_model(run.model)
     with torch.no_grad():
         run.model.weight.fill_(torch.nan)
     run.step("nan")
@@ -94,18 +94,18 @@ def test_the_pace_knows_the_devices_that_train() -> None:
     """Those that living models are on, a split one on several; an offloaded one says nothing. Tensors without data."""
     config, gpu = MixedPrecisionConfig(), Hardware("cuda", "H100", "native", "native")
     session = AmpSession(config, AdvancedGradScaler(config, "cpu"), PrecisionMode.MIXED, gpu)
-    assert set(session.pace.devices) == {torch.device("cuda")}
+    assert set(session.throughput.devices) == {torch.device("cuda")}
     with FakeTensorMode():
         split = nn.ParameterList(torch.empty(1, device=device) for device in ("cuda:1", "cuda:2", "cpu"))
-        session.adopt(split)
-        assert set(session.pace.devices) == {torch.device("cuda:1"), torch.device("cuda:2")}
+        session.register_model(split)
+        assert set(session.throughput.devices) == {torch.device("cuda:1"), torch.device("cuda:2")}
         del split
         offloaded = nn.ParameterList([torch.empty(1)])
-        session.adopt(offloaded)
-        assert set(session.pace.devices) == {torch.device("cuda:1"), torch.device("cuda:2")}
+        session.register_model(offloaded)
+        assert set(session.throughput.devices) == {torch.device("cuda:1"), torch.device("cuda:2")}
         third = nn.ParameterList([torch.empty(1, device="cuda:3")])
-        session.adopt(third)
-    assert set(session.pace.devices) == {torch.device("cuda:3")}
+        session.register_model(third)
+    assert set(session.throughput.devices) == {torch.device("cuda:3")}
     assert "memory_bytes" in session.metrics()
 
 
@@ -140,4 +140,4 @@ def test_a_session_shows_what_runs_and_how_far() -> None:
     """In a notebook: which run, in what precision on what, and the newest step."""
     run = Run()
     run.step()
-    assert repr(run.session) == f"<AmpSession {run.session.run_id}: {run.session.what_runs()}, step 1>"
+    assert repr(run.session) == f"<AmpSession {run.session.run_id}: {run.session.describe()}, step 1>"

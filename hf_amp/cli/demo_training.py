@@ -247,7 +247,7 @@ def train(
     session = ours.session if ours is not None else None
     checkpoint = output_dir / f"checkpoint-{steps}"
     return DemoResult(
-        ran=session.what_runs() if session is not None else _what_ran(trainer, precision, emulate),
+        ran=session.describe() if session is not None else _what_ran(trainer, precision, emulate),
         losses=[
             (int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
         ],

@@ -383,8 +383,8 @@ def _devices(machine: Machine) -> Table:
 
 def _speeds(device: Device) -> str:
     measured = [(name, device.speed(name)) for name in ("FP16", "BF16")]
-    told = [f"{name} {speed:.2g}x FP32" for name, speed in measured if speed is not None]
-    return ", ".join(told) or "not measured"
+    reported = [f"{name} {speed:.2g}x FP32" for name, speed in measured if speed is not None]
+    return ", ".join(reported) or "not measured"
 
 
 def _installed(machine: Machine) -> Table:

@@ -20,7 +20,7 @@ from hf_amp.errors import HfAmpError
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.fallback.replay import float_tensors, locate
+from hf_amp.fallback.replay import float_tensors, replay
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, NumberFormat, PrecisionMode
 from hf_amp.statistics import to_host
 
@@ -252,7 +252,7 @@ class DryRun:
 
     number_format: NumberFormat
     overflowing: list[str] = field(default_factory=list)
-    unsound: str | None = None
+    first_non_finite: str | None = None
     scale: float | None = None
     underflow_fraction: float | None = None
     underflowing: dict[str, float] = field(default_factory=dict)
@@ -266,7 +266,7 @@ class DryRun:
     @property
     def saved_by(self) -> str:
         """The plan that would save a run in this format, in words."""
-        if self.error is not None or self.unsound is not None:
+        if self.error is not None or self.first_non_finite is not None:
             return "none: mend the model or the batch first"
         if self.scale is None:
             return "none: the gradients overflow at every scale; use another format"
@@ -294,9 +294,9 @@ def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
     for number_format in FORMATS:
         entry = EmulatedEntry(number_format=number_format)
         forward = RecordedForward(model, (), dict(batch))
-        findings = locate(forward, CurrentPrecision(entry, PrecisionMode.MIXED))
-        result = DryRun(number_format, findings.overflowing, findings.unsound, error=findings.error)
-        if result.error is None and result.unsound is None:
+        findings = replay(forward, CurrentPrecision(entry, PrecisionMode.MIXED))
+        result = DryRun(number_format, findings.overflowing, findings.first_non_finite, error=findings.error)
+        if result.error is None and result.first_non_finite is None:
             _backward(model, batch, entry, exact, result)
         yield result
 
@@ -310,7 +310,7 @@ def _backward(
 ) -> None:
     """With the overflowing modules in FP32, looks for a scale, the largest first, and for what is lost with it."""
     runner = PlanRunner(entry, PrecisionMode.MIXED)
-    runner.adopt(model)
+    runner.register_model(model)
     in_fp32 = dict.fromkeys(result.overflowing, PrecisionMode.FP32)
     runner.apply(PrecisionPlan(PrecisionMode.MIXED, in_fp32))
     scale = FIRST_SCALE if entry.number_format is not BF16_FORMAT else 1.0
@@ -365,5 +365,5 @@ def _note_underflow(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor]
         there_by_module[module] += int(host[f"there {name}"])
     result.underflow_fraction = lost.total() / max(1, there_by_module.total())
     shares = {module: lost[module] / count for module, count in there_by_module.items() if count}
-    told = {module: share for module, share in shares.items() if share > UNDERFLOW_TO_TELL}
-    result.underflowing = dict(sorted(told.items(), key=lambda item: -item[1]))
+    reported = {module: share for module, share in shares.items() if share > UNDERFLOW_TO_TELL}
+    result.underflowing = dict(sorted(reported.items(), key=lambda item: -item[1]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_amp.events import mentioned
+from hf_amp.events import join_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,8 +55,8 @@ def preflight(
         with console.status("Dry run in FP16, BF16 and FP8 ..."):
             runs = _dry_runs(loaded, inputs)
     if as_json:
-        told = [run.to_dict() for run in runs]
-        typer.echo(json.dumps({"model": model, **facts, "dry_runs": told}, indent=2))
+        reported = [run.to_dict() for run in runs]
+        typer.echo(json.dumps({"model": model, **facts, "dry_runs": reported}, indent=2))
         return
     console.print(_memory_table(model, facts))
     for trouble in facts["trouble"]:
@@ -142,8 +142,8 @@ def _print_modules(console: Console, run: DryRun) -> None:
     lines = []
     if run.error is not None:
         lines.append(f"could not be run: {run.error}")
-    if run.unsound is not None:
-        lines.append(f"not finite in FP32 either: {_names([run.unsound])}")
+    if run.first_non_finite is not None:
+        lines.append(f"not finite in FP32 either: {_names([run.first_non_finite])}")
     if run.overflowing:
         lines.append(f"overflow: {_names(run.overflowing)}")
     if run.underflowing:
@@ -153,4 +153,4 @@ def _print_modules(console: Console, run: DryRun) -> None:
 
 
 def _names(modules: list[str]) -> str:
-    return mentioned([name or "(outside of its modules)" for name in modules], NAMES_SHOWN)
+    return join_names([name or "(outside of its modules)" for name in modules], NAMES_SHOWN)

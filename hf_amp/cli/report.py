@@ -38,8 +38,6 @@ def report(
         from hf_amp.report.pictures import figures_of
 
         typer.echo(json.dumps([figures_of(history) for history in histories], indent=2, allow_nan=False))
-    if png is not None or output is not None or not as_json:
-        _require_matplotlib()
     if png is not None:
         from hf_amp.report.pictures import write_pngs
 
@@ -65,13 +63,3 @@ def _write_page(histories: list[RunHistory], path: Path) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        typer.echo(
-            "Pictures need matplotlib, which is not installed: pip install 'hf_amp[report]'.", err=True
-        )
-        raise typer.Exit(1) from error

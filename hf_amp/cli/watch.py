@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hf_amp.report.reader import EventLog, RunHistory
+    from hf_amp.report.reader import EventLogReader, RunHistory
 
 INCIDENTS_SHOWN = 8
 NAMES_SHOWN = 3
@@ -34,11 +34,11 @@ def watch(
     from rich.live import Live
 
     from hf_amp.errors import StateError
-    from hf_amp.report.reader import EventLog, named_run
+    from hf_amp.report.reader import EventLogReader, named_run
 
     try:
         history = named_run(run)
-        log = EventLog(history.path)
+        log = EventLogReader(history.path)
         take_in(log, history)
         console = Console()
         if once or not console.is_terminal:
@@ -52,14 +52,14 @@ def watch(
         return
 
 
-def take_in(log: EventLog, history: RunHistory) -> None:
+def take_in(log: EventLogReader, history: RunHistory) -> None:
     """Adds what the log has more than before."""
     for line in log.read():
         history.add(line)
     history.torn_lines = log.torn_lines
 
 
-def follow(log: EventLog, history: RunHistory, show: Callable[[], None], interval: float) -> None:
+def follow(log: EventLogReader, history: RunHistory, show: Callable[[], None], interval: float) -> None:
     """Shows the run again and again, until it has ended."""
     while not history.ended:
         time.sleep(interval)
@@ -75,7 +75,7 @@ def panel(history: RunHistory) -> RenderableType:
     from rich.text import Text
 
     from hf_amp.monitoring.sinks.console import visible
-    from hf_amp.report.pictures import shown
+    from hf_amp.report.pictures import formatted
     from hf_amp.report.verdict import verdict_on
 
     verdict = verdict_on(history)
@@ -89,7 +89,7 @@ def panel(history: RunHistory) -> RenderableType:
         if series is not None and len(series):
             figures.add_row(
                 Text(name, style="dim"),
-                shown(series.values[-1]),
+                formatted(series.values[-1]),
                 Text(course(list(series.values)), style="cyan"),
             )
     parts.append(figures)

@@ -14,10 +14,10 @@ from torch import nn
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware
 from hf_amp.errors import StateError
-from hf_amp.events import Cause, mentioned
-from hf_amp.fallback.diagnosis import Diagnosis, Examiner
+from hf_amp.events import Cause, join_names
+from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis
 from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
-from hf_amp.fallback.plan import PrecisionPlan, ladder_of
+from hf_amp.fallback.plan import PrecisionPlan, precision_order
 from hf_amp.fallback.recorder import ForwardRecorder
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import NotNegative, Positive, parse
@@ -29,7 +29,7 @@ TIMED_STEPS = 8
 """Steps of a candidate whose median counts, which a slow batch or an evaluation in between does not move."""
 
 
-class SpeedTrial:
+class PrecisionAutotuner:
     """Times the candidates one after the other, in steps of the run itself.
 
     Args:
@@ -125,12 +125,12 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class FallbackState:
-    """Memory of `Fallback`.
+    """Memory of `FallbackPolicy`.
 
     Attributes:
         plan: the plan in force.
         step: optimizer steps seen.
-        quiet_steps: applied steps since the newest change of plan or overflow that the scale does not cure.
+        clean_steps: applied steps since the newest change of plan or overflow that the scale does not cure.
         demotions: module name, or `WHOLE_MODEL` → how often it had to leave its precision.
         uncured: (step, share of non-finite gradient elements) of the overflows in the window that the scale does not
             cure.
@@ -140,10 +140,10 @@ class FallbackState:
 
     plan: PrecisionPlan
     step: int = 0
-    quiet_steps: int = 0
+    clean_steps: int = 0
     demotions: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    uncured: tuple[tuple[int, float], ...] = ()
-    suspects: tuple[int, ...] = ()
+    unresolved: tuple[tuple[int, float], ...] = ()
+    unknown_steps: tuple[int, ...] = ()
     no_room_until: int = 0
 
     def to_plain(self) -> dict[str, Any]:
@@ -152,8 +152,8 @@ class FallbackState:
         return plain | {
             "plan": self.plan.to_plain(),
             "demotions": dict(self.demotions),
-            "uncured": [list(entry) for entry in self.uncured],
-            "suspects": list(self.suspects),
+            "unresolved": [list(entry) for entry in self.unresolved],
+            "unknown_steps": list(self.unknown_steps),
         }
 
     @classmethod
@@ -168,11 +168,11 @@ class FallbackState:
 
 
 @dataclass(frozen=True)
-class Fallback:
+class FallbackPolicy:
     """The cheapest remedy that works, and the way back.
 
     An overflow that no scale cures puts the modules to blame in FP32; where they are not known, or are in FP32
-    already, the whole model takes the next rung of `ladder`. Where precision is not to blame (`INPUT`, `WEIGHTS`,
+    already, the whole model takes the next rung of `order`. Where precision is not to blame (`INPUT`, `WEIGHTS`,
     `LOSS`) nothing changes. After `recovery_steps` quiet steps the plan goes back one step, the whole model before
     the modules; what has to leave again waits twice as long the next time, so that N steps see O(log N) changes.
 
@@ -183,55 +183,57 @@ class Fallback:
         recovery_steps: quiet steps before the first way back.
     """
 
-    ladder: tuple[PrecisionMode, ...]
+    order: tuple[PrecisionMode, ...]
     threshold: float
     window: int
     recovery_steps: int
 
     def init_state(self) -> FallbackState:
         """The state before the first step: everything in the precision that the run asked for."""
-        return FallbackState(PrecisionPlan(self.ladder[0]))
+        return FallbackState(PrecisionPlan(self.order[0]))
 
     def next_state(self, state: FallbackState, facts: StepFacts) -> FallbackState:
         """The state after one step; a new plan in it takes effect with the next."""
         state = replace(state, step=state.step + 1)
         if facts.cause is None:
-            return self._after_quiet_step(replace(state, quiet_steps=state.quiet_steps + 1))
+            return self._after_clean_step(replace(state, clean_steps=state.clean_steps + 1))
         if facts.cause in (Cause.SCALE, Cause.INPUT, Cause.WEIGHTS, Cause.LOSS):
             return state
-        return self._after_uncured_overflow(state, facts)
+        return self._after_unresolved_overflow(state, facts)
 
-    def _after_uncured_overflow(self, state: FallbackState, facts: StepFacts) -> FallbackState:
+    def _after_unresolved_overflow(self, state: FallbackState, facts: StepFacts) -> FallbackState:
         oldest = state.step - self.window
-        uncured = (*state.uncured, (state.step, facts.non_finite_fraction))
-        suspects = (*state.suspects, state.step) if facts.cause is Cause.UNKNOWN else state.suspects
+        unresolved = (*state.unresolved, (state.step, facts.non_finite_fraction))
+        unknown_steps = (
+            (*state.unknown_steps, state.step) if facts.cause is Cause.UNKNOWN else state.unknown_steps
+        )
         state = replace(
             state,
-            quiet_steps=0,
-            uncured=tuple(entry for entry in uncured if entry[0] > oldest),
-            suspects=tuple(step for step in suspects if step > oldest),
+            clean_steps=0,
+            unresolved=tuple(entry for entry in unresolved if entry[0] > oldest),
+            unknown_steps=tuple(step for step in unknown_steps if step > oldest),
         )
-        share = sum(entry[1] for entry in state.uncured) / min(state.step, self.window)
+        share = sum(entry[1] for entry in state.unresolved) / min(state.step, self.window)
         if share <= self.threshold or state.step < state.no_room_until:
             return state
         fresh = [name for name in facts.modules if name and not state.plan.holds(name)]
         if fresh and state.plan.default is not PrecisionMode.FP32:
             return self._changed(state, state.plan.with_modules(fresh, PrecisionMode.FP32), fresh)
-        if facts.cause is Cause.UNKNOWN and len(state.suspects) < UNKNOWN_IS_A_PATTERN:
+        if facts.cause is Cause.UNKNOWN and len(state.unknown_steps) < UNKNOWN_IS_A_PATTERN:
             return state
-        rung = self.ladder.index(state.plan.default)
-        if rung + 1 == len(self.ladder):
+        level = self.order.index(state.plan.default)
+        if level + 1 == len(self.order):
             return state
-        return self._changed(state, state.plan.with_default(self.ladder[rung + 1]), [WHOLE_MODEL])
+        return self._changed(state, state.plan.with_default(self.order[level + 1]), [WHOLE_MODEL])
 
-    def _after_quiet_step(self, state: FallbackState) -> FallbackState:
+    def _after_clean_step(self, state: FallbackState) -> FallbackState:
         plan = state.plan
-        rung = self.ladder.index(plan.default)
-        if rung > 0:
-            if state.quiet_steps >= self.patience(state, WHOLE_MODEL):
-                return self._changed(state, plan.with_default(self.ladder[rung - 1]), [])
+        level = self.order.index(plan.default)
+        if level > 0:
+            if state.clean_steps >= self.patience(state, WHOLE_MODEL):
+                return self._changed(state, plan.with_default(self.order[level - 1]), [])
             return state
-        due = [name for name in plan.modules if state.quiet_steps >= self.patience(state, name)]
+        due = [name for name in plan.modules if state.clean_steps >= self.patience(state, name)]
         return self._changed(state, plan.without_modules(due), []) if due else state
 
     def patience(self, state: FallbackState, name: str) -> int:
@@ -243,9 +245,9 @@ class Fallback:
         return replace(
             state,
             plan=plan,
-            quiet_steps=0,
-            uncured=(),
-            suspects=(),
+            clean_steps=0,
+            unresolved=(),
+            unknown_steps=(),
             demotions=MappingProxyType({**state.demotions, **counts}),
         )
 
@@ -254,7 +256,7 @@ class Fallback:
 
         Nothing is widened again for `recovery_steps` steps: until then such overflows only skip.
         """
-        return replace(state, plan=plan, quiet_steps=0, no_room_until=state.step + self.recovery_steps)
+        return replace(state, plan=plan, clean_steps=0, no_room_until=state.step + self.recovery_steps)
 
     def restored(self, state: FallbackState) -> FallbackState:
         """`state` of a former run, for this one: where that ran on another ladder, its plan's default is left behind.
@@ -271,12 +273,12 @@ class Fallback:
                 f"the saved plan has module {name!r} in {mode.value}, where modules only go to FP32: the state is damaged; "
                 "load another one."
             )
-        if state.plan.default in self.ladder:
+        if state.plan.default in self.order:
             return state
-        return replace(state, plan=state.plan.with_default(self.ladder[0]))
+        return replace(state, plan=state.plan.with_default(self.order[0]))
 
 
-class Transition(NamedTuple):
+class PrecisionChange(NamedTuple):
     """One change of plan.
 
     Attributes:
@@ -292,9 +294,9 @@ class Transition(NamedTuple):
     message: str
 
 
-def transition_between(
-    former: FallbackState, state: FallbackState, facts: StepFacts, fallback: Fallback
-) -> Transition:
+def describe_change(
+    former: FallbackState, state: FallbackState, facts: StepFacts, fallback: FallbackPolicy
+) -> PrecisionChange:
     """What the step with these `facts` has changed, told."""
     before, after = former.plan, state.plan
     names: tuple[str, ...] = ()
@@ -302,20 +304,20 @@ def transition_between(
     if before.default is after.default:
         order = [*before.modules, *after.modules]
         names = tuple(sorted(set(before.modules) ^ set(after.modules), key=order.index))
-        who = f"{len(names)} module{'s' if len(names) > 1 else ''} ({mentioned(names)})"
+        who = f"{len(names)} module{'s' if len(names) > 1 else ''} ({join_names(names)})"
         leaves, goes = ("leaves its", "goes") if len(names) == 1 else ("leave their", "go")
     change = f"{before.describe()} → {after.describe()}"
     if facts.cause is None:
-        return Transition(
-            before, after, names, f"after {former.quiet_steps + 1} quiet steps {who} {goes} back: {change}."
+        return PrecisionChange(
+            before, after, names, f"after {former.clean_steps + 1} quiet steps {who} {goes} back: {change}."
         )
     patience = fallback.patience(state, names[0] if names else WHOLE_MODEL)
-    return Transition(
+    return PrecisionChange(
         before, after, names, f"{who} {leaves} precision: {change}; tried again after {patience} quiet steps."
     )
 
 
-class PlanKeeper:
+class FallbackController:
     """Decides what to do about skipped steps, and makes the models follow.
 
     Args:
@@ -325,7 +327,7 @@ class PlanKeeper:
         step: gives the number of the optimizer step that forward passes now belong to.
 
     Attributes:
-        asked_for: the precision that the run asked for, where the plan begins.
+        requested_mode: the precision that the run asked for, where the plan begins.
         runner: the models.
         recorder: what they were called with.
         examiner: finds the causes.
@@ -342,51 +344,53 @@ class PlanKeeper:
     ) -> None:
         on_cpu_in_fp16 = hardware.device == "cpu" and mode in (PrecisionMode.MIXED, PrecisionMode.FP16)
         emulate = config.emulate and on_cpu_in_fp16
-        self.asked_for = mode
+        self.requested_mode = mode
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(step, self.runner)
-        self.examiner = Examiner(self.runner, self.recorder, config.hysteresis)
+        self.diagnoser = Diagnoser(self.runner, self.recorder, config.hysteresis)
         half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
         self._acts = config.automatic_fallback and not (half and hardware.device == "cpu" and not emulate)
-        self._fallback = Fallback(
-            ladder_of(mode, hardware, emulate),
+        self._fallback = FallbackPolicy(
+            precision_order(mode, hardware, emulate),
             config.fallback_threshold,
             config.fallback_window,
             config.recovery_steps,
         )
         self._state = self._fallback.init_state()
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
-        self._trial = SpeedTrial(self._fallback.ladder) if dynamic else None
+        self._autotuner = PrecisionAutotuner(self._fallback.order) if dynamic else None
         self.scale_at_rest: float | None = None
-        self._newest: Transition | None = None
+        self._newest: PrecisionChange | None = None
 
     @property
     def plan(self) -> PrecisionPlan:
         """Which precision runs where."""
         return self._state.plan
 
-    def adopt(self, model: nn.Module, entry_point: nn.Module, is_trained: bool = True) -> Callable[[], None]:
+    def register_model(
+        self, model: nn.Module, entry_point: nn.Module, is_trained: bool = True
+    ) -> Callable[[], None]:
         """Lets `model` follow the plan and its calls through `entry_point` be repeated; returns what undoes the latter."""
-        self.runner.adopt(model, is_trained)
+        self.runner.register_model(model, is_trained)
         return self.recorder.watch(entry_point, model)
 
-    def note_applied(self, step_seconds: float | None = None, agree: bool = False) -> Transition | None:
+    def note_applied(self, step_seconds: float | None = None, agree: bool = False) -> PrecisionChange | None:
         """One applied step; what it lets the plan go back to, or, in a speed trial, on to.
 
         Args:
             step_seconds: wall-clock time since the step before; None where that is not known.
             agree: in a speed trial, count the slowest rank's time. One all-reduce and one host read a step of the trial.
         """
-        self.examiner.scale_skips = 0
+        self.diagnoser.scale_skips = 0
         self._newest = None
-        if self._trial is None or self._trial.running is None:
+        if self._autotuner is None or self._autotuner.running is None:
             return self._decide(StepFacts())
         if agree and is_distributed():
             step_seconds = self._slowest(step_seconds)
         if step_seconds is not None:
-            self._trial.note(step_seconds)
-        return self._continue_trial(self._trial)
+            self._autotuner.note(step_seconds)
+        return self._continue_trial(self._autotuner)
 
     def _slowest(self, step_seconds: float | None) -> float | None:
         """The longest time of any rank; None where one does not know its own."""
@@ -394,45 +398,47 @@ class PlanKeeper:
         longest, is_unknown = all_reduce_max_to_host(local)
         return None if is_unknown else longest
 
-    def note_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float) -> Transition | None:
+    def note_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float) -> PrecisionChange | None:
         """One skipped step; what is done about it. Nothing, where the plan has cured it already, or none can."""
-        if diagnosis.is_cured or diagnosis.fails_in_fp32:
+        if diagnosis.already_fixed or diagnosis.fails_in_fp32:
             return None
         facts = StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction)
-        if self._trial is not None and self._trial.running is not None:
+        if self._autotuner is not None and self._autotuner.running is not None:
             next_state = self._fallback.next_state(self._state, facts)
             if next_state.plan.default is not self.plan.default:
-                self._trial.reject()
-                return self._continue_trial(self._trial)
+                self._autotuner.reject()
+                return self._continue_trial(self._autotuner)
         return self._decide(facts)
 
-    def put_back_statistics(self, step: int) -> tuple[str, ...]:
+    def restore_buffers(self, step: int) -> tuple[str, ...]:
         """Puts back running statistics that skipped step `step` has made non-finite; names of the modules that had them."""
-        norms = set(self.recorder.put_back_statistics(step))
+        norms = set(self.recorder.restore_buffers(step))
         return tuple(name for name, module in self.runner.named_modules() if module in norms) if norms else ()
 
-    def _continue_trial(self, trial: SpeedTrial) -> Transition | None:
+    def _continue_trial(self, autotuner: PrecisionAutotuner) -> PrecisionChange | None:
         """Enters the next candidate, or the fastest when all are through."""
-        before, running = self.plan, trial.running
-        chosen = running or trial.fastest()
+        before, running = self.plan, autotuner.running
+        chosen = running or autotuner.fastest()
         if running is None:
-            self._fallback = replace(self._fallback, ladder=trial.choices())
+            self._fallback = replace(self._fallback, order=autotuner.choices())
         if chosen is before.default and running is not None:
             return None
-        self._state = replace(self._state, plan=before.with_default(chosen), quiet_steps=0)
+        self._state = replace(self._state, plan=before.with_default(chosen), clean_steps=0)
         self.runner.apply(self.plan)
         if running is not None:
-            return Transition(before, self.plan, (), f"measuring the step time in {chosen.value}.")
-        times = ", ".join(f"{s * 1000:.1f} ms in {mode.value}" for mode, s in trial.step_seconds().items())
+            return PrecisionChange(before, self.plan, (), f"measuring the step time in {chosen.value}.")
+        times = ", ".join(
+            f"{s * 1000:.1f} ms in {mode.value}" for mode, s in autotuner.step_seconds().items()
+        )
         emulated = " FP16 was emulated: its time says nothing of a GPU." if self.runner.entry.emulate else ""
-        return Transition(
+        return PrecisionChange(
             before,
             self.plan,
             (),
             f"{chosen.value} is the fastest stable precision here: {times} a step.{emulated}",
         )
 
-    def recover_from(self, error: BaseException) -> Transition | None:
+    def recover_from(self, error: BaseException) -> PrecisionChange | None:
         """Goes back to the plan before the newest change, if `error` is an out-of-memory that the change has caused.
 
         None where it is something else, or where a step was applied since: then the change was not to blame.
@@ -442,7 +448,7 @@ class PlanKeeper:
         failed, self._newest = self._newest, None
         self._state = self._fallback.withdrawn(self._state, failed.before)
         self.runner.apply(self.plan)
-        return Transition(
+        return PrecisionChange(
             failed.after,
             failed.before,
             failed.modules,
@@ -450,7 +456,7 @@ class PlanKeeper:
             "batch size, or turn gradient checkpointing on, so that the fallback has room.",
         )
 
-    def _decide(self, facts: StepFacts) -> Transition | None:
+    def _decide(self, facts: StepFacts) -> PrecisionChange | None:
         if not self._acts:
             return None
         former = self._state
@@ -458,9 +464,9 @@ class PlanKeeper:
         if self.plan == former.plan:
             return None
         self.runner.apply(self.plan)
-        transition = transition_between(former, self._state, facts, self._fallback)
-        self._newest = transition if facts.cause is not None else None
-        return transition
+        change = describe_change(former, self._state, facts, self._fallback)
+        self._newest = change if facts.cause is not None else None
+        return change
 
     def remove(self) -> None:
         """Takes every context back and lets go of the batches."""
@@ -471,9 +477,9 @@ class PlanKeeper:
         """The controller's state: numbers, strings, lists and mappings of them."""
         return {
             **self._state.to_plain(),
-            "scale_skips": self.examiner.scale_skips,
+            "scale_skips": self.diagnoser.scale_skips,
             "scale_at_rest": self.scale_at_rest,
-            "trial": self._trial.state_dict() if self._trial is not None else None,
+            "autotuner": self._autotuner.state_dict() if self._autotuner is not None else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -483,21 +489,21 @@ class PlanKeeper:
             StateError: it is no such state; nothing has changed then.
         """
         state = FallbackState.from_plain(state_dict)
-        beside: _Beside = parse(_Beside, state_dict, "fallback")
+        beside: _SavedBeside = parse(_SavedBeside, state_dict, "fallback")
         self._fallback.restored(state)
-        if self._trial is not None and beside.trial is not None:
-            self._trial.load_state_dict(beside.trial)
-            self._fallback = replace(self._fallback, ladder=self._trial.choices())
+        if self._autotuner is not None and beside.autotuner is not None:
+            self._autotuner.load_state_dict(beside.autotuner)
+            self._fallback = replace(self._fallback, order=self._autotuner.choices())
         self._state = self._fallback.restored(state)
-        self.examiner.scale_skips = beside.scale_skips
+        self.diagnoser.scale_skips = beside.scale_skips
         self.scale_at_rest = beside.scale_at_rest
         self.runner.apply(self.plan)
 
 
 @dataclass
-class _Beside:
+class _SavedBeside:
     """What a checkpoint holds beside the controller's state."""
 
     scale_skips: int
     scale_at_rest: Positive | None
-    trial: dict[str, Any] | None
+    autotuner: dict[str, Any] | None

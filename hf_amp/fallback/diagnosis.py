@@ -9,15 +9,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from hf_amp.events import Cause, mentioned
+from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.recorder import KEPT_FORWARDS, ForwardRecorder, RecordedForward
-from hf_amp.fallback.replay import ForwardFindings, locate, parameters_overflowing_unscaled
+from hf_amp.fallback.replay import ReplayFindings, replay, replay_unscaled_backward
 from hf_amp.precision import NumberFormat
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, is_sharded, to_host
 from hf_amp.tree import tensors_in
 
-SCALE_IS_CURING = (
+SCALE_WILL_FIX_IT = (
     "the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in the "
     "first steps of a run; nothing to do."
 )
@@ -30,31 +30,31 @@ class Diagnosis(NamedTuple):
         cause: the cause.
         message: a sentence that says what to do.
         modules: qualified names of the modules to blame.
-        is_shown: whether it was seen; otherwise it is what remains when nothing else is, which another rank may have seen.
+        confirmed: whether it was seen; otherwise it is what remains when nothing else is, which another rank may have seen.
         fails_in_fp32: whether the whole model was seen to fail in FP32 as well, so that no change of precision cures it.
     """
 
     cause: Cause
     message: str
     modules: tuple[str, ...] = ()
-    is_shown: bool = True
+    confirmed: bool = True
     fails_in_fp32: bool = False
 
     @property
-    def is_cured(self) -> bool:
+    def already_fixed(self) -> bool:
         """Whether the plan in force, under which the step did not run yet, is what it lacked: nothing is left to do."""
-        return self.cause is Cause.ACTIVATION and not self.is_shown
+        return self.cause is Cause.ACTIVATION and not self.confirmed
 
 
-_CURED_ALREADY = Diagnosis(
+_ALREADY_FIXED = Diagnosis(
     Cause.ACTIVATION,
     "a forward value left the range of its format before the newest change of precision took effect, under which the same "
     "batch gives finite values; nothing to do.",
-    is_shown=False,
+    confirmed=False,
 )
 
 
-def poison_in(
+def non_finite_source(
     parameters: Iterable[tuple[str, Tensor]],
     forwards: Sequence[RecordedForward],
     optimizer_state: Iterable[tuple[str, Tensor]] = (),
@@ -70,13 +70,13 @@ def poison_in(
         optimizer_state: (name, tensor) of its state, which is looked at only where the parameters are not finite: a
             state that was poisoned, as by a damaged checkpoint, gets into them with the next step.
     """
-    poisoned = non_finite_names(parameters)
-    if poisoned:
+    non_finite = non_finite_names(parameters)
+    if non_finite:
         state = non_finite_names(optimizer_state)
         also = f", and so does the optimizer's state ({state[0]})" if state else ""
         return Diagnosis(
             Cause.WEIGHTS,
-            f"{len(poisoned)} parameters already hold non-finite values, {poisoned[0]} among them{also}; no step can "
+            f"{len(non_finite)} parameters already hold non-finite values, {non_finite[0]} among them{also}; no step can "
             "mend that. Go back to the last good checkpoint.",
         )
     for index, forward in enumerate(forwards):
@@ -88,7 +88,7 @@ def poison_in(
             return Diagnosis(
                 Cause.UNKNOWN,
                 f"a forward pass was given what {described}, which this step had computed before: look at what computes it.",
-                is_shown=False,
+                confirmed=False,
             )
         cure = "; no precision can cure that. Mend"
         if x.dtype == torch.float16:
@@ -96,7 +96,7 @@ def poison_in(
         return Diagnosis(
             Cause.INPUT,
             f"the batch {described}{cure} the data, or drop such batches.",
-            is_shown=all(earlier.model is forward.model for earlier in forwards[:index]),
+            confirmed=all(earlier.model is forward.model for earlier in forwards[:index]),
         )
     return None
 
@@ -118,21 +118,21 @@ def diagnose(
     """
     findings = []
     for forward in forwards:
-        found = locate(forward, runner.current)
+        found = replay(forward, runner.current)
         findings.append(found)
         if found.overflowing:
             prefix = runner.name_of(forward.model)
             return _activation(tuple(joined(prefix, name) for name in found.overflowing), runner.current)
-        if found.unsound is not None:
-            return _unsound(found, forward, runner.name_of(forward.model))
+        if found.first_non_finite is not None:
+            return _non_finite_in_fp32(found, forward, runner.name_of(forward.model))
     ran_before = any(forward.plan not in (None, runner.plan) for forward in forwards)
     return _nothing_found(loss_finite, findings, ran_before)
 
 
 def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision) -> str:
     """What a rank that has seen nothing of `agreed` tells of it: its own batch, loss and labels may be sound."""
-    if agreed.is_cured:
-        what = _CURED_ALREADY.message
+    if agreed.already_fixed:
+        what = _ALREADY_FIXED.message
     elif agreed.cause is Cause.ACTIVATION:
         what = _activation(agreed.modules, current).message
     else:
@@ -141,7 +141,7 @@ def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision) -> str:
 
 
 _ELSEWHERE = {
-    Cause.SCALE: SCALE_IS_CURING,
+    Cause.SCALE: SCALE_WILL_FIX_IT,
     Cause.INPUT: "the batch there holds inf or NaN; no precision can cure that. Mend the data, or drop such batches.",
     Cause.WEIGHTS: "parameters there hold non-finite values; no step can mend that. Go back to the last good checkpoint.",
     Cause.LOSS: "the model's outputs are finite there, its loss is not: look at the loss function and at the labels there.",
@@ -156,7 +156,7 @@ def joined(prefix: str, name: str) -> str:
 
 
 def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
-    which = mentioned([name or "the model's own forward" for name in names])
+    which = join_names([name or "the model's own forward" for name in names])
     left = NumberFormat.of(current.mode)
     return Diagnosis(
         Cause.ACTIVATION,
@@ -166,12 +166,12 @@ def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
     )
 
 
-def _unsound(found: ForwardFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
+def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
     if found.only_loss:
         return Diagnosis(
             Cause.LOSS, f"the model's outputs are finite, its loss is not: {_why_loss(forward)}."
         )
-    where = joined(prefix, found.unsound or "") or "the model's own forward"
+    where = joined(prefix, found.first_non_finite or "") or "the model's own forward"
     return Diagnosis(
         Cause.UNKNOWN,
         f"{where} gives non-finite values from finite ones in FP32 too, so precision is not to blame: look there for a "
@@ -188,40 +188,40 @@ def _why_loss(forward: RecordedForward) -> str:
 
 
 def _nothing_found(
-    loss_finite: bool | None, findings: Sequence[ForwardFindings], ran_before: bool
+    loss_finite: bool | None, findings: Sequence[ReplayFindings], ran_before: bool
 ) -> Diagnosis:
     failed = next((found.error for found in findings if found.error), None)
     if loss_finite:
-        return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
+        return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT)
     if failed is not None or not findings:
         why = f"failed ({failed})" if failed else "is not possible: no forward pass is there to repeat"
         return Diagnosis(
             Cause.UNKNOWN,
             f"a closer look {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "
             "function, and for activations beyond 65504.",
-            is_shown=False,
+            confirmed=False,
         )
     if ran_before:
-        return _CURED_ALREADY
+        return _ALREADY_FIXED
     if loss_finite is None:
         return Diagnosis(
             Cause.UNKNOWN,
             "the forward pass is sound, the gradients are not, and there is no loss scale to blame. Look at the loss "
             "function, and for a root or division at zero, whose derivative is infinite.",
-            is_shown=False,
+            confirmed=False,
         )
     if not any(found.returns_loss and found.draws for found in findings):
         return Diagnosis(
             Cause.LOSS,
             "the model's outputs are finite, the loss made from them is not: look at the loss function (log or "
             "division by zero) and at this step's labels.",
-            is_shown=False,
+            confirmed=False,
         )
     return Diagnosis(
         Cause.UNKNOWN,
         "the loss was not finite, but the same batch gives finite values now: dropout may have drawn otherwise, or the loss "
         "is made outside of the model. Look at the loss function and at this step's labels.",
-        is_shown=False,
+        confirmed=False,
     )
 
 
@@ -274,7 +274,7 @@ _NOT_KEPT = (
     f"the newest {KEPT_FORWARDS} forward passes of the step are sound, and those before them are not kept. Look at this "
     "step's batch and loss function, and for activations beyond 65504."
 )
-_GRAVITY = (
+_SEVERITY = (
     (Cause.LOSS, False, False),
     (Cause.UNKNOWN, False, False),
     (Cause.SCALE, True, False),
@@ -313,7 +313,7 @@ class SkippedStep(NamedTuple):
         return non_finite_names((name, p.grad) for name, p in self.parameters if p.grad is not None)
 
 
-class Examiner:
+class Diagnoser:
     """Finds the causes of skipped steps.
 
     Args:
@@ -333,7 +333,7 @@ class Examiner:
         self.scale_skips = 0
         self.repeats_forwards = True
 
-    def examine(self, skip: SkippedStep, agree: bool) -> Diagnosis:
+    def explain(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped.
 
         Where parameters and batch are finite, a finite loss shows that forward was sound, and it is not repeated until a
@@ -351,27 +351,27 @@ class Examiner:
             found = self._found(skip)
         except Exception as error:  # a rank that fails here must not keep the others waiting
             why = f"a closer look failed ({type(error).__name__}: {error})."
-            found = Diagnosis(Cause.UNKNOWN, why, is_shown=False)
+            found = Diagnosis(Cause.UNKNOWN, why, confirmed=False)
         return self._agreed(found) if agree and is_distributed() else found
 
     def _found(self, skip: SkippedStep) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
-        poison = poison_in(skip.parameters, forwards, skip.optimizer_state)
-        if poison is not None and poison.is_shown:
-            return poison
-        if poison is None and skip.loss_finite and not self._looks_closer():
-            return Diagnosis(Cause.SCALE, SCALE_IS_CURING)
+        source = non_finite_source(skip.parameters, forwards, skip.optimizer_state)
+        if source is not None and source.confirmed:
+            return source
+        if source is None and skip.loss_finite and not self._looks_closer():
+            return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT)
         forwards = forwards if self.repeats_forwards else []
         found = diagnose(skip.loss_finite, forwards, self._runner)
-        if poison is not None:
-            return found if found.cause is Cause.ACTIVATION else poison._replace(is_shown=True)
+        if source is not None:
+            return found if found.cause is Cause.ACTIVATION else source._replace(confirmed=True)
         if found.cause is Cause.SCALE:
             return self._without_scale(forwards) or found
-        if found.is_shown:
+        if found.confirmed:
             return found
         found = self._in_evaluations(skip) or found
-        if not (found.is_shown or found.is_cured) and forwards and self._recorder.has_let_go(skip.step):
-            return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, is_shown=False)
+        if not (found.confirmed or found.already_fixed) and forwards and self._recorder.has_let_go(skip.step):
+            return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, confirmed=False)
         return found
 
     def _in_evaluations(self, skip: SkippedStep) -> Diagnosis | None:
@@ -382,30 +382,30 @@ class Examiner:
             for model in dict.fromkeys(evaluation.model for evaluation in evaluations)
             for name, p in model.named_parameters()
         ]
-        poisoned = non_finite_names(weights)
-        if poisoned:
+        non_finite = non_finite_names(weights)
+        if non_finite:
             return Diagnosis(
                 Cause.WEIGHTS,
-                f"the loss is made from a model that is not trained, and {len(poisoned)} of its parameters hold non-finite "
-                f"values, {poisoned[0]} among them; no step can mend that. Load it anew, in a format that holds its weights.",
+                f"the loss is made from a model that is not trained, and {len(non_finite)} of its parameters hold non-finite "
+                f"values, {non_finite[0]} among them; no step can mend that. Load it anew, in a format that holds its weights.",
             )
         found = diagnose(skip.loss_finite, evaluations, self._runner)
-        return found if found.is_shown or found.is_cured else None
+        return found if found.confirmed or found.already_fixed else None
 
     def _agreed(self, found: Diagnosis) -> Diagnosis:
         """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
         names = [name for name, _ in self._runner.named_modules()]
         local = [
-            float(_GRAVITY.index((found.cause, found.is_shown, found.fails_in_fp32))),
+            float(_SEVERITY.index((found.cause, found.confirmed, found.fails_in_fp32))),
             *(float(name in found.modules) for name in names),
         ]
         gravest, *blamed = all_reduce_max_to_host(torch.tensor(local, device=self._runner.device))
-        cause, is_shown, fails_in_fp32 = _GRAVITY[int(gravest)]
+        cause, confirmed, fails_in_fp32 = _SEVERITY[int(gravest)]
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
-        agreed = Diagnosis(cause, found.message, modules, is_shown, fails_in_fp32)
+        agreed = Diagnosis(cause, found.message, modules, confirmed, fails_in_fp32)
         if agreed._replace(modules=found.modules) == found and set(modules) == set(found.modules):
             return found
-        if not found.is_shown:
+        if not found.confirmed:
             return agreed._replace(message=message_elsewhere(agreed, self._runner.current))
         return agreed._replace(message=f"another rank has found the cause. Here: {found.message}")
 
@@ -417,7 +417,7 @@ class Examiner:
     def _without_scale(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
         """The diagnosis of a backward that overflows without a scale too; None where none is seen to."""
         for forward in forwards:
-            broken = parameters_overflowing_unscaled(forward, self._runner.current)
+            broken = replay_unscaled_backward(forward, self._runner.current)
             if broken:
                 prefix = self._runner.name_of(forward.model)
                 return self._backward_overflow([joined(prefix, name) for name in broken], "without a scale")

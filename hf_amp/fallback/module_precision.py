@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hf_amp._compat import eager
+from hf_amp._compat import compile_disabled
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.precision import FP32_FORMAT, NumberFormat, PrecisionMode, widened
+from hf_amp.precision import FP32_FORMAT, NumberFormat, PrecisionMode, upcast
 from hf_amp.tree import map_tensors, replace_tensors
 
 
@@ -121,7 +121,7 @@ class InnerForwardContext(ForwardContext):
             module.register_forward_hook(self._leave_eagerly, prepend=True, always_call=True),
         ]
 
-    @eager
+    @compile_disabled
     def _enter_with_float32(
         self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[Any, ...]:
@@ -130,21 +130,21 @@ class InnerForwardContext(ForwardContext):
         if not outermost:
             return arguments, options
         # Lists and mappings stay the same objects: the module may add to them for its caller.
-        return widened_in_place(arguments), widened_in_place(options)
+        return upcast_in_place(arguments), upcast_in_place(options)
 
-    @eager
+    @compile_disabled
     def _leave_eagerly(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._leave(module, arguments, output)
 
 
 def to_float32(value: Any) -> Any:
     """`value` with its FP16 and BF16 tensors in FP32; differentiable."""
-    return map_tensors(widened, value)
+    return map_tensors(upcast, value)
 
 
-def widened_in_place(value: Any) -> Any:
+def upcast_in_place(value: Any) -> Any:
     """The same, in the very lists, mappings and dataclasses of `value`; tuples are new ones where something changes."""
-    return replace_tensors(widened, value)
+    return replace_tensors(upcast, value)
 
 
 def _removal(handles: list[Any]) -> Callable[[], None]:
@@ -208,7 +208,7 @@ class PlanRunner:
     Attributes:
         current: the context of the default, for whoever runs a forward pass.
         on_default_change: called with the new default.
-        wide_parameters: `id` of the parameters that only modules which the plan names hold.
+        fp32_parameters: `id` of the parameters that only modules which the plan names hold.
         plan: what the next forward passes follow.
     """
 
@@ -219,11 +219,11 @@ class PlanRunner:
         self._models: list[weakref.ref[nn.Module]] = []
         self._evaluated: list[weakref.ref[nn.Module]] = []
         self._inner: dict[str, Callable[[], None]] = {}
-        self.wide_parameters: frozenset[int] = frozenset()
+        self.fp32_parameters: frozenset[int] = frozenset()
         self._asked_for = default
         self.plan = PrecisionPlan(default)
 
-    def adopt(self, model: nn.Module, is_trained: bool = True) -> None:
+    def register_model(self, model: nn.Module, is_trained: bool = True) -> None:
         """Lets `model` follow the plan, without keeping it alive. Harmless when called again.
 
         Args:
@@ -306,7 +306,7 @@ class PlanRunner:
             self.current.mode = plan.default
             for notify in self.on_default_change:
                 notify(plan.default)
-        self.wide_parameters = self._wide_parameters(plan)
+        self.fp32_parameters = self._wide_parameters(plan)
         if changed:
             _forget_compiled_code()
 

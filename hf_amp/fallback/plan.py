@@ -77,7 +77,7 @@ class PrecisionPlan:
         }
 
 
-def ladder_of(mode: PrecisionMode, hardware: Hardware, emulate: bool) -> tuple[PrecisionMode, ...]:
+def precision_order(mode: PrecisionMode, hardware: Hardware, emulate: bool) -> tuple[PrecisionMode, ...]:
     """The precisions from `mode` to the widest: BF16 where there are units for it.
 
     Emulation stands for a GPU whose units are for FP16 alone (V100, T4), whatever this CPU has: a run is the same on

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_amp._compat import eager
+from hf_amp._compat import compile_disabled
 from hf_amp.device import RandomState
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.statistics import to_host_list
-from hf_amp.tree import in_own_containers, tensors_in
+from hf_amp.tree import copy_containers, tensors_in
 
 _NAMES = ("running_mean", "running_var")
 
@@ -27,7 +27,7 @@ def norms_of(model: nn.Module) -> list[weakref.ref[nn.Module]]:
     return [weakref.ref(module) for module in model.modules() if next(_gathered_by(module), None) is not None]
 
 
-class BatchNormStatistics:
+class BufferSnapshot:
     """What the norms of one model had gathered at one moment.
 
     A forward pass moves them before anybody knows whether its step will be applied. One NaN would stay in them for ever,
@@ -119,7 +119,7 @@ class _OfStep:
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
     has_let_go: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
-    statistics: dict[weakref.ref[nn.Module], BatchNormStatistics] = field(default_factory=dict)
+    statistics: dict[weakref.ref[nn.Module], BufferSnapshot] = field(default_factory=dict)
 
 
 class ForwardRecorder:
@@ -172,13 +172,13 @@ class ForwardRecorder:
     def _gather(self, reference: weakref.ref[nn.Module]) -> None:
         statistics = self._now().statistics
         if reference not in statistics:
-            statistics[reference] = BatchNormStatistics(self._norms[reference])
+            statistics[reference] = BufferSnapshot(self._norms[reference])
 
     def _kept(
         self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> _Kept:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
-        arguments, options = in_own_containers((arguments, options))
+        arguments, options = copy_containers((arguments, options))
         tensors = _tensors(arguments, options)
         seen = _versions(tensors), _random_state(tensors), self._runner.plan
         return _Kept(reference, arguments, options, *seen)
@@ -198,7 +198,7 @@ class ForwardRecorder:
         """The same as `forwards_of`, of models that only evaluate, whose outputs the loss may be made from."""
         return _repeatable(next((its.evaluations for its in self._back_from(step) if its.evaluations), ()))
 
-    def put_back_statistics(self, step: int) -> list[nn.Module]:
+    def restore_buffers(self, step: int) -> list[nn.Module]:
         """Puts back running statistics that are not finite after optimizer step `step`, and were before it.
 
         Returns the modules that had them. One host read for each model that has any.
@@ -254,7 +254,7 @@ class _Note:
         self._note = note
         self._model = model
 
-    @eager
+    @compile_disabled
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._note(self._model, arguments, options)
 

@@ -20,11 +20,11 @@ from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, t
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.precision import PrecisionMode
 from hf_amp.statistics import is_distributed, to_host
-from hf_amp.tree import in_own_containers, tensors_in
+from hf_amp.tree import copy_containers, tensors_in
 
 
 @dataclass
-class ForwardFindings:
+class ReplayFindings:
     """What a forward pass was seen to do.
 
     Attributes:
@@ -38,14 +38,14 @@ class ForwardFindings:
     """
 
     overflowing: list[str] = field(default_factory=list)
-    unsound: str | None = None
+    first_non_finite: str | None = None
     only_loss: bool = False
     returns_loss: bool = False
     draws: bool = False
     error: str | None = None
 
 
-def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindings:
+def replay(forward: RecordedForward, current: CurrentPrecision) -> ReplayFindings:
     """Repeats `forward` under the precision of the run and tells which modules leave its range.
 
     A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
@@ -53,7 +53,7 @@ def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindin
     and random state are put back, caches are not used. Dropout draws what it drew.
     Reads the host once a module: for steps that went wrong only. Never raises.
     """
-    watch = _Watch(current)
+    watch = _Replay(current)
     names = {module: name for name, module in forward.model.named_modules()}
     handles = []
     for module, name in names.items():
@@ -71,7 +71,7 @@ def locate(forward: RecordedForward, current: CurrentPrecision) -> ForwardFindin
     return watch.findings
 
 
-def parameters_overflowing_unscaled(forward: RecordedForward, current: CurrentPrecision) -> list[str] | None:
+def replay_unscaled_backward(forward: RecordedForward, current: CurrentPrecision) -> list[str] | None:
     """Repeats `forward` and its backward without a loss scale: names of the parameters whose gradients are not finite.
 
     Where there are any, no scale is to blame. None where that cannot be told: the model returns no loss, or the
@@ -88,10 +88,10 @@ def parameters_overflowing_unscaled(forward: RecordedForward, current: CurrentPr
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    return [name for name, g in known if broken_tensors(g)]
+    return [name for name, g in known if non_finite_tensors(g)]
 
 
-class _Suspect(NamedTuple):
+class _Candidate(NamedTuple):
     """A module whose output is not finite in FP32 either.
 
     Attributes:
@@ -105,34 +105,37 @@ class _Suspect(NamedTuple):
     may_be_mask: bool
 
 
-class _Watch:
+class _Replay:
     """Looks at the output of every module as it returns, innermost first."""
 
     def __init__(self, current: CurrentPrecision) -> None:
-        self.findings = ForwardFindings()
+        self.findings = ReplayFindings()
         self._current = current
         self._repeats = False
-        self._suspect: _Suspect | None = None
+        self._candidate: _Candidate | None = None
 
     def look_at(self, name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
         """Forward hooks for the module of that name, one before and one after it has run."""
         called_with: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            called_with.append(in_own_containers((arguments, options)))
+            called_with.append(copy_containers((arguments, options)))
 
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
             arguments, options = called_with.pop()  # what it was given may hold its output by now
-            if self._repeats or self.findings.unsound is not None:
+            if self._repeats or self.findings.first_non_finite is not None:
                 return None
             if name == "":
                 self.findings.returns_loss = any(x.dim() == 0 for _, x in float_tensors(output))
-            if not broken_tensors(output):
-                self._acquit(name, (arguments, options))
+            if not non_finite_tensors(output):
+                self._clear(name, (arguments, options))
                 return None
             cured = self._cured(name, module, arguments, options)
-            if name == "" and cured is None and self._suspect:
-                self.findings.unsound, self.findings.only_loss = self._suspect.name, self._suspect.only_loss
+            if name == "" and cured is None and self._candidate:
+                self.findings.first_non_finite, self.findings.only_loss = (
+                    self._candidate.name,
+                    self._candidate.only_loss,
+                )
             return cured
 
         return before, after
@@ -147,32 +150,34 @@ class _Watch:
                 exact = forward(*to_float32(arguments), **to_float32(options))
         finally:
             self._repeats = False
-        broken_in_fp32 = broken_tensors(exact)
+        broken_in_fp32 = non_finite_tensors(exact)
         if broken_in_fp32:
-            self._suspect = self._more_suspect(name, (arguments, options), broken_in_fp32)
+            self._candidate = self._likelier_candidate(name, (arguments, options), broken_in_fp32)
             return None
         if name not in self.findings.overflowing:
             self.findings.overflowing.append(name)
         return exact
 
-    def _more_suspect(self, name: str, inputs: Any, outputs: list[Tensor]) -> _Suspect | None:
+    def _likelier_candidate(self, name: str, inputs: Any, outputs: list[Tensor]) -> _Candidate | None:
         """Who is to blame if the model's output is not finite: the first whose own inputs were, unless it made a mask."""
-        may_be_mask = not _poisoned(outputs)
-        former = self._suspect
-        if former is not None and (may_be_mask or not former.may_be_mask or broken_tensors(inputs)):
+        may_be_mask = not _holds_nan_or_inf(outputs)
+        former = self._candidate
+        if former is not None and (may_be_mask or not former.may_be_mask or non_finite_tensors(inputs)):
             return former
-        if name and _poisoned(inputs):
+        if name and _holds_nan_or_inf(inputs):
             return former
-        return _Suspect(name, all(x.dim() == 0 for x in outputs), may_be_mask)
+        return _Candidate(name, all(x.dim() == 0 for x in outputs), may_be_mask)
 
-    def _acquit(self, name: str, inputs: Any) -> None:
+    def _clear(self, name: str, inputs: Any) -> None:
         """Lets go of a suspect whose infinities the module of this name has made finite values of, as masks are meant to."""
-        suspect = self._suspect
-        if suspect is not None and (f"{suspect.name}.".startswith(f"{name}.") or broken_tensors(inputs)):
-            self._suspect = None
+        candidate = self._candidate
+        if candidate is not None and (
+            f"{candidate.name}.".startswith(f"{name}.") or non_finite_tensors(inputs)
+        ):
+            self._candidate = None
 
 
-def _poisoned(inputs: Any) -> bool:
+def _holds_nan_or_inf(inputs: Any) -> bool:
     """Whether they hold NaN or inf; -inf may be a mask. One host read."""
     found = {str(i): (x.isnan() | x.isposinf()).any() for i, (_, x) in enumerate(float_tensors(inputs))}
     return bool(found) and any(to_host(found).values())
@@ -183,7 +188,7 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
     return [(path, x) for path, x in tensors_in(value) if x.is_floating_point()]
 
 
-def broken_tensors(value: Any) -> list[Tensor]:
+def non_finite_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors inside of `value` that hold inf or NaN. One host read."""
     found = float_tensors(value)
     if not found:

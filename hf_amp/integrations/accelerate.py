@@ -37,16 +37,16 @@ from hf_amp.integrations._compat import (
     prepared_optimizers,
 )
 from hf_amp.integrations.checkpoint import keep_state_in_checkpoints
-from hf_amp.integrations.optimizers import DecidedOptimizers, NoRawStep
+from hf_amp.integrations.optimizers import PreparedOptimizers, RefuseScaledStep
 from hf_amp.integrations.trackers import merge_metrics_into_logs
-from hf_amp.patch_log import ReversibleChanges
+from hf_amp.patch_log import PatchLog
 from hf_amp.precision import NumberFormat, PrecisionMode
-from hf_amp.scaling.master_weights import MasterWeights, settle, widen_state
+from hf_amp.scaling.master_weights import MasterWeights, convert_parameters, upcast_state
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
 
-class SettledParameters:
+class ParameterConversion:
     """Settles what becomes of half-precision parameters, now and whenever the accelerator prepares more.
 
     Args:
@@ -64,68 +64,70 @@ class SettledParameters:
         # models as they were before it wrapped them.
         self._in_ddp = accelerator.num_processes > 1
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._settled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._converted_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._converted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._evaluating: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         if self._masters is not None:
-            session.changes.call_on_undo(functools.partial(self._release, self._masters))
+            session.changes.on_undo(functools.partial(self._release, self._masters))
         for optimizer in prepared_optimizers(accelerator):
-            self._settle_optimizer(optimizer.optimizer)
+            self._register_optimizer(optimizer.optimizer)
         for model in prepared_models(accelerator):
-            self._settle_model(model, fixed=self._in_ddp)
-        self._settle_what_is_prepared()
+            self._convert_model(model, fixed=self._in_ddp)
+        self._convert_what_is_prepared()
 
-    def _settle_what_is_prepared(self) -> None:
+    def _convert_what_is_prepared(self) -> None:
         prepare_model, prepare_optimizer = (
             self._accelerator.prepare_model,
             self._accelerator.prepare_optimizer,
         )
 
         @functools.wraps(prepare_model)
-        def settle_and_prepare_model(
+        def convert_and_prepare_model(
             model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
         ) -> Any:
             if evaluation_mode:
                 self._evaluating.add(self._accelerator.unwrap_model(model))
             else:
-                self._settle_model(model, fixed=isinstance(model, DistributedDataParallel))
+                self._convert_model(model, fixed=isinstance(model, DistributedDataParallel))
             return prepare_model(model, device_placement, evaluation_mode)
 
         @functools.wraps(prepare_optimizer)
-        def settle_and_prepare_optimizer(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        def register_and_prepare_optimizer(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             # Before, because preparing loads the optimizer's state, which rounds it to what its parameters are.
-            self._settle_optimizer(
+            self._register_optimizer(
                 optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
             )
             return prepare_optimizer(optimizer, *args, **kwargs)
 
         changes = self._session.changes
-        changes.set_attribute(self._accelerator, "prepare_model", settle_and_prepare_model)
-        changes.set_attribute(self._accelerator, "prepare_optimizer", settle_and_prepare_optimizer)
+        changes.set_attribute(self._accelerator, "prepare_model", convert_and_prepare_model)
+        changes.set_attribute(self._accelerator, "prepare_optimizer", register_and_prepare_optimizer)
 
-    def _settle_model(self, wrapped: nn.Module, fixed: bool) -> None:
+    def _convert_model(self, wrapped: nn.Module, fixed: bool) -> None:
         model, session = self._accelerator.unwrap_model(wrapped), self._session
-        if model in self._settled:
+        if model in self._converted_models:
             return
-        event = settle(model, session.config, session.plan.default, self._optimizers, self._masters, fixed)
-        self._settled.add(model)
+        event = convert_parameters(
+            model, session.config, session.plan.default, self._optimizers, self._masters, fixed
+        )
+        self._converted_models.add(model)
         if event is not None:
             session.record(event)
             if event.kind is EventKind.PARAMETERS_CONVERTED:
                 self._converted.add(model)
 
-    def _settle_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def _register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for model in [m for m in self._evaluating if any(id(p) in held for p in m.parameters())]:
             # A Trainer prepares so what it evaluates before it trains, and what transformers has distributed.
             self._evaluating.discard(model)
-            self._session.take_as_trained(model)
-            self._settle_model(model, fixed=False)
+            self._session.mark_trainable(model)
+            self._convert_model(model, fixed=False)
         self._optimizers.add(optimizer)
         if self._masters is not None:
-            self._masters.adopt(optimizer)
+            self._masters.register_optimizer(optimizer)
         for model in self._converted:
-            widen_state(optimizer, model.parameters())
+            upcast_state(optimizer, model.parameters())
 
     def _release(self, masters: MasterWeights) -> None:
         masters.release(restore=not self._in_ddp)
@@ -137,7 +139,7 @@ class SettledParameters:
             )
 
 
-def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
+def register_models(accelerator: Accelerator, session: AmpSession) -> None:
     """Lets all models, prepared or to be, follow the session's plan. On a CPU this makes "fp16" mean FP16."""
     on_cpu = _is_fp16_on_cpu(accelerator, session)
     context = ForwardContext(session.current_precision)
@@ -147,55 +149,55 @@ def adopt_models(accelerator: Accelerator, session: AmpSession) -> None:
         session.changes.set_attribute(accelerator, "native_amp", True)
         if session.config.emulate:
             session.changes.set_attribute(accelerator, "autocast_handler", AutocastKwargs(enabled=False))
-    adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    registered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def adopt(prepared: nn.Module, is_trained: bool = True) -> None:
+    def register_model(prepared: nn.Module, is_trained: bool = True) -> None:
         model = accelerator.unwrap_model(prepared, keep_torch_compile=False)
-        if model in adopted:
+        if model in registered:
             return
-        adopted.add(model)
-        session.adopt(model, entry_point=prepared, is_trained=is_trained)
+        registered.add(model)
+        session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if on_cpu:
-            session.changes.call_on_undo(context.install(model))
+            session.changes.on_undo(context.install(model))
             if half_outputs:
                 handle = model.register_forward_hook(_outputs_to_fp32)
-                session.changes.call_on_undo(handle.remove)
+                session.changes.on_undo(handle.remove)
         else:
             session.follow_default(_changer_of_forward(weakref.ref(model), session))
 
     for prepared in prepared_models(accelerator):
-        adopt(prepared)
+        register_model(prepared)
 
     prepare_model = accelerator.prepare_model
 
     @functools.wraps(prepare_model)
-    def prepare_and_adopt(
+    def prepare_and_register(
         model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> Any:
         if not evaluation_mode:  # before accelerate wraps what the former session has put into `forward`
-            session.take_over(accelerator.unwrap_model(model, keep_torch_compile=False))
+            session.detach_previous_session(accelerator.unwrap_model(model, keep_torch_compile=False))
         native_amp = accelerator.native_amp
         accelerator.native_amp = native_amp and not on_cpu
         try:
             prepared = prepare_model(model, device_placement, evaluation_mode)
         finally:
             accelerator.native_amp = native_amp
-        adopt(prepared, is_trained=not evaluation_mode)
+        register_model(prepared, is_trained=not evaluation_mode)
         return prepared
 
-    session.changes.set_attribute(accelerator, "prepare_model", prepare_and_adopt)
+    session.changes.set_attribute(accelerator, "prepare_model", prepare_and_register)
 
 
 def _changer_of_forward(
     reference: weakref.ref[nn.Module], session: AmpSession
 ) -> Callable[[PrecisionMode], None]:
     """What makes a model follow a changed default: accelerate has bound its `forward` to the autocast asked for."""
-    changes = ReversibleChanges()
+    changes = PatchLog()
 
     def change(default: PrecisionMode) -> None:
         changes.undo()
         model = reference()
-        if model is None or default is session.asked_for:
+        if model is None or default is session.requested_mode:
             return
         plain = forward_before_autocast(model)
 
@@ -210,7 +212,7 @@ def _changer_of_forward(
     return change
 
 
-def lead_autocast(accelerator: Accelerator, session: AmpSession) -> None:
+def patch_autocast(accelerator: Accelerator, session: AmpSession) -> None:
     """Makes `accelerator.autocast()` enter the plan's default where accelerate would enter another."""
     autocast = accelerator.autocast
     on_cpu = _is_fp16_on_cpu(accelerator, session)
@@ -218,7 +220,7 @@ def lead_autocast(accelerator: Accelerator, session: AmpSession) -> None:
     @functools.wraps(autocast)
     def autocast_of_plan(autocast_handler: AutocastKwargs | None = None) -> Any:
         is_wanted = autocast_handler is None or autocast_handler.enabled
-        if is_wanted and (on_cpu or session.plan.default is not session.asked_for):
+        if is_wanted and (on_cpu or session.plan.default is not session.requested_mode):
             return session.autocast()
         return autocast(autocast_handler)
 
@@ -227,7 +229,7 @@ def lead_autocast(accelerator: Accelerator, session: AmpSession) -> None:
 
 def _is_fp16_on_cpu(accelerator: Accelerator, session: AmpSession) -> bool:
     """Where accelerate builds neither scaler nor autocast, and runs FP32."""
-    return not session.scaler.guards_only and accelerator.device.type == "cpu"
+    return not session.scaler.no_scaling and accelerator.device.type == "cpu"
 
 
 def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -275,7 +277,7 @@ def reduce_gradients_in_half(accelerator: Accelerator, session: AmpSession) -> N
     precision = session.config.communication_precision
     if precision is None:
         return
-    if precision is PrecisionMode.FP16 and session.scaler.guards_only:
+    if precision is PrecisionMode.FP16 and session.scaler.no_scaling:
         raise ConfigError(
             f"communication_precision=FP16 with mixed_precision={accelerator.mixed_precision!r}: without loss scaling "
             "small gradients would vanish in FP16; use communication_precision=BF16, or mixed_precision='fp16'."
@@ -388,14 +390,14 @@ def attach(accelerator: Accelerator, config: MixedPrecisionConfig | None = None)
             session.changes.set_attribute(accelerator, _SESSION, session)
     else:
         session, limits = _decide_steps(accelerator, config)
-    what = session.what_runs() + limits if config.enabled else "disabled by the config"
+    what = session.describe() + limits if config.enabled else "disabled by the config"
     if not config.enabled:
         session.described_as = "without hf_amp, which the config disables"
     session.note(
         EventKind.ATTACHED,
         f"hf_amp is attached: {what}.",
         device=str(accelerator.device),
-        precision=session.asked_for.value,
+        precision=session.requested_mode.value,
         strategy=config.scaling_strategy.value,
     )
     return session
@@ -410,7 +412,7 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         limits = "; under FSDP it scales and skips, and modules do not fall back"
     float8_runner = float8.runner_on(accelerator)
     if float8_runner is not None:
-        config, limits = float8.guarding_only(config, float8_runner), float8.limits(float8_runner)
+        config, limits = float8.finite_check_only(config, float8_runner), float8.limits(float8_runner)
     mode = _mode_of(accelerator, config)
     device = accelerator.device
     scaler = AdvancedGradScaler(
@@ -422,11 +424,11 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         device,
     )
     session = AmpSession(config, scaler, mode, common_to_ranks(probe(device), device))
-    session.pace.devices = (device,)
+    session.throughput.devices = (device,)
     session.folds_clipping = config.fold_clipping is True
     if float8_runner is not None:
         session.described_as = float8.describe(float8_runner, session.hardware)
-        session.repeat_no_forward()
+        session.disable_replay()
     if scaler.is_enabled():
         try:
             _take_over(accelerator, session)
@@ -441,11 +443,11 @@ def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
     session.changes.set_attribute(accelerator, _SESSION, session)
     reduce_gradients_in_half(accelerator, session)
     refuse_uneven_inputs(accelerator, session)
-    optimizers = DecidedOptimizers(accelerator, session)
+    optimizers = PreparedOptimizers(accelerator, session)
     merge_metrics_into_logs(accelerator, session)
     keep_state_in_checkpoints(accelerator, session, optimizers)
     sharded = accelerator.distributed_type is DistributedType.FSDP
-    if not session.scaler.guards_only:
+    if not session.scaler.no_scaling:
         _scale_losses(accelerator, session)
         if not sharded:  # a rank knows the norm of its own shards only
             _fold_clipping(accelerator, session, optimizers)
@@ -455,9 +457,9 @@ def _take_over(accelerator: Accelerator, session: AmpSession) -> None:
             _widen_gradients_before_clipping(accelerator, session, optimizers)
     if sharded:
         return
-    adopt_models(accelerator, session)
-    lead_autocast(accelerator, session)
-    SettledParameters(accelerator, session)
+    register_models(accelerator, session)
+    patch_autocast(accelerator, session)
+    ParameterConversion(accelerator, session)
 
 
 def session_of(accelerator: Any) -> AmpSession | None:
@@ -533,17 +535,17 @@ def _scale_losses(accelerator: Accelerator, session: AmpSession) -> None:
     session.changes.set_attribute(accelerator, "scaler", session.scaler)
 
 
-def _fold_clipping(accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers) -> None:
+def _fold_clipping(accelerator: Accelerator, session: AmpSession, optimizers: PreparedOptimizers) -> None:
     """Lets `accelerator.clip_grad_norm_` fold into the optimizer step where the session says that nobody looks."""
     clip_grad_norm_ = accelerator.clip_grad_norm_
 
     @functools.wraps(clip_grad_norm_)
     def clip_or_fold(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        if session.folds_clipping and norm_type == 2 and len(optimizers.adopted) == 1:
-            (optimizer,) = optimizers.adopted
+        if session.folds_clipping and norm_type == 2 and len(optimizers.registered) == 1:
+            (optimizer,) = optimizers.registered
             inner = optimizer.optimizer
-            if _holds_exactly(inner, parameters) and not has_step_hooks(inner, besides=NoRawStep):
+            if _holds_exactly(inner, parameters) and not has_step_hooks(inner, besides=RefuseScaledStep):
                 return session.scaler.clip_grad_norm_(inner, max_norm)
         return clip_grad_norm_(parameters, max_norm, norm_type)
 
@@ -551,14 +553,14 @@ def _fold_clipping(accelerator: Accelerator, session: AmpSession, optimizers: De
 
 
 def _widen_gradients_before_clipping(
-    accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers
+    accelerator: Accelerator, session: AmpSession, optimizers: PreparedOptimizers
 ) -> None:
     """Lets clipping see the FP32 gradients that master weights are moved by, also where no loss is scaled."""
     unscale_gradients = accelerator.unscale_gradients
 
     @functools.wraps(unscale_gradients)
     def widen(optimizer: Any = None) -> None:
-        for each in optimizers.adopted:
+        for each in optimizers.registered:
             session.scaler.unscale_(each.optimizer)
         unscale_gradients(optimizer)
 

@@ -15,19 +15,20 @@ from accelerate.utils import SCALER_NAME
 
 from hf_amp.errors import StateError
 from hf_amp.events import EventKind
-from hf_amp.integrations.optimizers import DecidedOptimizers
+from hf_amp.integrations.optimizers import PreparedOptimizers
 from hf_amp.precision import PrecisionMode
+from hf_amp.scaling.state import upgraded
 from hf_amp.serialization import load_file, parse
 from hf_amp.session import AmpSession
 
 
-def progress_of(session: AmpSession) -> dict[str, Any]:
+def save_progress(session: AmpSession) -> dict[str, Any]:
     """What a run in any precision goes on from: counters and figures, and the precision that they were made in."""
-    return {"precision": session.asked_for.value, **session.scaler.progress()}
+    return {"precision": session.requested_mode.value, **session.scaler.progress()}
 
 
-def go_on_from(progress: dict[str, Any], session: AmpSession) -> str:
-    """Restores what `progress_of` has saved, but no plan that was made for another precision.
+def load_progress(progress: dict[str, Any], session: AmpSession) -> str:
+    """Restores what `save_progress` has saved, but no plan that was made for another precision.
 
     Returns:
         The precision that the saved run was in.
@@ -35,12 +36,12 @@ def go_on_from(progress: dict[str, Any], session: AmpSession) -> str:
     Raises:
         StateError: something in it cannot be; nothing has changed then.
     """
-    progress = parse(dict[str, Any], progress, "the progress")
-    precision = str(progress.get("precision", session.asked_for.value))
-    companions = parse(dict[str, Any], progress.get("companions", {}), "the companions")
-    if precision != session.asked_for.value:
-        companions.pop("fallback", None)
-    session.scaler.load_progress({**progress, "companions": companions})
+    progress = upgraded(parse(dict[str, Any], progress, "the progress"))
+    precision = str(progress.get("precision", session.requested_mode.value))
+    stateful = parse(dict[str, Any], progress.get("stateful", {}), "the stateful parts")
+    if precision != session.requested_mode.value:
+        stateful.pop("fallback", None)
+    session.scaler.load_progress({**progress, "stateful": stateful})
     return precision
 
 
@@ -48,7 +49,7 @@ _WRITING = ".incomplete"
 _WRITTEN = ".complete"
 
 
-class Staging:
+class AtomicCheckpoint:
     """Where a checkpoint is written before it takes its place.
 
     A new one is written beside its place and renamed. One that replaces another is written inside it, marked as
@@ -105,7 +106,7 @@ def finish_interrupted(target: Path) -> None:
     shutil.rmtree(whole)
 
 
-GUARD_NAME = "hf_amp.pt"
+FINITE_CHECK_FILE = "hf_amp.pt"
 """Where BF16 and FP32 runs keep what FP16 runs keep in `scaler.pt`, which a stock FP16 run would take its scale from."""
 
 _NO_ROOM = ("inline_container", "iostream error")
@@ -113,7 +114,7 @@ _NO_ROOM = ("inline_container", "iostream error")
 
 
 def keep_state_in_checkpoints(
-    accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers
+    accelerator: Accelerator, session: AmpSession, optimizers: PreparedOptimizers
 ) -> None:
     """Makes `save_state` and `load_state` of `accelerator` keep the session's state too.
 
@@ -124,7 +125,7 @@ def keep_state_in_checkpoints(
     _load_from_any_precision(accelerator, session, optimizers)
 
 
-def _save_whole(accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers) -> None:
+def _save_whole(accelerator: Accelerator, session: AmpSession, optimizers: PreparedOptimizers) -> None:
     save_state = accelerator.save_state
 
     @functools.wraps(save_state)
@@ -137,9 +138,9 @@ def _save_whole(accelerator: Accelerator, session: AmpSession, optimizers: Decid
         if not project.automatic_checkpoint_naming:
             if output_dir is None:
                 return save_state(output_dir, *args, **kwargs)  # whose error says what is missing
-            return _save(accelerator, session, write, Staging(Path(output_dir)))
+            return _save(accelerator, session, write, AtomicCheckpoint(Path(output_dir)))
         place = Path(accelerator.project_dir) / "checkpoints" / f"checkpoint_{accelerator.save_iteration}"
-        staging = Staging(place, beside=place.parents[1])
+        staging = AtomicCheckpoint(place, beside=place.parents[1])
         if staging.replaces:
             return save_state(output_dir, *args, **kwargs)  # which refuses to
         # Named as upstream does, but the oldest goes only when the newest is there.
@@ -156,10 +157,10 @@ def _save_whole(accelerator: Accelerator, session: AmpSession, optimizers: Decid
 
 
 def _save(
-    accelerator: Accelerator, session: AmpSession, write: Callable[[Path], None], staging: Staging
+    accelerator: Accelerator, session: AmpSession, write: Callable[[Path], None], staging: AtomicCheckpoint
 ) -> Path:
     """Every rank takes part: a checkpoint is in its place when all have written their part of it."""
-    guards = session.scaler.guards_only
+    guards = session.scaler.no_scaling
     accelerator.wait_for_everyone()  # until all have seen whether it replaces another
     if accelerator.is_local_main_process:
         staging.clear()
@@ -167,7 +168,7 @@ def _save(
     try:
         write(staging.folder)
         if guards and accelerator.is_local_main_process:
-            torch.save(progress_of(session), staging.folder / GUARD_NAME)
+            torch.save(save_progress(session), staging.folder / FINITE_CHECK_FILE)
     except BaseException as error:
         free = shutil.disk_usage(staging.folder).free if staging.folder.is_dir() else None
         if accelerator.is_local_main_process:
@@ -182,7 +183,7 @@ def _save(
     # The main process first: where nodes share the folder, the others find nothing left to do.
     for publishes in (accelerator.is_main_process, accelerator.is_local_main_process):
         if publishes:
-            staging.publish(stale=SCALER_NAME if guards else GUARD_NAME)
+            staging.publish(stale=SCALER_NAME if guards else FINITE_CHECK_FILE)
         accelerator.wait_for_everyone()
     return staging.target
 
@@ -199,7 +200,7 @@ def _delete_oldest(newest: Path, keep: int) -> None:
 
 
 def _load_from_any_precision(
-    accelerator: Accelerator, session: AmpSession, optimizers: DecidedOptimizers
+    accelerator: Accelerator, session: AmpSession, optimizers: PreparedOptimizers
 ) -> None:
     load_state = accelerator.load_state
 
@@ -209,15 +210,15 @@ def _load_from_any_precision(
             if accelerator.is_local_main_process:
                 finish_interrupted(Path(input_dir).expanduser())
             accelerator.wait_for_everyone()
-        told: list[str] = []
+        reported: list[str] = []
         # Ours comes first, so that a damaged one leaves the models as they are.
         watch = accelerator.register_load_state_pre_hook(
-            lambda models, folder: told.append(_load_session(session, Path(folder)))
+            lambda models, folder: reported.append(_load_session(session, Path(folder)))
         )
         scaler = accelerator.scaler
         accelerator.scaler = None  # upstream insists on a scaler.pt where there is one; we load what there is
         try:
-            with optimizers.without_scaler(), session.scaler.all_or_nothing():
+            with optimizers.without_scaler(), session.scaler.rollback_on_error():
                 load_state(input_dir, *args, **kwargs)
         finally:
             accelerator.scaler = scaler
@@ -225,7 +226,7 @@ def _load_from_any_precision(
         session.begin_at(session.scaler.decided_steps)
         session.note(
             EventKind.STATE_LOADED,
-            told[0],
+            reported[0],
             scale=session.scaler.get_scale(),
             applied_steps=session.scaler.applied_steps,
             skipped_steps=session.scaler.skipped_steps,
@@ -240,7 +241,9 @@ def _load_session(session: AmpSession, folder: Path) -> str:
     Raises:
         StateError: what is there is damaged or something else; then nothing has changed.
     """
-    own, others = (GUARD_NAME, SCALER_NAME) if session.scaler.guards_only else (SCALER_NAME, GUARD_NAME)
+    own, others = (
+        (FINITE_CHECK_FILE, SCALER_NAME) if session.scaler.no_scaling else (SCALER_NAME, FINITE_CHECK_FILE)
+    )
     name = next((name for name in (own, others) if (folder / name).is_file()), None)
     if name is None:
         message = (
@@ -252,11 +255,11 @@ def _load_session(session: AmpSession, folder: Path) -> str:
         message = f"goes on from the {name} of {folder}"
         if name == SCALER_NAME == own:
             session.scaler.load_state_dict(state)
-        elif name == GUARD_NAME:
-            go_on_from(state, session)
+        elif name == FINITE_CHECK_FILE:
+            load_progress(state, session)
         else:
             own_part = parse(dict[str, Any], state.get("hf_amp", {}), f"{folder / name}['hf_amp']")
-            go_on_from({"precision": PrecisionMode.MIXED.value, **own_part}, session)
+            load_progress({"precision": PrecisionMode.MIXED.value, **own_part}, session)
         if name == others:
             message += (
                 ", which another precision has saved: counters are taken over, a scale and a plan are not"

@@ -17,14 +17,14 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import probe
 from hf_amp.errors import AttachError
 from hf_amp.events import AmpEvent, Cause, EventKind
-from hf_amp.integrations.checkpoint import GUARD_NAME, go_on_from, progress_of
+from hf_amp.integrations.checkpoint import FINITE_CHECK_FILE, load_progress, save_progress
 from hf_amp.integrations.trackers import merge_metrics_into_logs
 from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import SeenLosses, StepOutcome
 from hf_amp.serialization import load_file
 from hf_amp.session import AmpSession
-from hf_amp.statistics import PendingTransfer, all_reduce_max, is_distributed, moved
+from hf_amp.statistics import PendingTransfer, all_reduce_max, is_distributed, to_device
 
 
 class ObservedScaler(AdvancedGradScaler):
@@ -78,7 +78,7 @@ class ObservedScaler(AdvancedGradScaler):
         if not applied and self.ranks_agree and is_distributed():
             (bad,) = all_reduce_max(bad)
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())
-        figures = PendingTransfer({"bad": bad, "norm": moved(norm, bad.device)})
+        figures = PendingTransfer({"bad": bad, "norm": to_device(norm, bad.device)})
         return _ObservedStep(self.decided_steps, optimizer, applied, scale, self._losses.number, figures)
 
     def flush(self) -> None:
@@ -125,7 +125,7 @@ _MODES = {
     "no": PrecisionMode.FP32,
 }
 _OBSERVING = {
-    "enabled", "automatic_fallback", "enable_monitoring", "monitoring_interval", "patience", "stop_when_hopeless",
+    "enabled", "automatic_fallback", "enable_monitoring", "monitoring_interval", "patience", "stop_when_stalled",
 }  # fmt: skip
 """Options that do not act on a step."""
 LIMITS = ", which scales losses and skips steps by itself: hf_amp only observes it"
@@ -155,8 +155,8 @@ def observe(accelerator: Accelerator, config: MixedPrecisionConfig) -> AmpSessio
     )
     scaler = ObservedScaler(dataclasses.replace(config, precision_mode=mode), device)
     session = AmpSession(config, scaler, mode, probe(device))
-    session.pace.devices = (device,)
-    session.described_as = f"{session.what_runs()} under DeepSpeed"
+    session.throughput.devices = (device,)
+    session.described_as = f"{session.describe()} under DeepSpeed"
     if config.enabled:
         _watch_steps(accelerator, session, scaler)
         _keep_progress_in_checkpoints(accelerator, session)
@@ -211,17 +211,19 @@ def _keep_progress_in_checkpoints(accelerator: Accelerator, session: AmpSession)
     """Counters and figures go with `save_state` and `load_state`, in a file of their own beside DeepSpeed's."""
 
     def save(models: Any, weights: Any, folder: str) -> None:
-        progress = progress_of(session)
+        progress = save_progress(session)
         if accelerator.is_main_process:
-            torch.save(progress, Path(folder) / GUARD_NAME)
+            torch.save(progress, Path(folder) / FINITE_CHECK_FILE)
 
     def load(models: Any, folder: str) -> None:
-        file = Path(folder) / GUARD_NAME
+        file = Path(folder) / FINITE_CHECK_FILE
         if file.is_file():
-            go_on_from(load_file(file), session)
+            load_progress(load_file(file), session)
             session.begin_at(session.scaler.decided_steps)
-        told = "counters go on from" if file.is_file() else "no counters are in"
-        session.note(EventKind.STATE_LOADED, f"{told} {folder}; the loss scale is DeepSpeed's own to load.")
+        reported = "counters go on from" if file.is_file() else "no counters are in"
+        session.note(
+            EventKind.STATE_LOADED, f"{reported} {folder}; the loss scale is DeepSpeed's own to load."
+        )
 
-    session.changes.call_on_undo(accelerator.register_save_state_pre_hook(save).remove)
-    session.changes.call_on_undo(accelerator.register_load_state_pre_hook(load).remove)
+    session.changes.on_undo(accelerator.register_save_state_pre_hook(save).remove)
+    session.changes.on_undo(accelerator.register_load_state_pre_hook(load).remove)

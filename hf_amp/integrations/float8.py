@@ -30,7 +30,7 @@ def runner_on(accelerator: Accelerator) -> str | None:
     return _RUNNERS[accelerator.fp8_backend]
 
 
-def guarding_only(config: MixedPrecisionConfig, runner: str) -> MixedPrecisionConfig:
+def finite_check_only(config: MixedPrecisionConfig, runner: str) -> MixedPrecisionConfig:
     """`config` for a run in which `runner` owns the precision of the modules.
 
     Raises:

@@ -24,7 +24,7 @@ from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
 
-class DecidedOptimizers:
+class PreparedOptimizers:
     """The optimizers whose steps the session's scaler decides: all of them, prepared or to be. Keeps none alive.
 
     Args:
@@ -36,24 +36,24 @@ class DecidedOptimizers:
     """
 
     def __init__(self, accelerator: Accelerator, session: AmpSession) -> None:
-        self.adopted: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
+        self.registered: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
         self._scaler = session.scaler
         self._former_scaler = accelerator.scaler
-        self._no_raw_step = NoRawStep(session.scaler)
-        self._call_on_undo = session.changes.call_on_undo
+        self._no_raw_step = RefuseScaledStep(session.scaler)
+        self._call_on_undo = session.changes.on_undo
         self._steps: weakref.WeakKeyDictionary[AcceleratedOptimizer, _Steps] = weakref.WeakKeyDictionary()
-        session.changes.call_on_undo(self._give_back)
+        session.changes.on_undo(self._give_back)
         for prepared in prepared_optimizers(accelerator):
-            self._adopt(prepared)
+            self._register(prepared)
         prepare_optimizer = accelerator.prepare_optimizer
 
         @functools.wraps(prepare_optimizer)
-        def prepare_and_adopt(*args: Any, **kwargs: Any) -> Any:
+        def prepare_and_register(*args: Any, **kwargs: Any) -> Any:
             optimizer = prepare_optimizer(*args, **kwargs)
-            self._adopt(optimizer)
+            self._register(optimizer)
             return optimizer
 
-        session.changes.set_attribute(accelerator, "prepare_optimizer", prepare_and_adopt)
+        session.changes.set_attribute(accelerator, "prepare_optimizer", prepare_and_register)
 
     @contextmanager
     def without_scaler(self) -> Iterator[None]:
@@ -61,32 +61,32 @@ class DecidedOptimizers:
 
         Saving or loading the sharded state of an optimizer steps it on gradients of zero (accelerate#4289).
         """
-        for optimizer in self.adopted:
+        for optimizer in self.registered:
             replace_scaler(optimizer, None)
         try:
             yield
         finally:
-            for optimizer in self.adopted:
+            for optimizer in self.registered:
                 replace_scaler(optimizer, self._scaler)
 
-    def _adopt(self, optimizer: AcceleratedOptimizer) -> None:
-        if optimizer in self.adopted:
+    def _register(self, optimizer: AcceleratedOptimizer) -> None:
+        if optimizer in self.registered:
             return
         _refuse_steps_in_backward(optimizer.optimizer)
-        self.adopted.add(optimizer)
+        self.registered.add(optimizer)
         self._scaler.watch(optimizer.optimizer)
-        if not self._scaler.guards_only:
+        if not self._scaler.no_scaling:
             handle = optimizer.optimizer.register_step_pre_hook(self._no_raw_step)
             self._call_on_undo(handle.remove)
         if optimizer.scaler is not self._scaler:
             replace_scaler(optimizer, self._scaler)
         former = vars(optimizer).get("step")
-        ours = _truthful_step(former)
+        ours = _step_reporting_skips(former)
         optimizer.step = MethodType(ours, optimizer)
         self._steps[optimizer] = _Steps(former, ours)
 
     def _give_back(self) -> None:
-        for optimizer in self.adopted:
+        for optimizer in self.registered:
             replace_scaler(optimizer, self._former_scaler)
             forget_skip(optimizer)
             former, ours = self._steps[optimizer]
@@ -106,7 +106,7 @@ def _refuse_steps_in_backward(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-class NoRawStep:
+class RefuseScaledStep:
     """A hook before the step of an optimizer that was prepared: it is an error to step it past the scaler."""
 
     def __init__(self, scaler: AdvancedGradScaler) -> None:
@@ -126,7 +126,7 @@ class _Steps(NamedTuple):
     ours: Callable[..., Any]
 
 
-def _truthful_step(former: Callable[..., Any] | None) -> Callable[..., Any]:
+def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., Any]:
     """A `step` for a prepared optimizer, for which a micro-step that ends no accumulation window is not a skipped one.
 
     Upstream keeps the verdict of the last window until the next one ends (accelerate#2828).

@@ -22,15 +22,15 @@ def merge_metrics_into_logs(accelerator: Accelerator, session: AmpSession) -> No
     that a Trainer logs. No host read.
     """
     log = accelerator.log
-    told: int | None = None
+    reported: int | None = None
 
     @functools.wraps(log)
     def log_with_metrics(values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        nonlocal told
-        if session.scaler.decided_steps != (told or 0):
-            if told is None:
+        nonlocal reported
+        if session.scaler.decided_steps != (reported or 0):
+            if reported is None:
                 session.sinks += _tensorboard_sinks(accelerator, session)
-            told = session.scaler.decided_steps
+            reported = session.scaler.decided_steps
             values = {**values, **log_entry(session, values)}
         log(values, *args, **kwargs)
 

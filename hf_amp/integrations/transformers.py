@@ -21,14 +21,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError
-from hf_amp.events import AmpEvent, Cause, EventKind
+from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind
 from hf_amp.integrations._compat import forget_skip
 from hf_amp.integrations.accelerate import attach, session_of
-from hf_amp.integrations.checkpoint import go_on_from, progress_of
+from hf_amp.integrations.checkpoint import load_progress, save_progress
 from hf_amp.integrations.trackers import log_entry
 from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.monitoring.sinks.console import summarise
-from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink
+from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
 from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.session import AmpSession
 from hf_amp.statistics import to_host
@@ -43,7 +43,7 @@ def summary_of(session: AmpSession) -> str:
     times = _named(figures, "", "_seconds")
     times.pop("STEP", None)
     applied, changes, modules = (
-        figures[name] for name in ("applied_steps", "transitions", "modules_in_fp32")
+        figures[name] for name in ("applied_steps", "precision_changes", "modules_in_fp32")
     )
     parts = [
         f"{applied:g} step{'' if applied == 1 else 's'} applied",
@@ -51,7 +51,7 @@ def summary_of(session: AmpSession) -> str:
         + _in_brackets(f"{n:g} {cause}" for cause, n in causes.items()),
         f"{changes:g} change{'' if changes == 1 else 's'} of precision",
         *([f"{modules:g} module{'' if modules == 1 else 's'} in FP32"] if modules else []),
-        *([] if session.scaler.guards_only else [f"final scale {session.scaler.get_scale():g}"]),
+        *([] if session.scaler.no_scaling else [f"final scale {session.scaler.get_scale():g}"]),
         *(f"{spent:.1f} s in {name}" for name, spent in times.items()),
     ]
     return ", ".join(parts)
@@ -60,7 +60,7 @@ def summary_of(session: AmpSession) -> str:
 def show_summary(session: AmpSession) -> None:
     """The sentence on the console: a warning where something happened, else for who asks for INFO."""
     figures = session.metrics()
-    happened = figures["skipped_steps"] or figures["transitions"] or figures.get("non_finite_losses", 0)
+    happened = figures["skipped_steps"] or figures["precision_changes"] or figures.get("non_finite_losses", 0)
     summarise(f"training ended: {summary_of(session)}", bool(happened))
 
 
@@ -90,7 +90,7 @@ def load_scaler_where_there_is_one(trainer: Trainer, session: AmpSession) -> Non
     session.changes.set_attribute(trainer, "_load_scaler", load_or_leave)
 
 
-def tell_in_logs(trainer: Trainer, session: AmpSession) -> None:
+def patch_logging(trainer: Trainer, session: AmpSession) -> None:
     """Makes what `trainer` logs hold our metrics, so that `log_history` and every reporter get one entry.
 
     Training entries get the session's metrics and name what needed attention since the last one, evaluation entries the
@@ -156,7 +156,7 @@ def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]
             count = to_host({"lost": lost, "seen": seen})
             prefix = kwargs.get("metric_key_prefix", "eval")
             lost_batches[prefix] = int(count["lost"])
-            _tell_of_evaluation(session, prefix, int(count["lost"]), int(count["seen"]))
+            _report_evaluation(session, prefix, int(count["lost"]), int(count["seen"]))
         return output
 
     session.changes.set_attribute(trainer, "prediction_step", note_loss)
@@ -164,7 +164,7 @@ def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]
     return lost_batches
 
 
-def _tell_of_evaluation(session: AmpSession, prefix: str, lost: int, seen: int) -> None:
+def _report_evaluation(session: AmpSession, prefix: str, lost: int, seen: int) -> None:
     session.monitor.eval_non_finite_batches = lost
     if not lost:
         return
@@ -253,32 +253,32 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self._save_valid_json(state)
         precision_before = self._go_on_from(state, session)
         session.begin_at(state.global_step)
-        session.pace.pause()
-        session.pace.samples_per_step = (
+        session.throughput.pause()
+        session.throughput.samples_per_step = (
             args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         )
         if self.config.fold_clipping is None:
             session.folds_clipping = not _others_look_at_gradients(trainer, self)
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
-        former = f"; it was {precision_before} before" if precision_before != session.asked_for.value else ""
-        message = f"training {begins}: {session.what_runs()}{former}."
+        former = (
+            f"; it was {precision_before} before" if precision_before != session.requested_mode.value else ""
+        )
+        message = f"training {begins}: {session.describe()}{former}."
         log = None
         if state.is_world_process_zero and self._sink is None:
             if not self._tensorboard:
                 self._tensorboard = _tensorboard_sinks(trainer, session)
                 session.sinks += self._tensorboard
-            log = _opened_log(Path(args.output_dir or ".") / FILE_NAME, session.run_id)
+            log = _opened_log(Path(args.output_dir or ".") / LOG_FILE, session.run_id)
         if log is not None:
             self._sink = log
-            session.begin_log(log.write, message, **session.circumstances())
+            session.begin_log(log.write, message, **session.run_metadata())
         else:
-            session.note(EventKind.TRAINING_STARTED, message, **session.circumstances())
-        poisoned = session.non_finite_parameters(on_any_rank=True)
-        if poisoned:
-            reason = (
-                f"{len(poisoned)} parameters are not finite before the first step, {poisoned[0]} among them"
-            )
-            session.tell(session.hope.give_up(Cause.WEIGHTS, reason))
+            session.note(EventKind.TRAINING_STARTED, message, **session.run_metadata())
+        non_finite = session.non_finite_parameters(on_any_rank=True)
+        if non_finite:
+            reason = f"{len(non_finite)} parameters are not finite before the first step, {non_finite[0]} among them"
+            session.tell(session.stall.mark_stalled(Cause.WEIGHTS, reason))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -291,7 +291,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         session = self.session
-        if session is not None and session.hope.hopeless and self.config.stop_when_hopeless:
+        if session is not None and session.stall.stalled and self.config.stop_when_stalled:
             self._stop(session, args, control)
         return self._without_bad_checkpoint(control)
 
@@ -336,7 +336,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         trainer = find_calling_trainer(self)
         if trainer is not None and getattr(trainer, "is_in_train", False):
             self._attach_to(trainer)
-        progress = {} if self.session is None else progress_of(self.session)
+        progress = {} if self.session is None else save_progress(self.session)
         return {"args": {"config": self.config.to_dict()}, "attributes": {"progress": progress}}
 
     def _go_on_from(self, state: TrainerState, session: AmpSession) -> str:
@@ -344,7 +344,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         name = type(self).__name__
         callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
         saved = callbacks.setdefault(name, self.state())  # where it has none, saving fails with a KeyError
-        return go_on_from(saved["attributes"]["progress"] if state.global_step else {}, session)
+        return load_progress(saved["attributes"]["progress"] if state.global_step else {}, session)
 
     # ---- the rest -------------------------------------------------------------------------------------------
 
@@ -356,7 +356,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
         session.note(
             EventKind.TRAINING_STOPPED,
-            "the run is hopeless and stop_when_hopeless is set; "
+            "the run is hopeless and stop_when_stalled is set; "
             + (f"the last good checkpoint is {checkpoint}." if checkpoint else "there is no checkpoint."),
         )
 
@@ -369,12 +369,12 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     def _are_weights_bad(self, so: str) -> bool:
         """Whether a parameter is not finite, in which case it is told what comes of it. One host read."""
         session = self.session
-        poisoned = session.non_finite_parameters(on_any_rank=True) if session is not None else []
-        if session is None or not poisoned:
+        non_finite = session.non_finite_parameters(on_any_rank=True) if session is not None else []
+        if session is None or not non_finite:
             return False
         session.note(
             EventKind.CHECKPOINT_WITHHELD,
-            f"{len(poisoned)} parameters are not finite, {poisoned[0]} among them: {so}, so that the last good checkpoint "
+            f"{len(non_finite)} parameters are not finite, {non_finite[0]} among them: {so}, so that the last good checkpoint "
             "stays.",
         )
         return True
@@ -395,7 +395,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self._trainer, self._accelerator = trainer, accelerator
         session.changes.set_attribute(trainer, _CALLBACK, self)
         if self.config.enabled:
-            tell_in_logs(trainer, session)
+            patch_logging(trainer, session)
             load_scaler_where_there_is_one(trainer, session)
         return session
 

@@ -113,8 +113,8 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if reference.cdata not in self.sizes:
             self._seen.append(reference)
             size = storage.nbytes()
-            widened = size // tensor.itemsize * _BYTES_OF_FP32
-            self.sizes[reference.cdata] = _Size(size, widened if _is_reduced(tensor) else size)
+            upcast = size // tensor.itemsize * _BYTES_OF_FP32
+            self.sizes[reference.cdata] = _Size(size, upcast if _is_reduced(tensor) else size)
         return int(reference.cdata)
 
 

@@ -79,7 +79,7 @@ CATALOGUE: tuple[Metric, ...] = (
     ),
     Metric("inf_elements", "elements", "infinite gradient elements in the newest skipped step", "read the cause", "skipped steps"),
     Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause", "skipped steps"),
-    Metric("transitions", "changes", "changes of the precision plan since the run began", "one after another: read the events", "every change"),
+    Metric("precision_changes", "changes", "changes of the precision plan since the run began", "one after another: read the events", "every change"),
     Metric("modules_in_fp32", "modules", "modules that the plan runs in FP32 inside of a half-precision run", "most of the model: train in BF16", "every change"),
     Metric("fp16_seconds", "s", "time of steps in a run whose default was FP16 then, pauses left out; a resumed run adds to it", "small beside fp32_seconds: the run has fallen back"),
     Metric("bf16_seconds", "s", "the same for BF16", "as fp32_seconds, where it is not what you asked for"),

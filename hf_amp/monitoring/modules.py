@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_amp._compat import eager
+from hf_amp._compat import compile_disabled
 from hf_amp.monitoring.metrics import BY_MODULE
 from hf_amp.precision import FP16_FORMAT
-from hf_amp.statistics import amax, amax_of_each, elements_of, moved, underflow_of_each
+from hf_amp.statistics import amax, amax_of_each, elements_of, to_device, underflow_of_each
 
 HEADROOM, UNDERFLOW, ACTIVATION = (metric.name for metric in BY_MODULE)
 
@@ -37,32 +37,32 @@ class ModuleMonitor:
         self._newest: dict[str, dict[str, float]] = {HEADROOM: {}, UNDERFLOW: {}, ACTIVATION: {}}
         self._fresh = False
 
-    def looks_at(self, decided_steps: int) -> bool:
+    def is_sampled(self, decided_steps: int) -> bool:
         """Whether the step after `decided_steps` is one of those that are looked at closely."""
         return decided_steps % self._interval == 0
 
-    def adopt(self, model: nn.Module, decided_steps: int) -> None:
+    def register_model(self, model: nn.Module, decided_steps: int) -> None:
         """Looks at the modules of `model` too, without keeping it alive."""
         self._models.add(model)
-        if self.looks_at(decided_steps):
-            self.begin_close_look()
+        if self.is_sampled(decided_steps):
+            self.install_hooks()
 
-    def begin_close_look(self) -> None:
+    def install_hooks(self) -> None:
         """Puts hooks on all modules for the forward passes of the coming step."""
-        self.end_close_look()
+        self.remove_hooks()
         for model in self._models:
             for name, module in model.named_modules():
                 if not any(True for _ in module.children()):
                     self._handles.append(module.register_forward_hook(self._hook(name)))
 
-    def end_close_look(self) -> None:
+    def remove_hooks(self) -> None:
         """Takes the hooks away again. Harmless where there are none."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _hook(self, name: str) -> Callable[..., Any]:
-        @eager
+        @compile_disabled
         def look(module: nn.Module, arguments: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
                 return
@@ -70,12 +70,12 @@ class ModuleMonitor:
                 peak = amax(output.detach()).float()
                 former = self._activations.get(name)
                 if former is not None:  # of another device under DataParallel
-                    peak = torch.maximum(former, moved(peak, former.device))
+                    peak = torch.maximum(former, to_device(peak, former.device))
                 self._activations[name] = peak
 
         return look
 
-    def ride_along(
+    def collect(
         self,
         optimizer: int,
         names: Callable[[], Sequence[str]],
@@ -100,25 +100,25 @@ class ModuleMonitor:
             decided_steps: steps before this one; chooses the sample for underflow.
         """
         figures: dict[str, Tensor] = {}
-        if self.looks_at(decided_steps):
-            self.end_close_look()
+        if self.is_sampled(decided_steps):
+            self.remove_hooks()
             activations, self._activations = self._activations, {}
             asked = self._asked[optimizer] = {ACTIVATION: list(activations)}
             if activations:
                 figures[ACTIVATION] = torch.stack(
-                    [moved(peak, scale.device) for peak in activations.values()]
+                    [to_device(peak, scale.device) for peak in activations.values()]
                 )
             if not guards:
                 factor = torch.ones_like(scale) if scaled else scale
                 asked[HEADROOM] = asked[UNDERFLOW] = [name.rpartition(".")[0] for name in names()]
                 figures[HEADROOM] = amax_of_each(gradients, scale.device) * factor
                 figures[UNDERFLOW] = underflow_of_each(gradients, FP16_FORMAT, factor, decided_steps)
-        if self.looks_at(decided_steps + 1):
-            self.begin_close_look()
+        if self.is_sampled(decided_steps + 1):
+            self.install_hooks()
         return figures
 
     def take(self, optimizer: int, host: Mapping[str, float]) -> None:
-        """Takes in what `ride_along` asked for, as the host has read it; nothing where this step did not ask."""
+        """Takes in what `collect` asked for, as the host has read it; nothing where this step did not ask."""
         for name, modules in self._asked.get(optimizer, {}).items():
             largest = _largest_by_module(modules, elements_of(host, name))
             if name == HEADROOM:

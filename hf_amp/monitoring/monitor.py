@@ -15,8 +15,8 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import BatchError
 from hf_amp.events import Cause
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat, PrecisionMode
-from hf_amp.serialization import AtLeastOne, Modest, NotNegative, Positive, parse_fields
-from hf_amp.statistics import moved, to_host_list
+from hf_amp.serialization import AtLeastOne, Log2Value, NotNegative, Positive, parse_fields
+from hf_amp.statistics import to_device, to_host_list
 
 
 @dataclasses.dataclass
@@ -27,11 +27,11 @@ class RunningStatistics:
     """
 
     count: int = 0
-    mean: Modest = 0.0
+    mean: Log2Value = 0.0
     squares: NotNegative = 0.0
     """Sum of squared distances from the mean."""
-    smallest: Modest | None = None
-    largest: Modest | None = None
+    smallest: Log2Value | None = None
+    largest: Log2Value | None = None
 
     def add(self, value: float) -> None:
         """Takes one finite number into account."""
@@ -123,12 +123,12 @@ class LossMean:
             return
         known = self._held if self._totals is None else [self._totals, *self._held]
         device = next((x.device for x in known if x.device.type != "cpu"), known[0].device)
-        losses = torch.stack([moved(loss, device) for loss in self._held])
+        losses = torch.stack([to_device(loss, device) for loss in self._held])
         losses = losses.float() if losses.device.type == "mps" else losses.double()
         self._held = []
         finite = losses.isfinite()
         totals = torch.stack([losses.where(finite, 0.0).sum(), finite.sum(), (~finite).sum()])
-        self._totals = totals if self._totals is None else moved(self._totals, device) + totals
+        self._totals = totals if self._totals is None else to_device(self._totals, device) + totals
 
     def read(self) -> tuple[float, int]:
         """Mean of the finite losses (NaN where there are none), and how many were not finite. Reads the host."""
@@ -246,7 +246,7 @@ class PrecisionMonitor:
     lost_update_fraction: NotNegative | None = None
     inf_elements: int | None = None
     nan_elements: int | None = None
-    transitions: int = 0
+    precision_changes: int = 0
     modules_in_fp32: int = 0
     losses: int = 0
     non_finite_losses: int = 0
@@ -297,7 +297,7 @@ class PrecisionMonitor:
 
     def record_plan(self, modules_in_fp32: int) -> None:
         """One change of plan."""
-        self.transitions += 1
+        self.precision_changes += 1
         self.modules_in_fp32 = modules_in_fp32
 
     def record_losses(self, losses: int, non_finite: int) -> None:
@@ -343,7 +343,7 @@ class PrecisionMonitor:
         """
         self._loss_mean.add(_single_element(loss))
         advanced: Any = scaler
-        if getattr(advanced, "companions", {}).get("monitor") is self:
+        if getattr(advanced, "stateful", {}).get("monitor") is self:
             return  # a session tells the rest
         if hasattr(advanced, "last_outcome"):
             self._record_newest_outcome(advanced)
@@ -397,7 +397,7 @@ class PrecisionMonitor:
             "lost_update_fraction": self.lost_update_fraction,
             "inf_elements": self.inf_elements,
             "nan_elements": self.nan_elements,
-            "transitions": self.transitions,
+            "precision_changes": self.precision_changes,
             "modules_in_fp32": self.modules_in_fp32,
             "non_finite_losses": self.non_finite_losses if self.losses else None,
             "non_finite_loss_fraction": self.non_finite_loss_fraction,

@@ -25,7 +25,7 @@ class Finding:
 
 
 @dataclasses.dataclass
-class HopeWatch:
+class StallDetector:
     """Counts steps in a row that taught the model nothing. Told once per row; a step that teaches ends it.
 
     Args:
@@ -36,17 +36,17 @@ class HopeWatch:
     skipped_by_cause: Counter[CauseName] = dataclasses.field(default_factory=Counter)
     zero_steps: int = 0
     empty_steps: int = 0
-    hopeless: bool = False
+    stalled: bool = False
 
     def record_skipped(self, cause: Cause) -> Finding | None:
         """One skipped step; what it shows of the run, where that is new."""
         self.skipped_by_cause[cause.value] += 1
         if cause is Cause.WEIGHTS:
-            return self.give_up(cause, "no step can mend weights that are not finite")
+            return self.mark_stalled(cause, "no step can mend weights that are not finite")
         if not self._patience_is_over():
             return None
         main = Cause(self.skipped_by_cause.most_common(1)[0][0])
-        return self.give_up(
+        return self.mark_stalled(
             main, f"all of the last {self.patience} steps were skipped, most for {main.value}"
         )
 
@@ -65,16 +65,18 @@ class HopeWatch:
         if not has_gradients:
             self.empty_steps += 1
             reason = f"for {self.empty_steps} steps no parameter that the optimizer holds had a gradient"
-            return self.give_up(Cause.UNKNOWN, reason, _NO_GRADIENTS) if self._patience_is_over() else None
+            return (
+                self.mark_stalled(Cause.UNKNOWN, reason, _NO_GRADIENTS) if self._patience_is_over() else None
+            )
         if not zero_gradients:
             self.skipped_by_cause.clear()
-            self.zero_steps, self.empty_steps, self.hopeless = 0, 0, False
+            self.zero_steps, self.empty_steps, self.stalled = 0, 0, False
             return None
         self.zero_steps += 1
         flushed = loss_finite is not False and scale < 1
         cause = Cause.SCALE if flushed else Cause.LOSS
         if self._patience_is_over():
-            return self.give_up(cause, f"for {self.zero_steps} steps every gradient was exactly zero")
+            return self.mark_stalled(cause, f"for {self.zero_steps} steps every gradient was exactly zero")
         if self.zero_steps > 1:
             return None
         shown = f"the scale of {scale:g} leaves nothing of them in FP16" if flushed else _LABELS[loss_finite]
@@ -87,13 +89,13 @@ class HopeWatch:
     def _patience_is_over(self) -> bool:
         return sum(self.skipped_by_cause.values()) + self.zero_steps + self.empty_steps >= self.patience
 
-    def give_up(self, cause: Cause, reason: str, remedy: str | None = None) -> Finding | None:
+    def mark_stalled(self, cause: Cause, reason: str, remedy: str | None = None) -> Finding | None:
         """The run is hopeless for `reason`; None where that has been told. `remedy`: where it is not that of `cause`."""
-        if self.hopeless:
+        if self.stalled:
             return None
-        self.hopeless = True
+        self.stalled = True
         return Finding(
-            EventKind.HOPELESS, cause, f"this run learns nothing: {reason}. {remedy or _REMEDIES[cause]}"
+            EventKind.STALLED, cause, f"this run learns nothing: {reason}. {remedy or _REMEDIES[cause]}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +112,9 @@ class HopeWatch:
         """
         vars(self).update(
             parse_fields(
-                HopeWatch, {**parse(dict[str, Any], state_dict, "hope"), "patience": self.patience}, "hope"
+                StallDetector,
+                {**parse(dict[str, Any], state_dict, "stall"), "patience": self.patience},
+                "stall",
             )
         )
 

@@ -24,7 +24,7 @@ LONGEST_PAUSE = 10.0
 """An interval of this many medians is a pause, and not counted as time in a precision."""
 
 
-class Pace:
+class ThroughputMonitor:
     """Step time, throughput, time in each precision, and device memory of one run.
 
     The interval between two decided steps is the wall-clock time of a step where the host keeps pace with the device:
@@ -92,7 +92,7 @@ class Pace:
         Raises:
             StateError: it is no such state; nothing has changed then.
         """
-        saved = parse(dict[str, dict[str, NotNegative]], state_dict, "pace")
+        saved = parse(dict[str, dict[str, NotNegative]], state_dict, "throughput")
         self.seconds_by_format = defaultdict(float, saved.get("seconds_by_format", {}))
 
 

@@ -9,7 +9,16 @@ from importlib.resources import files
 
 from hf_amp.monitoring.metrics import CATALOGUE
 from hf_amp.monitoring.sinks.console import visible
-from hf_amp.report.pictures import DARK, LIGHT, Drawn, Theme, css_variable, pictures_for_page, shown, state_of
+from hf_amp.report.pictures import (
+    DARK,
+    LIGHT,
+    Drawn,
+    Theme,
+    css_variable,
+    formatted,
+    pictures_for_page,
+    state_of,
+)
 from hf_amp.report.reader import Incident, RunHistory
 from hf_amp.report.verdict import verdict_on
 
@@ -125,7 +134,7 @@ def _cards(run: RunHistory) -> str:
                 if metric is None or metric.unit in ("1", "steps")
                 else f" <small>{_text(metric.unit)}</small>"
             )
-            value = f"{known[name]:.2%}" if name == "underflow_fraction" else _text(shown(known[name]))
+            value = f"{known[name]:.2%}" if name == "underflow_fraction" else _text(formatted(known[name]))
             cards.append(f"<div><dt>{name.replace('_', ' ')}</dt><dd>{value}{unit}</dd></div>")
     return f'<dl class="cards">{"".join(cards)}</dl>' if cards else ""
 
@@ -184,7 +193,7 @@ def _incident_cells(incident: Incident) -> list[str]:
 
 
 def _value(value: object) -> str:
-    return _text(shown(value) if isinstance(value, (int, float)) else value)
+    return _text(formatted(value) if isinstance(value, (int, float)) else value)
 
 
 def _figure_section(runs: Sequence[RunHistory]) -> str:
@@ -195,7 +204,7 @@ def _figure_section(runs: Sequence[RunHistory]) -> str:
     rows = []
     for name in names:
         metric = _METRICS.get(name)
-        values = [_text(shown(run.latest[name])) if name in run.latest else "" for run in runs]
+        values = [_text(formatted(run.latest[name])) if name in run.latest else "" for run in runs]
         explained = (
             (metric.unit, metric.meaning, metric.remedy) if metric else ("", "as the run logged it", "")
         )

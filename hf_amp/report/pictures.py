@@ -222,18 +222,18 @@ def draw_skips(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
     causes = _causes(run)
     if not causes:
         return None
-    told = []
+    reported = []
     for cause in causes:
         series = run.skips[cause]
         per_point = series.points / len(series)  # of a long series not every step is kept
         steps = [0, *series.steps, run.newest_step]
         counts = [0.0, *((i + 1) * per_point for i in range(len(series))), float(series.points)]
         axes.plot(steps, counts, drawstyle="steps-post", color=theme.cause(cause), label=cause)
-        told.append(f"{series.points:,} {cause}")
+        reported.append(f"{series.points:,} {cause}")
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_ylim(bottom=0)
     _legend(axes)
-    return f"Skipped steps by cause: {', '.join(told)}."
+    return f"Skipped steps by cause: {', '.join(reported)}."
 
 
 def draw_headroom(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
@@ -354,8 +354,8 @@ def _mark_skips(axes: Axes, run: RunHistory, theme: Theme) -> str:
 
 
 def _mark_transitions(axes: Axes, run: RunHistory, theme: Theme) -> None:
-    for transition in run.transitions[:MARKS_SHOWN]:
-        axes.axvline(transition.step, color=theme.muted, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+    for change in run.precision_changes[:MARKS_SHOWN]:
+        axes.axvline(change.step, color=theme.muted, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
     for step in run.resumed_at[:MARKS_SHOWN]:
         axes.axvline(step, color=theme.grid, linewidth=1.2, zorder=0)
 
@@ -485,7 +485,9 @@ def draw_timeline(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
     )
     axes.set_ylim(max(len(shown), 6) - 0.4, -0.6)
     axes.grid(False)
-    changes = f"{len(run.transitions)} change{'' if len(run.transitions) == 1 else 's'} of precision"
+    changes = (
+        f"{len(run.precision_changes)} change{'' if len(run.precision_changes) == 1 else 's'} of precision"
+    )
     more = f" The first {len(shown)} of {len(bars)} modules." if len(shown) < len(bars) else ""
     return f"{changes}.{more}"
 
@@ -494,11 +496,11 @@ def precision_bars(run: RunHistory) -> Mapping[str, list[tuple[int, int, str]]]:
     """Row → (from step, to step, precision), in the order in which rows first left the default; "the model" is one."""
     newest: dict[str, tuple[int, str]] = {}
     bars: dict[str, list[tuple[int, int, str]]] = {}
-    for transition in run.transitions:
-        for name in transition.modules or ("the model",):
-            start, before = newest.get(name, (0, transition.before))
-            bars.setdefault(name, []).append((start, transition.step, before))
-            newest[name] = (transition.step, transition.after)
+    for change in run.precision_changes:
+        for name in change.modules or ("the model",):
+            start, before = newest.get(name, (0, change.before))
+            bars.setdefault(name, []).append((start, change.step, before))
+            newest[name] = (change.step, change.after)
     for name, (start, precision) in newest.items():
         bars[name].append((start, max(run.newest_step, start), precision))
     return bars
@@ -570,12 +572,12 @@ def figures_of(run: RunHistory) -> dict[str, Any]:
         },
         "skipped_by_cause": dict(run.skipped_by_cause),
         "incidents": [_fields_of(incident) for incident in run.incidents],
-        "transitions": [_fields_of(change) for change in run.transitions],
+        "precision_changes": [_fields_of(change) for change in run.precision_changes],
     }
 
 
-def _fields_of(told: Incident | PrecisionChange) -> dict[str, Any]:
-    return {**asdict(told), "cause": told.cause or None}
+def _fields_of(reported: Incident | PrecisionChange) -> dict[str, Any]:
+    return {**asdict(reported), "cause": reported.cause or None}
 
 
 def state_of(run: RunHistory) -> str:
@@ -585,7 +587,7 @@ def state_of(run: RunHistory) -> str:
     return "finished" if run.ended else "unfinished"
 
 
-def shown(value: float) -> str:
+def formatted(value: float) -> str:
     """A figure for people: whole numbers with separators, others with four digits."""
     if not math.isfinite(value):
         return str(value)

@@ -14,11 +14,8 @@ from typing import Any
 
 from hf_amp.config import is_real
 from hf_amp.errors import StateError
-from hf_amp.events import EventKind
+from hf_amp.events import LOG_FILE, EventKind
 from hf_amp.monitoring.metrics import BY_MODULE
-
-FILE_NAME = "amp_events.jsonl"
-"""What a run's log is called in its folder."""
 
 LONGEST_LINE = 2**24
 """Bytes; with figures for 100,000 modules a line is shorter."""
@@ -37,21 +34,21 @@ def find_log(run: str | Path) -> Path:
     path = Path(run)
     if path.is_file():
         return path
-    if (path / FILE_NAME).is_file():
-        return path / FILE_NAME
+    if (path / LOG_FILE).is_file():
+        return path / LOG_FILE
     if not path.is_dir():
         raise StateError(
-            f"{path}: no such file or folder; pass a run's output folder, or the {FILE_NAME} in it."
+            f"{path}: no such file or folder; pass a run's output folder, or the {LOG_FILE} in it."
         )
-    below = sorted(str(found.parent) for depth in ("*", "*/*") for found in path.glob(f"{depth}/{FILE_NAME}"))
+    below = sorted(str(found.parent) for depth in ("*", "*/*") for found in path.glob(f"{depth}/{LOG_FILE}"))
     hint = f" Runs below it: {', '.join(below[:5])}." if below else ""
     raise StateError(
-        f"{path}: no {FILE_NAME} in this folder. hf_amp writes it into the output folder of a Trainer that has a "
+        f"{path}: no {LOG_FILE} in this folder. hf_amp writes it into the output folder of a Trainer that has a "
         f"MixedPrecisionCallback, and in loops of your own where session.log_to(folder) says; pass such a folder.{hint}"
     )
 
 
-class EventLog:
+class EventLogReader:
     """Reads a log from the beginning, and then what is added to it.
 
     A line that is not finished is left for the next `read`: the run is writing it, or was killed there. Lines that a
@@ -113,7 +110,7 @@ class EventLog:
         shown = ascii(raw[:60].decode("utf-8", "replace"))
         return StateError(
             f"{self.path}: not an event log of hf_amp: line {max(self._lines, 1)} is {shown}. Every line must be a JSON "
-            f"object with {', '.join(_NEEDED)}; pass a run's output folder, or the {FILE_NAME} in it."
+            f"object with {', '.join(_NEEDED)}; pass a run's output folder, or the {LOG_FILE} in it."
         )
 
 
@@ -296,7 +293,7 @@ class RunHistory:
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: Series(POINTS_KEPT_BY_MODULE)))
     )
     skips: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
-    transitions: list[PrecisionChange] = field(default_factory=list)
+    precision_changes: list[PrecisionChange] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     former_runs: int = 0
     lines: int = 0
@@ -318,17 +315,17 @@ class RunHistory:
         return Counter({cause: series.points for cause, series in self.skips.items() if series.points})
 
     @property
-    def departures(self) -> dict[str, PrecisionChange]:
+    def changed_modules(self) -> dict[str, PrecisionChange]:
         """Module → how it came to the precision that it has now, where that is not the one it had at first.
 
         "" stands for the whole model.
         """
         first: dict[str, str] = {}
         newest: dict[str, PrecisionChange] = {}
-        for transition in self.transitions:
-            for module in transition.modules or ("",):
-                first.setdefault(module, transition.before)
-                newest[module] = transition
+        for change in self.precision_changes:
+            for module in change.modules or ("",):
+                first.setdefault(module, change.before)
+                newest[module] = change
         return {module: change for module, change in newest.items() if change.after != first[module]}
 
     def add(self, line: Mapping[str, Any]) -> None:
@@ -347,7 +344,9 @@ class RunHistory:
             ) from error
 
     def _add(self, line: Mapping[str, Any]) -> None:
-        event, step = line["event"], line["step"]
+        line = {_NAMES_OF_0_1.get(name, name): value for name, value in line.items()}
+        event = line["event"] = _NAMES_OF_0_1.get(line["event"], line["event"])
+        step = line["step"]
         if event == EventKind.TRAINING_STARTED.value:
             self._begin(line)
         if self.started is None:
@@ -363,8 +362,8 @@ class RunHistory:
             scale = float(scale) if is_real(scale) else math.nan
             self.skips[cause_of(line) or "UNKNOWN"].add(step, scale)
         elif event == EventKind.PRECISION_CHANGED.value:
-            self.transitions.append(precision_change_of(line))
-            _thin(self.transitions)
+            self.precision_changes.append(precision_change_of(line))
+            _thin(self.precision_changes)
         for names, most in (
             (self.figures, MOST_NAMES),
             (self.skips, MOST_NAMES),
@@ -398,7 +397,7 @@ class RunHistory:
             kept = len(series)
             series.cut_after(step)
             series.points -= kept - len(series)
-        self.transitions = [transition for transition in self.transitions if transition.step <= step]
+        self.precision_changes = [change for change in self.precision_changes if change.step <= step]
         self._groups = {
             key: dataclasses.replace(group, last_step=min(group.last_step, step))
             for key, group in self._groups.items()
@@ -449,6 +448,12 @@ _NO_FIGURES = frozenset(
         "message",
     )
 )
+_NAMES_OF_0_1 = {
+    "hopeless": "stalled",
+    "statistics_put_back": "buffers_restored",
+    "transitions": "precision_changes",
+}
+"""Events and figures that hf_amp 0.1 wrote under another name."""
 _LOSS_FIGURES = ("loss",)  # may be "nan" or "inf", in words, which is worth a point
 
 
@@ -465,7 +470,7 @@ def named_run(run: str | Path) -> RunHistory:
         StateError: there is no log.
     """
     path = find_log(run)
-    return RunHistory(path.resolve().parent.name if path.name == FILE_NAME else path.stem, path)
+    return RunHistory(path.resolve().parent.name if path.name == LOG_FILE else path.stem, path)
 
 
 def read_run(run: str | Path) -> RunHistory:
@@ -475,7 +480,7 @@ def read_run(run: str | Path) -> RunHistory:
         StateError: there is no log, or it is not one of hf_amp.
     """
     history = named_run(run)
-    log = EventLog(history.path)
+    log = EventLogReader(history.path)
     for line in log.read():
         history.add(line)
     history.torn_lines = log.torn_lines + log.unfinished

@@ -63,9 +63,9 @@ def verdict_on(run: RunHistory) -> Verdict:
             f"Broken since step {first:,}: parameters hold non-finite values, so no step can mend it; go back to the last "
             "good checkpoint.",
         )
-    hopeless = _hopeless(run)
-    if hopeless is not None and skipped < total:
-        return Verdict(Level.BROKEN, f"Hopeless since step {hopeless.last_step:,}: {hopeless.message}")
+    stalled = _hopeless(run)
+    if stalled is not None and skipped < total:
+        return Verdict(Level.BROKEN, f"Hopeless since step {stalled.last_step:,}: {stalled.message}")
     if skipped >= total:
         return Verdict(
             Level.BROKEN,
@@ -82,45 +82,47 @@ def verdict_on(run: RunHistory) -> Verdict:
 
 def _verdict_on_a_learning_run(run: RunHistory, skipped: int, total: int, so_far: str) -> Verdict:
     late = skips_after(run, FIRST_STEPS)
-    told = _told(skipped, total, so_far) + _causes(run)
+    reported = _told(skipped, total, so_far) + _causes(run)
     if late > max(1.0, SKIP_RATE_TO_WATCH * total):
-        return Verdict(Level.WATCH, f"Learning, but with many skips: {told}.")
-    uncured = sum(run.skips[cause.value].points for cause in Cause if cause is not Cause.SCALE)
-    departures = run.departures
-    if departures:
-        return Verdict(Level.WATCH, f"Learning, with help: {_in_which_precision(departures)}; {told}.")
-    if uncured:
-        return Verdict(Level.WATCH, f"Learning, but some skips were not the scale's doing: {told}.")
+        return Verdict(Level.WATCH, f"Learning, but with many skips: {reported}.")
+    unresolved = sum(run.skips[cause.value].points for cause in Cause if cause is not Cause.SCALE)
+    changed_modules = run.changed_modules
+    if changed_modules:
+        return Verdict(
+            Level.WATCH, f"Learning, with help: {_in_which_precision(changed_modules)}; {reported}."
+        )
+    if unresolved:
+        return Verdict(Level.WATCH, f"Learning, but some skips were not the scale's doing: {reported}.")
     headroom = run.figures["headroom_bits"].newest if "headroom_bits" in run.figures else None
     if headroom is not None and headroom < HEADROOM_TO_WATCH_BITS and not late:
         return Verdict(
             Level.SOUND,
-            f"Sound, with an overflow near: {told}; {max(headroom, 0):.1f} bits of headroom are left.",
+            f"Sound, with an overflow near: {reported}; {max(headroom, 0):.1f} bits of headroom are left.",
         )
-    return Verdict(Level.SOUND, f"Sound: {told}.")
+    return Verdict(Level.SOUND, f"Sound: {reported}.")
 
 
-def _in_which_precision(departures: Mapping[str, PrecisionChange]) -> str:
-    if "" in departures:
-        change = departures[""]
+def _in_which_precision(changed_modules: Mapping[str, PrecisionChange]) -> str:
+    if "" in changed_modules:
+        change = changed_modules[""]
         return (
             f"the whole model has run in {change.after} instead of {change.before} since step {change.step:,}"
         )
-    since = min(change.step for change in departures.values())
-    precisions = " and ".join(sorted({change.after for change in departures.values()}))
-    one = len(departures) == 1
+    since = min(change.step for change in changed_modules.values())
+    precisions = " and ".join(sorted({change.after for change in changed_modules.values()}))
+    one = len(changed_modules) == 1
     return (
-        f"{_count(len(departures), 'module')}, {next(iter(departures))}{'' if one else ' among them'}, "
+        f"{_count(len(changed_modules), 'module')}, {next(iter(changed_modules))}{'' if one else ' among them'}, "
         f"{'has' if one else 'have'} run in {precisions} since step {since:,}"
     )
 
 
 def _hopeless(run: RunHistory) -> Incident | None:
     """That nothing can be learned any more, where that was told and no step has been applied since."""
-    told = [incident for incident in run.incidents if incident.event == EventKind.HOPELESS.value]
-    if not told:
+    reported = [incident for incident in run.incidents if incident.event == EventKind.STALLED.value]
+    if not reported:
         return None
-    newest = max(told, key=lambda incident: incident.last_step)
+    newest = max(reported, key=lambda incident: incident.last_step)
     return newest if skips_after(run, newest.last_step) >= run.newest_step - newest.last_step else None
 
 

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ScalerError
-from hf_amp.events import AmpEvent, EventKind, mentioned
+from hf_amp.events import AmpEvent, EventKind, join_names
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, PrecisionMode
 from hf_amp.statistics import is_sharded, to_host, total_amax
 
@@ -61,7 +61,7 @@ class MasterWeights:
             weakref.WeakKeyDictionary()
         )
 
-    def narrow_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def downcast_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Makes `parameters` FP16 in place; their values, unrounded, become the master weights.
 
         The caller has seen to it that they are below 65504, and that nothing counts on their dtype, as
@@ -75,14 +75,14 @@ class MasterWeights:
             master.agreed_with = _memory_of(parameter)
             self._masters[parameter] = master
 
-    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+    def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets `optimizer`'s checkpoints carry the master weights from now on. Harmless when called again.
 
         State that it has made in half precision already is converted to FP32.
         """
         if optimizer in self._hooks:
             return
-        widen_state(optimizer, half_parameters(optimizer))
+        upcast_state(optimizer, half_parameters(optimizer))
         self._hooks[optimizer] = [
             optimizer.register_state_dict_post_hook(self._add_to_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._remember_loaded),
@@ -90,7 +90,7 @@ class MasterWeights:
         ]
 
     def release(self, restore: bool = True) -> None:
-        """Undoes `adopt` and, where `restore`, `narrow_`: parameters get their former dtype and the master's value."""
+        """Undoes `adopt` and, where `restore`, `downcast_`: parameters get their former dtype and the master's value."""
         for handle in itertools.chain.from_iterable(self._hooks.values()):
             handle.remove()
         self._hooks.clear()
@@ -104,7 +104,7 @@ class MasterWeights:
     # ---- one step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def widen_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+    def upcast_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes half-precision gradients FP32, exactly, so that they can be unscaled without rounding.
 
         `p.grad` of a half-precision parameter is FP32 from then until the step, or until it is set to None.
@@ -118,7 +118,7 @@ class MasterWeights:
             return
         if optimizer not in self._hooks:
             _refuse_half_state(optimizer, narrow)
-            self.adopt(optimizer)
+            self.register_optimizer(optimizer)
         gradients = [_checked(p) for p in narrow]
         wide = [
             g.to(_WIDE).coalesce() if g.is_sparse else torch.empty_like(g, dtype=_WIDE) for g in gradients
@@ -132,7 +132,7 @@ class MasterWeights:
             parameter.grad.data = gradient
 
     @torch.no_grad()
-    def narrow_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+    def downcast_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Rounds gradients back to their parameters' dtype after a skipped step, for whoever looks for the culprit."""
         for parameter in half_parameters(optimizer):
             if parameter.grad is not None and parameter.grad.dtype == _WIDE:
@@ -140,7 +140,7 @@ class MasterWeights:
                 parameter.grad = gradient
 
     @contextmanager
-    def in_place_of_parameters(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def swap_in_master_weights(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Inside, `optimizer` holds the masters with the FP32 gradients; afterwards the parameters, rounded from them.
 
         The gradients are used up: `p.grad` of a half-precision parameter is None afterwards.
@@ -218,7 +218,7 @@ def half_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter
     return [p for p in _parameters(optimizer) if p.dtype in HALF_DTYPES]
 
 
-def widen_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+def upcast_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
     """Makes the half-precision state that `optimizer` has for `parameters` FP32, in place of the old."""
     for parameter in parameters:
         for name, value in optimizer.state.get(parameter, {}).items():
@@ -275,7 +275,7 @@ _STAY_FP32 = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 Named = Mapping[str, nn.Parameter]
 
 
-def settle(
+def convert_parameters(
     model: nn.Module,
     config: MixedPrecisionConfig,
     mode: PrecisionMode,
@@ -304,7 +304,7 @@ def settle(
     """
     half = {n: p for n, p in trainable(model).items() if p.dtype in HALF_DTYPES}
     if mode is PrecisionMode.FP16 and masters is not None:
-        return _narrow(model, masters, fixed)
+        return _downcast(model, masters, fixed)
     if not half:
         return None
     needs_fp32 = mode is PrecisionMode.MIXED or config.precision_mode is PrecisionMode.DYNAMIC
@@ -351,7 +351,7 @@ def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: boo
         parameter.grad = None
         parameter.data = parameter.data.float()
     for optimizer in optimizers:
-        widen_state(optimizer, half.values())
+        upcast_state(optimizer, half.values())
     return AmpEvent(
         0,
         EventKind.PARAMETERS_CONVERTED,
@@ -363,7 +363,7 @@ def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: boo
     )
 
 
-def _narrow(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent | None:
+def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent | None:
     normalizing = {id(p) for m in model.modules() if isinstance(m, _STAY_FP32) for p in m.parameters()}
     wide = {
         n: p for n, p in trainable(model).items() if p.dtype != FP16_FORMAT.dtype and id(p) not in normalizing
@@ -375,7 +375,7 @@ def _narrow(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent |
     _refuse_out_of_range(wide)
     before = _formats(wide)
     listed = _listed(wide)
-    masters.narrow_(wide.values())
+    masters.downcast_(wide.values())
     return AmpEvent(
         0,
         EventKind.PARAMETERS_CONVERTED,
@@ -406,7 +406,7 @@ def _too_late(parameters: Named, wanted: str) -> AttachError:
 
 def _listed(parameters: Named) -> str:
     noun = "parameter" if len(parameters) == 1 else "parameters"
-    return f"{len(parameters)} {_formats(parameters)} {noun} ({mentioned(list(parameters))})"
+    return f"{len(parameters)} {_formats(parameters)} {noun} ({join_names(list(parameters))})"
 
 
 def _formats(parameters: Named) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hf_amp.errors import ScalerError
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
-from hf_amp.scaling.step import Boundary, Treatment, multiply_, reciprocal, refuse_fp16
-from hf_amp.statistics import moved, random_elements
+from hf_amp.scaling.step import GradientStep, Unscale, multiply_, reciprocal, refuse_fp16
+from hf_amp.statistics import random_elements, to_device
 
 
-class Application:
+class OptimizerRunner:
     """How one scaler's optimizers are run.
 
     Args:
@@ -28,22 +28,22 @@ class Application:
         self._masters = masters
         self._lost: dict[int, Tensor] = {}
 
-    def ready_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+    def prepare_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Brings gradients into the precision that they are examined and applied in. No host read."""
         if self._masters is not None:
-            self._masters.widen_gradients(optimizer)
+            self._masters.upcast_gradients(optimizer)
 
     def run(
         self,
         optimizer: torch.optim.Optimizer,
-        boundary: Boundary,
+        record: GradientStep,
         arguments: tuple[Any, ...],
         options: Mapping[str, Any],
         *,
         on_device: bool = False,
         sample_seed: int | None = None,
     ) -> float | None:
-        """Runs the optimizer on `boundary`'s gradients. No host read, unless some of several devices' are on the CPU.
+        """Runs the optimizer on `record`'s gradients. No host read, unless some of several devices' are on the CPU.
 
         Args:
             on_device: the verdict is not known on the host: a fused optimizer reads it on the device. Otherwise the
@@ -53,19 +53,19 @@ class Application:
         low = self._moved_in_half(optimizer) if sample_seed is not None else []
         if not low:
             with self._on_masters(optimizer):
-                return _apply(optimizer, boundary, arguments, options, on_device)
+                return _apply(optimizer, record, arguments, options, on_device)
         before, weights = random_elements(low, cast(int, sample_seed))
-        result = _apply(optimizer, boundary, arguments, options, on_device)
+        result = _apply(optimizer, record, arguments, options, on_device)
         after, _ = random_elements(low, cast(int, sample_seed))
-        lost = moved(((before == after) * weights).sum(), boundary.scale.device)
+        lost = to_device(((before == after) * weights).sum(), record.scale.device)
         # A step that the device has skipped changed nothing, and lost nothing.
-        self._lost[id(optimizer)] = torch.where(boundary.found_inf > 0, torch.nan, lost)
+        self._lost[id(optimizer)] = torch.where(record.found_inf > 0, torch.nan, lost)
         return result
 
-    def leave_out(self, optimizer: torch.optim.Optimizer) -> None:
+    def end_skipped(self, optimizer: torch.optim.Optimizer) -> None:
         """Ends a step that is skipped."""
         if self._masters is not None:
-            self._masters.narrow_gradients(optimizer)
+            self._masters.downcast_gradients(optimizer)
 
     def take_lost_update_fraction(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Share of low-precision elements that `optimizer`'s newest sampled step left as they were; None the next time.
@@ -82,7 +82,7 @@ class Application:
         return [p.detach() for p in half_parameters(optimizer) if p.grad is not None]
 
     def _on_masters(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        return nullcontext() if self._masters is None else self._masters.in_place_of_parameters(optimizer)
+        return nullcontext() if self._masters is None else self._masters.swap_in_master_weights(optimizer)
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
@@ -132,42 +132,42 @@ def device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
 
 def _apply(
     optimizer: torch.optim.Optimizer,
-    boundary: Boundary,
+    record: GradientStep,
     arguments: tuple[Any, ...],
     options: Mapping[str, Any],
     on_device: bool,
 ) -> float | None:
-    folded = boundary.treatment is Treatment.FOLD
+    folded = record.unscale is Unscale.FUSED
     if not is_fused(optimizer) or not (folded or on_device):
         if folded:
-            refuse_fp16(boundary.gradients)
-            factor = reciprocal(boundary.scale)
-            if boundary.clip_coefficient is not None:
-                factor = factor * boundary.clip_coefficient
-            multiply_(boundary.gradients, factor)
-            boundary.treatment = Treatment.DIVIDE  # also for a second call, after one that raised
+            refuse_fp16(record.gradients)
+            factor = reciprocal(record.scale)
+            if record.clip_coefficient is not None:
+                factor = factor * record.clip_coefficient
+            multiply_(record.gradients, factor)
+            record.unscale = Unscale.IN_PLACE  # also for a second call, after one that raised
         return cast("float | None", optimizer.step(*arguments, **options))
     # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
     # where `found_inf` is not 0.
-    fused, device = cast(Any, optimizer), _where_it_can_read(boundary)
+    fused, device = cast(Any, optimizer), _where_it_can_read(record)
     fused.grad_scale = fused.found_inf = None
     if folded:
-        scale, clip = boundary.scale, boundary.clip_coefficient
-        fused.grad_scale = moved(scale if clip is None else scale / clip, device)
+        scale, clip = record.scale, record.clip_coefficient
+        fused.grad_scale = to_device(scale if clip is None else scale / clip, device)
     if on_device:  # where it is known, asking costs a pass over counters
-        fused.found_inf = moved(boundary.found_inf, device)
+        fused.found_inf = to_device(record.found_inf, device)
     try:
         return cast("float | None", optimizer.step(*arguments, **options))
     finally:
         del fused.grad_scale, fused.found_inf
 
 
-def _where_it_can_read(boundary: Boundary) -> torch.device:
+def _where_it_can_read(record: GradientStep) -> torch.device:
     """Where a fused optimizer finds what it reads: the scale's device, or the CPU where that has gradients as well.
 
     It copies to its parameters' devices without waiting, and on the CPU uses what is there by then.
     """
-    device = boundary.scale.device
-    if device.type != "cpu" and any(gradient.device.type == "cpu" for gradient in boundary.gradients):
+    device = record.scale.device
+    if device.type != "cpu" and any(gradient.device.type == "cpu" for gradient in record.gradients):
         return torch.device("cpu")
     return device

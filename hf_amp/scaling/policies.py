@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_amp.config import LARGEST_COUNT, MixedPrecisionConfig
-from hf_amp.scaling.step import Boundary
+from hf_amp.scaling.step import GradientStep
 
 
 class Observation(NamedTuple):
@@ -57,10 +57,10 @@ class ScalePolicy(Protocol):
         """The state after one step boundary; a new object, never the old one changed in place."""
 
 
-def observation_of(boundaries: Sequence[Boundary]) -> Observation:
+def observation_of(records: Sequence[GradientStep]) -> Observation:
     """What the boundaries of one update showed together: the worst of them. At least one. No host read."""
-    first = boundaries[0].found_inf
-    known_clean = all(boundary.known_clean for boundary in boundaries)
+    first = records[0].found_inf
+    known_clean = all(record.known_clean for record in records)
 
     def largest(values: list[Tensor | None]) -> Tensor | None:
         known = [value for value in values if value is not None]
@@ -74,10 +74,10 @@ def observation_of(boundaries: Sequence[Boundary]) -> Observation:
         return first if known_clean else torch.zeros_like(first)
 
     return Observation(
-        found_inf=certainly(largest([b.found_inf for b in boundaries])),
-        loss_non_finite=certainly(largest([b.loss_non_finite for b in boundaries])),
-        grad_amax=certainly(largest([b.amax for b in boundaries])),
-        wanted_scale=largest([b.wanted_scale for b in boundaries]),
+        found_inf=certainly(largest([b.found_inf for b in records])),
+        loss_non_finite=certainly(largest([b.loss_non_finite for b in records])),
+        grad_amax=certainly(largest([b.amax for b in records])),
+        wanted_scale=largest([b.wanted_scale for b in records]),
         known_clean=known_clean,
     )
 

@@ -20,24 +20,31 @@ from hf_amp.errors import ScalerError
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling.adaptive import AdaptiveScale
 from hf_amp.scaling.master_weights import MasterWeights
-from hf_amp.scaling.optimizer_step import Application, device_of, is_fused, refuse_closure
+from hf_amp.scaling.optimizer_step import OptimizerRunner, device_of, is_fused, refuse_closure
 from hf_amp.scaling.policies import ConstantScale, DynamicScale, ScalePolicy, observation_of, scalar
-from hf_amp.scaling.state import from_state_dict, other_options, restored, state_to_host, to_state_dict
+from hf_amp.scaling.state import (
+    from_state_dict,
+    other_options,
+    restored,
+    state_to_host,
+    to_state_dict,
+    upgraded,
+)
 from hf_amp.scaling.step import (
-    Boundary,
-    Look,
-    OpenSteps,
+    GradientStep,
+    PendingSteps,
     PendingVerdict,
     SeenLosses,
+    StatisticsRequest,
     StepOutcome,
-    Treatment,
-    examine,
+    Unscale,
+    check_gradients,
     map_losses,
     outcome_now,
     refuse_capture,
 )
 from hf_amp.serialization import parse
-from hf_amp.statistics import collect, moved, to_host, total_amax
+from hf_amp.statistics import collect, to_device, to_host, total_amax
 
 POLICIES: Mapping[ScalingStrategy, Callable[[MixedPrecisionConfig], ScalePolicy]] = {
     ScalingStrategy.CONSTANT: ConstantScale.from_config,
@@ -59,7 +66,7 @@ def _option(name: str) -> Any:
     return property(lambda scaler: getattr(scaler.config, name), change)
 
 
-class Companion(Protocol):
+class Stateful(Protocol):
     """What rides in the scaler's checkpoint, because Trainer and Accelerator save no other file for us."""
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -82,18 +89,18 @@ class ScaleKeeper(torch.amp.GradScaler):
             growth_interval=config.growth_interval,
             enabled=config.enabled,
         )
-        self.guards_only = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
+        self.no_scaling = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
         self.decided_steps = 0
         self.applied_steps = 0
         self.skipped_steps = 0
         keeps = config.precision_mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
         self.master_weights = MasterWeights() if config.enabled and keeps else None
-        self.companions: dict[str, Companion] = {}
+        self.stateful: dict[str, Stateful] = {}
         self._policy = self._chosen_policy()
         self._loaded_state: dict[str, float] = {}
 
     def _chosen_policy(self) -> ScalePolicy:
-        return ConstantScale(1.0) if self.guards_only else POLICIES[self.config.scaling_strategy](self.config)
+        return ConstantScale(1.0) if self.no_scaling else POLICIES[self.config.scaling_strategy](self.config)
 
     @property
     def ranks_agree(self) -> bool:
@@ -109,7 +116,7 @@ class ScaleKeeper(torch.amp.GradScaler):
 
     def get_scale(self) -> float:
         """The scale that the next backward will use. Reads the host."""
-        if not self._enabled or self.guards_only:
+        if not self._enabled or self.no_scaling:
             return 1.0
         if self._state is None:
             return self._first_scale()
@@ -117,7 +124,7 @@ class ScaleKeeper(torch.amp.GradScaler):
 
     def set_scale(self, scale: float | Tensor) -> None:
         """Makes `scale`, clamped to the bounds, that of the next backward. A guard keeps its scale of 1. No host read."""
-        if self._enabled and not self.guards_only:
+        if self._enabled and not self.no_scaling:
             if self._state is None:
                 self._lazy_init_scale_growth_tracker(self._device)
             self._state = self._state._replace(scale=self._checked_scale(scale))
@@ -146,7 +153,9 @@ class ScaleKeeper(torch.amp.GradScaler):
         self.flush()
         return {
             "counters": {"applied_steps": self.applied_steps, "skipped_steps": self.skipped_steps},
-            "companions": {name: companion.state_dict() for name, companion in self.companions.items()},
+            "stateful": {
+                name: stateful_object.state_dict() for name, stateful_object in self.stateful.items()
+            },
         }
 
     def load_progress(self, saved: Mapping[str, Any]) -> None:
@@ -156,28 +165,28 @@ class ScaleKeeper(torch.amp.GradScaler):
             StateError: something in it cannot be; nothing has changed then.
         """
         self.flush()
-        progress = parse(dict[str, Any], saved, "the progress")
+        progress = upgraded(parse(dict[str, Any], saved, "the progress"))
         counters = parse(dict[str, int], progress.get("counters", {}), "the counters")
-        companions = parse(dict[str, Any], progress.get("companions", {}), "the companions")
-        with self.all_or_nothing():
-            for name, state in companions.items():
-                if name in self.companions:
-                    self.companions[name].load_state_dict(state)
+        stateful = parse(dict[str, Any], progress.get("stateful", {}), "the stateful parts")
+        with self.rollback_on_error():
+            for name, state in stateful.items():
+                if name in self.stateful:
+                    self.stateful[name].load_state_dict(state)
         self.applied_steps = counters.get("applied_steps", self.applied_steps)
         self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
         self.decided_steps = self.applied_steps + self.skipped_steps
 
     @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
+    def rollback_on_error(self) -> Iterator[None]:
         """Where an error leaves this context, scale, options, counters and companions are as they were before it."""
         former = dict(vars(self))
-        companions = {name: companion.state_dict() for name, companion in self.companions.items()}
+        stateful = {name: stateful_object.state_dict() for name, stateful_object in self.stateful.items()}
         try:
             yield
         except BaseException:
             vars(self).update(former)
-            for name, state in companions.items():
-                self.companions[name].load_state_dict(state)
+            for name, state in stateful.items():
+                self.stateful[name].load_state_dict(state)
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,7 +213,7 @@ class ScaleKeeper(torch.amp.GradScaler):
                 "the loaded scale %g is out of [min_scale, max_scale]: using %g", fields["scale"], bounded
             )
             fields["scale"] = bounded
-        if not self.guards_only:
+        if not self.no_scaling:
             own = self.config.init_scale
             if self.config.scaling_strategy is ScalingStrategy.CONSTANT and bounded != own:
                 _log.warning(
@@ -221,7 +230,7 @@ class ScaleKeeper(torch.amp.GradScaler):
         rounds what an optimizer loads to the dtype of its parameters. Nothing to do where no masters are kept.
         """
         if self.master_weights is not None:
-            self.master_weights.adopt(optimizer)
+            self.master_weights.register_optimizer(optimizer)
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device | str) -> None:
         """Puts the state on a device. The stock class's name, because accelerate's FSDP2 loading calls it."""
@@ -229,7 +238,7 @@ class ScaleKeeper(torch.amp.GradScaler):
 
     def _first_state(self, device: torch.device | str) -> Any:
         state = self._policy.init_state(torch.device(device))
-        if self.guards_only or not self._enabled:
+        if self.no_scaling or not self._enabled:
             return state
         return restored(state, {**self._loaded_state, "scale": self._first_scale()})
 
@@ -275,7 +284,7 @@ class ScaleKeeper(torch.amp.GradScaler):
                     f"the loss scale was to be a tensor of shape {tuple(new_scale.shape)}: it must have one element and not "
                     "require grad; pass a float or new_scale.detach()."
                 )
-            given = moved(new_scale.reshape(()), current.device, current.dtype)
+            given = to_device(new_scale.reshape(()), current.device, current.dtype)
             chosen = torch.where(given.isnan(), current, given)
         elif isinstance(new_scale, (int, float)) and math.isfinite(new_scale) and new_scale > 0:
             chosen = torch.full_like(current, new_scale)
@@ -304,7 +313,7 @@ class StepKeeper(ScaleKeeper):
     """The part of `AdvancedGradScaler` that tells which steps are open."""
 
     def __init__(self, config: MixedPrecisionConfig | None, device: torch.device | str) -> None:
-        self._open = OpenSteps()
+        self._open = PendingSteps()
         self._losses = SeenLosses()
         super().__init__(config, device)
 
@@ -336,11 +345,11 @@ class StepKeeper(ScaleKeeper):
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Looks at the gradients once more, for what has happened to them since `unscale_`. No host read."""
-        boundary = self._open.current(optimizer)
-        if boundary is None:
+        record = self._open.current(optimizer)
+        if record is None:
             return _found_inf_now(optimizer, self._device)
-        boundary.recheck(optimizer)
-        return _found_inf_per_device(boundary)
+        record.recheck(optimizer)
+        return _found_inf_per_device(record)
 
 
 class OptimizerStates(MutableMapping[int, Any]):
@@ -350,12 +359,12 @@ class OptimizerStates(MutableMapping[int, Any]):
     be deleted, which makes the next `unscale_` start anew, but not written: that is an error.
     """
 
-    def __init__(self, open_steps: OpenSteps) -> None:
+    def __init__(self, open_steps: PendingSteps) -> None:
         self._open = open_steps
 
     def __getitem__(self, key: int) -> Mapping[str, Any]:
-        boundary = self._open.unobserved().get(key)
-        return _EntryOf(stage=_stage(boundary), found_inf_per_device=_found_inf_per_device(boundary))
+        record = self._open.unobserved().get(key)
+        return _EntryOf(stage=_stage(record), found_inf_per_device=_found_inf_per_device(record))
 
     def __setitem__(self, key: int, value: Any) -> None:
         raise _not_written()
@@ -378,13 +387,13 @@ class _EntryOf(dict[str, Any]):
         raise _not_written()
 
 
-def _found_inf_per_device(boundary: Boundary | None) -> dict[Any, Tensor]:
+def _found_inf_per_device(record: GradientStep | None) -> dict[Any, Tensor]:
     """The verdict on all devices' gradients, by the scale's device; empty where there are none. No host read."""
-    if boundary is None or not boundary.has_gradients:
+    if record is None or not record.has_gradients:
         return {}
-    if boundary.inferred and not boundary.stepped:
-        boundary.verify()
-    return {boundary.found_inf.device: boundary.found_inf}
+    if record.inferred and not record.stepped:
+        record.verify()
+    return {record.found_inf.device: record.found_inf}
 
 
 def _found_inf_now(optimizer: torch.optim.Optimizer, device: torch.device | str) -> dict[Any, Tensor]:
@@ -396,10 +405,10 @@ def _found_inf_now(optimizer: torch.optim.Optimizer, device: torch.device | str)
     return {found.device: found}
 
 
-def _stage(boundary: Boundary | None) -> OptState:
-    if boundary is None or (boundary.treatment is Treatment.FOLD and not boundary.stepped):
+def _stage(record: GradientStep | None) -> OptState:
+    if record is None or (record.unscale is Unscale.FUSED and not record.stepped):
         return OptState.READY
-    return OptState.STEPPED if boundary.stepped else OptState.UNSCALED
+    return OptState.STEPPED if record.stepped else OptState.UNSCALED
 
 
 def _not_written() -> ScalerError:
@@ -410,7 +419,7 @@ def _not_written() -> ScalerError:
 
 
 StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
-Passenger = Callable[[Boundary, torch.optim.Optimizer], Mapping[str, Tensor]]
+StepHook = Callable[[GradientStep, torch.optim.Optimizer], Mapping[str, Tensor]]
 
 
 class AdvancedGradScaler(StepKeeper):
@@ -444,7 +453,7 @@ class AdvancedGradScaler(StepKeeper):
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
             do not count in the underflow fraction.
         passengers: called with (boundary, optimizer) once gradients are examined, before they are clipped; what they
-            return, by name, as tensors of shape [] or [n], comes with the step's one read, in `StepOutcome.carried`.
+            return, by name, as tensors of shape [] or [n], comes with the step's one read, in `StepOutcome.extras`.
         companions: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
     """
 
@@ -457,8 +466,8 @@ class AdvancedGradScaler(StepKeeper):
         super().__init__(config, device or fastest)
         self.last_outcome: StepOutcome | None = None
         self.observers: list[StepObserver] = []
-        self._application = Application(self.master_weights)
-        self.passengers: list[Passenger] = []
+        self._application = OptimizerRunner(self.master_weights)
+        self.step_hooks: list[StepHook] = []
         self.not_sampled: Callable[[], Collection[int]] = tuple
         self._pending: deque[PendingVerdict] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
@@ -479,13 +488,13 @@ class AdvancedGradScaler(StepKeeper):
         return map_losses(self._scale_one, outputs)
 
     def _scale_one(self, loss: Tensor) -> Tensor:
-        if not self.guards_only:
+        if not self.no_scaling:
             refuse_capture(loss)
         if self._state is None:
             self._lazy_init_scale_growth_tracker(loss.device)
         scale = self._backward_scale = cast(Tensor, self._state.scale)
         self._losses.note(loss, scale.device)
-        return loss if self.guards_only else loss * moved(scale, loss.device)
+        return loss if self.no_scaling else loss * to_device(scale, loss.device)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets `optimizer`'s gradients wait while others step and the scale changes, from before its own first step on.
@@ -505,14 +514,14 @@ class AdvancedGradScaler(StepKeeper):
             ScalerError: no loss was scaled before; gradients are FP16; `step` was called already; or more gradients
                 were accumulated on top of ones already unscaled.
         """
-        if self._enabled and self.guards_only:
-            self._application.ready_gradients(optimizer)
-        if not self._enabled or self.guards_only:
+        if self._enabled and self.no_scaling:
+            self._application.prepare_gradients(optimizer)
+        if not self._enabled or self.no_scaling:
             return
-        boundary = self._open.current(optimizer)
-        if boundary is None:
-            self._examine(optimizer, Treatment.DIVIDE)
-        elif boundary.stepped:
+        record = self._open.current(optimizer)
+        if record is None:
+            self._examine(optimizer, Unscale.IN_PLACE)
+        elif record.stepped:
             raise ScalerError(
                 "unscale_() after step() on the same optimizer: call update() first, then scale(loss).backward()."
             )
@@ -527,15 +536,15 @@ class AdvancedGradScaler(StepKeeper):
             The norm before clipping, unscaled: tensor of shape [], float32. Squares are summed in FP32; a sum that
             is inf although all gradients are finite is mended in place by `step`.
         """
-        if not self._enabled or self.guards_only:
+        if not self._enabled or self.no_scaling:
             raise ScalerError("clip_grad_norm_ folds into loss scaling, and this scaler scales nothing.")
-        boundary = self._open.current(optimizer)
-        if boundary is None:
-            boundary = self._examine(optimizer, Treatment.FOLD, norm=True)
-        if boundary.treatment is not Treatment.FOLD:
+        record = self._open.current(optimizer)
+        if record is None:
+            record = self._examine(optimizer, Unscale.FUSED, norm=True)
+        if record.unscale is not Unscale.FUSED:
             held = [p for group in optimizer.param_groups for p in group["params"]]
             return torch.nn.utils.clip_grad_norm_(held, max_norm)
-        return boundary.clip(float(max_norm), trusting=not self._defers(optimizer))
+        return record.clip(float(max_norm), trusting=not self._defers(optimizer))
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Runs `optimizer.step()` if all its gradients are finite; skips it by not calling it otherwise.
@@ -549,40 +558,40 @@ class AdvancedGradScaler(StepKeeper):
         if not self._enabled:
             return cast("float | None", optimizer.step(*args, **kwargs))
         refuse_closure(optimizer, args, kwargs)
-        boundary = self._open.current(optimizer)
-        if boundary is None:
-            treatment = Treatment.FOLD if is_fused(optimizer) else Treatment.DIVIDE
-            boundary = self._examine(optimizer, Treatment.CHECK if self.guards_only else treatment)
-        elif boundary.stepped:
+        record = self._open.current(optimizer)
+        if record is None:
+            unscale = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
+            record = self._examine(optimizer, Unscale.NONE if self.no_scaling else unscale)
+        elif record.stepped:
             raise ScalerError(
                 "step() was already called on this optimizer since the last update(): call update()."
             )
         elif self.config.recheck_gradients:
-            boundary.recheck(optimizer)
-        boundary.stepped = True
-        boundary.lost_update_fraction = self._application.take_lost_update_fraction(optimizer)
+            record.recheck(optimizer)
+        record.stepped = True
+        record.lost_update_fraction = self._application.take_lost_update_fraction(optimizer)
         seed = self.decided_steps if self.config.enable_monitoring and self._is_interval() else None
         self.decided_steps += 1
-        run = functools.partial(self._application.run, optimizer, boundary, args, kwargs, sample_seed=seed)
+        run = functools.partial(self._application.run, optimizer, record, args, kwargs, sample_seed=seed)
         try:
-            result: float | None = self._decide(optimizer, boundary, run)
+            result: float | None = self._decide(optimizer, record, run)
         except BaseException:  # such as an optimizer without memory for its state
-            boundary.stepped, boundary.observed = False, True
+            record.stepped, record.observed = False, True
             self.decided_steps -= 1
             raise
-        self._open.close(optimizer, boundary)
+        self._open.close(optimizer, record)
         return result
 
-    def _decide(self, optimizer: torch.optim.Optimizer, boundary: Boundary, run: Callable[..., Any]) -> Any:
+    def _decide(self, optimizer: torch.optim.Optimizer, record: GradientStep, run: Callable[..., Any]) -> Any:
         if self._defers(optimizer):
-            pending = PendingVerdict(self.decided_steps, boundary, optimizer)
+            pending = PendingVerdict(self.decided_steps, record, optimizer)
             result = run(on_device=True)
             self._pending.append(pending)
             return result
-        outcome = outcome_now(self.decided_steps, boundary)
+        outcome = outcome_now(self.decided_steps, record)
         result = run() if outcome.applied else None
         if not outcome.applied:
-            self._application.leave_out(optimizer)
+            self._application.end_skipped(optimizer)
         self._count(outcome, optimizer)
         return result
 
@@ -599,13 +608,13 @@ class AdvancedGradScaler(StepKeeper):
         if not self._enabled:
             return
         examined = self._open or (self._state is not None and new_scale is not None)
-        if not examined and not self.guards_only:
+        if not examined and not self.no_scaling:
             raise ScalerError(
                 "update() before any step: call scale(loss).backward() and step(optimizer) first."
             )
         if new_scale is not None:
             self.set_scale(new_scale)
-        elif not self.guards_only and (fresh := self._open.unobserved()):
+        elif not self.no_scaling and (fresh := self._open.unobserved()):
             self._state = self._policy.next_state(self._state, observation_of(list(fresh.values())))
         self._open.end_update()
         self._losses.ended = not self._open
@@ -644,34 +653,34 @@ class AdvancedGradScaler(StepKeeper):
                 observer(outcome, optimizer)
 
     def _examine(
-        self, optimizer: torch.optim.Optimizer, treatment: Treatment, norm: bool = False
-    ) -> Boundary:
+        self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False
+    ) -> GradientStep:
         scale, seen = self._scale_of_gradients(optimizer), self._losses_behind(optimizer)
-        self._application.ready_gradients(optimizer)
+        self._application.prepare_gradients(optimizer)
         monitors = self.config.enable_monitoring
-        boundary = examine(
+        record = check_gradients(
             optimizer,
             backward=self._open.backwards,
             scale=scale,
-            treatment=treatment,
-            losses=seen.untold(),
+            unscale=unscale,
+            losses=seen.unreported(),
             loss_non_finite=seen.non_finite,
-            look=Look(
-                norm=norm or (monitors and not self.guards_only),
+            request=StatisticsRequest(
+                norm=norm or (monitors and not self.no_scaling),
                 amax=self._policy.needs_amax or self._samples_now() or self._defers(optimizer),
                 sample_seed=self.decided_steps if self._samples_now() else None,
                 agree=self.ranks_agree,
                 not_sampled=self.not_sampled() if self._samples_now() else (),
             ),
         )
-        for ask in self.passengers:
-            boundary.carried.update(ask(boundary, optimizer))
-        self._open.open(optimizer, boundary)
-        return boundary
+        for ask in self.step_hooks:
+            record.extras.update(ask(record, optimizer))
+        self._open.open(optimizer, record)
+        return record
 
     def _scale_of_gradients(self, optimizer: torch.optim.Optimizer) -> Tensor:
         if self._state is None:
-            if not self.guards_only:
+            if not self.no_scaling:
                 raise ScalerError(
                     "no loss was scaled before the optimizer's step: call scaler.scale(loss).backward(), or "
                     "accelerator.backward(loss)."
@@ -683,7 +692,7 @@ class AdvancedGradScaler(StepKeeper):
 
     def _samples_now(self) -> bool:
         is_wanted = self._policy.needs_underflow or self.config.enable_monitoring
-        return is_wanted and not self.guards_only and self._is_interval()
+        return is_wanted and not self.no_scaling and self._is_interval()
 
     def _is_interval(self) -> bool:
         return self.decided_steps % self.config.monitoring_interval == 0

@@ -10,14 +10,25 @@ from typing import Annotated, Any
 
 import torch
 
-from hf_amp.config import Allowed, MixedPrecisionConfig, is_real, shown
+from hf_amp.config import Allowed, MixedPrecisionConfig, is_real, safe_repr
 from hf_amp.errors import ConfigError, StateError
 from hf_amp.scaling.policies import ScaleState
 from hf_amp.serialization import parse
 from hf_amp.statistics import to_host
 
 STOCK_OPTIONS = ("growth_factor", "backoff_factor", "growth_interval")
-_VERSION = 1
+_VERSION = 2
+
+_PARTS_OF_VERSION_1 = {"monitor": "monitor", "hope": "stall", "fallback": "fallback", "pace": "throughput"}
+_FIELDS_OF_VERSION_1 = {
+    "transitions": "precision_changes",
+    "hopeless": "stalled",
+    "quiet_steps": "clean_steps",
+    "uncured": "unresolved",
+    "suspects": "unknown_steps",
+    "trial": "autotuner",
+}
+"""What version 1, of hf_amp 0.1, called the parts of a run's progress, and fields in them."""
 
 # A stock scale that grew or died is inf or 0, and clamped.
 _Scale = Annotated[
@@ -70,7 +81,7 @@ def from_state_dict(
         value = fields.get(name, low)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise StateError(
-                f"the scaler state has {name}={shown(value)}, which must lie in [{low}, {high}]: the file is damaged; "
+                f"the scaler state has {name}={safe_repr(value)}, which must lie in [{low}, {high}]: the file is damaged; "
                 "load another one."
             )
     return {**{name: fields[name] for name in ranges if name in fields}, "scale": stock.scale}
@@ -105,6 +116,22 @@ class _Stock:
     scale: _Scale
     _growth_tracker: int = 0
     hf_amp: _Own = field(default_factory=_Own)
+
+
+def upgraded(progress: dict[str, Any]) -> dict[str, Any]:
+    """The counters and stateful parts that a run has saved, under today's names: what version 1 wrote is renamed."""
+    parts = progress.get("companions")
+    if not isinstance(parts, Mapping):
+        return progress
+    renamed = {
+        _PARTS_OF_VERSION_1.get(part, part): {
+            _FIELDS_OF_VERSION_1.get(name, name): value for name, value in fields.items()
+        }
+        if isinstance(fields, Mapping)
+        else fields
+        for part, fields in parts.items()
+    }
+    return {**{name: value for name, value in progress.items() if name != "companions"}, "stateful": renamed}
 
 
 def state_to_host(state: ScaleState) -> dict[str, float]:

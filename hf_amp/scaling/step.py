@@ -24,9 +24,9 @@ from hf_amp.statistics import (
     count_non_finite,
     exact_norm,
     is_distributed,
-    moved,
     norm_and_amax,
     sample_underflow,
+    to_device,
     to_host,
     total_amax,
 )
@@ -55,7 +55,7 @@ class StepOutcome:
         inf_elements: infinite gradient elements of a skipped step, as they are when it is decided: a plain clip before
             has made all of them NaN, a folded one has not. None where not counted.
         nan_elements: NaN gradient elements, likewise.
-        carried: what the scaler's `passengers` asked for, by the names of `snapshot.read`.
+        carried: what the scaler's `step_hooks` asked for, by the names of `snapshot.read`.
     """
 
     attempt: int
@@ -73,7 +73,7 @@ class StepOutcome:
     lost_update_fraction: float | None = None
     inf_elements: int | None = None
     nan_elements: int | None = None
-    carried: Mapping[str, float] = field(default_factory=dict)
+    extras: Mapping[str, float] = field(default_factory=dict)
 
     def non_finite_fraction(self, elements: int) -> float:
         """Share of the step's gradient `elements` that are not finite; 1 where they were not counted."""
@@ -104,14 +104,14 @@ def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Te
     """
     found = torch.zeros((), dtype=torch.float32, device=inverse_scale.device)
     for (device, dtype), group in by_device_and_dtype(gradients).items():
-        factor = moved(inverse_scale, device)
+        factor = to_device(inverse_scale, device)
         if dtype in _KERNEL_DTYPES:
             found_here = torch.zeros((), dtype=torch.float32, device=device)
             torch._amp_foreach_non_finite_check_and_unscale_(group, found_here, factor)
         else:
             torch._foreach_mul_(group, factor)
             found_here = (~total_amax(group, device).isfinite()).float()
-        found = torch.maximum(found, moved(found_here, found.device))
+        found = torch.maximum(found, to_device(found_here, found.device))
     return found
 
 
@@ -119,26 +119,26 @@ def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Te
 def multiply_(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """Multiplies `gradients` in place by `factor`, shape []. No host read."""
     for (device, _), group in by_device_and_dtype(gradients).items():
-        torch._foreach_mul_(group, moved(factor, device))
+        torch._foreach_mul_(group, to_device(factor, device))
 
 
-CARRIED = "carried "
+EXTRA = "carried "
 """Stands before the names of what others want read along."""
 
 
-class Treatment(enum.Enum):
+class Unscale(enum.Enum):
     """What becomes of the gradients while they are examined."""
 
-    DIVIDE = "divide"
+    IN_PLACE = "divide"
     """Unscaled in place, so that the caller can look at them or clip them."""
-    FOLD = "fold"
+    FUSED = "fold"
     """Left scaled: whatever applies them divides by the scale, and clips, on the way."""
-    CHECK = "check"
+    NONE = "check"
     """Never scaled (BF16, FP32): only looked at."""
 
 
 @dataclass
-class Boundary:
+class GradientStep:
     """What is known of one optimizer's gradients, from their examination until the update after their step.
 
     All tensors have shape [] and are float32, on the scale's device.
@@ -149,7 +149,7 @@ class Boundary:
     scale: Tensor
     """The scale which that backward used."""
     gradients: list[Tensor]
-    treatment: Treatment
+    unscale: Unscale
     found_inf: Tensor
     """Above 0 where an element is not finite."""
     losses: int
@@ -185,7 +185,7 @@ class Boundary:
     """Whether the host knows the gradients to be finite, and some to be other than 0."""
     observed: bool = False
     """Whether the policy has seen it."""
-    carried: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
     """What others want read along: tensors of shape [] or [n]."""
     marked: int | None = None
     """Writes to the gradients, by autograd's own counter, until the first backward after them; None before it."""
@@ -202,8 +202,8 @@ class Boundary:
             "lost_update_fraction": self.lost_update_fraction,
             "magnitude": self.magnitude if self.norm is None and self.amax is None else None,
         }
-        carried = {CARRIED + name: value for name, value in self.carried.items()}
-        return {**{name: value for name, value in named.items() if value is not None}, **carried}
+        extras = {EXTRA + name: value for name, value in self.extras.items()}
+        return {**{name: value for name, value in named.items() if value is not None}, **extras}
 
     def mark(self, optimizer: torch.optim.Optimizer) -> None:
         """Remembers the gradients as the caller has left them, before another backward begins. Later calls do nothing."""
@@ -240,19 +240,19 @@ class Boundary:
     def verify(self) -> None:
         """Takes a `found_inf` that was inferred from the norm again from the amax, which is exact."""
         self.amax = total_amax(self.gradients, self.scale.device)
-        if self.treatment is Treatment.FOLD:
+        if self.unscale is Unscale.FUSED:
             self.amax = self.amax * reciprocal(self.scale)
         self.found_inf = (~(self.amax < math.inf)).float()
         if self.found_while_dividing is not None:
             self.found_inf = torch.maximum(self.found_inf, self.found_while_dividing)
         self.inferred = False
 
-    def mend_norm(self) -> None:
+    def recompute_norm(self) -> None:
         """Takes a norm whose FP32 sum of squares was inf again, within its range, and the clip that it led to. Slow, rare."""
         if self.norm is None:
             return
         exact = exact_norm(self.gradients, self.scale.device)
-        if self.treatment is Treatment.FOLD:
+        if self.unscale is Unscale.FUSED:
             exact = exact * reciprocal(self.scale)
         self.norm.copy_(exact)  # in place: the caller of clip holds it
         if self.clip_coefficient is not None:
@@ -270,12 +270,12 @@ class Boundary:
 
 
 @dataclass(frozen=True)
-class Look:
+class StatisticsRequest:
     """What `examine` is to find out beyond whether all is finite.
 
     Attributes:
         norm: the 2-norm.
-        amax: the largest magnitude, which makes `found_inf` exact; otherwise `Boundary.verify` must follow up.
+        amax: the largest magnitude, which makes `found_inf` exact; otherwise `GradientStep.verify` must follow up.
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
         not_sampled: `id` of the parameters that the format does not bound, because their modules run in FP32.
@@ -288,16 +288,16 @@ class Look:
     not_sampled: Collection[int] = ()
 
 
-def examine(
+def check_gradients(
     optimizer: torch.optim.Optimizer,
     *,
     backward: int,
     scale: Tensor,
-    treatment: Treatment,
+    unscale: Unscale,
     losses: int,
     loss_non_finite: Tensor | None,
-    look: Look,
-) -> Boundary:
+    request: StatisticsRequest,
+) -> GradientStep:
     """Finds out what `optimizer`'s gradients are; treats them on the way. No host read.
 
     Sharded gradients (DTensors) are always divided in place, and their verdict is that of all shards.
@@ -306,24 +306,24 @@ def examine(
         ScalerError: they are to be divided and one is FP16: that would round away what scaling has saved.
     """
     sharded = _is_sharded(optimizer)
-    if sharded and treatment is Treatment.FOLD:
-        treatment = Treatment.DIVIDE
+    if sharded and unscale is Unscale.FUSED:
+        unscale = Unscale.IN_PLACE
     gradients = collect(optimizer)
     underflow = wanted = None
-    bounded = collect(optimizer, look.not_sampled) if look.not_sampled else gradients
-    if look.sample_seed is not None and bounded:
-        found = sample_underflow(bounded, FP16_FORMAT, look.sample_seed)
-        underflow = moved(found.fraction, scale.device)
-        wanted = moved(found.cure, scale.device) * scale
-    inverse = scale if treatment is Treatment.CHECK else reciprocal(scale)
+    bounded = collect(optimizer, request.not_sampled) if request.not_sampled else gradients
+    if request.sample_seed is not None and bounded:
+        found = sample_underflow(bounded, FP16_FORMAT, request.sample_seed)
+        underflow = to_device(found.fraction, scale.device)
+        wanted = to_device(found.cure, scale.device) * scale
+    inverse = scale if unscale is Unscale.NONE else reciprocal(scale)
     found_while_dividing = None
-    if treatment is Treatment.DIVIDE:
+    if unscale is Unscale.IN_PLACE:
         refuse_fp16(gradients)
         found_while_dividing = unscale_and_check_(gradients, inverse)
-    takes_amax = look.amax or sharded or look.agree
-    takes_norm = (look.norm and not sharded) or not takes_amax
+    takes_amax = request.amax or sharded or request.agree
+    takes_norm = (request.norm and not sharded) or not takes_amax
     norm, amax = norm_and_amax(gradients, scale.device, norm=takes_norm, amax=takes_amax)
-    if treatment is Treatment.FOLD:
+    if unscale is Unscale.FUSED:
         amax = None if amax is None else amax * inverse
         norm = None if norm is None else norm * inverse
     # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well.
@@ -331,26 +331,26 @@ def examine(
     found_inf = (~(magnitude < math.inf)).float()
     if found_while_dividing is not None:
         found_inf = torch.maximum(found_inf, found_while_dividing)
-    if sharded or look.agree:
+    if sharded or request.agree:
         agreed = _agreed(found_inf, loss_non_finite, amax, underflow, wanted)
         found_inf = cast(Tensor, agreed[0])
         loss_non_finite, amax, underflow, wanted = agreed[1:]
-    return Boundary(
+    return GradientStep(
         backward=backward,
         scale=scale,
         gradients=gradients,
-        treatment=treatment,
+        unscale=unscale,
         found_inf=found_inf,
         losses=losses,
         loss_non_finite=loss_non_finite,
         magnitude=magnitude,
-        norm=norm if look.norm else None,
+        norm=norm if request.norm else None,
         amax=amax,
         underflow_fraction=underflow,
         wanted_scale=wanted,
         inferred=not takes_amax,
         found_while_dividing=found_while_dividing,
-        agrees=sharded or look.agree,
+        agrees=sharded or request.agree,
         has_gradients=bool(gradients),
     )
 
@@ -382,14 +382,14 @@ def _agreed(*values: Tensor | None) -> list[Tensor | None]:
 @dataclass
 class _Known:
     optimizer: Callable[[], torch.optim.Optimizer | None]
-    boundary: Boundary | None = None
+    record: GradientStep | None = None
     applied: list[tuple[TensorWeakRef, int]] = field(default_factory=list)
     """The gradients of its last step, and their versions then; none where a loop has one optimizer."""
     closed_after: int | None = None
     """Backward passes begun until its last step; None before the first."""
 
 
-class OpenSteps:
+class PendingSteps:
     """The boundaries of one scaler's optimizers, each from its examination until the update after its step.
 
     Gradients do not say which backward they are from. So that each is divided by the scale of its own all the same, those
@@ -406,15 +406,15 @@ class OpenSteps:
         self._known: dict[int, _Known] = {}
 
     def __bool__(self) -> bool:
-        return any(known.boundary is not None for known in self._known.values())
+        return any(known.record is not None for known in self._known.values())
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Counts `optimizer` among those whose gradients can wait."""
         self._of(optimizer)
 
-    def open(self, optimizer: torch.optim.Optimizer, boundary: Boundary) -> None:
+    def open(self, optimizer: torch.optim.Optimizer, record: GradientStep) -> None:
         """`optimizer`'s gradients have been examined."""
-        self._of(optimizer).boundary = boundary
+        self._of(optimizer).record = record
 
     def begin_backward(self, former: Tensor | None, scale: Tensor | None) -> None:
         """Keeps what waits for its step apart from what the next backward makes.
@@ -424,32 +424,32 @@ class OpenSteps:
             scale: that of the next; None before the first.
         """
         for known, optimizer in self._alive():
-            boundary = known.boundary
-            if boundary is None:
+            record = known.record
+            if record is None:
                 continue
-            if boundary.observed and not boundary.stepped and not boundary.is_untouched(optimizer):
-                known.boundary = None
+            if record.observed and not record.stepped and not record.is_untouched(optimizer):
+                known.record = None
             else:
-                boundary.mark(optimizer)
+                record.mark(optimizer)
         self.backwards += 1
         several = len(self._known) > 1
         if several and former is not None and scale is not None and scale is not former:
             self._rescale(scale * reciprocal(former))
 
-    def current(self, optimizer: torch.optim.Optimizer) -> Boundary | None:
+    def current(self, optimizer: torch.optim.Optimizer) -> GradientStep | None:
         """What was examined of these very gradients; None where they are new since.
 
         Raises:
             ScalerError: something was added to gradients that had been unscaled or clipped.
         """
         known = self._of(optimizer)
-        boundary = known.boundary
-        if boundary is None or boundary.backward == self.backwards or boundary.stepped:
-            return boundary
-        if boundary.is_untouched(optimizer):  # the backward passes since were another optimizer's
-            return boundary
-        if boundary.observed:  # left over from before an update: the next backward made new gradients
-            known.boundary = None
+        record = known.record
+        if record is None or record.backward == self.backwards or record.stepped:
+            return record
+        if record.is_untouched(optimizer):  # the backward passes since were another optimizer's
+            return record
+        if record.observed:  # left over from before an update: the next backward made new gradients
+            known.record = None
             return None
         raise ScalerError(
             "more gradients were accumulated onto ones that unscale_() or a clip had treated already: unscale or clip "
@@ -457,13 +457,13 @@ class OpenSteps:
             "left out needs its update() all the same."
         )
 
-    def close(self, optimizer: torch.optim.Optimizer, boundary: Boundary) -> None:
-        """`boundary`'s step is over, applied or not: until something is added to its gradients, they do not wait."""
+    def close(self, optimizer: torch.optim.Optimizer, record: GradientStep) -> None:
+        """`record`'s step is over, applied or not: until something is added to its gradients, they do not wait."""
         several = len(self._known) > 1
         known = self._of(optimizer)
-        known.applied = [(TensorWeakRef(g), g._version) for g in boundary.gradients] if several else []
+        known.applied = [(TensorWeakRef(g), g._version) for g in record.gradients] if several else []
         known.closed_after = self.backwards
-        boundary.gradients = []
+        record.gradients = []
 
     def is_scaled_by_hand(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether no backward has begun here since `optimizer`'s last step: its caller multiplies by `get_scale()`."""
@@ -472,31 +472,31 @@ class OpenSteps:
     def is_waiting(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a backward has begun since `optimizer`'s last step, and none of its steps is running."""
         known = self._of(optimizer)
-        is_stepping = known.boundary is not None and known.boundary.stepped
+        is_stepping = known.record is not None and known.record.stepped
         return not is_stepping and self.backwards > (known.closed_after or 0)
 
-    def unobserved(self) -> dict[int, Boundary]:
+    def unobserved(self) -> dict[int, GradientStep]:
         """The boundaries that no update has seen, by the optimizer's `id`."""
-        boundaries = {key: known.boundary for key, known in self._known.items()}
-        return {key: found for key, found in boundaries.items() if found is not None and not found.observed}
+        records = {key: known.record for key, known in self._known.items()}
+        return {key: found for key, found in records.items() if found is not None and not found.observed}
 
     def end_update(self) -> None:
         """All boundaries have been seen, and those whose step is over are forgotten."""
         for known in self._known.values():
-            if known.boundary is not None:
-                known.boundary.observed = True
-                if known.boundary.stepped:
-                    known.boundary = None
+            if known.record is not None:
+                known.record.observed = True
+                if known.record.stepped:
+                    known.record = None
 
     def forget(self, key: int) -> None:
         """Lets the optimizer with this `id` be examined anew."""
         if key in self._known:
-            self._known[key].boundary = None
+            self._known[key].record = None
 
     def abandon(self) -> None:
         """Forgets every boundary: its gradients will not be applied."""
         for known in self._known.values():
-            known.boundary = None
+            known.record = None
 
     def _of(self, optimizer: torch.optim.Optimizer) -> _Known:
         """By identity: what stands in for an optimizer may be neither hashable nor weakly referable."""
@@ -516,7 +516,7 @@ class OpenSteps:
     def _rescale(self, factor: Tensor) -> None:
         """Multiplies all gradients that wait and are scaled: exactly, between powers of two."""
         for known, optimizer in self._alive():
-            if known.boundary is None:
+            if known.record is None:
                 multiply_(_added_to(collect(optimizer), known.applied), factor)
 
 
@@ -526,30 +526,30 @@ def _added_to(gradients: Iterable[Tensor], applied: Iterable[tuple[TensorWeakRef
     return [g for g in gradients if versions.get(id(g)) != g._version]
 
 
-def outcome_now(attempt: int, boundary: Boundary) -> StepOutcome:
+def outcome_now(attempt: int, record: GradientStep) -> StepOutcome:
     """What is to become of the step. One host read; more where it overflowed, to look closer."""
-    host = to_host(boundary.figures())
-    if host["found_inf"] and boundary.inferred:
-        boundary.verify()
-        host = to_host(boundary.figures())
+    host = to_host(record.figures())
+    if host["found_inf"] and record.inferred:
+        record.verify()
+        host = to_host(record.figures())
     if host["found_inf"]:
-        return _outcome(attempt, boundary, host, count_non_finite(boundary.gradients))
+        return _outcome(attempt, record, host, count_non_finite(record.gradients))
     if not math.isfinite(host.get("norm", 0.0)):
-        boundary.mend_norm()
-        host = to_host(boundary.figures())
-    outcome = _outcome(attempt, boundary, host, None)
-    boundary.known_clean = boundary.has_gradients and not outcome.zero_gradients
+        record.recompute_norm()
+        host = to_host(record.figures())
+    outcome = _outcome(attempt, record, host, None)
+    record.known_clean = record.has_gradients and not outcome.zero_gradients
     return outcome
 
 
 class PendingVerdict:
     """The outcome of a step whose optimizer decides on the device, on its way to the host."""
 
-    def __init__(self, attempt: int, boundary: Boundary, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, attempt: int, record: GradientStep, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self._attempt = attempt
-        self._boundary = boundary
-        self._read = PendingTransfer(boundary.figures())
+        self._boundary = record
+        self._read = PendingTransfer(record.figures())
 
     def age(self, attempts: int) -> int:
         """Steps decided since."""
@@ -565,7 +565,7 @@ class PendingVerdict:
 
 
 def _outcome(
-    attempt: int, boundary: Boundary, host: Mapping[str, float], non_finite: tuple[int, int] | None
+    attempt: int, record: GradientStep, host: Mapping[str, float], non_finite: tuple[int, int] | None
 ) -> StepOutcome:
     applied = host["found_inf"] == 0
     magnitude = min(host[name] for name in ("norm", "amax", "magnitude") if name in host)
@@ -578,21 +578,19 @@ def _outcome(
         attempt=attempt,
         applied=applied,
         scale=host["scale"],
-        backward=boundary.backward,
+        backward=record.backward,
         loss_finite=host["loss_non_finite"] == 0 if "loss_non_finite" in host else None,
-        losses=boundary.losses,
-        non_finite_losses=min(int(host.get("loss_non_finite", 0)), boundary.losses),
-        zero_gradients=magnitude == 0 and boundary.has_gradients,
-        has_gradients=boundary.has_gradients,
+        losses=record.losses,
+        non_finite_losses=min(int(host.get("loss_non_finite", 0)), record.losses),
+        zero_gradients=magnitude == 0 and record.has_gradients,
+        has_gradients=record.has_gradients,
         grad_norm=finite("norm") if applied else None,
         grad_amax=finite("amax") if applied else None,
         underflow_fraction=finite("underflow_fraction"),
         lost_update_fraction=finite("lost_update_fraction"),
         inf_elements=non_finite[0] if non_finite else None,
         nan_elements=non_finite[1] if non_finite else None,
-        carried={
-            name.removeprefix(CARRIED): value for name, value in host.items() if name.startswith(CARRIED)
-        },
+        extras={name.removeprefix(EXTRA): value for name, value in host.items() if name.startswith(EXTRA)},
     )
 
 
@@ -635,19 +633,19 @@ class SeenLosses:
     """
 
     number: int = 0
-    told: int = 0
+    reported: int = 0
     non_finite: Tensor | None = None
     ended: bool = False
 
-    def untold(self) -> int:
+    def unreported(self) -> int:
         """How many of them no step was told of yet; they are told from now on."""
-        number, self.told = self.number - self.told, self.number
+        number, self.reported = self.number - self.reported, self.number
         return number
 
     def note(self, loss: Tensor, device: torch.device) -> None:
         """Counts `loss`, on `device`. No host read."""
         known = loss.detach()
         flags = torch.nan_to_num(known - known, nan=1.0)  # NaN where it is not finite, 0 elsewhere
-        found = moved(flags.any() if flags.dim() else flags, device, torch.float32)
+        found = to_device(flags.any() if flags.dim() else flags, device, torch.float32)
         self.number += 1
         self.non_finite = found if self.non_finite is None else self.non_finite + found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.errors import AttachError, BatchError
-from hf_amp.statistics import moved
+from hf_amp.statistics import to_device
 
 LossFunction = Callable[[Any, Any], Tensor]
 """(outputs of the model, targets of the batch) → tensor of shape []."""
@@ -19,14 +19,14 @@ LABELS = "labels"
 """Key of the targets in a mapping, as in transformers."""
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def batch_to_device(batch: Any, device: torch.device) -> Any:
     """`batch` with every tensor in it on `device`. Tensors that are there already are not copied."""
     if isinstance(batch, Tensor):
-        return moved(batch, device)
+        return to_device(batch, device)
     if isinstance(batch, Mapping):
-        return {name: to_device(value, device) for name, value in batch.items()}
+        return {name: batch_to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        values = [to_device(value, device) for value in batch]
+        values = [batch_to_device(value, device) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
 

@@ -281,14 +281,14 @@ class AdvancedMixedPrecisionManager:
 
         Returns:
             `precision_stats`: see `PrecisionMonitor.get_precision_stats`, with the newest `memory` estimate in bytes.
-            `performance_stats`: see `PerformanceTracker.get_stats`. `epochs`; `what_runs`: one phrase.
+            `performance_stats`: see `PerformanceTracker.get_stats`. `epochs`; `describe`: one phrase.
         """
         precision = self.trainer.precision_monitor.get_precision_stats()
         return {
             "precision_stats": {**precision, "memory": self.trainer.memory.report()},
             "performance_stats": self.trainer.performance_tracker.get_stats(),
             "epochs": self.epochs,
-            "what_runs": self.trainer.session.what_runs(),
+            "description": self.trainer.session.describe(),
         }
 
     def _counters(self) -> dict[str, float]:

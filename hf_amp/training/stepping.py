@@ -18,7 +18,7 @@ from hf_amp.device import probe
 from hf_amp.errors import ConfigError
 from hf_amp.fallback.plan import common_to_ranks
 from hf_amp.precision import PrecisionMode
-from hf_amp.scaling.master_weights import settle
+from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
@@ -73,13 +73,13 @@ class PlainStepping:
                 "model.register_comm_hook(None, fp16_compress_hook), or pass accelerator=."
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        asked_for = config.precision_mode
-        if asked_for in (None, PrecisionMode.DYNAMIC):
-            asked_for = PrecisionMode.MIXED
-        self._mode = asked_for if config.enabled and asked_for else PrecisionMode.FP32
+        requested_mode = config.precision_mode
+        if requested_mode in (None, PrecisionMode.DYNAMIC):
+            requested_mode = PrecisionMode.MIXED
+        self._mode = requested_mode if config.enabled and requested_mode else PrecisionMode.FP32
         scaler = AdvancedGradScaler(dataclasses.replace(config, precision_mode=self._mode), self.device)
         self.session = AmpSession(config, scaler, self._mode, probe(self.device))
-        self._folds_clipping = folds_clipping and not scaler.guards_only and scaler.is_enabled()
+        self._folds_clipping = folds_clipping and not scaler.no_scaling and scaler.is_enabled()
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # models and optimizers of the session
 
     def bind(self, model: nn.Module) -> None:
@@ -101,7 +101,7 @@ class PlainStepping:
         if distributed:
             scaler = self.session.scaler
             scaler.config = dataclasses.replace(scaler.config, sync_grad_scaler=True)
-        self.session.adopt(unwrapped(model), entry_point=model)
+        self.session.register_model(unwrapped(model), entry_point=model)
         self._known.add(model)
 
     def bind_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -111,9 +111,11 @@ class PlainStepping:
         # Inside DDP a change of dtype would cut parameters off from the reduction of their gradients.
         fixed = isinstance(model, DistributedDataParallel)
         if masters is not None:
-            masters.adopt(optimizer)
-            session.changes.call_on_undo(functools.partial(masters.release, restore=not fixed))
-        event = settle(unwrapped(model), session.config, session.plan.default, [optimizer], masters, fixed)
+            masters.register_optimizer(optimizer)
+            session.changes.on_undo(functools.partial(masters.release, restore=not fixed))
+        event = convert_parameters(
+            unwrapped(model), session.config, session.plan.default, [optimizer], masters, fixed
+        )
         if event is not None:
             session.record(event)
         self._known.add(optimizer)

@@ -22,7 +22,13 @@ from hf_amp.monitoring.throughput import PerformanceTracker
 from hf_amp.precision import NumberFormat, PrecisionMode, ScalingStrategy
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
-from hf_amp.training.batch import LossFunction, check_belongs_together, compute_loss, samples_in, to_device
+from hf_amp.training.batch import (
+    LossFunction,
+    batch_to_device,
+    check_belongs_together,
+    compute_loss,
+    samples_in,
+)
 from hf_amp.training.stepping import AcceleratedStepping, PlainStepping, Stepping, cast_region
 
 
@@ -294,7 +300,7 @@ class StandardMixedPrecisionTrainer:
         """Loss of one batch in the precision of training, shape []; call it under `torch.no_grad()`. No host read."""
         self._bind_model(model)
         with self._stepping.forward_context():
-            return compute_loss(model, to_device(batch, self._stepping.device), loss_fn or self.loss_fn)
+            return compute_loss(model, batch_to_device(batch, self._stepping.device), loss_fn or self.loss_fn)
 
     def _train(self, batch: Any, trained: Trained) -> dict[str, Any]:
         self._bind(trained.model, trained.optimizer)
@@ -341,7 +347,7 @@ class StandardMixedPrecisionTrainer:
     def _run(self, batches: Sequence[Any], window: Window, trained: Trained, steps: bool) -> Tensor:
         """Forward and backward of `batches`, and the optimizer's step where one is due; the last one's loss."""
         for batch in batches:
-            batch = to_device(batch, self._stepping.device)
+            batch = batch_to_device(batch, self._stepping.device)
             with self.memory.around_forward(trained.model), self._stepping.forward_context():
                 loss = compute_loss(trained.model, batch, trained.loss_fn)
             self._stepping.backward(loss, trained.size)
@@ -416,7 +422,7 @@ class StandardMixedPrecisionTrainer:
         self.session.sinks.append(self._note_event)
         self.session.note(
             EventKind.TRAINING_STARTED,
-            f"training starts: {self.session.what_runs()}.",
+            f"training starts: {self.session.describe()}.",
             precision=self.session.plan.default.value,
             config=self.config.to_dict(),
         )

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.benchmark import Benchmark
-from tests.benchmarks.circumstances import RESULTS, ROOT
 from tests.benchmarks.results_table import write_page
+from tests.benchmarks.run_metadata import RESULTS, ROOT
 from tests.benchmarks.suite import SUITES, folder_of
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.circumstances import circumstances
+from tests.benchmarks.run_metadata import run_metadata
 
 Seconds = list[float]
 Row = dict[str, Any]
@@ -96,5 +96,5 @@ def device() -> str:
 def write(name: str, result: dict[str, Any], out: Path) -> None:
     """Writes the result with its circumstances as JSON."""
     out.mkdir(parents=True, exist_ok=True)
-    report = {"circumstances": circumstances(), **result}
+    report = {"circumstances": run_metadata(), **result}
     (out / f"{name}.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")

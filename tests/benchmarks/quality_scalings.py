@@ -39,7 +39,7 @@ def ours(strategy: str, **options: Any) -> Callable[[nn.Module], Precision]:
     def make(model: nn.Module) -> Precision:
         config = MixedPrecisionConfig(scaling_strategy=strategy, **options)
         session = AmpSession(config, AdvancedGradScaler(config, "cpu"), PrecisionMode.MIXED, probe("cpu"))
-        session.adopt(model)
+        session.register_model(model)
         return Precision(session.scaler, session.autocast, session, repeats=config.on_overflow == "retry")
 
     return make

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.benchmark import Benchmark, Target
-from tests.benchmarks.circumstances import PACKAGES, RESULTS
 from tests.benchmarks.gpu_rows import gpu_rows, gpu_verdicts
 from tests.benchmarks.measuring import Row
+from tests.benchmarks.run_metadata import PACKAGES, RESULTS
 from tests.benchmarks.suite import SUITES, folder_of
-from tests.benchmarks.tables import DECIMALS, shown, table
+from tests.benchmarks.tables import DECIMALS, formatted, table
 
 HEAD = """# Results
 
@@ -84,8 +84,10 @@ def verdict(target: Target, result: dict[str, Any] | None) -> str:
     missed = [row for row in rows if not _within(row, target)]
     if not missed:
         return "**reached**."
-    told = [f"{_name(row)} {shown(row[target.column], target.column, quartiles=False)}" for row in missed]
-    return f"**missed** by {len(missed)} of {len(rows)}: {'; '.join(told)}."
+    reported = [
+        f"{_name(row)} {formatted(row[target.column], target.column, quartiles=False)}" for row in missed
+    ]
+    return f"**missed** by {len(missed)} of {len(rows)}: {'; '.join(reported)}."
 
 
 def _within(row: Row, target: Target) -> bool:
@@ -103,13 +105,13 @@ def _name(row: Row) -> str:
 # ---- where, and where to --------------------------------------------------------------------------------------
 
 
-def origin(circumstances: dict[str, Any]) -> str:
+def origin(run_metadata: dict[str, Any]) -> str:
     """Machine, versions, commit and command in a line."""
-    versions = [f"{name} {circumstances[name]}" for name in (*PACKAGES, "hf_amp") if name in circumstances]
-    threads = circumstances["threads"]
+    versions = [f"{name} {run_metadata[name]}" for name in (*PACKAGES, "hf_amp") if name in run_metadata]
+    threads = run_metadata["threads"]
     return (
-        f"{circumstances['device']}, {threads} thread{'s' * (threads != 1)}; Python {circumstances['python']}, "
-        f"{', '.join(versions)}; commit {circumstances.get('commit', 'not recorded')}; `{circumstances['command']}`"
+        f"{run_metadata['device']}, {threads} thread{'s' * (threads != 1)}; Python {run_metadata['python']}, "
+        f"{', '.join(versions)}; commit {run_metadata.get('commit', 'not recorded')}; `{run_metadata['command']}`"
     )
 
 

@@ -25,7 +25,9 @@ def table(benchmark: Benchmark, rows: Sequence[Row], quartiles: bool = True) -> 
         "| " + " | ".join(column.replace("_", " ").replace("hf amp", "hf_amp") for column in columns) + " |",
         "|---" * len(columns) + "|",
     ]
-    lines += ["| " + " | ".join(shown(row.get(c, ""), c, quartiles) for c in columns) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(formatted(row.get(c, ""), c, quartiles) for c in columns) + " |" for row in rows
+    ]
     return "\n".join(lines)
 
 
@@ -38,7 +40,7 @@ def pivoted(rows: Sequence[Row], across: str, value: str) -> list[Row]:
     return list(merged.values())
 
 
-def shown(figure: Any, column: str, quartiles: bool = True) -> str:
+def formatted(figure: Any, column: str, quartiles: bool = True) -> str:
     """A cell: a median with its quartiles, a number, or text."""
     if figure is None:
         return "not finite"

@@ -11,15 +11,15 @@ from tests.fallback.random_faults import FAULTS, TRIALS, told_of
 
 def causes(trials: int) -> list[Row]:
     """A row a fault, and one for all: told with its own cause, as UNKNOWN, or wrong."""
-    told = told_of(trials)
+    reported = told_of(trials)
     rows: list[Row] = []
     for fault, truth in FAULTS.items():
-        verdicts = {verdict: n for (name, verdict), n in told.pairs.items() if name == fault.__name__}
+        verdicts = {verdict: n for (name, verdict), n in reported.pairs.items() if name == fault.__name__}
         right, unknown = verdicts.get(truth.value, 0), verdicts.get("UNKNOWN", 0)
         faults = sum(verdicts.values())
         unknown = 0 if truth.value == "UNKNOWN" else unknown
         rows.append(_row(fault.__name__.replace("_", " "), faults, right, unknown))
-    return [*rows, _row("all", trials, told.right, told.unknown)]
+    return [*rows, _row("all", trials, reported.right, reported.unknown)]
 
 
 def _row(fault: str, faults: int, right: int, unknown: int) -> Row:

@@ -27,7 +27,7 @@ def training_step(size: str, device: str, fp32_share: float = 0.0, **options: An
     config = MixedPrecisionConfig(init_scale=INIT_SCALE, **options)
     scaler = AdvancedGradScaler(config, device)
     session = AmpSession(config, scaler, PrecisionMode.MIXED, probe(device))
-    session.adopt(model)
+    session.register_model(model)
     held = [f"transformer.h.{i}" for i in range(round(fp32_share * SIZES[size].layers))]
     plan = PrecisionPlan(PrecisionMode.MIXED).with_modules(held, PrecisionMode.FP32)
     session._keeper.runner.apply(plan)

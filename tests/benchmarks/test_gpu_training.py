@@ -231,8 +231,8 @@ def test_expectations_are_judged_by_their_figures() -> None:
         return {"ways": ways}
 
     def reached(*cases: dict[str, Any]) -> dict[str, Any]:
-        told = expectations({str(index): each for index, each in enumerate(cases)})
-        return {expectation["name"]: expectation["reached"] for expectation in told}
+        reported = expectations({str(index): each for index, each in enumerate(cases)})
+        return {expectation["name"]: expectation["reached"] for expectation in reported}
 
     assert set(reached(case(1.6, 50, 0.0)).values()) == {True}
     assert set(reached(case(0.8, 60, 1.0)).values()) == {False}

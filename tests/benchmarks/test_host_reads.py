@@ -81,7 +81,7 @@ def our_step(fused: bool, strategy: str, **options: Any) -> tuple[Step, Advanced
     model, optimizer = model_and_optimizer(fused)
     config = MixedPrecisionConfig(init_scale=INIT_SCALE, scaling_strategy=strategy, **options)
     session = AmpSession(config, AdvancedGradScaler(config, "cpu"), PrecisionMode.MIXED, probe("cpu"))
-    session.adopt(model)
+    session.register_model(model)
     return step_of(model, optimizer, session.scaler), session.scaler
 
 

@@ -28,7 +28,7 @@ def training_steps(size: str, device: str, folder: Path, **options: Any) -> Call
     config = MixedPrecisionConfig(init_scale=INIT_SCALE, monitoring_interval=INTERVAL, **options)
     scaler = AdvancedGradScaler(config, device)
     session = AmpSession(config, scaler, PrecisionMode.MIXED, probe(device))
-    session.adopt(model)
+    session.register_model(model)
     session.log_to(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

@@ -38,13 +38,13 @@ def stock_boundary(held: list[nn.Parameter], fused: bool) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(held, lr=1e-5, fused=fused)
     scaler.scale(torch.ones((), device=held[0].device))
 
-    def boundary() -> None:
+    def record() -> None:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(held, MAX_NORM)
         scaler.step(optimizer)
         scaler.update()
 
-    return boundary
+    return record
 
 
 def our_boundary(held: list[nn.Parameter], fused: bool, strategy: str) -> Callable[[], None]:
@@ -56,13 +56,13 @@ def our_boundary(held: list[nn.Parameter], fused: bool, strategy: str) -> Callab
     optimizer = torch.optim.AdamW(held, lr=1e-5, fused=fused)
     loss = torch.ones((), device=held[0].device)
 
-    def boundary() -> None:
+    def record() -> None:
         scaler.scale(loss)
         scaler.clip_grad_norm_(optimizer, MAX_NORM)
         scaler.step(optimizer)
         scaler.update()
 
-    return boundary
+    return record
 
 
 class NoStep(torch.optim.SGD):
@@ -77,11 +77,11 @@ def guard_alone(held: list[nn.Parameter]) -> Callable[[], None]:
     scaler = AdvancedGradScaler(MixedPrecisionConfig(precision_mode="FP32"), held[0].device)
     optimizer = NoStep(held, lr=1.0)
 
-    def boundary() -> None:
+    def record() -> None:
         scaler.step(optimizer)
         scaler.update()
 
-    return boundary
+    return record
 
 
 def one_read(held: list[nn.Parameter]) -> Callable[[], None]:
@@ -89,12 +89,12 @@ def one_read(held: list[nn.Parameter]) -> Callable[[], None]:
     gradients = [p.grad for p in held if p.grad is not None]
     optimizer = NoStep(held, lr=1.0)
 
-    def boundary() -> None:
+    def record() -> None:
         for gradient in gradients:
             gradient.aminmax()
         optimizer.step()
 
-    return boundary
+    return record
 
 
 def measure(size: str, rounds: int, device: str, clock: str = "wall") -> list[Row]:

@@ -9,8 +9,8 @@ import os
 import subprocess
 import sys
 
-from tests.benchmarks.circumstances import ROOT
 from tests.benchmarks.measuring import Row, parser, spread, write
+from tests.benchmarks.run_metadata import ROOT
 
 IMPORTS = {"torch": "sys", "hf_amp": "torch", "hf_amp.cli": "torch", "accelerate": "torch"}
 """What is imported → what was before."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import circumstances
+from tests.benchmarks import run_metadata
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.benchmark import Benchmark, Target
-from tests.benchmarks.circumstances import RESULTS
 from tests.benchmarks.results_table import page_of, read, results_markdown, rows_of, verdict
+from tests.benchmarks.run_metadata import RESULTS
 from tests.benchmarks.suite import CPU, GPU, folder_of
 from tests.benchmarks.tables import pivoted, table
 
@@ -151,9 +151,9 @@ def test_commit_is_that_of_the_checkout_with_a_mark_where_it_is_changed(
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     results = tmp_path / "tests" / "benchmarks" / "results"
-    monkeypatch.setattr(circumstances, "ROOT", tmp_path)
-    monkeypatch.setattr(circumstances, "RESULTS", results)
-    assert circumstances._commit() is None
+    monkeypatch.setattr(run_metadata, "ROOT", tmp_path)
+    monkeypatch.setattr(run_metadata, "RESULTS", results)
+    assert run_metadata._commit() is None
     results.mkdir(parents=True)
     files = [tmp_path / "code.py", results / "x.json"]
     git("init", "-q")
@@ -162,8 +162,8 @@ def test_commit_is_that_of_the_checkout_with_a_mark_where_it_is_changed(
     git("add", ".")
     git("commit", "-qm", "-")
     head = git("rev-parse", "--short=12", "HEAD")
-    assert circumstances._commit() == head
+    assert run_metadata._commit() == head
     files[1].write_text("2")
-    assert circumstances._commit() == head
+    assert run_metadata._commit() == head
     files[0].write_text("2")
-    assert circumstances._commit() == f"{head}-dirty"
+    assert run_metadata._commit() == f"{head}-dirty"

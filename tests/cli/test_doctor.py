@@ -20,25 +20,25 @@ def doctor(*arguments: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
+def reported() -> dict[str, Any]:
     result = doctor("--json")
     assert result.exit_code == 0, result.output
     plain: dict[str, Any] = json.loads(result.stdout)
     return plain
 
 
-def test_json_has_everything(told: dict[str, Any]) -> None:
+def test_json_has_everything(reported: dict[str, Any]) -> None:
     """Devices, kernels, versions, bugs, and the recommendation with its reason."""
-    assert told["versions"]["torch"] == importlib.metadata.version("torch")
-    hardware, probed = told["devices"][-1]["hardware"], probe("cpu")
+    assert reported["versions"]["torch"] == importlib.metadata.version("torch")
+    hardware, probed = reported["devices"][-1]["hardware"], probe("cpu")
     assert (hardware["device"], hardware["fp16"], hardware["bf16"]) == ("cpu", probed.fp16, probed.bf16)
-    assert set(told["devices"][-1]["product_seconds"]) == {"FP32", "FP16", "BF16"}
-    assert all(isinstance(there, bool) for there in told["kernels"].values())
-    assert told["recommendation"]["why"].endswith(".")
-    assert told["system"]["python"]
+    assert set(reported["devices"][-1]["product_seconds"]) == {"FP32", "FP16", "BF16"}
+    assert all(isinstance(there, bool) for there in reported["kernels"].values())
+    assert reported["recommendation"]["why"].endswith(".")
+    assert reported["system"]["python"]
 
 
-def test_people_are_told_the_same(told: dict[str, Any]) -> None:
+def test_people_are_told_the_same(reported: dict[str, Any]) -> None:
     """The precision stands first; every device, package and bug is in the tables."""
     result = doctor("--no-measure")
     assert result.exit_code == 0, result.output

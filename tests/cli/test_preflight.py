@@ -151,7 +151,7 @@ def test_a_model_that_is_broken_is_not_blamed_on_precision() -> None:
         model.product.weight[0, 0] = torch.nan
     for run in dry_runs(model, {"x": EIGHTS}):
         assert run.overflowing == []
-        assert run.unsound == "product"
+        assert run.first_non_finite == "product"
         assert run.saved_by.startswith("none")
 
 
@@ -179,11 +179,11 @@ def test_the_command_tells_it(folder: Path) -> None:
 
 def test_json_has_the_same(folder: Path) -> None:
     """On standard output there is nothing else."""
-    told = json.loads(preflight(folder, "--batch", 2, "--json").stdout)
-    assert told["trainable_parameters"] == 64_896
-    assert [run["number_format"] for run in told["dry_runs"]] == [f.name for f in FORMATS]
-    assert len(told["dry_runs"][0]["overflowing"]) == 4
-    assert told["memory"][0]["total_bytes"] == 16 * 64_896
+    reported = json.loads(preflight(folder, "--batch", 2, "--json").stdout)
+    assert reported["trainable_parameters"] == 64_896
+    assert [run["number_format"] for run in reported["dry_runs"]] == [f.name for f in FORMATS]
+    assert len(reported["dry_runs"][0]["overflowing"]) == 4
+    assert reported["memory"][0]["total_bytes"] == 16 * 64_896
 
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)

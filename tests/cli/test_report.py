@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hf_amp.cli import app
 from hf_amp.report.reader import FILE_NAME
-from tests.monitoring.test_run_history import changed, line, skipped, started
+from tests.report.test_run_history import changed, line, skipped, started
 
 pytest.importorskip("matplotlib", reason="the page's pictures need the extra hf_amp[report]")
 
@@ -84,16 +84,16 @@ def test_json_prints_the_figures_and_writes_no_page(
 ) -> None:
     """One object for each run: verdict, figures with units, incidents, changes of precision."""
     monkeypatch.chdir(tmp_path)
-    (told,) = json.loads(report(run, "--json").stdout)
-    assert told["verdict"]["level"] == "watch"
-    assert told["state"] == "unfinished"
-    assert told["figures"]["scale"] == {"value": 4.0, "unit": "1"}
-    assert told["skipped_by_cause"] == {"SCALE": 1}
-    assert [(i["event"], i["first_step"]) for i in told["incidents"]] == [
+    (reported,) = json.loads(report(run, "--json").stdout)
+    assert reported["verdict"]["level"] == "watch"
+    assert reported["state"] == "unfinished"
+    assert reported["figures"]["scale"] == {"value": 4.0, "unit": "1"}
+    assert reported["skipped_by_cause"] == {"SCALE": 1}
+    assert [(i["event"], i["first_step"]) for i in reported["incidents"]] == [
         ("step_skipped", 2),
         ("precision_changed", 3),
     ]
-    assert told["transitions"][0]["modules"] == ["h.1"]
+    assert reported["precision_changes"][0]["modules"] == ["h.1"]
     assert not (tmp_path / "report.html").exists()
 
 
@@ -217,10 +217,10 @@ def test_a_loop_of_ones_own_has_a_report_too(tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             session.log_metrics(loss=loss.item())
-    (told,) = json.loads(report(tmp_path / "loop", "--json").stdout)
-    assert told["state"] == "finished"
-    assert told["what_ran"].startswith("FP16 emulated on the CPU")
-    assert told["newest_step"] == 3
-    assert told["figures"]["applied_steps"]["value"] == 2
-    assert told["incidents"][0]["first_step"] == 2
-    assert "loss" in told["figures"]
+    (reported,) = json.loads(report(tmp_path / "loop", "--json").stdout)
+    assert reported["state"] == "finished"
+    assert reported["what_ran"].startswith("FP16 emulated on the CPU")
+    assert reported["newest_step"] == 3
+    assert reported["figures"]["applied_steps"]["value"] == 2
+    assert reported["incidents"][0]["first_step"] == 2
+    assert "loss" in reported["figures"]

@@ -14,7 +14,7 @@ from hf_amp.report.page import page
 from hf_amp.report.reader import RunHistory
 from hf_amp.report.verdict import verdict_on
 from tests.cli.chromium import Visit, needs_chromium, screenshot, visit
-from tests.monitoring.test_run_history import changed, history, line, skipped, started
+from tests.report.test_run_history import changed, history, line, skipped, started
 
 HOSTILE = "<script>alert(1)</script>"
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from hf_amp.cli import app
 from hf_amp.cli.watch import course, follow, panel, take_in
-from hf_amp.report.reader import FILE_NAME, EventLog, named_run
-from tests.monitoring.test_run_history import line, skipped, started
+from hf_amp.report.reader import FILE_NAME, EventLogReader, named_run
+from tests.report.test_run_history import line, skipped, started
 
 
 def append(log: Path, *lines: dict[str, Any]) -> None:
@@ -34,10 +34,10 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / FILE_NAME
 
 
-def shown(log: Path) -> str:
+def output_of(log: Path) -> str:
     """The panel as text."""
     history = named_run(log)
-    take_in(EventLog(log), history)
+    take_in(EventLogReader(log), history)
     console = Console(width=200, record=True, file=None, force_terminal=False)
     with console.capture() as capture:
         console.print(panel(history))
@@ -55,8 +55,8 @@ def test_once_shows_the_run_as_it_is_and_ends(log: Path) -> None:
 
 def test_names_cannot_move_the_cursor(log: Path) -> None:
     """Control characters from the run are shown as escapes."""
-    assert "\x1b" not in shown(log)
-    assert r"h.1\x1b[2J" in shown(log)
+    assert "\x1b" not in output_of(log)
+    assert r"h.1\x1b[2J" in output_of(log)
 
 
 def test_it_follows_until_the_run_ends(log: Path) -> None:
@@ -67,7 +67,7 @@ def test_it_follows_until_the_run_ends(log: Path) -> None:
         time.sleep(0.05)
         append(log, line("training_ended", 4, scale=8.0))
 
-    history, reader, seen = named_run(log), EventLog(log), []
+    history, reader, seen = named_run(log), EventLogReader(log), []
     writer = threading.Thread(target=write)
     writer.start()
     follow(reader, history, lambda: seen.append(dict(history.latest)), interval=0.01)

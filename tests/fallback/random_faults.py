@@ -71,8 +71,8 @@ class Classifier(nn.Module):
             else:
                 blocks.append(Residual(Attention() if kind == "attention" else nn.Sequential(*mlp)))
         blocks.insert(chance.randint(0, len(blocks)), nn.Dropout(chance.choice([0.0, 0.1])))
-        self.poison = Poison()
-        blocks.insert(chance.randint(1, len(blocks)), self.poison)
+        self.source = Poison()
+        blocks.insert(chance.randint(1, len(blocks)), self.source)
         self.first, self.blocks, self.head = (
             nn.Linear(WIDTH, WIDTH),
             nn.Sequential(*blocks),
@@ -150,7 +150,7 @@ def large_activation(trial: Trial, batch: Batch) -> None:
 def large_product(trial: Trial, batch: Batch) -> None:
     """A product of activations that leaves FP16's range outside of any layer."""
     trial.where = poison_of(trial)
-    trial.model.poison.fault = lambda x: x + (x * 1e3) @ (x * 1e3).mT @ x * 1e-9
+    trial.model.source.fault = lambda x: x + (x * 1e3) @ (x * 1e3).mT @ x * 1e-9
 
 
 def ignored_labels(trial: Trial, batch: Batch) -> None:
@@ -173,17 +173,17 @@ def log_of_zero(trial: Trial, batch: Batch) -> None:
 def division(trial: Trial, batch: Batch) -> None:
     """Zero by zero in a module, whatever the precision."""
     trial.where = poison_of(trial)
-    trial.model.poison.fault = lambda x: x * ((x - x) / (x - x))
+    trial.model.source.fault = lambda x: x * ((x - x) / (x - x))
 
 
 def infinite_derivative(trial: Trial, batch: Batch) -> None:
     """The root of zero in a module: a finite value with an infinite derivative."""
     trial.skips_to_judge = 4
-    trial.model.poison.fault = lambda x: x + (x - x.detach()).float().abs().sqrt()
+    trial.model.source.fault = lambda x: x + (x - x.detach()).float().abs().sqrt()
 
 
 def poison_of(trial: Trial) -> str:
-    return next(name for name, m in trial.model.named_modules() if m is trial.model.poison)
+    return next(name for name, m in trial.model.named_modules() if m is trial.model.source)
 
 
 def too_large_a_scale(trial: Trial, batch: Batch) -> None:
@@ -228,10 +228,10 @@ def run(seed: int) -> tuple[str, Cause, str] | None:
     if len(skips) < trial.skips_to_judge:
         return None
     judged = skips[trial.skips_to_judge - 1]
-    told = judged.cause.value
+    reported = judged.cause.value
     if trial.where is not None and trial.where not in " ".join((*judged.modules, judged.message)):
-        told = "elsewhere"
-    return fault.__name__, FAULTS[fault], told
+        reported = "elsewhere"
+    return fault.__name__, FAULTS[fault], reported
 
 
 @dataclass
@@ -249,12 +249,12 @@ class Told:
 
 def told_of(trials: int) -> Told:
     """The verdicts on `trials` random faults, always the same ones."""
-    told = Told(Counter())
+    reported = Told(Counter())
     for name, truth, verdict in islice(filter(None, map(run, count())), trials):
-        told.pairs[name, verdict] += 1
-        told.right += verdict == truth.value
-        told.unknown += verdict == Cause.UNKNOWN.value != truth.value
-    return told
+        reported.pairs[name, verdict] += 1
+        reported.right += verdict == truth.value
+        reported.unknown += verdict == Cause.UNKNOWN.value != truth.value
+    return reported
 
 
 def _train(trial: Trial, fault: Callable[[Trial, Batch], None], fused: bool) -> list[AmpEvent]:

@@ -56,7 +56,7 @@ class Loop:
     @property
     def put_back(self) -> list[AmpEvent]:
         assert self.session is not None
-        return [event for event in self.session.events if event.kind is EventKind.STATISTICS_PUT_BACK]
+        return [event for event in self.session.events if event.kind is EventKind.BUFFERS_RESTORED]
 
     @property
     def statistics(self) -> list[Tensor]:

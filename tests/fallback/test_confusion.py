@@ -8,13 +8,13 @@ from hf_amp import Cause
 from tests.fallback.random_faults import FAULTS, TRIALS, told_of
 
 
-def table(told: Counter[tuple[str, str]]) -> str:
+def table(reported: Counter[tuple[str, str]]) -> str:
     """Faults down, verdicts across."""
     columns = [*(cause.value for cause in Cause), "elsewhere"]
     width = max(len(fault.__name__) for fault in FAULTS)
     lines = ["".ljust(width) + "".join(column.rjust(12) for column in columns)]
     for fault, truth in FAULTS.items():
-        cells = [told[fault.__name__, column] for column in columns]
+        cells = [reported[fault.__name__, column] for column in columns]
         shown = [f"[{n}]" if c == truth.value else str(n or "·") for n, c in zip(cells, columns, strict=True)]
         lines.append(fault.__name__.ljust(width) + "".join(cell.rjust(12) for cell in shown))
     return "\n".join(lines)
@@ -22,9 +22,9 @@ def table(told: Counter[tuple[str, str]]) -> str:
 
 def test_confusion_table() -> None:
     """At least 95% are told right, and of the others most are UNKNOWN rather than wrong."""
-    told = told_of(TRIALS)
+    reported = told_of(TRIALS)
     print(
-        f"\n{table(told.pairs)}\n{told.right} of {TRIALS} right, {told.unknown} UNKNOWN instead, {told.wrong} wrong"
+        f"\n{table(reported.pairs)}\n{reported.right} of {TRIALS} right, {reported.unknown} UNKNOWN instead, {reported.wrong} wrong"
     )
-    assert told.right >= 0.95 * TRIALS
-    assert told.wrong <= told.unknown
+    assert reported.right >= 0.95 * TRIALS
+    assert reported.wrong <= reported.unknown

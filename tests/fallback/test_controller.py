@@ -10,23 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_amp import Cause, PrecisionMode
-from hf_amp.fallback.controller import Fallback, FallbackState, StepFacts
+from hf_amp.fallback.controller import FallbackPolicy, FallbackState, StepFacts
 
 MIXED, BF16, FP32 = PrecisionMode.MIXED, PrecisionMode.BF16, PrecisionMode.FP32
 CLEAN = StepFacts()
 
 
-def fallback(**options: object) -> Fallback:
+def fallback(**options: object) -> FallbackPolicy:
     """With BF16 in between, a recovery after 4 quiet steps, and a threshold that one bad step exceeds."""
     defaults = {"ladder": (MIXED, BF16, FP32), "threshold": 1e-6, "window": 16, "recovery_steps": 4}
-    return Fallback(**{**defaults, **options})
+    return FallbackPolicy(**{**defaults, **options})
 
 
 def activation(*modules: str, share: float = 1.0) -> StepFacts:
     return StepFacts(Cause.ACTIVATION, modules, share)
 
 
-def after(rule: Fallback, *facts: StepFacts) -> FallbackState:
+def after(rule: FallbackPolicy, *facts: StepFacts) -> FallbackState:
     state = rule.init_state()
     for fact in facts:
         state = rule.next_state(state, fact)
@@ -54,12 +54,12 @@ def test_where_modules_do_not_help_the_whole_model_climbs_the_ladder() -> None:
         for n in (1, 2, 3)
     ]
     assert [state.plan.default for state in states] == [BF16, FP32, FP32] * 2
-    assert after(fallback(ladder=(MIXED, FP32)), activation()).plan.default is FP32
+    assert after(fallback(order=(MIXED, FP32)), activation()).plan.default is FP32
 
 
 def test_where_the_whole_model_is_in_fp32_no_module_is_moved_there() -> None:
     """Another module to blame changes nothing: there is nothing wider."""
-    state = after(fallback(ladder=(MIXED, FP32)), activation(), activation("a"))
+    state = after(fallback(order=(MIXED, FP32)), activation(), activation("a"))
     assert (state.plan.default, dict(state.plan.modules)) == (FP32, {})
 
 
@@ -131,7 +131,7 @@ def test_no_room_means_no_widening_for_a_while() -> None:
     assert plans == [0, 0, 0, 1, 1]
 
 
-def changes(rule: Fallback, adversary: Callable[[FallbackState], StepFacts], steps: int) -> int:
+def changes(rule: FallbackPolicy, adversary: Callable[[FallbackState], StepFacts], steps: int) -> int:
     state, count = rule.init_state(), 0
     for _ in range(steps):
         former, state = state, rule.next_state(state, adversary(state))
@@ -147,7 +147,7 @@ def test_an_adversary_gets_logarithmically_many_changes() -> None:
             safe = all(map(state.plan.holds, modules)) if modules else state.plan.default is FP32
             return CLEAN if safe else activation(*modules)
 
-        rule = fallback(ladder=(MIXED, FP32), recovery_steps=10)
+        rule = fallback(order=(MIXED, FP32), recovery_steps=10)
         for steps in (1_000, 10_000, 100_000):
             bound = 2 * (math.log2(steps / 10) + 1)
             assert 2 <= changes(rule, overflow_when_promoted, steps) <= bound
@@ -174,17 +174,17 @@ def test_whatever_happens_the_plan_stays_in_its_lattice_and_survives_a_checkpoin
             twin = FallbackState.from_plain(json.loads(json.dumps(twin.to_plain())))
         former, state, twin = state, rule.next_state(state, fact), rule.next_state(twin, fact)
         assert state == twin
-        assert state.plan.default in rule.ladder
+        assert state.plan.default in rule.order
         assert set(state.plan.modules.values()) <= {FP32}
         assert "" not in state.plan.modules
-        rungs = [rule.ladder.index(each.plan.default) for each in (former, state)]
+        rungs = [rule.order.index(each.plan.default) for each in (former, state)]
         assert abs(rungs[1] - rungs[0]) <= 1
-        assert state.quiet_steps < recovery << 60
+        assert state.clean_steps < recovery << 60
 
 
 def test_a_default_that_this_run_does_not_have_is_left_behind() -> None:
     """A plan that had fallen back to BF16, resumed in FP32: the default is FP32, the modules stay named."""
     state = after(fallback(), activation("a"), activation("a"))
-    resumed = fallback(ladder=(FP32,)).restored(state)
+    resumed = fallback(order=(FP32,)).restored(state)
     assert (state.plan.default, resumed.plan.default) == (BF16, FP32)
     assert dict(resumed.plan.modules) == {"a": FP32}

@@ -152,9 +152,9 @@ def test_optimizers_of_one_backward_share_its_cause(precision: str) -> None:
             optimizer.zero_grad()
     causes = [event.cause for event in session.events if event.kind is EventKind.STEP_SKIPPED]
     assert causes == [Cause.ACTIVATION if precision == "fp16" else Cause.UNKNOWN] * 2
-    assert session.plan.default is session.asked_for
+    assert session.plan.default is session.requested_mode
     assert list(session.plan.modules) == (["write"] if precision == "fp16" else [])
-    assert session.metrics()["transitions"] == len(session.plan.modules)
+    assert session.metrics()["precision_changes"] == len(session.plan.modules)
     assert session.metrics()["applied_steps"] == 2
     assert session.scaler.get_scale() == (256.0 if precision == "fp16" else 1.0)
 

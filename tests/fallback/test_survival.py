@@ -78,7 +78,7 @@ class Run:
 
     def step(self, number: int, fault: str | None) -> None:
         """One step; tried again where the session has made room for it."""
-        widened = self.network_is_wider()
+        upcast = self.network_is_wider()
         try:
             self.accelerator.backward(self.loss(fault))
         except torch.OutOfMemoryError as error:
@@ -94,23 +94,23 @@ class Run:
             self.incidents.append((fault, number))
         self.applied += not skipped
         self.finite.append(all(x.isfinite().all() for x in self.tensors()))
-        if self.network_is_wider() and not widened:
+        if self.network_is_wider() and not upcast:
             self.incidents.append(("widened", number))
             self.network.is_full = self.chance.random() < 0.5
-        elif widened and not self.network_is_wider():
+        elif upcast and not self.network_is_wider():
             self.incidents.append(("back", number))
         return None
 
     def network_is_wider(self) -> bool:
         plan = self.session.plan
-        return bool(plan.modules) or plan.default is not self.session.asked_for
+        return bool(plan.modules) or plan.default is not self.session.requested_mode
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.network.parameters()
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
-    def told(self) -> list[tuple[str, int]]:
+    def reported(self) -> list[tuple[str, int]]:
         """The session's events, in the words of `incidents`."""
         names: dict[Any, str] = {cause: name for name, cause in CAUSE_OF.items()}
         words = []
@@ -134,7 +134,7 @@ def test_a_thousand_steps_of_faults() -> None:
         run.step(number, fault)
     assert all(run.finite)
     assert len(run.finite) == STEPS
-    assert run.told() == run.incidents
+    assert run.reported() == run.incidents
     kinds = {kind for kind, _ in run.incidents}
     assert kinds == {*CAUSE_OF, "widened", "withdrawn", "back"}
     figures = run.session.metrics()
@@ -154,13 +154,13 @@ def test_three_hundred_steps_of_faults_without_a_scale(precision: str) -> None:
         faults = [fault for fault in CAUSE_OF if fault != "activation"]
         run.step(number, run.chance.choice(faults) if run.chance.random() < 0.2 else None)
     assert all(run.finite)
-    told = [(e.step, e.cause) for e in run.session.events if e.kind is EventKind.STEP_SKIPPED]
+    reported = [(e.step, e.cause) for e in run.session.events if e.kind is EventKind.STEP_SKIPPED]
     expected = [
         (step, Cause.UNKNOWN if kind == "inf gradient" else CAUSE_OF[kind])
         for kind, step in run.incidents
         if kind in CAUSE_OF
     ]
-    assert told == expected
+    assert reported == expected
 
 
 def test_only_out_of_memory_right_after_a_widening_is_recovered() -> None:
@@ -190,8 +190,8 @@ def test_a_step_that_ran_out_of_memory_is_taken_anew() -> None:
     run.network.is_full = False
     run.step(2, None)
     run.step(3, "inf gradient")
-    told = [(e.step, e.cause) for e in run.session.events if e.kind is EventKind.STEP_SKIPPED]
-    assert told == [(1, Cause.ACTIVATION), (3, Cause.SCALE)]
+    reported = [(e.step, e.cause) for e in run.session.events if e.kind is EventKind.STEP_SKIPPED]
+    assert reported == [(1, Cause.ACTIVATION), (3, Cause.SCALE)]
     assert run.session.metrics()["applied_steps"] == 1
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import EventKind, MixedPrecisionConfig
-from hf_amp.monitoring.throughput import Pace
+from hf_amp.monitoring.throughput import ThroughputMonitor
 from tests.rank_end import leave_together
 
 FAULTS = (
@@ -111,13 +111,13 @@ def trial(rank: int) -> dict[str, Any]:
         now += (rank + 2.0) if session.plan.default.value == slow else 1.0
         return now
 
-    pace = session._after_step.pace = Pace("cpu", clock)
+    throughput = session._after_step.throughput = ThroughputMonitor("cpu", clock)
     plain = Network()
     model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
     defaults = []
     for step in range(30):
         if rank == 0 and step == 5:
-            pace.pause()  # one rank was held up, and has no time of this step
+            throughput.pause()  # one rank was held up, and has no time of this step
         loss = nn.functional.cross_entropy(
             model(torch.randn(3, 8), labels=torch.tensor([0, 1, 2]))[0], torch.tensor([0, 1, 2])
         )

@@ -84,7 +84,7 @@ def live_in_a_trainer(folder: Path, saves: bool, *callbacks: TrainerCallback) ->
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     assert callback.session is not None
     state = callback.state()
-    del state["attributes"]["progress"]["companions"]["pace"]
+    del state["attributes"]["progress"]["stateful"]["throughput"]
     figures = {name: v for name, v in callback.session.metrics().items() if name not in TIMINGS}
     return snapshot(trainer.model, trainer.optimizer), (state, figures)
 

@@ -54,12 +54,12 @@ def main(folder: str, where: str) -> None:
             run.accelerator.save_state(f"{folder}/saved")
         run.train(SAVED_AFTER + LIVES_ON_FOR, 100)
     except Exception as error:
-        told = {
+        reported = {
             "error": f"{type(error).__name__}: {error}",
             "seconds": time.monotonic() - started,
             "finite": all(bool(p.isfinite().all()) for p in run.model.parameters()),
         }
-        Path(folder, "survivor.json").write_text(json.dumps(told))
+        Path(folder, "survivor.json").write_text(json.dumps(reported))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise
 

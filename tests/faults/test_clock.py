@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from hf_amp import AdvancedMixedPrecisionManager, MixedPrecisionCallback
 from hf_amp.cli import app
+from hf_amp.events import LOG_FILE
 from hf_amp.monitoring.metrics import TIMINGS
-from hf_amp.report.reader import FILE_NAME, read_run
+from hf_amp.report.reader import read_run
 from tests.faults.conftest import Tally
 from tests.integrations.trainers import OverflowAt, regression_trainer
 from tests.reference import adamw, tiny_mlp
@@ -57,17 +58,17 @@ def test_no_duration_is_of_the_wall_clock(
     monkeypatch.setattr(time, "time", clock)
     callback = MixedPrecisionCallback()
     regression_trainer(tmp_path, callback, OverflowAt(2), fp16=True, logging_steps=1).train()
-    told = {name: v for name, v in callback.session.metrics().items() if name in TIMINGS}
+    reported = {name: v for name, v in callback.session.metrics().items() if name in TIMINGS}
     with AdvancedMixedPrecisionManager(loss_fn=mse_loss) as manager:
         model = tiny_mlp()
         epoch = manager.train_epoch(vectors(3), model, adamw(model, fused=True))
-    told |= {f"epoch {name}": value for name, value in epoch.items() if "second" in name}
+    reported |= {f"epoch {name}": value for name, value in epoch.items() if "second" in name}
     monkeypatch.undo()
     assert clock.now < set_at - 3600, "nobody looked at the clock"
-    assert len(told) > 3
-    assert all(value >= 0 for value in told.values()), told
+    assert len(reported) > 3
+    assert all(value >= 0 for value in reported.values()), reported
     lines = read_run(tmp_path).lines
-    jumps = set_back(tmp_path / FILE_NAME)
+    jumps = set_back(tmp_path / LOG_FILE)
     history = read_run(tmp_path)
     assert (history.lines, history.ended) == (lines, True)
     assert history.newest < history.started

@@ -14,15 +14,16 @@ import pytest
 import torch
 
 from hf_amp import AdvancedMixedPrecisionManager, AmpEvent, Cause, EventKind, StateError
-from hf_amp.integrations.checkpoint import GUARD_NAME
+from hf_amp.events import LOG_FILE
+from hf_amp.integrations.checkpoint import FINITE_CHECK_FILE
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
-from hf_amp.report.reader import FILE_NAME, read_run
+from hf_amp.report.reader import read_run
 from tests.faults.conftest import Tally
 from tests.integrations.checkpointed_run import begin
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
-FILES = {"fp16": "scaler.pt", "bf16": GUARD_NAME}
+FILES = {"fp16": "scaler.pt", "bf16": FINITE_CHECK_FILE}
 GARBAGE: tuple[Any, ...] = ("", "x", None, [], {}, [[1]], True, -1, 2.5, float("nan"), float("inf"), 10**400)
 
 
@@ -207,7 +208,7 @@ def test_a_managers_file_is_refused_whole(tmp_path: Path, full_size: bool, tally
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     """A log of a run with a skip, a change of precision and metrics."""
-    path = tmp_path / "run" / FILE_NAME
+    path = tmp_path / "run" / LOG_FILE
     run = begin()
     run.session.log_to(path.parent)
     run.train(0, 5)

@@ -22,8 +22,9 @@ from transformers import TrainerCallback
 
 import hf_amp
 from hf_amp import EventKind, MixedPrecisionCallback, MixedPrecisionConfig, StateError
+from hf_amp.events import LOG_FILE
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
-from hf_amp.report.reader import FILE_NAME, read_run
+from hf_amp.report.reader import read_run
 from tests.faults.conftest import Tally
 from tests.integrations.checkpointed_run import Run, begin
 from tests.integrations.trainers import OverflowAt, logged, parameters_of, regression_trainer
@@ -76,7 +77,7 @@ def test_a_log_on_a_full_disk_costs_no_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, tally: Tally
 ) -> None:
     """ENOSPC at every line, from the real device for it: one warning that says why, and the run is the same to the bit."""
-    (tmp_path / FILE_NAME).symlink_to("/dev/full")
+    (tmp_path / LOG_FILE).symlink_to("/dev/full")
     logged = begin()
     logged.session.log_to(tmp_path)
     with caplog.at_level(logging.WARNING, "hf_amp"):
@@ -87,9 +88,9 @@ def test_a_log_on_a_full_disk_costs_no_step(
     plain = begin()
     plain.train(0, 12)
     assert_bitwise_equal(tensors, plain.everything()[0])
-    told = [r.getMessage() for r in caplog.records if "events are lost" in r.getMessage()]
-    assert len(told) == 1
-    assert os.strerror(errno.ENOSPC) in told[0]
+    reported = [r.getMessage() for r in caplog.records if "events are lost" in r.getMessage()]
+    assert len(reported) == 1
+    assert os.strerror(errno.ENOSPC) in reported[0]
     tally("disk full (ENOSPC) at every line of the event log", 12, logged.session.scaler.decided_steps)
 
 
@@ -99,7 +100,7 @@ def test_a_trainer_goes_on_where_its_log_cannot(tmp_path: Path, tally: Tally) ->
     for folder in ("full", "roomy"):
         (tmp_path / folder).mkdir()
         if folder == "full":
-            (tmp_path / folder / FILE_NAME).symlink_to("/dev/full")
+            (tmp_path / folder / LOG_FILE).symlink_to("/dev/full")
         callback = MixedPrecisionCallback()
         trainer = regression_trainer(tmp_path / folder, callback, OverflowAt(2), fp16=True)
         trainer.train()
@@ -113,12 +114,12 @@ def test_a_log_goes_on_when_there_is_room_again(tmp_path: Path, caplog: pytest.L
     """Whatever room there is for the first line that does not fit: what was written before and after is read, and the
     torn line is passed over."""
     run = begin()
-    sink = JsonLinesSink(tmp_path / FILE_NAME, "run", rank=0)
+    sink = JsonLinesSink(tmp_path / LOG_FILE, "run", rank=0)
     event = run.session.events[0]
     sink.write(event)
-    whole = (tmp_path / FILE_NAME).stat().st_size
+    whole = (tmp_path / LOG_FILE).stat().st_size
     for room in range(0, whole - 1, 40):
-        size = (tmp_path / FILE_NAME).stat().st_size
+        size = (tmp_path / LOG_FILE).stat().st_size
         before = events_written(tmp_path)
         caplog.clear()
         with largest_file(size + room), caplog.at_level(logging.WARNING, "hf_amp"):
@@ -176,8 +177,8 @@ def test_a_trainer_goes_on_where_tensorboard_cannot(
         assert [e.step for e in callback.session.events if e.kind is EventKind.STEP_SKIPPED] == [3]
         assert logged(trainer, "amp/scale") == [65536.0] * 2 + [32768.0] * 4
     assert_bitwise_equal(trained["full"], trained["roomy"])
-    (told,) = charts_lost(caplog)
-    assert os.strerror(errno.ENOSPC) in told
+    (reported,) = charts_lost(caplog)
+    assert os.strerror(errno.ENOSPC) in reported
     tally("disk full (ENOSPC) at every record of a Trainer's TensorBoard", 1, 1)
 
 
@@ -202,8 +203,8 @@ def test_an_accelerate_loop_goes_on_where_tensorboard_cannot(
                 fill_charts(tmp_path / "run")
         accelerator.end_training()
     assert session.metrics()["applied_steps"] == 6
-    (told,) = charts_lost(caplog)
-    assert os.strerror(errno.ENOSPC) in told
+    (reported,) = charts_lost(caplog)
+    assert os.strerror(errno.ENOSPC) in reported
     session.detach()
     assert not {"add_scalar", "add_text", "flush", "close"} & set(vars(writer))
     tally("disk full (ENOSPC) at every record of an Accelerator's TensorBoard", 6, 6)
@@ -296,7 +297,7 @@ def test_a_log_that_was_asked_for_is_an_error_in_a_read_only_folder(read_only: P
     run = begin()
     run.train(0, 2)
     with unprivileged():
-        with pytest.raises(PermissionError, match=FILE_NAME):
+        with pytest.raises(PermissionError, match=LOG_FILE):
             run.session.log_to(read_only)
         with pytest.raises(PermissionError, match="read-only"):
             run.accelerator.save_state(str(read_only / "saved"))

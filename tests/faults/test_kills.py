@@ -23,16 +23,16 @@ def test_runs_killed_again_and_again_end_as_those_that_were_not(
     schedule, scale, policy, plan and counters end equal to the bit to those of runs without a break."""
     kills = 100 if full_size else 17
     program = [sys.executable, "-m", "tests.faults.killed_run", str(tmp_path), str(kills)]
-    told = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert told.returncode == 0, told.stderr[-4000:]
-    results = json.loads(told.stdout.splitlines()[-1])
+    reported = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert reported.returncode == 0, reported.stderr[-4000:]
+    results = json.loads(reported.stdout.splitlines()[-1])
     assert sum(result["within a save"] for result in results.values()) > 0
     plan = torch.load(tmp_path / "same folder" / "unbroken.pt", weights_only=True)[1][1]["hf_amp"][
-        "companions"
+        "stateful"
     ]["fallback"]
     assert plan["demotions"], "the plan was never changed"
     for kind, result in results.items():
-        assert result["ended"] == [0, 0], told.stderr[-4000:]
+        assert result["ended"] == [0, 0], reported.stderr[-4000:]
         killed, unbroken = (
             torch.load(tmp_path / kind / f"{name}.pt", weights_only=True) for name in ("killed", "unbroken")
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import Cause, EventKind, MixedPrecisionConfig
-from hf_amp.report.reader import EventLog, find_log
+from hf_amp.report.reader import EventLogReader, find_log
 from tests.faults.conftest import Tally
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
@@ -180,12 +180,12 @@ class Storm:
 def first_of_each_row(skips: list[tuple[int, Cause]]) -> list[int]:
     """Of the steps that met poisoned weights, the first of those with no applied step between them."""
     firsts: list[int] = []
-    hopeless, before = False, 0
+    stalled, before = False, 0
     for step, cause in skips:
-        hopeless = hopeless and step == before + 1
-        if cause is Cause.WEIGHTS and not hopeless:
+        stalled = stalled and step == before + 1
+        if cause is Cause.WEIGHTS and not stalled:
             firsts.append(step)
-            hopeless = True
+            stalled = True
         before = step
     return firsts
 
@@ -211,18 +211,18 @@ def test_nan_and_inf_everywhere(
     storm.run(steps)
     figures, kind = storm.session.metrics(), request.node.callspec.id
     storm.session.detach()
-    log = list(EventLog(find_log(tmp_path)).read())
-    told = [(e["step"], Cause(e["cause"])) for e in log if e["event"] == EventKind.STEP_SKIPPED.value]
-    assert told == storm.expected
-    hopeless = [e["step"] for e in log if e["event"] == EventKind.HOPELESS.value]
-    assert hopeless == first_of_each_row(told)
+    log = list(EventLogReader(find_log(tmp_path)).read())
+    reported = [(e["step"], Cause(e["cause"])) for e in log if e["event"] == EventKind.STEP_SKIPPED.value]
+    assert reported == storm.expected
+    stalled = [e["step"] for e in log if e["event"] == EventKind.STALLED.value]
+    assert stalled == first_of_each_row(reported)
     decided = storm.finite_steps
     assert decided in (steps, steps + 1)  # one more where the last fault takes two
     assert figures["applied_steps"] + figures["skipped_steps"] == decided
-    by_cause = Counter(cause for _, cause in told)
+    by_cause = Counter(cause for _, cause in reported)
     assert {c: figures.get(f"skipped_steps_{c.value.lower()}", 0) for c in by_cause} == by_cause
-    assert figures["skipped_steps"] == len(told)
-    once = Counter(told)
+    assert figures["skipped_steps"] == len(reported)
+    once = Counter(reported)
     for place in storm.places:
         steps_of = [step for step, where in storm.injected if where == place]
         late = place == "optimizer state"

@@ -20,7 +20,7 @@ from hf_amp.monitoring.metrics import NAMES
 from hf_amp.report import reader
 from hf_amp.report.page import page
 from hf_amp.report.pictures import figures_of
-from hf_amp.report.reader import CHANGES_KEPT, FILE_NAME, EventLog, RunHistory, read_run
+from hf_amp.report.reader import CHANGES_KEPT, FILE_NAME, EventLogReader, RunHistory, read_run
 from tests.fuzz.anything import FAST, PLAIN
 
 KINDS = (
@@ -97,12 +97,12 @@ def test_whole_lines_are_kept(path: Path, parts: list[Any], cut: int, chunk: int
     ended = content[: content.rfind(b"\n") + 1].count(b"\n")
     expected = [part for part in parts[:ended] if isinstance(part, dict)]
     path.write_bytes(content)
-    log = EventLog(path)
+    log = EventLogReader(path)
     assert list(log.read()) == expected
     assert log.unfinished == (not content.endswith(b"\n") and bool(content))
 
     path.write_bytes(b"")
-    growing, seen, run = EventLog(path), [], RunHistory("run", path)
+    growing, seen, run = EventLogReader(path), [], RunHistory("run", path)
     for start in range(0, len(content), chunk):
         with path.open("ab") as file:
             file.write(content[start : start + chunk])
@@ -190,12 +190,12 @@ def test_changes_without_end_are_thinned_out() -> None:
             line(EventKind.TRAINING_STARTED, i + 1),
         )
     )
-    assert len(run.transitions) == len(run.resumed_at) == CHANGES_KEPT
-    assert (run.transitions[0].step, run.transitions[-1].step) == (0, CHANGES_KEPT + 99)
-    assert sorted(run.departures) == [f"m{i}" for i in range(7)]
+    assert len(run.precision_changes) == len(run.resumed_at) == CHANGES_KEPT
+    assert (run.precision_changes[0].step, run.precision_changes[-1].step) == (0, CHANGES_KEPT + 99)
+    assert sorted(run.changed_modules) == [f"m{i}" for i in range(7)]
 
 
 def test_a_verdict_does_not_break_the_terminal() -> None:
     """Half of a surrogate pair, which JSON can hold and no terminal can show, in what the verdict repeats."""
     metrics = line(EventKind.METRICS, 3, applied_steps=3)
-    see(history([metrics, line(EventKind.HOPELESS, 3, message="\ud800")]))
+    see(history([metrics, line(EventKind.STALLED, 3, message="\ud800")]))

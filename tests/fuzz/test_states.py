@@ -25,7 +25,7 @@ from hf_amp.config import is_real
 from hf_amp.device import probe
 from hf_amp.events import Cause
 from hf_amp.fallback.controller import FallbackState, StepFacts
-from hf_amp.fallback.plan import ladder_of
+from hf_amp.fallback.plan import precision_order
 from hf_amp.session import AmpSession
 from tests.fuzz.anything import ANYTHING, FAST
 from tests.reference import OverflowInBackward, tiny_mlp
@@ -41,7 +41,7 @@ CASES = {
 BOUNDS = {"min_scale": 2.0**-10, "max_scale": 2.0**20, "init_scale": 2.0**10}
 
 
-PARTS = [(), ("hf_amp", "policy"), ("hf_amp", "companions", "fallback"), ("hf_amp", "companions", "monitor")]
+PARTS = [(), ("hf_amp", "policy"), ("hf_amp", "stateful", "fallback"), ("hf_amp", "stateful", "monitor")]
 NAMES = st.text(max_size=4) | st.sampled_from(["record_skipped", "patience", "config"])
 NEAR_NUMBERS = [lambda x: -x, lambda x: 2 * x, lambda x: x + 0.5, lambda x: 1e300 * float(x)]
 NEAR_TEXTS = ["", "FP8", "BF16", "DYNAMIC", "UNKNOWN"]
@@ -54,10 +54,10 @@ class Run:
         self.config = MixedPrecisionConfig(**BOUNDS, **CASES[case])
         mode = PrecisionMode.BF16 if case == "guard" else PrecisionMode.MIXED
         hardware = probe("cpu")
-        self.ladder = ladder_of(mode, hardware, emulate=True)
+        self.order = precision_order(mode, hardware, emulate=True)
         self.session = AmpSession(self.config, AdvancedGradScaler(self.config, "cpu"), mode, hardware)
         self.model = tiny_mlp()
-        self.session.adopt(self.model)
+        self.session.register_model(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, fused=True)
 
     def step(self, fault: bool = False) -> None:
@@ -72,9 +72,9 @@ class Run:
         """Everything is as it may be."""
         scaler, plan = self.session.scaler, self.session.plan
         scaler.flush()
-        low, high = (1.0, 1.0) if scaler.guards_only else (BOUNDS["min_scale"], BOUNDS["max_scale"])
+        low, high = (1.0, 1.0) if scaler.no_scaling else (BOUNDS["min_scale"], BOUNDS["max_scale"])
         assert low <= scaler.get_scale() <= high
-        assert plan.default in self.ladder
+        assert plan.default in self.order
         assert set(plan.modules.values()) <= {PrecisionMode.FP32}
         assert scaler.decided_steps == scaler.applied_steps + scaler.skipped_steps
         self.session.metrics()
@@ -88,11 +88,11 @@ def saved(case: str) -> dict[str, Any]:
     for fault in (False, True, False, True, True, False):
         run.step(fault)
     state = run.session.scaler.state_dict()
-    keeper: FallbackState = FallbackState.from_plain(state["hf_amp"]["companions"]["fallback"])
+    keeper: FallbackState = FallbackState.from_plain(state["hf_amp"]["stateful"]["fallback"])
     facts = StepFacts(Cause.ACTIVATION, ("0",), 0.5)
     moved = run.session._keeper._fallback.next_state(keeper, facts)
     moved = run.session._keeper._fallback.next_state(moved, StepFacts(Cause.UNKNOWN, (), 0.5))
-    state["hf_amp"]["companions"]["fallback"].update(moved.to_plain(), scale_at_rest=4.0)
+    state["hf_amp"]["stateful"]["fallback"].update(moved.to_plain(), scale_at_rest=4.0)
     return state
 
 

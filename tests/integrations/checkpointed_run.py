@@ -51,7 +51,7 @@ class Run:
         """Parameters, optimizer state, and all that is saved and told of the session, but for what a clock has measured."""
         assert self.session is not None
         saved = self.session.scaler.state_dict()
-        del saved["hf_amp"]["companions"]["pace"]
+        del saved["hf_amp"]["stateful"]["throughput"]
         figures = {name: value for name, value in self.session.metrics().items() if name not in TIMINGS}
         return snapshot(self.model, self.optimizer), (self.scheduler.get_last_lr(), saved, figures)
 

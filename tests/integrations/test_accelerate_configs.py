@@ -48,11 +48,11 @@ def losses(output: str) -> list[float]:
 
 def test_the_loop_trains_on_two_processes() -> None:
     """The issue's own command: one line a report, from one of the two, and a loss that falls on real text."""
-    told = losses(
+    reported = losses(
         launch("cpu_2_processes.yaml", "examples/accelerate_loop.py", "--steps", "21", "--batch-size", "4")
     )
-    assert len(told) == 2
-    assert told[-1] < told[0] - 1.0
+    assert len(reported) == 2
+    assert reported[-1] < reported[0] - 1.0
 
 
 def test_the_loop_trains_on_one() -> None:

@@ -69,7 +69,7 @@ def test_two_optimizers_of_one_backward_search_the_scale_and_stay_in_fp16() -> N
     figures = session.metrics()
     assert figures["skipped_steps_scale"] == figures["skipped_steps"] >= 4
     assert figures["applied_steps"] + figures["skipped_steps"] == 24
-    assert (session.monitor.losses, figures["transitions"]) == (12, 0)
+    assert (session.monitor.losses, figures["precision_changes"]) == (12, 0)
 
 
 @pytest.mark.parametrize("created_before_prepare", [True, False])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_amp import EventKind
-from hf_amp.integrations.checkpoint import GUARD_NAME, Staging, finish_interrupted
+from hf_amp.integrations.checkpoint import FINITE_CHECK_FILE, AtomicCheckpoint, finish_interrupted
 from tests.integrations.checkpointed_run import KilledWhileSaved, begin
 from tests.reference import assert_bitwise_equal
 
@@ -121,7 +121,7 @@ def test_replacing_a_checkpoint_keeps_what_else_is_in_the_folder(tmp_path: Path)
     other = begin("bf16")
     other.accelerator.save_state(str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"arguments.json", GUARD_NAME} < names
+    assert {"arguments.json", FINITE_CHECK_FILE} < names
     assert not names & {"scaler.pt", ".incomplete", ".complete"}
 
 
@@ -155,7 +155,7 @@ def test_a_whole_checkpoint_takes_its_place_after_a_kill(tmp_path: Path) -> None
     target.mkdir()
     (target / "model").write_text("old")
     (target / "optimizer").write_text("old")
-    staging = Staging(target)
+    staging = AtomicCheckpoint(target)
     (staging.folder / "shards").mkdir(parents=True)
     for name in ("model", "optimizer", "shards/0"):
         (staging.folder / name).write_text("new")

@@ -14,7 +14,7 @@ from transformers import Trainer, set_seed
 
 import hf_amp
 from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
-from hf_amp.scaling.master_weights import MasterWeights, settle
+from hf_amp.scaling.master_weights import MasterWeights, convert_parameters
 from tests.integrations.half_models import dtypes, loaded
 from tests.integrations.trainers import arguments, text_rows
 from tests.reference import tiny_mlp
@@ -152,9 +152,9 @@ def test_bf16_run_warns_and_measures_what_is_lost(tmp_path: Path) -> None:
     two = MixedPrecisionCallback({"monitoring_interval": 100})
     trainer = trainer_on(loaded(tmp_path / "model", torch.bfloat16), tmp_path, two, max_steps=2, **options)
     trainer.train()
-    told = [entry.get("amp/lost_update_fraction") for entry in trainer.state.log_history[:2]]
-    assert told[0] is None  # the first step's share is known with the second
-    assert told[1] == pytest.approx(exact, abs=0.02)
+    reported = [entry.get("amp/lost_update_fraction") for entry in trainer.state.log_history[:2]]
+    assert reported[0] is None  # the first step's share is known with the second
+    assert reported[1] == pytest.approx(exact, abs=0.02)
 
 
 @pytest.mark.parametrize("choice", ["upcast", "master_weights"])
@@ -269,7 +269,7 @@ def test_conversion_inside_ddp_is_too_late(mode: PrecisionMode) -> None:
     with pytest.raises(
         AttachError, match=r"attach hf_amp before accelerator.prepare|Attach hf_amp before"
     ) as raised:
-        settle(model, config, mode, [], MasterWeights(), fixed=True)
+        convert_parameters(model, config, mode, [], MasterWeights(), fixed=True)
     assert "callbacks=[MixedPrecisionCallback(...)]" in str(raised.value)
     assert dtypes(model) == {torch.bfloat16}
 

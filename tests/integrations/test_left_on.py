@@ -219,19 +219,17 @@ def test_time_is_told_by_precision(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_hopeless_run_is_told_and_stopped_if_configured(tmp_path: Path, stop: bool) -> None:
-    """Every step skipped: after `patience` steps it is said; with stop_when_hopeless it ends, the good checkpoint kept."""
-    callback = MixedPrecisionCallback(
-        {"patience": 4, "stop_when_hopeless": stop, "automatic_fallback": False}
-    )
+    """Every step skipped: after `patience` steps it is said; with stop_when_stalled it ends, the good checkpoint kept."""
+    callback = MixedPrecisionCallback({"patience": 4, "stop_when_stalled": stop, "automatic_fallback": False})
     trainer = regression_trainer(
         tmp_path, callback, nan_rows=tuple(range(8, 64)), fp16=True, max_steps=12, save_strategy="steps",
         save_steps=2, save_total_limit=2,
     )  # fmt: skip
     trainer.train()
-    (hopeless,) = [e for e in callback.session.events if e.kind is EventKind.HOPELESS]
-    assert hopeless.cause == "INPUT"
+    (stalled,) = [e for e in callback.session.events if e.kind is EventKind.STALLED]
+    assert stalled.cause == "INPUT"
     stopped = [e for e in callback.session.events if e.kind is EventKind.TRAINING_STOPPED]
-    assert trainer.state.global_step == (hopeless.step if stop else 12)
+    assert trainer.state.global_step == (stalled.step if stop else 12)
     assert len(stopped) == stop
     if stop:
         assert "checkpoint-" in stopped[0].message
@@ -240,7 +238,7 @@ def test_hopeless_run_is_told_and_stopped_if_configured(tmp_path: Path, stop: bo
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_an_optimizer_of_another_models_parameters_is_told(tmp_path: Path, precision: str) -> None:
     """One made before the model was replaced: stock FP16 ends with an assertion, others train nothing without a word."""
-    callback = MixedPrecisionCallback({"patience": 3, "stop_when_hopeless": True})
+    callback = MixedPrecisionCallback({"patience": 3, "stop_when_stalled": True})
     trainer = Trainer(
         Regression(),
         arguments(tmp_path, fp16=precision == "fp16", bf16=precision == "bf16"),
@@ -249,20 +247,20 @@ def test_an_optimizer_of_another_models_parameters_is_told(tmp_path: Path, preci
         callbacks=[callback],
     )
     trainer.train()
-    (hopeless,) = [e for e in callback.session.events if e.kind is EventKind.HOPELESS]
-    assert (hopeless.step, hopeless.cause, trainer.state.global_step) == (3, "UNKNOWN", 3)
-    assert "for 3 steps no parameter that the optimizer holds had a gradient" in hopeless.message
-    assert "made before the model was wrapped, resized or replaced" in hopeless.message
+    (stalled,) = [e for e in callback.session.events if e.kind is EventKind.STALLED]
+    assert (stalled.step, stalled.cause, trainer.state.global_step) == (3, "UNKNOWN", 3)
+    assert "for 3 steps no parameter that the optimizer holds had a gradient" in stalled.message
+    assert "made before the model was wrapped, resized or replaced" in stalled.message
 
 
 def test_poisoned_weights_are_told_before_the_first_step(tmp_path: Path) -> None:
-    """A model that comes with NaN is hopeless at once, by name; with stop_when_hopeless it takes one step, not all."""
-    callback = MixedPrecisionCallback({"stop_when_hopeless": True})
+    """A model that comes with NaN is hopeless at once, by name; with stop_when_stalled it takes one step, not all."""
+    callback = MixedPrecisionCallback({"stop_when_stalled": True})
     trainer = regression_trainer(tmp_path, callback)
     with torch.no_grad():
         trainer.model.hidden.bias[0] = torch.nan
     trainer.train()
-    (hopeless,) = [e for e in callback.session.events if e.kind is EventKind.HOPELESS]
-    assert (hopeless.step, hopeless.cause) == (0, "WEIGHTS")
-    assert "hidden.bias" in hopeless.message
+    (stalled,) = [e for e in callback.session.events if e.kind is EventKind.STALLED]
+    assert (stalled.step, stalled.cause) == (0, "WEIGHTS")
+    assert "hidden.bias" in stalled.message
     assert trainer.state.global_step == 1

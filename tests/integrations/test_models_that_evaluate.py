@@ -52,7 +52,7 @@ class Distillation:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def told(self, kind: EventKind) -> list[AmpEvent]:
+    def reported(self, kind: EventKind) -> list[AmpEvent]:
         return [event for event in self.session.events if event.kind is kind]
 
 
@@ -60,7 +60,7 @@ def test_the_trained_model_is_the_first_whatever_was_prepared_before() -> None:
     """Its modules have no prefix, and its parameters alone are the run's."""
     loop = Distillation("fp16", Network(GAIN), Network())
     loop.step()
-    assert [event.modules for event in loop.told(EventKind.STEP_SKIPPED)] == [("first",)]
+    assert [event.modules for event in loop.reported(EventKind.STEP_SKIPPED)] == [("first",)]
     loop.reference.first.weight.data[0, 0] = torch.nan
     assert loop.session.non_finite_parameters() == []
     loop.trained.first.weight.data[0, 0] = torch.nan
@@ -73,7 +73,7 @@ def test_a_reference_that_overflows_is_named_and_runs_in_fp32(gain: float) -> No
     loop = Distillation("fp16", Network(gain), Network(GAIN))
     for _ in range(4):
         loop.step()
-    skips = loop.told(EventKind.STEP_SKIPPED)
+    skips = loop.reported(EventKind.STEP_SKIPPED)
     expected = [("eval_model_1.first",)] if gain == 1 else [("first",), ("eval_model_1.first",)]
     assert [(skip.cause, skip.modules) for skip in skips] == [(Cause.ACTIVATION, m) for m in expected]
     assert loop.session.metrics()["applied_steps"] == 4 - len(expected)
@@ -91,11 +91,11 @@ def test_what_a_reference_gave_before_it_ran_in_fp32_is_told_as_that() -> None:
         loop.optimizer.step()
         loop.optimizer.zero_grad()
     loop.step()
-    skips = loop.told(EventKind.STEP_SKIPPED)
+    skips = loop.reported(EventKind.STEP_SKIPPED)
     causes = [(skip.cause, skip.modules) for skip in skips]
     assert causes == [(Cause.ACTIVATION, ("eval_model_1.first",)), (Cause.ACTIVATION, ())]
     assert {skip.after for skip in skips} == {skips[0].before}
-    assert len(loop.told(EventKind.PRECISION_CHANGED)) == 1
+    assert len(loop.reported(EventKind.PRECISION_CHANGED)) == 1
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
@@ -107,9 +107,9 @@ def test_a_reference_whose_weights_are_not_finite_is_told(precision: str) -> Non
     before = loop.session.plan
     loop.step()
     loop.step()
-    assert [skip.cause for skip in loop.told(EventKind.STEP_SKIPPED)] == [Cause.WEIGHTS] * 2
-    assert "eval_model_1.last.bias" in loop.told(EventKind.STEP_SKIPPED)[0].message
-    assert len(loop.told(EventKind.HOPELESS)) == 1
+    assert [skip.cause for skip in loop.reported(EventKind.STEP_SKIPPED)] == [Cause.WEIGHTS] * 2
+    assert "eval_model_1.last.bias" in loop.reported(EventKind.STEP_SKIPPED)[0].message
+    assert len(loop.reported(EventKind.STALLED)) == 1
     assert loop.session.plan == before
 
 
@@ -125,7 +125,7 @@ def test_a_reference_that_is_not_finite_in_fp32_either_is_named(precision: str) 
     """UNKNOWN, and where to look: a fault of the reference, not of the loss."""
     loop = Distillation(precision, Network(), nn.Sequential(nn.Linear(8, 4), DividedByZero()))
     loop.step()
-    (skip,) = loop.told(EventKind.STEP_SKIPPED)
+    (skip,) = loop.reported(EventKind.STEP_SKIPPED)
     assert skip.cause is Cause.UNKNOWN
     assert "eval_model_1.1 gives non-finite values" in skip.message
 
@@ -137,7 +137,7 @@ def test_a_fault_of_the_loss_stays_one() -> None:
         target = loop.reference(X)
     loop.accelerator.backward((loop.trained(X) - target).mean() / torch.zeros(()))
     loop.optimizer.step()
-    assert [skip.cause for skip in loop.told(EventKind.STEP_SKIPPED)] == [Cause.LOSS]
+    assert [skip.cause for skip in loop.reported(EventKind.STEP_SKIPPED)] == [Cause.LOSS]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -146,9 +146,9 @@ def test_half_parameters_that_nobody_trains_are_left_alone(precision: str, train
     """They are neither made FP32 nor warned of: those of the trained model alone are."""
     loop = Distillation(precision, Network().to(trained), Network().half())
     assert {p.dtype for p in loop.reference.parameters()} == {torch.float16}
-    told = [*loop.told(EventKind.PARAMETERS_CONVERTED), *loop.told(EventKind.HALF_PARAMETERS)]
-    assert len(told) == (trained is torch.float16)
-    assert all(event.figures["parameters"] == 4 for event in told)
+    reported = [*loop.reported(EventKind.PARAMETERS_CONVERTED), *loop.reported(EventKind.HALF_PARAMETERS)]
+    assert len(reported) == (trained is torch.float16)
+    assert all(event.figures["parameters"] == 4 for event in reported)
 
 
 def test_a_model_becomes_trained_with_its_optimizer() -> None:

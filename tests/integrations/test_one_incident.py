@@ -43,7 +43,7 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Told:
     folder = tmp_path_factory.mktemp("incident")
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -65,49 +65,49 @@ def skips(session: AmpSession) -> list[AmpEvent]:
     return [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
 
 
-def test_session_events_name_it(told: Told) -> None:
+def test_session_events_name_it(reported: Told) -> None:
     """One skipped step, with its cause and its module; then the module's change of precision."""
-    (skip,) = skips(told.session)
+    (skip,) = skips(reported.session)
     assert (skip.step, skip.cause, skip.modules) == (STEP, Cause.ACTIVATION, (MODULE,))
-    (change,) = [event for event in told.session.events if event.kind is EventKind.PRECISION_CHANGED]
+    (change,) = [event for event in reported.session.events if event.kind is EventKind.PRECISION_CHANGED]
     assert (change.step, change.after, change.modules) == (STEP, "FP32", (MODULE,))
 
 
-def test_the_console_names_it(told: Told) -> None:
+def test_the_console_names_it(reported: Told) -> None:
     """One warning for the skip, with everything in it."""
-    assert [line.startswith(HEADLINE) for line in told.console if "step_skipped" in line] == [True]
+    assert [line.startswith(HEADLINE) for line in reported.console if "step_skipped" in line] == [True]
 
 
-def test_the_readme_shows_the_console(told: Told) -> None:
+def test_the_readme_shows_the_console(reported: Told) -> None:
     """What README.md has of a console is this one's, line by line, but for where lines are broken."""
     block = README.read_text(encoding="utf-8").split("```console\n")[1].split("```")[0]
-    assert block.replace("\n  ", " ").splitlines() == told.console[:2]
+    assert block.replace("\n  ", " ").splitlines() == reported.console[:2]
 
 
-def test_the_json_log_names_it(told: Told) -> None:
+def test_the_json_log_names_it(reported: Told) -> None:
     """The event's line is the session's event."""
-    lines = [json.loads(line) for line in (told.folder / "amp_events.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (reported.folder / "amp_events.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if line["event"] == "step_skipped"]
-    (skip,) = skips(told.session)
+    (skip,) = skips(reported.session)
     assert (line["step"], line["cause"], line["modules"], line["message"], line["level"]) == (
         STEP, "ACTIVATION", [MODULE], skip.message, "warning",
     )  # fmt: skip
 
 
-def test_log_history_names_it(told: Told) -> None:
+def test_log_history_names_it(reported: Told) -> None:
     """The entry of that step counts it and names it; no other entry names anything."""
-    entries = [entry for entry in told.log_history if "loss" in entry]
+    entries = [entry for entry in reported.log_history if "loss" in entry]
     assert [entry["amp/skipped_steps_activation"] for entry in entries[STEP - 1 :]] == [1, 1, 1, 1]
     assert [entry["step"] for entry in entries if "amp_incident" in entry] == [STEP]
     assert entries[STEP - 1]["amp_incident"].startswith(HEADLINE)
 
 
 @pytest.fixture(scope="module")
-def board(told: Told) -> EventAccumulator:
-    return EventAccumulator(str(told.folder / "tb"), size_guidance={"histograms": 0}).Reload()
+def board(reported: Told) -> EventAccumulator:
+    return EventAccumulator(str(reported.folder / "tb"), size_guidance={"histograms": 0}).Reload()
 
 
-def test_tensorboard_names_it(told: Told, board: EventAccumulator) -> None:
+def test_tensorboard_names_it(reported: Told, board: EventAccumulator) -> None:
     """Read back from the event file: the counter rises at that step, and the words stand there."""
     counted = {point.step: point.value for point in board.Scalars("train/amp/skipped_steps_activation")}
     assert counted == dict.fromkeys(range(STEP, 7), 1.0)
@@ -116,24 +116,24 @@ def test_tensorboard_names_it(told: Told, board: EventAccumulator) -> None:
     assert HEADLINE in words.tensor_proto.string_val[0].decode()
 
 
-def test_tensorboard_groups_the_charts_and_has_histograms(told: Told, board: EventAccumulator) -> None:
+def test_tensorboard_groups_the_charts_and_has_histograms(reported: Told, board: EventAccumulator) -> None:
     """The layout of the custom-scalars page finds our tags; every logging step has a histogram over the modules."""
     (layout,) = board.Tensors("custom_scalars__config__")
     assert b"^train/amp/scale$" in layout.tensor_proto.string_val[0]
     assert [point.step for point in board.Histograms("train/amp/module_headroom_bits")] == [1, 2, 3, 4, 5, 6]
     newest = board.Histograms("train/amp/module_headroom_bits")[-1].histogram_value
-    assert newest.num == len(told.session.module_metrics()["module_headroom_bits"])
+    assert newest.num == len(reported.session.module_metrics()["module_headroom_bits"])
 
 
-def test_the_report_names_it(told: Told, tmp_path: Path) -> None:
+def test_the_report_names_it(reported: Told, tmp_path: Path) -> None:
     """The figures and the page have the step, the cause, the module and what was done."""
     pytest.importorskip("matplotlib", reason="the page's pictures need the extra hf_amp[report]")
     page = tmp_path / "report.html"
-    result = CliRunner().invoke(app, ["report", str(told.folder), "--json", "-o", str(page)])
+    result = CliRunner().invoke(app, ["report", str(reported.folder), "--json", "-o", str(page)])
     assert result.exit_code == 0, result.output
     (run,) = json.loads(result.stdout)
     (incident,) = [each for each in run["incidents"] if each["event"] == "step_skipped"]
-    (skip,) = skips(told.session)
+    (skip,) = skips(reported.session)
     assert (incident["first_step"], incident["cause"], incident["modules"], incident["message"]) == (
         STEP, "ACTIVATION", [MODULE], skip.message,
     )  # fmt: skip
@@ -144,11 +144,11 @@ def test_the_report_names_it(told: Told, tmp_path: Path) -> None:
     )
 
 
-def test_the_terminal_names_it(told: Told) -> None:
+def test_the_terminal_names_it(reported: Told) -> None:
     """`watch` shows the verdict and the incident."""
-    result = CliRunner().invoke(app, ["watch", str(told.folder), "--once"], terminal_width=400)
+    result = CliRunner().invoke(app, ["watch", str(reported.folder), "--once"], terminal_width=400)
     assert result.exit_code == 0, result.output
     text = " ".join(result.stdout.replace("│", " ").split())
-    (skip,) = skips(told.session)
+    (skip,) = skips(reported.session)
     assert f"step {STEP}: step skipped ACTIVATION. {skip.message}" in text
     assert MODULE in skip.message

@@ -120,8 +120,8 @@ def test_3_nan_checkpoints_rotate_the_good_one_out(tmp_path: Path) -> None:
     withheld = events_of(ours, EventKind.CHECKPOINT_WITHHELD)
     assert [event.step for event in withheld] == [4, 6]
     assert "output.bias" in withheld[0].message
-    (hopeless,) = events_of(ours, EventKind.HOPELESS)
-    assert (hopeless.step, hopeless.cause) == (4, Cause.WEIGHTS)
+    (stalled,) = events_of(ours, EventKind.STALLED)
+    assert (stalled.step, stalled.cause) == (4, Cause.WEIGHTS)
 
 
 def test_3_a_nan_checkpoint_is_not_the_best(tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_10_evaluation_hides_batches_that_it_lost(tmp_path: Path, lost: tuple[in
     assert entries[1]["eval_loss"] == pytest.approx(entries[0]["eval_loss"], rel=0, abs=0, nan_ok=True) != 0
     batches = len({row // 4 for row in lost})
     assert entries[1]["amp/eval_non_finite_batches"] == batches
-    told = events_of(ours, EventKind.EVALUATION_LOST_BATCHES)
-    assert [event.message[:10] for event in told] == [f"{batches} of 16 ba"][: bool(lost)]
+    reported = events_of(ours, EventKind.EVALUATION_LOST_BATCHES)
+    assert [event.message[:10] for event in reported] == [f"{batches} of 16 ba"][: bool(lost)]
     returned = ours.evaluate()
     assert not any("amp/" in key for key in returned)  # a search would take it for its objective
     assert set(returned) == set(stock.evaluate())
@@ -242,8 +242,8 @@ def test_12_fp16_parameters_end_a_run_in_its_first_step(tmp_path: Path) -> None:
         train_dataset=text(), callbacks=[MixedPrecisionCallback()],
     )  # fmt: skip
     ours.train()
-    (told,) = events_of(ours, EventKind.PARAMETERS_CONVERTED)
-    assert (told.step, told.before, told.after) == (0, "FP16", "FP32")
+    (reported,) = events_of(ours, EventKind.PARAMETERS_CONVERTED)
+    assert (reported.step, reported.before, reported.after) == (0, "FP16", "FP32")
     losses = logged(ours, "loss")
     assert losses[-1] < losses[0]
     assert dtypes(ours.model) == {torch.float32}
@@ -267,8 +267,8 @@ def test_13_bf16_parameters_stand_still_in_an_fp16_run(tmp_path: Path) -> None:
     assert stock.accelerator.scaler.get_scale() == 65536.0  # no step was skipped
     assert stood_still[0] > 0.75
     assert stood_still[1] < 0.01
-    (told,) = events_of(ours, EventKind.PARAMETERS_CONVERTED)
-    assert (told.step, told.before, told.after) == (0, "BF16", "FP32")
+    (reported,) = events_of(ours, EventKind.PARAMETERS_CONVERTED)
+    assert (reported.step, reported.before, reported.after) == (0, "BF16", "FP32")
 
 
 def test_17_clipping_twice_is_an_error(tmp_path: Path) -> None:
@@ -346,8 +346,8 @@ def test_21_a_short_run_is_spent_on_finding_the_scale(tmp_path: Path) -> None:
         witness.trainer = trainer
         trainer.train()
         applied.append(witness.moved.count(True))
-    stock, told, adaptive = applied
-    assert told == 12
+    stock, reported, adaptive = applied
+    assert reported == 12
     assert stock <= 4 < adaptive
 
 
@@ -372,14 +372,14 @@ def test_23_every_label_is_ignored(tmp_path: Path, fp16: bool) -> None:
     stock = Trainer(tiny_gpt2(), arguments(tmp_path, fp16=fp16), train_dataset=blank)
     stock.train()
     assert logged(stock, "loss") == logged(stock, "grad_norm") == [0.0] * 6
-    callback = MixedPrecisionCallback({"patience": 3, "stop_when_hopeless": True})
+    callback = MixedPrecisionCallback({"patience": 3, "stop_when_stalled": True})
     ours = Trainer(tiny_gpt2(), arguments(tmp_path, fp16=fp16), train_dataset=blank, callbacks=[callback])
     ours.train()
     (first,) = events_of(ours, EventKind.ZERO_GRADIENTS)
     assert (first.step, first.cause) == (1, Cause.LOSS)
     assert "-100" in first.message
-    (hopeless,) = events_of(ours, EventKind.HOPELESS)
-    assert (hopeless.step, hopeless.cause, ours.state.global_step) == (3, Cause.LOSS, 3)
+    (stalled,) = events_of(ours, EventKind.STALLED)
+    assert (stalled.step, stalled.cause, ours.state.global_step) == (3, Cause.LOSS, 3)
 
 
 def test_24_fp16_on_a_cpu_is_silently_fp32(tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_24_fp16_on_a_cpu_is_silently_fp32(tmp_path: Path) -> None:
     ours = run(callback, fp16=True)
     assert logged(ours, "loss") != logged(fp32, "loss")
     assert logged(ours, "loss") == pytest.approx(logged(fp32, "loss"), rel=1e-2)
-    assert "FP16 emulated on the CPU" in callback.session.what_runs()
+    assert "FP16 emulated on the CPU" in callback.session.describe()
 
 
 def test_26_trainer_state_is_no_json(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def resumed(
 def untimed(callback: MixedPrecisionCallback) -> list[dict[str, Any]]:
     """Metrics and saved state of a callback, less what clocks have measured."""
     state = callback.state()
-    del state["attributes"]["progress"]["companions"]["pace"]
+    del state["attributes"]["progress"]["stateful"]["throughput"]
     return [state, {name: v for name, v in callback.session.metrics().items() if name not in TIMINGS}]
 
 
@@ -75,15 +75,15 @@ def test_14_and_15_any_precision_goes_on_from_any(
     assert (figures["applied_steps"], figures["skipped_steps"]) == (4, 2)
     assert [e.step for e in callback.session.events if e.kind is EventKind.STEP_SKIPPED] == [6]
     modes = {"fp32": PrecisionMode.FP32, "bf16": PrecisionMode.BF16, "fp16": PrecisionMode.MIXED}
-    assert callback.session.asked_for is modes[after]
+    assert callback.session.requested_mode is modes[after]
     if before != after:
         assert callback.session.plan == PrecisionPlan(modes[after])
     expected = {"fp16": 16384.0 if before == "fp16" else 32768.0}.get(after, 1.0)
     assert callback.session.scaler.get_scale() == expected
     started = next(e for e in callback.session.events if e.kind is EventKind.TRAINING_STARTED)
     assert "resumes after step 4" in started.message
-    told = f"it was {modes[before].value} before"
-    assert (told in started.message) == (before != after)
+    reported = f"it was {modes[before].value} before"
+    assert (reported in started.message) == (before != after)
 
 
 @LATE
@@ -156,7 +156,7 @@ def test_a_plan_goes_on_too(tmp_path: Path) -> None:
     saved = checkpoint(tmp_path, "fp16", MixedPrecisionCallback())
     scaler = Path(saved) / "scaler.pt"
     state = torch.load(scaler, weights_only=True)
-    state["hf_amp"]["companions"]["fallback"]["plan"]["modules"] = {"hidden": "FP32"}
+    state["hf_amp"]["stateful"]["fallback"]["plan"]["modules"] = {"hidden": "FP32"}
     torch.save(state, scaler)
     file = Path(saved) / "trainer_state.json"
     file.write_text(file.read_text().replace('"modules": {}', '"modules": {"hidden": "FP32"}'))

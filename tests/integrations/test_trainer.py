@@ -101,8 +101,8 @@ def test_event_log_tells_the_run(tmp_path: Path) -> None:
         (entry["step"], entry["loss"], entry["amp/scale"]) for entry in entries
     ]
     lines = [line for line in lines if line["event"] != "metrics"]
-    told = ["training_started", "attached", "step_skipped", "training_ended"]
-    assert [line["event"] for line in lines] == told
+    reported = ["training_started", "attached", "step_skipped", "training_ended"]
+    assert [line["event"] for line in lines] == reported
     assert (lines[2]["step"], lines[2]["cause"], lines[2]["after"]) == (3, "SCALE", 32768.0)
 
 
@@ -133,7 +133,7 @@ def test_real_half_kernels(tmp_path: Path, late: bool) -> None:
     trainer.train()
     assert set(seen) == {torch.float16}
     assert trainer.model(torch.zeros(1, 4, dtype=torch.long)).logits.dtype == torch.float32
-    assert "real FP16" in callback.session.what_runs()
+    assert "real FP16" in callback.session.describe()
 
 
 @pytest.mark.parametrize(
@@ -272,10 +272,13 @@ def test_a_disabled_run_says_that_it_is(tmp_path: Path) -> None:
     callback = MixedPrecisionCallback({"enabled": False})
     trainer, _ = trainer_with(tmp_path, callback, max_steps=1)
     trainer.train()
-    told = {event.kind: event.message for event in callback.session.events}
-    assert told[EventKind.TRAINING_STARTED] == "training starts: without hf_amp, which the config disables."
+    reported = {event.kind: event.message for event in callback.session.events}
     assert (
-        told[EventKind.TRAINING_ENDED] == "training ends: hf_amp, which the config disables, counted nothing."
+        reported[EventKind.TRAINING_STARTED] == "training starts: without hf_amp, which the config disables."
+    )
+    assert (
+        reported[EventKind.TRAINING_ENDED]
+        == "training ends: hf_amp, which the config disables, counted nothing."
     )
 
 

@@ -22,7 +22,7 @@ from tests.integrations.launching import launch
 def test_an_upstream_script_passes(config: str, script: str, accelerators: int) -> None:
     """It ends without an error, hf_amp was attached throughout, and it did decide optimizer steps."""
     output = launch(config, "--mixed_precision", "no", "-m", "tests.integrations.upstream_script", script)
-    (told,) = (line for line in output.splitlines() if line.startswith("attached to"))
-    attached, steps = (int(word) for word in told.split() if word.isdigit())
+    (reported,) = (line for line in output.splitlines() if line.startswith("attached to"))
+    attached, steps = (int(word) for word in reported.split() if word.isdigit())
     assert attached >= accelerators
     assert steps > 0

@@ -167,20 +167,20 @@ def sums_beyond_fp16() -> list[bool]:
 
 def refusals() -> dict[str, str]:
     """What is refused with several processes, and how."""
-    told = {}
+    reported = {}
     accelerator, session, model, _ = begin(MixedPrecisionConfig())
     accelerator.state.distributed_type = DistributedType.MULTI_GPU
     try:
         accelerator.join_uneven_inputs([model], even_batches=False)
     except AttachError as error:
-        told["uneven"] = str(error)
+        reported["uneven"] = str(error)
     session.detach()
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="no", cpu=True)
     try:
         hf_amp.attach(accelerator, MixedPrecisionConfig(distributed_amp=True, communication_precision="FP16"))
     except ConfigError as error:
-        told["unscaled"] = str(error)
+        reported["unscaled"] = str(error)
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
     accelerator.prepare(Perceptron())
@@ -188,9 +188,9 @@ def refusals() -> dict[str, str]:
     try:
         hf_amp.attach(accelerator, MixedPrecisionConfig(distributed_amp=True, communication_precision="FP16"))
     except AttachError as error:
-        told["late"] = str(error)
-    told["left"] = sorted(set(vars(accelerator)) - set(before))
-    return told
+        reported["late"] = str(error)
+    reported["left"] = sorted(set(vars(accelerator)) - set(before))
+    return reported
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_a_long_row_of_skips_is_told_ever_less_often(caplog):
         skip(step, Cause.LOSS)
     skip(41, Cause.INPUT)
     skip(50, Cause.INPUT)
-    told = [message.partition(":")[0] for message in caplog.messages]
-    assert told == [f"step {step}" for step in (1, 2, 4, 8, 16, 32, 41, 50)]
+    reported = [message.partition(":")[0] for message in caplog.messages]
+    assert reported == [f"step {step}" for step in (1, 2, 4, 8, 16, 32, 41, 50)]
     assert caplog.messages[5].endswith("read the cause (32 like it in a row)")
     assert "row" not in caplog.messages[7]

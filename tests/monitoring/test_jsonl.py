@@ -10,7 +10,8 @@ import pytest
 import structlog
 
 from hf_amp import AmpEvent, Cause, EventKind
-from hf_amp.monitoring.sinks.jsonl import FILE_NAME, JsonLinesSink
+from hf_amp.events import LOG_FILE
+from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
 
 SKIP = AmpEvent(
     step=7,
@@ -39,7 +40,7 @@ HOSTILE = [
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / FILE_NAME
+    return tmp_path / LOG_FILE
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_two_sinks_do_not_mix(tmp_path):
 
 def test_a_missing_folder_is_made(tmp_path):
     """The log can be opened before the Trainer has made its output folder."""
-    sink = JsonLinesSink(tmp_path / "runs" / "new" / FILE_NAME, "abc", rank=0)
+    sink = JsonLinesSink(tmp_path / "runs" / "new" / LOG_FILE, "abc", rank=0)
     sink.close()
     assert lines(sink.path) == []
 

@@ -7,7 +7,7 @@ import pytest
 from hf_amp import Cause
 from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX, NAMES
 from hf_amp.monitoring.monitor import PrecisionMonitor
-from hf_amp.monitoring.throughput import Pace
+from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
 
 
@@ -23,13 +23,13 @@ def full_monitor(cause: Cause) -> PrecisionMonitor:
     return monitor
 
 
-def full_pace() -> Pace:
+def full_pace() -> ThroughputMonitor:
     """A pace that knows everything: steps in every format, and how many samples a step has."""
-    pace = Pace("cpu", clock=itertools.count().__next__)
-    pace.samples_per_step = 8
+    throughput = ThroughputMonitor("cpu", clock=itertools.count().__next__)
+    throughput.samples_per_step = 8
     for number_format in (FP16_FORMAT, FP16_FORMAT, BF16_FORMAT, FP32_FORMAT):
-        pace.step_decided(number_format.name)
-    return pace
+        throughput.step_decided(number_format.name)
+    return throughput
 
 
 def test_no_metric_is_listed_twice():

@@ -125,15 +125,15 @@ def test_between_close_looks_there_is_no_hook() -> None:
 def test_detach_leaves_the_passengers_of_others() -> None:
     """What somebody else has read along with every step goes on being read."""
     session, _, _ = next(run(1))
-    (own,) = session.scaler.passengers
+    (own,) = session.scaler.step_hooks
 
-    def mine(boundary: Any, optimizer: Any) -> dict[str, Tensor]:
+    def mine(record: Any, optimizer: Any) -> dict[str, Tensor]:
         return {}
 
-    session.scaler.passengers.append(mine)
+    session.scaler.step_hooks.append(mine)
     session.detach()
-    assert own not in session.scaler.passengers
-    assert mine in session.scaler.passengers
+    assert own not in session.scaler.step_hooks
+    assert mine in session.scaler.step_hooks
 
 
 def test_it_adds_no_host_read() -> None:
@@ -169,5 +169,5 @@ def test_off_it_is_off() -> None:
     """By default nothing rides along and no module has figures."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
     session = hf_amp.attach(accelerator)
-    assert session.scaler.passengers == []
+    assert session.scaler.step_hooks == []
     assert session.module_metrics() == {}

@@ -27,7 +27,7 @@ def record(monitor: PrecisionMonitor, steps: str) -> None:
 
 def test_before_the_first_step_nothing_but_the_counts_is_known(monitor):
     """A new monitor reports zeros, and no rate, scale or norm."""
-    counts = ("applied_steps", "skipped_steps", "transitions", "modules_in_fp32")
+    counts = ("applied_steps", "skipped_steps", "precision_changes", "modules_in_fp32")
     assert monitor.metrics() == dict.fromkeys(counts, 0)
 
 
@@ -77,7 +77,7 @@ def test_norms_come_back_with_the_next_applied_step(monitor):
 def test_what_was_not_measured_is_absent(monitor):
     """With monitoring off there are counts and the scale, nothing else."""
     monitor.record_applied(4.0, None, None, None)
-    counts = {"applied_steps", "skipped_steps", "transitions", "modules_in_fp32"}
+    counts = {"applied_steps", "skipped_steps", "precision_changes", "modules_in_fp32"}
     assert set(monitor.metrics()) == {"scale", "skip_rate"} | counts
 
 
@@ -182,6 +182,6 @@ def test_memory_saving_is_told_once_it_is_known(monitor):
 
 def test_a_gradient_beyond_fp16_in_an_applied_step_has_no_headroom_to_tell(monitor):
     """It cannot have been held in FP16; at the limit itself there are 0 bits left."""
-    for amax, told in ((65504.0 / 4, True), (65504.0, False)):
+    for amax, reported in ((65504.0 / 4, True), (65504.0, False)):
         monitor.record_applied(4.0, 1.0, amax, None)
-        assert ("headroom_bits" in monitor.metrics()) is told
+        assert ("headroom_bits" in monitor.metrics()) is reported

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_amp import PerformanceTracker
 from hf_amp.monitoring.memory import StoredForBackward
-from hf_amp.monitoring.throughput import Pace
+from hf_amp.monitoring.throughput import ThroughputMonitor
 from tests.host_reads import count_synchronisations
 
 pytestmark = pytest.mark.gpu
@@ -59,9 +59,9 @@ def test_memory_is_the_allocators_peak() -> None:
     held = torch.cuda.memory_allocated()
     torch.empty(2**24, dtype=torch.uint8, device="cuda")
     with count_synchronisations() as waits:
-        told = Pace("cuda").metrics()["memory_bytes"]
+        reported = ThroughputMonitor("cuda").metrics()["memory_bytes"]
     assert waits.sources == []
-    assert told == torch.cuda.max_memory_allocated() >= held + 2**24
+    assert reported == torch.cuda.max_memory_allocated() >= held + 2**24
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -70,15 +70,15 @@ def test_memory_is_that_of_the_device_that_trains() -> None:
     for device in (0, 1):
         torch.cuda.reset_peak_memory_stats(device)
     held = torch.empty(2**26, dtype=torch.uint8, device="cuda:1")
-    pace, first, second = Pace("cuda"), torch.device("cuda:0"), torch.device("cuda:1")
+    throughput, first, second = ThroughputMonitor("cuda"), torch.device("cuda:0"), torch.device("cuda:1")
     with torch.cuda.device(first):
-        pace.devices = (second,)
-        assert pace.metrics()["memory_bytes"] == torch.cuda.max_memory_allocated(second) >= held.nbytes
-        pace.devices = (first,)
-        assert pace.metrics()["memory_bytes"] == torch.cuda.max_memory_allocated(first)
-        pace.devices = (first, second)
+        throughput.devices = (second,)
+        assert throughput.metrics()["memory_bytes"] == torch.cuda.max_memory_allocated(second) >= held.nbytes
+        throughput.devices = (first,)
+        assert throughput.metrics()["memory_bytes"] == torch.cuda.max_memory_allocated(first)
+        throughput.devices = (first, second)
         both = [torch.cuda.max_memory_allocated(device) for device in (first, second)]
-        assert pace.metrics()["memory_bytes"] == max(both)
+        assert throughput.metrics()["memory_bytes"] == max(both)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

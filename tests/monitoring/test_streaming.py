@@ -62,11 +62,11 @@ def test_the_mean_of_losses_reads_nothing_until_asked():
             mean.add(value)
     assert reads.count == 0
     with count_host_reads() as reads:
-        told, non_finite = mean.read()
+        reported, non_finite = mean.read()
     assert reads.count == 1
-    assert told == pytest.approx(float(values[values.isfinite()].mean()))
+    assert reported == pytest.approx(float(values[values.isfinite()].mean()))
     assert non_finite == 2
-    assert mean.read() == (told, 2)
+    assert mean.read() == (reported, 2)
 
 
 def test_losses_of_several_devices_wait_for_no_one():
@@ -88,6 +88,6 @@ def test_a_loss_counts_as_it_was_when_it_was_given():
 
 def test_no_losses_have_no_mean():
     """NaN rather than an invented 0."""
-    told, non_finite = LossMean().read()
-    assert math.isnan(told)
+    reported, non_finite = LossMean().read()
+    assert math.isnan(reported)
     assert non_finite == 0

@@ -304,8 +304,8 @@ def test_a_trainer_logs_what_deepspeed_did(tmp_path: Path) -> None:
     assert [entry["amp/skipped_steps"] for entry in logged] == [0, 1, 1, 1]
     assert [entry["amp/scale"] for entry in logged] == [256.0, 128.0, 128.0, 128.0]
     assert ["grad_norm" in entry for entry in logged] == [True, False, True, True]
-    told = [json.loads(line) for line in (tmp_path / "amp_events.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["cause"]) for line in told if line["event"] == "step_skipped"] == [
+    reported = [json.loads(line) for line in (tmp_path / "amp_events.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["cause"]) for line in reported if line["event"] == "step_skipped"] == [
         (2, "UNKNOWN")
     ]
     assert callback.session.metrics()["applied_steps"] == 3

@@ -119,8 +119,8 @@ def test_nothing_falls_back() -> None:
     model, optimizer = prepared(accelerator)
     train(accelerator, model, optimizer, dict.fromkeys(range(1, 6), "gradient"))
     assert session.metrics()["skipped_steps"] == 5
-    assert session.metrics()["transitions"] == 0
-    assert session.plan.default is session.asked_for
+    assert session.metrics()["precision_changes"] == 0
+    assert session.plan.default is session.requested_mode
 
 
 def test_attach_says_who_runs_what() -> None:
@@ -128,7 +128,7 @@ def test_attach_says_who_runs_what() -> None:
     session = hf_amp.attach(fp8_accelerator())
     (event,) = session.events
     assert SAYS in event.message
-    assert session.what_runs().startswith("FP8 by torchao with BF16 around it on ")
+    assert session.describe().startswith("FP8 by torchao with BF16 around it on ")
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def trained(make: Callable[..., Trainer], *given: Any, **options: Any) -> Traine
     return trainer
 
 
-def told(callback: MixedPrecisionCallback, kind: EventKind) -> list[AmpEvent]:
+def reported(callback: MixedPrecisionCallback, kind: EventKind) -> list[AmpEvent]:
     assert callback.session is not None
     return [event for event in callback.session.events if event.kind is kind]
 
@@ -166,7 +166,7 @@ def test_fp16_learns_what_fp32_does(make: Callable[..., Trainer], tmp_path: Path
     half = trained(make, tmp_path / "half", "fp16", [callback])
     assert logged(half, "loss") == pytest.approx(logged(exact, "loss"), abs=0.02)
     assert logged(half, "amp/applied_steps")[-1] == STEPS
-    assert not told(callback, EventKind.STEP_SKIPPED)
+    assert not reported(callback, EventKind.STEP_SKIPPED)
 
 
 @pytest.mark.parametrize(("overflows", "reference_overflows"), [(True, False), (False, True), (True, True)])
@@ -179,7 +179,7 @@ def test_dpo_tells_the_model_and_its_reference_apart(
     expected = [OVERFLOWING] if overflows else []
     if reference_overflows:
         expected.append(tuple(f"eval_model_1.{name}" for name in OVERFLOWING))
-    skips = told(callback, EventKind.STEP_SKIPPED)
+    skips = reported(callback, EventKind.STEP_SKIPPED)
     assert [(skip.cause, skip.modules) for skip in skips] == [(Cause.ACTIVATION, names) for names in expected]
     assert callback.session.metrics()["applied_steps"] == STEPS - len(expected)
 
@@ -188,7 +188,7 @@ def test_dpo_with_adapters_has_one_model(tmp_path: Path) -> None:
     """The reference is the model without its adapters: one step is lost, and modules are named inside of peft's."""
     callback = MixedPrecisionCallback()
     trained(dpo, tmp_path, "fp16", [callback], overflows=True, lora=True)
-    (skip,) = told(callback, EventKind.STEP_SKIPPED)
+    (skip,) = reported(callback, EventKind.STEP_SKIPPED)
     names = tuple(
         f"base_model.model.{name}" + (".base_layer" if "down_proj" in name else "") for name in OVERFLOWING
     )
@@ -215,7 +215,7 @@ def test_grpo_generates_under_the_plan(tmp_path: Path) -> None:
     stock = trained(grpo, tmp_path / "stock", "no", [])
     callback = MixedPrecisionCallback()
     trainer = trained(grpo, tmp_path / "ours", "fp16", [callback, RescaleBefore(2)])
-    (skip,) = told(callback, EventKind.STEP_SKIPPED)
+    (skip,) = reported(callback, EventKind.STEP_SKIPPED)
     assert (skip.step, skip.cause, skip.modules) == (2, Cause.ACTIVATION, OVERFLOWING)
     assert logged(trainer, "amp/applied_steps")[-1] == STEPS - 1
     callback.session.detach()
@@ -226,5 +226,5 @@ def test_equal_rewards_are_named_where_nothing_is_learned(tmp_path: Path) -> Non
     """GRPO learns from differences within a group: without any, every gradient is zero, and labels are not all there is."""
     callback = MixedPrecisionCallback()
     trained(grpo, tmp_path, "fp16", [callback], reward=lambda completions, **_: [1.0] * len(completions))
-    (zero,) = told(callback, EventKind.ZERO_GRADIENTS)
+    (zero,) = reported(callback, EventKind.ZERO_GRADIENTS)
     assert "rewards" in zero.message

@@ -63,7 +63,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def poison(model: nn.Module) -> None:
+def source(model: nn.Module) -> None:
     """Puts an inf into this rank's part of a gradient."""
     held = (local(p.grad) for p in model.parameters() if p.grad is not None)
     next(gradient for gradient in held if gradient.numel()).view(-1)[0] = torch.inf
@@ -89,11 +89,11 @@ def run(
             loss = loss * torch.nan
         scaler.scale(loss).backward()
         if step == 1 and rank == 0 and not late:
-            poison(model)
+            source(model)
         if unscale:
             scaler.unscale_(optimizer)
         if step == 1 and rank == 0 and late:
-            poison(model)
+            source(model)
         scaler.step(optimizer)
         scaler.update()
         applied.append(scaler.last_outcome.applied)

@@ -13,8 +13,8 @@ from tests.scaling.operations import steps_of
 
 def refused_on_cuda() -> set[str]:
     """Names of the functions that PyTorch's documentation lists as errors then, for floats at least."""
-    _, _, told = (torch.use_deterministic_algorithms.__doc__ or "").partition("operations will throw a")
-    return {name.rpartition(".")[2] for name in re.findall(r":(?:func|meth):`torch\.([\w.]+)`", told)}
+    _, _, reported = (torch.use_deterministic_algorithms.__doc__ or "").partition("operations will throw a")
+    return {name.rpartition(".")[2] for name in re.findall(r":(?:func|meth):`torch\.([\w.]+)`", reported)}
 
 
 @pytest.mark.parametrize("fused", [True, False])

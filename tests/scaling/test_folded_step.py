@@ -174,18 +174,18 @@ def test_performance_mode_reads_no_host_in_the_step() -> None:
 
 def test_late_verdicts_are_told_in_order_and_with_their_step() -> None:
     """Observers get every step once, in order, with its number, also the last one after a flush."""
-    model, told = tiny_mlp(), []
+    model, reported = tiny_mlp(), []
     scaler = AdvancedGradScaler(MixedPrecisionConfig(scaling_strategy="PERFORMANCE_OPTIMIZED"), "cpu")
-    scaler.observers.append(lambda outcome, _: told.append((outcome.attempt, outcome.applied)))
+    scaler.observers.append(lambda outcome, _: reported.append((outcome.attempt, outcome.applied)))
     optimizer = adamw(model, fused=True)
     for loss in losses(model, 5, lambda step: step == 2):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert told == [(1, True), (2, True), (3, False), (4, True)]
+    assert reported == [(1, True), (2, True), (3, False), (4, True)]
     scaler.flush()
-    assert told[-1] == (5, True)
+    assert reported[-1] == (5, True)
 
 
 def test_performance_mode_without_a_fused_optimizer_is_exact() -> None:

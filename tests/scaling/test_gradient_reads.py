@@ -36,12 +36,12 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("poisoned", [False, True])
 @pytest.mark.parametrize("mode", ["BF16", "FP32"])
-def test_a_guard_reads_the_gradients_once(mode: str, poisoned: bool) -> None:
+def test_a_guard_reads_the_gradients_once(mode: str, non_finite: bool) -> None:
     """Beside what the optimizer itself does; only where something was not finite are they looked at again."""
     model = nn.ParameterList(torch.zeros(size) for size in SIZES)
     for parameter in model:
         parameter.grad = torch.ones_like(parameter)
-    model[1].grad[3, 3] = torch.nan if poisoned else 1.0
+    model[1].grad[3, 3] = torch.nan if non_finite else 1.0
     gradients = [p.grad for p in model]
     guard, optimizer = (
         AdvancedGradScaler(MixedPrecisionConfig(precision_mode=mode), "cpu"),
@@ -54,5 +54,5 @@ def test_a_guard_reads_the_gradients_once(mode: str, poisoned: bool) -> None:
         guard.update()
     for gradient in gradients:
         at = gradient.untyped_storage().data_ptr()
-        added = guarded.elements[at] - (0 if poisoned else alone.elements[at])
-        assert (added > gradient.numel()) if poisoned else (added == gradient.numel())
+        added = guarded.elements[at] - (0 if non_finite else alone.elements[at])
+        assert (added > gradient.numel()) if non_finite else (added == gradient.numel())

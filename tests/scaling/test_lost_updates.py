@@ -30,8 +30,8 @@ class Run:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
         options = {"precision_mode": "BF16", "monitoring_interval": 1, **options}
         self.scaler = AdvancedGradScaler(MixedPrecisionConfig(**options), "cpu")
-        self.told: list[StepOutcome] = []
-        self.scaler.observers.append(lambda outcome, _: self.told.append(outcome))
+        self.reported: list[StepOutcome] = []
+        self.scaler.observers.append(lambda outcome, _: self.reported.append(outcome))
         self.model, self.optimizer = model, optimizer
         self.exact: list[float] = []
         self.steps = 0
@@ -53,7 +53,7 @@ class Run:
         self.exact.append(same / sum(p.numel() for p in before))
 
     def fractions(self) -> list[float | None]:
-        return [outcome.lost_update_fraction for outcome in self.told]
+        return [outcome.lost_update_fraction for outcome in self.reported]
 
 
 @pytest.mark.parametrize("lr", [1e-5, 1e-4, 1e-3])
@@ -100,7 +100,7 @@ def test_steps_that_the_device_skips_are_not_measured() -> None:
     for overflow in (False, True, False, False):
         run.step(overflow)
     run.scaler.flush()
-    assert [outcome.applied for outcome in run.told] == [True, False, True, True]
+    assert [outcome.applied for outcome in run.reported] == [True, False, True, True]
     assert [fraction is None for fraction in run.fractions()] == [True, False, True, False]
 
 

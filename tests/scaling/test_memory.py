@@ -58,7 +58,7 @@ def boundary_bytes(
     scaler = AdvancedGradScaler(config, "cpu")
     optimizer = torch.optim.SGD(held, lr=1e-3, fused=fused)
 
-    def boundary() -> None:
+    def record() -> None:
         if kind == "folded":
             scaler.clip_grad_norm_(optimizer, 1.0)
         elif kind == "unscaled":
@@ -69,9 +69,9 @@ def boundary_bytes(
     loss = torch.ones(())
     for _ in range(2):
         scaler.scale(loss)
-        boundary()
+        record()
     scaler.scale(loss)
-    peak, rest = peak_bytes(boundary, trace)
+    peak, rest = peak_bytes(record, trace)
     return peak, rest, 4 * sum(p.numel() for p in held)
 
 

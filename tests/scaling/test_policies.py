@@ -73,11 +73,11 @@ def test_state_round_trips_and_ranks_agree(strategy: ScalingStrategy, steps: lis
 @given(steps=STEPS)
 def test_what_the_host_knows_changes_nothing(steps: list[Observation]) -> None:
     """ADAPTIVE comes to the same bits whether or not it is told that a clean step is clean."""
-    told = [
+    reported = [
         step._replace(known_clean=bool(step.found_inf == 0) and step.grad_amax.item() > 0) for step in steps
     ]
     policy = policy_of(ScalingStrategy.ADAPTIVE)
-    assert torch.stack(run(policy, steps)[-1]).equal(torch.stack(run(policy, told)[-1]))
+    assert torch.stack(run(policy, steps)[-1]).equal(torch.stack(run(policy, reported)[-1]))
 
 
 @STRATEGIES

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_amp import AdvancedGradScaler, ConfigError, MixedPrecisionConfig, ScalerError, StateError
 from hf_amp.scaling.policies import observation_of
-from hf_amp.scaling.step import Look, SeenLosses, Treatment, examine
+from hf_amp.scaling.step import SeenLosses, StatisticsRequest, Unscale, check_gradients
 from tests.host_reads import count_host_reads
 from tests.reference import (
     OverflowInBackward,
@@ -384,9 +384,9 @@ def test_constant_says_that_a_loaded_scale_is_not_its_own(
     scaler = scaler_with(scaling_strategy="CONSTANT", init_scale=8.0)
     scaler.load_state_dict(torch.amp.GradScaler("cpu", init_scale=saved_scale).state_dict())
     assert scaler.get_scale() == saved_scale
-    told = [record.getMessage() for record in caplog.records if record.name == "hf_amp"]
+    reported = [record.getMessage() for record in caplog.records if record.name == "hf_amp"]
     expected = "CONSTANT goes on with the loaded scale 512, not with init_scale=8"
-    assert told == ([] if saved_scale == 8.0 else [expected])
+    assert reported == ([] if saved_scale == 8.0 else [expected])
 
 
 def test_disabled_scaler_passes_through() -> None:
@@ -487,8 +487,8 @@ def test_optimizers_of_one_backward_know_its_loss(mode: str, updates: str) -> No
     scaler = scaler_with(precision_mode=mode, init_scale=4.0)
     weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizers = [torch.optim.SGD([weight], lr=0.0) for weight in weights]
-    told: list[tuple[object, ...]] = []
-    scaler.observers.append(lambda o, _: told.append((o.loss_finite, o.losses, o.non_finite_losses)))
+    reported: list[tuple[object, ...]] = []
+    scaler.observers.append(lambda o, _: reported.append((o.loss_finite, o.losses, o.non_finite_losses)))
     for factor in (1.0, math.nan, None):
         loss = (weights[0] + weights[1]).sum() * (factor or 1.0)
         (loss * scaler.get_scale() if factor is None else scaler.scale(loss)).backward()
@@ -497,7 +497,7 @@ def test_optimizers_of_one_backward_know_its_loss(mode: str, updates: str) -> No
             if updates == "after each" or optimizer is optimizers[1]:
                 scaler.update()
             optimizer.zero_grad()
-    assert told == [(True, 1, 0), (True, 0, 0), (False, 1, 1), (False, 0, 0), (None, 0, 0), (None, 0, 0)]
+    assert reported == [(True, 1, 0), (True, 0, 0), (False, 1, 1), (False, 0, 0), (None, 0, 0), (None, 0, 0)]
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -516,11 +516,11 @@ def test_what_was_not_seen_is_zero_in_an_observation() -> None:
     """An overflow without a loss seen is not taken for a non-finite loss, nor for a gradient of that size."""
     weight = nn.Parameter(torch.zeros(3))
     weight.grad = torch.full((3,), math.inf)
-    boundary = examine(
-        torch.optim.SGD([weight], lr=0.1), backward=1, scale=torch.tensor(8.0), treatment=Treatment.FOLD,
-        losses=0, loss_non_finite=None, look=Look(norm=True, amax=False, sample_seed=None, agree=False),
+    record = check_gradients(
+        torch.optim.SGD([weight], lr=0.1), backward=1, scale=torch.tensor(8.0), unscale=Unscale.FUSED,
+        losses=0, loss_non_finite=None, look=StatisticsRequest(norm=True, amax=False, sample_seed=None, agree=False),
     )  # fmt: skip
-    observation = observation_of([boundary])
+    observation = observation_of([record])
     assert observation.found_inf.item() == 1
     assert (observation.loss_non_finite.item(), observation.grad_amax.item()) == (0, 0)
 

@@ -26,7 +26,7 @@ class Member:
             torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.5, fused=fused)
             for model in (self.model, self.alone)
         ]
-        self.waiting = self.poisoned = self.unscaled = self.stepped = self.used_up = self.can_drop = False
+        self.waiting = self.non_finite = self.unscaled = self.stepped = self.used_up = self.can_drop = False
 
     def backward(self, x: Tensor) -> None:
         if self.used_up:
@@ -40,9 +40,9 @@ class Member:
             optimizer.zero_grad(set_to_none)
         self.used_up = False
 
-    def poison(self) -> None:
+    def source(self) -> None:
         next(self.model.parameters()).grad[0, 0] = torch.inf
-        self.poisoned = True
+        self.non_finite = True
 
     def unscale(self) -> None:
         self.scaler.unscale_(self.optimizers[0])
@@ -54,18 +54,18 @@ class Member:
 
     def step(self, keep: bool) -> None:
         self.scaler.step(self.optimizers[0])
-        if not self.poisoned:
+        if not self.non_finite:
             self.optimizers[1].step()
         assert_bitwise_equal(list(self.model.parameters()), list(self.alone.parameters()))
-        assert self.scaler.last_outcome.applied is not self.poisoned
+        assert self.scaler.last_outcome.applied is not self.non_finite
         self.stepped, self.used_up = True, True
-        self.waiting = self.poisoned = self.unscaled = self.can_drop = False
+        self.waiting = self.non_finite = self.unscaled = self.can_drop = False
         if not keep:
             self.zero_grad(set_to_none=True)
 
     def drop(self, set_to_none: bool) -> None:
         self.zero_grad(set_to_none)
-        self.waiting = self.poisoned = self.unscaled = self.can_drop = False
+        self.waiting = self.non_finite = self.unscaled = self.can_drop = False
 
     def updated(self) -> None:
         self.stepped, self.can_drop = False, self.unscaled
@@ -77,8 +77,8 @@ class Member:
         if not self.unscaled and not self.stepped:
             calls += [functools.partial(self.backward, x)] * 2
         if self.waiting and not self.unscaled:
-            calls += [self.poison, self.unscale]
-        if self.unscaled and not self.poisoned and is_newest:
+            calls += [self.source, self.unscale]
+        if self.unscaled and not self.non_finite and is_newest:
             calls += [self.clip]
         if self.waiting and not self.stepped:
             calls += [functools.partial(self.step, keep) for keep in (False, True)]

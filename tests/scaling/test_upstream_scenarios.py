@@ -40,11 +40,11 @@ def test_pytorch_scale_trajectory() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_pytorch_inf_in_each_gradient_in_turn(bad: float, dtype: torch.dtype, fused: bool) -> None:
     """PyTorch: one bad element in any of the gradients, of mixed dtypes, skips the step and backs off."""
-    for poisoned in range(3):
+    for non_finite in range(3):
         weights = [nn.Parameter(torch.ones(4, dtype=d)) for d in (torch.float32, dtype, torch.float32)]
         optimizer, scaler = torch.optim.SGD(weights, lr=0.5, fused=fused), scaler_with(**PYTORCH)
         scaler.scale(sum(weight.float().sum() for weight in weights)).backward()
-        weights[poisoned].grad[2] = bad
+        weights[non_finite].grad[2] = bad
         scaler.step(optimizer)
         scaler.update()
         assert all(weight.eq(1).all() for weight in weights)

@@ -29,8 +29,8 @@ def choices() -> dict[str, Any]:
         trainer = kind(MixedPrecisionConfig(emulate=False))
         for batch in real_text(3 * (WARMUP_STEPS + TIMED_STEPS) + 2, batch=16):
             trainer.train_step(batch, model, optimizer)
-        told = [event.message for event in trainer.session.events]
-        chosen[kind.__name__] = {"precision": trainer.session.plan.default.value, "told": told}
+        reported = [event.message for event in trainer.session.events]
+        chosen[kind.__name__] = {"precision": trainer.session.plan.default.value, "told": reported}
     return chosen
 
 

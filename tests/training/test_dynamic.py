@@ -58,9 +58,9 @@ class Timed:
     def step(self, model, optimizer, index=0):
         self.now += self.seconds[self.trainer.session.plan.default]
         result = self.trainer.train_step(vectors(1 + index)[index], model, optimizer)
-        pace = self.trainer.session.pace
-        if pace._clock != self.read:  # the first step, which is never timed, has made the session
-            pace._clock, pace._last = self.read, self.now
+        throughput = self.trainer.session.throughput
+        if throughput._clock != self.read:  # the first step, which is never timed, has made the session
+            throughput._clock, throughput._last = self.read, self.now
         return result
 
     def read(self) -> float:
@@ -126,9 +126,9 @@ def test_the_fastest_stable_precision_goes_on_and_is_said_to(fastest):
 TRAINERS = ["DynamicMixedPrecisionTrainer", "PerformanceOptimizedMixedPrecisionTrainer"]
 
 
-def times_in(told):
+def times_in(reported):
     """Precision → milliseconds a step, as the verdict among these messages gives them."""
-    (verdict,) = [message for message in told if "is the fastest stable precision here" in message]
+    (verdict,) = [message for message in reported if "is the fastest stable precision here" in message]
     return {name: float(ms) for ms, name in re.findall(r"([\d.]+) ms in (\w+)", verdict)}
 
 
@@ -159,8 +159,8 @@ def test_on_a_cpu_without_units_it_is_fp32_and_says_so():
     result = json.loads(done.stdout)
     assert (result["hardware"]["fp16"], result["hardware"]["bf16"]) == ("slow", "slow")
     for name in TRAINERS:
-        told = result["choices"][name]["told"]
-        assert "has no units for them" in told[0]
+        reported = result["choices"][name]["told"]
+        assert "has no units for them" in reported[0]
         assert result["choices"][name]["precision"] == "FP32"
-        assert told[-1].startswith("FP32 is the fastest stable precision here")
-        assert times_in(told).keys() == {"MIXED", "FP32"}
+        assert reported[-1].startswith("FP32 is the fastest stable precision here")
+        assert times_in(reported).keys() == {"MIXED", "FP32"}

@@ -68,7 +68,7 @@ def test_two_epochs_learn_and_add_up():
     assert stats["precision_stats"]["avg_loss"] == pytest.approx(
         (sum(first["losses"]) + sum(second["losses"])) / 60
     )
-    assert "emulated" in stats["what_runs"]
+    assert "emulated" in stats["description"]
 
 
 def test_losses_are_told_as_they_are():

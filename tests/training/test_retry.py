@@ -138,8 +138,8 @@ class Wide(torch.nn.Module):
 
     def _check(self, module, arguments, output):
         assert self.failed() is None, "what the failed pass has stored is still there"
-        widened = len(module._forward_hooks) > 1 or len(self.second._forward_hooks) > 0
-        if widened and not self.has_room:
+        upcast = len(module._forward_hooks) > 1 or len(self.second._forward_hooks) > 0
+        if upcast and not self.has_room:
             self.has_room = True
             self.failed = weakref.ref(output)
             raise torch.OutOfMemoryError("no room for FP32")

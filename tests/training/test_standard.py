@@ -114,18 +114,18 @@ def test_a_skip_is_told_with_its_cause():
     model = FaultyMlp({2: "overflow"})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(init_scale=256.0), loss_fn=mse_loss)
-    told, moved = [], []
+    reported, moved = [], []
     for batch in vectors(3):
         before = model.layers[0].weight.detach().clone()
-        told.append(trainer.train_step(batch, model, optimizer))
+        reported.append(trainer.train_step(batch, model, optimizer))
         moved.append(not torch.equal(before, model.layers[0].weight))
     assert moved == [True, False, True]
-    assert [result["skipped"] for result in told] == [False, True, False]
-    assert [result["cause"] for result in told] == [None, Cause.SCALE, None]
-    assert [result["scale"] for result in told] == [256.0, 256.0, 128.0]
-    assert told[1]["grad_norm"] is None
-    assert told[2]["grad_norm"] > 0
-    assert told[2]["step_seconds"] > 0
+    assert [result["skipped"] for result in reported] == [False, True, False]
+    assert [result["cause"] for result in reported] == [None, Cause.SCALE, None]
+    assert [result["scale"] for result in reported] == [256.0, 256.0, 128.0]
+    assert reported[1]["grad_norm"] is None
+    assert reported[2]["grad_norm"] > 0
+    assert reported[2]["step_seconds"] > 0
 
 
 class Loose(nn.Module):
@@ -351,8 +351,8 @@ def test_models_in_turn_are_bound_once():
         for model, optimizer in trained:
             assert trainer.train_step(batch, model, optimizer)["stepped"]
     assert [len(model._forward_pre_hooks) for model in models] == [1, 1, 0]
-    told = [event.kind for event in trainer.session.events]
-    assert told == [EventKind.TRAINING_STARTED, EventKind.HALF_PARAMETERS, EventKind.HALF_PARAMETERS]
+    reported = [event.kind for event in trainer.session.events]
+    assert reported == [EventKind.TRAINING_STARTED, EventKind.HALF_PARAMETERS, EventKind.HALF_PARAMETERS]
     window = MixedPrecisionConfig(precision_mode="BF16", accumulation_steps=2)
     trainer, stepped = StandardMixedPrecisionTrainer(window, loss_fn=mse_loss), []
     for batch in vectors(4):

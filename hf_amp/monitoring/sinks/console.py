@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from hf_amp.events import AmpEvent, EventKind, mentioned
+from hf_amp.events import AmpEvent, EventKind, join_names
 
 
 def visible(text: str) -> str:
@@ -22,7 +22,7 @@ def headline(event: AmpEvent) -> str:
     """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, no control characters."""
     cause = f" ({event.cause.value})" if event.cause else ""
     names = [name or "the model" for name in event.modules]  # its own name is ""
-    where = f" in {mentioned(names, NAMES_SHOWN)}" if names else ""
+    where = f" in {join_names(names, NAMES_SHOWN)}" if names else ""
     return visible(f"step {event.step}: {event.kind.value}{cause}{where}")
 
 

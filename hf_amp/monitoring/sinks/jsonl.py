@@ -12,7 +12,6 @@ from typing import Any
 import structlog
 
 from hf_amp.events import AmpEvent
-from hf_amp.report.reader import FILE_NAME as FILE_NAME
 
 _FIRST_KEYS = ("timestamp", "level", "event", "run_id", "rank", "step")
 _TAKEN_KEYS = (*_FIRST_KEYS, "cause", "before", "after", "modules", "message")

@@ -15,7 +15,7 @@ import numpy
 
 from hf_amp.events import AmpEvent, EventKind
 from hf_amp.monitoring.metrics import BY_MODULE, LOG_PREFIX
-from hf_amp.patch_log import ReversibleChanges
+from hf_amp.patch_log import PatchLog
 
 _CHARTS: Mapping[str, tuple[str, ...]] = {
     "loss scale": ("scale",),
@@ -28,7 +28,7 @@ _CHARTS: Mapping[str, tuple[str, ...]] = {
     "underflow fraction": ("underflow_fraction",),
     "gradients": ("grad_norm", "grad_amax"),
     "non-finite gradient elements": ("inf_elements", "nan_elements"),
-    "precision": ("transitions", "modules_in_fp32"),
+    "precision": ("precision_changes", "modules_in_fp32"),
     "time in each precision (s)": ("fp16_seconds", "bf16_seconds", "fp32_seconds"),
     "step time (s)": ("step_seconds",),
 }  # fmt: skip
@@ -56,7 +56,7 @@ class TensorBoardSink:
         prefix: what the tracker puts before our names; the Trainer puts "train/".
     """
 
-    def __init__(self, writer: Writer, changes: ReversibleChanges, prefix: str = "") -> None:
+    def __init__(self, writer: Writer, changes: PatchLog, prefix: str = "") -> None:
         self._writer = writer
         self._prefix = prefix + LOG_PREFIX
         charts = {
@@ -77,19 +77,19 @@ class TensorBoardSink:
                 self._writer.add_histogram(self._prefix + metric.name, finite, event.step)
 
 
-def _lose_what_cannot_be_written(writer: Writer, changes: ReversibleChanges) -> None:
-    told = False
+def _lose_what_cannot_be_written(writer: Writer, changes: PatchLog) -> None:
+    reported = False
 
     def lossy(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def call_or_lose(*args: Any, **kwargs: Any) -> Any:
-            nonlocal told
+            nonlocal reported
             try:
                 return call(*args, **kwargs)
             except OSError as error:  # of a thread of TensorBoard's too, which every later call raises again
-                if not told:
+                if not reported:
                     _log.warning("TensorBoard: charts are lost from here on (%s)", error)
-                told = True
+                reported = True
 
         return call_or_lose
 

@@ -116,8 +116,8 @@ def accelerated(
 
 def follow(session: AmpSession, plan: PrecisionPlan) -> None:
     """Puts `plan` in force as a resumed run does: as if the controller had chosen it."""
-    saved = session.scaler.progress()["companions"]["fallback"]
-    session.scaler.load_progress({"companions": {"fallback": {**saved, "plan": plan.to_plain()}}})
+    saved = session.scaler.progress()["stateful"]["fallback"]
+    session.scaler.load_progress({"stateful": {"fallback": {**saved, "plan": plan.to_plain()}}})
     if session.plan != plan:
         raise ValueError(f"the session follows {session.plan.describe()}, not {plan.describe()}")
 

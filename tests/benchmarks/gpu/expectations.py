@@ -42,10 +42,10 @@ EXPECTATIONS: list[tuple[str, str, Callable[[float], bool], Callable[[Case], Fig
 
 def expectations(cases: dict[str, Case]) -> list[dict[str, Any]]:
     """Each expectation with its figure in every case; `reached` is "not measured" where there is none."""
-    told = []
+    reported = []
     for name, wanted, is_reached, figure, of_cases in EXPECTATIONS:
         measured = {label: figure(case) for label, case in cases.items()}
         known = [value for value in measured.values() if value is not None]
         reached = of_cases(is_reached(value) for value in known) if known else "not measured"
-        told.append({"name": name, "wanted": wanted, "measured": measured, "reached": reached})
-    return told
+        reported.append({"name": name, "wanted": wanted, "measured": measured, "reached": reached})
+    return reported

@@ -31,7 +31,7 @@ def try_cuda_graph(mode: str, device: torch.device) -> dict[str, Any]:
     scaler = AdvancedGradScaler(MixedPrecisionConfig(scaling_strategy="PERFORMANCE_OPTIMIZED"), device)
     optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True, capturable=True)
 
-    def boundary() -> None:
+    def record() -> None:
         scaler.scale(loss)
         scaler.clip_grad_norm_(optimizer, MAX_NORM)
         scaler.step(optimizer)
@@ -43,12 +43,12 @@ def try_cuda_graph(mode: str, device: torch.device) -> dict[str, Any]:
         beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(beside):
             for _ in range(3):
-                boundary()
+                record()
         torch.cuda.current_stream(device).wait_stream(beside)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode=mode):
-            boundary()
+            record()
 
         def moves() -> bool:
             before = weight.detach().clone()

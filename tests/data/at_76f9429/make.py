@@ -157,7 +157,7 @@ def module_metrics() -> None:
     loop.session.detach()
 
 
-def hopeless() -> None:
+def stalled() -> None:
     loop = logged_loop("fp16", init_scale=1024.0, patience=4)
     loop.train(range(1, 11), nan=range(5, 11), log_every=2)
     loop.session.detach()
@@ -224,7 +224,7 @@ class Normalised(nn.Module):
         return self.last(self.norm(self.first(x)))
 
 
-def statistics_put_back() -> None:
+def buffers_restored() -> None:
     loop = logged_loop("fp16", Normalised(), init_scale=1024.0)
     loop.train(range(1, 7), nan=(3,), log_every=3)
     loop.session.detach()
@@ -305,7 +305,7 @@ def evaluation_lost_batches() -> None:
 
 def training_stopped() -> None:
     """Batch after batch holds NaN, and the run was to be stopped then, after a good checkpoint."""
-    options = {"patience": 4, "stop_when_hopeless": True, "init_scale": 1024.0}
+    options = {"patience": 4, "stop_when_stalled": True, "init_scale": 1024.0}
     regression_trainer(
         MixedPrecisionCallback(options), train_dataset=rows(tuple(range(8, 64))), max_steps=12,
         save_strategy="steps", save_steps=2,
@@ -314,13 +314,13 @@ def training_stopped() -> None:
 
 def labels_ignored() -> None:
     """Every gradient is zero, and the run was to be stopped then; in a Trainer."""
-    options = {"patience": 3, "stop_when_hopeless": True, "init_scale": 1024.0}
+    options = {"patience": 3, "stop_when_stalled": True, "init_scale": 1024.0}
     runs.gpt2_trainer(".", MixedPrecisionCallback(options), labelled=False).train()
 
 
 LOGS: tuple[Callable[[], None], ...] = (
-    no_step, fallback_and_recovery, module_metrics, hopeless, nothing_learned, zero_gradients, whole_model, at_floor,
-    choice_of_precision, half_parameters_told, parameters_converted, master_weights_kept, statistics_put_back,
+    no_step, fallback_and_recovery, module_metrics, stalled, nothing_learned, zero_gradients, whole_model, at_floor,
+    choice_of_precision, half_parameters_told, parameters_converted, master_weights_kept, buffers_restored,
     state_loaded, begun_anew_and_killed, checkpoint_withheld, evaluation_lost_batches, training_stopped,
     labels_ignored,
 )  # fmt: skip

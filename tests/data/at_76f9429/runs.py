@@ -232,17 +232,17 @@ def loaded_loop(folder: Path, precision: str) -> dict[str, Any]:
     end = {name: value for name, value in session_facts(loop.session).items() if name != "metrics"}
     events = events_after(loop.session, begins)
     loop.session.detach()
-    hopeless = Loop(precision, patience=3)
-    hopeless.accelerator.load_state(str(folder))
-    hopeless.train(range(begins + 1, begins + 6), zero=range(begins + 1, begins + 6))
-    told = events_after(hopeless.session, begins)
-    hopeless.session.detach()
+    stalled = Loop(precision, patience=3)
+    stalled.accelerator.load_state(str(folder))
+    stalled.train(range(begins + 1, begins + 6), zero=range(begins + 1, begins + 6))
+    reported = events_after(stalled.session, begins)
+    stalled.session.detach()
     return {
         **facts,
         "newest_step": begins,
         "learning_rate": rate,
         "then": {"events": events, "end": end},
-        "with zero gradients": {"events": told},
+        "with zero gradients": {"events": reported},
     }
 
 
@@ -419,7 +419,7 @@ def log_facts(history: Any, level: str) -> dict[str, Any]:
         "lines": history.lines,
         "torn_lines": int(history.torn_lines),
         "skipped_by_cause": dict(history.skipped_by_cause),
-        "transitions": [[t.step, t.before, t.after, list(t.modules), t.cause] for t in history.transitions],
+        "transitions": [[t.step, t.before, t.after, list(t.modules), t.cause] for t in history.precision_changes],
         "incidents": [
             {
                 "event": incident.event,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_amp._compat import eager
+from hf_amp._compat import compile_disabled
 
 
 @pytest.mark.parametrize("called_before", [False, True])
@@ -14,7 +14,7 @@ def test_compiled_code_runs_it_as_it_stands(called_before: bool) -> None:
     """Whether its first call is the one that the compiler meets or not, it runs outside of the graph, at every call."""
     traced = []
 
-    @eager
+    @compile_disabled
     def note(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         traced.append(torch.compiler.is_compiling())
         return output + 1

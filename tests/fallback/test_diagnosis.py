@@ -100,9 +100,9 @@ def test_all_labels_ignored_by_cross_entropy(precision: str) -> None:
     """LOSS as well where the gradients are not NaN but exactly zero, as PyTorch's own loss makes them: nothing is skipped."""
     loop = Loop(tiny_gpt2(), precision)
     loop.step({"input_ids": TOKENS, "labels": torch.full_like(TOKENS, -100)})
-    told = [event for event in loop.session.events if event.kind is EventKind.ZERO_GRADIENTS]
-    assert [event.cause for event in told] == [Cause.LOSS]
-    assert "every label of the batch is ignored (-100)" in told[0].message
+    reported = [event for event in loop.session.events if event.kind is EventKind.ZERO_GRADIENTS]
+    assert [event.cause for event in reported] == [Cause.LOSS]
+    assert "every label of the batch is ignored (-100)" in reported[0].message
     assert not loop.skips
 
 
@@ -209,9 +209,9 @@ def test_a_root_at_zero_has_an_infinite_derivative(precision: str) -> None:
     loop = Loop(Regression(between=lambda x: torch.sqrt((x - x.detach()).float())), precision)
     for _ in range(4):
         loop.step(SOUND)
-    told = loop.skips[-1]
-    assert told.cause is Cause.UNKNOWN
-    assert "that of first" in told.message
+    reported = loop.skips[-1]
+    assert reported.cause is Cause.UNKNOWN
+    assert "that of first" in reported.message
     if precision == "no":
         assert {s.cause for s in loop.skips} == {Cause.UNKNOWN}
         assert loop.session.plan.default is PrecisionMode.FP32
@@ -247,7 +247,7 @@ def test_a_division_in_a_module_is_no_matter_of_precision(precision: str) -> Non
     assert "1 gives non-finite values from finite ones in FP32 too" in loop.skips[0].message
     loop.step({"input": torch.zeros(3, 8)}, loss_of=lambda logits: logits.square().mean())
     assert len(loop.skips) == 2
-    assert loop.session.metrics()["transitions"] == 0  # twice is no pattern of what FP32 does not cure
+    assert loop.session.metrics()["precision_changes"] == 0  # twice is no pattern of what FP32 does not cure
 
 
 def test_values_that_have_grown_beyond_fp32_are_told_to_come_from_the_learning_rate_too() -> None:
@@ -314,8 +314,8 @@ def test_a_late_verdict_about_a_step_that_ran_before_the_plan_changed() -> None:
     for _ in range(6):
         loop.step(SOUND)
     loop.session.scaler.flush()
-    told = [(skip.step, skip.cause, skip.modules) for skip in loop.skips]
-    assert told == [(1, Cause.ACTIVATION, ("first",)), (2, Cause.ACTIVATION, ())]
+    reported = [(skip.step, skip.cause, skip.modules) for skip in loop.skips]
+    assert reported == [(1, Cause.ACTIVATION, ("first",)), (2, Cause.ACTIVATION, ())]
     assert "before the newest change of precision" in loop.skips[1].message
     assert loop.session.plan.default is PrecisionMode.MIXED
     assert list(loop.session.plan.modules) == ["first"]

@@ -62,7 +62,7 @@ def plan_of(*names: str, default: PrecisionMode = PrecisionMode.MIXED) -> Precis
 def runner_of(emulate: bool, *models: nn.Module) -> PlanRunner:
     runner = PlanRunner(PrecisionEntry("cpu", emulate), PrecisionMode.MIXED)
     for model in models:
-        runner.adopt(model)
+        runner.register_model(model)
     return runner
 
 
@@ -407,7 +407,7 @@ def test_models_adopted_later_follow_the_plan_in_force(emulate: bool) -> None:
     runner = runner_of(emulate, first)
     runner.apply(plan_of("first", "model_2.last"))
     second = Network()
-    runner.adopt(second)
+    runner.register_model(second)
     assert [n for n, _ in runner.named_modules() if n.endswith("last")] == ["last", "model_2.last"]
     assert runner.name_of(second) == "model_2"
 
@@ -422,7 +422,7 @@ def test_models_adopted_later_follow_the_plan_in_force(emulate: bool) -> None:
     assert [in_fp32(second, n) for n in ("first", "last")] == [False, True]
     del first
     third = Network()
-    runner.adopt(third)
+    runner.register_model(third)
     assert runner.name_of(third) == ""
     assert [in_fp32(third, n) for n in ("first", "last")] == [True, False]
     runner.remove()
@@ -432,7 +432,7 @@ def test_models_adopted_later_follow_the_plan_in_force(emulate: bool) -> None:
 def session_of(model: nn.Module) -> AmpSession:
     config = MixedPrecisionConfig()
     session = AmpSession(config, AdvancedGradScaler(config, "cpu"), PrecisionMode.MIXED, probe("cpu"))
-    session.adopt(model)
+    session.register_model(model)
     return session
 
 
@@ -523,7 +523,7 @@ def leave_for_fp32(session: AmpSession) -> None:
 
 def return_from_fp32(session: AmpSession) -> None:
     """Steps without an overflow, until the run is back where it began."""
-    while session.plan.default is not session.asked_for:
+    while session.plan.default is not session.requested_mode:
         session._keeper.note_applied()
 
 

@@ -22,10 +22,10 @@ from transformers.utils import ModelOutput
 import hf_amp
 from hf_amp import AdvancedGradScaler, AmpSession, Cause, MixedPrecisionConfig, PrecisionMode
 from hf_amp.device import probe
-from hf_amp.fallback.diagnosis import Diagnosis, diagnose, poison_in
+from hf_amp.fallback.diagnosis import Diagnosis, diagnose, non_finite_source
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, PlanRunner, PrecisionEntry
 from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.fallback.replay import ForwardFindings, locate
+from hf_amp.fallback.replay import ReplayFindings, replay
 
 KERNELS = pytest.mark.parametrize("emulate", [False, True], ids=["half kernels", "emulated"])
 X = torch.linspace(-1, 1, 24).reshape(3, 8) + 0.01
@@ -35,15 +35,15 @@ def fp16(emulate: bool = True) -> CurrentPrecision:
     return CurrentPrecision(PrecisionEntry("cpu", emulate), PrecisionMode.MIXED)
 
 
-def found_in(model: nn.Module, *arguments: Any, emulate: bool = True, **options: Any) -> ForwardFindings:
-    return locate(RecordedForward(model, arguments, options), fp16(emulate))
+def found_in(model: nn.Module, *arguments: Any, emulate: bool = True, **options: Any) -> ReplayFindings:
+    return replay(RecordedForward(model, arguments, options), fp16(emulate))
 
 
 def told_of(model: nn.Module, *arguments: Any, **options: Any) -> Diagnosis:
     forward = RecordedForward(model, arguments, options)
     runner = PlanRunner(PrecisionEntry("cpu", emulate=True), PrecisionMode.MIXED)
-    runner.adopt(model)
-    return poison_in((), [forward]) or diagnose(False, [forward], runner)
+    runner.register_model(model)
+    return non_finite_source((), [forward]) or diagnose(False, [forward], runner)
 
 
 def enlarge(*layers: nn.Module, by: float = 1e6) -> None:
@@ -254,9 +254,9 @@ def test_masks_are_not_blamed(lowest: float) -> None:
     """-inf, and the lowest number, made by a module as a mask, are nobody's fault where the model's output is finite;
     where it is not, the module with the fault is named, not the mask."""
     sound = found_in(Masked(lowest), X)
-    assert (sound.overflowing, sound.unsound) == ([], None)
+    assert (sound.overflowing, sound.first_non_finite) == ([], None)
     faulty = found_in(nn.Sequential(Masked(lowest, "division"), nn.Linear(8, 8)), X)
-    assert (faulty.overflowing, faulty.unsound) == ([], "0.after")
+    assert (faulty.overflowing, faulty.first_non_finite) == ([], "0.after")
 
 
 @pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
@@ -291,8 +291,8 @@ def test_modules_that_only_pass_a_fault_on_are_not_blamed() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer((x - x) / (x - x))
 
-    assert found_in(nn.Sequential(nn.Linear(8, 8), Divides(), nn.Linear(8, 8)), X).unsound == "1"
-    assert found_in(Divides(), X).unsound == ""
+    assert found_in(nn.Sequential(nn.Linear(8, 8), Divides(), nn.Linear(8, 8)), X).first_non_finite == "1"
+    assert found_in(Divides(), X).first_non_finite == ""
 
 
 class Remembers(nn.Module):
@@ -350,9 +350,9 @@ def test_a_pass_that_cannot_be_repeated_is_unknown_and_says_why(error: Exception
             raise error
 
     model = nn.Sequential(nn.Linear(8, 8), Raises())
-    told = told_of(model, X)
-    assert told.cause is Cause.UNKNOWN
-    assert f"{type(error).__name__}: {error}" in told.message
+    reported = told_of(model, X)
+    assert reported.cause is Cause.UNKNOWN
+    assert f"{type(error).__name__}: {error}" in reported.message
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -360,7 +360,7 @@ def session_on(model: nn.Module, entry_point: nn.Module | None = None) -> AmpSes
     config = MixedPrecisionConfig()
     session = AmpSession(config, AdvancedGradScaler(config, "cpu"), PrecisionMode.MIXED, probe("cpu"))
     ForwardContext(session.current_precision).install(model)
-    session.adopt(model, entry_point)
+    session.register_model(model, entry_point)
     return session
 
 

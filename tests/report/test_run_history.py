@@ -71,8 +71,8 @@ def test_alike_incidents_are_one() -> None:
         skipped(9),
         skipped(9, "ACTIVATION"),
     )
-    told = [(i.cause, i.modules, i.first_step, i.last_step, i.count, i.message) for i in run.incidents]
-    assert told == [
+    reported = [(i.cause, i.modules, i.first_step, i.last_step, i.count, i.message) for i in run.incidents]
+    assert reported == [
         ("SCALE", (), 1, 9, 3, "at 9"),
         ("ACTIVATION", ("a",), 3, 3, 1, "at 3"),
         ("ACTIVATION", (), 9, 9, 1, "at 9"),
@@ -141,7 +141,10 @@ def test_what_is_in_another_precision_now_is_known() -> None:
         changed(5, "FP32", "MIXED", "a"),
         changed(7, "MIXED", "BF16"),
     )
-    assert {module: change.after for module, change in run.departures.items()} == {"b": "FP32", "": "BF16"}
+    assert {module: change.after for module, change in run.changed_modules.items()} == {
+        "b": "FP32",
+        "": "BF16",
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hf_amp.report.verdict import Level, verdict_on
-from tests.monitoring.test_run_history import changed, history, line, skipped, started
+from tests.report.test_run_history import changed, history, line, skipped, started
 
 
 def metrics(step: int, skips: int, **figures: float) -> dict[str, Any]:
@@ -77,7 +77,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
         [
             started(),
             metrics(40, 0),
-            line("hopeless", 50, message="this run learns nothing: because."),
+            line("stalled", 50, message="this run learns nothing: because."),
             *map(skipped, range(51, 61)),
             metrics(60, 20),
         ],
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
     "hopeless, and then not": (
         [
             started(),
-            line("hopeless", 50, message="this run learns nothing."),
+            line("stalled", 50, message="this run learns nothing."),
             *map(skipped, range(51, 55)),
             metrics(1000, 5),
         ],

@@ -7,13 +7,13 @@ import json
 import pytest
 
 from hf_amp import Cause, EventKind
-from hf_amp.monitoring.stall import HopeWatch
+from hf_amp.monitoring.stall import StallDetector
 
 
-def kinds_told(watch: HopeWatch, steps: str) -> list[str]:
+def kinds_told(watch: StallDetector, steps: str) -> list[str]:
     """What is told at each step: `-` nothing, `z` zero gradients, `h` hopeless. Steps: `a`pplied, `z`ero, `n`one, `s`kipped."""
-    marks = {None: "-", EventKind.ZERO_GRADIENTS: "z", EventKind.HOPELESS: "h"}
-    told = []
+    marks = {None: "-", EventKind.ZERO_GRADIENTS: "z", EventKind.STALLED: "h"}
+    reported = []
     for step in steps:
         if step == "s":
             finding = watch.record_skipped(Cause.SCALE)
@@ -21,8 +21,8 @@ def kinds_told(watch: HopeWatch, steps: str) -> list[str]:
             finding = watch.record_applied(
                 zero_gradients=step == "z", loss_finite=True, scale=8.0, has_gradients=step != "n"
             )
-        told.append(marks[finding.kind if finding else None])
-    return told
+        reported.append(marks[finding.kind if finding else None])
+    return reported
 
 
 @pytest.mark.parametrize(
@@ -39,21 +39,21 @@ def kinds_told(watch: HopeWatch, steps: str) -> list[str]:
         ("nzsn", "-zh-"),
     ],
 )
-def test_what_is_told_when(steps: str, told: str) -> None:
+def test_what_is_told_when(steps: str, reported: str) -> None:
     """After three steps without anything learned, once; a row of zero gradients at its first step too."""
-    assert "".join(kinds_told(HopeWatch(patience=3), steps)) == told
+    assert "".join(kinds_told(StallDetector(patience=3), steps)) == reported
 
 
 def test_poisoned_weights_are_hopeless_at_once() -> None:
     """No patience with weights that are not finite."""
-    finding = HopeWatch(patience=50).record_skipped(Cause.WEIGHTS)
-    assert (finding.kind, finding.cause) == (EventKind.HOPELESS, Cause.WEIGHTS)
+    finding = StallDetector(patience=50).record_skipped(Cause.WEIGHTS)
+    assert (finding.kind, finding.cause) == (EventKind.STALLED, Cause.WEIGHTS)
     assert "last good checkpoint" in finding.message
 
 
 def test_the_cause_is_that_of_most_skips() -> None:
     """One odd skip among many does not name the row."""
-    watch = HopeWatch(patience=4)
+    watch = StallDetector(patience=4)
     findings = [watch.record_skipped(c) for c in (Cause.UNKNOWN, Cause.INPUT, Cause.INPUT, Cause.INPUT)]
     assert findings[-1].cause is Cause.INPUT
     assert "most for INPUT" in findings[-1].message
@@ -74,7 +74,7 @@ def test_zero_gradients_blame_labels_as_far_as_shown(
     loss_finite: bool | None, scale: float, cause: Cause, words: str
 ) -> None:
     """A loss that is not a number shows it; a scale below 1 explains it; otherwise the message says what it can be."""
-    finding = HopeWatch(patience=9).record_applied(True, loss_finite, scale)
+    finding = StallDetector(patience=9).record_applied(True, loss_finite, scale)
     assert words in finding.message
     assert finding.cause is cause
 
@@ -82,7 +82,7 @@ def test_zero_gradients_blame_labels_as_far_as_shown(
 @pytest.mark.parametrize("steps", ["", "s", "zz", "sss", "ssssa"])
 def test_it_goes_on_from_a_checkpoint(steps: str) -> None:
     """State goes through JSON, and a resumed watch tells what the old one would have; patience is the new config's."""
-    watch, resumed = HopeWatch(patience=3), HopeWatch(patience=3)
+    watch, resumed = StallDetector(patience=3), StallDetector(patience=3)
     kinds_told(watch, steps)
     resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
     assert resumed == watch

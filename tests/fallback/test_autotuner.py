@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_amp import AdvancedGradScaler, AmpSession, EventKind, MixedPrecisionConfig, PrecisionMode
 from hf_amp.device import Hardware
-from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS, SpeedTrial
+from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS, PrecisionAutotuner
 
 MIXED, BF16, FP32 = PrecisionMode.MIXED, PrecisionMode.BF16, PrecisionMode.FP32
 STEPS_EACH = WARMUP_STEPS + TIMED_STEPS
@@ -19,16 +19,18 @@ WITH_UNITS = Hardware("cpu", "a CPU with units", "native", "native")
 WITHOUT_UNITS = Hardware("cpu", "a CPU without units", "slow", "slow")
 
 
-def timed(trial: SpeedTrial, seconds: dict[PrecisionMode, float], unstable: set[PrecisionMode]) -> SpeedTrial:
+def timed(
+    autotuner: PrecisionAutotuner, seconds: dict[PrecisionMode, float], unstable: set[PrecisionMode]
+) -> PrecisionAutotuner:
     """Runs the trial to its end; the first steps of each candidate are slow, as compilation is."""
     taken = dict.fromkeys(seconds, 0)
-    while (mode := trial.running) is not None:
+    while (mode := autotuner.running) is not None:
         if mode in unstable and taken[mode] == 4:
-            trial.reject()
+            autotuner.reject()
             continue
         taken[mode] += 1
-        trial.note(seconds[mode] + (100.0 if taken[mode] <= WARMUP_STEPS else 0.0))
-    return trial
+        autotuner.note(seconds[mode] + (100.0 if taken[mode] <= WARMUP_STEPS else 0.0))
+    return autotuner
 
 
 @pytest.mark.parametrize(
@@ -42,21 +44,21 @@ def timed(trial: SpeedTrial, seconds: dict[PrecisionMode, float], unstable: set[
     ],
 )
 def test_the_fastest_stable_candidate_wins_and_what_is_wider_remains_as_fallback(
-    seconds: tuple[float, ...], unstable: set[PrecisionMode], ladder: tuple[PrecisionMode, ...]
+    seconds: tuple[float, ...], unstable: set[PrecisionMode], order: tuple[PrecisionMode, ...]
 ) -> None:
     """Warm-up does not count, a candidate that was not stable is out, and the widest is there for the worst."""
     candidates = (MIXED, BF16, FP32)
-    trial = timed(SpeedTrial(candidates), dict(zip(candidates, seconds, strict=True)), unstable)
-    assert trial.fastest() is ladder[0]
-    assert trial.choices() == ladder
+    autotuner = timed(PrecisionAutotuner(candidates), dict(zip(candidates, seconds, strict=True)), unstable)
+    assert autotuner.fastest() is order[0]
+    assert autotuner.choices() == order
 
 
 def test_a_trial_goes_on_after_a_checkpoint() -> None:
     """Saved in the middle and loaded through JSON, it times what was left and comes to the same choice."""
-    trial, resumed = SpeedTrial((MIXED, FP32)), SpeedTrial((MIXED, FP32))
+    autotuner, resumed = PrecisionAutotuner((MIXED, FP32)), PrecisionAutotuner((MIXED, FP32))
     for _ in range(STEPS_EACH + 2):
-        trial.note(2.0)
-    resumed.load_state_dict(json.loads(json.dumps(trial.state_dict())))
+        autotuner.note(2.0)
+    resumed.load_state_dict(json.loads(json.dumps(autotuner.state_dict())))
     assert resumed.running is FP32
     for _ in range(TIMED_STEPS + 1):
         resumed.note(1.0)
@@ -74,7 +76,7 @@ class Run:
         self.model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 1))
         self.dtypes: list[torch.dtype] = []
         self.model[0].register_forward_hook(lambda module, inputs, output: self.dtypes.append(output.dtype))
-        self.session.adopt(self.model)
+        self.session.register_model(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
 
     def steps(self, count: int) -> None:

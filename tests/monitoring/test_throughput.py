@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from hf_amp.monitoring.throughput import Pace
+from hf_amp.monitoring.throughput import ThroughputMonitor
 
 
-def pace_at(*times: float, number_format: str = "FP16") -> Pace:
+def pace_at(*times: float, number_format: str = "FP16") -> ThroughputMonitor:
     """A pace whose steps were decided at these seconds."""
     clock: Iterator[float] = iter(times)
-    pace = Pace("cpu", clock=clock.__next__)
+    throughput = ThroughputMonitor("cpu", clock=clock.__next__)
     for _ in times:
-        pace.step_decided(number_format)
-    return pace
+        throughput.step_decided(number_format)
+    return throughput
 
 
 def test_before_the_second_step_nothing_is_known() -> None:
@@ -34,36 +34,36 @@ def test_step_time_is_the_median_of_the_newest() -> None:
 
 def test_throughput_is_samples_through_step_time() -> None:
     """Known where somebody has said how many samples a step has."""
-    pace = pace_at(0.0, 0.5, 1.0)
-    assert "samples_per_second" not in pace.metrics()
-    pace.samples_per_step = 32
-    assert pace.metrics()["samples_per_second"] == pytest.approx(64.0)
+    throughput = pace_at(0.0, 0.5, 1.0)
+    assert "samples_per_second" not in throughput.metrics()
+    throughput.samples_per_step = 32
+    assert throughput.metrics()["samples_per_second"] == pytest.approx(64.0)
 
 
 def test_time_is_counted_for_the_precision_of_the_step() -> None:
     """Each interval for the format that the step at its end ran in; a pause of ten steps and more for none."""
     clock = iter([0.0, 1.0, 2.0, 3.0, 50.0, 51.0])
-    pace = Pace("cpu", clock=clock.__next__)
+    throughput = ThroughputMonitor("cpu", clock=clock.__next__)
     for number_format in ("FP16", "FP16", "FP16", "FP32", "FP32", "FP32"):
-        pace.step_decided(number_format)
-    assert pace.metrics()["fp16_seconds"] == 2.0
-    assert pace.metrics()["fp32_seconds"] == 2.0
+        throughput.step_decided(number_format)
+    assert throughput.metrics()["fp16_seconds"] == 2.0
+    assert throughput.metrics()["fp32_seconds"] == 2.0
 
 
 def test_time_between_trainings_is_no_step() -> None:
     """After a pause the next step begins a new interval."""
     clock = iter([0.0, 1.0, 100.0, 101.0])
-    pace = Pace("cpu", clock=clock.__next__)
+    throughput = ThroughputMonitor("cpu", clock=clock.__next__)
     for step in range(4):
         if step == 2:
-            pace.pause()
-        pace.step_decided("FP16")
-    assert pace.metrics()["fp16_seconds"] == 2.0
+            throughput.pause()
+        throughput.step_decided("FP16")
+    assert throughput.metrics()["fp16_seconds"] == 2.0
 
 
 def test_a_resumed_run_adds_to_the_time_in_each_precision() -> None:
     """Through JSON, as a checkpoint goes; the step time starts anew, because the machine may be another."""
-    resumed = Pace("cpu", clock=iter([0.0, 1.0]).__next__)
+    resumed = ThroughputMonitor("cpu", clock=iter([0.0, 1.0]).__next__)
     resumed.load_state_dict(json.loads(json.dumps(pace_at(0.0, 1.0, 2.0).state_dict())))
     assert resumed.metrics() == {"fp16_seconds": 2.0}
     resumed.step_decided("FP16")

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_amp import AdvancedGradScaler, AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
 from hf_amp.device import Hardware
-from hf_amp.fallback.plan import ladder_of
+from hf_amp.fallback.plan import precision_order
 
 MIXED, FP16, BF16, FP32 = (PrecisionMode[name] for name in ("MIXED", "FP16", "BF16", "FP32"))
 WITH_UNITS = Hardware("cpu", "a CPU with units", "native", "native")
@@ -27,10 +27,10 @@ WITHOUT_UNITS = Hardware("cpu", "a CPU without units", "slow", "slow")
     ],
 )
 def test_bf16_is_a_rung_where_there_are_units_for_it_and_fp16_is_real(
-    mode: PrecisionMode, hardware: Hardware, emulate: bool, ladder: tuple[PrecisionMode, ...]
+    mode: PrecisionMode, hardware: Hardware, emulate: bool, order: tuple[PrecisionMode, ...]
 ) -> None:
     """Emulated runs do not depend on the machine: there BF16 is neither a remedy nor a candidate of DYNAMIC."""
-    assert ladder_of(mode, hardware, emulate) == ladder
+    assert precision_order(mode, hardware, emulate) == order
 
 
 class OwnProducts(nn.Module):
@@ -55,14 +55,14 @@ class OwnProducts(nn.Module):
     ],
 )
 def test_a_model_that_overflows_by_itself_takes_the_next_rung(
-    hardware: Hardware, emulate: bool, rung: PrecisionMode, dtypes: list[torch.dtype]
+    hardware: Hardware, emulate: bool, level: PrecisionMode, dtypes: list[torch.dtype]
 ) -> None:
     """One step is skipped, the event says where the model went, and the next step runs and is applied there."""
     config = MixedPrecisionConfig(emulate=emulate, init_scale=1.0)
     scaler = AdvancedGradScaler(config, "cpu")
     session = AmpSession(config, scaler, MIXED, hardware)
     model = OwnProducts()
-    session.adopt(model)
+    session.register_model(model)
     seen: list[torch.dtype] = []
     model.first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -74,7 +74,7 @@ def test_a_model_that_overflows_by_itself_takes_the_next_rung(
         scaler.step(optimizer)
         scaler.update()
     (change,) = [event for event in session.events if event.kind is EventKind.PRECISION_CHANGED]
-    assert (change.before, change.after, change.step) == ("MIXED", rung.value, 1)
+    assert (change.before, change.after, change.step) == ("MIXED", level.value, 1)
     (skip,) = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
     assert skip.cause is Cause.ACTIVATION
     assert session.metrics()["applied_steps"] == 2

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from hf_amp import AmpEvent, Cause, EventKind, StateError
+from hf_amp.events import LOG_FILE
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
-from hf_amp.report.reader import FILE_NAME, EventLog, find_log
+from hf_amp.report.reader import EventLogReader, find_log
 
 
 def written(path: Path, *events: AmpEvent) -> Path:
@@ -29,7 +30,7 @@ def skip(step: int, **fields: Any) -> AmpEvent:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / FILE_NAME
+    return tmp_path / LOG_FILE
 
 
 def test_what_the_sink_writes_is_read(path: Path) -> None:
@@ -39,7 +40,7 @@ def test_what_the_sink_writes_is_read(path: Path) -> None:
         AmpEvent(0, EventKind.TRAINING_STARTED),
         *(skip(step, modules=("a\nb",)) for step in range(1, 4)),
     )
-    lines = list(EventLog(path).read())
+    lines = list(EventLogReader(path).read())
     assert [line["event"] for line in lines] == ["training_started", *["step_skipped"] * 3]
     assert [(line["step"], line["cause"], line["modules"]) for line in lines[1:]] == [
         (step, "SCALE", ["a\nb"]) for step in range(1, 4)
@@ -52,7 +53,7 @@ def test_a_torn_last_line_is_left_out(path: Path, kept: int) -> None:
     whole = written(path, skip(1), skip(2)).read_bytes()
     first = whole.index(b"\n") + 1
     path.write_bytes(whole[: first + kept])
-    log = EventLog(path)
+    log = EventLogReader(path)
     assert [line["step"] for line in log.read()] == [1]
     assert log.unfinished == (kept > 0)
 
@@ -63,7 +64,7 @@ def test_a_run_that_goes_on_after_a_torn_line_loses_nothing_of_its_own(path: Pat
     whole = written(path, skip(1), skip(2)).read_bytes()
     path.write_bytes(whole[: whole.index(b"\n") + 1 + kept])
     written(path, skip(3), skip(4))
-    log = EventLog(path)
+    log = EventLogReader(path)
     assert [line["step"] for line in log.read()] == [1, 3, 4]
     assert log.torn_lines == 1
 
@@ -72,14 +73,14 @@ def test_blocks_of_zeros_that_a_crash_has_left_are_passed_over(path: Path) -> No
     """File systems pad with NUL bytes where data did not arrive before the power went."""
     line = written(path, skip(1)).read_bytes()
     path.write_bytes(line + b"\0" * 4096 + line)
-    assert [line["step"] for line in EventLog(path).read()] == [1, 1]
+    assert [line["step"] for line in EventLogReader(path).read()] == [1, 1]
 
 
 def test_a_growing_log_is_read_piece_by_piece(path: Path) -> None:
     """Every line comes once, as soon as it is whole, however the writing is cut up."""
     whole = written(path, *(skip(step) for step in range(1, 6))).read_bytes()
     path.write_bytes(b"")
-    log, seen = EventLog(path), []
+    log, seen = EventLogReader(path), []
     for start in range(0, len(whole), 50):
         with path.open("ab") as file:
             file.write(whole[start : start + 50])
@@ -91,7 +92,7 @@ def test_a_growing_log_is_read_piece_by_piece(path: Path) -> None:
 def test_an_empty_log_has_no_lines(path: Path) -> None:
     """A run that has just begun is no error."""
     path.write_bytes(b"")
-    assert list(EventLog(path).read()) == []
+    assert list(EventLogReader(path).read()) == []
 
 
 FOREIGN = {
@@ -112,16 +113,16 @@ def test_a_foreign_file_is_a_clear_error(path: Path, content: bytes) -> None:
     """The file and the line are named, and what an event log has to look like."""
     path.write_bytes(content)
     with pytest.raises(
-        StateError, match=rf"{FILE_NAME}: not an event log of hf_amp: line 1 .* timestamp, event"
+        StateError, match=rf"{LOG_FILE}: not an event log of hf_amp: line 1 .* timestamp, event"
     ):
-        list(EventLog(path).read())
+        list(EventLogReader(path).read())
 
 
 def test_a_foreign_line_in_the_middle_is_named(path: Path) -> None:
     """Something else has written into the log: the line's number tells where."""
     path.write_bytes(written(path, skip(1), skip(2)).read_bytes() + b"hello\n")
     with pytest.raises(StateError, match="line 3 is 'hello"):
-        list(EventLog(path).read())
+        list(EventLogReader(path).read())
 
 
 def test_a_run_is_its_folder_or_its_file(path: Path) -> None:
@@ -132,7 +133,7 @@ def test_a_run_is_its_folder_or_its_file(path: Path) -> None:
 
 def test_a_folder_without_a_log_names_the_runs_below_it(tmp_path: Path) -> None:
     """Who passes the folder above a run is told which one to pass."""
-    written(tmp_path / "runs" / "first" / FILE_NAME)
+    written(tmp_path / "runs" / "first" / LOG_FILE)
     with pytest.raises(StateError, match=r"no amp_events.jsonl .* Runs below it: .*runs/first"):
         find_log(tmp_path)
     with pytest.raises(StateError, match="no such file or folder"):
@@ -143,4 +144,4 @@ def test_a_line_that_an_older_reader_does_not_know_is_still_a_line(path: Path) -
     """Events that a later version adds are handed on."""
     line = {"timestamp": "t", "event": "of_the_future", "run_id": "r", "step": 3, "new": [1]}
     path.write_text(json.dumps(line) + "\n")
-    assert list(EventLog(path).read()) == [line]
+    assert list(EventLogReader(path).read()) == [line]

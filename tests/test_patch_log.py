@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_amp.patch_log import ReversibleChanges
+from hf_amp.patch_log import PatchLog
 
 
 class Gadget:
@@ -20,8 +20,8 @@ def gadget() -> Gadget:
 
 
 @pytest.fixture
-def changes() -> ReversibleChanges:
-    return ReversibleChanges()
+def changes() -> PatchLog:
+    return PatchLog()
 
 
 def test_undo_gives_back_the_former_value(changes, gadget):
@@ -85,7 +85,7 @@ def test_registered_calls_run_in_reverse_order(changes):
     """What was done last is undone first."""
     order = []
     for name in ("first", "second", "third"):
-        changes.call_on_undo(lambda name=name: order.append(name))
+        changes.on_undo(lambda name=name: order.append(name))
     changes.undo()
     assert order == ["third", "second", "first"]
 
@@ -94,7 +94,7 @@ def test_undoing_twice_is_harmless(changes, gadget):
     """The second undo does nothing, even when the attribute was set again in between."""
     calls = []
     changes.set_attribute(gadget, "size", 2)
-    changes.call_on_undo(lambda: calls.append("once"))
+    changes.on_undo(lambda: calls.append("once"))
     changes.undo()
     gadget.size = 2
     changes.undo()

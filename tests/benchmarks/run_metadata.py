@@ -18,7 +18,7 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "lightning-fabric")
 
 
-def circumstances() -> dict[str, Any]:
+def run_metadata() -> dict[str, Any]:
     """Hardware, versions, commit and command of this run; no commit where this is no Git checkout."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
