@@ -74,13 +74,13 @@ def panel(history: RunHistory) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from hf_amp.monitoring.sinks.console import visible
+    from hf_amp.events import printable
     from hf_amp.report.pictures import formatted
     from hf_amp.report.verdict import verdict_on
 
     verdict = verdict_on(history)
     parts: list[RenderableType] = [
-        Text(visible(verdict.sentence), style=_STYLES[verdict.level.value]),
+        Text(printable(verdict.sentence), style=_STYLES[verdict.level.value]),
         Text(""),
     ]
     figures = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -99,9 +99,9 @@ def panel(history: RunHistory) -> RenderableType:
         where = f" {', '.join(unnamed)}" if unnamed else ""
         what = f"{incident.event.replace('_', ' ')} {incident.cause}".rstrip()
         line = f"step {incident.last_step:,}: {what}{where}{times}. {incident.message}"
-        parts.append(Text(visible(line), style="yellow"))
+        parts.append(Text(printable(line), style="yellow"))
     state = "ended" if history.ended else "running, or killed"
-    title = Text(visible(f"{history.name} · step {history.newest_step:,} · {state}"))
+    title = Text(printable(f"{history.name} · step {history.newest_step:,} · {state}"))
     return Panel(Group(*parts), title=title, title_align="left", border_style="dim")
 
 

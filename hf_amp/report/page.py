@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
 
+from hf_amp.events import printable
 from hf_amp.monitoring.metrics import CATALOGUE
-from hf_amp.monitoring.sinks.console import visible
 from hf_amp.report.pictures import (
     DARK,
     LIGHT,
@@ -79,7 +79,7 @@ def _style() -> str:
 
 def _text(value: object) -> str:
     """Text from a run, made harmless: markup escaped, control characters made visible."""
-    return html.escape(visible(str(value)))
+    return html.escape(printable(str(value)))
 
 
 def _head(run: RunHistory) -> str:

@@ -20,8 +20,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hf_amp.events import printable
 from hf_amp.monitoring.metrics import CATALOGUE
-from hf_amp.monitoring.sinks.console import visible
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.report.reader import Incident, PrecisionChange, RunHistory, Series
 from hf_amp.report.verdict import verdict_on
@@ -153,7 +153,7 @@ def to_png(figure: Figure, path: Path) -> None:
 
 def shortened(name: str, longest: int) -> str:
     """A name, its middle left out where it is longer than `longest`."""
-    name = visible(name)
+    name = printable(name)
     if len(name) <= longest:
         return name
     tail = (longest - 1) * 2 // 3
@@ -620,7 +620,7 @@ class Drawn:
 
     def svg(self, runs: Sequence[RunHistory]) -> str:
         """The picture as an element of a page."""
-        label = html.escape(visible(f"{self.picture.title}, {runs[self.run].name}. {self.description}"))
+        label = html.escape(printable(f"{self.picture.title}, {runs[self.run].name}. {self.description}"))
         return to_svg(self.figure, f"{self.picture.name.replace('_', '')}{self.run}", label)
 
 
