@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
 from hf_amp.scaling.adaptive import AdaptiveScale
+from tests.each import for_each
 from tests.scaling.observations import observed, scales_under, simulate
 
 WIDE = 30.0
@@ -150,8 +151,8 @@ def test_underflow_pulls_the_scale_up_as_far_as_it_needs() -> None:
     assert ends == {20.0: 10.0, 26.0: 13.0, 60.0: 16.0}
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("strategy", ["ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+@for_each("fused", [False, True])
+@for_each("strategy", ["ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
 def test_scale_of_real_gradients_is_what_their_smallest_elements_want(strategy: str, fused: bool) -> None:
     """Gradients from 2^-28 to 2^-2: at 2^14 the smallest are FP16's smallest normal number, and there the scale stays."""
     gradient = torch.full((1024,), 2.0**-28)
