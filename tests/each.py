@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,10 +13,19 @@ import pytest
 Test = Callable[..., None]
 
 
+def forget_accelerators() -> None:
+    """Accelerators share their state within a process: the next one starts without."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 def for_each(names: str | Sequence[str], rows: Iterable[Any]) -> Callable[[Test], Test]:
     """Runs the test with every row in turn; an error says which. Takes what `parametrize` does, and several multiply.
 
-    Fixtures are shared by the rows.
+    Fixtures are shared by the rows, Accelerators are not.
     """
     arguments = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     table = [dict(zip(arguments, row if len(arguments) > 1 else [row], strict=True)) for row in rows]
@@ -25,6 +35,7 @@ def for_each(names: str | Sequence[str], rows: Iterable[Any]) -> Callable[[Test]
         @functools.wraps(test)
         def every(**given: Any) -> None:
             for values in table:
+                forget_accelerators()
                 try:
                     test(**given, **values)
                 except (Exception, pytest.fail.Exception) as error:

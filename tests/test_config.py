@@ -333,8 +333,8 @@ CONTENT = {
 }
 
 
-@pytest.mark.parametrize("as_path", [Path, str])
-@pytest.mark.parametrize("suffix", CONTENT)
+@for_each("as_path", [Path, str])
+@for_each("suffix", CONTENT)
 def test_a_file_gives_the_config_that_it_holds(tmp_path, suffix, as_path):
     """JSON and YAML, by a Path or a string."""
     path = tmp_path / f"amp{suffix}"
@@ -343,7 +343,7 @@ def test_a_file_gives_the_config_that_it_holds(tmp_path, suffix, as_path):
     assert MixedPrecisionConfig.from_file(as_path(path)) == expected
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "content", "words"),
     [
         ("amp.json", b'{"init_scale": ', "not valid JSON"),
@@ -365,7 +365,7 @@ def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, name, content, wo
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", CONTENT)
+@for_each("suffix", CONTENT)
 def test_a_missing_file_is_refused_by_name(tmp_path, suffix):
     """A path that leads nowhere is a ConfigError with that path."""
     with pytest.raises(ConfigError, match="cannot be read") as caught:
@@ -380,7 +380,7 @@ def test_a_folder_is_no_config_file(tmp_path):
         MixedPrecisionConfig.from_file(tmp_path / "amp.yaml")
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "content", "words"),
     [
         ("amp.json", "[1, 2]", "list: pass a mapping"),

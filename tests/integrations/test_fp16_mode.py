@@ -21,6 +21,7 @@ from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisio
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.monitoring.metrics import TIMINGS
 from hf_amp.scaling.master_weights import STATE_KEY
+from tests.each import for_each
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.integrations.half_models import dtypes
 from tests.integrations.trainers import OverflowAt, trainer_with
@@ -114,8 +115,8 @@ def reference(fused: bool) -> tuple[list[torch.Tensor], list[float]]:
     return [t.detach().clone() for t in tensors], norms
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["attach first", "attach last"])
-@pytest.mark.parametrize("fused", [False, True])
+@for_each("late", [False, True])
+@for_each("fused", [False, True])
 def test_accelerate_loop_is_the_reference_bit_for_bit(fused: bool, late: bool) -> None:
     """Accumulation, clipping, an overflow, a schedule: parameters, masters, optimizer state, norms and skips."""
     loop = Loop(fused=fused, late=late).run(range(STEPS))
@@ -179,10 +180,9 @@ def test_detach_gives_parameters_their_dtype_and_the_masters_values() -> None:
     assert all(p.isfinite().all() for p in loop.model.parameters())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("frozen", "emulate"),
     [(False, True), (True, True), (True, False)],
-    ids=["FP16 mode", "frozen body", "frozen body, real half"],
 )
 def test_overflowing_module_of_fp16_parameters_runs_in_fp32(frozen: bool, emulate: bool) -> None:
     """A layer that leaves FP16's range is named and computes in FP32 from its FP16 weights; the next steps are applied."""

@@ -42,9 +42,9 @@ def test_small_scale_is_reached_in_three_skips() -> None:
         assert 3 <= bits[999] <= 5
 
 
-@pytest.mark.parametrize("spread_bits", [20.0, WIDE])
-@pytest.mark.parametrize("gap_bits", [0.0, 2.0])
-@pytest.mark.parametrize("heavy", [False, True])
+@for_each("spread_bits", [20.0, WIDE])
+@for_each("gap_bits", [0.0, 2.0])
+@for_each("heavy", [False, True])
 def test_overflows_stay_within_the_budget(gap_bits: float, heavy: bool, spread_bits: float) -> None:
     """Over 4,000 steps, Gaussian or with outliers of up to 8 bits in 1%: at most 1e-3 skipped after the first 100."""
     dice = random.Random(1)
@@ -115,7 +115,7 @@ def test_overflow_never_enters_the_moments() -> None:
         assert torch.equal(getattr(state, name), getattr(after, name))
 
 
-@pytest.mark.parametrize("overflows", [1, 20, 10_000])
+@for_each("overflows", [1, 20, 10_000])
 def test_what_overflows_taught_is_forgotten(overflows: int) -> None:
     """However many there were, two windows of clean steps after the last one the scale is what it was before."""
     policy = AdaptiveScale.from_config(MixedPrecisionConfig(overflow_budget=0.01))

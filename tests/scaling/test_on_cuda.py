@@ -159,9 +159,9 @@ def trained(model: Split, scaler: Any, fused: bool) -> list[Tensor]:
     return [p.detach().cpu() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("strategy", ["DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
-@pytest.mark.parametrize("loss", ["cpu", "cuda"])
+@for_each("fused", [False, True])
+@for_each("strategy", ["DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+@for_each("loss", ["cpu", "cuda"])
 @pytest.mark.parametrize("halves", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda:0", "cuda:1")], ids="-".join)
 def test_a_model_on_two_devices(halves: tuple[str, str], loss: str, strategy: str, fused: bool) -> None:
     """An overflow on either device skips the step on both; the rest is the run without a scaler that leaves it out."""

@@ -260,7 +260,7 @@ def test_what_was_loaded_is_kept_where_the_model_is_elsewhere(tmp_path):
         assert ours[name] == theirs[name]
 
 
-@pytest.mark.parametrize("content", [b"", b"text", None])
+@for_each("content", [b"", b"text", None])
 def test_a_file_that_is_no_state_is_refused(tmp_path, content):
     """Empty, text, or a stock scaler's state: a StateError that names the file or what to pass."""
     path = tmp_path / "state.pt"

@@ -46,9 +46,9 @@ def train_by_hand(model, optimizer, batches, *, emulate, clip, accumulate):
     return losses, scaler.get_scale()
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "half kernels"])
-@pytest.mark.parametrize(("clip", "accumulate"), [(None, 1), (0.5, 1), (0.5, 3)])
+@for_each("fused", [False, True])
+@for_each("emulate", [True, False])
+@for_each(("clip", "accumulate"), [(None, 1), (0.5, 1), (0.5, 3)])
 def test_it_is_the_hand_written_loop_to_the_last_bit(emulate, clip, accumulate, fused):
     """GPT-2 with dropout on real text: same losses, scale, parameters and AdamW state after 12 batches."""
     batches = real_text(12)
