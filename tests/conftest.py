@@ -13,17 +13,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+from tests.each import forget_accelerators
+
 
 @pytest.fixture
 def fresh_accelerator_state() -> Iterator[None]:
-    """Accelerators share their state within a process: a test starts and ends without."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    """The test starts and ends without an Accelerator."""
+    forget_accelerators()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerators()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

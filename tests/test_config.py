@@ -23,6 +23,7 @@ from hf_amp import (
     UnknownOptionError,
 )
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE
+from tests.each import for_each
 
 OPTIONS = {option.name: option for option in dataclasses.fields(MixedPrecisionConfig)}
 
@@ -78,10 +79,7 @@ KINDS = {
     ),
 }  # fmt: skip
 WRONG = [
-    pytest.param(name, value, words, id=f"{name}={value!r}")
-    for words, values, names in KINDS.values()
-    for name in names
-    for value in values
+    (name, value, words) for words, values, names in KINDS.values() for name in names for value in values
 ]
 
 
@@ -90,7 +88,7 @@ def test_every_option_has_wrong_values_here():
     assert sorted(name for _, _, names in KINDS.values() for name in names) == sorted(OPTIONS)
 
 
-@pytest.mark.parametrize(("name", "value", "words"), WRONG)
+@for_each(("name", "value", "words"), WRONG)
 def test_a_wrong_value_is_refused_in_words_that_help(name, value, words):
     """The message has what was passed, what is allowed and what to do: the option's name, words, and its default."""
     message = refusal(**{name: value})
@@ -107,7 +105,7 @@ def test_a_refusal_is_a_value_error(name, value):
         MixedPrecisionConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["init_scale", "growth_factor", "backoff_factor"])
+@for_each("name", ["init_scale", "growth_factor", "backoff_factor"])
 def test_an_integer_beyond_every_float_is_refused(name):
     """Even a number that no float can hold is a ConfigError."""
     assert name in refusal(**{name: 10**400})
@@ -142,7 +140,7 @@ def test_dynamic_precision_needs_fp32_parameters():
     assert MixedPrecisionConfig(precision_mode="DYNAMIC", half_parameters="upcast").enabled
 
 
-@pytest.mark.parametrize("floor", [2.0**-128, 1e-40, 1e-300])
+@for_each("floor", [2.0**-128, 1e-40, 1e-300])
 def test_a_floor_whose_reciprocal_overflows_is_refused(floor):
     """A scale so small that dividing by it overflows in FP32 would write inf or NaN into the parameters."""
     assert "min_scale" in refusal(min_scale=floor)
@@ -179,14 +177,14 @@ def test_the_bounds_belong_to_the_allowed_range(init_scale):
 # ---- enumerations -------------------------------------------------------------------------------------------
 
 NAMES = [
-    pytest.param(option, member, spell, id=f"{option}-{spell(member.value)}")
+    (option, member, spell)
     for option, enumeration in (("precision_mode", PrecisionMode), ("scaling_strategy", ScalingStrategy))
     for member in enumeration
     for spell in (str.lower, str.upper, str.title)
 ]
 
 
-@pytest.mark.parametrize(("option", "member", "spell"), NAMES)
+@for_each(("option", "member", "spell"), NAMES)
 def test_names_are_accepted_in_any_case(option, member, spell):
     """A string in any case is the enumeration's member."""
     assert getattr(MixedPrecisionConfig(**{option: spell(member.value)}), option) is member
@@ -229,7 +227,7 @@ def test_the_scaling_defaults_are_those_of_the_stock_scaler():
 # ---- frozen, plain data -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@for_each("name", OPTIONS)
 def test_a_config_is_frozen(name):
     """An option cannot be changed after it was checked."""
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -293,7 +291,7 @@ def test_plain_data_holds_every_option_and_no_objects():
     assert not any(isinstance(value, enum.Enum) for value in plain.values())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("typo", "nearest"),
     [
         ("init_scal", "init_scale"),
@@ -312,14 +310,14 @@ def test_a_typo_is_answered_with_the_nearest_option(typo, nearest):
     assert [name for name in OPTIONS if name not in message] == []
 
 
-@pytest.mark.parametrize("key", ["", "zzz", 7, None, ("init_scale",)])
+@for_each("key", ["", "zzz", 7, None, ("init_scale",)])
 def test_a_key_like_no_option_is_still_a_clear_error(key):
     """Whatever the key, the answer is an UnknownOptionError, which is a ConfigError."""
     with pytest.raises(UnknownOptionError, match="Allowed: enabled"):
         MixedPrecisionConfig.from_dict({key: 1})
 
 
-@pytest.mark.parametrize("options", [[("init_scale", 2.0)], "init_scale", None, 3])
+@for_each("options", [[("init_scale", 2.0)], "init_scale", None, 3])
 def test_plain_data_must_be_a_mapping(options):
     """Anything but a mapping is named by its type."""
     with pytest.raises(ConfigError, match=f"{type(options).__name__}: pass a mapping"):
@@ -335,8 +333,8 @@ CONTENT = {
 }
 
 
-@pytest.mark.parametrize("as_path", [Path, str])
-@pytest.mark.parametrize("suffix", CONTENT)
+@for_each("as_path", [Path, str])
+@for_each("suffix", CONTENT)
 def test_a_file_gives_the_config_that_it_holds(tmp_path, suffix, as_path):
     """JSON and YAML, by a Path or a string."""
     path = tmp_path / f"amp{suffix}"
@@ -345,7 +343,7 @@ def test_a_file_gives_the_config_that_it_holds(tmp_path, suffix, as_path):
     assert MixedPrecisionConfig.from_file(as_path(path)) == expected
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "content", "words"),
     [
         ("amp.json", b'{"init_scale": ', "not valid JSON"),
@@ -367,7 +365,7 @@ def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, name, content, wo
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", CONTENT)
+@for_each("suffix", CONTENT)
 def test_a_missing_file_is_refused_by_name(tmp_path, suffix):
     """A path that leads nowhere is a ConfigError with that path."""
     with pytest.raises(ConfigError, match="cannot be read") as caught:
@@ -382,7 +380,7 @@ def test_a_folder_is_no_config_file(tmp_path):
         MixedPrecisionConfig.from_file(tmp_path / "amp.yaml")
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "content", "words"),
     [
         ("amp.json", "[1, 2]", "list: pass a mapping"),
@@ -409,7 +407,7 @@ def test_a_file_with_wrong_options_is_refused(tmp_path, name, content, words):
 FORMATS = [(FP16_FORMAT, 15, 10), (BF16_FORMAT, 127, 7), (FP32_FORMAT, 127, 23)]
 
 
-@pytest.mark.parametrize(("number_format", "exponent", "bits"), FORMATS)
+@for_each(("number_format", "exponent", "bits"), FORMATS)
 def test_ranges_are_those_of_the_standard(number_format, exponent, bits):
     """Largest, smallest normal and smallest subnormal follow from the bits of the format."""
     assert number_format.largest == (2 - 2.0**-bits) * 2.0**exponent
@@ -417,7 +415,7 @@ def test_ranges_are_those_of_the_standard(number_format, exponent, bits):
     assert number_format.smallest_subnormal == 2.0 ** (1 - exponent - bits)
 
 
-@pytest.mark.parametrize("number_format", [FP16_FORMAT, BF16_FORMAT, FP32_FORMAT])
+@for_each("number_format", [FP16_FORMAT, BF16_FORMAT, FP32_FORMAT])
 def test_ranges_are_those_of_torch(number_format):
     """What a tensor of the format holds, and what `torch.finfo` says, agree with the record."""
     facts = torch.finfo(number_format.dtype)
@@ -440,7 +438,7 @@ def test_the_scale_bounds_follow_from_the_formats():
     assert config.max_scale == LARGEST_SCALE == 2.0**127
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("mode", "number_format"),
     [
         (PrecisionMode.FP16, FP16_FORMAT),
@@ -454,7 +452,7 @@ def test_a_mode_computes_in_its_format(mode, number_format):
     assert NumberFormat.of(mode) is number_format
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "hint"),
     [
         ({"enabled": "false"}, "write true or false without quotes"),

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from hf_amp.device import Hardware, amd_gpu, probe
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 
 
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cpu:0"])
+@for_each("device", ["cpu", torch.device("cpu"), "cpu:0"])
 def test_a_cpu_has_a_name_and_kernels(device):
     """FP16 and BF16 run on every CPU, with units or without."""
     hardware = probe(device)
@@ -57,7 +58,7 @@ def test_a_gpu_has_what_its_capability_says():
     assert (hardware.tf32 == "native") == (hardware.bf16 == "native") == (hardware.capability >= (8, 0))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("architecture", "formats"),
     [
         ("gfx906:sramecc+:xnack-", set()),
@@ -86,14 +87,14 @@ def test_probing_reads_no_tensor():
     assert reads.count == 0
 
 
-@pytest.mark.parametrize("field", ["device", "name", "fp16", "bf16"])
+@for_each("field", ["device", "name", "fp16", "bf16"])
 def test_the_record_is_frozen(field):
     """What was found is not changed."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(probe("cpu"), field, "native")
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("hardware", "emulate", "words"),
     [
         (Hardware("cpu", "x86_64", "slow", "slow"), True, ["emulated", "not faster than FP32"]),

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_amp.emulation import EmulatedPrecision, round_to
 from hf_amp.fallback.module_precision import ForwardContext, InnerForwardContext
 from hf_amp.precision import FP32_FORMAT
+from tests.each import for_each
 
 
 def tiny_gpt2(activation: str = "gelu") -> GPT2LMHeadModel:
@@ -72,7 +73,7 @@ def test_forward_is_close_to_real_half() -> None:
     assert emulated == pytest.approx(real, rel=2e-3)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "product",
     [
         lambda a, b: a @ b,

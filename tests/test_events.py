@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from hf_amp import AmpEvent, Cause, EventKind
+from tests.each import for_each
 
 AS_EXPECTED = {
     EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.METRICS, EventKind.BUFFERS_RESTORED,
@@ -12,7 +13,7 @@ AS_EXPECTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(AmpEvent)])
+@for_each("field", [field.name for field in dataclasses.fields(AmpEvent)])
 def test_an_event_is_frozen(field):
     """What happened cannot be rewritten."""
     event = AmpEvent(step=3, kind=EventKind.STEP_SKIPPED)
@@ -43,13 +44,13 @@ def test_equal_events_are_equal():
     assert dataclasses.replace(made[0], step=5) != made[1]
 
 
-@pytest.mark.parametrize("kind", EventKind)
+@for_each("kind", EventKind)
 def test_only_trouble_needs_attention(kind):
     """What went wrong asks for attention; starting and ending do not."""
     assert kind.needs_attention == (kind not in AS_EXPECTED)
 
 
-@pytest.mark.parametrize("member", [*Cause, *EventKind])
+@for_each("member", [*Cause, *EventKind])
 def test_causes_and_kinds_are_plain_strings(member):
     """They compare equal to what a log holds, and are found again by it."""
     assert member == member.value

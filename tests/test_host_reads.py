@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 
 READS = {
@@ -46,7 +47,7 @@ def values() -> Tensor:
     return torch.arange(4.0)
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@for_each("read", READS.values())
 def test_a_read_counts_once(read, values):
     """Whatever brings values to the host counts as exactly one read."""
     with count_host_reads() as reads:
@@ -54,7 +55,7 @@ def test_a_read_counts_once(read, values):
     assert reads.count == 1, reads.sources
 
 
-@pytest.mark.parametrize("operation", NO_READS.values(), ids=NO_READS)
+@for_each("operation", NO_READS.values())
 def test_what_stays_on_the_device_does_not_count(operation, values):
     """Operations that need no value on the host count as none."""
     with count_host_reads() as reads:

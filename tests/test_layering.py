@@ -6,9 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import hf_amp
+from tests.each import for_each
 
 PACKAGE = Path(hf_amp.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -94,13 +93,13 @@ def test_there_are_files_to_check():
     assert {"config.py", "session.py", "scaling/scaler.py", "cli/demo.py"} <= set(FILES)
 
 
-@pytest.mark.parametrize("file", FILES)
+@for_each("file", FILES)
 def test_a_file_imports_downward_only(file):
     """No file imports what is above it, its neighbour, or a library that is another's."""
     assert violations(file, (PACKAGE / file).read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("file", "source", "words"),
     [
         ("config.py", "from hf_amp.session import AmpSession", "above it"),
@@ -126,7 +125,7 @@ def test_a_planted_violation_is_found(file, source, words):
     assert words in found
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("file", "source"),
     [
         ("scaling/scaler.py", "from hf_amp.scaling.state import restored\nfrom .policy import scalar"),

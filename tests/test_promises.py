@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
+from tests.each import for_each
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
@@ -20,13 +20,13 @@ def functions_of(file: str) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize(("file", "test"), NAMED)
+@for_each(("file", "test"), NAMED)
 def test_a_test_that_is_named_exists(file: str, test: str) -> None:
     """By file and function."""
     assert test in functions_of(file)
 
 
-@pytest.mark.parametrize("number", range(1, PROMISES + 1))
+@for_each("number", range(1, PROMISES + 1))
 def test_every_promise_has_tests_and_mutations(number: int) -> None:
     """Each row of the table names at least one test, and a file of hf_amp whose change turns it red."""
     rows = re.findall(rf"^\| {number} \|.*$", README, re.MULTILINE)

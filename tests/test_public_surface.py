@@ -7,6 +7,7 @@ import pytest
 
 import hf_amp
 from hf_amp import errors
+from tests.each import for_each
 
 PUBLIC = [
     "AdvancedGradScaler",
@@ -65,7 +66,7 @@ def test_the_public_names_are_sorted():
     assert hf_amp.__all__ == sorted(set(hf_amp.__all__))
 
 
-@pytest.mark.parametrize("name", hf_amp.__all__)
+@for_each("name", hf_amp.__all__)
 def test_a_public_name_is_importable_and_documented(name):
     """Lazy or not, it is there, says what it is, and comes from this package."""
     value = getattr(hf_amp, name)
@@ -84,7 +85,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         _ = hf_amp.MixedPrecisionCalback
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@for_each("name", ERRORS)
 def test_every_error_is_public(name):
     """Whatever hf_amp raises on purpose can be caught by a name from `hf_amp`."""
     assert name in hf_amp.__all__
@@ -98,7 +99,7 @@ def test_the_documented_error_tree_is_the_real_one():
     assert documented_tree() == {**real, "HfAmpError": None}
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@for_each("name", ERRORS)
 def test_the_documented_builtin_base_is_the_real_one(name):
     """Where the tree says `(ValueError)`, an `except ValueError` catches it."""
     stated = re.search(rf"\b{name} \((\w+)\)", errors.__doc__ or "")

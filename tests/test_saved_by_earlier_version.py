@@ -17,6 +17,7 @@ import pytest
 from hf_amp.report.reader import read_run
 from hf_amp.report.verdict import verdict_on
 from tests.data.at_76f9429 import runs
+from tests.each import for_each
 
 NEW_EVENTS: dict[str, str] = {"hopeless": "stalled", "statistics_put_back": "buffers_restored"}
 """Kind of an event, as it was called → as it is called now; those that are not here have kept their names."""
@@ -65,7 +66,7 @@ def facts_of(run: Path) -> dict[str, Any]:
     return runs.log_facts(history, verdict_on(history).level.value)
 
 
-@pytest.mark.parametrize("name", runs.SCALERS)
+@for_each("name", runs.SCALERS)
 def test_a_scaler_goes_on(name: str) -> None:
     """Scale, counters, growth tracker and options are those that were saved, and the scale goes on as it would have gone
     on; what was saved with hysteresis and a tolerance loads without these options.
@@ -80,8 +81,8 @@ def test_master_weights_go_on() -> None:
     assert_same(found, EXPECTED["optimizers"]["fp16_master_weights"])
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("saved", ["accelerate_fp16", "accelerate_bf16"])
+@for_each("precision", ["fp16", "bf16"])
+@for_each("saved", ["accelerate_fp16", "accelerate_bf16"])
 def test_an_accelerator_goes_on(saved: str, precision: str) -> None:
     """`load_state` gives scale, counters, figures and plan in the precision of the checkpoint, counters in another, and the
     run goes on to what it would have come to: modules in FP32 are tried in FP16 again when it was their time.
@@ -113,7 +114,7 @@ def test_a_manager_goes_on(name: str, options: dict[str, Any]) -> None:
     assert_same(found, EXPECTED["managers"][name])
 
 
-@pytest.mark.parametrize("name", EXPECTED["logs"])
+@for_each("name", EXPECTED["logs"])
 def test_a_log_tells_what_it_told(name: str) -> None:
     """Skips, changes of precision, incidents, figures and how the run is, as they were read from the log."""
     assert_same(facts_of(DATA / name), EXPECTED["logs"][name])

@@ -8,6 +8,7 @@ import inspect
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn, optim
 from torch.utils.tensorboard import SummaryWriter
 
 import hf_amp
+from tests.each import for_each
 
 SEED = (Path(__file__).parent / "data" / "seed.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", SEED, flags=re.MULTILINE | re.DOTALL)
@@ -51,11 +53,9 @@ def create_test_dataloader() -> list[dict[str, Tensor]]:
     ]
 
 
-@pytest.fixture
-def open_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+@contextmanager
+def open_names() -> Iterator[dict[str, Any]]:
     """What the blocks leave open, and what the imports of one block are to another."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)
     model = TestModel()
@@ -64,7 +64,7 @@ def open_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict
     config = hf_amp.MixedPrecisionConfig(init_scale=256.0)
     trainer = hf_amp.StandardMixedPrecisionTrainer(config)
     result = trainer.train_step(batches[0], model, optimizer)
-    yield {
+    names = {
         **{name: getattr(hf_amp, name) for name in hf_amp.__all__},
         **{"torch": torch, "optim": optim, "pytest": pytest, "time": time, "SummaryWriter": SummaryWriter},
         **{"model": model, "optimizer": optimizer, "config": config, "trainer": trainer, "batch": batches[0]},
@@ -75,7 +75,17 @@ def open_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict
         **{"step": 1, "batch_idx": 0, "memory_usage": 0.5, "total_memory": 16.0},
         **{"expected_time": 60.0, "max_memory_increase": 2**20, "logger": structlog.get_logger("seed")},
     }
-    dist.destroy_process_group()
+    try:
+        yield names
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder to write into, and where the other ranks would be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
 
 
 def run(block: str, names: dict[str, Any]) -> SimpleNamespace:
@@ -85,35 +95,29 @@ def run(block: str, names: dict[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**{name: value for name, value in made.items() if names.get(name) is not value})
 
 
-def title(block: str) -> str:
-    """The first line with code."""
-    return next(line for line in block.splitlines() if line and not line.startswith("#"))[:40]
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=[f"{i}-{title(block)}" for i, block in enumerate(BLOCKS)])
-def test_a_block_runs_as_written(block: str, open_names: dict[str, Any]) -> None:
+@pytest.mark.usefixtures("elsewhere")
+@for_each("block", BLOCKS)
+def test_a_block_runs_as_written(block: str) -> None:
     """It runs; the tests that it defines pass; what it makes trains two more steps and ends with finite parameters."""
-    if (
-        "scaler.step" in block and "scaler.scale" not in block
-    ):  # no loss is scaled: its scaler can only be a guard
-        open_names["config"] = hf_amp.MixedPrecisionConfig(precision_mode="FP32")
-    made = run(block, open_names)
-    tests = [value for name, value in vars(made).items() if name.startswith("test_")]
-    for test in tests:
-        outcome = test()
-        if inspect.iscoroutine(outcome):
-            asyncio.run(outcome)
-    model = getattr(made, "model", open_names["model"])
-    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
-    for loop in (getattr(made, "manager", None), getattr(made, "trainer", None)):
-        if isinstance(loop, hf_amp.AdvancedMixedPrecisionManager) and "cleanup" not in block:
-            assert len(loop.train_epoch(open_names["dataloader"], model, optimizer)["losses"]) == 3
-        elif isinstance(loop, hf_amp.StandardMixedPrecisionTrainer):
-            assert loop.train_step(open_names["batch"], model, optimizer)["loss"].isfinite()
-    if isinstance(getattr(made, "config", None), hf_amp.MixedPrecisionConfig):
-        manager = hf_amp.AdvancedMixedPrecisionManager(made.config)
-        assert manager.train_epoch(open_names["dataloader"], model, optimizer)["batches"] == 3
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    with open_names() as names:
+        if "scaler.step" in block and "scaler.scale" not in block:
+            names["config"] = hf_amp.MixedPrecisionConfig(precision_mode="FP32")  # no loss is scaled: a guard
+        made = run(block, names)
+        for test in [value for name, value in vars(made).items() if name.startswith("test_")]:
+            outcome = test()
+            if inspect.iscoroutine(outcome):
+                asyncio.run(outcome)
+        model = getattr(made, "model", names["model"])
+        optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+        for loop in (getattr(made, "manager", None), getattr(made, "trainer", None)):
+            if isinstance(loop, hf_amp.AdvancedMixedPrecisionManager) and "cleanup" not in block:
+                assert len(loop.train_epoch(names["dataloader"], model, optimizer)["losses"]) == 3
+            elif isinstance(loop, hf_amp.StandardMixedPrecisionTrainer):
+                assert loop.train_step(names["batch"], model, optimizer)["loss"].isfinite()
+        if isinstance(getattr(made, "config", None), hf_amp.MixedPrecisionConfig):
+            manager = hf_amp.AdvancedMixedPrecisionManager(made.config)
+            assert manager.train_epoch(names["dataloader"], model, optimizer)["batches"] == 3
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_every_block_is_found() -> None:
@@ -141,8 +145,9 @@ def test_every_name_of_the_document_is_public() -> None:
     assert options <= set(hf_amp.MixedPrecisionConfig().to_dict())
 
 
-def test_a_block_that_does_not_work_is_found(open_names: dict[str, Any]) -> None:
+@pytest.mark.usefixtures("elsewhere")
+def test_a_block_that_does_not_work_is_found() -> None:
     """The check can fail: a misspelt result key raises."""
     block = next(block for block in BLOCKS if "['fp16_usage_rate']" in block)
-    with pytest.raises(KeyError):
-        run(block.replace("fp16_usage_rate", "fp16_usage"), open_names)
+    with open_names() as names, pytest.raises(KeyError):
+        run(block.replace("fp16_usage_rate", "fp16_usage"), names)

@@ -17,6 +17,7 @@ from tests.benchmarks.results_table import page_of, read, results_markdown, rows
 from tests.benchmarks.run_metadata import RESULTS
 from tests.benchmarks.suite import CPU, GPU, folder_of
 from tests.benchmarks.tables import pivoted, table
+from tests.each import for_each
 
 PLAIN = Benchmark("made_up", "-", "-", "-")
 BOUND = Target("one or less", "ratio", 1.0)
@@ -53,7 +54,7 @@ def test_every_benchmark_is_in_a_suite() -> None:
     assert {f"tests.benchmarks.{path.stem}" for path in writers} <= modules
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("result", "words"),
     [
         (None, "**not measured**."),

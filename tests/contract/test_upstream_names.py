@@ -17,6 +17,7 @@ from hf_amp.integrations._compat import (
     prepared_optimizers,
     replace_scaler,
 )
+from tests.each import for_each
 
 
 def test_torch_has_the_unscale_kernel() -> None:
@@ -35,7 +36,7 @@ def test_torch_tells_whether_onednn_has_half_kernels(number_format: str) -> None
         assert isinstance(supported(), bool)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "name", [
         "_scale", "_growth_tracker", "_enabled", "_device", "_init_scale", "_lazy_init_scale_growth_tracker",
         "_growth_factor", "_backoff_factor", "_growth_interval", "_per_optimizer_states", "_check_inf_per_device",
@@ -94,7 +95,7 @@ def test_accelerate_optimizer_takes_another_scaler_by_its_pickling_protocol() ->
     assert vars(optimizer) == before
 
 
-@pytest.mark.parametrize("name", ["native_amp", "scaler", "scaler_handler", "autocast_handler"])
+@for_each("name", ["native_amp", "scaler", "scaler_handler", "autocast_handler"])
 def test_accelerator_has(name: str) -> None:
     """The attributes that attach changes are there."""
     assert name in vars(Accelerator(cpu=True))
@@ -127,7 +128,7 @@ def test_accelerate_optimizer_keeps_its_skip() -> None:
     assert not optimizer.step_was_skipped
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("caller", "name"),
     [
         ("_prepare_for_training", "self._load_scaler(resume_from_checkpoint)"),

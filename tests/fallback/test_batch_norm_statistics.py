@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import AmpEvent, EventKind, MixedPrecisionConfig
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import OverflowInBackward, assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
-EVERY_PRECISION = pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+EVERY_PRECISION = for_each("precision", ["fp16", "bf16", "no"])
 
 
 class Normalised(nn.Module):

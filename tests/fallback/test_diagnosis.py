@@ -14,11 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_amp
 from hf_amp import AmpEvent, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
+from tests.each import for_each
 from tests.reference import OverflowInBackward
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 PRECISIONS = ["fp16", "bf16", "no"]
-EVERY_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
+EVERY_PRECISION = for_each("precision", PRECISIONS)
 X = torch.linspace(-1, 1, 24).reshape(3, 8) + 0.01
 
 
@@ -107,8 +108,8 @@ def test_all_labels_ignored_by_cross_entropy(precision: str) -> None:
 
 
 @EVERY_PRECISION
-@pytest.mark.parametrize(("value", "word"), [(torch.nan, "NaN"), (torch.inf, "inf"), (-torch.inf, "inf")])
-@pytest.mark.parametrize("name", ["x", "labels"])
+@for_each(("value", "word"), [(torch.nan, "NaN"), (torch.inf, "inf"), (-torch.inf, "inf")])
+@for_each("name", ["x", "labels"])
 def test_bad_batch(precision: str, value: float, word: str, name: str) -> None:
     """INPUT, for a single element of one micro-batch of three; which tensor, and inf told apart from NaN."""
     loop = Loop(Regression(), precision)
@@ -121,7 +122,7 @@ def test_bad_batch(precision: str, value: float, word: str, name: str) -> None:
 
 
 @EVERY_PRECISION
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@for_each("value", [torch.nan, torch.inf])
 def test_bad_weight(precision: str, value: float) -> None:
     """WEIGHTS, with the parameter's name, and where to go back to."""
     loop = Loop(Regression(), precision)
@@ -138,7 +139,7 @@ def log_of_zero(logits: Tensor, _: Any = None) -> Tensor:
 
 
 @EVERY_PRECISION
-@pytest.mark.parametrize("inside", [False, True], ids=["outside of the model", "inside of it"])
+@for_each("inside", [False, True])
 def test_log_of_zero_in_a_custom_loss(precision: str, inside: bool) -> None:
     """LOSS, and that the logarithm is to be looked at."""
     loop = Loop(Regression(log_of_zero), precision)
@@ -278,8 +279,8 @@ def test_gradients_made_infinite_in_backward_alone(precision: str) -> None:
         assert "no loss scale to blame" in loop.skips[0].message
 
 
-@pytest.mark.parametrize("bad", ["x", "labels"])
-@pytest.mark.parametrize("at", [1, 2, 4])
+@for_each("bad", ["x", "labels"])
+@for_each("at", [1, 2, 4])
 def test_a_verdict_that_is_one_step_late_looks_at_its_own_batch(bad: str, at: int) -> None:
     """PERFORMANCE_OPTIMIZED with fused AdamW: the bad step is told by its number, from its batch, not the newer one's."""
     loop = Loop(Regression(), "fp16", fused=True, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=64.0)
@@ -354,7 +355,7 @@ def test_an_overflow_in_a_forward_that_was_put_on_the_instance(emulate: bool) ->
 
 
 @EVERY_PRECISION
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@for_each("dropout", [0.0, 0.5])
 def test_a_loss_made_from_the_models_own_loss(precision: str, dropout: float) -> None:
     """LOSS where the repeated pass was the same and finite; UNKNOWN with dropout, which another kernel may draw otherwise."""
     loop = Loop(Regression(between=nn.Dropout(dropout)), precision)

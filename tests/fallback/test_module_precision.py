@@ -25,6 +25,7 @@ from hf_amp.device import probe
 from hf_amp.fallback.diagnosis import Diagnosis
 from hf_amp.fallback.module_precision import ForwardContext, PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan
+from tests.each import for_each
 
 KERNELS = pytest.mark.parametrize("emulate", [False, True], ids=["half kernels", "emulated"])
 X = torch.linspace(-1, 1, 24).reshape(3, 8) / 3
@@ -87,7 +88,7 @@ def no_context_is_left() -> bool:
 
 
 @KERNELS
-@pytest.mark.parametrize("name", ["first", "body", "body.up", "last"])
+@for_each("name", ["first", "body", "body.up", "last"])
 def test_a_named_module_computes_in_fp32_and_the_rest_as_without_it(emulate: bool, name: str) -> None:
     """Outputs of the named module equal FP32 kernels on its inputs, bit for bit; every other module's those in FP16."""
     model = Network()
@@ -199,8 +200,8 @@ class Container(nn.Module):
 
 
 @KERNELS
-@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
-@pytest.mark.parametrize("name", ["wrapped", "wrapped.block", "wrapped.block.up"])
+@for_each("reentrant", [False, True])
+@for_each("name", ["wrapped", "wrapped.block", "wrapped.block.up"])
 def test_what_is_recomputed_in_backward_is_recomputed_in_fp32(
     emulate: bool, reentrant: bool, name: str
 ) -> None:
@@ -262,7 +263,7 @@ PARCELS: dict[str, tuple[Callable[[Any], Tensor], Callable[[Tensor], Any]]] = {
 
 
 @KERNELS
-@pytest.mark.parametrize("kind", PARCELS)
+@for_each("kind", PARCELS)
 def test_half_tensors_are_widened_wherever_they_are(emulate: bool, kind: str) -> None:
     """An FP32 module takes FP16 values in any parcel, computes in FP32, and gives back the kind that it makes."""
     torch.manual_seed(0)
@@ -336,8 +337,8 @@ class Fails(nn.Module):
 
 
 @KERNELS
-@pytest.mark.parametrize("where", ["forward", "hook"])
-@pytest.mark.parametrize("name", ["1", "1.layer"])
+@for_each("where", ["forward", "hook"])
+@for_each("name", ["1", "1.layer"])
 def test_an_exception_leaves_nothing_behind(emulate: bool, where: str, name: str) -> None:
     """After an exception in the module or a hook of it, autocast, emulation and the plan are as if it had never been."""
     model = nn.Sequential(nn.Linear(8, 8), Fails())
@@ -372,7 +373,7 @@ class Forgives(nn.Module):
 
 
 @KERNELS
-@pytest.mark.parametrize("where", ["forward", "hook"])
+@for_each("where", ["forward", "hook"])
 @pytest.mark.filterwarnings("error")
 def test_an_exception_that_is_caught_inside_ends_nothing(emulate: bool, where: str) -> None:
     """A container in FP32 that catches the exception of a part goes on in FP32."""

@@ -26,8 +26,9 @@ from hf_amp.fallback.diagnosis import Diagnosis, diagnose, non_finite_source
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, PlanRunner, PrecisionEntry
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import ReplayFindings, replay
+from tests.each import for_each
 
-KERNELS = pytest.mark.parametrize("emulate", [False, True], ids=["half kernels", "emulated"])
+KERNELS = for_each("emulate", [False, True])
 X = torch.linspace(-1, 1, 24).reshape(3, 8) + 0.01
 
 
@@ -159,7 +160,7 @@ class Recomputes(nn.Module):
         return checkpoint(self.block, self.first(x), use_reentrant=self.reentrant)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("model", "names"),
     [
         (AtTheRoot(), [""]),
@@ -198,10 +199,9 @@ class Packs(nn.Module):
         return self.pack(x @ self.layer.weight)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "pack",
     [lambda x: (x, 1), lambda x: [None, x], lambda x: {"a": {"b": x}}, Parcel, lambda x: Output(x=x)],
-    ids=["tuple", "list", "dict", "dataclass", "ModelOutput"],
 )
 def test_any_kind_of_output_is_looked_into(pack: Callable[[Tensor], Any]) -> None:
     """Values beyond the range are seen in tuples, lists, dicts and dataclasses."""
@@ -412,7 +412,7 @@ class Unpacks(nn.Module):
         return batch["x"]
 
 
-@pytest.mark.parametrize("mapping", [dict, OrderedDict, BatchEncoding])
+@for_each("mapping", [dict, OrderedDict, BatchEncoding])
 def test_a_batch_that_the_model_adds_its_outputs_to_is_repeated_as_it_came(
     mapping: Callable[[Any], Any],
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hf_amp import Cause
+from tests.each import for_each
 
 WORKER = Path(__file__).with_name("two_rank_worker.py")
 
@@ -32,7 +33,7 @@ def ranks() -> list[dict[str, Any]]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("fault", "cause", "modules"),
     [
         ("activation", Cause.ACTIVATION, ["first"]),
@@ -61,7 +62,7 @@ def test_the_rank_with_the_fault_says_what_failed(ranks: list[dict[str, Any]]) -
     assert "no peeking" in ranks[1]["failing examination"]["messages"][0]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("fault", "advice"),
     [
         ("activation", "a forward value left the range of FP16 (±65504) in first"),

@@ -1,13 +1,13 @@
-"""One of two processes: FP16 mode under DistributedDataParallel. Prints a JSON line with what each rank has at the end."""
+"""One of two processes: FP16 mode under DistributedDataParallel, run by run. Prints a JSON line with what each rank has."""
 
 from __future__ import annotations
 
 import json
-import sys
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 import hf_amp
@@ -54,14 +54,23 @@ def attached_late(accelerator: Accelerator) -> str:
     return ""
 
 
-def main() -> None:
-    views = DistributedDataParallelKwargs(gradient_as_bucket_view=sys.argv[2] == "views")
+def run(zeroing: str) -> dict[str, object]:
+    """How gradients are cleared, and whether they are views into DDP's buckets."""
+    AcceleratorState._reset_state()
+    cleared, held = zeroing.split()
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=held == "views")
     accelerator = Accelerator(mixed_precision="fp16", cpu=True, kwargs_handlers=[views])
-    result = train(accelerator, set_to_none=sys.argv[1] == "none")
+    result = train(accelerator, set_to_none=cleared == "none")
     result["late"] = attached_late(accelerator)
+    return result
+
+
+def main() -> None:
+    Accelerator(cpu=True)
+    results = {zeroing: run(zeroing) for zeroing in ("none copies", "none views", "zeros views")}
     gathered: list[dict[str, object] | None] = [None, None]
-    dist.all_gather_object(gathered, result)
-    if accelerator.process_index == 0:
+    dist.all_gather_object(gathered, results)
+    if dist.get_rank() == 0:
         print(json.dumps(gathered))
     leave_together()
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import hf_amp
 from hf_amp import AttachError, ConfigError, MixedPrecisionConfig, ScalerError
+from tests.each import for_each
 from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot, tiny_mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
@@ -53,8 +54,8 @@ def run(order: str, fused: bool, overflowing: int | None = 2, **options: Any) ->
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("order", ["before", "after"])
+@for_each("fused", [False, True])
+@for_each("order", ["before", "after"])
 def test_loop_with_one_overflow(order: str, fused: bool) -> None:
     """Attached before or after prepare: the overflowing step, and it alone, is skipped and told."""
     result = run(order, fused)
@@ -86,8 +87,8 @@ def build(owner: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
-@pytest.mark.parametrize("emulate", [True, False])
+@for_each("precision", ["fp16", "bf16", "no"])
+@for_each("emulate", [True, False])
 def test_detach_restores_what_was_there(tmp_path: Path, precision: str, emulate: bool) -> None:
     """After training, a skip, a checkpoint and detach, everything is built as before attach: accelerator, optimizers
     (prepared and inner), schedules, every module with its forward and its hooks."""
@@ -163,14 +164,14 @@ def test_second_attach_is_a_clear_error() -> None:
         hf_amp.attach(accelerator)
 
 
-@pytest.mark.parametrize("wrong", [None, "accelerator", nn.Linear(1, 1)])
+@for_each("wrong", [None, "accelerator", nn.Linear(1, 1)])
 def test_attach_to_something_else_is_a_clear_error(wrong: object) -> None:
     """The error says what to pass, and what to do with a Trainer."""
     with pytest.raises(AttachError, match=r"pass an accelerate.Accelerator.*MixedPrecisionCallback"):
         hf_amp.attach(wrong)
 
 
-@pytest.mark.parametrize("config", [{"init_scale": 8.0}, "amp.yaml", False])
+@for_each("config", [{"init_scale": 8.0}, "amp.yaml", False])
 def test_attach_with_something_else_than_options_is_a_clear_error(config: object) -> None:
     """The error shows what was passed, and what reads options from elsewhere; the accelerator is as before."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
@@ -215,10 +216,8 @@ def test_gradients_that_wait_keep_up_with_the_scale_from_the_first_step_on() -> 
     assert second.weight.item() == 0.75
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize(
-    ("precision", "detached"), [("fp16", False), ("fp16", True), ("bf16", False)], ids=str
-)
+@for_each("fused", [False, True])
+@for_each(("precision", "detached"), [("fp16", False), ("fp16", True), ("bf16", False)])
 def test_stepping_the_optimizer_itself_is_an_error(precision: str, detached: bool, fused: bool) -> None:
     """Its gradients are scaled: nothing moves, and the error says what to step. Without a scale, or detached, it may be."""
     accelerator, model = Accelerator(mixed_precision=precision, cpu=True), tiny_mlp()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
+from tests.each import for_each
 from tests.integrations.launching import CONFIGS, ROOT, launch
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@for_each("file", FILES)
 def test_a_config_is_what_its_name_says(file: Path) -> None:
     """accelerate's own loader takes it; precision, number of processes and machines, and sharding are those of its name."""
     config = load_config_from_file(str(file))
@@ -28,7 +28,7 @@ def test_a_config_is_what_its_name_says(file: Path) -> None:
     assert bool(config.deepspeed_config) == ("deepspeed" in words)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@for_each("file", FILES)
 def test_a_config_says_how_to_start_it(file: Path) -> None:
     """Its comment has a sentence, and a command that names the file itself and an example that is there."""
     comment = [line.removeprefix("#") for line in file.read_text().splitlines() if line.startswith("#")]

@@ -18,6 +18,7 @@ import hf_amp
 from hf_amp import AttachError, MixedPrecisionConfig, PrecisionMode
 from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.report.reader import read_run
+from tests.each import for_each
 from tests.reference import OverflowInBackward, snapshot, tiny_mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
@@ -72,8 +73,8 @@ def test_two_optimizers_of_one_backward_search_the_scale_and_stay_in_fp16() -> N
     assert (session.monitor.losses, figures["precision_changes"]) == (12, 0)
 
 
-@pytest.mark.parametrize("created_before_prepare", [True, False])
-@pytest.mark.parametrize("attached_first", [True, False])
+@for_each("created_before_prepare", [True, False])
+@for_each("attached_first", [True, False])
 def test_schedulers_of_either_optimizer_step_it_once(
     created_before_prepare: bool, attached_first: bool
 ) -> None:

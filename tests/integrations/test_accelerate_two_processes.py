@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.each import for_each
 from tests.integrations.launching import launch
 from tests.integrations.two_process_runs import FAULTS, FAULTY_STEP, STEPS, train
 
@@ -28,14 +29,14 @@ def shared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "loss"} for record in records]
 
 
-@pytest.mark.parametrize("run", [*FAULTS, "guard", "fp32"])
+@for_each("run", [*FAULTS, "guard", "fp32"])
 def test_ranks_stay_equal(ranks: Ranks, run: str) -> None:
     """After every step scale, plan, counters, causes and parameters are equal to the bit, whatever rank 1 alone met."""
     assert shared(ranks[0][run]) == shared(ranks[1][run])
     assert len(ranks[0][run]) == STEPS
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("run", "cause"),
     [
         ("nan batch", "INPUT"),

@@ -12,6 +12,7 @@ import torch
 
 from hf_amp import EventKind
 from hf_amp.integrations.checkpoint import FINITE_CHECK_FILE, AtomicCheckpoint, finish_interrupted
+from tests.each import for_each
 from tests.integrations.checkpointed_run import KilledWhileSaved, begin
 from tests.reference import assert_bitwise_equal
 
@@ -43,8 +44,8 @@ def test_a_run_killed_while_it_saves_resumes_exactly(tmp_path: Path, naming: str
     assert (skipped.kind, skipped.step) == (EventKind.STEP_SKIPPED, 8)
 
 
-@pytest.mark.parametrize("after", ["fp16", "bf16", "no"])
-@pytest.mark.parametrize("before", ["fp16", "bf16", "no"])
+@for_each("after", ["fp16", "bf16", "no"])
+@for_each("before", ["fp16", "bf16", "no"])
 def test_a_run_goes_on_in_another_precision(tmp_path: Path, before: str, after: str) -> None:
     """From each precision into each: counters go on, and the scale does where both have one."""
     first = begin(before, init_scale=4096.0)
@@ -61,8 +62,8 @@ def test_a_run_goes_on_in_another_precision(tmp_path: Path, before: str, after: 
     assert all(p.isfinite().all() for p in second.model.parameters())
 
 
-@pytest.mark.parametrize("before", ["fp16", "bf16"])
-@pytest.mark.parametrize("after", ["fp16", "bf16"])
+@for_each("before", ["fp16", "bf16"])
+@for_each("after", ["fp16", "bf16"])
 def test_a_checkpoint_from_without_hf_amp_loads(tmp_path: Path, before: str, after: str) -> None:
     """Stock accelerate on a CPU saves no scaler.pt: model and optimizer load, the scale begins anew, which is told."""
     stock = begin(before, attached=False)

@@ -21,6 +21,7 @@ from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisio
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.monitoring.metrics import TIMINGS
 from hf_amp.scaling.master_weights import STATE_KEY
+from tests.each import for_each
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.integrations.half_models import dtypes
 from tests.integrations.trainers import OverflowAt, trainer_with
@@ -114,8 +115,8 @@ def reference(fused: bool) -> tuple[list[torch.Tensor], list[float]]:
     return [t.detach().clone() for t in tensors], norms
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["attach first", "attach last"])
-@pytest.mark.parametrize("fused", [False, True])
+@for_each("late", [False, True])
+@for_each("fused", [False, True])
 def test_accelerate_loop_is_the_reference_bit_for_bit(fused: bool, late: bool) -> None:
     """Accumulation, clipping, an overflow, a schedule: parameters, masters, optimizer state, norms and skips."""
     loop = Loop(fused=fused, late=late).run(range(STEPS))
@@ -179,10 +180,9 @@ def test_detach_gives_parameters_their_dtype_and_the_masters_values() -> None:
     assert all(p.isfinite().all() for p in loop.model.parameters())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("frozen", "emulate"),
     [(False, True), (True, True), (True, False)],
-    ids=["FP16 mode", "frozen body", "frozen body, real half"],
 )
 def test_overflowing_module_of_fp16_parameters_runs_in_fp32(frozen: bool, emulate: bool) -> None:
     """A layer that leaves FP16's range is named and computes in FP32 from its FP16 weights; the next steps are applied."""
@@ -346,8 +346,7 @@ def test_fp16_mode_on_cuda(fused: bool) -> None:
     assert losses[OVERFLOW] == losses[OVERFLOW + 1]
 
 
-@pytest.mark.parametrize("zeroing", ["none copies", "none views", "zeros views"])
-def test_two_processes(zeroing: str) -> None:
+def test_two_processes() -> None:
     """DDP over gloo: masters and parameters of both ranks stay equal, one rank's overflow skips on both.
 
     So it is for each way of clearing gradients, and where they are views into DDP's buckets.
@@ -357,7 +356,7 @@ def test_two_processes(zeroing: str) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2]), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, str(worker), *zeroing.split()],
+        [*launch, str(worker)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -366,9 +365,11 @@ def test_two_processes(zeroing: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
     assert first == second
-    assert first["applied"] == [True, True, False, True, True, True]
-    assert first["dtypes"] == ["torch.float16"]
-    assert "inside DistributedDataParallel already" in first["late"]
+    assert list(first) == ["none copies", "none views", "zeros views"]
+    for zeroing, seen in first.items():
+        assert seen["applied"] == [True, True, False, True, True, True], zeroing
+        assert seen["dtypes"] == ["torch.float16"], zeroing
+        assert "inside DistributedDataParallel already" in seen["late"], zeroing
 
 
 ARCHITECTURES = [

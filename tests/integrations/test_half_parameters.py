@@ -15,6 +15,7 @@ from transformers import Trainer, set_seed
 import hf_amp
 from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
 from hf_amp.scaling.master_weights import MasterWeights, convert_parameters
+from tests.each import for_each
 from tests.integrations.half_models import dtypes, loaded
 from tests.integrations.trainers import arguments, text_rows
 from tests.reference import tiny_mlp
@@ -89,8 +90,8 @@ def test_error_names_parameters_and_remedies(tmp_path: Path, dtype: torch.dtype)
     assert trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize("mode", ["fp16", "bf16", "no"])
-@pytest.mark.parametrize("choice", ["error", "upcast", "master_weights", None])
+@for_each("mode", ["fp16", "bf16", "no"])
+@for_each("choice", ["error", "upcast", "master_weights", None])
 def test_frozen_half_parameters_are_fine(tmp_path: Path, mode: str, choice: str | None) -> None:
     """A frozen half-precision body under an FP32 head, as in LoRA, is left as it is, whatever is configured."""
     model = loaded(tmp_path / "model", torch.float16 if mode == "fp16" else torch.bfloat16)
@@ -194,7 +195,7 @@ def step(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("order", ["attach first", "attach last", "optimizer first"])
+@for_each("order", ["attach first", "attach last", "optimizer first"])
 def test_optimizer_made_before_goes_on(order: str) -> None:
     """Upcasting keeps the parameters that an optimizer holds, and widens the state that it has made for them."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)

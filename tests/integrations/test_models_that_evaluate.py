@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import hf_amp
 from hf_amp import AmpEvent, Cause, EventKind, MixedPrecisionCallback, MixedPrecisionConfig
 from hf_amp.fallback.recorder import KEPT_EVALUATIONS
+from tests.each import for_each
 from tests.integrations.trainers import numbers, regression_trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
@@ -98,7 +99,7 @@ def test_what_a_reference_gave_before_it_ran_in_fp32_is_told_as_that() -> None:
     assert len(loop.reported(EventKind.PRECISION_CHANGED)) == 1
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+@for_each("precision", ["fp16", "bf16", "no"])
 def test_a_reference_whose_weights_are_not_finite_is_told(precision: str) -> None:
     """WEIGHTS, of the reference; the run is hopeless, and the trained model's precision stays."""
     reference = Network()
@@ -120,7 +121,7 @@ class DividedByZero(nn.Module):
         return x / torch.zeros(())
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
+@for_each("precision", ["fp16", "bf16", "no"])
 def test_a_reference_that_is_not_finite_in_fp32_either_is_named(precision: str) -> None:
     """UNKNOWN, and where to look: a fault of the reference, not of the loss."""
     loop = Distillation(precision, Network(), nn.Sequential(nn.Linear(8, 4), DividedByZero()))
@@ -140,8 +141,8 @@ def test_a_fault_of_the_loss_stays_one() -> None:
     assert [skip.cause for skip in loop.reported(EventKind.STEP_SKIPPED)] == [Cause.LOSS]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("trained", [torch.float32, torch.float16])
+@for_each("precision", ["fp16", "bf16"])
+@for_each("trained", [torch.float32, torch.float16])
 def test_half_parameters_that_nobody_trains_are_left_alone(precision: str, trained: torch.dtype) -> None:
     """They are neither made FP32 nor warned of: those of the trained model alone are."""
     loop = Distillation(precision, Network().to(trained), Network().half())

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 import hf_amp
 from hf_amp import MixedPrecisionConfig
+from tests.each import for_each
 from tests.host_reads import count_synchronisations
 from tests.reference import OverflowInBackward, snapshot, tiny_mlp
 
@@ -16,8 +17,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_accelerator_state"
 STEPS, OVERFLOW = 8, 3
 
 
-@pytest.mark.parametrize("folds", [True, False], ids=["folded", "clipped"])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@for_each("folds", [True, False])
+@for_each("fused", [True, False])
 @pytest.mark.parametrize(
     ("precision", "strategy"),
     [("fp16", "DYNAMIC"), ("fp16", "ADAPTIVE"), ("fp16", "PERFORMANCE_OPTIMIZED"), ("bf16", "DYNAMIC")],

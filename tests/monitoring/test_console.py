@@ -6,14 +6,16 @@ import pytest
 
 from hf_amp import AmpEvent, Cause, EventKind
 from hf_amp.monitoring.sinks.console import Console
+from tests.each import for_each
 
 TROUBLE = [kind for kind in EventKind if kind.needs_attention]
 CALM = [kind for kind in EventKind if not kind.needs_attention]
 
 
-@pytest.mark.parametrize("kind", TROUBLE)
+@for_each("kind", TROUBLE)
 def test_trouble_is_one_warning(caplog, kind):
     """It shows with Python's default logging, from the logger "hf_amp"."""
+    caplog.clear()
     Console().write(AmpEvent(12, kind, message="read the cause"))
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("hf_amp", logging.WARNING)
@@ -21,9 +23,10 @@ def test_trouble_is_one_warning(caplog, kind):
     assert "read the cause" in record.getMessage()
 
 
-@pytest.mark.parametrize("kind", CALM)
+@for_each("kind", CALM)
 def test_nothing_shows_when_nothing_is_wrong(caplog, kind):
     """Starting and ending print no line, unless debug lines are asked for."""
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="hf_amp"):
         Console().write(AmpEvent(0, kind, message="hf_amp is attached"))
     assert caplog.records == []
@@ -40,9 +43,10 @@ def test_a_skip_names_cause_and_change_of_the_scale(caplog):
     assert caplog.messages == ["step 3: step_skipped (SCALE): 65536 -> 32768: normal"]
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, None), (65536.0, None), ("MIXED", "BF16"), (1.0, 1.0)])
+@for_each(("before", "after"), [(None, None), (65536.0, None), ("MIXED", "BF16"), (1.0, 1.0)])
 def test_a_change_that_is_no_pair_of_numbers_prints_no_arrow(caplog, before, after):
     """A line never shows half of a change, nor a scale that stays, as in BF16."""
+    caplog.clear()
     Console().write(AmpEvent(3, EventKind.STEP_SKIPPED, before=before, after=after, message="text"))
     assert caplog.messages == ["step 3: step_skipped: text"]
 

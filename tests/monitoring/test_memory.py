@@ -22,6 +22,7 @@ from transformers import (
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, peak_bytes, resident_bytes
 from hf_amp.precision import FP16_FORMAT
+from tests.each import for_each
 
 TEXT = {"input_ids": torch.arange(256).reshape(4, 64), "labels": torch.arange(256).reshape(4, 64)}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
@@ -65,8 +66,8 @@ def really_stored(model, run):
     return sum(size for address, size in storages.items() if address not in parameters)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", MODELS)
+@for_each("precision", PRECISIONS)
+@for_each("name", MODELS)
 def test_the_estimate_is_within_3_percent_of_a_real_fp32_run(name, precision):
     """One forward pass in some precision tells what another in FP32 stores, and what it stores itself to the byte."""
     torch.manual_seed(0)

@@ -2,13 +2,12 @@
 
 import itertools
 
-import pytest
-
 from hf_amp import Cause
 from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX, NAMES
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
+from tests.each import for_each
 
 
 def full_monitor(cause: Cause) -> PrecisionMonitor:
@@ -38,7 +37,7 @@ def test_no_metric_is_listed_twice():
     assert len(names) == len(set(names)) == len(NAMES)
 
 
-@pytest.mark.parametrize("metric", CATALOGUE + BY_MODULE, ids=lambda metric: metric.name)
+@for_each("metric", CATALOGUE + BY_MODULE)
 def test_every_metric_is_explained(metric):
     """Unit, meaning and remedy are there; the name is one that loggers and attribute access take."""
     assert metric.unit.strip()
@@ -48,7 +47,7 @@ def test_every_metric_is_explained(metric):
     assert metric.name == metric.name.lower()
 
 
-@pytest.mark.parametrize("cause", Cause)
+@for_each("cause", Cause)
 def test_whatever_the_monitor_reports_is_in_the_catalogue(cause):
     """No figure is logged that the catalogue does not explain, whatever the cause of a skip."""
     assert set(full_monitor(cause).metrics()) - NAMES == set()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import MixedPrecisionConfig
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 
 INTERVAL = 3
@@ -68,7 +69,7 @@ def headrooms(scaled: dict[str, Tensor]) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize(
+@for_each(
     "options",
     [
         {},
@@ -77,7 +78,6 @@ def headrooms(scaled: dict[str, Tensor]) -> dict[str, float]:
         {"fold_clipping": True, "fused": True},
         {"scaling_strategy": "ADAPTIVE"},
     ],
-    ids=str,
 )
 def test_headroom_is_that_of_the_scaled_gradients_before_clipping(options: dict[str, Any]) -> None:
     """Whichever way gradients are treated: unscaled in place and clipped, folded, or neither."""

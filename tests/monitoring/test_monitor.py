@@ -8,6 +8,7 @@ import pytest
 
 from hf_amp import Cause
 from hf_amp.monitoring.monitor import PrecisionMonitor
+from tests.each import for_each
 
 
 @pytest.fixture
@@ -31,9 +32,10 @@ def test_before_the_first_step_nothing_but_the_counts_is_known(monitor):
     assert monitor.metrics() == dict.fromkeys(counts, 0)
 
 
-@pytest.mark.parametrize("steps", ["a", "s", "aaas", "sswwwua", "ssssiiillluuuaaaaaaaa"])
-def test_steps_are_counted_by_what_became_of_them(monitor, steps):
+@for_each("steps", ["a", "s", "aaas", "sswwwua", "ssssiiillluuuaaaaaaaa"])
+def test_steps_are_counted_by_what_became_of_them(steps):
     """Applied and skipped steps add up, skips add up over their causes, and the rate is the skipped share."""
+    monitor = PrecisionMonitor()
     record(monitor, steps)
     figures = monitor.metrics()
     applied = steps.count("a")
@@ -43,9 +45,10 @@ def test_steps_are_counted_by_what_became_of_them(monitor, steps):
     assert figures["skip_rate"] == (len(steps) - applied) / len(steps)
 
 
-@pytest.mark.parametrize("cause", Cause)
-def test_a_skip_counts_for_its_cause_alone(monitor, cause):
+@for_each("cause", Cause)
+def test_a_skip_counts_for_its_cause_alone(cause):
     """The counter of the cause is there, those of other causes are absent."""
+    monitor = PrecisionMonitor()
     monitor.record_skipped(cause, 2.0, inf_elements=0, nan_elements=0)
     by_cause = {name: value for name, value in monitor.metrics().items() if name.startswith("skipped_steps_")}
     assert by_cause == {f"skipped_steps_{cause.value.lower()}": 1}
@@ -90,10 +93,11 @@ def test_a_sampled_figure_stays_until_the_next_sample(monitor):
     assert monitor.metrics()["underflow_fraction"] == 0.0
 
 
-@pytest.mark.parametrize("scale", [2.0**-24, 1.0, 65536.0, 2.0**127])
-@pytest.mark.parametrize("amax", [1e-30, 0.5, 3.0, 1e30])
-def test_headroom_is_the_distance_to_65504_in_bits(monitor, scale, amax):
+@for_each("scale", [2.0**-24, 1.0, 65536.0, 2.0**127])
+@for_each("amax", [1e-30, 0.5, 3.0, 1e30])
+def test_headroom_is_the_distance_to_65504_in_bits(scale, amax):
     """log2(65504 / (amax * scale)): 1 where one doubling is left, absent beyond the format."""
+    monitor = PrecisionMonitor()
     monitor.record_applied(scale, amax, amax, None)
     expected = math.log2(65504) - math.log2(amax) - math.log2(scale)
     assert monitor.metrics().get("headroom_bits") == (pytest.approx(expected) if expected >= 0 else None)
@@ -113,9 +117,10 @@ def test_gradients_of_zero_have_no_headroom_to_tell(monitor):
     assert figures["grad_norm"] == 0.0
 
 
-@pytest.mark.parametrize("steps", ["", "a", "s", "aswia", "aaaassllu"])
-def test_every_figure_survives_a_checkpoint(monitor, steps):
+@for_each("steps", ["", "a", "s", "aswia", "aaaassllu"])
+def test_every_figure_survives_a_checkpoint(steps):
     """State goes through JSON into a new monitor, which reports the same."""
+    monitor = PrecisionMonitor()
     record(monitor, steps)
     saved = json.loads(json.dumps(monitor.state_dict()))
     resumed = PrecisionMonitor()
@@ -147,9 +152,10 @@ def test_the_state_is_a_copy(monitor):
     assert saved["skipped_by_cause"] == {"SCALE": 1}
 
 
-@pytest.mark.parametrize("missing", [field.name for field in fields(PrecisionMonitor)])
-def test_a_state_without_a_field_leaves_it_as_it_is(monitor, missing):
+@for_each("missing", [field.name for field in fields(PrecisionMonitor)])
+def test_a_state_without_a_field_leaves_it_as_it_is(missing):
     """A checkpoint of an older version loads."""
+    monitor = PrecisionMonitor()
     record(monitor, "aws")
     before = getattr(monitor, missing)
     other = PrecisionMonitor()

@@ -19,6 +19,7 @@ from hf_amp import (
     PrecisionMonitor,
 )
 from hf_amp.monitoring.monitor import ERRORS_KEPT, KINDS_KEPT
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import losses, tiny_mlp
 
@@ -87,7 +88,7 @@ def test_update_metrics_reads_nothing():
     assert reads.count == 0
 
 
-@pytest.mark.parametrize(("mode", "name"), [("FP32", "FP32"), ("BF16", "BF16"), (None, "FP16")])
+@for_each(("mode", "name"), [("FP32", "FP32"), ("BF16", "BF16"), (None, "FP16")])
 def test_usage_is_that_of_the_configured_precision(mode, name):
     """All steps count for the number format that the config says."""
     monitor = PrecisionMonitor(MixedPrecisionConfig(precision_mode=mode))

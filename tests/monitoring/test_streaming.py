@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from hf_amp.monitoring.monitor import History, LossMean, Quantiles, RunningStatistics
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 1000])
+@for_each("count", [0, 1, 2, 1000])
 def test_running_statistics_are_those_of_the_list(count):
     """Count, mean, standard deviation and range of random numbers, one by one."""
     numbers = [random.Random(count).gauss(3.0, 2.0) for _ in range(count)]
@@ -40,7 +41,7 @@ def test_quantiles_are_within_a_hundredth_of_the_true_ones():
     assert math.isnan(Quantiles().at(0.5))
 
 
-@pytest.mark.parametrize("changes", [0, 5, 256, 257, 10_000])
+@for_each("changes", [0, 5, 256, 257, 10_000])
 def test_a_history_is_bounded_and_even(changes):
     """At most 256 points, the first among them, at equal distances; all changes are counted."""
     history = History()

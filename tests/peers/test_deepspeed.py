@@ -25,6 +25,7 @@ from torch import nn
 import hf_amp
 from hf_amp import AttachError, ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
 from hf_amp.integrations.deepspeed import loss_scale
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.integrations.launching import CONFIGS, ROOT
 from tests.peers.gloo_alone import compile_nothing
@@ -193,7 +194,7 @@ def test_the_floor_is_told_before_deepspeed_ends_the_run() -> None:
         train(accelerator, model, optimizer, [NAN])
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("option", "value"),
     [
         ("precision_mode", "BF16"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
+from tests.each import for_each
 from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot
 
 float8 = pytest.importorskip("torchao.float8", reason="needs torchao, which the extra hf_amp[peers] brings")
@@ -131,7 +132,7 @@ def test_attach_says_who_runs_what() -> None:
     assert session.describe().startswith("FP8 by torchao with BF16 around it on ")
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("option", "value"),
     [
         ("precision_mode", "DYNAMIC"),

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
 from hf_amp.scaling.adaptive import AdaptiveScale
+from tests.each import for_each
 from tests.scaling.observations import observed, scales_under, simulate
 
 WIDE = 30.0
@@ -41,9 +42,9 @@ def test_small_scale_is_reached_in_three_skips() -> None:
         assert 3 <= bits[999] <= 5
 
 
-@pytest.mark.parametrize("spread_bits", [20.0, WIDE])
-@pytest.mark.parametrize("gap_bits", [0.0, 2.0])
-@pytest.mark.parametrize("heavy", [False, True])
+@for_each("spread_bits", [20.0, WIDE])
+@for_each("gap_bits", [0.0, 2.0])
+@for_each("heavy", [False, True])
 def test_overflows_stay_within_the_budget(gap_bits: float, heavy: bool, spread_bits: float) -> None:
     """Over 4,000 steps, Gaussian or with outliers of up to 8 bits in 1%: at most 1e-3 skipped after the first 100."""
     dice = random.Random(1)
@@ -114,7 +115,7 @@ def test_overflow_never_enters_the_moments() -> None:
         assert torch.equal(getattr(state, name), getattr(after, name))
 
 
-@pytest.mark.parametrize("overflows", [1, 20, 10_000])
+@for_each("overflows", [1, 20, 10_000])
 def test_what_overflows_taught_is_forgotten(overflows: int) -> None:
     """However many there were, two windows of clean steps after the last one the scale is what it was before."""
     policy = AdaptiveScale.from_config(MixedPrecisionConfig(overflow_budget=0.01))
@@ -150,8 +151,8 @@ def test_underflow_pulls_the_scale_up_as_far_as_it_needs() -> None:
     assert ends == {20.0: 10.0, 26.0: 13.0, 60.0: 16.0}
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("strategy", ["ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+@for_each("fused", [False, True])
+@for_each("strategy", ["ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
 def test_scale_of_real_gradients_is_what_their_smallest_elements_want(strategy: str, fused: bool) -> None:
     """Gradients from 2^-28 to 2^-2: at 2^14 the smallest are FP16's smallest normal number, and there the scale stays."""
     gradient = torch.full((1024,), 2.0**-28)

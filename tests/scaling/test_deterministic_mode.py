@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_amp import ScalingStrategy
+from tests.each import for_each
 from tests.scaling.operations import steps_of
 
 
@@ -17,8 +18,8 @@ def refused_on_cuda() -> set[str]:
     return {name.rpartition(".")[2] for name in re.findall(r":(?:func|meth):`torch\.([\w.]+)`", reported)}
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("strategy", ScalingStrategy)
+@for_each("fused", [True, False])
+@for_each("strategy", ScalingStrategy)
 def test_no_operation_of_a_step_is_refused(
     strategy: ScalingStrategy, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

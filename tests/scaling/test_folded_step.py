@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import (
     OverflowInBackward,
@@ -72,9 +73,9 @@ def test_a_folded_clip_does_not_round_fp16_gradients() -> None:
         assert_bitwise_equal([weight.grad, weight], [scaled, torch.ones_like(weight)])
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("strategy", ["CONSTANT", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
-@pytest.mark.parametrize("max_norm", [MAX_NORM, 1e9])
+@for_each("fused", [False, True])
+@for_each("strategy", ["CONSTANT", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+@for_each("max_norm", [MAX_NORM, 1e9])
 def test_folded_clip_is_the_plain_one(strategy: str, fused: bool, max_norm: float) -> None:
     """Parameters, optimizer state and norms equal a clipped FP32 run; to the last bit where nothing was clipped."""
     overflows = {3, 17}

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
 from hf_amp.scaling.step import StepOutcome
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import OverflowInBackward
 
@@ -56,8 +57,8 @@ class Run:
         return [outcome.lost_update_fraction for outcome in self.reported]
 
 
-@pytest.mark.parametrize("lr", [1e-5, 1e-4, 1e-3])
-@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@for_each("lr", [1e-5, 1e-4, 1e-3])
+@for_each("dtype", [BF16, torch.float16])
 def test_fraction_is_that_of_an_exact_count(dtype: torch.dtype, lr: float) -> None:
     """Within 0.02 of counting every element of every step, and told with the step after; at 1e-5 BF16 loses most."""
     model = wide_mlp(dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError
 from hf_amp.scaling.master_weights import STATE_KEY
+from tests.each import for_each
 from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot, tiny_mlp
 
 MAX_NORM = 0.05
@@ -138,8 +139,8 @@ def test_stock_scaler_refuses_fp16_parameters() -> None:
         ours.unscale_(optimizer)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@for_each("accumulation", [1, 3])
+@for_each("name", OPTIMIZERS)
 def test_run_is_the_reference_bit_for_bit(name: str, accumulation: int) -> None:
     """Parameters, masters and optimizer state after 20 steps, two of which overflow, with and without accumulation."""
     run = Run(OPTIMIZERS[name])
@@ -150,8 +151,8 @@ def test_run_is_the_reference_bit_for_bit(name: str, accumulation: int) -> None:
     assert_bitwise_equal(run.state(), reference)
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("name", ["adamw", "adamw fused", "sgd"])
+@for_each("set_to_none", [True, False])
+@for_each("name", ["adamw", "adamw fused", "sgd"])
 def test_clipping_after_unscale_is_the_references(name: str, set_to_none: bool) -> None:
     """`unscale_` and torch's own clip: the norm is that of the unscaled FP32 gradients, and the masters get the clip."""
     run = Run(OPTIMIZERS[name])
@@ -300,7 +301,7 @@ def test_optimizer_that_raises_leaves_everything_in_place() -> None:
 # ---- somebody writes to the parameters --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", ["clamp", "load_state_dict", "data"])
+@for_each("write", ["clamp", "load_state_dict", "data"])
 def test_written_parameters_become_the_masters(write: str) -> None:
     """What was written is where the next step starts; what was not keeps the master's unrounded value."""
     weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float16))
@@ -331,8 +332,8 @@ def test_written_parameters_become_the_masters(write: str) -> None:
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(["model", "optimizer", "scaler"])))
-@pytest.mark.parametrize("name", ["adamw", "adamw fused", "sgd momentum"])
+@for_each("order", list(itertools.permutations(["model", "optimizer", "scaler"])))
+@for_each("name", ["adamw", "adamw fused", "sgd momentum"])
 def test_resume_is_exact(name: str, order: tuple[str, ...]) -> None:
     """Ten steps, saved to bytes and loaded in any order, and ten more equal twenty; weights_only reads the file."""
     whole = Run(OPTIMIZERS[name])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalingStrategy
+from tests.each import for_each
 
 SHAPES = [(256, 128), (4, 32, 128)] + 5 * [
     (128, 384), (384,), (128, 128), (128,), (128, 512), (512,), (512, 128), *[(128,)] * 5
@@ -75,12 +75,12 @@ def boundary_bytes(
     return peak, rest, 4 * sum(p.numel() for p in held)
 
 
-KINDS = pytest.mark.parametrize("kind", ["plain", "unscaled", "folded", "guard"])
+KINDS = for_each("kind", ["plain", "unscaled", "folded", "guard"])
 FEW_NUMBERS = 256
 
 
-@pytest.mark.parametrize("strategy", [strategy.value for strategy in ScalingStrategy])
-@pytest.mark.parametrize("fused", [False, True])
+@for_each("strategy", [strategy.value for strategy in ScalingStrategy])
+@for_each("fused", [False, True])
 @KINDS
 def test_a_step_boundary_takes_a_hundredth_of_the_gradients(
     strategy: str, fused: bool, kind: str, tmp_path: Path

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError
+from tests.each import for_each
 from tests.host_reads import count_synchronisations
 from tests.reference import (
     OverflowInBackward,
@@ -53,7 +54,7 @@ def test_trajectory_is_the_stock_scalers(fused: bool, clip: float | None) -> Non
     assert scalers[1].skipped_steps == len(OVERFLOWS)
 
 
-@pytest.mark.parametrize("strategy", ["DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+@for_each("strategy", ["DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
 def test_a_step_waits_as_often_as_is_promised(strategy: str) -> None:
     """Fused, everything on, statistics in every step: once, or never in PERFORMANCE_OPTIMIZED; and skips are skips."""
     config = MixedPrecisionConfig(scaling_strategy=strategy, init_scale=1024.0, monitoring_interval=1)
@@ -158,9 +159,9 @@ def trained(model: Split, scaler: Any, fused: bool) -> list[Tensor]:
     return [p.detach().cpu() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("strategy", ["DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
-@pytest.mark.parametrize("loss", ["cpu", "cuda"])
+@for_each("fused", [False, True])
+@for_each("strategy", ["DYNAMIC", "ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+@for_each("loss", ["cpu", "cuda"])
 @pytest.mark.parametrize("halves", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda:0", "cuda:1")], ids="-".join)
 def test_a_model_on_two_devices(halves: tuple[str, str], loss: str, strategy: str, fused: bool) -> None:
     """An overflow on either device skips the step on both; the rest is the run without a scaler that leaves it out."""

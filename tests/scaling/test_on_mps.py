@@ -13,6 +13,7 @@ from torchgen.model import DispatchKey
 
 from hf_amp import ScalingStrategy
 from hf_amp.statistics import exact_norm
+from tests.each import for_each
 from tests.scaling.operations import Dispatched, steps_of
 
 
@@ -33,8 +34,8 @@ def with_kernel_for_mps() -> frozenset[str]:
     )
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("strategy", ScalingStrategy)
+@for_each("fused", [True, False])
+@for_each("strategy", ScalingStrategy)
 def test_every_operation_of_a_step_runs_on_mps(
     strategy: ScalingStrategy, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import _refresh_per_optimizer_state
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
+from tests.each import for_each
 from tests.reference import OverflowInBackward, assert_bitwise_equal, tiny_mlp
 
 STEPS, OVERFLOWS = 14, {2, 3, 8}
@@ -231,7 +232,7 @@ def outcome(pattern: Callable[..., None], scaler: Scaler) -> list[Tensor]:
     return [tensor for run in runs for tensor in (*run.model.parameters(), torch.tensor(run.seen))]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@for_each("pattern", PATTERNS)
 @pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself", "ignore:Using backward")
 def test_is_the_stock_scalers_run_to_the_bit(pattern: Callable[..., None]) -> None:
     """With overflows in between: the same parameters, scales and whatever else the loop has looked at."""
@@ -239,12 +240,11 @@ def test_is_the_stock_scalers_run_to_the_bit(pattern: Callable[..., None]) -> No
     assert_bitwise_equal(outcome(pattern, stock), outcome(pattern, ours))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize(
+@for_each("pattern", PATTERNS)
+@for_each(
     "options",
     [{"scaling_strategy": s} for s in ("ADAPTIVE", "CONSTANT", "PERFORMANCE_OPTIMIZED")]
     + [{"precision_mode": "BF16"}, {"half_parameters": "master_weights"}],
-    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_no_strategy_lets_an_overflow_through(pattern: Callable[..., None], options: dict[str, str]) -> None:

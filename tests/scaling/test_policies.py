@@ -13,6 +13,7 @@ from hf_amp import MixedPrecisionConfig, ScalingStrategy
 from hf_amp.scaling.policies import Observation, ScalePolicy
 from hf_amp.scaling.scaler import POLICIES
 from hf_amp.scaling.state import restored, state_to_host
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.scaling.observations import observed, scales_under
 
@@ -131,8 +132,8 @@ class DeepSpeedReference:
         return self.scale
 
 
-@pytest.mark.parametrize("consecutive", [False, True])
-@pytest.mark.parametrize("hysteresis", [1, 2, 3])
+@for_each("consecutive", [False, True])
+@for_each("hysteresis", [1, 2, 3])
 def test_hysteresis_is_deepspeeds(consecutive: bool, hysteresis: int) -> None:
     """Over every pattern of 10 steps, with either refill rule: DeepSpeed's scales."""
     options = {"init_scale": 256.0, "min_scale": 8.0, "growth_interval": 3, "hysteresis": hysteresis}

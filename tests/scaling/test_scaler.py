@@ -13,6 +13,7 @@ from torch import nn
 from hf_amp import AdvancedGradScaler, ConfigError, MixedPrecisionConfig, ScalerError, StateError
 from hf_amp.scaling.policies import observation_of
 from hf_amp.scaling.step import SeenLosses, StatisticsRequest, Unscale, check_gradients
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import (
     OverflowInBackward,
@@ -52,9 +53,9 @@ def test_skipped_step_moves_nothing_and_never_calls_the_optimizer(fused: bool) -
     assert (scaler.applied_steps, scaler.skipped_steps) == (3, 1)
 
 
-@pytest.mark.parametrize("strategy", ["CONSTANT", "DYNAMIC", "ADAPTIVE"])
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("clip", [False, True])
+@for_each("strategy", ["CONSTANT", "DYNAMIC", "ADAPTIVE"])
+@for_each("fused", [False, True])
+@for_each("clip", [False, True])
 def test_one_host_read_a_step(strategy: str, fused: bool, clip: bool) -> None:
     """A clean step in exact mode, monitoring on, reads the host once; sampling underflow adds none."""
     model, scaler = tiny_mlp(), scaler_with(monitoring_interval=2, scaling_strategy=strategy)
@@ -185,8 +186,8 @@ def test_sparse_duplicates_that_overflow_only_in_sum_are_seen() -> None:
     assert parameter.tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("sync", [True, False], ids=["ranks agree", "alone"])
-@pytest.mark.parametrize("mode", ["MIXED", "BF16"])
+@for_each("sync", [True, False])
+@for_each("mode", ["MIXED", "BF16"])
 def test_complex_parameters_are_those_of_the_plain_loop(mode: str, sync: bool) -> None:
     """The stock class cannot unscale them; ours can, conjugate views too, and skips what is not finite."""
     scaler = scaler_with(precision_mode=mode, sync_grad_scaler=sync, init_scale=256.0)
@@ -231,7 +232,7 @@ def test_non_finite_loss_is_told_from_a_scale_that_was_too_large() -> None:
     assert (scaler.last_outcome.applied, scaler.last_outcome.loss_finite) == (True, True)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("misuse", "advice"),
     [
         (lambda s, o, p: s.step(o), "scale(loss).backward()"),
@@ -259,7 +260,7 @@ def test_misuse_says_what_to_do(misuse: object, advice: str) -> None:
     assert isinstance(raised.value, RuntimeError)
 
 
-@pytest.mark.parametrize("config", ["cuda", {"init_scale": 8.0}, False])
+@for_each("config", ["cuda", {"init_scale": 8.0}, False])
 def test_what_the_stock_class_takes_first_is_a_clear_error(config: object) -> None:
     """Its first argument is the device, ours the options: the error shows what was passed, and where each belongs."""
     with pytest.raises(ConfigError) as raised:
@@ -358,7 +359,7 @@ def test_pickle_round_trip() -> None:
         pickle.dumps(scaler)
 
 
-@pytest.mark.parametrize("saved", [{}, {"scale": math.nan}, {"scale": "big"}, [1.0], None])
+@for_each("saved", [{}, {"scale": math.nan}, {"scale": "big"}, [1.0], None])
 def test_foreign_state_is_refused(saved: object) -> None:
     """What is not a scaler's state raises StateError, and the scaler stays usable."""
     scaler = scaler_with()
@@ -408,8 +409,8 @@ def test_seed_example_scales_outputs() -> None:
     assert nested[1][0].tolist() == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("monitoring", [False, True])
+@for_each("fused", [False, True])
+@for_each("monitoring", [False, True])
 def test_gradients_that_overflow_only_when_divided_are_skipped(fused: bool, monitoring: bool) -> None:
     """At a scale below 1 a finite scaled gradient can be inf unscaled: it does not reach the parameters."""
     parameter = nn.Parameter(torch.tensor([1.0]))
@@ -480,8 +481,8 @@ def test_losses_of_a_window_are_counted(mode: str) -> None:
     assert counts == [(4, 2), (2, 0)]
 
 
-@pytest.mark.parametrize("updates", ["after each", "after both"])
-@pytest.mark.parametrize("mode", ["MIXED", "FP32"])
+@for_each("updates", ["after each", "after both"])
+@for_each("mode", ["MIXED", "FP32"])
 def test_optimizers_of_one_backward_know_its_loss(mode: str, updates: str) -> None:
     """As Muon beside AdamW: both outcomes stand on it, one of them counts it, and what is scaled by hand stands on none."""
     scaler = scaler_with(precision_mode=mode, init_scale=4.0)
@@ -500,8 +501,8 @@ def test_optimizers_of_one_backward_know_its_loss(mode: str, updates: str) -> No
     assert reported == [(True, 1, 0), (True, 0, 0), (False, 1, 1), (False, 0, 0), (None, 0, 0), (None, 0, 0)]
 
 
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("shape", [(), (3,)])
+@for_each("bad", [math.inf, -math.inf, math.nan])
+@for_each("shape", [(), (3,)])
 def test_every_kind_of_non_finite_loss_counts(bad: float, shape: tuple[int, ...]) -> None:
     """One bad element makes a loss non-finite, as the largest finite numbers do not."""
     largest = torch.finfo(torch.float32).max
@@ -525,8 +526,8 @@ def test_what_was_not_seen_is_zero_in_an_observation() -> None:
     assert (observation.loss_non_finite.item(), observation.grad_amax.item()) == (0, 0)
 
 
-@pytest.mark.parametrize("mode", ["MIXED", "FP32"])
-@pytest.mark.parametrize("factor", [0.0, 1e-3])
+@for_each("mode", ["MIXED", "FP32"])
+@for_each("factor", [0.0, 1e-3])
 def test_gradients_of_zero_are_noticed(mode: str, factor: float) -> None:
     """Only where every element is exactly zero, and there are any; without another host read."""
     scaler = AdvancedGradScaler(MixedPrecisionConfig(precision_mode=mode), "cpu")
@@ -541,10 +542,10 @@ def test_gradients_of_zero_are_noticed(mode: str, factor: float) -> None:
     assert scaler.last_outcome.zero_gradients is False
 
 
-@pytest.mark.parametrize("again", [True, False], ids=["called again", "next backward"])
-@pytest.mark.parametrize("clipped", [True, False], ids=["folded clip", "not clipped"])
-@pytest.mark.parametrize("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@for_each("again", [True, False])
+@for_each("clipped", [True, False])
+@for_each("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
+@for_each("fused", [True, False])
 def test_an_optimizer_that_raises_has_had_no_step(fused, strategy, clipped, again) -> None:
     """As without memory for its state: the same gradients can be applied after all, or the next ones, each divided once."""
     models, scaler = [tiny_mlp(), tiny_mlp()], scaler_with(init_scale=256.0, scaling_strategy=strategy)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.each import for_each
+
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
@@ -29,9 +31,9 @@ def ranks() -> list[dict[str, Any]]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
 
-@pytest.mark.parametrize("kind", ["FSDP2", "FSDP1", "FSDP1 original parameters"])
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("unscale", [False, True], ids=["step only", "unscale first"])
+@for_each("kind", ["FSDP2", "FSDP1", "FSDP1 original parameters"])
+@for_each("fused", [False, True])
+@for_each("unscale", [False, True])
 def test_inf_in_one_shard_skips_on_all_ranks(
     ranks: list[dict[str, Any]], kind: str, fused: bool, unscale: bool
 ) -> None:
@@ -42,8 +44,8 @@ def test_inf_in_one_shard_skips_on_all_ranks(
     assert first["finite"]
 
 
-@pytest.mark.parametrize("strategy", ["ADAPTIVE", "DYNAMIC"])
-@pytest.mark.parametrize("switch", ["sync_grad_scaler", "distributed_amp"])
+@for_each("strategy", ["ADAPTIVE", "DYNAMIC"])
+@for_each("switch", ["sync_grad_scaler", "distributed_amp"])
 def test_rank_local_gradients_and_losses_are_agreed_on(
     ranks: list[dict[str, Any]], strategy: str, switch: str
 ) -> None:

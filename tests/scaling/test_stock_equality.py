@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
+from tests.each import for_each
 from tests.reference import adamw, assert_bitwise_equal, losses, snapshot, tiny_mlp
 
 STEPS = 300
@@ -41,8 +42,8 @@ def test_trajectory_is_the_stock_scalers(fused: bool, clip: float | None, interv
     assert scalers[1].applied_steps == STEPS - len(overflowing)
 
 
-@pytest.mark.parametrize("direction", ["stock to ours", "ours to stock"])
-@pytest.mark.parametrize("after_first_step", [False, True])
+@for_each("direction", ["stock to ours", "ours to stock"])
+@for_each("after_first_step", [False, True])
 def test_checkpoints_move_both_ways(direction: str, after_first_step: bool) -> None:
     """Either class continues from the other's state, before lazy initialisation and after it."""
     options = {"init_scale": 64.0, "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 7}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
+from tests.each import for_each
 from tests.reference import OverflowInBackward, tiny_mlp
 
 
@@ -35,9 +36,9 @@ def test_pytorch_scale_trajectory() -> None:
     assert scales == [4.0, 8.0, 2.0, 2.0, 0.5, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("fused", [False, True])
+@for_each("bad", [math.inf, -math.inf, math.nan])
+@for_each("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@for_each("fused", [False, True])
 def test_pytorch_inf_in_each_gradient_in_turn(bad: float, dtype: torch.dtype, fused: bool) -> None:
     """PyTorch: one bad element in any of the gradients, of mixed dtypes, skips the step and backs off."""
     for non_finite in range(3):
@@ -104,8 +105,8 @@ def train(scaled: bool, kind: str, fused: bool) -> list[Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["plain", "clipping", "penalty", "accumulation"])
-@pytest.mark.parametrize("fused", [False, True])
+@for_each("kind", ["plain", "clipping", "penalty", "accumulation"])
+@for_each("fused", [False, True])
 def test_pytorch_control_run_equals_scaled_run(kind: str, fused: bool) -> None:
     """PyTorch: scaling by a power of two changes nothing about what is learned."""
     for a, b in zip(train(False, kind, fused), train(True, kind, fused), strict=True):
@@ -128,7 +129,7 @@ def test_pytorch_two_models_two_optimizers_only_the_poisoned_one_skips() -> None
     assert scaler.get_scale() == 1.0
 
 
-@pytest.mark.parametrize("hysteresis", [1, 2, 4])
+@for_each("hysteresis", [1, 2, 4])
 def test_apex_hysteresis_fuzz(hysteresis: int) -> None:
     """Apex: with every clean step refilling, the scale falls only after `hysteresis` overflows without a clean step."""
     for pattern in itertools.product([False, True], repeat=6):

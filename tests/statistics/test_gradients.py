@@ -20,6 +20,7 @@ from hf_amp.statistics import (
     total_norm,
     underflow_of_each,
 )
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 
 CPU = torch.device("cpu")
@@ -150,7 +151,7 @@ def test_groups_have_one_device_and_dtype_and_lose_nothing():
 # ---- norm and amax ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_each("seed", range(20))
 def test_norm_and_amax_of_fp32_gradients(seed):
     """Both equal a sum over Python numbers."""
     gradients = random_gradients(seed, [torch.float32])
@@ -159,8 +160,8 @@ def test_norm_and_amax_of_fp32_gradients(seed):
     assert measured.amax.item() == amax_of(gradients)
 
 
-@pytest.mark.parametrize("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES], ids=str)
-@pytest.mark.parametrize("seed", range(3, 6))
+@for_each("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES])
+@for_each("seed", range(3, 6))
 def test_norm_and_amax_of_any_dtypes(seed, dtypes):
     """Mixed dtypes are measured as one set; a norm is as exact as the coarsest dtype, a maximum as FP32."""
     gradients = random_gradients(seed, dtypes)
@@ -169,9 +170,9 @@ def test_norm_and_amax_of_any_dtypes(seed, dtypes):
     assert measured.amax.item() == pytest.approx(amax_of(gradients), rel=torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("dtypes", [[torch.float32], DTYPES], ids=["fp32", "mixed"])
-@pytest.mark.parametrize("bad", NON_FINITE)
-@pytest.mark.parametrize("where", [0, 3, 5])
+@for_each("dtypes", [[torch.float32], DTYPES])
+@for_each("bad", NON_FINITE)
+@for_each("where", [0, 3, 5])
 def test_one_bad_element_shows_in_norm_and_amax(where, bad, dtypes):
     """Infinity and NaN are never lost, whichever tensor they are in."""
     gradients = random_gradients(4, dtypes)
@@ -186,14 +187,14 @@ def test_a_large_negative_element_is_the_largest_magnitude():
     assert measure([torch.tensor([1.0, -7.0, 3.0])], CPU).amax == 7.0
 
 
-@pytest.mark.parametrize("gradients", [[], [torch.zeros(0)], [torch.zeros(0), torch.zeros(2, 0)]])
+@for_each("gradients", [[], [torch.zeros(0)], [torch.zeros(0), torch.zeros(2, 0)]])
 def test_nothing_measures_as_zero(gradients):
     """No gradients, or only empty ones, have norm and amax 0."""
     measured = measure(gradients, CPU)
     assert (measured.norm.item(), measured.amax.item()) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES], ids=str)
+@for_each("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES])
 def test_measures_are_scalars_in_fp32_on_the_device_asked_for(dtypes):
     """Whatever the gradients are, both measures have shape [], float32, and the device asked for."""
     for measured in measure(random_gradients(1, dtypes), CPU):
@@ -218,8 +219,8 @@ def test_the_exact_norm_is_finite_wherever_the_gradients_are():
     assert total_norm(gradients, CPU).isinf()
 
 
-@pytest.mark.parametrize("exponent", [-130, -100, -70, 0, 70, 100, 115])
-@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16, torch.float32, torch.float64]], ids=str)
+@for_each("exponent", [-130, -100, -70, 0, 70, 100, 115])
+@for_each("dtypes", [[torch.float32], [torch.bfloat16, torch.float32, torch.float64]])
 def test_the_exact_norm_is_that_of_fp64_to_the_last_digits_of_fp32(dtypes, exponent):
     """Within 4 roundings of FP32, from subnormal values to near the end of its range; groups of several dtypes too."""
     generator = torch.Generator().manual_seed(exponent)
@@ -257,7 +258,7 @@ def test_the_exact_norm_reads_nothing_and_is_on_the_device_asked_for():
     assert (norm.shape, norm.dtype, norm.device) == ((), torch.float32, META)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@for_each("seed", range(5))
 def test_both_norms_agree_within_the_range(seed):
     """Where the fast norm is finite, the exact one is the same to FP32's precision."""
     gradients = random_gradients(seed, [torch.float32, torch.float64])
@@ -276,8 +277,8 @@ def large_and_small(seed: int, dtype: torch.dtype) -> list[Tensor]:
     return [(g.t() if i % 3 == 0 else g).to(dtype) for i, g in enumerate(gradients)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("seed", range(3))
+@for_each("dtype", [torch.float32, torch.float64])
+@for_each("seed", range(3))
 def test_small_tensors_are_read_together_and_none_is_missed(seed, dtype):
     """Beside a large tensor, norm and amax are those of all; taken at once they are what each is alone."""
     gradients = large_and_small(seed, dtype)
@@ -288,7 +289,7 @@ def test_small_tensors_are_read_together_and_none_is_missed(seed, dtype):
     assert norm_and_amax(gradients, CPU, norm=False, amax=False) == (None, None)
 
 
-@pytest.mark.parametrize("bad", NON_FINITE)
+@for_each("bad", NON_FINITE)
 def test_one_bad_element_in_any_tensor_shows(bad):
     """Wherever it is, neither norm nor amax stays finite."""
     for index in range(61):
@@ -302,14 +303,14 @@ def test_one_bad_element_in_any_tensor_shows(bad):
 EDGES = [0.0, -0.0, 2.0**-25, -(2.0**-24), 2.0**-15, -(2.0**-14), 2.0**-14, 1.0, 65504.0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@for_each("dtype", DTYPES)
 def test_zero_and_subnormal_elements_underflow(dtype):
     """The smallest normal value does not count, whatever is below it does, in every dtype."""
     gradient = torch.tensor(EDGES, dtype=dtype)
     assert sample_underflow([gradient], FP16_FORMAT, 0).fraction.item() == pytest.approx(5 / len(EDGES))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@for_each("seed", range(10))
 def test_the_fraction_of_small_tensors_is_exact(seed):
     """Tensors up to the sample's size are counted whole, and weigh by their size."""
     gradients = [gradient * 1e-2 for gradient in random_gradients(seed, [torch.float32])]
@@ -318,7 +319,7 @@ def test_the_fraction_of_small_tensors_is_exact(seed):
     assert sample_underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.9, 1.0])
+@for_each("share", [0.0, 0.02, 0.3, 0.9, 1.0])
 def test_the_fraction_of_large_tensors_is_close(share):
     """Samples of 16 large tensors, of different sizes and shares, give it to 0.02."""
     torch.manual_seed(0)
@@ -337,7 +338,7 @@ def test_a_large_tensor_outweighs_a_small_one():
     assert sample_underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(1e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("number_format", [FP16_FORMAT, BF16_FORMAT, FP32_FORMAT])
+@for_each("number_format", [FP16_FORMAT, BF16_FORMAT, FP32_FORMAT])
 def test_the_format_draws_the_line(number_format):
     """Each format's own smallest normal value is the limit."""
     edge = number_format.smallest_normal
@@ -345,7 +346,7 @@ def test_the_format_draws_the_line(number_format):
     assert sample_underflow([gradient], number_format, 0).fraction.item() == 0.5
 
 
-@pytest.mark.parametrize("exponent", range(-20, 4))
+@for_each("exponent", range(-20, 4))
 def test_the_value_below_a_power_of_two_belongs_to_the_power_before(exponent):
     """The largest number below 2^-14 is subnormal, and each number asks for the scale that its own exponent needs."""
     below = torch.nextafter(torch.tensor(2.0**exponent), torch.tensor(0.0))
@@ -354,7 +355,7 @@ def test_the_value_below_a_power_of_two_belongs_to_the_power_before(exponent):
     assert found.cure.item() == 2.0 ** (-14 - exponent + 1)
 
 
-@pytest.mark.parametrize("bad", NON_FINITE)
+@for_each("bad", NON_FINITE)
 def test_bad_elements_do_not_underflow(bad):
     """An overflowing step still gives a fraction."""
     assert sample_underflow([torch.tensor([bad, 0.0])], FP16_FORMAT, 0).fraction.item() == 0.5
@@ -404,7 +405,7 @@ def cure_of(values: list[float], tolerated: int) -> float:
     return 2.0**bits
 
 
-@pytest.mark.parametrize("seed", range(10))
+@for_each("seed", range(10))
 def test_the_cure_is_the_power_of_two_that_lifts_all_but_the_tolerated_share(seed):
     """Of 1,000 elements, some of them zero, all but the one in 1,024 that is tolerated become normal, by no bit more."""
     generator = torch.Generator().manual_seed(seed)
@@ -413,7 +414,7 @@ def test_the_cure_is_the_power_of_two_that_lifts_all_but_the_tolerated_share(see
     assert sample_underflow([gradient], FP16_FORMAT, 0).cure.item() == cure_of(gradient.double().tolist(), 0)
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2, 3])
+@for_each("lost", [0, 1, 2, 3])
 def test_a_tolerated_share_asks_for_nothing(lost):
     """Two elements of 2,048 may be lost, a third asks to be lifted; either way small elements tell how far."""
     gradient = torch.full((1024,), 1.0)
@@ -423,7 +424,7 @@ def test_a_tolerated_share_asks_for_nothing(lost):
     assert sample_underflow([gradient, other], FP16_FORMAT, 0).cure.item() == expected
 
 
-@pytest.mark.parametrize("values", [[0.0] * 5, [math.nan] * 5, [0.0, math.nan]])
+@for_each("values", [[0.0] * 5, [math.nan] * 5, [0.0, math.nan]])
 def test_nothing_but_zeros_asks_for_nothing(values):
     """Zeros may be beyond cure, and NaN tells nothing: no scale is asked for."""
     assert sample_underflow([torch.tensor(values)], FP16_FORMAT, 0).cure.item() == 0.0
@@ -463,7 +464,7 @@ def test_a_gpu_finds_what_the_cpu_finds():
 # ---- counting what is not finite ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(10))
+@for_each("seed", range(10))
 def test_infinite_and_nan_elements_are_counted_apart(seed):
     """Both infinities count as infinite; the counts equal a loop over Python numbers."""
     gradients = random_gradients(seed, DTYPES)

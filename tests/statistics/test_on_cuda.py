@@ -21,6 +21,7 @@ from hf_amp.statistics import (
     total_norm,
     underflow_of_each,
 )
+from tests.each import for_each
 from tests.host_reads import count_synchronisations
 
 pytestmark = pytest.mark.gpu
@@ -63,8 +64,8 @@ def test_statistics_are_those_of_the_cpu(dtypes: list[torch.dtype]) -> None:
     assert exact_norm(there, CUDA).item() == pytest.approx(exact_norm(here, CPU).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@for_each("bad", [math.inf, -math.inf, math.nan])
+@for_each("dtype", DTYPES)
 def test_one_bad_element_is_seen(dtype: torch.dtype, bad: float) -> None:
     """In the norm, in the amax and while dividing, in every dtype; and is counted."""
     held = [gradient.to(CUDA) for gradient in gradients(dtype)]
@@ -77,8 +78,8 @@ def test_one_bad_element_is_seen(dtype: torch.dtype, bad: float) -> None:
     assert count_non_finite(held) == ((0, 1) if math.isnan(bad) else (1, 0))
 
 
-@pytest.mark.parametrize("first", ["cpu", "cuda"])
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@for_each("first", ["cpu", "cuda"])
+@for_each("target", ["cpu", "cuda"])
 def test_gradients_on_two_devices_are_one_set(first: str, target: str) -> None:
     """What a large, slow tensor on the GPU gives is not used on the CPU before it has arrived."""
     device, other = torch.device(target), "cuda" if first == "cpu" else "cpu"

@@ -1,15 +1,15 @@
 """`to_host` brings values to the host, exactly, all in one read."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_amp.statistics import PendingTransfer, elements_of, to_host
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 
 
-@pytest.mark.parametrize("tensors", [1, 2, 50])
+@for_each("tensors", [1, 2, 50])
 def test_any_number_of_values_is_one_read(tensors):
     """The device is waited for once, however many values are wanted."""
     values = {f"value {i}": torch.tensor(float(i)) for i in range(tensors)}
@@ -32,7 +32,7 @@ def test_names_come_back_in_the_order_given():
     assert list(to_host({name: torch.tensor(1.0) for name in names})) == names
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("value", "dtype"),
     [
         (0.1, torch.float64),

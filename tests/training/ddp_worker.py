@@ -1,8 +1,8 @@
-"""One of two processes: a manager on a DistributedDataParallel model. Prints a JSON line with what each rank saw."""
+"""One of two processes: a manager on a DistributedDataParallel model, run by run. Prints a JSON line with what each rank saw."""
 
-import argparse
 import faulthandler
 import json
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,14 +26,15 @@ class RankLocal(torch.nn.Module):
         return self.inner(x)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--friendly", action="store_true")
-    parser.add_argument("--retry", action="store_true")
-    options = parser.parse_args()
-    faulthandler.dump_traceback_later(60, exit=True)  # ranks that wait for each other say where
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+OPTIONS = {
+    "usual": {},
+    "friendly": {"gradient_accumulation_friendly": True},
+    "retry": {"on_overflow": "retry"},
+}
+
+
+def run(rank: int, **options: Any) -> dict[str, Any]:
+    """Six windows of two batches; on rank 0 an overflow and a NaN loss."""
     reductions = [0]
 
     def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -45,15 +46,14 @@ def main() -> None:
     model.register_comm_hook(None, count)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = MixedPrecisionConfig(
-        distributed_amp=True, sync_grad_scaler=True, accumulation_steps=2, init_scale=1024.0,
-        gradient_accumulation_friendly=options.friendly, on_overflow="retry" if options.retry else "skip",
-    )  # fmt: skip
+        distributed_amp=True, sync_grad_scaler=True, accumulation_steps=2, init_scale=1024.0, **options
+    )
     batches = [(x + rank, y) for x, y in vectors(12)]
     with AdvancedMixedPrecisionManager(config, loss_fn=mse_loss) as manager:
         epoch = manager.train_epoch(batches, model, optimizer)
         events = [(e.step, e.cause.value) for e in manager.trainer.session.events if e.cause]
         scale = manager.trainer.scaler.get_scale()
-    mine = {
+    return {
         "applied": epoch["applied_steps"],
         "skipped": epoch["skipped_steps"],
         "events": events,
@@ -61,8 +61,14 @@ def main() -> None:
         "reductions": reductions[0],
         "parameters": [p.double().sum().item() for p in model.parameters()],
     }
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(60, exit=True)  # ranks that wait for each other say where
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     gathered = [None, None]
-    dist.all_gather_object(gathered, mine)
+    dist.all_gather_object(gathered, {name: run(rank, **options) for name, options in OPTIONS.items()})
     if rank == 0:
         print(json.dumps(gathered))
     leave_together()

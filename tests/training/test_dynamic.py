@@ -27,6 +27,7 @@ from hf_amp import (
 )
 from hf_amp.device import probe
 from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS
+from tests.each import for_each
 from tests.training.choosing_worker import choices
 from tests.training.loops import vectors
 
@@ -95,12 +96,11 @@ def test_it_switches_and_recovers_under_faults():
     assert kinds.count(EventKind.PRECISION_CHANGED) >= 4
 
 
-@pytest.mark.parametrize(
+@for_each(
     "kind",
     [DynamicMixedPrecisionTrainer, PerformanceOptimizedMixedPrecisionTrainer],
-    ids=lambda k: k.__name__,
 )
-@pytest.mark.parametrize("mode", ["FP32", "BF16", "FP16"])
+@for_each("mode", ["FP32", "BF16", "FP16"])
 def test_a_fixed_precision_leaves_no_choice(kind, mode):
     """FP32, BF16 and FP16 are refused, with the trainer that takes them."""
     with pytest.raises(ConfigError, match=rf"precision_mode={mode}.*StandardMixedPrecisionTrainer"):

@@ -19,6 +19,7 @@ from hf_amp import (
     PrecisionMode,
     StateError,
 )
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import adamw, assert_bitwise_equal, snapshot
 from tests.training.loops import FaultyMlp, real_text, small_gpt2, vectors
@@ -194,7 +195,7 @@ def test_a_model_of_the_wrong_type_is_refused(model):
             call()
 
 
-@pytest.mark.parametrize("config", [{}, "fp16", 3])
+@for_each("config", [{}, "fp16", 3])
 def test_a_config_of_the_wrong_type_is_refused(config):
     """What was passed is shown, to whom, and what to pass instead."""
     with pytest.raises(
@@ -203,13 +204,12 @@ def test_a_config_of_the_wrong_type_is_refused(config):
         AdvancedMixedPrecisionManager(config)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "options",
     [
         {"on_overflow": "retry"}, {"accumulation_steps": 2}, {"clip_norm": 1.0}, {"memory_efficient": True},
         {"gradient_accumulation_friendly": True},
     ],
-    ids=str,
 )  # fmt: skip
 def test_options_of_our_loops_are_not_ignored_elsewhere(options):
     """`attach` refuses what only these loops follow, by name."""
@@ -260,7 +260,7 @@ def test_what_was_loaded_is_kept_where_the_model_is_elsewhere(tmp_path):
         assert ours[name] == theirs[name]
 
 
-@pytest.mark.parametrize("content", [b"", b"text", None])
+@for_each("content", [b"", b"text", None])
 def test_a_file_that_is_no_state_is_refused(tmp_path, content):
     """Empty, text, or a stock scaler's state: a StateError that names the file or what to pass."""
     path = tmp_path / "state.pt"
@@ -274,14 +274,13 @@ def test_a_file_that_is_no_state_is_refused(tmp_path, content):
     assert manager.train_epoch(vectors(1), model, optimizer)["steps"] == 1
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "trainer"),
     [
         ({}, "StandardMixedPrecisionTrainer"),
         ({"precision_mode": PrecisionMode.DYNAMIC}, "DynamicMixedPrecisionTrainer"),
         ({"scaling_strategy": "PERFORMANCE_OPTIMIZED"}, "PerformanceOptimizedMixedPrecisionTrainer"),
     ],
-    ids=["default", "DYNAMIC", "PERFORMANCE_OPTIMIZED"],
 )
 def test_the_config_chooses_the_trainer(options, trainer):
     """By precision mode, then by scaling strategy."""

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from hf_amp import Cause, ConfigError, EventKind, MixedPrecisionConfig, StandardMixedPrecisionTrainer
+from tests.each import for_each
 from tests.reference import assert_bitwise_equal, snapshot
 from tests.training.loops import FaultyMlp, parameters_of, vectors
 
@@ -27,8 +28,8 @@ def train(faults, *, on_overflow="retry", steps=6, accumulate=1, init_scale=1024
     return model, optimizer, results, trainer
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("mode", ["FP32", "MIXED"])
+@for_each("accumulate", [1, 3])
+@for_each("mode", ["FP32", "MIXED"])
 def test_a_retried_run_is_an_unfailed_run(mode, accumulate):
     """Overflows in two steps, with dropout and batch norm: parameters, running statistics and AdamW state to the last bit.
 

@@ -20,6 +20,7 @@ from hf_amp import (
     PrecisionMode,
     StandardMixedPrecisionTrainer,
 )
+from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import adamw, assert_bitwise_equal, snapshot, tiny_mlp
 from tests.training.loops import FaultyMlp, autocast, parameters_of, real_text, small_gpt2, vectors
@@ -45,9 +46,9 @@ def train_by_hand(model, optimizer, batches, *, emulate, clip, accumulate):
     return losses, scaler.get_scale()
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "half kernels"])
-@pytest.mark.parametrize(("clip", "accumulate"), [(None, 1), (0.5, 1), (0.5, 3)])
+@for_each("fused", [False, True])
+@for_each("emulate", [True, False])
+@for_each(("clip", "accumulate"), [(None, 1), (0.5, 1), (0.5, 3)])
 def test_it_is_the_hand_written_loop_to_the_last_bit(emulate, clip, accumulate, fused):
     """GPT-2 with dropout on real text: same losses, scale, parameters and AdamW state after 12 batches."""
     batches = real_text(12)
@@ -67,7 +68,7 @@ def test_it_is_the_hand_written_loop_to_the_last_bit(emulate, clip, accumulate, 
     assert [result["stepped"] for result in results] == [(i + 1) % accumulate == 0 for i in range(12)]
 
 
-@pytest.mark.parametrize(("mode", "enabled"), [("FP32", True), ("BF16", True), ("MIXED", False)])
+@for_each(("mode", "enabled"), [("FP32", True), ("BF16", True), ("MIXED", False)])
 def test_without_fp16_it_is_the_plain_loop(mode, enabled):
     """FP32, BF16 autocast and a disabled config: bitwise the loop without a scaler; the result names the precision."""
     batches = real_text(6)
@@ -141,15 +142,14 @@ class Loose(nn.Module):
         return {"object": SimpleNamespace(loss=loss), "mapping": {"loss": loss}, "tensor": loss}[self.form]
 
 
-@pytest.mark.parametrize("form", ["object", "mapping", "tensor"])
-@pytest.mark.parametrize(
+@for_each("form", ["object", "mapping", "tensor"])
+@for_each(
     "batch",
     [
         {"inputs": torch.ones(2, 3), "labels": torch.ones(2)},
         (torch.ones(2, 3), torch.ones(2)),
         torch.ones(2, 3),
     ],
-    ids=["mapping", "pair", "tensor"],
 )
 def test_batches_and_losses_may_have_many_forms(form, batch):
     """Mapping, pair or tensor in; `.loss`, "loss" or the loss itself out."""
@@ -160,14 +160,13 @@ def test_batches_and_losses_may_have_many_forms(form, batch):
     assert trainer.performance_tracker.get_stats()["steps"] == 1
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("batch", "expected"),
     [
         ({"inputs": torch.ones(2, 4), "labels": torch.zeros(2, 3)}, "targets"),
         ((torch.ones(2, 4), torch.zeros(2, 3)), "targets"),
         (torch.ones(2, 4), "itself"),
     ],
-    ids=["mapping", "pair", "tensor"],
 )
 def test_loss_fn_gets_outputs_and_targets(batch, expected):
     """The labels of a mapping, the second of a pair, and a tensor itself, stand beside the outputs."""
@@ -229,7 +228,7 @@ MISUSES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("misuse", MISUSES)
+@for_each("misuse", MISUSES)
 def test_misuse_is_a_clear_error_and_leaves_the_trainer_usable(misuse):
     """The message says what was passed and what to do; the next step trains, and no gradient is left over."""
     error, words, call = MISUSES[misuse]
@@ -272,7 +271,7 @@ def test_a_config_of_the_wrong_type_is_refused():
         StandardMixedPrecisionTrainer({})
 
 
-@pytest.mark.parametrize("failing", [1, 2, 4, 5])
+@for_each("failing", [1, 2, 4, 5])
 def test_an_exception_in_user_code_leaves_all_clean(failing):
     """Windows of two batches, one forward raises: its window is dropped, and the rest is as if it had never been."""
     config = MixedPrecisionConfig(accumulation_steps=2, emulate=False)

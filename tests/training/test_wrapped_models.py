@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -33,12 +32,12 @@ from tests.training.loops import FaultyMlp, parameters_of, vectors
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
-@functools.cache
-def ranks(*options):
-    """What each of two processes saw."""
+@pytest.fixture(scope="module")
+def ranks():
+    """What each of two processes saw, by run: one launch."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(WORKER), *options],
+        [*launch, str(WORKER)],
         capture_output=True,
         text=True,
         timeout=90,
@@ -48,10 +47,10 @@ def ranks(*options):
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
 
 
-def test_two_ranks_stay_one():
+def test_two_ranks_stay_one(ranks):
     """An overflow and a NaN loss on rank 0 alone: both ranks skip the same steps, for the same cause, by the same scale,
     and end with the same parameters. Gradients are reduced with every micro-batch."""
-    first, second = ranks()
+    first, second = (seen["usual"] for seen in ranks)
     assert first == second
     assert (first["applied"], first["skipped"]) == (4, 2)
     assert [step for step, _ in first["events"]] == [2, 4]
@@ -59,17 +58,18 @@ def test_two_ranks_stay_one():
     assert first["reductions"] == 12
 
 
-def test_friendly_accumulation_reduces_once_a_step():
+def test_friendly_accumulation_reduces_once_a_step(ranks):
     """Windows of two: 6 reductions where the default has 12, and the same parameters to rounding."""
-    (first, second), (usual, _) = ranks("--friendly"), ranks()
+    first, second = (seen["friendly"] for seen in ranks)
+    usual = ranks[0]["usual"]
     assert first == second
     assert first["reductions"] == 6
     assert first["parameters"] == pytest.approx(usual["parameters"], rel=1e-4)
 
 
-def test_ranks_retry_together():
+def test_ranks_retry_together(ranks):
     """on_overflow="retry": the step that overflowed on rank 0 is run again on both, and applied."""
-    first, second = ranks("--retry")
+    first, second = (seen["retry"] for seen in ranks)
     assert first == second
     assert first["applied"] >= 5
 
