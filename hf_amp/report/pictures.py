@@ -270,23 +270,25 @@ def _figure_picture(
     *,
     color: str = "accent",
     log: bool = False,
+    unit: float = 1.0,
     near_overflow: float | None = None,
 ) -> Picture:
     """A picture of one figure as a line.
 
     Args:
         figure: its name in the log.
-        shown: the figure as people read it.
+        shown: what people read for so many units of it.
+        unit: that the picture counts in, in that of the log.
         log: whether the axis is logarithmic where the figure is positive throughout and varies much.
         near_overflow: value below which the picture is shaded.
     """
 
     def draw_figure(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
-        values = _finite(run, figure)
+        values = _finite(run, figure, unit)
         if not values:
             return None
         low, high = min(values), max(values)
-        _plot(axes, run.figures[figure], theme[color])
+        _plot(axes, run.figures[figure], theme[color], unit)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if log and high > 20 * low > 0:
             axes.set_yscale("log")
@@ -297,17 +299,17 @@ def _figure_picture(
         if near_overflow is None:
             return sentence
         axes.axhspan(min(0.0, low), near_overflow, color=_color(theme, "ACTIVATION"), alpha=0.12, linewidth=0)
-        return f"{sentence} In the shaded band, below {shown(near_overflow)}, an overflow is near."
+        return f"{sentence} In the shaded band an overflow is near."
 
     return Picture(name, title, draw_figure)
 
 
-def _finite(run: RunHistory, figure: str) -> list[float]:
-    return [value for _, value in run.figures.get(figure, ()) if math.isfinite(value)]
+def _finite(run: RunHistory, figure: str, unit: float = 1.0) -> list[float]:
+    return [value / unit for _, value in run.figures.get(figure, ()) if math.isfinite(value / unit)]
 
 
-def _plot(axes: Axes, series: Series, color: str) -> None:
-    values = [value if math.isfinite(value) else math.nan for value in series.values]
+def _plot(axes: Axes, series: Series, color: str, unit: float = 1.0) -> None:
+    values = [value / unit if math.isfinite(value / unit) else math.nan for value in series.values]
     axes.plot(series.steps, values, color=color, marker="o" if len(values) == 1 else None, markersize=3)
 
 
@@ -489,10 +491,10 @@ PICTURES = (
         "timeline", "Which precision ran where", draw_timeline, lambda run: min(ROWS_SHOWN, len(precision_bars(run))), False
     ),
     _figure_picture("headroom", "Headroom", "headroom_bits", lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
-    _figure_picture("underflow", "Underflow", "underflow_fraction", lambda x: f"{100 * x:.3g}%", color="second"),
+    _figure_picture("underflow", "Underflow", "underflow_fraction", lambda x: f"{x:.3g}%", color="second", unit=0.01),
     _figure_picture("norm", "Gradient norm before clipping", "grad_norm", lambda norm: f"{norm:.3g}", log=True),
-    _figure_picture("speed", "Step time", "step_seconds", lambda seconds: f"{1000 * seconds:,.4g} ms"),
-    _figure_picture("memory", "Memory", "memory_bytes", lambda x: f"{x / 2**30:.3g} GiB", color="second"),
+    _figure_picture("speed", "Step time", "step_seconds", lambda ms: f"{ms:,.4g} ms", unit=1e-3),
+    _figure_picture("memory", "Memory", "memory_bytes", lambda x: f"{x:.3g} GiB", color="second", unit=2**30),
     _heatmap("module_headroom_bits", "Headroom by module", lambda s: min(s.values), (0, 16), "bits"),
     _heatmap(
         "module_underflow_fraction", "Underflow by module", lambda s: -max(s.values), (0, 0.5), "share",
