@@ -236,9 +236,16 @@ def _read(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[Tensor], li
     norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(group, 2.0)))] if norm else []
     if not amax:
         return norms, []
-    if group[0].device.type == "cpu":  # where `aminmax` reads eight times faster than an inf-norm
-        return norms, [torch.stack([end for g in group for end in g.aminmax()]).abs_().amax()]
-    return norms, [torch.stack(torch._foreach_norm(group, math.inf)).amax()]
+    return norms, [_amax_on_cpu(group) if group[0].device.type == "cpu" else _amax_by_foreach(group)]
+
+
+def _amax_on_cpu(group: list[Tensor]) -> Tensor:
+    """There `aminmax` reads eight times faster than an inf-norm."""
+    return torch.stack([end for tensor in group for end in tensor.aminmax()]).abs_().amax()
+
+
+def _amax_by_foreach(group: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(group, math.inf)).amax()
 
 
 def filled_groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

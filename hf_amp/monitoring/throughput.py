@@ -48,7 +48,7 @@ class ThroughputMonitor:
     Args:
         config: options; None for the defaults.
         device: where the steps run; None for the accelerator where there is one, else the CPU.
-        clock: seconds that only grow.
+        clock: seconds that only grow; None for the machine's.
 
     Attributes:
         samples_per_step: rows of all batches of all processes in one optimizer step; None where nobody has said.
@@ -60,7 +60,7 @@ class ThroughputMonitor:
         self,
         config: MixedPrecisionConfig | None = None,
         device: torch.device | str | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         config = MixedPrecisionConfig.or_default(config, "PerformanceTracker")
         self.device = default_device() if device is None else torch.device(device)
@@ -68,7 +68,7 @@ class ThroughputMonitor:
         self.seconds_by_format: defaultdict[str, float] = defaultdict(float)
         self.newest_step_seconds = math.nan
         self._default = NumberFormat.of(config.precision_mode or PrecisionMode.MIXED).name
-        self._clock = clock
+        self._clock = clock or (lambda: time.perf_counter())
         self._decided_at: float | None = None
         self._recent: deque[float] = deque(maxlen=STEPS_OF_PERCENTILES)
         self._steps = 0
