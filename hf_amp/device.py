@@ -177,9 +177,9 @@ def peak_bytes(devices: Iterable[torch.device]) -> int | None:
     fullest runs out first. A device without an index is the thread's current one. No GPU-CPU sync.
     """
     counted = [
-        int(module.max_memory_allocated(device))
+        int(torch.get_device_module(device).max_memory_allocated(device))
         for device in devices
-        if hasattr(module := torch.get_device_module(device), "max_memory_allocated")
+        if device.type in ("cuda", "xpu", "npu")
     ]
     return max(counted, default=None)
 

@@ -14,8 +14,8 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 # From the bottom to the top: what stands in one row may import the rows below it.
 LAYERS: list[set[str]] = [
-    {"_compat", "config", "errors", "events", "patch_log", "precision", "serialization", "tree"},
-    {"device", "emulation", "statistics"},
+    {"_compat", "config", "device", "errors", "events", "patch_log", "precision", "serialization", "tree"},
+    {"emulation", "statistics"},
     {"scaling", "fallback", "monitoring"},
     {"report", "session"},
     {"integrations", "training"},
@@ -104,7 +104,7 @@ def test_a_file_imports_downward_only(file):
     [
         ("config.py", "from hf_amp.session import AmpSession", "above it"),
         ("statistics.py", "import hf_amp.scaling.scaler", "above it"),
-        ("statistics/gradients.py", "from hf_amp.device import probe", "its neighbour"),
+        ("statistics/gradients.py", "from hf_amp.emulation import EmulatedPrecision", "its neighbour"),
         ("scaling/scaler.py", "from hf_amp.monitoring.sinks import console", "its neighbour"),
         ("fallback/diagnosis.py", "def f():\n    from hf_amp.scaling import scaler", "its neighbour"),
         ("fallback/diagnosis.py", "from ..scaling import scaler", "its neighbour"),

@@ -90,22 +90,22 @@ def test_weights_are_named_when_the_model_is_known() -> None:
     assert "weight among them" in event.message
 
 
-def test_the_pace_knows_the_devices_that_train() -> None:
+def test_the_session_knows_the_devices_that_train() -> None:
     """Those that living models are on, a split one on several; an offloaded one says nothing. Tensors without data."""
     config, gpu = MixedPrecisionConfig(), Hardware("cuda", "H100", "native", "native")
     session = AmpSession(config, AdvancedGradScaler(config, "cpu"), PrecisionMode.MIXED, gpu)
-    assert set(session.throughput.devices) == {torch.device("cuda")}
+    assert session._fallback.runner.devices() == {torch.device("cuda")}
     with FakeTensorMode():
         split = nn.ParameterList(torch.empty(1, device=device) for device in ("cuda:1", "cuda:2", "cpu"))
         session.register_model(split)
-        assert set(session.throughput.devices) == {torch.device("cuda:1"), torch.device("cuda:2")}
+        assert session._fallback.runner.devices() == {torch.device("cuda:1"), torch.device("cuda:2")}
         del split
         offloaded = nn.ParameterList([torch.empty(1)])
         session.register_model(offloaded)
-        assert set(session.throughput.devices) == {torch.device("cuda:1"), torch.device("cuda:2")}
+        assert session._fallback.runner.devices() == {torch.device("cuda:1"), torch.device("cuda:2")}
         third = nn.ParameterList([torch.empty(1, device="cuda:3")])
         session.register_model(third)
-    assert set(session.throughput.devices) == {torch.device("cuda:3")}
+    assert session._fallback.runner.devices() == {torch.device("cuda:3")}
     assert "memory_bytes" in session.metrics()
 
 

@@ -107,8 +107,6 @@ class _Saved:
 WHOLE_MODEL = ""
 """Stands for the plan's default among the names that demotions are counted under."""
 _LARGEST_DOUBLING = 31  # of a number of steps in int32
-WINDOW = 128
-"""Optimizer steps over which the threshold is judged."""
 UNKNOWN_IS_A_PATTERN = 2
 """Overflows without a known cause, within the window, from which precision is suspected; a single one only skips."""
 
@@ -197,6 +195,7 @@ class FallbackPolicy:
     order: tuple[PrecisionMode, ...]
     threshold: float
     recovery_steps: int
+    window: int = 128
 
     def init_state(self) -> FallbackState:
         """The state before the first step: everything in the precision that the run asked for."""
@@ -213,7 +212,7 @@ class FallbackPolicy:
         return self._after_unresolved_overflow(state, facts)
 
     def _after_unresolved_overflow(self, state: FallbackState, facts: StepFacts) -> FallbackState:
-        oldest = state.step - WINDOW
+        oldest = state.step - self.window
         unresolved = (*state.unresolved, (state.step, facts.non_finite_fraction))
         unknown_steps = (
             (*state.unknown_steps, state.step) if facts.cause is Cause.UNKNOWN else state.unknown_steps
@@ -224,7 +223,7 @@ class FallbackPolicy:
             unresolved=tuple(entry for entry in unresolved if entry[0] > oldest),
             unknown_steps=tuple(step for step in unknown_steps if step > oldest),
         )
-        share = sum(entry[1] for entry in state.unresolved) / min(state.step, WINDOW)
+        share = sum(entry[1] for entry in state.unresolved) / min(state.step, self.window)
         if share <= self.threshold or state.step < state.no_room_until:
             return state
         fresh = [name for name in facts.modules if name and not state.plan.holds(name)]

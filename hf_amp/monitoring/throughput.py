@@ -62,13 +62,13 @@ class ThroughputMonitor:
         device: torch.device | str | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        config = MixedPrecisionConfig.or_default(config, "PerformanceTracker")
+        config = MixedPrecisionConfig.or_default(config, type(self).__name__)
         self.device = default_device() if device is None else torch.device(device)
         self.samples_per_step: int | None = None
         self.seconds_by_format: defaultdict[str, float] = defaultdict(float)
         self.newest_step_seconds = math.nan
         self._default = NumberFormat.of(config.precision_mode or PrecisionMode.MIXED).name
-        self._clock = clock or (lambda: time.perf_counter())
+        self._clock = clock or _host_seconds
         self._decided_at: float | None = None
         self._recent: deque[float] = deque(maxlen=STEPS_OF_PERCENTILES)
         self._steps = 0
@@ -212,6 +212,10 @@ class ThroughputMonitor:
 
 
 PerformanceTracker = ThroughputMonitor
+
+
+def _host_seconds() -> float:
+    return time.perf_counter()
 
 
 def _percentile(ordered: list[float], percent: int) -> float:

@@ -30,7 +30,7 @@ def training_step(size: str, device: str, fp32_share: float = 0.0, **options: An
     session.register_model(model)
     held = [f"transformer.h.{i}" for i in range(round(fp32_share * SIZES[size].layers))]
     plan = PrecisionPlan(PrecisionMode.MIXED).with_modules(held, PrecisionMode.FP32)
-    session._keeper.runner.apply(plan)
+    session._fallback.runner.apply(plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:

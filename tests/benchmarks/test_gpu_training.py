@@ -173,7 +173,7 @@ def test_the_plan_is_followed() -> None:
     def note(name: str) -> Any:
         return lambda module, inputs, y: exact.update({name: bool((y == y.half()).all())})
 
-    for name, module in way.session._keeper.runner.named_modules():
+    for name, module in way.session._fallback.runner.named_modules():
         if name in products(model):
             module.register_forward_hook(note(name))
     way.step(subject.batch(4))

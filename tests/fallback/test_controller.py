@@ -18,7 +18,7 @@ CLEAN = StepFacts()
 
 def fallback(**options: object) -> FallbackPolicy:
     """With BF16 in between, a recovery after 4 quiet steps, and a threshold that one bad step exceeds."""
-    defaults = {"ladder": (MIXED, BF16, FP32), "threshold": 1e-6, "window": 16, "recovery_steps": 4}
+    defaults = {"order": (MIXED, BF16, FP32), "threshold": 1e-6, "window": 16, "recovery_steps": 4}
     return FallbackPolicy(**{**defaults, **options})
 
 

@@ -442,7 +442,7 @@ def test_copies_compute_alike_and_are_not_watched(copier: Callable[[nn.Module], 
     """A deep copy (an EMA) or an unpickled model under a plan computes as the original; its calls are not the run's."""
     model = nn.Sequential(nn.Linear(8, 8), Mlp())
     session = session_of(model)
-    keeper = session._keeper
+    keeper = session._fallback
     removal = ForwardContext(session.current_precision).install(model)
     keeper.runner.apply(plan_of("1"))
     expected = model(X)
@@ -519,13 +519,13 @@ def test_under_ddp_gradients_are_those_without_it(emulate: bool) -> None:
 def leave_for_fp32(session: AmpSession) -> None:
     """The whole model overflows, whatever half precision it is in."""
     while session.plan.default is not PrecisionMode.FP32:
-        session._keeper.note_skipped(Diagnosis(Cause.ACTIVATION, "it overflowed"), 1.0)
+        session._fallback.note_skipped(Diagnosis(Cause.ACTIVATION, "it overflowed"), 1.0)
 
 
 def return_from_fp32(session: AmpSession) -> None:
     """Steps without an overflow, until the run is back where it began."""
     while session.plan.default is not session.requested_mode:
-        session._keeper.note_applied()
+        session._fallback.note_applied()
 
 
 @pytest.mark.usefixtures("fresh_accelerator_state")

@@ -103,7 +103,7 @@ def test_every_plan_runs_what_it_says() -> None:
         layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
 
     def run(plan: PrecisionPlan) -> list[torch.dtype]:
-        session._keeper.runner.apply(plan)
+        session._fallback.runner.apply(plan)
         dtypes.clear()
         assert model(torch.ones(4, 8, device="cuda")).dtype == torch.float32
         return list(dtypes)
@@ -115,7 +115,7 @@ def test_every_plan_runs_what_it_says() -> None:
     assert run(PrecisionPlan(PrecisionMode.BF16)) == [torch.bfloat16] * 2
     assert run(PrecisionPlan(PrecisionMode.FP32)) == [full, full]
     assert run(start) == [half, half]
-    session._keeper.runner.apply(PrecisionPlan(PrecisionMode.FP32))
+    session._fallback.runner.apply(PrecisionPlan(PrecisionMode.FP32))
     session.detach()
     dtypes.clear()
     model(torch.ones(4, 8, device="cuda"))

@@ -47,7 +47,7 @@ class OwnProducts(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("hardware", "emulate", "rung", "dtypes"),
+    ("hardware", "emulate", "level", "dtypes"),
     [
         (WITH_UNITS, False, BF16, [torch.float16, torch.bfloat16]),
         (WITHOUT_UNITS, False, FP32, [torch.float16, torch.float32]),

@@ -9,13 +9,14 @@ from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
 from tests.each import for_each
+from tests.monitoring.outcomes import record_applied, record_skipped
 
 
 def full_monitor(cause: Cause) -> PrecisionMonitor:
     """A monitor that has a value for everything, with one step skipped for `cause`."""
     monitor = PrecisionMonitor()
-    monitor.record_skipped(cause, 2.0, inf_elements=1, nan_elements=1)
-    monitor.record_applied(2.0, grad_norm=1.0, grad_amax=0.5, underflow_fraction=0.1)
+    record_skipped(monitor, cause, 2.0, inf_elements=1, nan_elements=1)
+    record_applied(monitor, 2.0, grad_norm=1.0, grad_amax=0.5, underflow_fraction=0.1)
     monitor.after_step(StepOutcome(1, True, 4.0, losses=4, non_finite_losses=1, lost_update_fraction=0.5))
     monitor.eval_non_finite_batches = 1
     monitor.record_memory(0.25)

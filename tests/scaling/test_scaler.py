@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, ConfigError, MixedPrecisionConfig, ScalerError, StateError
-from hf_amp.scaling.step import SeenLosses, StatisticsRequest, Unscale, check_gradients, observe
+from hf_amp.scaling.step import SeenLosses, StatisticsRequest, Unscale, check, observe
 from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import (
@@ -516,9 +516,9 @@ def test_what_was_not_seen_is_zero_in_an_observation() -> None:
     """An overflow without a loss seen is not taken for a non-finite loss, nor for a gradient of that size."""
     weight = nn.Parameter(torch.zeros(3))
     weight.grad = torch.full((3,), math.inf)
-    record = check_gradients(
+    record = check(
         torch.optim.SGD([weight], lr=0.1), backward=1, scale=torch.tensor(8.0), unscale=Unscale.FUSED,
-        losses=0, loss_non_finite=None, look=StatisticsRequest(norm=True, amax=False, sample_seed=None, agree=False),
+        losses=0, loss_non_finite=None, request=StatisticsRequest(norm=True, amax=False, sample_seed=None, agree=False),
     )  # fmt: skip
     observation = observe([record])
     assert observation.found_inf.item() == 1

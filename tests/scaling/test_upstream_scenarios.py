@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -127,26 +126,6 @@ def test_pytorch_two_models_two_optimizers_only_the_poisoned_one_skips() -> None
     assert torch.equal(models[0].weight, before[0] - 1)
     assert torch.equal(models[1].weight, before[1])
     assert scaler.get_scale() == 1.0
-
-
-@for_each("hysteresis", [1, 2, 4])
-def test_apex_hysteresis_fuzz(hysteresis: int) -> None:
-    """Apex: with every clean step refilling, the scale falls only after `hysteresis` overflows without a clean step."""
-    for pattern in itertools.product([False, True], repeat=6):
-        scaler = scaler_with(hysteresis=hysteresis, consecutive_hysteresis=True, growth_interval=100)
-        weight = nn.Parameter(torch.ones(1))
-        optimizer = torch.optim.SGD([weight], lr=0.0)
-        left, scale = hysteresis, 65536.0
-        for overflow in pattern:
-            loss = weight.sum()
-            optimizer.zero_grad()
-            scaler.scale(OverflowInBackward.apply(loss) if overflow else loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            left = left - 1 if overflow else hysteresis
-            if overflow and left <= 0:
-                scale /= 2
-            assert scaler.get_scale() == scale
 
 
 def test_keras_skipped_step_halves_and_starts_counting_anew() -> None:
