@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hf_amp.monitoring.sinks.console import visible
@@ -262,18 +264,20 @@ def draw_skips(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
     return f"Skipped steps by cause: {', '.join(f'{run.skips[cause].points:,} {cause}' for cause in causes)}."
 
 
-def _figure_picture(
-    name: str,
-    title: str,
-    figure: str,
-    shown: Callable[[float], str],
+def draw_figure(
+    axes: Axes,
+    run: RunHistory,
+    theme: Theme,
     *,
+    figure: str,
+    title: str,
+    shown: Callable[[float], str],
+    unit: float = 1.0,
     color: str = "accent",
     log: bool = False,
-    unit: float = 1.0,
     near_overflow: float | None = None,
-) -> Picture:
-    """A picture of one figure as a line.
+) -> str | None:
+    """One figure as a line.
 
     Args:
         figure: its name in the log.
@@ -282,26 +286,22 @@ def _figure_picture(
         log: whether the axis is logarithmic where the figure is positive throughout and varies much.
         near_overflow: value below which the picture is shaded.
     """
-
-    def draw_figure(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
-        values = _finite(run, figure, unit)
-        if not values:
-            return None
-        low, high = min(values), max(values)
-        _plot(axes, run.figures[figure], theme[color], unit)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        if log and high > 20 * low > 0:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=min(0.0, low))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
-        sentence = f"{title} between {shown(low)} and {shown(high)}, {shown(values[-1])} at the end."
-        if near_overflow is None:
-            return sentence
-        axes.axhspan(min(0.0, low), near_overflow, color=_color(theme, "ACTIVATION"), alpha=0.12, linewidth=0)
-        return f"{sentence} In the shaded band an overflow is near."
-
-    return Picture(name, title, draw_figure)
+    values = _finite(run, figure, unit)
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    _plot(axes, run.figures[figure], theme[color], unit)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if log and high > 20 * low > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=min(0.0, low))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
+    sentence = f"{title} between {shown(low)} and {shown(high)}, {shown(values[-1])} at the end."
+    if near_overflow is None:
+        return sentence
+    axes.axhspan(min(0.0, low), near_overflow, color=_color(theme, "ACTIVATION"), alpha=0.12, linewidth=0)
+    return f"{sentence} In the shaded band an overflow is near."
 
 
 def _finite(run: RunHistory, figure: str, unit: float = 1.0) -> list[float]:
@@ -401,58 +401,58 @@ def precision_bars(run: RunHistory) -> Mapping[str, list[tuple[int, int, str]]]:
     return bars
 
 
-def _heatmap(
-    name: str,
-    title: str,
+def draw_modules(
+    axes: Axes,
+    run: RunHistory,
+    theme: Theme,
+    *,
+    figure: str,
     worst: Callable[[Series], float],
     limits: tuple[float, float],
     unit: str,
-    *,
     colors: LinearSegmentedColormap = _ALARM_TO_CALM,
     shown_as: Callable[[float], float] = float,
-) -> Picture:
-    """A picture of one figure by module and step.
+) -> str | None:
+    """One figure by module and step, as colours.
 
     Args:
-        name: of the figure in the log.
+        figure: its name in the log.
         worst: how near a module came to trouble; lower is nearer.
         limits: values at the two ends of the colours.
         unit: what people read at the colours.
         shown_as: what is shown of a value.
     """
-
-    def draw_modules(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
-        modules = {module: series for module, series in run.modules.get(name, {}).items() if len(series)}
-        if not modules:
-            return None
-        by_trouble = sorted(modules, key=lambda module: worst(modules[module]))
-        shown = sorted(by_trouble[:ROWS_SHOWN], key=list(modules).index)
-        cells, first, last = _cells([modules[module] for module in shown], shown_as)
-        image = axes.imshow(
-            cells, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap=colors,
-            extent=(first, last, len(shown) - 0.5, -0.5),
-        )  # fmt: skip
-        _name_rows(axes, shown)
-        bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.035)
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=LABEL_POINTS)
-        bar.set_label(unit, fontsize=LABEL_POINTS)
-        part = (
-            f" The {len(shown)} nearest to trouble of {len(modules)} modules."
-            if len(shown) < len(modules)
-            else ""
-        )
-        return f"Nearest to trouble: {shortened(by_trouble[0], 60)}.{part}"
-
-    return Picture(
-        name, title, draw_modules, lambda run: min(ROWS_SHOWN, len(run.modules.get(name, ()))), False
+    modules = {module: series for module, series in run.modules.get(figure, {}).items() if len(series)}
+    if not modules:
+        return None
+    by_trouble = sorted(modules, key=lambda module: worst(modules[module]))
+    shown = sorted(by_trouble[:ROWS_SHOWN], key=list(modules).index)
+    cells, first, last = _cells([modules[module] for module in shown], shown_as)
+    image = axes.imshow(
+        cells, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap=colors,
+        extent=(first, last, len(shown) - 0.5, -0.5),
+    )  # fmt: skip
+    _name_rows(axes, shown)
+    _color_bar(axes, image, unit)
+    few = (
+        f" The {len(shown)} nearest to trouble of {len(modules)} modules."
+        if len(shown) < len(modules)
+        else ""
     )
+    return f"Nearest to trouble: {shortened(by_trouble[0], 60)}.{few}"
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     labels = [shortened(name, LONGEST_LABEL) for name in names]
     axes.set_yticks(range(len(labels)), labels, fontsize=LABEL_POINTS, parse_math=False)
     axes.grid(False)
+
+
+def _color_bar(axes: Axes, image: AxesImage, unit: str) -> None:
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.035)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=LABEL_POINTS)
+    bar.set_label(unit, fontsize=LABEL_POINTS)
 
 
 def shortened(name: str, longest: int) -> str:
@@ -483,6 +483,17 @@ def _bits_below_largest(amax: float) -> float:
     return max(0.0, math.log2(FP16_FORMAT.largest) - math.log2(amax))
 
 
+def _of_figure(name: str, title: str, figure: str, **options: Any) -> Picture:
+    return Picture(name, title, partial(draw_figure, figure=figure, title=title, **options))
+
+
+def _of_modules(figure: str, title: str, **options: Any) -> Picture:
+    draw_it = partial(draw_modules, figure=figure, **options)
+    return Picture(
+        figure, title, draw_it, lambda run: min(ROWS_SHOWN, len(run.modules.get(figure, ()))), False
+    )
+
+
 PICTURES = (
     Picture("loss", "Loss", draw_loss),
     Picture("scale", "Loss scale", draw_scale),
@@ -490,18 +501,20 @@ PICTURES = (
     Picture(
         "timeline", "Which precision ran where", draw_timeline, lambda run: min(ROWS_SHOWN, len(precision_bars(run))), False
     ),
-    _figure_picture("headroom", "Headroom", "headroom_bits", lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
-    _figure_picture("underflow", "Underflow", "underflow_fraction", lambda x: f"{x:.3g}%", color="second", unit=0.01),
-    _figure_picture("norm", "Gradient norm before clipping", "grad_norm", lambda norm: f"{norm:.3g}", log=True),
-    _figure_picture("speed", "Step time", "step_seconds", lambda ms: f"{ms:,.4g} ms", unit=1e-3),
-    _figure_picture("memory", "Memory", "memory_bytes", lambda x: f"{x:.3g} GiB", color="second", unit=2**30),
-    _heatmap("module_headroom_bits", "Headroom by module", lambda s: min(s.values), (0, 16), "bits"),
-    _heatmap(
-        "module_underflow_fraction", "Underflow by module", lambda s: -max(s.values), (0, 0.5), "share",
+    _of_figure("headroom", "Headroom", "headroom_bits", shown=lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
+    _of_figure("underflow", "Underflow", "underflow_fraction", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
+    _of_figure("norm", "Gradient norm before clipping", "grad_norm", shown=lambda norm: f"{norm:.3g}", log=True),
+    _of_figure("speed", "Step time", "step_seconds", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
+    _of_figure("memory", "Memory", "memory_bytes", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
+    _of_modules(
+        "module_headroom_bits", "Headroom by module", worst=lambda s: min(s.values), limits=(0, 16), unit="bits"
+    ),
+    _of_modules(
+        "module_underflow_fraction", "Underflow by module", worst=lambda s: -max(s.values), limits=(0, 0.5), unit="share",
         colors=_ALARM_TO_CALM.reversed(),
     ),
-    _heatmap(
-        "module_activation_amax", "Largest activations by module", lambda s: -max(s.values), (0, 16), "bits below 65504",
-        shown_as=_bits_below_largest,
+    _of_modules(
+        "module_activation_amax", "Largest activations by module", worst=lambda s: -max(s.values), limits=(0, 16),
+        unit="bits below 65504", shown_as=_bits_below_largest,
     ),
 )  # fmt: skip
