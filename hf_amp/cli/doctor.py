@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -226,19 +225,14 @@ def _has_fused_adamw(device: torch.device) -> bool:
 
 
 def _system() -> dict[str, str]:
-    flash_attention = torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
-    found = {
-        "flash attention": flash_attention,
-        "Triton": importlib.util.find_spec("triton") is not None,
-        "C++ compiler (torch.compile on a CPU)": any(map(shutil.which, ("g++", "clang++", "cl"))),
-    }
+    compilers = [name for name in ("g++", "clang++", "cl", "nvcc") if shutil.which(name)]
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
         "cores": str(os.cpu_count()),
         "CUDA of PyTorch": str(torch.version.cuda or "none"),
         "CPU instructions": torch.backends.cpu.get_cpu_capability(),
-        **{name: "yes" if there else "no" for name, there in found.items()},
+        "compilers": ", ".join(compilers) or "none: torch.compile on a CPU needs one",
     }
 
 
