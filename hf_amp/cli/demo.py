@@ -51,7 +51,7 @@ def demo(
     checkpoint = _train(Console(), _runs(precision, chosen, folder), steps, chosen.emulate)
     load = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{checkpoint}'))"
     typer.echo(
-        f"Look at it:\n  hf-amp report {folder}\n  tensorboard --logdir {folder}\n  cat {folder / LOG_FILE}\n"
+        f"To see more:\n  hf-amp report {folder}\n  tensorboard --logdir {folder}\n  cat {folder / LOG_FILE}\n"
         f'  python -c "{load}"'
     )
 

@@ -79,27 +79,25 @@ def train(
 ) -> DemoResult:
     """One run of a stock Trainer in `precision` ("fp16", "bf16" or "fp32"), with hf_amp where there is a `config`.
 
-    Args:
-        on_step: called after every optimizer step with its number and the newest logged loss.
-        emulate: whether FP16 without hf_amp is emulated on a CPU.
+    `on_step` gets the number of every optimizer step and the newest logged loss; `emulate` is for FP16 without hf_amp on a CPU.
     """
     set_seed(seed)
     model, text = small_gpt2(), help_topics()
     held_out = text.select(range(len(text) - HELD_OUT_BLOCKS, len(text)))
     untrained = held_out_loss(model, held_out)
     timer = StepTimer(on_step)
-    ours = MixedPrecisionCallback(config) if config is not None else None
+    ours = MixedPrecisionCallback(config) if config else None
     stock = [StockFP16OnCPU(emulate)] if precision == "fp16" and not torch.cuda.is_available() else []
-    callbacks = [timer, *([ours] if ours is not None else stock)]
+    callbacks = [timer, *([ours] if ours else stock)]
     training_text = text.select(range(len(text) - HELD_OUT_BLOCKS))
     trainer = _trainer(
         model.train(), training_text, _arguments(precision, steps, seed, output_dir), callbacks
     )
     trainer.train()
-    session = ours.session if ours is not None else None
+    session = ours.session if ours else None
     checkpoint = output_dir / f"checkpoint-{steps}"
     return DemoResult(
-        ran=session.describe() if session is not None else _what_ran(trainer, precision, emulate),
+        ran=session.describe() if session else _what_ran(trainer, precision, emulate),
         losses=[(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log],
         held_out_losses=(untrained, held_out_loss(GPT2LMHeadModel.from_pretrained(checkpoint), held_out)),
         applied_steps=_applied_steps(trainer),

@@ -22,7 +22,6 @@ from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import float_tensors, replay
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, NumberFormat, PrecisionMode
-from hf_amp.statistics import to_host
 
 
 class PreflightError(HfAmpError, ValueError):
@@ -281,28 +280,23 @@ def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
         findings = replay(forward, CurrentPrecision(entry, PrecisionMode.MIXED))
         result = DryRun(number_format, findings.overflowing, findings.first_non_finite, error=findings.error)
         if result.error is None and result.first_non_finite is None:
-            _backward(model, batch, entry, exact, result)
+            _find_scale(model, batch, exact, result)
         yield result
 
 
-def _backward(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    entry: EmulatedEntry,
-    exact: Mapping[str, Tensor],
-    result: DryRun,
+def _find_scale(
+    model: nn.Module, batch: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun
 ) -> None:
     """With the overflowing modules in FP32, looks for a scale, the largest first, and for what is lost with it."""
-    runner = PlanRunner(entry, PrecisionMode.MIXED)
+    runner = PlanRunner(EmulatedEntry(number_format=result.number_format), PrecisionMode.MIXED)
     runner.register_model(model)
     in_fp32 = dict.fromkeys(result.overflowing, PrecisionMode.FP32)
     runner.apply(PrecisionPlan(PrecisionMode.MIXED, in_fp32))
-    scale = FIRST_SCALE if entry.number_format is not BF16_FORMAT else 1.0
+    scale = FIRST_SCALE if result.number_format is not BF16_FORMAT else 1.0
     try:
         while exact and scale >= SMALLEST_SCALE:
             gradients = gradients_of(model, batch, runner.current, scale)
-            flags = {name: gradient.isfinite().all() for name, gradient in gradients.items()}
-            if all(to_host(flags).values()):
+            if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
                 result.scale = scale
                 _note_underflow(gradients, exact, result)
                 return
@@ -335,19 +329,14 @@ def _loss(output: Any) -> Tensor:
 
 def _note_underflow(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun) -> None:
     """What of the gradient is zero or subnormal; elements that are zero in FP32 as well, and so lose nothing, left out."""
-    counts: dict[str, Tensor] = {}
-    for name, gradient in gradients.items():
-        there = exact[name] != 0
-        small = gradient.abs() < result.number_format.smallest_normal
-        counts[f"lost {name}"], counts[f"there {name}"] = (small & there).sum(), there.sum()
-    host = to_host(counts)
     lost: Counter[str] = Counter()
-    there_by_module: Counter[str] = Counter()
-    for name in gradients:
-        module = name.rpartition(".")[0]
-        lost[module] += int(host[f"lost {name}"])
-        there_by_module[module] += int(host[f"there {name}"])
-    result.underflow_fraction = lost.total() / max(1, there_by_module.total())
-    shares = {module: lost[module] / count for module, count in there_by_module.items() if count}
+    kept_in_fp32: Counter[str] = Counter()
+    for name, gradient in gradients.items():
+        module, nonzero = name.rpartition(".")[0], exact[name] != 0
+        small = gradient.abs() < result.number_format.smallest_normal
+        lost[module] += int((small & nonzero).sum())
+        kept_in_fp32[module] += int(nonzero.sum())
+    result.underflow_fraction = lost.total() / max(1, kept_in_fp32.total())
+    shares = {module: lost[module] / count for module, count in kept_in_fp32.items() if count}
     reported = {module: share for module, share in shares.items() if share > UNDERFLOW_TO_REPORT}
     result.underflowing = dict(sorted(reported.items(), key=lambda item: -item[1]))

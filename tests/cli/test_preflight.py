@@ -145,7 +145,7 @@ def test_gradients_that_are_lost_are_not_called_fine() -> None:
 
 
 def test_a_model_with_a_nan_is_not_blamed_on_precision() -> None:
-    """A NaN in a weight is not finite in FP32 either, and no plan saves that."""
+    """A NaN in a weight is not finite in FP32 either, and no precision cures that."""
     model = Product(1.0)
     with torch.no_grad():
         model.product.weight[0, 0] = torch.nan
@@ -188,7 +188,7 @@ def test_json_has_the_same(folder: Path) -> None:
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_a_batch_can_be_made_up_for_every_kind_of_model(entry: RescaledModel) -> None:
-    """Text, images, sound; with a decoder or without: the model runs on it and has a loss."""
+    """Text, images, audio; with a decoder or without: the model runs on it and has a loss."""
     model = entry.plain(0)
     batch = made_up_batch(model, 2, 12)
     assert all(len(value) == 2 for value in batch.values())
