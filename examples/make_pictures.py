@@ -2,7 +2,7 @@
 
     python examples/make_pictures.py [--steps 120]
 
-Needs the extra `hf_amp[report]` and Chromium (Debian: `apt-get install chromium`). Writes into examples/pictures.
+Needs Chromium (Debian: `apt-get install chromium`). Writes into examples/pictures.
 """
 
 from __future__ import annotations

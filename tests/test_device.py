@@ -75,9 +75,10 @@ def test_an_amd_gpu_is_not_taken_for_one_of_nvidia(architecture, formats):
     assert {name for name, has in facts.items() if has == "native"} == formats
 
 
-def test_a_device_of_another_type_is_taken_as_native():
-    """Accelerators without a capability to ask are named by their type."""
-    assert probe("meta") == Hardware("meta", "meta", fp16="native", bf16="native")
+def test_what_a_device_of_another_type_can_run_is_not_known():
+    """Accelerators that hf_amp was not tried on are named by their type, and are not called native."""
+    assert probe("meta") == Hardware("meta", "meta", fp16="unknown", bf16="unknown")
+    assert "has not been tried" in probe("meta").describe_fp16(emulate=False)
 
 
 def test_probing_reads_no_tensor():

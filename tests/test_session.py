@@ -102,7 +102,7 @@ def test_the_session_knows_the_devices_that_train() -> None:
         del split
         offloaded = nn.ParameterList([torch.empty(1)])
         session.register_model(offloaded)
-        assert session._fallback.runner.devices() == {torch.device("cuda:1"), torch.device("cuda:2")}
+        assert session._fallback.runner.devices() == {torch.device("cuda")}
         third = nn.ParameterList([torch.empty(1, device="cuda:3")])
         session.register_model(third)
     assert session._fallback.runner.devices() == {torch.device("cuda:3")}

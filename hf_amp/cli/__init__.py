@@ -10,19 +10,11 @@ from hf_amp.cli.preflight import preflight
 from hf_amp.cli.report import report
 from hf_amp.cli.watch import watch
 
-app = typer.Typer(
-    name="hf-amp",
-    help="Mixed-precision training that explains itself and survives.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-)
-app.command()(demo)
-app.command()(doctor)
-app.command()(preflight)
-app.command()(report)
-app.command()(watch)
+app = typer.Typer(name="hf-amp", no_args_is_help=True, pretty_exceptions_show_locals=False)
+for command in (demo, doctor, preflight, report, watch):
+    app.command()(command)
 
 
 @app.callback()
 def main() -> None:
-    """Mixed-precision training that explains itself and survives."""
+    """Mixed-precision training that explains itself and keeps going."""

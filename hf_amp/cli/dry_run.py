@@ -1,4 +1,4 @@
-"""A training step of a model in formats that this machine does not have, by emulation: what would leave their range."""
+"""What precision will do to a model: its batch, its memory, and a training step in formats that this machine lacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -22,7 +22,6 @@ from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import float_tensors, replay
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, NumberFormat, PrecisionMode
-from hf_amp.statistics import to_host
 
 
 class PreflightError(HfAmpError, ValueError):
@@ -37,11 +36,11 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
     Raises:
         PreflightError: it cannot be loaded.
     """
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise PreflightError(
             f"{name}: no such folder; pass a folder that save_pretrained wrote, or a hub name."
         )
-    folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise PreflightError(
             f"{name}: an adapter of peft, without the model under it; pass that model, or what merge_and_unload() gave to "
@@ -95,27 +94,27 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
 
 
 def made_up_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
-    """Random tokens, pixels or sound in the shapes that the configuration asks for, and labels where there is a loss."""
+    """Random tokens, pixels or audio in the shapes that the configuration asks for, and labels where there is a loss."""
     generator = torch.Generator().manual_seed(0)
     config, name = model.config, model.main_input_name
     if name == "input_ids":
         length = min(length, getattr(config, "max_position_embeddings", None) or length)
         batch = {name: _tokens(config, rows, length, generator)}
-    elif name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        batch = {name: torch.randn(rows, config.num_channels, height, width, generator=generator)}
-    elif name == "input_features":
-        frames = 2 * config.max_source_positions
-        batch = {name: torch.randn(rows, config.num_mel_bins, frames, generator=generator)}
-    elif name == "input_values":
-        batch = {name: torch.randn(rows, 16_000, generator=generator)}
+    elif name in ("pixel_values", "input_features", "input_values"):
+        batch = {name: torch.randn(rows, *_shape_of_a_row(config, name), generator=generator)}
     else:
         raise PreflightError(
             f"no batch can be made up for {type(model).__name__}, whose input is {name}: save one as .safetensors and pass it "
             "as --batch."
         )
     return batch | _labels(model, batch, rows, length, generator)
+
+
+def _shape_of_a_row(config: PretrainedConfig, name: str) -> tuple[int, ...]:
+    if name == "pixel_values":
+        size = config.image_size
+        return (config.num_channels, *((size, size) if isinstance(size, int) else size))
+    return (config.num_mel_bins, 2 * config.max_source_positions) if name == "input_features" else (16_000,)
 
 
 def _tokens(config: PretrainedConfig, rows: int, length: int, generator: torch.Generator) -> Tensor:
@@ -140,12 +139,14 @@ def _labels(
     return {}
 
 
-ADAM_STATES = 2
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, frozen) elements of all parameters; a tied one counts once."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters()) - trainable
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a trainable parameter takes, in bytes.
+class Recipe(NamedTuple):
+    """What a trainable parameter takes with Adam, in bytes.
 
     Attributes:
         name: the precision, and what is meant by it.
@@ -163,45 +164,27 @@ class Recipe:
 
     def total_bytes(self, trainable: int, frozen: int) -> int:
         """For so many parameters; a frozen one has weights and a cast, in the same formats, and nothing else."""
-        frozen_weights = min(self.weights, 4)
-        return trainable * (self.weights + self.gradients + self.optimizer + self.casts) + frozen * (
-            frozen_weights + self.casts
-        )
+        frozen_bytes = frozen * (min(self.weights, 4) + self.casts)
+        return trainable * (self.weights + self.gradients + self.optimizer + self.casts) + frozen_bytes
 
 
 RECIPES = (
-    Recipe("FP32", 4, 4, 4 * ADAM_STATES, 0),
-    Recipe("MIXED (fp16=True) or BF16 (bf16=True)", 4, 4, 4 * ADAM_STATES, 2),
-    Recipe("FP16 parameters, FP32 master weights", 2 + 4, 2, 4 * ADAM_STATES, 0),
-    Recipe("BF16 parameters alone (small updates are lost)", 2, 2, 2 * ADAM_STATES, 0),
+    Recipe("FP32", 4, 4, 8, 0),
+    Recipe("MIXED (fp16=True) or BF16 (bf16=True)", 4, 4, 8, 2),
+    Recipe("FP16 parameters, FP32 master weights", 2 + 4, 2, 8, 0),
+    Recipe("BF16 parameters alone (small updates are lost)", 2, 2, 4, 0),
 )
 """Source: dtypes of the tensors that each keeps: autocast keeps parameters, gradients and Adam in FP32."""
 
 
-def counted(model: nn.Module) -> tuple[int, int]:
-    """(trainable, frozen) elements of all parameters; a tied one counts once."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters()) - trainable
-
-
-def elements_by_dtype(model: nn.Module) -> Counter[str]:
-    """Name of a dtype → elements of parameters that have it."""
-    counts: Counter[str] = Counter()
-    for parameter in model.parameters():
-        counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    return counts
-
-
-def half_precision_trouble(model: nn.Module) -> list[str]:
+def half_parameter_warnings(model: nn.Module) -> list[str]:
     """What the dtypes of the parameters will lead to, a sentence each; empty where all trainable ones are FP32."""
+    consequences = {
+        torch.float16: "the stock scaler raises 'Attempting to unscale FP16 gradients'",
+        torch.bfloat16: "updates smaller than 1/256 of a weight are lost, and norm weights do not move at small learning rates",
+    }
     found = []
-    for dtype, consequence in (
-        (torch.float16, "the stock scaler raises 'Attempting to unscale FP16 gradients'"),
-        (
-            torch.bfloat16,
-            "updates smaller than 1/256 of a weight are lost, and norm weights do not move at small learning rates",
-        ),
-    ):
+    for dtype, consequence in consequences.items():
         names = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == dtype]
         if names:
             found.append(
@@ -217,7 +200,7 @@ FORMATS = (
     NumberFormat("FP8 E4M3", torch.float8_e4m3fn),
     NumberFormat("FP8 E5M2", torch.float8_e5m2),
 )
-UNDERFLOW_TO_TELL = 0.1
+UNDERFLOW_TO_REPORT = 0.1
 """The catalogue's limit for `underflow_fraction`."""
 FIRST_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-24
 
@@ -242,7 +225,7 @@ class DryRun:
     Attributes:
         number_format: whose range is in question.
         overflowing: modules whose output leaves its range although their inputs are in it; "" is the model's own forward.
-        unsound: a module whose output is not finite in FP32 either; None where there is none.
+        first_non_finite: the first module whose output is not finite in FP32 either; None where there is none.
         scale: a loss scale with which the gradients are finite, with those modules in FP32; None where there is none.
         underflow_fraction: share of gradient elements that are lost at that scale, of those that are not zero in FP32; None where
             there is no such scale.
@@ -261,13 +244,13 @@ class DryRun:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
         plain = {option.name: getattr(self, option.name) for option in fields(self)}
-        return {**plain, "number_format": self.number_format.name, "saved_by": self.saved_by}
+        return {**plain, "number_format": self.number_format.name, "remedy": self.remedy}
 
     @property
-    def saved_by(self) -> str:
-        """The plan that would save a run in this format, in words."""
+    def remedy(self) -> str:
+        """What makes a run in this format train, in words."""
         if self.error is not None or self.first_non_finite is not None:
-            return "none: mend the model or the batch first"
+            return "none: fix the model or the batch first"
         if self.scale is None:
             return "none: the gradients overflow at every scale; use another format"
         if "" in self.overflowing:
@@ -276,7 +259,7 @@ class DryRun:
             count = len(self.overflowing)
             by_itself = ": hf_amp does that" if self.number_format is FP16_FORMAT else ""
             return f"{count} module{'s' if count > 1 else ''} in FP32{by_itself}"
-        if (self.underflow_fraction or 0.0) > UNDERFLOW_TO_TELL:
+        if (self.underflow_fraction or 0.0) > UNDERFLOW_TO_REPORT:
             return "nothing overflows, but much is lost: a format of wider range"
         return "nothing needed"
 
@@ -297,28 +280,23 @@ def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
         findings = replay(forward, CurrentPrecision(entry, PrecisionMode.MIXED))
         result = DryRun(number_format, findings.overflowing, findings.first_non_finite, error=findings.error)
         if result.error is None and result.first_non_finite is None:
-            _backward(model, batch, entry, exact, result)
+            _find_scale(model, batch, exact, result)
         yield result
 
 
-def _backward(
-    model: nn.Module,
-    batch: Mapping[str, Tensor],
-    entry: EmulatedEntry,
-    exact: Mapping[str, Tensor],
-    result: DryRun,
+def _find_scale(
+    model: nn.Module, batch: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun
 ) -> None:
     """With the overflowing modules in FP32, looks for a scale, the largest first, and for what is lost with it."""
-    runner = PlanRunner(entry, PrecisionMode.MIXED)
+    runner = PlanRunner(EmulatedEntry(number_format=result.number_format), PrecisionMode.MIXED)
     runner.register_model(model)
     in_fp32 = dict.fromkeys(result.overflowing, PrecisionMode.FP32)
     runner.apply(PrecisionPlan(PrecisionMode.MIXED, in_fp32))
-    scale = FIRST_SCALE if entry.number_format is not BF16_FORMAT else 1.0
+    scale = FIRST_SCALE if result.number_format is not BF16_FORMAT else 1.0
     try:
         while exact and scale >= SMALLEST_SCALE:
             gradients = gradients_of(model, batch, runner.current, scale)
-            flags = {name: gradient.isfinite().all() for name, gradient in gradients.items()}
-            if all(to_host(flags).values()):
+            if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
                 result.scale = scale
                 _note_underflow(gradients, exact, result)
                 return
@@ -351,19 +329,14 @@ def _loss(output: Any) -> Tensor:
 
 def _note_underflow(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun) -> None:
     """What of the gradient is zero or subnormal; elements that are zero in FP32 as well, and so lose nothing, left out."""
-    counts: dict[str, Tensor] = {}
-    for name, gradient in gradients.items():
-        there = exact[name] != 0
-        small = gradient.abs() < result.number_format.smallest_normal
-        counts[f"lost {name}"], counts[f"there {name}"] = (small & there).sum(), there.sum()
-    host = to_host(counts)
     lost: Counter[str] = Counter()
-    there_by_module: Counter[str] = Counter()
-    for name in gradients:
-        module = name.rpartition(".")[0]
-        lost[module] += int(host[f"lost {name}"])
-        there_by_module[module] += int(host[f"there {name}"])
-    result.underflow_fraction = lost.total() / max(1, there_by_module.total())
-    shares = {module: lost[module] / count for module, count in there_by_module.items() if count}
-    reported = {module: share for module, share in shares.items() if share > UNDERFLOW_TO_TELL}
+    kept_in_fp32: Counter[str] = Counter()
+    for name, gradient in gradients.items():
+        module, nonzero = name.rpartition(".")[0], exact[name] != 0
+        small = gradient.abs() < result.number_format.smallest_normal
+        lost[module] += int((small & nonzero).sum())
+        kept_in_fp32[module] += int(nonzero.sum())
+    result.underflow_fraction = lost.total() / max(1, kept_in_fp32.total())
+    shares = {module: lost[module] / count for module, count in kept_in_fp32.items() if count}
+    reported = {module: share for module, share in shares.items() if share > UNDERFLOW_TO_REPORT}
     result.underflowing = dict(sorted(reported.items(), key=lambda item: -item[1]))

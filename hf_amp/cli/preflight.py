@@ -1,9 +1,9 @@
-"""`hf-amp preflight MODEL`: the command."""
+"""`hf-amp preflight MODEL`: what precision will do to a model, before the first step."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +13,6 @@ from hf_amp.events import join_names
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from hf_amp.cli.dry_run import DryRun
@@ -33,71 +32,74 @@ def preflight(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Tell what precision will do to a model: memory, trouble with its dtypes, and, with --batch, what would overflow."""
+    """Say what precision will do to a model: memory, dtypes that cause trouble, and, with --batch, what would overflow."""
     from rich.console import Console
 
     console = Console(highlight=False, stderr=as_json)
+    facts, runs = _examine(console, model, batch, length, trust_remote_code)
+    if as_json:
+        typer.echo(
+            json.dumps({"model": model, **facts, "dry_runs": [run.to_dict() for run in runs]}, indent=2)
+        )
+        return
+    console.print(_memory_table(model, facts))
+    for warning in facts["warnings"]:
+        console.print(warning, style="yellow", markup=False)
+    if not runs:
+        console.print(
+            "With --batch 1 a dry run says which modules would leave the range of FP16, BF16 and FP8."
+        )
+        return
+    console.print(_dry_run_table(runs))
+    for run in runs:
+        _print_modules(console, run)
+
+
+def _examine(
+    console: Console, name: str, batch: str | None, length: int, trust_remote_code: bool
+) -> tuple[dict[str, Any], list[DryRun]]:
     with console.status("Loading ..."):
+        import torch
+        from torch import nn
         from transformers.utils import logging
 
-        from hf_amp.cli.dry_run import PreflightError, batch_for, load_model
+        from hf_amp.cli.dry_run import PreflightError, batch_for, dry_runs, load_model
 
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            loaded = load_model(model, trust_remote_code=trust_remote_code)
-            inputs = batch_for(loaded, batch, length) if batch is not None else None
+            model = load_model(name, trust_remote_code=trust_remote_code)
+            inputs = batch_for(model, batch, length) if batch is not None else {}
         except PreflightError as error:
             raise typer.BadParameter(str(error)) from error
-    facts = _facts(loaded)
-    runs: list[DryRun] = []
-    if inputs is not None:
-        with console.status("Dry run in FP16, BF16 and FP8 ..."):
-            runs = _dry_runs(loaded, inputs)
-    if as_json:
-        reported = [run.to_dict() for run in runs]
-        typer.echo(json.dumps({"model": model, **facts, "dry_runs": reported}, indent=2))
-        return
-    console.print(_memory_table(model, facts))
-    for trouble in facts["trouble"]:
-        console.print(trouble, style="yellow", markup=False)
-    if runs:
-        console.print(_dry_run_table(runs))
-        for run in runs:
-            _print_modules(console, run)
-    else:
-        console.print(
-            "With --batch 1 a dry run tells which modules would leave the range of FP16, BF16 and FP8."
-        )
-
-
-def _dry_runs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[DryRun]:
-    import torch
-    from torch import nn
-
-    from hf_amp.cli.dry_run import dry_runs
-
+    facts = _facts(model)  # before the model is cast to FP32
+    if batch is None:
+        return facts, []
     try:
-        return list(dry_runs(nn.Module.to(model, torch.float32).train(), inputs))
+        with console.status("Dry run in FP16, BF16 and FP8 ..."):
+            return facts, list(dry_runs(nn.Module.to(model, torch.float32).train(), inputs))
     except Exception as error:  # whatever the model raises on this batch
         raise typer.BadParameter(
-            f"--batch: {type(model).__name__} cannot be run on {', '.join(inputs)} ({type(error).__name__}: "
+            f"--batch: {facts['class']} cannot be run on {', '.join(inputs)} ({type(error).__name__}: "
             f"{str(error)[:200]}); pass its arguments by name, as it takes them in training."
         ) from error
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
-    from hf_amp.cli.dry_run import RECIPES, counted, elements_by_dtype, half_precision_trouble
+    from hf_amp.cli.dry_run import RECIPES, half_parameter_warnings, parameter_counts
 
-    trainable, frozen = counted(model)
+    trainable, frozen = parameter_counts(model)
+    by_dtype: Counter[str] = Counter()
+    for parameter in model.parameters():
+        by_dtype[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return {
         "class": type(model).__name__,
         "trainable_parameters": trainable,
         "frozen_parameters": frozen,
-        "parameters_by_dtype": dict(elements_by_dtype(model)),
-        "trouble": half_precision_trouble(model),
+        "parameters_by_dtype": dict(by_dtype),
+        "warnings": half_parameter_warnings(model),
         "memory": [
-            {**asdict(recipe), "total_bytes": recipe.total_bytes(trainable, frozen)} for recipe in RECIPES
+            {**recipe._asdict(), "total_bytes": recipe.total_bytes(trainable, frozen)} for recipe in RECIPES
         ],
     }
 
@@ -108,14 +110,16 @@ def _memory_table(name: str, facts: dict[str, Any]) -> Table:
 
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["parameters_by_dtype"].items())
     table = Table(
+        "bytes a parameter",
         title=Text(f"{name}: {facts['class']}, parameters: {dtypes}"), title_justify="left",
         caption="With Adam. Activations come on top: they depend on the batch.", caption_justify="left",
     )  # fmt: skip
-    for column in ("bytes a parameter", "weights", "gradients", "optimizer", "casts", "in all"):
-        table.add_column(column, justify="left" if column == "bytes a parameter" else "right")
+    parts = ("weights", "gradients", "optimizer", "casts")
+    for part in (*parts, "in all"):
+        table.add_column(part, justify="right")
     for recipe in facts["memory"]:
-        bytes_each = [str(recipe[part]) for part in ("weights", "gradients", "optimizer", "casts")]
-        table.add_row(recipe["name"], *bytes_each, f"{recipe['total_bytes'] / 2**30:,.3f} GiB")
+        total = f"{recipe['total_bytes'] / 2**30:,.3f} GiB"
+        table.add_row(recipe["name"], *(str(recipe[part]) for part in parts), total)
     return table
 
 
@@ -123,34 +127,28 @@ def _dry_run_table(runs: list[DryRun]) -> Table:
     from rich.table import Table
 
     table = Table(
+        "format", "modules that overflow", "loss scale", "gradient lost", "remedy",
         title="Dry run, emulated", title_justify="left",
         caption="FP8 without a scale for each tensor, which is the worst case.", caption_justify="left",
     )  # fmt: skip
-    for column in ("format", "modules that overflow", "loss scale", "gradient lost", "what saves the run"):
-        table.add_column(column)
     for run in runs:
         scale = "" if run.scale is None else f"{run.scale:g}"
         lost = "" if run.underflow_fraction is None else f"{run.underflow_fraction:.1%}"
-        table.add_row(run.number_format.name, str(len(run.overflowing)), scale, lost, run.saved_by)
+        table.add_row(run.number_format.name, str(len(run.overflowing)), scale, lost, run.remedy)
     return table
 
 
 def _print_modules(console: Console, run: DryRun) -> None:
     """The modules behind the figures of one format, and what went wrong."""
-    from rich.text import Text
-
-    lines = []
-    if run.error is not None:
-        lines.append(f"could not be run: {run.error}")
-    if run.first_non_finite is not None:
-        lines.append(f"not finite in FP32 either: {_names([run.first_non_finite])}")
-    if run.overflowing:
-        lines.append(f"overflow: {_names(run.overflowing)}")
-    if run.underflowing:
-        lines.append(f"loses more than a tenth of its gradient: {_names(list(run.underflowing))}")
+    lines = [] if run.error is None else [f"could not be run: {run.error}"]
+    non_finite = [run.first_non_finite] if run.first_non_finite is not None else []
+    for words, modules in (
+        ("not finite in FP32 either", non_finite),
+        ("overflow", run.overflowing),
+        ("loses more than a tenth of its gradient", list(run.underflowing)),
+    ):
+        if modules:
+            names = join_names([name or "(outside of its modules)" for name in modules], NAMES_SHOWN)
+            lines.append(f"{words}: {names}")
     for line in lines:
-        console.print(Text(f"{run.number_format.name} {line}"), soft_wrap=True)
-
-
-def _names(modules: list[str]) -> str:
-    return join_names([name or "(outside of its modules)" for name in modules], NAMES_SHOWN)
+        console.print(f"{run.number_format.name} {line}", markup=False, soft_wrap=True)

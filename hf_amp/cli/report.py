@@ -22,7 +22,6 @@ def report(
         Path | None,
         typer.Option("-o", "--output", help="The page. [default: report.html]", show_default=False),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Folder for the pictures alone, as PNG files.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures as JSON; no page unless -o is given.")
     ] = False,
@@ -34,12 +33,7 @@ def report(
         raise typer.BadParameter(str(error), param_hint="RUN") from error
     if as_json:
         typer.echo(json.dumps([figures_of(history) for history in histories], indent=2, allow_nan=False))
-    if png is not None:
-        from hf_amp.report.pictures import write_pngs
-
-        written = write_pngs(histories, png)
-        typer.echo(f"{len(written)} pictures in {png}", err=as_json)
-    if output is not None or not (as_json or png):
+    if output is not None or not as_json:
         path = output or Path("report.html")
         _write_page(histories, path)
         typer.echo(str(path), err=as_json)

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from hf_amp.events import printable
 from hf_amp.monitoring.metrics import CATALOGUE
-from hf_amp.report.pictures import COLORS, DARK, LIGHT, Theme, pictures_for_page
+from hf_amp.report.pictures import COLORS, pictures_of
 from hf_amp.report.reader import Incident, RunHistory
 from hf_amp.report.verdict import formatted, verdict_on
 
@@ -74,14 +74,13 @@ def page(runs: Sequence[RunHistory], version: str) -> str:
 
 def _style() -> str:
     """The style sheet, with the colours of both themes before it and those of the causes after it."""
-
-    def variables(theme: Theme) -> str:
-        return " ".join(f"--{role}: {color};" for role, color in theme.items())
-
+    light, dark = (
+        " ".join(f"--{role}: {pair[theme]};" for role, pair in COLORS.items()) for theme in range(2)
+    )
     causes = [role.removeprefix("cause-") for role in COLORS if role.startswith("cause-")]
     return "\n".join([
-        f":root {{ {variables(LIGHT)} }}",
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}",
+        f":root {{ {light} }}",
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}",
         files("hf_amp.report").joinpath("page.css").read_text(encoding="utf-8"),
         *(f".cause.{cause} {{ color: var(--cause-{cause}); }}" for cause in causes),
     ])  # fmt: skip
@@ -141,13 +140,13 @@ def _card(run: RunHistory, name: str) -> str:
 
 def _picture_section(runs: Sequence[RunHistory]) -> str:
     figures = []
-    for drawn, svg in (one for kind in pictures_for_page(runs) for one in kind):
+    for drawn in pictures_of(runs):
         whose, column = "", ""
         if len(runs) > 1:
             whose = f" <small>{_text(runs[drawn.run].name)}</small>"
             column = f' style="--column: {drawn.run + 1}"'
         figures.append(
-            f"<figure{column}>\n<h3>{_text(drawn.picture.title)}{whose}</h3>\n{svg}\n"
+            f"<figure{column}>\n<h3>{_text(drawn.title)}{whose}</h3>\n{drawn.svg}\n"
             f"<figcaption>{_text(drawn.description)}</figcaption>\n</figure>"
         )
     return (

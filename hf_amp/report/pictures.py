@@ -10,30 +10,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hf_amp.events import printable
+from hf_amp.events import Cause, printable
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.report.reader import RunHistory, Series
-
-CAUSE_MARKERS = {
-    "SCALE": ("v", "#c98300", "#f0b23e"),
-    "ACTIVATION": ("D", "#c2410c", "#f58a5b"),
-    "INPUT": ("s", "#7a4fa3", "#b794e0"),
-    "LOSS": ("^", "#b5527f", "#e28fb4"),
-    "WEIGHTS": ("X", "#a3182a", "#f0707f"),
-    "UNKNOWN": ("o", "#66717e", "#97a2ae"),
-}
-"""Cause → its mark, its colour on a light and on a dark ground, in the order of legends; others look like UNKNOWN."""
 
 COLORS = {
     "ink": ("#1d2733", "#e6e9ed"),
@@ -45,46 +35,43 @@ COLORS = {
     "half": ("#9cc5d8", "#2f667d"),
     "bf16": ("#a9c9a4", "#416b45"),
     "fp32": ("#e9c46a", "#8f6f1c"),
-    **{f"cause-{cause.lower()}": colors for cause, (_, *colors) in CAUSE_MARKERS.items()},
+    **{f"cause-{cause.value.lower()}": (cause.facts.light, cause.facts.dark) for cause in Cause},
 }
 """Role → colour on a light and on a dark ground. Source of the colour-blind-safe hues: Okabe and Ito, "Color Universal
 Design" (2008).
 """
-Theme = Mapping[str, str]
-LIGHT: Theme = {role: light for role, (light, _) in COLORS.items()}
-DARK: Theme = {role: dark for role, (_, dark) in COLORS.items()}
-IN_PAGE: Theme = {role: f"#0101{index:02x}" for index, role in enumerate(COLORS)}
-"""Stand-ins: in a page the style sheet gives every role its colour."""
+_COLOR = {role: f"#0101{index:02x}" for index, role in enumerate(COLORS)}
+"""Role → stand-in that pictures are drawn in: the style sheet of the page gives every role its colour."""
 
 
-def pictures_for_page(runs: Sequence[RunHistory]) -> Iterator[list[tuple[Drawn, str]]]:
-    """For every kind of picture that there is something for: its pictures, each with its SVG."""
-    for picture in PICTURES:
-        drawn = draw(picture, runs, IN_PAGE)
-        if drawn:
-            yield [(one, to_svg(one, runs[one.run].name)) for one in drawn]
+class Drawn(NamedTuple):
+    """One picture of one run.
 
-
-def write_pngs(runs: Sequence[RunHistory], folder: Path) -> list[Path]:
-    """Writes every picture as a PNG file of 200 dots per inch into `folder`, which is made where it is missing.
-
-    Raises:
-        OSError: the folder cannot be written to.
+    Attributes:
+        run: index of the run.
+        title: what people read above it.
+        description: what is to be seen, in a sentence or two.
+        svg: the picture as an `<svg>` element, whose ids no other picture of the page has.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+
+    run: int
+    title: str
+    description: str
+    svg: str
+
+
+def pictures_of(runs: Sequence[RunHistory]) -> Iterator[Drawn]:
+    """Every picture that there is something for, those of one kind after each other."""
     for picture in PICTURES:
-        for one in draw(picture, runs, LIGHT):
-            number = f"_{one.run + 1}" if len(runs) > 1 else ""
-            path = folder / f"{picture.name}{number}.png"
-            with _style(LIGHT):
-                one.figure.savefig(path, format="png", dpi=200, facecolor=LIGHT["surface"])
-            written.append(path)
-    return written
-
-
-Drawing = Callable[[Axes, RunHistory, Theme], str | None]
-"""Draws a run on axes and returns a sentence that says what is to be seen; None where there is nothing."""
+        with _style():
+            figures = [_drawn(picture, run) for run in runs]
+            if picture.shared:
+                _share_ranges([axes for figure, what in figures if what is not None for axes in figure.axes])
+            for index, (figure, description) in enumerate(figures):
+                if description is not None:
+                    label = f"{picture.title}, {runs[index].name}. {description}"
+                    svg = _to_svg(figure, f"{picture.name}{index}", html.escape(printable(label)))
+                    yield Drawn(index, picture.title, description, svg)
 
 
 @dataclass(frozen=True)
@@ -92,59 +79,32 @@ class Picture:
     """One kind of picture.
 
     Attributes:
-        name: what its file is called.
+        name: letters, for ids.
         title: what people read above it.
-        draw: draws it.
+        draw: draws a run on axes and returns a sentence that says what is to be seen; None where there is nothing.
         rows: rows that it needs, for its height; 0 for the usual height.
         shared: whether the pictures of several runs have the same ranges.
     """
 
     name: str
     title: str
-    draw: Drawing
+    draw: Callable[[Axes, RunHistory], str | None]
     rows: Callable[[RunHistory], int] = lambda run: 0
     shared: bool = True
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One picture of one run.
-
-    Attributes:
-        picture: its kind.
-        run: index of the run.
-        description: what is to be seen, in a sentence or two.
-        figure: as matplotlib holds it.
-    """
-
-    picture: Picture
-    run: int
-    description: str
-    figure: Figure
 
 
 WIDTH_INCHES, HEIGHT_INCHES, ROW_INCHES = 5.2, 2.3, 0.17
 
 
-def draw(picture: Picture, runs: Sequence[RunHistory], theme: Theme) -> list[Drawn]:
-    """One kind of picture for every run that has something to show there."""
-    drawn = []
-    with _style(theme):
-        for index, run in enumerate(runs):
-            height = max(HEIGHT_INCHES, 0.65 + ROW_INCHES * picture.rows(run))
-            figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-            FigureCanvasAgg(figure)
-            axes = figure.add_subplot()
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-            axes.set_xlabel("optimizer step")
-            axes.set_xlim(0, max(run.newest_step, 1) * 1.01)
-            description = picture.draw(axes, run, theme)
-            if description is not None:
-                drawn.append(Drawn(picture, index, description, figure))
-        if picture.shared:
-            _share_ranges([axes for one in drawn for axes in one.figure.axes])
-    return drawn
+def _drawn(picture: Picture, run: RunHistory) -> tuple[Figure, str | None]:
+    height = max(HEIGHT_INCHES, 0.65 + ROW_INCHES * picture.rows(run))
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(0, max(run.newest_step, 1) * 1.01)
+    return figure, picture.draw(axes, run)
 
 
 def _share_ranges(all_axes: Sequence[Axes]) -> None:
@@ -155,9 +115,9 @@ def _share_ranges(all_axes: Sequence[Axes]) -> None:
 
 
 @contextmanager
-def _style(theme: Theme, **options: str) -> Iterator[None]:
-    """matplotlib's settings for a theme: thin lines, no frame, text that stays text, no warning of glyphs that it lacks."""
-    ink, muted, grid = theme["ink"], theme["muted"], theme["grid"]
+def _style() -> Iterator[None]:
+    """matplotlib's settings: thin lines, no frame, text that stays text, no warning of glyphs that it lacks."""
+    ink, muted, grid = _COLOR["ink"], _COLOR["muted"], _COLOR["grid"]
     settings: dict[Any, Any] = {
         "svg.fonttype": "none", "font.size": 9.5, "font.family": "DejaVu Sans",
         "text.color": ink, "text.parse_math": False,
@@ -168,24 +128,26 @@ def _style(theme: Theme, **options: str) -> Iterator[None]:
         "xtick.color": grid, "ytick.color": grid, "xtick.labelcolor": muted, "ytick.labelcolor": muted,
         "ytick.major.size": 0, "lines.linewidth": 1.5, "lines.solid_capstyle": "round",
         "legend.frameon": False, "legend.fontsize": 8.5, "legend.labelcolor": muted, "figure.facecolor": "none",
-        **options,
     }  # fmt: skip
     with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a page has the reader's fonts
         yield
 
 
-def to_svg(drawn: Drawn, run_name: str) -> str:
-    """The picture as an `<svg>` element: colours from the page, and ids that no other picture of the page has."""
-    prefix = f"{drawn.picture.name.replace('_', '')}{drawn.run}"
-    label = html.escape(printable(f"{drawn.picture.title}, {run_name}. {drawn.description}"))
+def _to_svg(figure: Figure, prefix: str, label: str) -> str:
+    """The figure as SVG with the colours and fonts of the page.
+
+    Args:
+        prefix: letters and digits, different for every picture of a page.
+        label: text for screen readers, escaped already.
+    """
     buffer = io.StringIO()
-    with _style(IN_PAGE, **{"svg.hashsalt": prefix}):
-        drawn.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
-    for role, color in IN_PAGE.items():
+    for role, color in _COLOR.items():
         svg = svg.replace(color, f"var(--{role})")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", svg)
     svg = re.sub(r' id="([^"]+)"', rf' id="{prefix}-\1"', svg)
@@ -194,18 +156,16 @@ def to_svg(drawn: Drawn, run_name: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
-def draw_loss(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
+def draw_loss(axes: Axes, run: RunHistory) -> str | None:
     """The training loss as logged, with a mark at the bottom for every skipped step."""
     if not len(run.figures.get("loss", ())):
         return None
-    _plot(axes, run.figures["loss"], theme["accent"])
+    _plot(axes, run.figures["loss"], _COLOR["accent"])
     axes.yaxis.set_major_locator(MaxNLocator(5))
     for cause in _causes(run):
         steps = [step for step, _ in _spread(run.skips[cause])]
-        _scatter(
-            axes, steps, [0.0] * len(steps), cause, theme, transform=axes.get_xaxis_transform(), clip_on=False
-        )
-    _mark_changes(axes, run, theme)
+        _scatter(axes, steps, [0.0] * len(steps), cause, transform=axes.get_xaxis_transform(), clip_on=False)
+    _mark_changes(axes, run)
     _legend(axes)
     marked = "Marks at the bottom are skipped steps." if run.skipped_by_cause else "No step was skipped."
     finite = _finite(run, "loss")
@@ -214,21 +174,21 @@ def draw_loss(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
     return f"Loss from {finite[0]:.4g} to {finite[-1]:.4g}. {marked}"
 
 
-def draw_scale(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
+def draw_scale(axes: Axes, run: RunHistory) -> str | None:
     """The loss scale on a scale of doublings, with a mark for every skipped step at the scale that overflowed."""
     points = _scale_points(run)
     if not points or all(scale == 1.0 for _, scale in points):
         return None
     steps, scales = zip(*points, strict=True)
-    axes.plot(steps, scales, drawstyle="steps-post", color=theme["accent"])
+    axes.plot(steps, scales, drawstyle="steps-post", color=_COLOR["accent"])
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(FuncFormatter(_power_of_two))
     low, high = min(scales), max(scales)
     axes.set_ylim(low / 4, high * 4)
     for cause in _causes(run):
         shown = [point for point in _spread(run.skips[cause]) if math.isfinite(point[1])]
-        _scatter(axes, [step for step, _ in shown], [scale for _, scale in shown], cause, theme)
-    _mark_changes(axes, run, theme)
+        _scatter(axes, [step for step, _ in shown], [scale for _, scale in shown], cause)
+    _mark_changes(axes, run)
     _legend(axes)
     return f"Loss scale from {scales[0]:,.6g} to {scales[-1]:,.6g}; lowest {low:,.6g}, highest {high:,.6g}."
 
@@ -247,7 +207,7 @@ def _power_of_two(value: float, _: object = None) -> str:
     return f"2^{exponent:.0f}" if exponent == round(exponent) else f"{value:g}"
 
 
-def draw_skips(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
+def draw_skips(axes: Axes, run: RunHistory) -> str | None:
     """Skipped steps added up over the run, one line for every cause."""
     causes = _causes(run)
     if not causes:
@@ -255,25 +215,26 @@ def draw_skips(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
     for cause in causes:
         series = run.skips[cause]
         steps, counts = [0, *series.steps, run.newest_step], [0, *series.counts, series.points]
-        axes.plot(steps, counts, drawstyle="steps-post", color=_color(theme, cause), label=cause)
+        axes.plot(steps, counts, drawstyle="steps-post", color=_color(cause), label=cause)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_ylim(bottom=0)
     _legend(axes)
     return f"Skipped steps by cause: {', '.join(f'{run.skips[cause].points:,} {cause}' for cause in causes)}."
 
 
-def _figure_picture(
-    name: str,
-    title: str,
-    figure: str,
-    shown: Callable[[float], str],
+def draw_figure(
+    axes: Axes,
+    run: RunHistory,
     *,
+    figure: str,
+    title: str,
+    shown: Callable[[float], str],
+    unit: float = 1.0,
     color: str = "accent",
     log: bool = False,
-    unit: float = 1.0,
     near_overflow: float | None = None,
-) -> Picture:
-    """A picture of one figure as a line.
+) -> str | None:
+    """One figure as a line.
 
     Args:
         figure: its name in the log.
@@ -282,26 +243,22 @@ def _figure_picture(
         log: whether the axis is logarithmic where the figure is positive throughout and varies much.
         near_overflow: value below which the picture is shaded.
     """
-
-    def draw_figure(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
-        values = _finite(run, figure, unit)
-        if not values:
-            return None
-        low, high = min(values), max(values)
-        _plot(axes, run.figures[figure], theme[color], unit)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        if log and high > 20 * low > 0:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=min(0.0, low))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
-        sentence = f"{title} between {shown(low)} and {shown(high)}, {shown(values[-1])} at the end."
-        if near_overflow is None:
-            return sentence
-        axes.axhspan(min(0.0, low), near_overflow, color=_color(theme, "ACTIVATION"), alpha=0.12, linewidth=0)
-        return f"{sentence} In the shaded band an overflow is near."
-
-    return Picture(name, title, draw_figure)
+    values = _finite(run, figure, unit)
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    _plot(axes, run.figures[figure], _COLOR[color], unit)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if log and high > 20 * low > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=min(0.0, low))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
+    sentence = f"{title} between {shown(low)} and {shown(high)}, {shown(values[-1])} at the end."
+    if near_overflow is None:
+        return sentence
+    axes.axhspan(min(0.0, low), near_overflow, color=_color("ACTIVATION"), alpha=0.12, linewidth=0)
+    return f"{sentence} In the shaded band an overflow is near."
 
 
 def _finite(run: RunHistory, figure: str, unit: float = 1.0) -> list[float]:
@@ -328,28 +285,26 @@ def _spread(series: Series) -> list[tuple[int, float]]:
 
 def _causes(run: RunHistory) -> list[str]:
     known = run.skipped_by_cause
-    return [cause for cause in CAUSE_MARKERS if cause in known] + sorted(set(known) - set(CAUSE_MARKERS))
+    return [cause.value for cause in Cause if cause in known] + sorted(set(known) - set(Cause.__members__))
 
 
-def _color(theme: Theme, cause: str) -> str:
-    return theme.get(f"cause-{cause.lower()}", theme["cause-unknown"])
+def _color(cause: str) -> str:
+    return _COLOR.get(f"cause-{cause.lower()}", _COLOR["cause-unknown"])
 
 
-def _scatter(
-    axes: Axes, steps: list[int], values: list[float], cause: str, theme: Theme, **options: Any
-) -> None:
-    marker, *_ = CAUSE_MARKERS.get(cause, CAUSE_MARKERS["UNKNOWN"])
+def _scatter(axes: Axes, steps: list[int], values: list[float], cause: str, **options: Any) -> None:
+    marker = Cause.__members__.get(cause, Cause.UNKNOWN).facts.marker
     axes.scatter(
-        steps, values, s=20, marker=marker, color=_color(theme, cause), label=f"skipped: {cause}", zorder=3, linewidths=0,
+        steps, values, s=20, marker=marker, color=_color(cause), label=f"skipped: {cause}", zorder=3, linewidths=0,
         **options,
     )  # fmt: skip
 
 
-def _mark_changes(axes: Axes, run: RunHistory, theme: Theme) -> None:
+def _mark_changes(axes: Axes, run: RunHistory) -> None:
     for change in run.precision_changes[:MARKS_SHOWN]:
-        axes.axvline(change.step, color=theme["muted"], linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+        axes.axvline(change.step, color=_COLOR["muted"], linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
     for step in run.resumed_at[:MARKS_SHOWN]:
-        axes.axvline(step, color=theme["grid"], linewidth=1.2, zorder=0)
+        axes.axvline(step, color=_COLOR["grid"], linewidth=1.2, zorder=0)
 
 
 def _legend(axes: Axes) -> None:
@@ -369,7 +324,7 @@ _ALARM_TO_CALM = LinearSegmentedColormap.from_list(
 )
 
 
-def draw_timeline(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
+def draw_timeline(axes: Axes, run: RunHistory) -> str | None:
     """What every module that ever left the default precision ran in, as bars over the steps."""
     bars = precision_bars(run)
     if not bars:
@@ -377,7 +332,7 @@ def draw_timeline(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
     shown = list(bars)[:ROWS_SHOWN]
     for row, name in enumerate(shown):
         for start, end, precision in bars[name]:
-            color = theme.get(precision.lower(), theme["half"])
+            color = _COLOR.get(precision.lower(), _COLOR["half"])
             axes.barh(row, max(end - start, 1e-9), left=start, height=0.62, color=color, linewidth=0)
             if end - start > 0.12 * max(run.newest_step, 1):
                 axes.text(start + 0.01 * run.newest_step, row, precision, va="center", fontsize=LABEL_POINTS)
@@ -401,58 +356,57 @@ def precision_bars(run: RunHistory) -> Mapping[str, list[tuple[int, int, str]]]:
     return bars
 
 
-def _heatmap(
-    name: str,
-    title: str,
+def draw_modules(
+    axes: Axes,
+    run: RunHistory,
+    *,
+    figure: str,
     worst: Callable[[Series], float],
     limits: tuple[float, float],
     unit: str,
-    *,
     colors: LinearSegmentedColormap = _ALARM_TO_CALM,
     shown_as: Callable[[float], float] = float,
-) -> Picture:
-    """A picture of one figure by module and step.
+) -> str | None:
+    """One figure by module and step, as colours.
 
     Args:
-        name: of the figure in the log.
+        figure: its name in the log.
         worst: how near a module came to trouble; lower is nearer.
         limits: values at the two ends of the colours.
         unit: what people read at the colours.
         shown_as: what is shown of a value.
     """
-
-    def draw_modules(axes: Axes, run: RunHistory, theme: Theme) -> str | None:
-        modules = {module: series for module, series in run.modules.get(name, {}).items() if len(series)}
-        if not modules:
-            return None
-        by_trouble = sorted(modules, key=lambda module: worst(modules[module]))
-        shown = sorted(by_trouble[:ROWS_SHOWN], key=list(modules).index)
-        cells, first, last = _cells([modules[module] for module in shown], shown_as)
-        image = axes.imshow(
-            cells, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap=colors,
-            extent=(first, last, len(shown) - 0.5, -0.5),
-        )  # fmt: skip
-        _name_rows(axes, shown)
-        bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.035)
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=LABEL_POINTS)
-        bar.set_label(unit, fontsize=LABEL_POINTS)
-        part = (
-            f" The {len(shown)} nearest to trouble of {len(modules)} modules."
-            if len(shown) < len(modules)
-            else ""
-        )
-        return f"Nearest to trouble: {shortened(by_trouble[0], 60)}.{part}"
-
-    return Picture(
-        name, title, draw_modules, lambda run: min(ROWS_SHOWN, len(run.modules.get(name, ()))), False
+    modules = {module: series for module, series in run.modules.get(figure, {}).items() if len(series)}
+    if not modules:
+        return None
+    by_trouble = sorted(modules, key=lambda module: worst(modules[module]))
+    shown = sorted(by_trouble[:ROWS_SHOWN], key=list(modules).index)
+    cells, first, last = _cells([modules[module] for module in shown], shown_as)
+    image = axes.imshow(
+        cells, aspect="auto", interpolation="nearest", vmin=limits[0], vmax=limits[1], cmap=colors,
+        extent=(first, last, len(shown) - 0.5, -0.5),
+    )  # fmt: skip
+    _name_rows(axes, shown)
+    _color_bar(axes, image, unit)
+    few = (
+        f" The {len(shown)} nearest to trouble of {len(modules)} modules."
+        if len(shown) < len(modules)
+        else ""
     )
+    return f"Nearest to trouble: {shortened(by_trouble[0], 60)}.{few}"
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     labels = [shortened(name, LONGEST_LABEL) for name in names]
     axes.set_yticks(range(len(labels)), labels, fontsize=LABEL_POINTS, parse_math=False)
     axes.grid(False)
+
+
+def _color_bar(axes: Axes, image: AxesImage, unit: str) -> None:
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.035)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=LABEL_POINTS)
+    bar.set_label(unit, fontsize=LABEL_POINTS)
 
 
 def shortened(name: str, longest: int) -> str:
@@ -483,6 +437,17 @@ def _bits_below_largest(amax: float) -> float:
     return max(0.0, math.log2(FP16_FORMAT.largest) - math.log2(amax))
 
 
+def _of_figure(name: str, title: str, figure: str, **options: Any) -> Picture:
+    return Picture(name, title, partial(draw_figure, figure=figure, title=title, **options))
+
+
+def _of_modules(figure: str, title: str, **options: Any) -> Picture:
+    draw_it = partial(draw_modules, figure=figure, **options)
+    return Picture(
+        figure, title, draw_it, lambda run: min(ROWS_SHOWN, len(run.modules.get(figure, ()))), False
+    )
+
+
 PICTURES = (
     Picture("loss", "Loss", draw_loss),
     Picture("scale", "Loss scale", draw_scale),
@@ -490,18 +455,20 @@ PICTURES = (
     Picture(
         "timeline", "Which precision ran where", draw_timeline, lambda run: min(ROWS_SHOWN, len(precision_bars(run))), False
     ),
-    _figure_picture("headroom", "Headroom", "headroom_bits", lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
-    _figure_picture("underflow", "Underflow", "underflow_fraction", lambda x: f"{x:.3g}%", color="second", unit=0.01),
-    _figure_picture("norm", "Gradient norm before clipping", "grad_norm", lambda norm: f"{norm:.3g}", log=True),
-    _figure_picture("speed", "Step time", "step_seconds", lambda ms: f"{ms:,.4g} ms", unit=1e-3),
-    _figure_picture("memory", "Memory", "memory_bytes", lambda x: f"{x:.3g} GiB", color="second", unit=2**30),
-    _heatmap("module_headroom_bits", "Headroom by module", lambda s: min(s.values), (0, 16), "bits"),
-    _heatmap(
-        "module_underflow_fraction", "Underflow by module", lambda s: -max(s.values), (0, 0.5), "share",
+    _of_figure("headroom", "Headroom", "headroom_bits", shown=lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
+    _of_figure("underflow", "Underflow", "underflow_fraction", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
+    _of_figure("norm", "Gradient norm before clipping", "grad_norm", shown=lambda norm: f"{norm:.3g}", log=True),
+    _of_figure("speed", "Step time", "step_seconds", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
+    _of_figure("memory", "Memory", "memory_bytes", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
+    _of_modules(
+        "module_headroom_bits", "Headroom by module", worst=lambda s: min(s.values), limits=(0, 16), unit="bits"
+    ),
+    _of_modules(
+        "module_underflow_fraction", "Underflow by module", worst=lambda s: -max(s.values), limits=(0, 0.5), unit="share",
         colors=_ALARM_TO_CALM.reversed(),
     ),
-    _heatmap(
-        "module_activation_amax", "Largest activations by module", lambda s: -max(s.values), (0, 16), "bits below 65504",
-        shown_as=_bits_below_largest,
+    _of_modules(
+        "module_activation_amax", "Largest activations by module", worst=lambda s: -max(s.values), limits=(0, 16),
+        unit="bits below 65504", shown_as=_bits_below_largest,
     ),
 )  # fmt: skip

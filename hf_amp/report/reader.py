@@ -200,9 +200,9 @@ class Series:
                 numbers.pop()
 
     def count_after(self, step: int) -> int:
-        """How many points later than `step` were added; where the series was thinned there, a few more."""
+        """How many points later than `step` were added; at the least, where the series was thinned there."""
         earlier = bisect_right(self.steps, step)
-        return self.points - (self.counts[earlier - 1] if earlier else 0)
+        return self.points - self.counts[earlier] + 1 if earlier < len(self) else 0
 
     @property
     def points(self) -> int:

@@ -24,14 +24,6 @@ LAST_LOSSES = 3
 HEADROOM_TO_WATCH_BITS = 1.0
 """The catalogue's limit for `headroom_bits`."""
 
-CAUSE_IN_WORDS = {
-    "SCALE": "the scale was too large",
-    "ACTIVATION": "an activation left the range",
-    "INPUT": "the batch held non-finite values",
-    "WEIGHTS": "parameters were not finite",
-    "LOSS": "the loss was not finite",
-    "UNKNOWN": "no cause could be confirmed",
-}
 _UNITS = {metric.name: metric.unit for metric in CATALOGUE}
 
 
@@ -158,11 +150,13 @@ def _steps_in_words(run: RunHistory, skipped: int, total: int) -> str:
     return f"{skipped:,} of {_count(total, 'step')} ({share}) {'was' if skipped == 1 else 'were'} skipped{so_far}"
 
 
+def _in_words(cause: str) -> str:
+    known = Cause.__members__.get(cause)
+    return "a cause that this version does not know" if known is None else known.facts.in_words
+
+
 def _causes_in_words(run: RunHistory) -> str:
-    causes = [
-        (CAUSE_IN_WORDS.get(cause, "a cause that this version does not know"), count)
-        for cause, count in run.skipped_by_cause.most_common()
-    ]
+    causes = [(_in_words(cause), count) for cause, count in run.skipped_by_cause.most_common()]
     if len(causes) == 1:
         return f" ({causes[0][0]})"
     return f" ({', '.join(f'{words}: {count:,}' for words, count in causes)})" if causes else ""

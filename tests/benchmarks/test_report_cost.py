@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from hf_amp.events import LOG_FILE
 from tests.benchmarks.measuring import Row, parser, write
 
@@ -75,7 +73,6 @@ def measure(events: int, folder: Path) -> Row:
 
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     """Eight times as many events take at most 100 MB more: the log is read as a stream."""
-    pytest.importorskip("matplotlib", reason="the page's pictures need the extra hf_amp[report]")
     for name in ("short", "long"):
         (tmp_path / name).mkdir()
     short, long = measure(5_000, tmp_path / "short"), measure(40_000, tmp_path / "long")

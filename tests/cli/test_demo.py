@@ -144,7 +144,7 @@ def test_the_scale_is_in_tensorboard(run, folder):
     assert all(scale.value > 0 for scale in scales)
 
 
-def test_the_event_log_tells_the_run_from_start_to_end(run, folder):
+def test_the_event_log_has_the_run_from_start_to_end(run, folder):
     """Every line parses; training starts once and ends once, with the counts of the table."""
     kinds = [event["event"] for event in events(folder)]
     assert (kinds.count("training_started"), kinds.count("training_ended")) == (1, 1)
@@ -176,22 +176,25 @@ def test_the_commands_that_are_suggested_name_the_run_folder(run, folder):
     assert f"from_pretrained('{folder}/checkpoint-{STEPS}')" in shown
 
 
-@pytest.mark.parametrize(("precision", "columns"), [("fp32", 2), ("bf16", 3)])
-def test_another_precision_runs_without_a_scale(tmp_path, precision, columns):
+def test_another_precision_runs_without_a_scale(tmp_path):
     """BF16 takes the place of FP16; FP32 has nothing beside it but itself; hf_amp says what it does there."""
-    result = invoke("demo", "--steps", 2, "--precision", precision, "--output-dir", tmp_path)
-    assert result.exit_code == 0, result.output
-    assert row(result, "ran")[-1].startswith(f"{precision.upper()} on ")
-    assert row(result, "scale")[0] == "none"
-    assert row(result, "scale")[-1].startswith("none: only FP16 is scaled")
-    assert row(result, "applied steps") == ["2"] * columns
-    assert row(result, "in FP32")[-1] == ("the whole model" if precision == "fp32" else "nothing")
-    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+    for precision, columns, in_fp32 in (("fp32", 2, "the whole model"), ("bf16", 3, "nothing")):
+        folder = tmp_path / precision
+        result = invoke("demo", "--steps", 2, "--precision", precision, "--output-dir", folder)
+        assert result.exit_code == 0, result.output
+        assert row(result, "ran")[-1].startswith(f"{precision.upper()} on ")
+        assert row(result, "scale")[0] == "none"
+        assert row(result, "scale")[-1].startswith("none: only FP16 is scaled")
+        assert row(result, "applied steps") == ["2"] * columns
+        assert row(result, "in FP32")[-1] == in_fp32
+        assert (folder / "checkpoint-2" / "model.safetensors").is_file()
 
 
 def test_real_half_is_real_in_both_fp16_runs(tmp_path):
     """The kernels give the same verdicts as the emulation: stock applies nothing, hf_amp all but the first step."""
-    result = invoke("demo", "--steps", 2, "--real-half", "--output-dir", tmp_path)
+    file = tmp_path / "amp.yaml"
+    file.write_text("emulate: false\n")
+    result = invoke("demo", "--steps", 2, "--config", file, "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
     assert "real FP16" in row(result, "ran")[1]
     assert row(result, "ran")[1] == row(result, "ran")[2]
@@ -199,21 +202,20 @@ def test_real_half_is_real_in_both_fp16_runs(tmp_path):
     assert set(row(result, "in FP32")[2].split()) == OVERFLOWING
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--strategy", "NOPE", "--steps", "1"], "one of CONSTANT, DYNAMIC, ADAPTIVE, PERFORMANCE_OPTIMIZED"),
-        (["--precision", "fp8"], "'fp16', 'bf16', 'fp32'"),
-        (["--steps", "0"], "1"),
-    ],
-)
-def test_a_wrong_option_ends_at_once_and_says_what_is_allowed(tmp_path, arguments, expected):
+def test_a_wrong_option_ends_at_once_and_says_what_is_allowed(tmp_path):
     """Exit code 2, the option, the allowed values, and no run folder."""
-    result = invoke("demo", *arguments, "--output-dir", tmp_path / "run")
-    assert result.exit_code == 2
-    assert arguments[0] in words(result)
-    assert expected in words(result)
-    assert not (tmp_path / "run").exists()
+    file = tmp_path / "amp.yaml"
+    file.write_text("scaling_strategy: NOPE\n")
+    for option, value, expected in (
+        ("--config", file, "one of CONSTANT, DYNAMIC, ADAPTIVE, PERFORMANCE_OPTIMIZED"),
+        ("--precision", "fp8", "'fp16', 'bf16', 'fp32'"),
+        ("--steps", 0, "1"),
+    ):
+        result = invoke("demo", option, value, "--output-dir", tmp_path / "run")
+        assert result.exit_code == 2
+        assert option in words(result)
+        assert expected in words(result)
+        assert not (tmp_path / "run").exists()
 
 
 def test_options_come_from_a_file_too(tmp_path):

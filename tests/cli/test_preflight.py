@@ -23,11 +23,11 @@ from hf_amp.cli.dry_run import (
     RECIPES,
     PreflightError,
     batch_for,
-    counted,
     dry_runs,
-    half_precision_trouble,
+    half_parameter_warnings,
     load_model,
     made_up_batch,
+    parameter_counts,
 )
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.integrations.trainers import tiny_gpt2
@@ -84,7 +84,7 @@ def test_an_ordinary_model_needs_nothing_in_half_precision() -> None:
     runs = {run.number_format.name: run for run in dry_runs(model, next(BY_NAME["GPT-2"].batches(0)))}
     assert list(runs) == [number_format.name for number_format in FORMATS]
     for name in ("FP16", "BF16"):
-        assert (runs[name].overflowing, runs[name].saved_by) == ([], "nothing needed")
+        assert (runs[name].overflowing, runs[name].remedy) == ([], "nothing needed")
         assert runs[name].underflow_fraction is not None
         assert runs[name].underflow_fraction < 0.01
 
@@ -139,20 +139,20 @@ class Faint(Product):
 def test_gradients_that_are_lost_are_not_called_fine() -> None:
     """Nothing overflows, and with the largest scale tried the gradient is subnormal in E4M3 alone."""
     runs = {run.number_format.name: run for run in dry_runs(Faint(1.0), {"x": EIGHTS})}
-    lost = {name for name, run in runs.items() if "wider range" in run.saved_by}
+    lost = {name for name, run in runs.items() if "wider range" in run.remedy}
     assert lost == {"FP8 E4M3"}
     assert (runs["FP8 E4M3"].overflowing, runs["FP8 E4M3"].underflow_fraction) == ([], 1.0)
 
 
-def test_a_model_that_is_broken_is_not_blamed_on_precision() -> None:
-    """A NaN in a weight is not finite in FP32 either, and no plan saves that."""
+def test_a_model_with_a_nan_is_not_blamed_on_precision() -> None:
+    """A NaN in a weight is not finite in FP32 either, and no precision cures that."""
     model = Product(1.0)
     with torch.no_grad():
         model.product.weight[0, 0] = torch.nan
     for run in dry_runs(model, {"x": EIGHTS}):
         assert run.overflowing == []
         assert run.first_non_finite == "product"
-        assert run.saved_by.startswith("none")
+        assert run.remedy.startswith("none")
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +165,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_command_tells_it(folder: Path) -> None:
-    """Memory, dtypes, the overflowing modules by name, and what saves the run."""
+def test_the_command_prints_it(folder: Path) -> None:
+    """Memory, dtypes, the overflowing modules by name, and the remedy."""
     result = preflight(folder, "--batch", folder / "batch.safetensors")
     assert result.exit_code == 0, result.output
     for words in (
@@ -188,7 +188,7 @@ def test_json_has_the_same(folder: Path) -> None:
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_a_batch_can_be_made_up_for_every_kind_of_model(entry: RescaledModel) -> None:
-    """Text, images, sound; with a decoder or without: the model runs on it and has a loss."""
+    """Text, images, audio; with a decoder or without: the model runs on it and has a loss."""
     model = entry.plain(0)
     batch = made_up_batch(model, 2, 12)
     assert all(len(value) == 2 for value in batch.values())
@@ -203,21 +203,21 @@ def test_memory_is_counted_in_bytes_of_what_is_kept() -> None:
     optimizer.step()
     state = [x for each in optimizer.state.values() for x in each.values() if x.dim()]
     tensors = [*model.parameters(), *(p.grad for p in model.parameters()), *state]
-    assert RECIPES[0].total_bytes(*counted(model)) == sum(x.numel() * x.itemsize for x in tensors)
+    assert RECIPES[0].total_bytes(*parameter_counts(model)) == sum(x.numel() * x.itemsize for x in tensors)
     model.weight.requires_grad_(False)
-    assert RECIPES[0].total_bytes(*counted(model)) == 64 * 16 + 64 * 64 * 4
+    assert RECIPES[0].total_bytes(*parameter_counts(model)) == 64 * 16 + 64 * 64 * 4
 
 
 @pytest.mark.parametrize(("dtype", "words"), [(torch.float16, "unscale FP16"), (torch.bfloat16, "1/256")])
 def test_half_precision_parameters_are_named(dtype: torch.dtype, words: str) -> None:
     """The first of them, what it leads to and what to do; frozen ones are fine."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).to(dtype))
-    (trouble,) = half_precision_trouble(model)
-    assert "1.weight among them" in trouble
-    assert words in trouble
-    assert "float32" in trouble
+    (warning,) = half_parameter_warnings(model)
+    assert "1.weight among them" in warning
+    assert words in warning
+    assert "float32" in warning
     model.requires_grad_(False)
-    assert half_precision_trouble(model) == []
+    assert half_parameter_warnings(model) == []
 
 
 def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:

@@ -96,18 +96,6 @@ def test_json_prints_the_figures_and_writes_no_page(
     assert not (tmp_path / "report.html").exists()
 
 
-def test_png_writes_the_pictures_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One file a picture, numbered where there are several runs."""
-    monkeypatch.chdir(tmp_path)
-    assert report(run, "--png", tmp_path / "one").exit_code == 0
-    names = {"loss.png", "scale.png", "skips.png", "timeline.png"}
-    assert {path.name for path in (tmp_path / "one").iterdir()} == names
-    assert report(run, run, "--png", tmp_path / "two").exit_code == 0
-    assert len(list((tmp_path / "two").iterdir())) == 2 * len(names)
-    assert (tmp_path / "two" / "loss_2.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "report.html").exists()
-
-
 RUNS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "empty": ([], "the log is empty"),
     "just begun": ([started()], "still running, or killed"),

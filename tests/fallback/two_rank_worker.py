@@ -111,7 +111,7 @@ def trial(rank: int) -> dict[str, Any]:
         now += (rank + 2.0) if session.plan.default.value == slow else 1.0
         return now
 
-    throughput = session._after_step.throughput = ThroughputMonitor("cpu", clock)
+    throughput = session.throughput = ThroughputMonitor(device="cpu", clock=clock)
     plain = Network()
     model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
     defaults = []

@@ -20,8 +20,8 @@ from hf_amp.events import LOG_FILE
 from hf_amp.monitoring.metrics import NAMES
 from hf_amp.report import reader
 from hf_amp.report.page import page
-from hf_amp.report.pictures import figures_of
 from hf_amp.report.reader import CHANGES_KEPT, EventLogReader, RunHistory, read_run
+from hf_amp.report.verdict import figures_of
 from tests.fuzz.anything import FAST, PLAIN
 
 KINDS = (

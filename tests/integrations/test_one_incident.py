@@ -127,7 +127,6 @@ def test_tensorboard_groups_the_charts_and_has_histograms(reported: Told, board:
 
 def test_the_report_names_it(reported: Told, tmp_path: Path) -> None:
     """The figures and the page have the step, the cause, the module and what was done."""
-    pytest.importorskip("matplotlib", reason="the page's pictures need the extra hf_amp[report]")
     page = tmp_path / "report.html"
     result = CliRunner().invoke(app, ["report", str(reported.folder), "--json", "-o", str(page)])
     assert result.exit_code == 0, result.output

@@ -163,7 +163,7 @@ def feed(monitor, tracker, steps, first):
 
 
 def test_memory_is_flat_over_100_000_steps():
-    """From 20,000 steps on, where 1,000 errors are kept, nothing grows: under 20 kB as a pickle, under 100 kB in memory."""
+    """From 20,000 steps on, where 1,000 errors are kept, nothing grows: under 30 kB as a pickle, under 100 kB in memory."""
     monitor, tracker = PrecisionMonitor(), PerformanceTracker(device="cpu")
     feed(monitor, tracker, 20_000, first=1)
     tracemalloc.start()
@@ -172,5 +172,5 @@ def test_memory_is_flat_over_100_000_steps():
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert monitor.record.steps == tracker.get_stats()["steps"] == 100_000
-    assert len(pickle.dumps([monitor.state_dict(), vars(tracker)])) < 20_000
+    assert len(pickle.dumps([monitor.state_dict(), vars(tracker)])) < 30_000
     assert grown < 100_000  # a number a step would be 640 kB

@@ -118,7 +118,7 @@ def test_a_foreign_file_is_a_clear_error(path: Path) -> None:
 
 
 def test_a_foreign_line_in_the_middle_is_named(path: Path) -> None:
-    """Something else has written into the log: the line's number tells where."""
+    """Something else has written into the log: the line's number is given."""
     path.write_bytes(written(path, skip(1), skip(2)).read_bytes() + b"hello\n")
     with pytest.raises(StateError, match="line 3 is 'hello"):
         list(EventLogReader(path).read())
@@ -131,7 +131,7 @@ def test_a_run_is_its_folder_or_its_file(path: Path) -> None:
 
 
 def test_a_folder_without_a_log_names_the_runs_below_it(tmp_path: Path) -> None:
-    """Who passes the folder above a run is told which one to pass."""
+    """Who passes the folder above a run reads which one to pass."""
     written(tmp_path / "runs" / "first" / LOG_FILE)
     with pytest.raises(StateError, match=r"no amp_events.jsonl .* Runs below it: .*runs/first"):
         find_log(tmp_path)

@@ -120,7 +120,7 @@ def test_two_skips_of_one_step_are_two() -> None:
 
 
 def test_a_run_begun_anew_in_the_same_folder_replaces_the_former() -> None:
-    """Nothing of the first run is in the second, but it is told that there was one."""
+    """Nothing of the first run is in the second, but it is counted."""
     run = history(
         started(), skipped(5), line("training_ended", 9, scale=1.0), started(), line("metrics", 1, loss=2.0)
     )

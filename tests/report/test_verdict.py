@@ -155,7 +155,7 @@ def test_the_verdict_says_what_became_of_the_run() -> None:
 
 
 def test_no_run_that_fails_is_said_to_train() -> None:
-    """What is broken is never called training, whatever else is in its log."""
+    """What does not train is never called training, whatever else is in its log."""
     sentences = [
         verdict_on(history(*lines)).sentence for lines, level, _ in CASES.values() if level is Level.BROKEN
     ]

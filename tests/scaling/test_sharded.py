@@ -57,7 +57,7 @@ def test_rank_local_gradients_and_losses_are_agreed_on(
 
 @pytest.mark.parametrize("kind", ["FSDP2", "local"])
 def test_what_is_found_by_a_recheck_is_agreed_on(ranks: list[dict[str, Any]], kind: str) -> None:
-    """An inf that gets into rank 0's gradients after unscaling skips on both ranks, with `recheck_gradients`."""
+    """An inf that gets into rank 0's gradients after unscaling skips on both ranks, where somebody rechecks them."""
     first, second = (results[f"{kind} late"] for results in ranks)
     assert first == second
     assert first["applied"][:3] == first["moved"][:3] == [True, False, True]
