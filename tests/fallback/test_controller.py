@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_amp import Cause, PrecisionMode
@@ -161,7 +161,6 @@ FACTS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(facts=st.lists(FACTS, max_size=60), resume_at=st.integers(0, 60), recovery=st.integers(1, 6))
 def test_whatever_happens_the_plan_stays_in_its_lattice_and_survives_a_checkpoint(
     facts: list[StepFacts], resume_at: int, recovery: int
