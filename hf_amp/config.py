@@ -1,4 +1,4 @@
-"""`MixedPrecisionConfig`: every option, checked."""
+"""`MixedPrecisionConfig`: every option, checked when it is made, and described by `help(MixedPrecisionConfig)`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import enum
 import functools
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,11 @@ from hf_amp.precision import FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE, Precisi
 LARGEST_COUNT = torch.iinfo(torch.int32).max
 """Steps are counted in int32 on the device."""
 
+# ---- what values an option takes ----------------------------------------------------------------------------
+
 
 class Allowed(str):
-    """The values that an option takes: in words for people, which the text is, and as a check.
-
-    A text, because `transformers.HfArgumentParser` hands a field's metadata to argparse, which knows `help` alone.
-    """
+    """The values that an option takes: in words for people, which the text is, and as a check."""
 
     accepts: Callable[[Any], bool]
 
@@ -34,6 +34,20 @@ class Allowed(str):
         allowed = super().__new__(cls, words)
         allowed.accepts = accepts
         return allowed
+
+
+class OptionHelp(str):
+    """What an option is for, as text. `allowed`: the values that it takes.
+
+    A text, because `transformers.HfArgumentParser` hands a field's metadata to argparse, which knows `help` alone.
+    """
+
+    allowed: Allowed
+
+    def __new__(cls, text: str, allowed: Allowed) -> OptionHelp:
+        described = super().__new__(cls, text)
+        described.allowed = allowed
+        return described
 
 
 def safe_repr(value: Any) -> str:
@@ -55,52 +69,406 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
 
 
+def one_of(*values: str) -> Allowed:
+    """One of these texts."""
+    return Allowed(f"one of {', '.join(map(repr, values))}", lambda v: isinstance(v, str) and v in values)
+
+
+def or_none(allowed: Allowed) -> Allowed:
+    """The same, or None."""
+    return Allowed(f"None or {allowed}", lambda v: v is None or allowed.accepts(v))
+
+
+def member_of(enumeration: type[enum.Enum]) -> Allowed:
+    """A member of `enumeration`."""
+    return Allowed(f"one of {', '.join(enumeration.__members__)}", lambda v: isinstance(v, enumeration))
+
+
 SWITCH = Allowed("True or False", lambda v: isinstance(v, bool))
-SWITCH_OR_NONE = Allowed("None, True or False", lambda v: v is None or isinstance(v, bool))
 POSITIVE = Allowed("a positive finite number", lambda v: is_real(v) and v > 0)
-POSITIVE_OR_NONE = Allowed("None or a positive finite number", lambda v: v is None or POSITIVE.accepts(v))
 AT_LEAST_ONE = Allowed("a finite number of at least 1", lambda v: is_real(v) and v >= 1)
 ABOVE_ONE = Allowed("a finite number above 1", lambda v: is_real(v) and v > 1)
 FRACTION = Allowed("a number above 0 and below 1", lambda v: is_real(v) and 0 < v < 1)
-SHARE = Allowed("a number from 0 up to, but not, 1", lambda v: is_real(v) and 0 <= v < 1)
-ONE_OF_SKIP_RETRY = Allowed("'skip' or 'retry'", lambda v: isinstance(v, str) and v in ("skip", "retry"))
 STEPS = Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", is_count)
 COUNT = Allowed(f"a whole number from 1 to {LARGEST_COUNT}", is_count)
+_COMMUNICATION = Allowed("FP16 or BF16", lambda v: v is PrecisionMode.FP16 or v is PrecisionMode.BF16)
 
 
-def option_field(default: Any, allowed: Allowed) -> Any:
-    """A dataclass field that `allowed` checks."""
-    return dataclasses.field(default=default, metadata={"help": allowed})
+def option(default: Any, allowed: Allowed, text: str) -> Any:
+    """A field of the config.
+
+    Args:
+        default: its value where nobody says another.
+        allowed: the values that it takes.
+        text: what it is for, its unit, and the reason for its default.
+    """
+    text = " ".join(text.split())
+    return dataclasses.field(default=default, metadata={"help": OptionHelp(text, allowed)})
 
 
-def check_names(config: type[Any], names: Iterable[Any]) -> None:
+def check_keywords(config: type[Any], names: Iterable[Any]) -> None:
     """Raises `UnknownOptionError`, which names the nearest option, where one of `names` is no field of `config`."""
-    known = [option.name for option in dataclasses.fields(config)]
+    known = [field.name for field in dataclasses.fields(config)]
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(safe_repr(name).strip("'").lower(), known, n=1, cutoff=0.0)[0]
+        if name in known:
+            continue
+        if name in REMOVED_OPTIONS:
             raise UnknownOptionError(
-                f"{config.__name__} has no option {safe_repr(name)}; the nearest is {near!r}. Allowed: {', '.join(known)}."
+                f"{config.__name__} has no option {name!r} any more: {REMOVED_OPTIONS[name]}."
             )
+        near = difflib.get_close_matches(safe_repr(name).strip("'").lower(), known, n=1, cutoff=0.0)[0]
+        raise UnknownOptionError(
+            f"{config.__name__} has no option {safe_repr(name)}; the nearest is {near!r}. Allowed: {', '.join(known)}."
+        )
 
 
 _Config = TypeVar("_Config")
 
 
-def check_keywords(config: type[_Config]) -> type[_Config]:
-    """A dataclass that answers an unknown keyword as `check_names` does, not with Python's TypeError."""
+def described_and_checked(config: type[_Config]) -> type[_Config]:
+    """A dataclass whose docstring lists its options, and that answers an unknown keyword as `check_keywords` does."""
     init = config.__init__
 
     @functools.wraps(init)
     def checked_init(self: _Config, *arguments: Any, **options: Any) -> None:
-        check_names(config, options)
+        check_keywords(config, options)
         init(self, *arguments, **options)
 
     config.__init__ = checked_init  # type: ignore[assignment, method-assign]
+    listed = [
+        textwrap.fill(
+            f"{field.name}: {field.metadata['help']} Allowed: {field.metadata['help'].allowed}. "
+            f"Default: {shown_default(field)}.",
+            width=110, initial_indent="        ", subsequent_indent="            ",
+        )
+        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+    ]  # fmt: skip
+    config.__doc__ = f"{(config.__doc__ or '').rstrip()}\n\n    Args:\n" + "\n".join(listed) + "\n    "
     return config
 
 
-def hint(value: Any, default: Any) -> str:
+def shown_default(field: dataclasses.Field[Any]) -> str:
+    """The default of an option as people write it."""
+    return str(getattr(field.default, "value", field.default))
+
+
+LOOP_OPTIONS = ("memory_efficient", "gradient_accumulation_friendly")
+"""Options that only loops which are ours can follow."""
+RENAMED_OPTIONS = {"stop_when_hopeless": "stop_when_stalled"}
+"""Option of hf_amp 0.1 → what it is called now. Saved configs may hold it."""
+REMOVED_OPTIONS = {
+    "consecutive_hysteresis": "only a growth refills hysteresis",
+    "overflow_tolerance": "use hysteresis, or scaling_strategy=ADAPTIVE",
+    "recheck_gradients": "call unscale_ after what changes gradients",
+    "fallback_window": "fallback_threshold is judged over 128 steps",
+    "on_overflow": "pass on_overflow= to the trainer or manager",
+    "accumulation_steps": "pass accumulation_steps= to the trainer or manager",
+    "clip_norm": "pass clip_norm= to the trainer or manager",
+}
+"""Option of hf_amp 0.1 → what to do instead. Those of the loops are keywords of theirs now."""
+_DEFAULTS_OF_REMOVED: Mapping[str, Any] = {
+    "consecutive_hysteresis": False,
+    "overflow_tolerance": 0.0,
+    "recheck_gradients": False,
+    "fallback_window": 128,
+    "on_overflow": "skip",
+    "accumulation_steps": 1,
+    "clip_norm": None,
+}
+
+
+# ---- the options --------------------------------------------------------------------------------------------
+
+
+@described_and_checked
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecisionConfig:
+    """Every option of hf_amp. Frozen; wrong names, values and combinations raise `ConfigError` here, not in step 1.
+
+    All options are keyword arguments, and the defaults are what we would run in production. Names of members of an
+    enumeration are accepted as strings, in any case.
+    """
+
+    enabled: bool = option(
+        True,
+        SWITCH,
+        "Off: hf_amp attaches to nothing and changes nothing; a scaler passes losses and steps through.",
+    )
+    precision_mode: PrecisionMode | None = option(
+        None, or_none(member_of(PrecisionMode)),
+        """What the run computes in. None follows the Trainer or Accelerator (fp16, bf16 or neither), and is MIXED where there
+        is none. DYNAMIC takes theirs as the narrowest of the precisions that it tries in the first steps (11 steps each: FP16,
+        BF16 where there are units for it and FP16 is not emulated, FP32) and then runs the fastest. Anything that contradicts
+        Trainer or Accelerator is an error at attach.""",
+    )  # fmt: skip
+    half_parameters: str | None = option(
+        None, or_none(one_of("error", "upcast", "master_weights")),
+        """What becomes of trainable FP16 and BF16 parameters, which from_pretrained makes by default (dtype="auto"), before the
+        first step. Frozen ones are always fine. error: refused, and named. upcast: made FP32 in place, which loses nothing and
+        doubles their memory; they stay FP32 after detach, because rounding trained weights back would lose what they learned.
+        master_weights: they stay as they are, and the optimizer moves FP32 copies of them. None: upcast in FP16 and DYNAMIC
+        runs, which could not train otherwise; a warning and the metric lost_update_fraction in BF16 and FP32 runs, which train
+        but lose updates; master_weights in precision_mode FP16, which allows nothing else. On a CPU's half kernels nothing
+        falls back to FP32 then.""",
+    )  # fmt: skip
+    scaling_strategy: ScalingStrategy = option(
+        ScalingStrategy.DYNAMIC,
+        member_of(ScalingStrategy),
+        "How the loss scale is chosen; used in FP16 only.",
+    )
+    init_scale: float = option(
+        2.0**16, POSITIVE,
+        "Loss scale of the first step; powers of two scale without rounding. Source of the default: torch.amp.GradScaler.",
+    )  # fmt: skip
+    growth_factor: float = option(
+        2.0, ABOVE_ONE,
+        "DYNAMIC: what a growth multiplies the scale by; 2 is exact. Source of the default: torch.amp.GradScaler.",
+    )  # fmt: skip
+    backoff_factor: float = option(
+        0.5, FRACTION,
+        "DYNAMIC: what a backoff multiplies the scale by; 0.5 is exact. Source of the default: torch.amp.GradScaler.",
+    )  # fmt: skip
+    growth_interval: int = option(
+        2000, STEPS,
+        "DYNAMIC: clean optimizer steps in a row before a growth. Source of the default: torch.amp.GradScaler.",
+    )  # fmt: skip
+    hysteresis: int = option(
+        1, COUNT,
+        """DYNAMIC: overflowing steps before a backoff; a growth refills them. 1 as torch.amp.GradScaler; DeepSpeed and Megatron
+        use 2.""",
+    )  # fmt: skip
+    overflow_budget: float = option(
+        1e-3, FRACTION,
+        """ADAPTIVE and PERFORMANCE_OPTIMIZED: probability of an overflow in a step that the scale is chosen for. The default
+        allows one skipped step in a thousand.""",
+    )  # fmt: skip
+    outlier_headroom: float = option(
+        64.0, AT_LEAST_ONE,
+        """ADAPTIVE and PERFORMANCE_OPTIMIZED: multiple of the typical gradient amax that must stay in range, as far as
+        underflow allows. 64: a first outlier skips no step. Where an overflow loses no batch (a trainer with
+        on_overflow="retry"), 1 and a larger overflow_budget let less underflow.""",
+    )  # fmt: skip
+    min_scale: float = option(
+        SMALLEST_SCALE, POSITIVE,
+        """Floor of the scale. The default, 2^-24, is the smallest positive FP16 value: below it the gradient that backward
+        starts from is itself 0 in FP16, so no smaller scale can help.""",
+    )  # fmt: skip
+    max_scale: float = option(
+        LARGEST_SCALE, POSITIVE,
+        "Ceiling of the scale. The default is 2^127, the largest power of two in FP32, where the stock scaler stops too.",
+    )  # fmt: skip
+    fold_clipping: bool | None = option(
+        None, or_none(SWITCH),
+        """Whether clipping by norm through Trainer or Accelerator is fused into the optimizer step, which saves passes over the
+        gradients; until the step they are then still scaled and unclipped. None: where hf_amp can see that nobody looks at
+        them in between, which is a Trainer without a callback on on_pre_optimizer_step. True: your loop does not.""",
+    )  # fmt: skip
+    enable_monitoring: bool = option(
+        True, SWITCH, "Whether gradient statistics are taken. Off: counters, scale and events remain."
+    )
+    monitoring_interval: int = option(
+        10, STEPS,
+        """Optimizer steps between two sampled steps, which take what costs extra: the underflow fraction, and, where the
+        strategy does not need it at every step, the gradient amax.""",
+    )  # fmt: skip
+    monitor_modules: bool = option(
+        False, SWITCH,
+        """Whether headroom, underflow and the largest activation are also taken by module, every monitoring_interval steps: one
+        more pass over the gradients and a forward hook on every module in those steps, and a longer log.""",
+    )  # fmt: skip
+    emulate: bool = option(
+        True, SWITCH,
+        """FP16 on a CPU: emulate it (FP32 arithmetic rounded to FP16 around every matrix product, close to FP32's speed) or run
+        the CPU's half kernels (False: many times slower where it has no units for FP16). Other devices run real FP16.""",
+    )  # fmt: skip
+    automatic_fallback: bool = option(
+        True, SWITCH,
+        "Whether modules, then the whole model, leave FP16 where no scale can cure an overflow, and come back.",
+    )  # fmt: skip
+    fallback_threshold: float = option(
+        1e-6, FRACTION,
+        """Share of non-finite gradient elements over the last 128 steps, among the overflows that the scale does not cure, up to
+        which they only skip. 1e-6: one such step is enough, because a single one of 128 is 0.008.""",
+    )  # fmt: skip
+    recovery_steps: int = option(
+        1000, STEPS,
+        """Clean optimizer steps before what has left FP16 is tried there again; doubled by every relapse. At 1000 a relapse
+        costs a thousandth of the steps at first, and ever less.""",
+    )  # fmt: skip
+    patience: int = option(
+        50, STEPS,
+        """Optimizer steps in a row that are skipped, or have no gradient but zeros, after which the run is reported as stalled.
+        50 is more than the 40 halvings from the default scale to the floor. Non-finite weights stall a run at once.""",
+    )  # fmt: skip
+    stop_when_stalled: bool = option(
+        False,
+        SWITCH,
+        "Whether a stalled run is stopped, in a Trainer, at the end of the step. Off: it is reported only.",
+    )
+    memory_efficient: bool = option(
+        False, SWITCH,
+        """Loops of hf_amp.training: memory before speed. Gradients are freed right after the step, and no cast of a parameter is
+        kept for its next use: without it evaluation and gradient checkpointing hold up to 2 bytes a parameter more.""",
+    )  # fmt: skip
+    gradient_accumulation_friendly: bool = option(
+        False, SWITCH,
+        """Loops of hf_amp.training: work moves from the micro-batch to the step. Under DistributedDataParallel gradients are
+        reduced with the last micro-batch only, and in the manager and in train_window parameters are cast once for all
+        micro-batches, which holds up to 2 bytes a parameter in between.""",
+    )  # fmt: skip
+    distributed_amp: bool = option(
+        False, SWITCH,
+        """Whether several processes train together. Their verdicts are then agreed on as with sync_grad_scaler, and
+        communication_precision can be chosen. DataParallel is one process and needs neither.""",
+    )  # fmt: skip
+    communication_precision: PrecisionMode | None = option(
+        None, or_none(_COMMUNICATION),
+        """What DistributedDataParallel sends gradients in: None for as they are (FP32), FP16 or BF16 for half the bytes, by
+        torch's own communication hooks. Needs distributed_amp. Gradients travel scaled; one that leaves the range of FP16 is an
+        overflow like any other.""",
+    )  # fmt: skip
+    sync_grad_scaler: bool = option(
+        False, SWITCH,
+        """Whether the processes agree on every verdict and scale, by one small all-reduce a step. attach turns it on where there
+        are several; needed by hand with DistributedDataParallel or FSDP1 outside of accelerate, unless distributed_amp is
+        set.""",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, enumeration in (
+            ("precision_mode", PrecisionMode),
+            ("scaling_strategy", ScalingStrategy),
+            ("communication_precision", PrecisionMode),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.upper() in enumeration.__members__:
+                object.__setattr__(self, name, enumeration[value.upper()])
+        for field in dataclasses.fields(self):
+            self._check_value(field)
+        _check_formats(self)
+        _check_scale(self)
+
+    def _check_value(self, field: dataclasses.Field[Any]) -> None:
+        value, allowed = getattr(self, field.name), field.metadata["help"].allowed
+        if not allowed.accepts(value):
+            raise ConfigError(
+                f"MixedPrecisionConfig({field.name}={safe_repr(value)}): {field.name} must be {allowed}; "
+                f"leave it out for the default ({shown_default(field)}).{_hint(value, field.default)}"
+            )
+
+    @classmethod
+    def or_default(cls, config: Any, whose: str, besides: str = "") -> MixedPrecisionConfig:
+        """`config` as a caller has passed it to `whose`; the defaults where it is None.
+
+        Args:
+            besides: what `whose` takes too, or what is to be known, for the error.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        if config is None or isinstance(config, cls):
+            return config or cls()
+        raise ConfigError(
+            f"{whose}(config={safe_repr(config)}): pass a MixedPrecisionConfig{besides}; leave it out for the defaults."
+        )
+
+    @classmethod
+    def from_any(cls, config: Any, options: Mapping[str, Any], whose: str) -> MixedPrecisionConfig:
+        """A config from a config, a mapping, or the path of a file, or from options as keywords, as `whose` takes them.
+
+        Raises:
+            ConfigError: it is something else, or both were given.
+        """
+        if options and config is not None:
+            raise ConfigError(
+                f"{whose} got a config and options as keywords ({', '.join(map(str, options))}): pass one or the other."
+            )
+        if options or isinstance(config, Mapping):
+            return cls.from_dict(options or config)
+        if isinstance(config, (str, Path)):
+            return cls.from_file(config)
+        besides = ", a dict of its options, the path of a YAML or JSON file, or options as keywords"
+        return cls.or_default(config, whose, besides)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> MixedPrecisionConfig:
+        """A config from plain data, such as parsed YAML or JSON, or what `to_dict` of hf_amp 0.1 has given.
+
+        Raises:
+            UnknownOptionError: a key is no option; the nearest option is named.
+            ConfigError: a value is wrong.
+        """
+        if not isinstance(options, Mapping):
+            raise ConfigError(
+                f"MixedPrecisionConfig.from_dict got {type(options).__name__}: pass a mapping of option names to "
+                "values."
+            )
+        kept = {
+            RENAMED_OPTIONS.get(name, name): value
+            for name, value in options.items()
+            if name not in _DEFAULTS_OF_REMOVED or value != _DEFAULTS_OF_REMOVED[name]
+        }
+        check_keywords(cls, kept)
+        return cls(**kept)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> MixedPrecisionConfig:
+        """A config from a `.json`, `.yaml` or `.yml` file that holds one mapping.
+
+        Raises:
+            ConfigError: the file cannot be read, is neither format, or holds a wrong option.
+        """
+        path = Path(path)
+        if path.suffix not in (".json", ".yaml", ".yml"):
+            raise ConfigError(f"{path}: a config file must end in .json, .yaml or .yml.")
+        try:
+            options = _parsed(path.read_text(encoding="utf-8"), path.suffix)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{path}: cannot be read ({error}); pass the path of a readable config file."
+            ) from error
+        except Exception as error:  # json and yaml raise unrelated trees
+            raise ConfigError(
+                f"{path}: not valid {path.suffix[1:].upper()} ({error}); correct the file."
+            ) from error
+        try:
+            return cls.from_dict(options)
+        except ConfigError as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    def refuse(self, names: Collection[str], why: str) -> None:
+        """For integrations that cannot follow every option.
+
+        Raises:
+            ConfigError: one of the options `names` is not at its default.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in names and value != field.default:
+                raise ConfigError(
+                    f"MixedPrecisionConfig({field.name}={value!r}): {why}; leave {field.name} out."
+                )
+
+    def without_loop_options(self) -> MixedPrecisionConfig:
+        """The same, with the options that only the loops of `hf_amp.training` follow at their defaults."""
+        others = {name: value for name, value in self.to_dict().items() if name not in LOOP_OPTIONS}
+        return self.from_dict(others)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""
+        plain = dataclasses.asdict(self)
+        return {name: value.value if isinstance(value, enum.Enum) else value for name, value in plain.items()}
+
+
+def _parsed(text: str, suffix: str) -> Any:
+    if suffix == ".json":
+        return json.loads(text)
+    import yaml  # a dependency of accelerate and transformers; not needed to import hf_amp
+
+    return yaml.safe_load(text)
+
+
+def _hint(value: Any, default: Any) -> str:
     """What to do about text in the place of a number or a switch, as configuration files give it."""
     if not isinstance(value, str):
         return ""
@@ -111,19 +479,7 @@ def hint(value: Any, default: Any) -> str:
     return ""
 
 
-def check_together(config: MixedPrecisionConfig) -> None:
-    """Looks at options whose values, each allowed, contradict each other.
-
-    Raises:
-        ConfigError: two of them do; both are named, with what to do.
-    """
-    _check_formats(config)
-    _check_scale(config)
-    if config.on_overflow == "retry" and config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED:
-        raise ConfigError(
-            "MixedPrecisionConfig(on_overflow='retry', scaling_strategy=PERFORMANCE_OPTIMIZED): its verdicts come one "
-            "step late, when the batch is gone; use ADAPTIVE, or leave on_overflow out for the default (skip)."
-        )
+# ---- options that are right one by one and wrong together ---------------------------------------------------
 
 
 def _check_formats(config: MixedPrecisionConfig) -> None:
@@ -163,286 +519,3 @@ def _check_scale(config: MixedPrecisionConfig) -> None:
             f"MixedPrecisionConfig(init_scale={config.init_scale!r}): init_scale must lie in [min_scale, "
             f"max_scale] = [{config.min_scale!r}, {config.max_scale!r}]; move it or widen the bounds."
         )
-
-
-_MODE = Allowed(
-    "None or one of " + ", ".join(PrecisionMode.__members__),
-    lambda v: v is None or isinstance(v, PrecisionMode),
-)
-_HALF_PARAMETERS = Allowed(
-    "None or one of 'error', 'upcast', 'master_weights'",
-    lambda v: v is None or (isinstance(v, str) and v in ("error", "upcast", "master_weights")),
-)
-_COMMUNICATION = Allowed(
-    "None, FP16 or BF16", lambda v: v is None or v is PrecisionMode.FP16 or v is PrecisionMode.BF16
-)
-_STRATEGY = Allowed(
-    "one of " + ", ".join(ScalingStrategy.__members__), lambda v: isinstance(v, ScalingStrategy)
-)
-
-LOOP_OPTIONS = (
-    "on_overflow", "accumulation_steps", "clip_norm", "memory_efficient", "gradient_accumulation_friendly",
-)  # fmt: skip
-"""Options that only loops which are ours can follow."""
-
-
-@check_keywords
-@dataclass(frozen=True, kw_only=True)
-class MixedPrecisionConfig:
-    """Every option of hf_amp. Frozen; wrong names, values and combinations raise `ConfigError` here, not in step 1.
-
-    All options are keyword arguments, and the defaults are what we would run in production.
-    """
-
-    enabled: bool = option_field(True, SWITCH)
-    """Off: hf_amp attaches to nothing and changes nothing; a scaler passes losses and steps through."""
-
-    precision_mode: PrecisionMode | None = option_field(None, _MODE)
-    """None follows the Trainer or Accelerator (`fp16`, `bf16` or neither), and is MIXED where there is none.
-    DYNAMIC takes theirs as the narrowest of the precisions that it tries in the first steps (11 each, with BF16 where
-    there are units for it and FP16 is not emulated, and FP32); it then runs the fastest. Anything that contradicts them
-    is an error at attach. Names are accepted as strings, in any case."""
-
-    half_parameters: str | None = option_field(None, _HALF_PARAMETERS)
-    """What becomes of trainable FP16 and BF16 parameters, which `from_pretrained` makes by default (dtype="auto"), before
-    the first step. Frozen ones are always fine. "error": refused, and named. "upcast": made FP32 in place, which loses
-    nothing and doubles their memory; they stay FP32 after detach, because rounding trained weights back would lose
-    what they learned. "master_weights": they stay as they are, and the optimizer moves FP32 copies of them.
-    None: "upcast" in FP16 and DYNAMIC runs, which could not train otherwise and ask for FP32 parameters under autocast; a
-    warning and the metric `lost_update_fraction` in BF16 and FP32 runs, which train, but lose updates; "master_weights"
-    in precision_mode FP16, which allows nothing else. On a CPU's half kernels nothing falls back to FP32 then."""
-
-    scaling_strategy: ScalingStrategy = option_field(ScalingStrategy.DYNAMIC, _STRATEGY)
-    """How the loss scale is chosen; used in FP16 only. Names are accepted as strings, in any case."""
-
-    init_scale: float = option_field(2.0**16, POSITIVE)
-    """Scale of the first step; powers of two scale without rounding. Default 65536. Source: `torch.amp.GradScaler`."""
-
-    growth_factor: float = option_field(2.0, ABOVE_ONE)
-    """What a growth multiplies the scale by. Default 2, which is exact. Source: `torch.amp.GradScaler`."""
-
-    backoff_factor: float = option_field(0.5, FRACTION)
-    """What a backoff multiplies the scale by. Default 0.5, which is exact. Source: `torch.amp.GradScaler`."""
-
-    growth_interval: int = option_field(2000, STEPS)
-    """Clean optimizer steps in a row before a growth. Default 2000. Source: `torch.amp.GradScaler`."""
-
-    hysteresis: int = option_field(1, COUNT)
-    """Overflowing steps before a backoff. Default 1, as stock; DeepSpeed and Megatron use 2."""
-
-    consecutive_hysteresis: bool = option_field(False, SWITCH)
-    """Whether every clean step refills `hysteresis`, or only a growth does (default). Source: DeepSpeed, by this name."""
-
-    overflow_tolerance: float = option_field(0.0, SHARE)
-    """DYNAMIC: share of overflowing steps since the last change of scale up to which an overflow only skips.
-    Default 0: every one counts. Source: fairseq's `fp16_scale_tolerance`."""
-
-    overflow_budget: float = option_field(1e-3, FRACTION)
-    """ADAPTIVE and PERFORMANCE_OPTIMIZED: probability of an overflow in a step that the scale is chosen for.
-    Default 1e-3: at most one skipped step in a thousand."""
-
-    outlier_headroom: float = option_field(64.0, AT_LEAST_ONE)
-    """ADAPTIVE and PERFORMANCE_OPTIMIZED: multiple of the typical gradient amax that must stay in range, as far as underflow
-    allows. Default 64: a first outlier skips no step. Where an overflow loses no batch (`on_overflow="retry"`), 1 and a
-    larger `overflow_budget` let less underflow."""
-
-    min_scale: float = option_field(SMALLEST_SCALE, POSITIVE)
-    """Floor of the scale. Default 2^-24, the smallest positive FP16 value: below it the gradient that backward
-    starts from is itself 0 in FP16, so no smaller scale can help."""
-
-    max_scale: float = option_field(LARGEST_SCALE, POSITIVE)
-    """Ceiling of the scale. Default 2^127, the largest power of two in FP32, where the stock scaler stops too."""
-
-    recheck_gradients: bool = option_field(False, SWITCH)
-    """Whether gradients that were unscaled before the step are looked at again in it, for what user code has made of them;
-    one more read of the gradients. Default off."""
-
-    fold_clipping: bool | None = option_field(None, SWITCH_OR_NONE)
-    """Whether clipping by norm through Trainer or Accelerator folds into the optimizer step, which saves passes over the
-    gradients; until the step they are then still scaled and unclipped. None: where hf_amp can see that nobody looks
-    at them in between, which is a Trainer without a callback on `on_pre_optimizer_step`. True: your loop does not."""
-
-    enable_monitoring: bool = option_field(True, SWITCH)
-    """Whether gradient statistics are taken. Off: counters, scale and events remain."""
-
-    monitoring_interval: int = option_field(10, STEPS)
-    """Optimizer steps between two looks at what costs extra: the underflow fraction, and, where the strategy does not need
-    it at every step, the gradient amax. Default 10."""
-
-    monitor_modules: bool = option_field(False, SWITCH)
-    """Whether headroom, underflow and the largest activation are also taken by module, every monitoring_interval steps:
-    one more pass over the gradients and a forward hook on every module in those steps, and a longer log. Default off."""
-
-    emulate: bool = option_field(True, SWITCH)
-    """FP16 on a CPU: emulate it (default: FP32 arithmetic rounded to FP16 around every matrix product, close to
-    FP32's speed) or run the CPU's half kernels (False: many times slower where it has no units for FP16). Other
-    devices run real FP16."""
-
-    automatic_fallback: bool = option_field(True, SWITCH)
-    """Whether modules, then the whole model, leave FP16 where no scale can cure an overflow, and come back. Default on."""
-
-    fallback_threshold: float = option_field(1e-6, FRACTION)
-    """Share of non-finite gradient elements over `fallback_window`, among the overflows that the scale does not cure, up to
-    which they only skip. Default 1e-6: one such step is enough, because a single one of 128 is 0.008."""
-
-    fallback_window: int = option_field(128, STEPS)
-    """Optimizer steps over which `fallback_threshold` is judged. Default 128."""
-
-    recovery_steps: int = option_field(1000, STEPS)
-    """Quiet optimizer steps before what has left FP16 is tried there again; doubled by every relapse. Default 1000, at
-    which a relapse costs a thousandth of the steps at first, and ever less."""
-
-    patience: int = option_field(50, STEPS)
-    """Optimizer steps in a row that are skipped, or have no gradient but zeros, after which the run is told to be
-    hopeless. Default 50, more than the 40 halvings from the default scale to the floor. Non-finite weights are hopeless
-    at once."""
-
-    stop_when_stalled: bool = option_field(False, SWITCH)
-    """Whether a hopeless run is stopped, in a Trainer, at the end of the step. Default off: it is told only."""
-
-    on_overflow: str = option_field("skip", ONE_OF_SKIP_RETRY)
-    """Loops of `hf_amp.training`: "skip" (default) loses the batches of a skipped step; "retry" runs them again under the
-    scale or plan that the skip has led to, from the same random numbers and running statistics, as long as a smaller
-    scale or another plan may cure it. Copies the model's buffers in every step."""
-
-    accumulation_steps: int = option_field(1, COUNT)
-    """Loops of `hf_amp.training`: batches whose gradients are averaged into one optimizer step. Default 1. Trainer and
-    Accelerator have their own."""
-
-    clip_norm: float | None = option_field(None, POSITIVE_OR_NONE)
-    """Loops of `hf_amp.training`: what the 2-norm of the unscaled gradients is clipped to. Default None: not clipped.
-    Trainer and Accelerator have their own."""
-
-    memory_efficient: bool = option_field(False, SWITCH)
-    """Loops of `hf_amp.training`: memory before speed. Gradients are freed right after the step, and no cast of a parameter
-    is kept for its next use: without it evaluation and gradient checkpointing hold up to 2 bytes a parameter more."""
-
-    gradient_accumulation_friendly: bool = option_field(False, SWITCH)
-    """Loops of `hf_amp.training`: work moves from the micro-batch to the step. Under DistributedDataParallel gradients
-    are reduced with the last micro-batch only, and in the manager and in `train_window` parameters are cast once for
-    all micro-batches, which holds up to 2 bytes a parameter in between."""
-
-    distributed_amp: bool = option_field(False, SWITCH)
-    """Whether several processes train together. Their verdicts are then agreed on as with `sync_grad_scaler`, and
-    `communication_precision` can be chosen. `DataParallel` is one process and needs neither."""
-
-    communication_precision: PrecisionMode | None = option_field(None, _COMMUNICATION)
-    """What DistributedDataParallel reduces gradients in: None for as they are (FP32), FP16 or BF16 for half the bytes.
-    Needs `distributed_amp`. Gradients are averaged scaled, so that FP16 has the range for them which the loss scale
-    keeps; one that leaves it is an overflow like any other. Names are accepted as strings, in any case."""
-
-    sync_grad_scaler: bool = option_field(False, SWITCH)
-    """Whether the processes agree on every verdict and scale, by one small all-reduce a step. `attach` turns it on
-    where there are several; needed by hand with DistributedDataParallel or FSDP1 outside of accelerate, unless
-    `distributed_amp` is set."""
-
-    def __post_init__(self) -> None:
-        for name, enumeration in (
-            ("precision_mode", PrecisionMode),
-            ("scaling_strategy", ScalingStrategy),
-            ("communication_precision", PrecisionMode),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, str) and value.upper() in enumeration.__members__:
-                object.__setattr__(self, name, enumeration[value.upper()])
-        for option in dataclasses.fields(self):
-            self._check_value(option)
-        check_together(self)
-
-    def _check_value(self, option: dataclasses.Field[Any]) -> None:
-        value = getattr(self, option.name)
-        allowed: Allowed = option.metadata["help"]
-        if not allowed.accepts(value):
-            default = getattr(option.default, "value", option.default)
-            raise ConfigError(
-                f"MixedPrecisionConfig({option.name}={safe_repr(value)}): {option.name} must be {allowed}; "
-                f"leave it out for the default ({default}).{hint(value, option.default)}"
-            )
-
-    @classmethod
-    def or_default(cls, config: Any, whose: str, besides: str = "") -> MixedPrecisionConfig:
-        """`config` as a caller has passed it to `whose`; the defaults where it is None.
-
-        Args:
-            besides: what `whose` takes too, or what is to be known, for the error.
-
-        Raises:
-            ConfigError: it is something else.
-        """
-        if config is None or isinstance(config, cls):
-            return config or cls()
-        raise ConfigError(
-            f"{whose}(config={safe_repr(config)}): pass a MixedPrecisionConfig{besides}; leave it out for the defaults."
-        )
-
-    @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> MixedPrecisionConfig:
-        """A config from plain data, such as parsed YAML or JSON.
-
-        Raises:
-            UnknownOptionError: a key is no option; the nearest option is named.
-            ConfigError: a value is wrong.
-        """
-        if not isinstance(options, Mapping):
-            raise ConfigError(
-                f"MixedPrecisionConfig.from_dict got {type(options).__name__}: pass a mapping of option names to "
-                "values."
-            )
-        check_names(cls, options)
-        return cls(**options)
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> MixedPrecisionConfig:
-        """A config from a `.json`, `.yaml` or `.yml` file that holds one mapping.
-
-        Raises:
-            ConfigError: the file cannot be read, is neither format, or holds a wrong option.
-        """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-            if path.suffix == ".json":
-                options = json.loads(text)
-            elif path.suffix in (".yaml", ".yml"):
-                import yaml  # a dependency of accelerate and transformers; not needed to import hf_amp
-
-                options = yaml.safe_load(text)
-            else:
-                raise ConfigError(f"{path}: a config file must end in .json, .yaml or .yml.")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read ({error}); pass the path of a readable config file."
-            ) from error
-        except ConfigError:
-            raise
-        except Exception as error:  # json and yaml raise unrelated trees
-            raise ConfigError(
-                f"{path}: not valid {path.suffix[1:].upper()} ({error}); mend the file."
-            ) from error
-        try:
-            return cls.from_dict(options)
-        except ConfigError as error:
-            raise type(error)(f"{path}: {error}") from error
-
-    def refuse(self, names: Collection[str], why: str) -> None:
-        """For integrations that cannot follow every option.
-
-        Raises:
-            ConfigError: one of the options `names` is not at its default.
-        """
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            if option.name in names and value != option.default:
-                raise ConfigError(
-                    f"MixedPrecisionConfig({option.name}={value!r}): {why}; leave {option.name} out."
-                )
-
-    def without_loop_options(self) -> MixedPrecisionConfig:
-        """The same, with the options that only the loops of `hf_amp.training` follow at their defaults."""
-        others = {name: value for name, value in self.to_dict().items() if name not in LOOP_OPTIONS}
-        return self.from_dict(others)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""
-        plain = dataclasses.asdict(self)
-        return {name: value.value if isinstance(value, enum.Enum) else value for name, value in plain.items()}

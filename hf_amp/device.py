@@ -1,4 +1,9 @@
-"""What a device can run in half precision, and how, as a frozen record."""
+"""Devices: what they can run in half precision, and what differs between them, over `torch.accelerator`.
+
+Every question about a device type that hf_amp asks is answered here: units for a format, FP64, generators, events, peak memory,
+CUDA graphs. NVIDIA and AMD GPUs and CPUs are known; MPS, XPU and NPU are driven by the same public API of torch, and what
+their units are is said to be unknown.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,12 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from hf_amp.precision import PrecisionMode
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,7 @@ class Hardware:
     Attributes:
         device: the device's type, such as `cuda` or `cpu`.
         name: the device's name as its driver or the operating system gives it.
-        fp16: `native` (units for it), `slow` (kernels without units) or `none`. Units are no promise of speed.
+        fp16: `native` (units for it), `slow` (kernels without units), `unknown` or `none`. Units are no promise of speed.
         bf16: the same for BF16.
         fp8: `native` or `none`.
         tf32: the same for TF32, in which FP32 matrix products may run on request.
@@ -33,6 +41,12 @@ class Hardware:
     tf32: str = "none"
     capability: tuple[int, int] | None = None
 
+    def describe(self, mode: PrecisionMode, emulate: bool = False) -> str:
+        """One phrase: a precision, and what that means on this device."""
+        if mode in (PrecisionMode.MIXED, PrecisionMode.FP16):
+            return self.describe_fp16(emulate)
+        return f"{mode.value} on {self.name}"
+
     def describe_fp16(self, emulate: bool) -> str:
         """One phrase that says what FP16 is on this device."""
         if self.device == "cpu" and emulate:
@@ -41,7 +55,8 @@ class Hardware:
             return (
                 f"real FP16 kernels on {self.name}, which has no units for them (many times slower than FP32)"
             )
-        return f"real FP16 on {self.name}"
+        known = "" if self.fp16 == "native" else ", a kind of device that hf_amp has not been tried on"
+        return f"real FP16 on {self.name}{known}"
 
 
 _AMD_UNITS = {
@@ -84,7 +99,7 @@ def probe(device: torch.device | str) -> Hardware:
     if device.type == "cpu":
         name = platform.processor() or platform.machine()
         return Hardware(device="cpu", name=name, fp16=_on_cpu("fp16"), bf16=_on_cpu("bf16"))
-    return Hardware(device=device.type, name=device.type, fp16="native", bf16="native")
+    return Hardware(device=device.type, name=device.type, fp16="unknown", bf16="unknown")
 
 
 def amd_gpu(name: str, architecture: str) -> Hardware:
@@ -120,37 +135,101 @@ def _on_cpu(number_format: str) -> str:
     return "native" if has_units and has_kernels() and not is_kept_off else "slow"
 
 
-@dataclass(frozen=True, eq=False)
-class RandomState:
-    """The states of the CPU's generator and of those of some CUDA devices. They lie on the host: no device is read.
+def default_device() -> torch.device:
+    """The accelerator of this machine; the CPU where there is none."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
 
-    Attributes:
-        cpu: of the CPU's, shape [n], uint8.
-        cuda: device → that of its generator, likewise.
+
+def has_float64(device: torch.device) -> bool:
+    """Whether `device` computes in FP64: MPS and some XPUs do not."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """FP64 where `device` has it, else FP32."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may be read, and no generator asked."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def copies_without_waiting(device: torch.device) -> bool:
+    """Whether a copy from `device` into pinned memory can be waited for later, by an event."""
+    return device.type in ("cuda", "xpu")
+
+
+def new_event(device: torch.device, timed: bool = False) -> torch.Event:
+    """An event of `device`, recorded on its current stream."""
+    event = torch.Event(device, enable_timing=timed)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def peak_bytes(devices: Iterable[torch.device]) -> int | None:
+    """The most bytes that PyTorch had allocated at once on any one of `devices`; None where it counts on none.
+
+    Of several, as a model is split over, it is those of the fullest: peaks of different moments have no sum, and the
+    fullest runs out first. A device without an index is the thread's current one. No GPU-CPU sync.
     """
-
-    cpu: Tensor
-    cuda: Mapping[torch.device, Tensor]
-
-    @classmethod
-    def now(cls, devices: Iterable[torch.device]) -> RandomState:
-        """The present one, of the CPU and of what is CUDA among `devices`."""
-        cuda = {device for device in devices if device.type == "cuda"}
-        return cls(torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in cuda})
-
-    def restore(self) -> None:
-        """Makes it the present one."""
-        torch.set_rng_state(self.cpu)
-        for device, state in self.cuda.items():
-            torch.cuda.set_rng_state(state, device)
-
-    def has_moved(self) -> bool:
-        """Whether anything was drawn since."""
-        now = RandomState.now(self.cuda)
-        same = (torch.equal(now.cuda[device], state) for device, state in self.cuda.items())
-        return not (torch.equal(now.cpu, self.cpu) and all(same))
+    counted = [
+        int(module.max_memory_allocated(device))
+        for device in devices
+        if hasattr(module := torch.get_device_module(device), "max_memory_allocated")
+    ]
+    return max(counted, default=None)
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
     """Where `model`'s parameters are."""
     return {parameter.device for parameter in model.parameters()}
+
+
+@dataclass(frozen=True, eq=False)
+class RandomState:
+    """The states of the CPU's generator and of those of some other devices. They lie on the host: no GPU-CPU sync.
+
+    Attributes:
+        cpu: of the CPU's, shape [n], uint8.
+        others: device → that of its generator, likewise.
+    """
+
+    cpu: Tensor
+    others: Mapping[torch.device, Tensor]
+
+    @classmethod
+    def now(cls, devices: Iterable[torch.device]) -> RandomState:
+        """The present one, of the CPU and of those of `devices` that have a generator."""
+        return cls(
+            torch.get_rng_state(),
+            {device: _generator(device).get_state() for device in set(devices) if _has_generator(device)},
+        )
+
+    def restore(self) -> None:
+        """Makes it the present one."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.others.items():
+            _generator(device).set_state(state)
+
+    def has_moved(self) -> bool:
+        """Whether anything was drawn since."""
+        now = RandomState.now(self.others)
+        same = (torch.equal(now.others[device], state) for device, state in self.others.items())
+        return not (torch.equal(now.cpu, self.cpu) and all(same))
+
+
+def _has_generator(device: torch.device) -> bool:
+    return device.type not in ("cpu", "meta")
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The default generator of `device`: CUDA, XPU and NPU have one for each device, MPS has one."""
+    module = torch.get_device_module(device)
+    if device.type == "mps":
+        return cast(torch.Generator, module._get_default_mps_generator())
+    index = device.index if device.index is not None else torch.accelerator.current_device_index()
+    return cast(torch.Generator, module.default_generators[index])

@@ -1,31 +1,206 @@
-"""What happened: the record that the log, the metrics and the session all get."""
+"""What happened in a run: the table of causes, a step's outcome, the closed list of events, and the recorder of them."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 LOG_FILE = "amp_events.jsonl"
 """What a run's log is called in its folder."""
+EVENTS_KEPT = 10_000
+"""Newest events that a session keeps; the JSON-lines log has all."""
+INCIDENTS_A_LOG_ENTRY = 3
+"""Incidents that one log entry names; the JSON-lines log has all."""
+NAMES_IN_A_HEADLINE = 4
+"""Modules that one headline names; the event has all."""
+
+
+# ---- causes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CauseFacts:
+    """One row of the table of causes: all that the package knows of a cause, but for how it is found.
+
+    Attributes:
+        name: as in events and logs.
+        in_words: what was seen, in the past tense, to go on with after "skipped because".
+        metric: the meaning of `skipped_steps_<name>`.
+        metric_remedy: what to do where that grows.
+        remedy: a sentence, for people, that says what to do where nothing is learned for it.
+        elsewhere: what a rank says that has not seen it itself.
+        error: its name among `numerical_errors`.
+        severity: where ranks find different causes the largest stands, because the others only see its traces; an
+            unconfirmed one counts a tenth.
+        moves_scale: whether a smaller scale may cure it.
+        moves_precision: whether a wider format may cure it.
+        retries: how often loops of hf_amp's own run the same data again: as long as a new scale or plan may help. Source of
+            the 2 where nothing was confirmed: fairseq's AMP trainer.
+        light: colour on a light page, `#rrggbb`. Source of the hues: Okabe and Ito, "Color Universal Design" (2008).
+        dark: colour on a dark page.
+        marker: its shape in pictures, for those who do not see colours, by matplotlib's name.
+    """
+
+    name: str
+    in_words: str
+    metric: str
+    metric_remedy: str
+    remedy: str
+    elsewhere: str
+    error: str
+    severity: int
+    moves_scale: bool
+    moves_precision: bool
+    retries: int
+    light: str
+    dark: str
+    marker: str
 
 
 class Cause(str, enum.Enum):
-    """Why an optimizer step was skipped."""
+    """Why an optimizer step was skipped: the table of causes, one row each.
 
-    SCALE = "SCALE"
-    """Finite loss; a smaller scale cures it."""
-    ACTIVATION = "ACTIVATION"
-    """A forward value left the format's range."""
-    INPUT = "INPUT"
-    """The batch holds non-finite values."""
-    WEIGHTS = "WEIGHTS"
-    """The parameters hold non-finite values."""
-    LOSS = "LOSS"
-    """Finite outputs, non-finite loss."""
-    UNKNOWN = "UNKNOWN"
-    """None of the above could be shown."""
+    A new cause is a row here, what finds it in `fallback/diagnosis.py`, and tests.
+    """
+
+    facts: CauseFacts
+
+    def __new__(cls, facts: CauseFacts) -> Cause:
+        cause = str.__new__(cls, facts.name)
+        cause._value_ = facts.name
+        cause.facts = facts
+        return cause
+
+    SCALE = CauseFacts(
+        name="SCALE",
+        in_words="the scale was too large",
+        metric="skipped with a finite loss: the scale was too large",
+        metric_remedy="grows for ever: lower init_scale or raise growth_interval",
+        remedy="Train in BF16 or FP32, or lower init_scale and min_scale.",
+        elsewhere="the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in "
+        "the first steps of a run; nothing to do.",
+        error="gradient_overflow",
+        severity=20, moves_scale=True, moves_precision=False, retries=32,
+        light="#c98300", dark="#f0b23e", marker="v",
+    )  # fmt: skip
+    ACTIVATION = CauseFacts(
+        name="ACTIVATION",
+        in_words="an activation left the range",
+        metric="skipped because a forward value left the format's range",
+        metric_remedy="nothing with automatic_fallback: the modules that the event names run in FP32",
+        remedy="Train the modules that the events name, or all, in BF16 or FP32.",
+        elsewhere="a forward value left the range of the format there; no scale can cure that, a wider range does.",
+        error="activation_overflow",
+        severity=300, moves_scale=False, moves_precision=True, retries=32,
+        light="#c2410c", dark="#f58a5b", marker="D",
+    )  # fmt: skip
+    INPUT = CauseFacts(
+        name="INPUT",
+        in_words="the batch held non-finite values",
+        metric="skipped because the batch holds non-finite values",
+        metric_remedy="fix the data",
+        remedy="Fix the data: batch after batch holds non-finite values.",
+        elsewhere="the batch there holds inf or NaN; no precision can cure that. Fix the data, or drop such batches.",
+        error="non_finite_input",
+        severity=310, moves_scale=False, moves_precision=False, retries=0,
+        light="#7a4fa3", dark="#b794e0", marker="s",
+    )  # fmt: skip
+    LOSS = CauseFacts(
+        name="LOSS",
+        in_words="the loss was not finite",
+        metric="skipped with finite outputs and a non-finite loss",
+        metric_remedy="look at the loss function and the labels",
+        remedy="Look at the labels (is every one ignored?), at rewards (are all of a group equal?) and at the loss function.",
+        elsewhere="the model's outputs are finite there, its loss is not: look at the loss function and at the labels there.",
+        error="non_finite_loss",
+        severity=60, moves_scale=False, moves_precision=False, retries=0,
+        light="#b5527f", dark="#e28fb4", marker="^",
+    )  # fmt: skip
+    WEIGHTS = CauseFacts(
+        name="WEIGHTS",
+        in_words="parameters were not finite",
+        metric="skipped because parameters are not finite",
+        metric_remedy="go back to the last good checkpoint",
+        remedy="Go back to the last good checkpoint.",
+        elsewhere="parameters there hold non-finite values; no step can correct that. Go back to the last good checkpoint.",
+        error="non_finite_weights",
+        severity=320, moves_scale=False, moves_precision=False, retries=0,
+        light="#a3182a", dark="#f0707f", marker="X",
+    )  # fmt: skip
+    UNKNOWN = CauseFacts(
+        name="UNKNOWN",
+        in_words="no cause could be confirmed",
+        metric="skipped without a cause that could be confirmed",
+        metric_remedy="look at the batch, the loss function and activations",
+        remedy="Look at the learning rate, the data, the labels and the loss function, or train in FP32 to see whether it is "
+        "precision.",
+        elsewhere="no cause could be confirmed there. Look at the batch there and at the loss function, and for activations "
+        "beyond 65504.",
+        error="unknown",
+        severity=50, moves_scale=False, moves_precision=True, retries=2,
+        light="#66717e", dark="#97a2ae", marker="o",
+    )  # fmt: skip
+
+
+# ---- one step -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of one optimizer step, as known on the host.
+
+    Attributes:
+        attempt: number of the step among all that the scaler decided, from 1.
+        applied: whether the optimizer moved anything; where not, parameters and optimizer state are as before.
+        scale: the scale that the gradients' backward used.
+        backward: number of the backward that made the gradients; the same for optimizers that step from one.
+        loss_finite: whether every loss behind the gradients was finite; None where the scaler saw no loss.
+        losses: how many losses (micro-batches) the scaler saw behind the gradients, each reported by one step alone, where
+            one backward makes gradients for several optimizers.
+        non_finite_losses: how many of them were not finite; with several processes, on the worst of them.
+        zero_gradients: whether there are gradients and every element of them is exactly zero: nothing is learned.
+        has_gradients: whether any parameter had a gradient.
+        grad_norm: 2-norm of the unscaled gradients before clipping; None where unknown or not finite.
+        grad_amax: largest magnitude of the same; None likewise.
+        underflow_fraction: share of scaled gradient elements that are zero or subnormal; None where not sampled.
+        lost_update_fraction: share of low-precision parameter elements that the newest sampled step, an earlier one, did
+            not change; None where none was sampled since the last outcome.
+        inf_elements: infinite gradient elements of a skipped step, as they are when it is decided: a plain clip before
+            has made all of them NaN, a fused one has not. None where not counted.
+        nan_elements: NaN gradient elements, likewise.
+        extras: what the scaler's `step_hooks` asked for, by the names of `statistics.to_host`.
+    """
+
+    attempt: int
+    applied: bool
+    scale: float
+    backward: int = 0
+    loss_finite: bool | None = None
+    losses: int = 0
+    non_finite_losses: int = 0
+    zero_gradients: bool = False
+    has_gradients: bool = True
+    grad_norm: float | None = None
+    grad_amax: float | None = None
+    underflow_fraction: float | None = None
+    lost_update_fraction: float | None = None
+    inf_elements: int | None = None
+    nan_elements: int | None = None
+    extras: Mapping[str, float] = field(default_factory=dict)
+
+    def non_finite_fraction(self, elements: int) -> float:
+        """Share of the step's gradient `elements` that are not finite; 1 where they were not counted."""
+        if self.inf_elements is None or self.nan_elements is None or not elements:
+            return 1.0
+        return (self.inf_elements + self.nan_elements) / elements
+
+
+# ---- events -------------------------------------------------------------------------------------------------
 
 
 class EventKind(str, enum.Enum):
@@ -42,11 +217,11 @@ class EventKind(str, enum.Enum):
     PARAMETERS_CONVERTED = "parameters_converted"
     MASTER_WEIGHTS_KEPT = "master_weights_kept"
     ZERO_GRADIENTS = "zero_gradients"
-    """An applied step whose gradients are all exactly zero; told for the first of several in a row."""
+    """An applied step whose gradients are all exactly zero; reported for the first of several in a row."""
     STALLED = "stalled"
     """Nothing can be learned any more."""
     TRAINING_STOPPED = "training_stopped"
-    """A hopeless run was stopped, as configured."""
+    """A stalled run was stopped, as configured."""
     EVALUATION_LOST_BATCHES = "evaluation_lost_batches"
     """The evaluation loss leaves out batches whose loss was not finite."""
     CHECKPOINT_WITHHELD = "checkpoint_withheld"
@@ -74,12 +249,6 @@ _AS_EXPECTED = (
 )
 
 
-def join_names(names: Sequence[str], most: int = 3) -> str:
-    """The first of `names`, and how many more there are: a sentence names a few, the event has all."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 @dataclass(frozen=True)
 class AmpEvent:
     """One thing that happened.
@@ -103,3 +272,91 @@ class AmpEvent:
     message: str = ""
     figures: dict[str, Any] = field(default_factory=dict, hash=False)
     """Figures that belong to the event, by catalogue name."""
+
+    def headline(self) -> str:
+        """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, no control characters."""
+        cause = f" ({self.cause.value})" if self.cause else ""
+        names = [name or "the model" for name in self.modules]  # its own name is ""
+        where = f" in {join_names(names, NAMES_IN_A_HEADLINE)}" if names else ""
+        return printable(f"step {self.step}: {self.kind.value}{cause}{where}")
+
+
+def join_names(names: Sequence[str], most: int = 3) -> str:
+    """The first of `names`, and how many more there are: a sentence names a few, the event has all."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def printable(text: str) -> str:
+    """`text` from a run, with control characters and everything else that does not print shown as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# ---- the recorder -------------------------------------------------------------------------------------------
+
+
+class EventRecorder:
+    """The part of `AmpSession` that knows nothing of precision: events, and where they go.
+
+    Args:
+        sinks: called with every event.
+
+    Attributes:
+        run_id: names the run in logs.
+        first_step: what the scaler's first decided step is called in events; 1, or later in a resumed run.
+        newest_step: number of the newest optimizer step that is known; 0 before the first.
+        lock: held while what people read is changed, so that other threads read it between two steps.
+    """
+
+    def __init__(self, sinks: list[Callable[[AmpEvent], None]]) -> None:
+        self.run_id = uuid.uuid4().hex[:12]
+        self.sinks = sinks
+        self.first_step = 1
+        self.newest_step = 0
+        self.lock = threading.RLock()
+        self._events: deque[AmpEvent] = deque(maxlen=EVENTS_KEPT)
+        self._unlogged: deque[AmpEvent] = deque(maxlen=INCIDENTS_A_LOG_ENTRY)
+        self._unwritten: deque[AmpEvent] | None = deque(maxlen=EVENTS_KEPT)
+
+    @property
+    def events(self) -> Sequence[AmpEvent]:
+        """What happened, oldest first; at most the newest 10,000."""
+        with self.lock:
+            return tuple(self._events)
+
+    def record(self, event: AmpEvent | None) -> None:
+        """Gives an event, if there is one, to every sink, and to the session's list unless it only repeats figures."""
+        if event is None:
+            return
+        if event.kind is not EventKind.METRICS:
+            with self.lock:
+                self._events.append(event)
+        if event.kind.needs_attention:
+            self._unlogged.append(event)
+        if self._unwritten is not None:
+            self._unwritten.append(event)
+        for sink in self.sinks:
+            sink(event)
+
+    def note(self, kind: EventKind, message: str, **figures: Any) -> None:
+        """Records an event of the newest step that has no cause and changes no value."""
+        self.record(AmpEvent(self.newest_step, kind, message=message, figures=figures))
+
+    def begin_log(self, write: Callable[[AmpEvent], None], message: str, **figures: Any) -> None:
+        """Makes `write` a sink: it gets that training starts, what happened before while no log was open, and all to come."""
+        self.sinks.append(write)
+        before, self._unwritten = self._unwritten, None
+        self.note(EventKind.TRAINING_STARTED, message, **figures)
+        for event in before or ():
+            write(event)
+
+    def end_log(self, write: Callable[[AmpEvent], None]) -> None:
+        """Takes `write` out of the sinks; what happens from now on is kept for the next log."""
+        self.sinks.remove(write)
+        self._unwritten = deque(maxlen=EVENTS_KEPT)
+
+    def unlogged_incidents(self) -> str:
+        """What needed attention since the last call, for one log entry: the newest three; "" where nothing did."""
+        joined = "; ".join(event.headline() for event in self._unlogged)
+        self._unlogged.clear()
+        return joined

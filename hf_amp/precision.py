@@ -26,16 +26,30 @@ class PrecisionMode(str, enum.Enum):
 
 
 class ScalingStrategy(str, enum.Enum):
-    """How the loss scale is chosen."""
+    """How the loss scale is chosen: the registry of strategies, one line each.
 
-    CONSTANT = "CONSTANT"
+    Attributes:
+        policy: dotted path of its policy; the config gives it those options that are its fields.
+        defers: whether a fused optimizer decides on the device, and the host learns of a skip one step later.
+    """
+
+    policy: str
+    defers: bool
+
+    def __new__(cls, name: str, policy: str, defers: bool = False) -> ScalingStrategy:
+        strategy = str.__new__(cls, name)
+        strategy._value_ = name
+        strategy.policy, strategy.defers = policy, defers
+        return strategy
+
+    CONSTANT = "CONSTANT", "hf_amp.scaling.policies.ConstantScale"
     """`init_scale` throughout."""
-    DYNAMIC = "DYNAMIC"
+    DYNAMIC = "DYNAMIC", "hf_amp.scaling.policies.DynamicScale"
     """Back off on overflow, grow after `growth_interval` clean steps; the rule of `torch.amp.GradScaler`."""
-    ADAPTIVE = "ADAPTIVE"
+    ADAPTIVE = "ADAPTIVE", "hf_amp.scaling.adaptive.AdaptiveScale"
     """From the running distribution of the gradients."""
-    PERFORMANCE_OPTIMIZED = "PERFORMANCE_OPTIMIZED"
-    """No host read in the step."""
+    PERFORMANCE_OPTIMIZED = "PERFORMANCE_OPTIMIZED", "hf_amp.scaling.adaptive.AdaptiveScale", True
+    """ADAPTIVE's rule, without a GPU-CPU sync in the step where the optimizer is fused."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Small tensors from one device to another."""
+"""Statistics of gradients and parameters on their device, and the one place where hf_amp brings figures to the host."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_amp.device import copies_without_waiting, new_event, widest_float
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat
 
 
@@ -67,7 +68,7 @@ def vector_to_host(values: Tensor) -> list[float]:
 class PendingTransfer:
     """Values on their way to the host: copied into pinned memory behind the work already queued, with an event.
 
-    That is on CUDA. Other devices, which have no such event here, are read in `result`, and waited for.
+    Devices that cannot do that are read in `result`, and waited for.
 
     Args:
         values: name → tensor of shape [] or [n], all on one device.
@@ -76,18 +77,16 @@ class PendingTransfer:
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self._labels = _labels(values, values)
         packed = _packed(values, list(values)).detach()
-        self._event: torch.cuda.Event | None = None
-        if packed.device.type == "cuda":
+        self._event: torch.Event | None = None
+        self._host = packed
+        if copies_without_waiting(packed.device):
             self._host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
             self._host.copy_(packed, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record(torch.cuda.current_stream(packed.device))
-        else:
-            self._host = packed
+            self._event = new_event(packed.device)
 
     def ready(self) -> bool:
         """Whether `result` would not wait, as far as there is somebody to ask."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._event is None or self._event.query()
 
     def result(self) -> dict[str, float]:
         """The values; waits for the device where `ready` is False."""
@@ -102,7 +101,7 @@ def _packed(values: Mapping[str, Tensor], names: list[str]) -> Tensor:
         if not any(tensor.dim() for tensor in tensors):
             return torch.stack(tensors)
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
-    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    wide = widest_float(tensors[0].device)
     return torch.cat([tensor.to(wide).reshape(-1) for tensor in tensors])
 
 
@@ -135,14 +134,6 @@ def all_reduce_max_to_host(values: Tensor) -> list[float]:
     agreed = values.clone()
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return vector_to_host(agreed)
-
-
-_ELEMENTS_PER_COPIED = 200
-"""Elements of all gradients to each that is copied at once, to be read together with others: half of 1%."""
-_MOST_COPIED = 16384
-"""Elements that are copied at once, at most; copying more costs what it saves."""
-_IN_CACHE = 2**17
-"""Elements of FP32 that stay in the cache of one core until they are read again: 512 KiB."""
 
 
 def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> list[Tensor]:
@@ -231,8 +222,7 @@ def norm_and_amax(
     norms: list[Tensor] = []
     peaks: list[Tensor] = []
     for group in filled_groups(gradients):
-        read = _read_on_cpu if group[0].device.type == "cpu" else _read_by_foreach
-        group_norm, group_peak = read(group, norm, amax)
+        group_norm, group_peak = _read(group, norm, amax)
         norms += group_norm
         peaks += group_peak
     return (
@@ -241,66 +231,21 @@ def norm_and_amax(
     )
 
 
-def _read_by_foreach(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Its norm and its largest magnitude, each if it is wanted."""
-    return (
-        [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(group, 2.0)))] if norm else [],
-        [torch.stack(torch._foreach_norm(group, math.inf)).amax()] if amax else [],
-    )
-
-
-def _read_on_cpu(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """The same. BLAS reads large FP32 with every core; `aminmax` reads anything eight times faster than an inf-norm, and what
-    BLAS has just brought into the cache `amax` and `amin` read twice as fast again. Measured by `tests/benchmarks`."""
+def _read(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The norm and the largest magnitude of tensors of one device and dtype, each if it is wanted."""
+    norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(group, 2.0)))] if norm else []
     if not amax:
-        return _norms_on_cpu(group), []
-    by_blas = norm and group[0].dtype == torch.float32
-    squares: list[Tensor] = []
-    extremes: list[Tensor] = []
-    for piece in _pieces(group):
-        if not by_blas:
-            extremes += piece.aminmax()
-            continue
-        flat = _flat(piece)
-        for part in torch.split(flat, _IN_CACHE) if flat.numel() > _IN_CACHE else (flat,):
-            squares.append(part.dot(part))
-            extremes += (part.amax(), part.amin())
-    norms = [torch.stack(squares).sum().sqrt_()] if by_blas else _read_by_foreach(group, norm, False)[0]
-    return norms, [torch.stack(extremes).abs_().amax()]
+        return norms, []
+    return norms, [_amax_on_cpu(group) if group[0].device.type == "cpu" else _amax_by_foreach(group)]
 
 
-def _norms_on_cpu(group: list[Tensor]) -> list[Tensor]:
-    """The norm alone: what is large by BLAS, the rest in one call."""
-    large = [g for g in group if g.numel() > _IN_CACHE] if group[0].dtype == torch.float32 else []
-    if not large:
-        return _read_by_foreach(group, True, False)[0]
-    squares = [flat.dot(flat) for flat in map(_flat, large)]
-    rest = [gradient for gradient in group if gradient.numel() <= _IN_CACHE]
-    norms = _read_by_foreach(rest, True, False)[0] if rest else []
-    return [*norms, torch.stack(squares).sum().sqrt_()]
+def _amax_on_cpu(group: list[Tensor]) -> Tensor:
+    """There `aminmax` reads eight times faster than an inf-norm."""
+    return torch.stack([end for tensor in group for end in tensor.aminmax()]).abs_().amax()
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
-
-
-def _pieces(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """`tensors`, of one device and dtype, small ones copied together: calls cost more than reading them."""
-    sizes = [tensor.numel() for tensor in tensors]
-    most = min(sum(sizes) // _ELEMENTS_PER_COPIED, _MOST_COPIED)
-    run: list[Tensor] = []
-    held = 0
-    for tensor, size in zip(tensors, sizes, strict=True):
-        if 2 * size > most:
-            yield tensor
-            continue
-        if held + size > most:
-            yield torch.cat(run)
-            run, held = [], 0
-        run.append(tensor if tensor.dim() == 1 else tensor.reshape(-1))
-        held += size
-    if run:
-        yield torch.cat(run)
+def _amax_by_foreach(group: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(group, math.inf)).amax()
 
 
 def filled_groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

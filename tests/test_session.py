@@ -17,8 +17,8 @@ from hf_amp import (
     PrecisionMode,
 )
 from hf_amp.device import Hardware, probe
+from hf_amp.events import EVENTS_KEPT
 from hf_amp.monitoring.metrics import NAMES
-from hf_amp.session import EVENTS_KEPT
 from tests.reference import OverflowInBackward
 
 

@@ -1,16 +1,17 @@
-"""`hf-amp report RUN [RUN ...]`: the command."""
+"""`hf-amp report RUN [RUN ...]`: one page of a run, or of several side by side."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from hf_amp.report.reader import RunHistory
+from hf_amp.errors import StateError
+from hf_amp.report.reader import RunHistory, read_run
+from hf_amp.report.verdict import figures_of
 
 
 def report(
@@ -27,16 +28,11 @@ def report(
     ] = False,
 ) -> None:
     """Make one self-contained page of a run, or of several side by side: verdict, pictures, incidents, what to do."""
-    from hf_amp.errors import StateError
-    from hf_amp.report.reader import read_run
-
     try:
         histories = [read_run(run) for run in runs]
     except (StateError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="RUN") from error
     if as_json:
-        from hf_amp.report.pictures import figures_of
-
         typer.echo(json.dumps([figures_of(history) for history in histories], indent=2, allow_nan=False))
     if png is not None:
         from hf_amp.report.pictures import write_pngs

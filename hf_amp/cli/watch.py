@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hf_amp.errors import StateError
+from hf_amp.events import join_names, printable
+from hf_amp.report.reader import EventLogReader, Incident, RunHistory, named_run, take_in
+from hf_amp.report.verdict import formatted, verdict_on
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hf_amp.report.reader import EventLogReader, RunHistory
-
 INCIDENTS_SHOWN = 8
-NAMES_SHOWN = 3
-_SHOWN = (
+_FIGURES = (
     "loss", "scale", "applied_steps", "skipped_steps", "skip_rate", "grad_norm", "headroom_bits", "underflow_fraction",
     "modules_in_fp32", "step_seconds", "samples_per_second", "memory_bytes",
 )  # fmt: skip
@@ -26,15 +29,12 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 def watch(
     run: Annotated[Path, typer.Argument(help="Output folder of a run, or its event log.")],
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and end.")] = False,
 ) -> None:
     """Follow a run in the terminal until it ends or you press Ctrl-C. The run is only read."""
     from rich.console import Console
     from rich.live import Live
-
-    from hf_amp.errors import StateError
-    from hf_amp.report.reader import EventLogReader, named_run
 
     try:
         history = named_run(run)
@@ -52,15 +52,8 @@ def watch(
         return
 
 
-def take_in(log: EventLogReader, history: RunHistory) -> None:
-    """Adds what the log has more than before."""
-    for line in log.read():
-        history.add(line)
-    history.torn_lines = log.torn_lines
-
-
 def follow(log: EventLogReader, history: RunHistory, show: Callable[[], None], interval: float) -> None:
-    """Shows the run again and again, until it has ended."""
+    """Shows the run every `interval` seconds, until it has ended."""
     while not history.ended:
         time.sleep(interval)
         take_in(log, history)
@@ -74,40 +67,39 @@ def panel(history: RunHistory) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from hf_amp.monitoring.sinks.console import visible
-    from hf_amp.report.pictures import formatted
-    from hf_amp.report.verdict import verdict_on
-
     verdict = verdict_on(history)
-    parts: list[RenderableType] = [
-        Text(visible(verdict.sentence), style=_STYLES[verdict.level.value]),
-        Text(""),
-    ]
     figures = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for name in _SHOWN:
-        series = history.figures.get(name)
-        if series is not None and len(series):
-            figures.add_row(
-                Text(name, style="dim"),
-                formatted(series.values[-1]),
-                Text(course(list(series.values)), style="cyan"),
-            )
-    parts.append(figures)
-    for incident in history.incidents[-INCIDENTS_SHOWN:]:
-        times = f" ({incident.count:,} times)" if incident.count > 1 else ""
-        unnamed = [name for name in incident.modules if name not in incident.message][:NAMES_SHOWN]
-        where = f" {', '.join(unnamed)}" if unnamed else ""
-        what = f"{incident.event.replace('_', ' ')} {incident.cause}".rstrip()
-        line = f"step {incident.last_step:,}: {what}{where}{times}. {incident.message}"
-        parts.append(Text(visible(line), style="yellow"))
+    for name in filter(history.latest.__contains__, _FIGURES):
+        bars = Text(course(list(history.figures[name].values)), style="cyan")
+        figures.add_row(Text(name, style="dim"), formatted(history.latest[name]), bars)
+    incidents = [
+        Text(printable(_line(incident)), style="yellow") for incident in history.incidents[-INCIDENTS_SHOWN:]
+    ]
     state = "ended" if history.ended else "running, or killed"
-    title = Text(visible(f"{history.name} · step {history.newest_step:,} · {state}"))
-    return Panel(Group(*parts), title=title, title_align="left", border_style="dim")
+    return Panel(
+        Group(
+            Text(printable(verdict.sentence), style=_STYLES[verdict.level.value]),
+            Text(""),
+            figures,
+            *incidents,
+        ),
+        title=Text(printable(f"{history.name} · step {history.newest_step:,} · {state}")),
+        title_align="left",
+        border_style="dim",
+    )
+
+
+def _line(incident: Incident) -> str:
+    what = f"{incident.event.replace('_', ' ')} {incident.cause}".rstrip()
+    unnamed = [name for name in incident.modules if name not in incident.message]
+    where = f" {join_names(unnamed)}" if unnamed else ""
+    times = f" ({incident.count:,} times)" if incident.count > 1 else ""
+    return f"step {incident.last_step:,}: {what}{where}{times}. {incident.message}"
 
 
 def course(values: list[float], width: int = 32) -> str:
     """The newest values as a line of bars, from their lowest to their highest."""
-    newest = [value for value in values[-width:] if abs(value) != float("inf") and value == value]
+    newest = [value for value in values[-width:] if math.isfinite(value)]
     if len(newest) < 2:
         return ""
     low, high = min(newest), max(newest)

@@ -1,4 +1,8 @@
-"""From what became of the steps to the plan: a pure state machine, equal on all ranks that are fed the same."""
+"""The fallback: from what became of the steps to the precision plan.
+
+`FallbackPolicy` decides, as a pure state machine, equal on all ranks that are fed the same. `PrecisionAutotuner` times the
+precisions of a DYNAMIC run. `FallbackController` holds the state of both, and makes the models follow.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware
 from hf_amp.errors import StateError
 from hf_amp.events import Cause, join_names
-from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis
+from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
 from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
 from hf_amp.fallback.recorder import ForwardRecorder
@@ -104,6 +107,8 @@ class _Saved:
 WHOLE_MODEL = ""
 """Stands for the plan's default among the names that demotions are counted under."""
 _LARGEST_DOUBLING = 31  # of a number of steps in int32
+WINDOW = 128
+"""Optimizer steps over which the threshold is judged."""
 UNKNOWN_IS_A_PATTERN = 2
 """Overflows without a known cause, within the window, from which precision is suspected; a single one only skips."""
 
@@ -116,11 +121,13 @@ class StepFacts:
         cause: why it was skipped; None where it was applied.
         modules: qualified names of the modules to blame; empty where they are not known.
         non_finite_fraction: share of its gradient elements that were not finite.
+        scale: the loss scale that its backward used.
     """
 
     cause: Cause | None = None
     modules: tuple[str, ...] = ()
     non_finite_fraction: float = 1.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,9 @@ class FallbackState:
             cure.
         suspects: steps in the window that overflowed without a known cause.
         no_room_until: step before which no precision is widened, because memory did not suffice.
+        scale_skips: skips in a row that were put down to the scale.
+        scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is there.
+            What the scale has grown to meanwhile says nothing about FP16.
     """
 
     plan: PrecisionPlan
@@ -145,6 +155,8 @@ class FallbackState:
     unresolved: tuple[tuple[int, float], ...] = ()
     unknown_steps: tuple[int, ...] = ()
     no_room_until: int = 0
+    scale_skips: int = 0
+    scale_at_rest: Positive | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, strings, lists and mappings of them."""
@@ -179,13 +191,11 @@ class FallbackPolicy:
     Attributes:
         ladder: precisions of the whole model, from the one that the run asked for to the widest.
         threshold: share of non-finite gradient elements over the window, among uncured overflows, that is tolerated.
-        window: optimizer steps that `threshold` is judged over.
         recovery_steps: quiet steps before the first way back.
     """
 
     order: tuple[PrecisionMode, ...]
     threshold: float
-    window: int
     recovery_steps: int
 
     def init_state(self) -> FallbackState:
@@ -194,15 +204,16 @@ class FallbackPolicy:
 
     def next_state(self, state: FallbackState, facts: StepFacts) -> FallbackState:
         """The state after one step; a new plan in it takes effect with the next."""
-        state = replace(state, step=state.step + 1)
+        scale_skips = state.scale_skips + 1 if facts.cause is Cause.SCALE else 0
+        state = replace(state, step=state.step + 1, scale_skips=scale_skips)
         if facts.cause is None:
             return self._after_clean_step(replace(state, clean_steps=state.clean_steps + 1))
-        if facts.cause in (Cause.SCALE, Cause.INPUT, Cause.WEIGHTS, Cause.LOSS):
+        if not facts.cause.facts.moves_precision:
             return state
         return self._after_unresolved_overflow(state, facts)
 
     def _after_unresolved_overflow(self, state: FallbackState, facts: StepFacts) -> FallbackState:
-        oldest = state.step - self.window
+        oldest = state.step - WINDOW
         unresolved = (*state.unresolved, (state.step, facts.non_finite_fraction))
         unknown_steps = (
             (*state.unknown_steps, state.step) if facts.cause is Cause.UNKNOWN else state.unknown_steps
@@ -213,34 +224,37 @@ class FallbackPolicy:
             unresolved=tuple(entry for entry in unresolved if entry[0] > oldest),
             unknown_steps=tuple(step for step in unknown_steps if step > oldest),
         )
-        share = sum(entry[1] for entry in state.unresolved) / min(state.step, self.window)
+        share = sum(entry[1] for entry in state.unresolved) / min(state.step, WINDOW)
         if share <= self.threshold or state.step < state.no_room_until:
             return state
         fresh = [name for name in facts.modules if name and not state.plan.holds(name)]
         if fresh and state.plan.default is not PrecisionMode.FP32:
-            return self._changed(state, state.plan.with_modules(fresh, PrecisionMode.FP32), fresh)
+            return self.changed(state, state.plan.with_modules(fresh, PrecisionMode.FP32), fresh)
         if facts.cause is Cause.UNKNOWN and len(state.unknown_steps) < UNKNOWN_IS_A_PATTERN:
             return state
         level = self.order.index(state.plan.default)
         if level + 1 == len(self.order):
             return state
-        return self._changed(state, state.plan.with_default(self.order[level + 1]), [WHOLE_MODEL])
+        if state.scale_at_rest is None:
+            state = replace(state, scale_at_rest=facts.scale)
+        return self.changed(state, state.plan.with_default(self.order[level + 1]), [WHOLE_MODEL])
 
     def _after_clean_step(self, state: FallbackState) -> FallbackState:
         plan = state.plan
         level = self.order.index(plan.default)
         if level > 0:
             if state.clean_steps >= self.patience(state, WHOLE_MODEL):
-                return self._changed(state, plan.with_default(self.order[level - 1]), [])
+                return self.changed(state, plan.with_default(self.order[level - 1]), [])
             return state
         due = [name for name in plan.modules if state.clean_steps >= self.patience(state, name)]
-        return self._changed(state, plan.without_modules(due), []) if due else state
+        return self.changed(state, plan.without_modules(due), []) if due else state
 
     def patience(self, state: FallbackState, name: str) -> int:
         """Quiet steps before `name` is tried in its former precision again: doubled by every relapse."""
         return self.recovery_steps << min(state.demotions.get(name, 1) - 1, _LARGEST_DOUBLING)
 
-    def _changed(self, state: FallbackState, plan: PrecisionPlan, demoted: list[str]) -> FallbackState:
+    def changed(self, state: FallbackState, plan: PrecisionPlan, demoted: list[str]) -> FallbackState:
+        """`state` under another plan; the modules of the names `demoted`, or `WHOLE_MODEL`, had to leave their precision."""
         counts = {name: state.demotions.get(name, 0) + 1 for name in demoted}
         return replace(
             state,
@@ -249,6 +263,7 @@ class FallbackPolicy:
             unresolved=(),
             unknown_steps=(),
             demotions=MappingProxyType({**state.demotions, **counts}),
+            scale_at_rest=None if plan.default is self.order[0] else state.scale_at_rest,
         )
 
     def withdrawn(self, state: FallbackState, plan: PrecisionPlan) -> FallbackState:
@@ -256,7 +271,13 @@ class FallbackPolicy:
 
         Nothing is widened again for `recovery_steps` steps: until then such overflows only skip.
         """
-        return replace(state, plan=plan, clean_steps=0, no_room_until=state.step + self.recovery_steps)
+        return replace(
+            state,
+            plan=plan,
+            clean_steps=0,
+            no_room_until=state.step + self.recovery_steps,
+            scale_at_rest=None if plan.default is self.order[0] else state.scale_at_rest,
+        )
 
     def restored(self, state: FallbackState) -> FallbackState:
         """`state` of a former run, for this one: where that ran on another ladder, its plan's default is left behind.
@@ -286,18 +307,21 @@ class PrecisionChange(NamedTuple):
         after: the plan from the next forward pass on.
         modules: qualified names of the modules that change; empty for the whole model.
         message: one sentence for people.
+        scale_at_rest: the scale to go on with, at most, because the model is back in the precision that the run asked for;
+            None where it is not.
     """
 
     before: PrecisionPlan
     after: PrecisionPlan
     modules: tuple[str, ...]
     message: str
+    scale_at_rest: float | None = None
 
 
 def describe_change(
-    former: FallbackState, state: FallbackState, facts: StepFacts, fallback: FallbackPolicy
+    former: FallbackState, state: FallbackState, facts: StepFacts, policy: FallbackPolicy
 ) -> PrecisionChange:
-    """What the step with these `facts` has changed, told."""
+    """What the step with these `facts` has changed, in words."""
     before, after = former.plan, state.plan
     names: tuple[str, ...] = ()
     who, leaves, goes = "the model", "leaves its", "goes"
@@ -308,17 +332,16 @@ def describe_change(
         leaves, goes = ("leaves its", "goes") if len(names) == 1 else ("leave their", "go")
     change = f"{before.describe()} → {after.describe()}"
     if facts.cause is None:
-        return PrecisionChange(
-            before, after, names, f"after {former.clean_steps + 1} quiet steps {who} {goes} back: {change}."
-        )
-    patience = fallback.patience(state, names[0] if names else WHOLE_MODEL)
-    return PrecisionChange(
-        before, after, names, f"{who} {leaves} precision: {change}; tried again after {patience} quiet steps."
-    )
+        message = f"after {former.clean_steps + 1} clean steps {who} {goes} back: {change}."
+    else:
+        patience = policy.patience(state, names[0] if names else WHOLE_MODEL)
+        message = f"{who} {leaves} precision: {change}; tried again after {patience} clean steps."
+    returned = former.scale_at_rest if state.scale_at_rest is None else None
+    return PrecisionChange(before, after, names, message, returned)
 
 
 class FallbackController:
-    """Decides what to do about skipped steps, and makes the models follow.
+    """Finds out why steps were skipped, decides what to do about it, and makes the models follow.
 
     Args:
         config: the options of the fallback.
@@ -327,12 +350,9 @@ class FallbackController:
         step: gives the number of the optimizer step that forward passes now belong to.
 
     Attributes:
-        requested_mode: the precision that the run asked for, where the plan begins.
-        runner: the models.
+        runner: the models, and the plan that they follow.
         recorder: what they were called with.
-        examiner: finds the causes.
-        scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is
-            there. What the scale has grown to meanwhile says nothing about FP16.
+        diagnoser: finds the causes.
     """
 
     def __init__(
@@ -344,23 +364,18 @@ class FallbackController:
     ) -> None:
         on_cpu_in_fp16 = hardware.device == "cpu" and mode in (PrecisionMode.MIXED, PrecisionMode.FP16)
         emulate = config.emulate and on_cpu_in_fp16
-        self.requested_mode = mode
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(step, self.runner)
         self.diagnoser = Diagnoser(self.runner, self.recorder, config.hysteresis)
         half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
         self._acts = config.automatic_fallback and not (half and hardware.device == "cpu" and not emulate)
-        self._fallback = FallbackPolicy(
-            precision_order(mode, hardware, emulate),
-            config.fallback_threshold,
-            config.fallback_window,
-            config.recovery_steps,
+        self._policy = FallbackPolicy(
+            precision_order(mode, hardware, emulate), config.fallback_threshold, config.recovery_steps
         )
-        self._state = self._fallback.init_state()
+        self._state = self._policy.init_state()
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
-        self._autotuner = PrecisionAutotuner(self._fallback.order) if dynamic else None
-        self.scale_at_rest: float | None = None
+        self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
         self._newest: PrecisionChange | None = None
 
     @property
@@ -368,29 +383,26 @@ class FallbackController:
         """Which precision runs where."""
         return self._state.plan
 
-    def register_model(
-        self, model: nn.Module, entry_point: nn.Module, is_trained: bool = True
-    ) -> Callable[[], None]:
-        """Lets `model` follow the plan and its calls through `entry_point` be repeated; returns what undoes the latter."""
-        self.runner.register_model(model, is_trained)
-        return self.recorder.watch(entry_point, model)
+    def diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
+        """Why a step was skipped. `agree`: exchange what was found with the other ranks, which all call this."""
+        return self.diagnoser.explain(skip, self._state.scale_skips, agree)
 
-    def note_applied(self, step_seconds: float | None = None, agree: bool = False) -> PrecisionChange | None:
-        """One applied step; what it lets the plan go back to, or, in a speed trial, on to.
+    def after_applied(self, step_seconds: float | None = None, agree: bool = False) -> PrecisionChange | None:
+        """One applied step; what it lets the plan go back to, or, while precisions are timed, on to.
 
         Args:
             step_seconds: wall-clock time since the step before; None where that is not known.
-            agree: in a speed trial, count the slowest rank's time. One all-reduce and one host read a step of the trial.
+            agree: while precisions are timed, count the slowest rank's time. One all-reduce and one sync a timed step.
         """
-        self.diagnoser.scale_skips = 0
         self._newest = None
-        if self._autotuner is None or self._autotuner.running is None:
+        tuner = self._autotuner
+        if tuner is None or tuner.running is None:
             return self._decide(StepFacts())
         if agree and is_distributed():
             step_seconds = self._slowest(step_seconds)
         if step_seconds is not None:
-            self._autotuner.note(step_seconds)
-        return self._continue_trial(self._autotuner)
+            tuner.note(step_seconds)
+        return self._continue_tuning(tuner)
 
     def _slowest(self, step_seconds: float | None) -> float | None:
         """The longest time of any rank; None where one does not know its own."""
@@ -398,45 +410,56 @@ class FallbackController:
         longest, is_unknown = all_reduce_max_to_host(local)
         return None if is_unknown else longest
 
-    def note_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float) -> PrecisionChange | None:
-        """One skipped step; what is done about it. Nothing, where the plan has cured it already, or none can."""
+    def after_skipped(
+        self, diagnosis: Diagnosis, non_finite_fraction: float, scale: float
+    ) -> PrecisionChange | None:
+        """One skipped step; what is done about it. Nothing, where the plan has fixed it already, or none can."""
         if diagnosis.already_fixed or diagnosis.fails_in_fp32:
+            self._state = replace(self._state, scale_skips=0)
             return None
-        facts = StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction)
+        facts = StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction, scale)
         if self._autotuner is not None and self._autotuner.running is not None:
-            next_state = self._fallback.next_state(self._state, facts)
+            next_state = self._policy.next_state(self._state, facts)
             if next_state.plan.default is not self.plan.default:
                 self._autotuner.reject()
-                return self._continue_trial(self._autotuner)
+                return self._continue_tuning(self._autotuner)
         return self._decide(facts)
 
-    def restore_buffers(self, step: int) -> tuple[str, ...]:
-        """Puts back running statistics that skipped step `step` has made non-finite; names of the modules that had them."""
-        norms = set(self.recorder.restore_buffers(step))
-        return tuple(name for name, module in self.runner.named_modules() if module in norms) if norms else ()
+    def _decide(self, facts: StepFacts) -> PrecisionChange | None:
+        former = self._state
+        state = self._policy.next_state(former, facts)
+        if not self._acts:  # only what it counts is kept
+            self._state = replace(former, scale_skips=state.scale_skips)
+            return None
+        self._state = state
+        if self.plan == former.plan:
+            return None
+        self.runner.apply(self.plan)
+        change = describe_change(former, state, facts, self._policy)
+        self._newest = change if facts.cause is not None else None
+        return change
 
-    def _continue_trial(self, autotuner: PrecisionAutotuner) -> PrecisionChange | None:
+    def _continue_tuning(self, tuner: PrecisionAutotuner) -> PrecisionChange | None:
         """Enters the next candidate, or the fastest when all are through."""
-        before, running = self.plan, autotuner.running
-        chosen = running or autotuner.fastest()
+        before, running = self.plan, tuner.running
+        chosen = running or tuner.fastest()
         if running is None:
-            self._fallback = replace(self._fallback, order=autotuner.choices())
+            self._policy = replace(self._policy, order=tuner.choices())
         if chosen is before.default and running is not None:
             return None
         self._state = replace(self._state, plan=before.with_default(chosen), clean_steps=0)
         self.runner.apply(self.plan)
         if running is not None:
-            return PrecisionChange(before, self.plan, (), f"measuring the step time in {chosen.value}.")
-        times = ", ".join(
-            f"{s * 1000:.1f} ms in {mode.value}" for mode, s in autotuner.step_seconds().items()
-        )
-        emulated = " FP16 was emulated: its time says nothing of a GPU." if self.runner.entry.emulate else ""
-        return PrecisionChange(
-            before,
-            self.plan,
-            (),
-            f"{chosen.value} is the fastest stable precision here: {times} a step.{emulated}",
-        )
+            message = f"measuring the step time in {chosen.value}."
+        else:
+            times = ", ".join(
+                f"{s * 1000:.1f} ms in {mode.value}" for mode, s in tuner.step_seconds().items()
+            )
+            emulated = (
+                " FP16 was emulated: its time says nothing of a GPU." if self.runner.entry.emulate else ""
+            )
+            message = f"{chosen.value} is the fastest stable precision here: {times} a step.{emulated}"
+        return PrecisionChange(before, self.plan, (), message)
 
     def recover_from(self, error: BaseException) -> PrecisionChange | None:
         """Goes back to the plan before the newest change, if `error` is an out-of-memory that the change has caused.
@@ -446,7 +469,7 @@ class FallbackController:
         if self._newest is None or not isinstance(error, torch.OutOfMemoryError):
             return None
         failed, self._newest = self._newest, None
-        self._state = self._fallback.withdrawn(self._state, failed.before)
+        former, self._state = self._state, self._policy.withdrawn(self._state, failed.before)
         self.runner.apply(self.plan)
         return PrecisionChange(
             failed.after,
@@ -454,19 +477,8 @@ class FallbackController:
             failed.modules,
             f"there was not enough memory for {failed.after.describe()}: back to {failed.before.describe()}. Lower the "
             "batch size, or turn gradient checkpointing on, so that the fallback has room.",
+            former.scale_at_rest if self._state.scale_at_rest is None else None,
         )
-
-    def _decide(self, facts: StepFacts) -> PrecisionChange | None:
-        if not self._acts:
-            return None
-        former = self._state
-        self._state = self._fallback.next_state(former, facts)
-        if self.plan == former.plan:
-            return None
-        self.runner.apply(self.plan)
-        change = describe_change(former, self._state, facts, self._fallback)
-        self._newest = change if facts.cause is not None else None
-        return change
 
     def remove(self) -> None:
         """Takes every context back and lets go of the batches."""
@@ -475,12 +487,8 @@ class FallbackController:
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state: numbers, strings, lists and mappings of them."""
-        return {
-            **self._state.to_plain(),
-            "scale_skips": self.diagnoser.scale_skips,
-            "scale_at_rest": self.scale_at_rest,
-            "autotuner": self._autotuner.state_dict() if self._autotuner is not None else None,
-        }
+        tuner = self._autotuner
+        return {**self._state.to_plain(), "autotuner": None if tuner is None else tuner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`, plan included. A default that this run cannot have is left behind.
@@ -489,21 +497,10 @@ class FallbackController:
             StateError: it is no such state; nothing has changed then.
         """
         state = FallbackState.from_plain(state_dict)
-        beside: _SavedBeside = parse(_SavedBeside, state_dict, "fallback")
-        self._fallback.restored(state)
-        if self._autotuner is not None and beside.autotuner is not None:
-            self._autotuner.load_state_dict(beside.autotuner)
-            self._fallback = replace(self._fallback, order=self._autotuner.choices())
-        self._state = self._fallback.restored(state)
-        self.diagnoser.scale_skips = beside.scale_skips
-        self.scale_at_rest = beside.scale_at_rest
+        saved = parse(dict[str, Any] | None, state_dict.get("autotuner"), "fallback['autotuner']")
+        self._policy.restored(state)
+        if self._autotuner is not None and saved is not None:
+            self._autotuner.load_state_dict(saved)
+            self._policy = replace(self._policy, order=self._autotuner.choices())
+        self._state = self._policy.restored(state)
         self.runner.apply(self.plan)
-
-
-@dataclass
-class _SavedBeside:
-    """What a checkpoint holds beside the controller's state."""
-
-    scale_skips: int
-    scale_at_rest: Positive | None
-    autotuner: dict[str, Any] | None

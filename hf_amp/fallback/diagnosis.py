@@ -17,10 +17,7 @@ from hf_amp.precision import NumberFormat
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, is_sharded, to_host
 from hf_amp.tree import tensors_in
 
-SCALE_WILL_FIX_IT = (
-    "the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in the "
-    "first steps of a run; nothing to do."
-)
+SCALE_WILL_FIX_IT = Cause.SCALE.facts.elsewhere
 
 
 class Diagnosis(NamedTuple):
@@ -41,10 +38,24 @@ class Diagnosis(NamedTuple):
     fails_in_fp32: bool = False
 
     @property
+    def severity(self) -> int:
+        """Where ranks find different causes the largest stands; different for whatever else a diagnosis can be."""
+        severity = self.cause.facts.severity
+        return (severity if self.confirmed else severity // 10) - self.fails_in_fp32
+
+    @property
     def already_fixed(self) -> bool:
         """Whether the plan in force, under which the step did not run yet, is what it lacked: nothing is left to do."""
         return self.cause is Cause.ACTIVATION and not self.confirmed
 
+
+_BY_SEVERITY = {
+    found.severity: found
+    for cause in Cause
+    for confirmed in (True, False)
+    for fails_in_fp32 in (True, False)
+    for found in [Diagnosis(cause, "", (), confirmed, fails_in_fp32)]
+}
 
 _ALREADY_FIXED = Diagnosis(
     Cause.ACTIVATION,
@@ -136,18 +147,8 @@ def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision) -> str:
     elif agreed.cause is Cause.ACTIVATION:
         what = _activation(agreed.modules, current).message
     else:
-        what = _ELSEWHERE[agreed.cause]
+        what = agreed.cause.facts.elsewhere
     return f"found by another rank, whose console says more: {what}"
-
-
-_ELSEWHERE = {
-    Cause.SCALE: SCALE_WILL_FIX_IT,
-    Cause.INPUT: "the batch there holds inf or NaN; no precision can cure that. Mend the data, or drop such batches.",
-    Cause.WEIGHTS: "parameters there hold non-finite values; no step can mend that. Go back to the last good checkpoint.",
-    Cause.LOSS: "the model's outputs are finite there, its loss is not: look at the loss function and at the labels there.",
-    Cause.UNKNOWN: "the cause there has no name. Look at the batch there and at the loss function, and for activations "
-    "beyond 65504.",
-}
 
 
 def joined(prefix: str, name: str) -> str:
@@ -274,19 +275,6 @@ _NOT_KEPT = (
     f"the newest {KEPT_FORWARDS} forward passes of the step are sound, and those before them are not kept. Look at this "
     "step's batch and loss function, and for activations beyond 65504."
 )
-_SEVERITY = (
-    (Cause.LOSS, False, False),
-    (Cause.UNKNOWN, False, False),
-    (Cause.SCALE, True, False),
-    (Cause.ACTIVATION, False, False),
-    (Cause.UNKNOWN, True, True),
-    *(
-        (cause, True, False)
-        for cause in (Cause.UNKNOWN, Cause.LOSS, Cause.ACTIVATION, Cause.INPUT, Cause.WEIGHTS)
-    ),
-)
-"""Where ranks find different causes, the last of these stands: the others only see its traces. (Cause, whether shown, whether
-FP32 fails as well)."""
 
 
 class SkippedStep(NamedTuple):
@@ -322,7 +310,6 @@ class Diagnoser:
         hysteresis: overflows before the scale backs off.
 
     Attributes:
-        scale_skips: skips in a row that were put down to the scale.
         repeats_forwards: whether a forward pass may be run again to see what it does.
     """
 
@@ -330,36 +317,35 @@ class Diagnoser:
         self._runner = runner
         self._recorder = recorder
         self._patience = SCALE_SKIPS_BEFORE_A_LOOK + hysteresis
-        self.scale_skips = 0
         self.repeats_forwards = True
 
-    def explain(self, skip: SkippedStep, agree: bool) -> Diagnosis:
+    def explain(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         """Why a step was skipped.
 
         Where parameters and batch are finite, a finite loss shows that forward was sound, and it is not repeated until a
         smaller scale has not helped for a while.
 
         Args:
+            scale_skips: skips in a row before this one that were put down to the scale.
             agree: exchange what was found with the other ranks, which all call this for the same step.
         """
-        diagnosis = self._naming_gradient(skip, self._doubting_scale(skip, self._diagnose(skip, agree)))
-        self.scale_skips = self.scale_skips + 1 if diagnosis.cause is Cause.SCALE else 0
-        return diagnosis
+        found = self._doubting_scale(skip, scale_skips, self._diagnose(skip, scale_skips, agree))
+        return self._naming_gradient(skip, found)
 
-    def _diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
+    def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         try:
-            found = self._found(skip)
+            found = self._found(skip, scale_skips)
         except Exception as error:  # a rank that fails here must not keep the others waiting
             why = f"a closer look failed ({type(error).__name__}: {error})."
             found = Diagnosis(Cause.UNKNOWN, why, confirmed=False)
         return self._agreed(found) if agree and is_distributed() else found
 
-    def _found(self, skip: SkippedStep) -> Diagnosis:
+    def _found(self, skip: SkippedStep, scale_skips: int) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
         source = non_finite_source(skip.parameters, forwards, skip.optimizer_state)
         if source is not None and source.confirmed:
             return source
-        if source is None and skip.loss_finite and not self._looks_closer():
+        if source is None and skip.loss_finite and not _is_doubtful(scale_skips):
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT)
         forwards = forwards if self.repeats_forwards else []
         found = diagnose(skip.loss_finite, forwards, self._runner)
@@ -393,26 +379,20 @@ class Diagnoser:
         return found if found.confirmed or found.already_fixed else None
 
     def _agreed(self, found: Diagnosis) -> Diagnosis:
-        """The gravest cause, and all modules, that any rank has found. One all-reduce, one host read."""
+        """The most severe cause, and all modules, that any rank has found. One all-reduce, one GPU-CPU sync."""
         names = [name for name, _ in self._runner.named_modules()]
         local = [
-            float(_SEVERITY.index((found.cause, found.confirmed, found.fails_in_fp32))),
+            float(found.severity),
             *(float(name in found.modules) for name in names),
         ]
-        gravest, *blamed = all_reduce_max_to_host(torch.tensor(local, device=self._runner.device))
-        cause, confirmed, fails_in_fp32 = _SEVERITY[int(gravest)]
+        worst, *blamed = all_reduce_max_to_host(torch.tensor(local, device=self._runner.device))
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
-        agreed = Diagnosis(cause, found.message, modules, confirmed, fails_in_fp32)
+        agreed = _BY_SEVERITY[int(worst)]._replace(message=found.message, modules=modules)
         if agreed._replace(modules=found.modules) == found and set(modules) == set(found.modules):
             return found
         if not found.confirmed:
             return agreed._replace(message=message_elsewhere(agreed, self._runner.current))
         return agreed._replace(message=f"another rank has found the cause. Here: {found.message}")
-
-    def _looks_closer(self) -> bool:
-        """Whether it is time to doubt that a smaller scale cures: at the 4th, 8th, 16th, … such skip in a row."""
-        count = self.scale_skips + 1
-        return count > SCALE_SKIPS_BEFORE_A_LOOK and count & (count - 1) == 0
 
     def _without_scale(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
         """The diagnosis of a backward that overflows without a scale too; None where none is seen to."""
@@ -440,9 +420,9 @@ class Diagnoser:
         known = [owners[name] for name, _ in self._runner.named_modules() if name in owners]
         return known[-1].rpartition(".")[0] or known[-1] if known else None
 
-    def _doubting_scale(self, skip: SkippedStep, diagnosis: Diagnosis) -> Diagnosis:
+    def _doubting_scale(self, skip: SkippedStep, scale_skips: int, diagnosis: Diagnosis) -> Diagnosis:
         """`diagnosis`, unless it is that of a scale which cures nothing: at most 1, or no longer being lowered."""
-        held = skip.next_scale >= skip.scale and self.scale_skips > self._patience
+        held = skip.next_scale >= skip.scale and scale_skips > self._patience
         if diagnosis.cause is not Cause.SCALE or not (skip.scale <= 1 or held):
             return diagnosis
         return self._backward_overflow(skip.bad_gradients(), f"at a scale of {skip.scale:g}")
@@ -457,3 +437,9 @@ class Diagnoser:
         return diagnosis._replace(
             message=f"{diagnosis.message} The first gradient that is not finite is that of {first}."
         )
+
+
+def _is_doubtful(scale_skips: int) -> bool:
+    """Whether to look closer although the loss is finite: at the 4th, 8th, 16th, … skip in a row for the scale."""
+    count = scale_skips + 1
+    return count > SCALE_SKIPS_BEFORE_A_LOOK and count & (count - 1) == 0

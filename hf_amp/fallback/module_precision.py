@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,9 +37,15 @@ class ForwardContext:
         self._make_context = make_context
         self._of_thread = threading.local()  # DataParallel calls replicas from several threads
 
-    def install(self, model: nn.Module) -> Callable[[], None]:
-        """Puts `model` and its submodules inside the context from now on; returns what undoes it."""
-        return _removal([handle for module in model.modules() for handle in self._hook(module)])
+    def install(self, model: nn.Module, everywhere: bool = True) -> Callable[[], None]:
+        """Puts `model` inside the context from now on; returns what undoes it.
+
+        Args:
+            everywhere: its submodules too, for whoever calls them on their own. torch's gradient checkpointing does, but
+                enters autocast again by itself.
+        """
+        modules = model.modules() if everywhere else [model]
+        return _removal([handle for module in modules for handle in self._hook(module)])
 
     def _hook(self, module: nn.Module) -> list[Any]:
         return [
@@ -254,6 +260,12 @@ class PlanRunner:
         anywhere = torch.device(self.entry.device_type)
         return next((p.device for model in self.models() for p in model.parameters()), anywhere)
 
+    def devices(self) -> set[torch.device]:
+        """Where the trained models are; one that is offloaded for now trains where the run is."""
+        kind = self.entry.device_type
+        found = {p.device for model in self.models() for p in model.parameters() if p.device.type == kind}
+        return found or {torch.device(kind)}
+
     def models(self) -> list[nn.Module]:
         """The trained models that are alive, in order of adoption."""
         return [model for _, model in self._trained()]
@@ -271,6 +283,11 @@ class PlanRunner:
         """(qualified name, parameter) of every parameter of every trained model, under the same names."""
         for prefix, model in self._trained():
             yield from model.named_parameters(prefix=prefix)
+
+    def names_of(self, modules: Collection[nn.Module]) -> tuple[str, ...]:
+        """Qualified names of `modules`, in order of the models."""
+        held = set(modules)
+        return tuple(name for name, module in self.named_modules() if module in held) if held else ()
 
     def name_of(self, model: nn.Module) -> str:
         """What stands before the names of `model`'s modules."""

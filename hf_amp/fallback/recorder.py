@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp._compat import compile_disabled
-from hf_amp.device import RandomState
+from hf_amp.device import RandomState, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.statistics import to_host_list
@@ -242,7 +242,7 @@ def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
 def _random_state(batch: list[Tensor]) -> RandomState | None:
     """What dropout will draw from; None while a CUDA graph is captured, when a generator may not be asked."""
     devices = {x.device for x in batch}
-    if any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing():
+    if any(map(is_capturing, devices)):
         return None
     return RandomState.now(devices)
 

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +16,9 @@ from accelerate.utils import SCALER_NAME
 
 from hf_amp.errors import StateError
 from hf_amp.events import EventKind
-from hf_amp.integrations.optimizers import PreparedOptimizers
 from hf_amp.precision import PrecisionMode
-from hf_amp.scaling.state import upgraded
 from hf_amp.serialization import load_file, parse
 from hf_amp.session import AmpSession
-
-
-def save_progress(session: AmpSession) -> dict[str, Any]:
-    """What a run in any precision goes on from: counters and figures, and the precision that they were made in."""
-    return {"precision": session.requested_mode.value, **session.scaler.progress()}
-
-
-def load_progress(progress: dict[str, Any], session: AmpSession) -> str:
-    """Restores what `save_progress` has saved, but no plan that was made for another precision.
-
-    Returns:
-        The precision that the saved run was in.
-
-    Raises:
-        StateError: something in it cannot be; nothing has changed then.
-    """
-    progress = upgraded(parse(dict[str, Any], progress, "the progress"))
-    precision = str(progress.get("precision", session.requested_mode.value))
-    stateful = parse(dict[str, Any], progress.get("stateful", {}), "the stateful parts")
-    if precision != session.requested_mode.value:
-        stateful.pop("fallback", None)
-    session.scaler.load_progress({**progress, "stateful": stateful})
-    return precision
-
 
 _WRITING = ".incomplete"
 _WRITTEN = ".complete"
@@ -113,25 +88,22 @@ _NO_ROOM = ("inline_container", "iostream error")
 """How `torch.save` says that it cannot write: "enforce fail at inline_container.cc:672, unexpected pos 64 vs 0"."""
 
 
-def keep_state_in_checkpoints(
-    accelerator: Accelerator, session: AmpSession, optimizers: PreparedOptimizers
-) -> None:
-    """Makes `save_state` and `load_state` of `accelerator` keep the session's state too.
+def saving_whole(
+    accelerator: Accelerator, session: AmpSession, without_scaler: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
+    """An `accelerator.save_state` that keeps the session's state too, and whose checkpoint appears whole or not at all.
 
-    A checkpoint appears whole or not at all: a process killed in `save_state` leaves the previous one to be loaded,
-    also where the new one was to take its place. One made without hf_amp, or in another precision, loads.
+    A process killed in it leaves the previous checkpoint to be loaded, also where the new one was to take its place.
+
+    Args:
+        without_scaler: context in which optimizers step without a scaler.
     """
-    _save_whole(accelerator, session, optimizers)
-    _load_from_any_precision(accelerator, session, optimizers)
-
-
-def _save_whole(accelerator: Accelerator, session: AmpSession, optimizers: PreparedOptimizers) -> None:
     save_state = accelerator.save_state
 
     @functools.wraps(save_state)
     def save_whole(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         def write(folder: Path) -> None:
-            with optimizers.without_scaler():
+            with without_scaler():
                 save_state(str(folder), *args, **kwargs)
 
         project = accelerator.project_configuration
@@ -153,7 +125,7 @@ def _save_whole(accelerator: Accelerator, session: AmpSession, optimizers: Prepa
             _delete_oldest(place, keep=project.total_limit)
         return place
 
-    session.changes.set_attribute(accelerator, "save_state", save_whole)
+    return save_whole
 
 
 def _save(
@@ -168,7 +140,7 @@ def _save(
     try:
         write(staging.folder)
         if guards and accelerator.is_local_main_process:
-            torch.save(save_progress(session), staging.folder / FINITE_CHECK_FILE)
+            torch.save(session.progress(), staging.folder / FINITE_CHECK_FILE)
     except BaseException as error:
         free = shutil.disk_usage(staging.folder).free if staging.folder.is_dir() else None
         if accelerator.is_local_main_process:
@@ -199,9 +171,12 @@ def _delete_oldest(newest: Path, keep: int) -> None:
         shutil.rmtree(numbered[number])
 
 
-def _load_from_any_precision(
-    accelerator: Accelerator, session: AmpSession, optimizers: PreparedOptimizers
-) -> None:
+def loading_from_any_precision(
+    accelerator: Accelerator, session: AmpSession, without_scaler: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., None]:
+    """An `accelerator.load_state` that takes up the session's state, also of a checkpoint made without hf_amp, or in another
+    precision. Arguments as of `saving_whole`.
+    """
     load_state = accelerator.load_state
 
     @functools.wraps(load_state)
@@ -218,7 +193,7 @@ def _load_from_any_precision(
         scaler = accelerator.scaler
         accelerator.scaler = None  # upstream insists on a scaler.pt where there is one; we load what there is
         try:
-            with optimizers.without_scaler(), session.scaler.rollback_on_error():
+            with without_scaler(), session.scaler.rollback_on_error():
                 load_state(input_dir, *args, **kwargs)
         finally:
             accelerator.scaler = scaler
@@ -232,7 +207,7 @@ def _load_from_any_precision(
             skipped_steps=session.scaler.skipped_steps,
         )
 
-    session.changes.set_attribute(accelerator, "load_state", load_any)
+    return load_any
 
 
 def _load_session(session: AmpSession, folder: Path) -> str:
@@ -256,10 +231,10 @@ def _load_session(session: AmpSession, folder: Path) -> str:
         if name == SCALER_NAME == own:
             session.scaler.load_state_dict(state)
         elif name == FINITE_CHECK_FILE:
-            load_progress(state, session)
+            session.load_progress(state)
         else:
             own_part = parse(dict[str, Any], state.get("hf_amp", {}), f"{folder / name}['hf_amp']")
-            load_progress({"precision": PrecisionMode.MIXED.value, **own_part}, session)
+            session.load_progress({"precision": PrecisionMode.MIXED.value, **own_part})
         if name == others:
             message += (
                 ", which another precision has saved: counters are taken over, a scale and a plan are not"

@@ -16,12 +16,12 @@ from torch import Tensor
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import probe
 from hf_amp.errors import AttachError
-from hf_amp.events import AmpEvent, Cause, EventKind
-from hf_amp.integrations.checkpoint import FINITE_CHECK_FILE, load_progress, save_progress
-from hf_amp.integrations.trackers import merge_metrics_into_logs
+from hf_amp.events import AmpEvent, Cause, EventKind, StepOutcome
+from hf_amp.integrations.checkpoint import FINITE_CHECK_FILE
+from hf_amp.integrations.trackers import logging_with_metrics
 from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.scaler import AdvancedGradScaler
-from hf_amp.scaling.step import SeenLosses, StepOutcome
+from hf_amp.scaling.step import SeenLosses
 from hf_amp.serialization import load_file
 from hf_amp.session import AmpSession
 from hf_amp.statistics import PendingTransfer, all_reduce_max, is_distributed, to_device
@@ -41,7 +41,7 @@ class ObservedScaler(AdvancedGradScaler):
 
     def note_loss(self, loss: Tensor) -> None:
         """Sees an unscaled loss on its way into backward. No host read."""
-        self._losses.note(loss, loss.device)
+        self._pending.losses.note(loss, loss.device)
 
     def note_step(
         self,
@@ -62,7 +62,7 @@ class ObservedScaler(AdvancedGradScaler):
         self._next_scale = next_scale
         self.decided_steps += 1
         self._newest = self._observed(optimizer, applied, scale, grad_norm)
-        self._losses = SeenLosses()
+        self._pending.losses = SeenLosses()
         if not applied or self._newest.figures.ready():
             self.flush()
 
@@ -73,13 +73,15 @@ class ObservedScaler(AdvancedGradScaler):
         scale: float,
         grad_norm: Tensor | float | None,
     ) -> _ObservedStep:
-        bad = self._losses.non_finite
+        bad = self._pending.losses.non_finite
         bad = torch.zeros((), device=self._device) if bad is None else bad
         if not applied and self.ranks_agree and is_distributed():
             (bad,) = all_reduce_max(bad)
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())
         figures = PendingTransfer({"bad": bad, "norm": to_device(norm, bad.device)})
-        return _ObservedStep(self.decided_steps, optimizer, applied, scale, self._losses.number, figures)
+        return _ObservedStep(
+            self.decided_steps, optimizer, applied, scale, self._pending.losses.number, figures
+        )
 
     def flush(self) -> None:
         """Waits for the figures of the newest step, and delivers it, unless that has been done."""
@@ -151,16 +153,15 @@ def observe(accelerator: Accelerator, config: MixedPrecisionConfig) -> AmpSessio
         config,
         automatic_fallback=False,
         emulate=False,
-        sync_grad_scaler=accelerator.num_processes > 1,
     )
     scaler = ObservedScaler(dataclasses.replace(config, precision_mode=mode), device)
-    session = AmpSession(config, scaler, mode, probe(device))
-    session.throughput.devices = (device,)
-    session.described_as = f"{session.describe()} under DeepSpeed"
+    scaler.ranks_agree = accelerator.num_processes > 1
+    hardware = probe(device)
+    session = AmpSession(config, scaler, mode, hardware, f"{hardware.describe(mode)} under DeepSpeed")
     if config.enabled:
         _watch_steps(accelerator, session, scaler)
         _keep_progress_in_checkpoints(accelerator, session)
-        merge_metrics_into_logs(accelerator, session)
+        session.patches.set_attribute(accelerator, "log", logging_with_metrics(accelerator, session))
     return session
 
 
@@ -183,7 +184,7 @@ def _watch_steps(accelerator: Accelerator, session: AmpSession, scaler: Observed
         if next_scale < scale and next_scale <= floor:
             session.record(_floor_reached(session.newest_step, scale, next_scale))
 
-    session.changes.set_attribute(accelerator, "backward", run_and_watch)
+    session.patches.set_attribute(accelerator, "backward", run_and_watch)
 
 
 def loss_scale(engine: Any) -> float:
@@ -211,19 +212,19 @@ def _keep_progress_in_checkpoints(accelerator: Accelerator, session: AmpSession)
     """Counters and figures go with `save_state` and `load_state`, in a file of their own beside DeepSpeed's."""
 
     def save(models: Any, weights: Any, folder: str) -> None:
-        progress = save_progress(session)
+        progress = session.progress()
         if accelerator.is_main_process:
             torch.save(progress, Path(folder) / FINITE_CHECK_FILE)
 
     def load(models: Any, folder: str) -> None:
         file = Path(folder) / FINITE_CHECK_FILE
         if file.is_file():
-            load_progress(load_file(file), session)
+            session.load_progress(load_file(file))
             session.begin_at(session.scaler.decided_steps)
         reported = "counters go on from" if file.is_file() else "no counters are in"
         session.note(
             EventKind.STATE_LOADED, f"{reported} {folder}; the loss scale is DeepSpeed's own to load."
         )
 
-    session.changes.on_undo(accelerator.register_save_state_pre_hook(save).remove)
-    session.changes.on_undo(accelerator.register_load_state_pre_hook(load).remove)
+    session.patches.on_undo(accelerator.register_save_state_pre_hook(save).remove)
+    session.patches.on_undo(accelerator.register_load_state_pre_hook(load).remove)

@@ -1,8 +1,7 @@
-"""The optimizers of an accelerator: the session's scaler decides their steps, and skips are told truthfully."""
+"""The optimizers of an accelerator: the session's scaler decides their steps, and skips are reported truthfully."""
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,14 +12,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from hf_amp.errors import AttachError, ScalerError
+from hf_amp.errors import AttachError
 from hf_amp.integrations._compat import (
     forget_skip,
     prepared_optimizers,
     replace_scaler,
     steps_in_backward,
 )
-from hf_amp.scaling.scaler import AdvancedGradScaler
+from hf_amp.scaling.optimizer_step import RefuseScaledStep
 from hf_amp.session import AmpSession
 
 
@@ -32,28 +31,19 @@ class PreparedOptimizers:
         session: whose scaler they get.
 
     Attributes:
-        adopted: the prepared optimizers.
+        registered: the prepared optimizers.
     """
 
     def __init__(self, accelerator: Accelerator, session: AmpSession) -> None:
         self.registered: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
         self._scaler = session.scaler
         self._former_scaler = accelerator.scaler
-        self._no_raw_step = RefuseScaledStep(session.scaler)
-        self._call_on_undo = session.changes.on_undo
+        self._refuse_scaled_step = RefuseScaledStep(session.scaler)
+        self._on_undo = session.patches.on_undo
         self._steps: weakref.WeakKeyDictionary[AcceleratedOptimizer, _Steps] = weakref.WeakKeyDictionary()
-        session.changes.on_undo(self._give_back)
+        session.patches.on_undo(self._give_back)
         for prepared in prepared_optimizers(accelerator):
-            self._register(prepared)
-        prepare_optimizer = accelerator.prepare_optimizer
-
-        @functools.wraps(prepare_optimizer)
-        def prepare_and_register(*args: Any, **kwargs: Any) -> Any:
-            optimizer = prepare_optimizer(*args, **kwargs)
-            self._register(optimizer)
-            return optimizer
-
-        session.changes.set_attribute(accelerator, "prepare_optimizer", prepare_and_register)
+            self.register(prepared)
 
     @contextmanager
     def without_scaler(self) -> Iterator[None]:
@@ -69,15 +59,16 @@ class PreparedOptimizers:
             for optimizer in self.registered:
                 replace_scaler(optimizer, self._scaler)
 
-    def _register(self, optimizer: AcceleratedOptimizer) -> None:
+    def register(self, optimizer: AcceleratedOptimizer) -> None:
+        """Has the session's scaler decide `optimizer`'s steps. Harmless when called again."""
         if optimizer in self.registered:
             return
         _refuse_steps_in_backward(optimizer.optimizer)
         self.registered.add(optimizer)
         self._scaler.watch(optimizer.optimizer)
         if not self._scaler.no_scaling:
-            handle = optimizer.optimizer.register_step_pre_hook(self._no_raw_step)
-            self._call_on_undo(handle.remove)
+            handle = optimizer.optimizer.register_step_pre_hook(self._refuse_scaled_step)
+            self._on_undo(handle.remove)
         if optimizer.scaler is not self._scaler:
             replace_scaler(optimizer, self._scaler)
         former = vars(optimizer).get("step")
@@ -104,20 +95,6 @@ def _refuse_steps_in_backward(optimizer: torch.optim.Optimizer) -> None:
             "hf_amp can neither scale, skip nor count them. Take an optimizer that steps after backward (in a Trainer, "
             "optim='galore_adamw' for 'galore_adamw_layerwise'), or leave hf_amp out."
         )
-
-
-class RefuseScaledStep:
-    """A hook before the step of an optimizer that was prepared: it is an error to step it past the scaler."""
-
-    def __init__(self, scaler: AdvancedGradScaler) -> None:
-        self._scaler = scaler
-
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._scaler.is_waiting(optimizer):
-            raise ScalerError(
-                f"{type(optimizer).__name__}.step() was called on the optimizer itself, whose gradients are still multiplied by "
-                "the loss scale: step what accelerator.prepare(optimizer) has returned, or call session.detach() first."
-            )
 
 
 class _Steps(NamedTuple):

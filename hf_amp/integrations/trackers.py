@@ -14,10 +14,10 @@ from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.session import AmpSession
 
 
-def merge_metrics_into_logs(accelerator: Accelerator, session: AmpSession) -> None:
-    """Makes `accelerator.log` add the session's metrics, with `amp/` before their names, to what the loop logs.
+def logging_with_metrics(accelerator: Accelerator, session: AmpSession) -> Callable[..., None]:
+    """An `accelerator.log` that adds the session's metrics, with `amp/` before their names, to what the loop logs.
 
-    They ride in the first call after an optimizer step, with words for what needed attention; further calls at the same
+    They go into the first call after an optimizer step, with words for what needed attention; further calls at the same
     step, such as an evaluation's, are left as they are. The session's own log gets them too, with the loop's numbers
     that a Trainer logs. No host read.
     """
@@ -34,7 +34,7 @@ def merge_metrics_into_logs(accelerator: Accelerator, session: AmpSession) -> No
             values = {**values, **log_entry(session, values)}
         log(values, *args, **kwargs)
 
-    session.changes.set_attribute(accelerator, "log", log_with_metrics)
+    return log_with_metrics
 
 
 def log_entry(session: AmpSession, values: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _tensorboard_sinks(accelerator: Accelerator, session: AmpSession) -> list[Ca
     """A sink for the writer of accelerate's own TensorBoard tracker, where there is one."""
     writers: list[Any] = [getattr(tracker, "writer", None) for tracker in accelerator.trackers]
     return [
-        TensorBoardSink(writer, session.changes).write
+        TensorBoardSink(writer, session.patches).write
         for writer in writers
         if hasattr(writer, "add_custom_scalars")
     ]

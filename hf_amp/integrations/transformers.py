@@ -24,7 +24,6 @@ from hf_amp.errors import AttachError
 from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind
 from hf_amp.integrations._compat import forget_skip
 from hf_amp.integrations.accelerate import attach, session_of
-from hf_amp.integrations.checkpoint import load_progress, save_progress
 from hf_amp.integrations.trackers import log_entry
 from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.monitoring.sinks.console import summarise
@@ -87,7 +86,7 @@ def load_scaler_where_there_is_one(trainer: Trainer, session: AmpSession) -> Non
         if trainer.accelerator.scaler is not None:
             load_scaler(checkpoint)
 
-    session.changes.set_attribute(trainer, "_load_scaler", load_or_leave)
+    session.patches.set_attribute(trainer, "_load_scaler", load_or_leave)
 
 
 def patch_logging(trainer: Trainer, session: AmpSession) -> None:
@@ -119,7 +118,7 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
             session.monitor.begin_window()
             forget_logged_loss(trainer)
 
-    session.changes.set_attribute(trainer, "log", log_with_metrics)
+    session.patches.set_attribute(trainer, "log", log_with_metrics)
 
 
 def _newest_step_has_no_norm(session: AmpSession, entry: dict[str, float]) -> bool:
@@ -159,8 +158,8 @@ def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]
             _report_evaluation(session, prefix, int(count["lost"]), int(count["seen"]))
         return output
 
-    session.changes.set_attribute(trainer, "prediction_step", note_loss)
-    session.changes.set_attribute(trainer, "evaluation_loop", count_and_tell)
+    session.patches.set_attribute(trainer, "prediction_step", note_loss)
+    session.patches.set_attribute(trainer, "evaluation_loop", count_and_tell)
     return lost_batches
 
 
@@ -180,7 +179,7 @@ def save_valid_json(state: TrainerState, session: AmpSession) -> None:
     """Makes `state.save_to_json` write null where it writes NaN or Infinity, which no JSON parser but Python's reads."""
     if "save_to_json" not in vars(state):
         save = functools.partial(_save_and_mend, state.save_to_json)
-        session.changes.set_attribute(state, "save_to_json", save)
+        session.patches.set_attribute(state, "save_to_json", save)
 
 
 def _save_and_mend(save_to_json: Any, json_path: str) -> None:
@@ -278,7 +277,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         non_finite = session.non_finite_parameters(on_any_rank=True)
         if non_finite:
             reason = f"{len(non_finite)} parameters are not finite before the first step, {non_finite[0]} among them"
-            session.tell(session.stall.mark_stalled(Cause.WEIGHTS, reason))
+            session.record(session.stall.mark_stalled(session.newest_step, Cause.WEIGHTS, reason))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -336,7 +335,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         trainer = find_calling_trainer(self)
         if trainer is not None and getattr(trainer, "is_in_train", False):
             self._attach_to(trainer)
-        progress = {} if self.session is None else save_progress(self.session)
+        progress = {} if self.session is None else self.session.progress()
         return {"args": {"config": self.config.to_dict()}, "attributes": {"progress": progress}}
 
     def _go_on_from(self, state: TrainerState, session: AmpSession) -> str:
@@ -344,7 +343,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         name = type(self).__name__
         callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
         saved = callbacks.setdefault(name, self.state())  # where it has none, saving fails with a KeyError
-        return load_progress(saved["attributes"]["progress"] if state.global_step else {}, session)
+        return session.load_progress(saved["attributes"]["progress"] if state.global_step else {})
 
     # ---- the rest -------------------------------------------------------------------------------------------
 
@@ -393,7 +392,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             raise AttachError("this Trainer has two MixedPrecisionCallbacks: leave one of them out.")
         self.session = session = attach(accelerator, self.config)
         self._trainer, self._accelerator = trainer, accelerator
-        session.changes.set_attribute(trainer, _CALLBACK, self)
+        session.patches.set_attribute(trainer, _CALLBACK, self)
         if self.config.enabled:
             patch_logging(trainer, session)
             load_scaler_where_there_is_one(trainer, session)
@@ -406,7 +405,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self.config = former.config
             self.session, self._trainer, self._accelerator = former.session, trainer, former._accelerator
             self._sink, self._tensorboard = former._sink, former._tensorboard
-            former.session.changes.set_attribute(trainer, _CALLBACK, self)
+            former.session.patches.set_attribute(trainer, _CALLBACK, self)
 
     def _save_valid_json(self, state: TrainerState) -> None:
         if self.session is not None and self.config.enabled:
@@ -435,7 +434,7 @@ def _tensorboard_sinks(trainer: Trainer, session: AmpSession) -> list[Callable[[
     """A sink for the writer of the Trainer's own TensorBoard callback, where it has one."""
     writers = (getattr(callback, "tb_writer", None) for callback in trainer.callback_handler.callbacks)
     return [
-        TensorBoardSink(writer, session.changes, "train/").write for writer in writers if writer is not None
+        TensorBoardSink(writer, session.patches, "train/").write for writer in writers if writer is not None
     ]
 
 

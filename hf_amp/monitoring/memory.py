@@ -127,16 +127,6 @@ def _is_reduced(tensor: Tensor) -> bool:
     )
 
 
-def peak_bytes(devices: Iterable[torch.device]) -> int | None:
-    """The most bytes that PyTorch had allocated at once on any one of `devices`; None where it counts on none (CUDA).
-
-    Of several, as a model is split over, it is those of the fullest: peaks of different moments have no sum, and the
-    fullest runs out first. A device without an index is the thread's current one. No host read.
-    """
-    counted = [torch.cuda.max_memory_allocated(device) for device in devices if device.type == "cuda"]
-    return max(counted, default=None)
-
-
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     """Bytes of parameters, buffers, gradients and optimizer state: as they are, and as they would be in FP32.
 

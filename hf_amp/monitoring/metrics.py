@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hf_amp.events import Cause
+
 LOG_PREFIX = "amp/"
 """Stands before a metric's name in Trainer logs and trackers."""
 INCIDENT = "amp_incident"
@@ -36,23 +38,9 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         "skipped_steps", "steps", "optimizer steps skipped since the run began", "more than a few: read the cause"
     ),
-    Metric(
-        "skipped_steps_scale", "steps", "skipped with a finite loss: the scale was too large", "grows for ever: lower init_scale or raise growth_interval"
-    ),
-    Metric(
-        "skipped_steps_activation", "steps", "skipped because a forward value left the format's range", "nothing with automatic_fallback: the modules that the event names run in FP32"
-    ),
-    Metric(
-        "skipped_steps_input", "steps", "skipped because the batch holds non-finite values", "mend the data"
-    ),
-    Metric(
-        "skipped_steps_loss", "steps", "skipped with finite outputs and a non-finite loss", "look at the loss function and the labels"
-    ),
-    Metric(
-        "skipped_steps_weights", "steps", "skipped because parameters are not finite", "go back to the last good checkpoint"
-    ),
-    Metric(
-        "skipped_steps_unknown", "steps", "skipped without a cause that could be shown", "look at the batch, the loss function and activations"
+    *(
+        Metric(f"skipped_steps_{cause.value.lower()}", "steps", cause.facts.metric, cause.facts.metric_remedy)
+        for cause in Cause
     ),
     Metric("skip_rate", "1", "skipped share of all optimizer steps", "above 0.01 after the first steps: read the cause"),
     Metric(

@@ -83,7 +83,7 @@ class ModuleMonitor:
         scale: Tensor,
         *,
         scaled: bool,
-        guards: bool,
+        no_scaling: bool,
         decided_steps: int,
     ) -> dict[str, Tensor]:
         """What is to come to the host with this step's read, name → tensor of shape [n]; and hooks for a coming close look.
@@ -96,7 +96,7 @@ class ModuleMonitor:
             gradients: as they are now.
             scale: the loss scale of their backward, shape [].
             scaled: whether they are still multiplied by it.
-            guards: whether nothing is scaled (BF16, FP32), so that gradients have no headroom in FP16 to tell.
+            no_scaling: whether nothing is scaled (BF16, FP32), so that gradients have no headroom in FP16 to tell.
             decided_steps: steps before this one; chooses the sample for underflow.
         """
         figures: dict[str, Tensor] = {}
@@ -108,7 +108,7 @@ class ModuleMonitor:
                 figures[ACTIVATION] = torch.stack(
                     [to_device(peak, scale.device) for peak in activations.values()]
                 )
-            if not guards:
+            if not no_scaling:
                 factor = torch.ones_like(scale) if scaled else scale
                 asked[HEADROOM] = asked[UNDERFLOW] = [name.rpartition(".")[0] for name in names()]
                 figures[HEADROOM] = amax_of_each(gradients, scale.device) * factor

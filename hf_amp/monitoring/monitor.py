@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
+from hf_amp.device import widest_float
 from hf_amp.errors import BatchError
-from hf_amp.events import Cause
+from hf_amp.events import Cause, StepOutcome
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat, PrecisionMode
 from hf_amp.serialization import AtLeastOne, Log2Value, NotNegative, Positive, parse_fields
 from hf_amp.statistics import to_device, to_host_list
@@ -124,7 +125,7 @@ class LossMean:
         known = self._held if self._totals is None else [self._totals, *self._held]
         device = next((x.device for x in known if x.device.type != "cpu"), known[0].device)
         losses = torch.stack([to_device(loss, device) for loss in self._held])
-        losses = losses.float() if losses.device.type == "mps" else losses.double()
+        losses = losses.to(widest_float(losses.device))
         self._held = []
         finite = losses.isfinite()
         totals = torch.stack([losses.where(finite, 0.0).sum(), finite.sum(), (~finite).sum()])
@@ -143,16 +144,6 @@ ERRORS_KEPT = 1000
 """Newest numerical errors that are kept one by one; all are counted."""
 KINDS_KEPT = 100
 """Kinds of numerical errors that are told apart; further ones count as "other"."""
-
-ERROR_OF_CAUSE: Mapping[Cause, str] = {
-    Cause.SCALE: "gradient_overflow",
-    Cause.ACTIVATION: "activation_overflow",
-    Cause.INPUT: "non_finite_input",
-    Cause.WEIGHTS: "non_finite_weights",
-    Cause.LOSS: "non_finite_loss",
-    Cause.UNKNOWN: "unknown",
-}
-"""What a skipped step is called among the numerical errors."""
 
 
 @dataclasses.dataclass
@@ -262,48 +253,43 @@ class PrecisionMonitor:
         self._loss_mean = LossMean()
         self._newest_attempt = 0
 
-    # ---- what a run tells -----------------------------------------------------------------------------------
+    # ---- what a run reports ---------------------------------------------------------------------------------
 
-    def record_applied(
-        self,
-        scale: float,
-        grad_norm: float | None,
-        grad_amax: float | None,
-        underflow_fraction: float | None,
+    def after_step(
+        self, outcome: StepOutcome, cause: Cause | None = None, next_scale: float | None = None
     ) -> None:
-        """One applied step. None stands for what was not measured; a sampled figure keeps its last value."""
-        self.applied_steps += 1
-        self.record.add_step(scale)
-        self.scale, self.grad_norm = scale, grad_norm
-        if grad_amax is not None:
-            self.grad_amax = grad_amax
-        if underflow_fraction is not None:
-            self.underflow_fraction = underflow_fraction
+        """One step. What was not measured in it keeps its last value, but for the norm; a skipped step has none.
 
-    def record_lost_updates(self, fraction: float | None) -> None:
-        """What a sampled step did not change; known with the step after it, applied or not. None: no news."""
-        if fraction is not None:
-            self.lost_update_fraction = fraction
+        Args:
+            cause: why it was skipped; None where it was applied.
+            next_scale: the scale of the next step, where it was skipped.
+        """
+        self.losses += outcome.losses
+        self.non_finite_losses += outcome.non_finite_losses
+        if outcome.lost_update_fraction is not None:
+            self.lost_update_fraction = outcome.lost_update_fraction
+        self.grad_norm = outcome.grad_norm
+        if cause is None:
+            self.applied_steps += 1
+            self.scale = outcome.scale
+            if outcome.grad_amax is not None:
+                self.grad_amax = outcome.grad_amax
+            if outcome.underflow_fraction is not None:
+                self.underflow_fraction = outcome.underflow_fraction
+        else:
+            self.skipped_by_cause[cause.value] += 1
+            self.scale = outcome.scale if next_scale is None else next_scale
+            self.grad_amax = None
+            self.inf_elements, self.nan_elements = outcome.inf_elements, outcome.nan_elements
+        self.record.add_step(self.scale)
+        if cause is not None:
+            self.record_numerical_error(cause.facts.error, self.record.steps)
 
-    def record_skipped(
-        self, cause: Cause, next_scale: float, inf_elements: int | None, nan_elements: int | None
-    ) -> None:
-        """One skipped step, which has no gradient norm to tell."""
-        self.skipped_by_cause[cause.value] += 1
-        self.record.add_step(next_scale)
-        self.record_numerical_error(ERROR_OF_CAUSE[cause], self.record.steps)
-        self.scale, self.grad_norm, self.grad_amax = next_scale, None, None
-        self.inf_elements, self.nan_elements = inf_elements, nan_elements
-
-    def record_plan(self, modules_in_fp32: int) -> None:
-        """One change of plan."""
+    def record_plan(self, modules_in_fp32: int, is_fallback: bool) -> None:
+        """One change of plan. `is_fallback`: modules, or the whole model, have left their precision."""
         self.precision_changes += 1
         self.modules_in_fp32 = modules_in_fp32
-
-    def record_losses(self, losses: int, non_finite: int) -> None:
-        """The losses (micro-batches) of one step, applied or skipped."""
-        self.losses += losses
-        self.non_finite_losses += non_finite
+        self.record.fallback_count += is_fallback
 
     def begin_window(self) -> None:
         """Makes `non_finite_loss_fraction` start anew: what was seen so far has been logged."""
@@ -313,10 +299,6 @@ class PrecisionMonitor:
     def record_formats(self, shares: Mapping[str, float]) -> None:
         """From the next step on: name of a number format → share of the parameters that are used in it."""
         self.record.format_shares = dict(shares)
-
-    def record_fallback(self) -> None:
-        """Modules, or the whole model, have left their precision."""
-        self.record.fallback_count += 1
 
     def record_memory(self, savings: float) -> None:
         """From the next step on: share of training memory that precision saves over FP32; negative where it costs."""
@@ -352,23 +334,16 @@ class PrecisionMonitor:
             self._record_stock(max(scaler.get_scale(), FP32_FORMAT.smallest_subnormal))
 
     def _record_newest_outcome(self, scaler: Any) -> None:
-        outcome = scaler.last_outcome
+        outcome: StepOutcome | None = scaler.last_outcome
         if outcome is None or outcome.attempt == self._newest_attempt:
             return
         self._newest_attempt = outcome.attempt
-        if outcome.applied:
-            self.record_applied(
-                outcome.scale, outcome.grad_norm, outcome.grad_amax, outcome.underflow_fraction
-            )
-            return
-        cause = Cause.SCALE if outcome.loss_finite else Cause.UNKNOWN
-        self.record_skipped(cause, outcome.scale, outcome.inf_elements, outcome.nan_elements)
+        skipped_for = Cause.SCALE if outcome.loss_finite else Cause.UNKNOWN
+        self.after_step(outcome, None if outcome.applied else skipped_for)
 
     def _record_stock(self, scale: float) -> None:
-        if self.scale is not None and scale < self.scale:
-            self.record_skipped(Cause.UNKNOWN, scale, None, None)
-        else:
-            self.record_applied(scale, None, None, None)
+        applied = self.scale is None or scale >= self.scale
+        self.after_step(StepOutcome(0, applied, scale), None if applied else Cause.UNKNOWN)
 
     # ---- what people read -----------------------------------------------------------------------------------
 

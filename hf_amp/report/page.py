@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.resources import files
 
+from hf_amp.events import printable
 from hf_amp.monitoring.metrics import CATALOGUE
-from hf_amp.monitoring.sinks.console import visible
-from hf_amp.report.pictures import (
-    DARK,
-    LIGHT,
-    Drawn,
-    Theme,
-    css_variable,
-    formatted,
-    pictures_for_page,
-    state_of,
-)
+from hf_amp.report.pictures import COLORS, DARK, LIGHT, Theme, pictures_for_page
 from hf_amp.report.reader import Incident, RunHistory
-from hf_amp.report.verdict import verdict_on
+from hf_amp.report.verdict import formatted, verdict_on
 
 CARDS = ("applied_steps", "skipped_steps", "scale", "headroom_bits", "underflow_fraction", "loss")
 INCIDENTS_SHOWN = 200
+MODULES_SHOWN = 12
 
 _STATES = {
     "finished": "finished",
@@ -31,6 +22,34 @@ _STATES = {
     "empty": "the log is empty",
 }
 _METRICS = {metric.name: metric for metric in CATALOGUE}
+_CATALOGUE_ORDER = {name: place for place, name in enumerate(_METRICS)}
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{title}</title>
+<style>
+{style}
+</style>
+</head>
+<body>
+<main class="{layout}" style="--runs: {count}">
+<header>
+<p class="kicker">hf_amp · mixed-precision report</p>
+{heads}
+</header>
+{pictures}
+{incidents}
+{figures}
+<footer>Made by hf_amp {version} from {logs}.</footer>
+</main>
+</body>
+</html>
+"""
 
 
 def page(runs: Sequence[RunHistory], version: str) -> str:
@@ -39,157 +58,136 @@ def page(runs: Sequence[RunHistory], version: str) -> str:
     Args:
         version: of hf_amp, for the last line.
     """
-    title = "hf_amp report: " + ", ".join(run.name for run in runs)
-    body = "\n".join(
-        [
-            f'<main class="{"one" if len(runs) == 1 else "several"}" style="--runs: {len(runs)}">',
-            "<header>",
-            '<p class="kicker">hf_amp · mixed-precision report</p>',
-            *map(_head, runs),
-            "</header>",
-            *_picture_sections(runs),
-            _incident_section(runs),
-            _figure_section(runs),
-            f"<footer>Made by hf_amp {_text(version)} from {_text(', '.join(str(run.path) for run in runs))}.</footer>",
-            "</main>",
-        ]
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
-        f"<title>{_text(title)}</title>\n<style>\n{_style()}\n</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    return _PAGE.format(
+        title=_text("hf_amp report: " + ", ".join(run.name for run in runs)),
+        style=_style(),
+        layout="one" if len(runs) == 1 else "several",
+        count=len(runs),
+        heads="\n".join(map(_head, runs)),
+        pictures=_picture_section(runs),
+        incidents=_incident_section(runs),
+        figures=_figure_section(runs),
+        version=_text(version),
+        logs=_text(", ".join(str(run.path) for run in runs)),
     )
 
 
 def _style() -> str:
-    """The style sheet, with the colours of both themes before it."""
+    """The style sheet, with the colours of both themes before it and those of the causes after it."""
 
     def variables(theme: Theme) -> str:
-        return " ".join(f"{css_variable(role)}: {color};" for role, color in asdict(theme).items())
+        return " ".join(f"--{role}: {color};" for role, color in theme.items())
 
-    sheet = files("hf_amp.report").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        f":root {{ {variables(LIGHT)} }}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}\n{sheet}"
-    )
+    causes = [role.removeprefix("cause-") for role in COLORS if role.startswith("cause-")]
+    return "\n".join([
+        f":root {{ {variables(LIGHT)} }}",
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}",
+        files("hf_amp.report").joinpath("page.css").read_text(encoding="utf-8"),
+        *(f".cause.{cause} {{ color: var(--cause-{cause}); }}" for cause in causes),
+    ])  # fmt: skip
 
 
 def _text(value: object) -> str:
     """Text from a run, made harmless: markup escaped, control characters made visible."""
-    return html.escape(visible(str(value)))
+    return html.escape(printable(str(value)))
 
 
 def _head(run: RunHistory) -> str:
+    """Verdict, facts and cards of one run."""
     verdict = verdict_on(run)
+    resumed = ", ".join(f"{step:,}" for step in run.resumed_at)
     facts = {
         "Ran": run.what_ran,
         "Steps": f"{run.newest_step:,}",
-        "State": _STATES[state_of(run)],
+        "State": _STATES[run.state],
         "Scaling": run.config.get("scaling_strategy", ""),
-        "Resumed": "after step " + ", ".join(f"{step:,}" for step in run.resumed_at)
-        if run.resumed_at
-        else "",
+        "Resumed": f"after step {resumed}" if resumed else "",
         "From": _time(run.started),
         "To": _time(run.newest),
         "Log": _remarks(run),
     }
-    rows = "".join(
-        f"<div><dt>{name}</dt><dd>{_text(fact)}</dd></div>" for name, fact in facts.items() if fact
-    )
+    rows = "".join(_pair(name, _text(fact)) for name, fact in facts.items() if fact)
+    cards = "".join(_card(run, name) for name in CARDS if name in run.latest)
     return (
         f'<section class="run" aria-label="{_text(run.name)}">\n<h1>{_text(run.name)}</h1>\n'
         f'<p class="verdict {verdict.level.value}"><span class="level" aria-hidden="true"></span>'
-        f'<span>{_text(verdict.sentence)}</span></p>\n<dl class="facts">{rows}</dl>\n{_cards(run)}\n</section>'
+        f'<span>{_text(verdict.sentence)}</span></p>\n<dl class="facts">{rows}</dl>\n'
+        + (f'<dl class="cards">{cards}</dl>\n' if cards else "")
+        + "</section>"
     )
 
 
+def _pair(name: str, value: str) -> str:
+    return f"<div><dt>{name}</dt><dd>{value}</dd></div>"
+
+
 def _remarks(run: RunHistory) -> str:
-    remarks = []
-    if run.torn_lines:
-        remarks.append(
-            f"{run.torn_lines:,} line{'s were' if run.torn_lines > 1 else ' was'} cut off by a kill"
-        )
-    if run.former_runs:
-        remarks.append(
-            f"{run.former_runs:,} earlier run{'s' if run.former_runs > 1 else ''} in the same file left out"
-        )
-    return "; ".join(remarks)
+    torn = f"{run.torn_lines:,} line{'s were' if run.torn_lines > 1 else ' was'} cut off by a kill"
+    former = f"{run.former_runs:,} earlier run{'s' if run.former_runs > 1 else ''} in the same file left out"
+    return "; ".join([torn] * bool(run.torn_lines) + [former] * bool(run.former_runs))
 
 
 def _time(timestamp: str | None) -> str:
     return timestamp[:19].replace("T", " ") + " UTC" if timestamp else ""
 
 
-def _cards(run: RunHistory) -> str:
-    known = run.latest
-    cards = []
-    for name in CARDS:
-        if name in known:
-            metric = _METRICS.get(name)
-            unit = (
-                ""
-                if metric is None or metric.unit in ("1", "steps")
-                else f" <small>{_text(metric.unit)}</small>"
-            )
-            value = f"{known[name]:.2%}" if name == "underflow_fraction" else _text(formatted(known[name]))
-            cards.append(f"<div><dt>{name.replace('_', ' ')}</dt><dd>{value}{unit}</dd></div>")
-    return f'<dl class="cards">{"".join(cards)}</dl>' if cards else ""
+def _card(run: RunHistory, name: str) -> str:
+    unit = _METRICS[name].unit if name in _METRICS else "1"
+    shown = f"{run.latest[name]:.2%}" if name == "underflow_fraction" else _text(formatted(run.latest[name]))
+    return _pair(
+        name.replace("_", " "), shown + (f" <small>{unit}</small>" if unit not in ("1", "steps") else "")
+    )
 
 
-def _picture_sections(runs: Sequence[RunHistory]) -> list[str]:
-    groups = list(pictures_for_page(runs))
-    if not groups:
-        return []
-    return [
-        '<section aria-labelledby="pictures">\n<h2 id="pictures">Over the run</h2>',
-        '<div class="pictures">',
-        *("\n".join(_figure(drawn, svg, runs) for drawn, svg in group) for group in groups),
-        "</div>\n</section>",
-    ]
-
-
-def _figure(drawn: Drawn, svg: str, runs: Sequence[RunHistory]) -> str:
-    whose = f" <small>{_text(runs[drawn.run].name)}</small>" if len(runs) > 1 else ""
-    column = f' style="--column: {drawn.run + 1}"' if len(runs) > 1 else ""
+def _picture_section(runs: Sequence[RunHistory]) -> str:
+    figures = []
+    for drawn, svg in (one for kind in pictures_for_page(runs) for one in kind):
+        whose, column = "", ""
+        if len(runs) > 1:
+            whose = f" <small>{_text(runs[drawn.run].name)}</small>"
+            column = f' style="--column: {drawn.run + 1}"'
+        figures.append(
+            f"<figure{column}>\n<h3>{_text(drawn.picture.title)}{whose}</h3>\n{svg}\n"
+            f"<figcaption>{_text(drawn.description)}</figcaption>\n</figure>"
+        )
     return (
-        f"<figure{column}>\n<h3>{_text(drawn.picture.title)}{whose}</h3>\n{svg}\n"
-        f"<figcaption>{_text(drawn.description)}</figcaption>\n</figure>"
+        _section("pictures", "Over the run", '<div class="pictures">', *figures, "</div>") if figures else ""
     )
 
 
 def _incident_section(runs: Sequence[RunHistory]) -> str:
-    heading = '<section aria-labelledby="incidents">\n<h2 id="incidents">Incidents, and what to do</h2>\n'
     columns = ("Step", "What", "Cause", "Modules", "Change", "What to do")
-    tables = []
+    parts = []
     for run in runs:
-        caption = f"<h3>{_text(run.name)}</h3>" if len(runs) > 1 else ""
-        incidents = run.incidents
-        if not incidents:
-            tables.append(f"{caption}<p>Nothing that needs attention is in the log.</p>")
+        if len(runs) > 1:
+            parts.append(f"<h3>{_text(run.name)}</h3>")
+        rows = [_incident_cells(incident) for incident in run.incidents]
+        if not rows:
+            parts.append("<p>Nothing that needs attention is in the log.</p>")
             continue
-        rows = [_row(columns, _incident_cells(incident)) for incident in incidents[:INCIDENTS_SHOWN]]
-        rest = len(incidents) - INCIDENTS_SHOWN
-        more = f"<p>{rest:,} more kinds of incidents are in the log.</p>" if rest > 0 else ""
-        tables.append(caption + _table(columns, rows, "incidents") + more)
-    return heading + "\n".join(tables) + "\n</section>"
+        parts.append(_table("incidents", columns, rows[:INCIDENTS_SHOWN]))
+        if len(rows) > INCIDENTS_SHOWN:
+            parts.append(f"<p>{len(rows) - INCIDENTS_SHOWN:,} more kinds of incidents are in the log.</p>")
+    return _section("incidents", "Incidents, and what to do", *parts)
 
 
 def _incident_cells(incident: Incident) -> list[str]:
     steps = f"{incident.first_step:,}"
     if incident.count > 1:
         steps += f" to {incident.last_step:,}, {incident.count:,} times"
-    modules = "<br>".join(f"<code>{_text(name or 'the model')}</code>" for name in incident.modules[:12])
-    if len(incident.modules) > 12:
-        modules += f"<br>and {len(incident.modules) - 12} more"
-    cause = f'<span class="cause {_text(incident.cause.lower())}">{_text(incident.cause)}</span>'
+    names = [f"<code>{_text(name or 'the model')}</code>" for name in incident.modules[:MODULES_SHOWN]]
+    if len(incident.modules) > MODULES_SHOWN:
+        names.append(f"and {len(incident.modules) - MODULES_SHOWN} more")
+    cause = _text(incident.cause)
     change = "" if incident.before is None else f"{_value(incident.before)} → {_value(incident.after)}"
     return [
-        steps, _text(incident.event.replace("_", " ")), cause if incident.cause else "", modules, change,
+        steps,
+        _text(incident.event.replace("_", " ")),
+        f'<span class="cause {cause.lower()}">{cause}</span>' if cause else "",
+        "<br>".join(names),
+        change,
         _text(incident.message),
-    ]  # fmt: skip
+    ]
 
 
 def _value(value: object) -> str:
@@ -197,41 +195,37 @@ def _value(value: object) -> str:
 
 
 def _figure_section(runs: Sequence[RunHistory]) -> str:
-    names = sorted({name for run in runs for name in run.latest}, key=_catalogue_order)
+    names = {name for run in runs for name in run.latest}
     if not names:
         return ""
     columns = ("Figure", *(run.name for run in runs), "Unit", "Meaning", "When it is bad")
     rows = []
-    for name in names:
+    for name in sorted(names, key=lambda name: (_CATALOGUE_ORDER.get(name, len(_CATALOGUE_ORDER)), name)):
         metric = _METRICS.get(name)
-        values = [_text(formatted(run.latest[name])) if name in run.latest else "" for run in runs]
-        explained = (
-            (metric.unit, metric.meaning, metric.remedy) if metric else ("", "as the run logged it", "")
-        )
-        rows.append(_row(columns, [f"<code>{_text(name)}</code>", *values, *map(_text, explained)]))
-    return (
-        '<section aria-labelledby="figures">\n<h2 id="figures">Newest figures</h2>\n'
-        + _table(columns, rows, "figures")
-        + "\n</section>"
-    )
+        values = [formatted(run.latest[name]) if name in run.latest else "" for run in runs]
+        about = (metric.unit, metric.meaning, metric.remedy) if metric else ("", "as the run logged it", "")
+        rows.append([f"<code>{_text(name)}</code>", *map(_text, (*values, *about))])
+    return _section("figures", "Newest figures", _table("figures", columns, rows))
 
 
-def _catalogue_order(name: str) -> tuple[int, str]:
-    names = list(_METRICS)
-    return (names.index(name) if name in _METRICS else len(names), name)
+def _section(name: str, heading: str, *parts: str) -> str:
+    body = "\n".join(parts)
+    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n{body}\n</section>'
 
 
-def _row(columns: Sequence[str], cells: Sequence[str]) -> str:
-    """One row; on a narrow screen every cell stands under the other, with its column's name before it."""
-    return '<tr role="row">' + "".join(
-        f'<td role="cell" data-label="{_text(column)}">{cell}</td>'
-        for column, cell in zip(columns, cells, strict=True)
-    ) + "</tr>"  # fmt: skip
-
-
-def _table(columns: Sequence[str], rows: Sequence[str], kind: str) -> str:
+def _table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; on a narrow screen every cell stands under the other, with its column's name before it."""
     head = "".join(f'<th role="columnheader" scope="col">{_text(column)}</th>' for column in columns)
+    body = "".join(
+        '<tr role="row">'
+        + "".join(
+            f'<td role="cell" data-label="{_text(column)}">{cell}</td>'
+            for column, cell in zip(columns, row, strict=True)
+        )
+        + "</tr>\n"
+        for row in rows
+    )
     return (
         f'<table role="table" class="{kind}"><thead role="rowgroup"><tr role="row">{head}</tr></thead>\n'
-        f'<tbody role="rowgroup">\n{chr(10).join(rows)}\n</tbody></table>'
+        f'<tbody role="rowgroup">\n{body}</tbody></table>'
     )

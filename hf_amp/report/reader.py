@@ -1,4 +1,4 @@
-"""Reads the JSON-lines log of a run: whole, growing, cut off by a kill, empty, or not ours at all."""
+"""Reads the JSON-lines log of a run, whole, growing or cut off by a kill, into its history, in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from array import array
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +18,37 @@ from hf_amp.errors import StateError
 from hf_amp.events import LOG_FILE, EventKind
 from hf_amp.monitoring.metrics import BY_MODULE
 
-LONGEST_LINE = 2**24
-"""Bytes; with figures for 100,000 modules a line is shorter."""
 
-_LINE_START = b'{"timestamp": '
-_BLANK = b"\0\r\n "
-_NEEDED = ("timestamp", "event", "run_id", "step")
+def read_run(run: str | Path) -> RunHistory:
+    """The history of a run, given as its folder or its log file, as far as the log goes; read in one pass.
+
+    Raises:
+        StateError: there is no log, or it is not one of hf_amp.
+    """
+    history = named_run(run)
+    take_in(EventLogReader(history.path), history)
+    return history
+
+
+def named_run(run: str | Path) -> RunHistory:
+    """The history of a run before anything is read.
+
+    Raises:
+        StateError: there is no log.
+    """
+    path = find_log(run)
+    return RunHistory(path.resolve().parent.name if path.name == LOG_FILE else path.stem, path)
+
+
+def take_in(log: EventLogReader, history: RunHistory) -> None:
+    """Adds what the log has more than before.
+
+    Raises:
+        StateError: the file is not a log of hf_amp.
+    """
+    for line in log.read():
+        history.add(line)
+    history.torn_lines = log.torn_lines + log.unfinished
 
 
 def find_log(run: str | Path) -> Path:
@@ -46,6 +72,13 @@ def find_log(run: str | Path) -> Path:
         f"{path}: no {LOG_FILE} in this folder. hf_amp writes it into the output folder of a Trainer that has a "
         f"MixedPrecisionCallback, and in loops of your own where session.log_to(folder) says; pass such a folder.{hint}"
     )
+
+
+LONGEST_LINE = 2**24
+"""Bytes; with figures for 100,000 modules a line is shorter."""
+_LINE_START = b'{"timestamp": '
+_BLANK = b"\0\r\n "
+_NEEDED = ("timestamp", "event", "run_id", "step")
 
 
 class EventLogReader:
@@ -120,65 +153,6 @@ def _may_become_ours(raw: bytes) -> bool:
     return _LINE_START.startswith(start)
 
 
-@dataclass
-class Incident:
-    """What needed attention, alike events together.
-
-    Attributes:
-        event: name of its kind, as in the log.
-        cause: name of the cause; "" where there is none.
-        modules: qualified names of the modules concerned.
-        first_step: optimizer step of the first.
-        last_step: optimizer step of the newest.
-        count: how many.
-        message: the newest one's sentence, with what to do.
-        before: the value that the newest one changed.
-        after: what it changed to.
-    """
-
-    event: str
-    cause: str
-    modules: tuple[str, ...]
-    first_step: int
-    last_step: int
-    count: int
-    message: str
-    before: float | str | None = None
-    after: float | str | None = None
-
-
-@dataclass(frozen=True)
-class PrecisionChange:
-    """A change of precision as a log tells of it: of the modules named, or of the whole model where none is."""
-
-    step: int
-    before: str
-    after: str
-    modules: tuple[str, ...]
-    cause: str
-    message: str
-
-
-def cause_of(line: Mapping[str, Any]) -> str:
-    return str(line.get("cause") or "")
-
-
-def plain_value(value: Any) -> float | str | None:
-    """A finite number, text or None; anything else as text."""
-    return value if value is None or is_real(value) else str(value)
-
-
-def precision_change_of(line: Mapping[str, Any]) -> PrecisionChange:
-    return PrecisionChange(
-        step=line["step"],
-        before=str(line.get("before")),
-        after=str(line.get("after")),
-        modules=tuple(map(str, line.get("modules") or ())),
-        cause=cause_of(line),
-        message=str(line.get("message", "")),
-    )
-
-
 POINTS_KEPT = 8192
 """Points after which a series is thinned; several for every pixel of a picture."""
 
@@ -189,23 +163,22 @@ class Series:
     Attributes:
         steps: optimizer steps, int64.
         values: the figure at each, float64.
-        points: how many were added.
+        counts: how many points were added up to and with each, int64.
     """
 
     def __init__(self, points_kept: int = POINTS_KEPT) -> None:
         self._points_kept = points_kept
-        self.steps = array("q")
-        self.values = array("d")
-        self.points = 0
+        self.steps, self.values, self.counts = array("q"), array("d"), array("q")
 
-    def add(self, step: int, value: float) -> None:
-        """Appends one point; another one of the same step replaces it."""
-        self.points += 1
+    def add(self, step: int, value: float = math.nan) -> None:
+        """Appends one point; another one of the same step replaces it, and counts too."""
+        count = self.points + 1
         if self.steps and self.steps[-1] == step:
-            self.values[-1] = value
+            self.values[-1], self.counts[-1] = value, count
             return
         self.steps.append(step)
         self.values.append(value)
+        self.counts.append(count)
         if len(self.steps) >= self._points_kept:
             self._thin()
 
@@ -218,12 +191,23 @@ class Series:
         kept.append(newest)
         self.steps = array("q", (self.steps[i] for i in kept))
         self.values = array("d", (self.values[i] for i in kept))
+        self.counts = array("q", (self.counts[i] for i in kept))
 
     def cut_after(self, step: int) -> None:
         """Forgets what is later than `step`, because a resumed run does it anew."""
         while self.steps and self.steps[-1] > step:
-            self.steps.pop()
-            self.values.pop()
+            for numbers in (self.steps, self.values, self.counts):
+                numbers.pop()
+
+    def count_after(self, step: int) -> int:
+        """How many points later than `step` were added; where the series was thinned there, a few more."""
+        earlier = bisect_right(self.steps, step)
+        return self.points - (self.counts[earlier - 1] if earlier else 0)
+
+    @property
+    def points(self) -> int:
+        """How many points were added."""
+        return self.counts[-1] if self.counts else 0
 
     @property
     def newest(self) -> float | None:
@@ -237,6 +221,69 @@ class Series:
         return iter(zip(self.steps, self.values, strict=True))
 
 
+@dataclass(frozen=True)
+class LoggedEvent:
+    """One event as a log has it: kinds and causes may be those of another version.
+
+    Attributes:
+        step: optimizer step at which it happened.
+        event: name of its kind.
+        cause: name of the cause; "" where there is none.
+        modules: qualified names of the modules concerned; empty for the whole model.
+        before: the value that it changed.
+        after: what it changed to.
+        message: its sentence, with what to do.
+    """
+
+    step: int
+    event: str
+    cause: str
+    modules: tuple[str, ...]
+    before: float | str | None
+    after: float | str | None
+    message: str
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> LoggedEvent:
+        """The event of a line of a log."""
+        return cls(
+            step=line["step"],
+            event=line["event"],
+            cause=str(line.get("cause") or ""),
+            modules=tuple(map(str, line.get("modules") or ())),
+            before=_plain(line.get("before")),
+            after=_plain(line.get("after")),
+            message=str(line.get("message", "")),
+        )
+
+
+def _plain(value: Any) -> float | str | None:
+    """A finite number, text or None; anything else as text."""
+    return value if value is None or is_real(value) else str(value)
+
+
+@dataclass(frozen=True)
+class Incident(LoggedEvent):
+    """The newest of alike events, and the steps of all of them. Alike are those of one kind, cause and modules."""
+
+    occurrences: Series
+
+    @property
+    def first_step(self) -> int:
+        """Optimizer step of the first."""
+        return self.occurrences.steps[0]
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer step of the newest."""
+        return self.occurrences.steps[-1]
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.occurrences.points
+
+
 LARGEST_GROUPS = 500
 """Different incidents that are told apart; what comes after goes into one more, named so."""
 MOST_NAMES = 1000
@@ -244,12 +291,20 @@ MOST_NAMES = 1000
 MOST_MODULES = 100_000
 CHANGES_KEPT = 1000
 """Changes of precision, and resumptions; a plan cannot flap, so that a run has a handful."""
-POINTS_KEPT_BY_MODULE = 512
+POINTS_KEPT_BY_MODULE = STEPS_KEPT_BY_INCIDENT = 512
 """There can be thousands of modules, and a picture has columns for a tenth of these."""
-MODULE_FIGURES = tuple(metric.name for metric in BY_MODULE)
-"""Figures by module, as a mapping from its qualified name."""
 
+_MODULE_FIGURES = tuple(metric.name for metric in BY_MODULE)
 _INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention}
+_NO_FIGURES = {"timestamp", "level", "run_id", "rank"} | {
+    each.name for each in dataclasses.fields(LoggedEvent)
+}
+_NAMES_OF_0_1 = {
+    "hopeless": "stalled",
+    "statistics_put_back": "buffers_restored",
+    "transitions": "precision_changes",
+}
+"""Events and figures that hf_amp 0.1 wrote under another name."""
 
 
 @dataclass
@@ -262,7 +317,7 @@ class RunHistory:
         run_id: the newest run id in the log; None before the first line.
         started: UTC time of the first line of this run, as written.
         newest: UTC time of the newest line.
-        newest_step: highest optimizer step told of.
+        newest_step: highest optimizer step in the log.
         ended: whether training came to its end.
         what_ran: what the log says about the precision and the device.
         precision: default precision at the start.
@@ -270,9 +325,8 @@ class RunHistory:
         figures: name of a figure → its values over time.
         modules: name of a figure by module → module → its values over time.
         skips: cause → (optimizer step, loss scale of the skipped step).
-        incidents: what needed attention, in order of first steps.
-        transitions: changes of precision.
-        resumed_at: optimizer steps at which the run was taken up again.
+        precision_changes: those that changed something.
+        resumed_at: optimizer steps at which the run was resumed.
         former_runs: runs that were begun in the same file before.
         lines: lines read.
         torn_lines: lines that were cut off.
@@ -293,15 +347,21 @@ class RunHistory:
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: Series(POINTS_KEPT_BY_MODULE)))
     )
     skips: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
-    precision_changes: list[PrecisionChange] = field(default_factory=list)
+    precision_changes: list[LoggedEvent] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     former_runs: int = 0
     lines: int = 0
     torn_lines: int = 0
-    _groups: dict[tuple[Any, ...], Incident] = field(default_factory=dict)
+    _groups: dict[tuple[str, str, tuple[str, ...]], Incident] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """`empty`, `finished`, or `unfinished`: still running or killed, which a log alone cannot tell."""
+        return "empty" if self.lines == 0 else "finished" if self.ended else "unfinished"
 
     @property
     def incidents(self) -> list[Incident]:
+        """What needed attention, alike events together, in order of first steps."""
         return sorted(self._groups.values(), key=lambda incident: incident.first_step)
 
     @property
@@ -311,17 +371,17 @@ class RunHistory:
 
     @property
     def skipped_by_cause(self) -> Counter[str]:
-        """Skipped steps of this run that the log tells of, by cause."""
+        """Skipped steps of this run in the log, by cause."""
         return Counter({cause: series.points for cause, series in self.skips.items() if series.points})
 
     @property
-    def changed_modules(self) -> dict[str, PrecisionChange]:
+    def changed_modules(self) -> dict[str, LoggedEvent]:
         """Module → how it came to the precision that it has now, where that is not the one it had at first.
 
         "" stands for the whole model.
         """
-        first: dict[str, str] = {}
-        newest: dict[str, PrecisionChange] = {}
+        first: dict[str, float | str | None] = {}
+        newest: dict[str, LoggedEvent] = {}
         for change in self.precision_changes:
             for module in change.modules or ("",):
                 first.setdefault(module, change.before)
@@ -336,43 +396,33 @@ class RunHistory:
         """
         self.lines += 1
         try:
-            self._add(line)
+            self._add({_NAMES_OF_0_1.get(name, name): value for name, value in line.items()})
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StateError(
                 f"{self.path}: line {self.lines} is not what hf_amp writes ({error}); it was changed, or comes from a "
                 "version that this one cannot read."
             ) from error
 
-    def _add(self, line: Mapping[str, Any]) -> None:
-        line = {_NAMES_OF_0_1.get(name, name): value for name, value in line.items()}
-        event = line["event"] = _NAMES_OF_0_1.get(line["event"], line["event"])
-        step = line["step"]
-        if event == EventKind.TRAINING_STARTED.value:
+    def _add(self, line: dict[str, Any]) -> None:
+        kind = line["event"] = _NAMES_OF_0_1.get(line["event"], line["event"])
+        if kind == EventKind.TRAINING_STARTED:
             self._begin(line)
-        if self.started is None:
-            self.started = str(line["timestamp"])
         self.run_id, self.newest = str(line["run_id"]), str(line["timestamp"])
-        self.newest_step = max(self.newest_step, step)
-        if event in (EventKind.METRICS.value, EventKind.TRAINING_ENDED.value):
-            self._add_figures(step, line)
-        if event == EventKind.TRAINING_ENDED.value:
-            self.ended = True
-        elif event == EventKind.STEP_SKIPPED.value:
+        self.started = self.started or self.newest
+        self.newest_step = max(self.newest_step, line["step"])
+        if kind in (EventKind.METRICS, EventKind.TRAINING_ENDED):
+            self._add_figures(line)
+            self.ended = self.ended or kind == EventKind.TRAINING_ENDED
+        elif kind == EventKind.STEP_SKIPPED:
             scale = line.get("before")
-            scale = float(scale) if is_real(scale) else math.nan
-            self.skips[cause_of(line) or "UNKNOWN"].add(step, scale)
-        elif event == EventKind.PRECISION_CHANGED.value:
-            self.precision_changes.append(precision_change_of(line))
-            _thin(self.precision_changes)
-        for names, most in (
-            (self.figures, MOST_NAMES),
-            (self.skips, MOST_NAMES),
-            *((m, MOST_MODULES) for m in self.modules.values()),
-        ):
-            if len(names) > most:
-                raise ValueError(f"more than {most:,} names")
-        if event in _INCIDENTS:
-            self._add_incident(line)
+            cause = str(line.get("cause") or "UNKNOWN")
+            self.skips[cause].add(line["step"], float(scale) if is_real(scale) else math.nan)
+        elif kind == EventKind.PRECISION_CHANGED and line.get("before") != line.get("after"):
+            self.precision_changes.append(LoggedEvent.of(line))
+            _bound(self.precision_changes)
+        if kind in _INCIDENTS:
+            self._add_incident(LoggedEvent.of(line))
+        self._check_names()
 
     def _begin(self, line: Mapping[str, Any]) -> None:
         """Training starts, in this process: from the beginning, or after the steps that a checkpoint has behind it."""
@@ -383,7 +433,7 @@ class RunHistory:
         elif completed:
             self._cut_after(completed)
             self.resumed_at.append(completed)
-            _thin(self.resumed_at)
+            _bound(self.resumed_at)
         self.ended = False
         self.precision = str(line.get("precision", ""))
         self.config = dict(line.get("config", {}))
@@ -391,97 +441,43 @@ class RunHistory:
 
     def _cut_after(self, step: int) -> None:
         by_module = [series for modules in self.modules.values() for series in modules.values()]
-        for series in [*self.figures.values(), *by_module]:
+        occurrences = [incident.occurrences for incident in self._groups.values()]
+        for series in (*self.figures.values(), *by_module, *self.skips.values(), *occurrences):
             series.cut_after(step)
-        for series in self.skips.values():
-            kept = len(series)
-            series.cut_after(step)
-            series.points -= kept - len(series)
+        self._groups = {key: incident for key, incident in self._groups.items() if incident.count}
         self.precision_changes = [change for change in self.precision_changes if change.step <= step]
-        self._groups = {
-            key: dataclasses.replace(group, last_step=min(group.last_step, step))
-            for key, group in self._groups.items()
-            if group.first_step <= step
-        }
         self.newest_step = step
 
-    def _add_figures(self, step: int, line: Mapping[str, Any]) -> None:
+    def _add_figures(self, line: Mapping[str, Any]) -> None:
         for name, value in line.items():
             if name in _NO_FIGURES:
                 continue
-            if name in MODULE_FIGURES:
+            if name in _MODULE_FIGURES:
                 for module, figure in value.items():
-                    self.modules[name][module].add(step, float(figure))
+                    self.modules[name][module].add(line["step"], float(figure))
             elif is_real(value):
-                self.figures[name].add(step, value)
-            elif name in _LOSS_FIGURES and value is not None:
-                self.figures[name].add(step, float(value))
+                self.figures[name].add(line["step"], value)
+            elif name == "loss" and value is not None:  # "nan" or "inf", in words, is worth a point
+                self.figures[name].add(line["step"], float(value))
 
-    def _add_incident(self, line: Mapping[str, Any]) -> None:
-        modules, step = tuple(map(str, line.get("modules") or ())), line["step"]
-        key = (line["event"], cause_of(line), modules)
+    def _add_incident(self, event: LoggedEvent) -> None:
+        key = (event.event, event.cause, event.modules)
         if key not in self._groups and len(self._groups) >= LARGEST_GROUPS:
-            modules = ("and others",)
-            key = (line["event"], cause_of(line), modules)
-        group = self._groups.get(key)
-        if group is None:
-            group = Incident(line["event"], cause_of(line), modules, step, step, 0, "")
-            self._groups[key] = group
-        group.count += 1
-        group.last_step = max(group.last_step, step)
-        group.message = str(line.get("message", ""))
-        group.before, group.after = plain_value(line.get("before")), plain_value(line.get("after"))
+            event = dataclasses.replace(event, modules=("and others",))
+            key = (event.event, event.cause, event.modules)
+        alike = self._groups.get(key)
+        occurrences = alike.occurrences if alike else Series(STEPS_KEPT_BY_INCIDENT)
+        occurrences.add(event.step)
+        self._groups[key] = Incident(**vars(event), occurrences=occurrences)
+
+    def _check_names(self) -> None:
+        groups: list[tuple[Mapping[str, Any], int]] = [(self.figures, MOST_NAMES), (self.skips, MOST_NAMES)]
+        for names, most in [*groups, *((modules, MOST_MODULES) for modules in self.modules.values())]:
+            if len(names) > most:
+                raise ValueError(f"more than {most:,} names")
 
 
-_NO_FIGURES = frozenset(
-    (
-        "timestamp",
-        "level",
-        "event",
-        "run_id",
-        "rank",
-        "step",
-        "cause",
-        "before",
-        "after",
-        "modules",
-        "message",
-    )
-)
-_NAMES_OF_0_1 = {
-    "hopeless": "stalled",
-    "statistics_put_back": "buffers_restored",
-    "transitions": "precision_changes",
-}
-"""Events and figures that hf_amp 0.1 wrote under another name."""
-_LOSS_FIGURES = ("loss",)  # may be "nan" or "inf", in words, which is worth a point
-
-
-def _thin(changes: list[Any]) -> None:
+def _bound(entries: list[Any]) -> None:
     """Drops one from the middle where there are too many: the first and the newest say how it began and how it is."""
-    if len(changes) > CHANGES_KEPT:
-        del changes[CHANGES_KEPT // 2]
-
-
-def named_run(run: str | Path) -> RunHistory:
-    """The history of a run before anything is read, given as its folder or its log file.
-
-    Raises:
-        StateError: there is no log.
-    """
-    path = find_log(run)
-    return RunHistory(path.resolve().parent.name if path.name == LOG_FILE else path.stem, path)
-
-
-def read_run(run: str | Path) -> RunHistory:
-    """The history of a run, as far as its log goes; read in one pass.
-
-    Raises:
-        StateError: there is no log, or it is not one of hf_amp.
-    """
-    history = named_run(run)
-    log = EventLogReader(history.path)
-    for line in log.read():
-        history.add(line)
-    history.torn_lines = log.torn_lines + log.unfinished
-    return history
+    if len(entries) > CHANGES_KEPT:
+        del entries[CHANGES_KEPT // 2]

@@ -12,9 +12,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_amp.config import MixedPrecisionConfig
 from hf_amp.precision import FP16_FORMAT, LARGEST_SCALE
-from hf_amp.scaling.policies import Observation, options_for, scalar
+from hf_amp.scaling.policies import Observation, scalar
 
 LIMIT_BITS = math.log2(FP16_FORMAT.largest)
 MARGIN_BITS = 0.5
@@ -93,10 +92,6 @@ class AdaptiveScale:
         "limit": (-1024, 1024),
         "wanted": (-math.inf, 1024),
     }
-
-    @classmethod
-    def from_config(cls, config: MixedPrecisionConfig) -> AdaptiveScale:
-        return cls(**options_for(cls, config))
 
     def init_state(self, device: torch.device) -> AdaptiveState:
         unknown = dict.fromkeys(("peak", "former_peak", "wanted"), -math.inf)

@@ -1,4 +1,4 @@
-"""Applying examined gradients: fused or not, to the parameters or to their master weights, and what that changed."""
+"""How an optimizer is run on checked gradients: fused or not, on the parameters or on their master weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from hf_amp.errors import ScalerError
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
-from hf_amp.scaling.step import GradientStep, Unscale, multiply_, reciprocal, refuse_fp16
+from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.statistics import random_elements, to_device
 
 
@@ -67,14 +67,15 @@ class OptimizerRunner:
         if self._masters is not None:
             self._masters.downcast_gradients(optimizer)
 
-    def take_lost_update_fraction(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """Share of low-precision elements that `optimizer`'s newest sampled step left as they were; None the next time.
+    def take_lost_updates(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """`lost_update_fraction` of `optimizer`'s newest sampled step, to be read with this one; nothing the next time.
 
         Returns:
-            Tensor of shape [], float32, on the scale's device; NaN where the device skipped the step. The host learns
-            of it in the read of the step after, because that of its own was before it moved anything.
+            Tensor of shape [], float32, on the scale's device, by name: the share of low-precision elements that the step left
+            as they were; NaN where the device skipped it. That step's own sync was before it moved anything.
         """
-        return self._lost.pop(id(optimizer), None)
+        lost = self._lost.pop(id(optimizer), None)
+        return {} if lost is None else {"lost_update_fraction": lost}
 
     def _moved_in_half(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         if self._masters is not None:
@@ -137,21 +138,16 @@ def _apply(
     options: Mapping[str, Any],
     on_device: bool,
 ) -> float | None:
-    folded = record.unscale is Unscale.FUSED
-    if not is_fused(optimizer) or not (folded or on_device):
-        if folded:
-            refuse_fp16(record.gradients)
-            factor = reciprocal(record.scale)
-            if record.clip_coefficient is not None:
-                factor = factor * record.clip_coefficient
-            multiply_(record.gradients, factor)
-            record.unscale = Unscale.IN_PLACE  # also for a second call, after one that raised
+    fused_in = record.unscale is Unscale.FUSED
+    if not is_fused(optimizer) or not (fused_in or on_device):
+        if fused_in:
+            record.multiply_in()
         return cast("float | None", optimizer.step(*arguments, **options))
     # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
     # where `found_inf` is not 0.
     fused, device = cast(Any, optimizer), _where_it_can_read(record)
     fused.grad_scale = fused.found_inf = None
-    if folded:
+    if fused_in:
         scale, clip = record.scale, record.clip_coefficient
         fused.grad_scale = to_device(scale if clip is None else scale / clip, device)
     if on_device:  # where it is known, asking costs a pass over counters
@@ -171,3 +167,22 @@ def _where_it_can_read(record: GradientStep) -> torch.device:
     if device.type != "cpu" and any(gradient.device.type == "cpu" for gradient in record.gradients):
         return torch.device("cpu")
     return device
+
+
+class _Waits(Protocol):
+    def is_waiting(self, optimizer: torch.optim.Optimizer) -> bool: ...
+
+
+class RefuseScaledStep:
+    """A hook before an optimizer's step: it is an error to step it past the scaler, while its gradients are scaled."""
+
+    def __init__(self, scaler: _Waits) -> None:
+        self._scaler = scaler
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._scaler.is_waiting(optimizer):
+            raise ScalerError(
+                f"{type(optimizer).__name__}.step() was called on the optimizer itself, whose gradients are still multiplied by "
+                "the loss scale: step what accelerator.prepare(optimizer) has returned, in a loop without accelerate call "
+                "session.scaler.step(optimizer), or call session.detach() first."
+            )

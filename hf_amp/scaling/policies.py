@@ -1,17 +1,22 @@
-"""What every scaling strategy is: a frozen dataclass with two functions over 0-d device tensors."""
+"""Scale policies: what chooses the next loss scale. CONSTANT and DYNAMIC are here, ADAPTIVE in `adaptive.py`.
+
+A policy is a frozen dataclass with its options and two pure functions over 0-d device tensors, `init_state` and `next_state`.
+The registry of strategies is `hf_amp.precision.ScalingStrategy`: one line a strategy.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from importlib import import_module
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from hf_amp.config import LARGEST_COUNT, MixedPrecisionConfig
-from hf_amp.scaling.step import GradientStep
+from hf_amp.precision import ScalingStrategy
 
 
 class Observation(NamedTuple):
@@ -41,7 +46,7 @@ class ScaleState(Protocol):
 
 
 class ScalePolicy(Protocol):
-    """Chooses the next scale. Implementations are pure, read no host, and keep the scale finite and in bounds."""
+    """Chooses the next scale. Implementations are pure, never wait for the device, and keep the scale finite and in bounds."""
 
     needs_amax: ClassVar[bool]
     """Whether `Observation.grad_amax` must be there at every step."""
@@ -57,34 +62,12 @@ class ScalePolicy(Protocol):
         """The state after one step boundary; a new object, never the old one changed in place."""
 
 
-def observation_of(records: Sequence[GradientStep]) -> Observation:
-    """What the boundaries of one update showed together: the worst of them. At least one. No host read."""
-    first = records[0].found_inf
-    known_clean = all(record.known_clean for record in records)
-
-    def largest(values: list[Tensor | None]) -> Tensor | None:
-        known = [value for value in values if value is not None]
-        if len(known) < 2:
-            return known[0] if known else None
-        return torch.stack(known).amax()
-
-    def certainly(value: Tensor | None) -> Tensor:
-        if value is not None:
-            return value
-        return first if known_clean else torch.zeros_like(first)
-
-    return Observation(
-        found_inf=certainly(largest([b.found_inf for b in records])),
-        loss_non_finite=certainly(largest([b.loss_non_finite for b in records])),
-        grad_amax=certainly(largest([b.amax for b in records])),
-        wanted_scale=largest([b.wanted_scale for b in records]),
-        known_clean=known_clean,
-    )
-
-
-def options_for(policy: type[Any], config: MixedPrecisionConfig) -> dict[str, Any]:
-    """The options of `config` that are fields of the dataclass `policy`, which bear the same names."""
-    return {option.name: getattr(config, option.name) for option in dataclasses.fields(policy)}
+def policy_of(strategy: ScalingStrategy, config: MixedPrecisionConfig) -> ScalePolicy:
+    """The policy of `strategy`, with the options of `config` that are its fields, which bear the same names."""
+    module, _, name = strategy.policy.rpartition(".")
+    policy = getattr(import_module(module), name)
+    options = {option.name: getattr(config, option.name) for option in dataclasses.fields(policy)}
+    return cast(ScalePolicy, policy(**options))
 
 
 def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -109,10 +92,6 @@ class ConstantScale:
     needs_underflow: ClassVar[bool] = False
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
-    @classmethod
-    def from_config(cls, config: MixedPrecisionConfig) -> ConstantScale:
-        return cls(**options_for(cls, config))
-
     def init_state(self, device: torch.device) -> ConstantState:
         return ConstantState(scale=scalar(self.init_scale, torch.float32, device))
 
@@ -128,20 +107,15 @@ class DynamicState(NamedTuple):
     growth_tracker: Tensor
     """int32; clean steps since the last overflow or growth."""
     hysteresis_left: Tensor
-    """int32; the overflow that finds it at 1 backs off. It stays at 1 until refilled."""
-    steps_since_change: Tensor
-    """int32; steps since the scale last changed."""
-    overflows_since_change: Tensor
-    """int32; overflowing ones among them."""
+    """int32; the overflow that finds it at 1 backs off. It stays at 1 until a growth."""
 
 
 @dataclass(frozen=True)
 class DynamicScale:
-    """The rule of `torch.amp.GradScaler`, with a floor, a ceiling, hysteresis and tolerance.
+    """The rule of `torch.amp.GradScaler`, with a floor, a ceiling, and hysteresis.
 
     Source: `torch.amp.GradScaler.update` for backoff and growth, which stops short of the ceiling rather than
-    exceed it; DeepSpeed's `DynamicLossScaler` for hysteresis and its two refill rules; fairseq's
-    `DynamicLossScaler` for the tolerated rate of overflows since the last change.
+    exceed it; DeepSpeed's `DynamicLossScaler` for hysteresis.
     """
 
     init_scale: float
@@ -149,8 +123,6 @@ class DynamicScale:
     backoff_factor: float
     growth_interval: int
     hysteresis: int
-    consecutive_hysteresis: bool
-    overflow_tolerance: float
     min_scale: float
     max_scale: float
 
@@ -159,25 +131,17 @@ class DynamicScale:
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         "growth_tracker": (0, LARGEST_COUNT),
         "hysteresis_left": (1, LARGEST_COUNT),
-        "steps_since_change": (0, LARGEST_COUNT),
-        "overflows_since_change": (0, LARGEST_COUNT),
     }
-
-    @classmethod
-    def from_config(cls, config: MixedPrecisionConfig) -> DynamicScale:
-        return cls(**options_for(cls, config))
 
     def init_state(self, device: torch.device) -> DynamicState:
         return DynamicState(
             scale=scalar(self.init_scale, torch.float32, device),
             growth_tracker=scalar(0, torch.int32, device),
             hysteresis_left=scalar(self.hysteresis, torch.int32, device),
-            steps_since_change=scalar(0, torch.int32, device),
-            overflows_since_change=scalar(0, torch.int32, device),
         )
 
     def next_state(self, state: DynamicState, observation: Observation) -> DynamicState:
-        if observation.known_clean and self.hysteresis == 1 and self.overflow_tolerance == 0:
+        if observation.known_clean and self.hysteresis == 1:
             clean_steps = state.growth_tracker + 1
             grows = clean_steps >= self.growth_interval
             return state._replace(
@@ -186,29 +150,15 @@ class DynamicScale:
         overflow = observation.found_inf > 0
         clean_steps = (state.growth_tracker + 1).masked_fill(overflow, 0)
         grows = clean_steps >= self.growth_interval
-        backs_off = overflow
-        if self.hysteresis > 1:
-            backs_off = backs_off & (state.hysteresis_left <= 1)
-            state = self._with_hysteresis(state, overflow, grows)
-        if self.overflow_tolerance > 0:
-            steps = state.steps_since_change + 1
-            overflows = state.overflows_since_change + overflow
-            backs_off = backs_off & (overflows >= self.overflow_tolerance * steps)
-            state = state._replace(
-                steps_since_change=torch.where(backs_off | grows, 0, steps),
-                overflows_since_change=torch.where(backs_off | grows, 0, overflows),
-            )
+        backs_off = overflow & (state.hysteresis_left <= 1) if self.hysteresis > 1 else overflow
+        left = (state.hysteresis_left - overflow.int()).clamp(min=1)
         lower = (state.scale * self.backoff_factor).clamp(min=self.min_scale)
-        return state._replace(
+        return DynamicState(
             scale=torch.where(backs_off, lower, self._grown(state.scale, grows)),
             growth_tracker=clean_steps.masked_fill(grows, 0),
+            hysteresis_left=torch.where(grows, self.hysteresis, left),
         )
 
     def _grown(self, scale: Tensor, grows: Tensor) -> Tensor:
         higher = scale * self.growth_factor
         return torch.where(grows & (higher <= self.max_scale), higher, scale)
-
-    def _with_hysteresis(self, state: DynamicState, overflow: Tensor, grows: Tensor) -> DynamicState:
-        left = (state.hysteresis_left - overflow.int()).clamp(min=1)
-        refills = ~overflow if self.consecutive_hysteresis else grows
-        return state._replace(hysteresis_left=torch.where(refills, self.hysteresis, left))

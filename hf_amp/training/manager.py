@@ -165,6 +165,7 @@ class AdvancedMixedPrecisionManager:
         config: options; None for the defaults.
         loss_fn: (outputs, targets) → loss, for models that return none.
         accelerator: an `accelerate.Accelerator` that has prepared model and optimizer; None for PyTorch alone.
+        on_overflow, accumulation_steps, clip_norm: as in `StandardMixedPrecisionTrainer`.
 
     Attributes:
         trainer: runs the steps; its `session` holds metrics and events.
@@ -180,9 +181,19 @@ class AdvancedMixedPrecisionManager:
         *,
         loss_fn: LossFunction | None = None,
         accelerator: Any = None,
+        on_overflow: str = "skip",
+        accumulation_steps: int = 1,
+        clip_norm: float | None = None,
     ) -> None:
         config = MixedPrecisionConfig.or_default(config, type(self).__name__)
-        self.trainer = _trainer_class(config)(config, loss_fn=loss_fn, accelerator=accelerator)
+        self.trainer = _trainer_class(config)(
+            config,
+            loss_fn=loss_fn,
+            accelerator=accelerator,
+            on_overflow=on_overflow,
+            accumulation_steps=accumulation_steps,
+            clip_norm=clip_norm,
+        )
         self.config = self.trainer.config
         self.epochs = 0
         self._cleaned_up = False
@@ -271,7 +282,7 @@ class AdvancedMixedPrecisionManager:
         """The batches of each optimizer step."""
         self._refuse_when_cleaned_up()
         batches = iter(dataloader)
-        while window := list(islice(batches, self.config.accumulation_steps)):
+        while window := list(islice(batches, self.trainer.accumulation_steps)):
             yield window
 
     # ---- what became of it ----------------------------------------------------------------------------------

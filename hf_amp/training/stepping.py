@@ -2,87 +2,56 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.device import probe
+from hf_amp.device import default_device, probe
 from hf_amp.errors import ConfigError
 from hf_amp.fallback.plan import common_to_ranks
-from hf_amp.precision import PrecisionMode
-from hf_amp.scaling.master_weights import convert_parameters
-from hf_amp.scaling.scaler import AdvancedGradScaler
-from hf_amp.session import AmpSession
+from hf_amp.session import AmpSession, unwrapped
 
 
-class Stepping(Protocol):
-    """The moves of one training step, under one session."""
-
-    session: AmpSession
-    device: torch.device
-
-    def bind(self, model: nn.Module) -> None:
-        """`model` is run next. Called before every run of a model."""
-
-    def bind_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """`optimizer` trains `model`, which is bound, next. Called before every such run."""
-
-    def micro_batch(self, model: nn.Module, last: bool) -> AbstractContextManager[bool]:
-        """Around forward and backward of one micro-batch; gives whether a step follows. `last`: the window ends with it."""
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Around the forward pass and the loss."""
-
-    def backward(self, loss: Tensor, micro_batches: int) -> None:
-        """Adds gradients of `loss`, shape [], divided by the number of `micro_batches` in the window."""
-
-    def clip(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Limits the 2-norm of the gradients; returns it as it was before, shape []."""
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Applies the gradients, or skips them, and chooses the next scale."""
-
-    def close(self) -> None:
-        """Gives model, optimizer and accelerator their former state."""
-
-
-class PlainStepping:
-    """PyTorch alone: the session's scaler, autocast and DistributedDataParallel's own reduction.
+class Stepping:
+    """The moves of one training step, under one session, with PyTorch alone: the session's scaler, autocast and
+    DistributedDataParallel's own reduction.
 
     Args:
         config: options.
-        folds_clipping: divide and clip in the optimizer's step; nobody may look at gradients in between.
+        fuses_clipping: divide and clip in the optimizer's step; nobody may look at gradients in between.
+
+    Attributes:
+        session: another one once a model on another device is bound.
+        device: where the models are.
 
     Raises:
         ConfigError: an option needs an Accelerator.
     """
 
-    def __init__(self, config: MixedPrecisionConfig, folds_clipping: bool) -> None:
+    accumulates_itself = False
+    """Whether somebody else decides where an accumulation window ends."""
+
+    def __init__(self, config: MixedPrecisionConfig, fuses_clipping: bool) -> None:
         if config.communication_precision is not None:
             raise ConfigError(
                 f"MixedPrecisionConfig(communication_precision={config.communication_precision.value}): without an Accelerator "
                 "the communication of DistributedDataParallel is yours; leave it out and call "
                 "model.register_comm_hook(None, fp16_compress_hook), or pass accelerator=."
             )
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        requested_mode = config.precision_mode
-        if requested_mode in (None, PrecisionMode.DYNAMIC):
-            requested_mode = PrecisionMode.MIXED
-        self._mode = requested_mode if config.enabled and requested_mode else PrecisionMode.FP32
-        scaler = AdvancedGradScaler(dataclasses.replace(config, precision_mode=self._mode), self.device)
-        self.session = AmpSession(config, scaler, self._mode, probe(self.device))
-        self._folds_clipping = folds_clipping and not scaler.no_scaling and scaler.is_enabled()
+        self.device = default_device()
+        self.session = AmpSession.on_device(config, self.device, ranks_agree=False)
+        scaler = self.session.scaler
+        self._fuses_clipping = fuses_clipping and not scaler.no_scaling and scaler.is_enabled()
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # models and optimizers of the session
 
     def bind(self, model: nn.Module) -> None:
+        """`model` is run next. Called before every run of a model."""
         device, session = next((p.device for p in model.parameters()), self.device), self.session
         if model in self._known and device.type == self.device.type and session.is_attached:
             self.device = device
@@ -94,40 +63,31 @@ class PlainStepping:
         if differs or not session.is_attached:
             progress = session.scaler.progress()  # a checkpoint's, where one was loaded
             session.detach()
-            self.session = AmpSession(session.config, session.scaler, self._mode, hardware)
+            self.session = AmpSession(session.config, session.scaler, session.requested_mode, hardware)
             session.scaler.load_progress(progress)
             self._known.clear()
         self.device = device
         if distributed:
-            scaler = self.session.scaler
-            scaler.config = dataclasses.replace(scaler.config, sync_grad_scaler=True)
+            self.session.scaler.ranks_agree = True
         self.session.register_model(unwrapped(model), entry_point=model)
         self._known.add(model)
 
     def bind_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        session, masters = self.session, self.session.scaler.master_weights
-        if optimizer in self._known or not session.scaler.is_enabled():
-            return
-        # Inside DDP a change of dtype would cut parameters off from the reduction of their gradients.
-        fixed = isinstance(model, DistributedDataParallel)
-        if masters is not None:
-            masters.register_optimizer(optimizer)
-            session.changes.on_undo(functools.partial(masters.release, restore=not fixed))
-        event = convert_parameters(
-            unwrapped(model), session.config, session.plan.default, [optimizer], masters, fixed
-        )
-        if event is not None:
-            session.record(event)
-        self._known.add(optimizer)
+        """`optimizer` trains `model`, which is bound, next. Called before every such run."""
+        if optimizer not in self._known and self.session.scaler.is_enabled():
+            self.session.register_optimizer(model, optimizer)
+            self._known.add(optimizer)
 
     @contextmanager
     def micro_batch(self, model: nn.Module, last: bool) -> Iterator[bool]:
+        """Around forward and backward of one micro-batch; gives whether a step follows. `last`: the window ends with it."""
         waits = self.session.config.gradient_accumulation_friendly and not last
         with model.no_sync() if waits and isinstance(model, DistributedDataParallel) else nullcontext():
             yield last
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
+        """Around the forward pass and the loss."""
         with (
             cast_region(self.device, keeps_casts=not self.session.config.memory_efficient),
             self.session.autocast(),
@@ -135,38 +95,39 @@ class PlainStepping:
             yield
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
+        """Adds gradients of `loss`, shape [], divided by the number of `micro_batches` in the window."""
         self.session.scaler.scale(loss / micro_batches if micro_batches > 1 else loss).backward()
 
     def clip(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+        """Limits the 2-norm of the gradients; returns it as it was before, shape []."""
         scaler = self.session.scaler
-        if self._folds_clipping:
+        if self._fuses_clipping:
             return scaler.clip_grad_norm_(optimizer, max_norm)
         scaler.unscale_(optimizer)
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return nn.utils.clip_grad_norm_(held, max_norm)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Applies the gradients, or skips them, and chooses the next scale."""
         self.session.scaler.step(optimizer)
         self.session.scaler.update()
 
     def close(self) -> None:
+        """Gives model, optimizer and accelerator their former state."""
         self.session.detach()
 
 
-class AcceleratedStepping:
+class AcceleratedStepping(Stepping):
     """An Accelerator that prepared model and optimizer, with hf_amp attached to it.
 
     Gradient accumulation is the Accelerator's: its number of steps, its synchronisation.
     """
 
+    accumulates_itself = True
+
     def __init__(self, config: MixedPrecisionConfig, accelerator: Any) -> None:
         from hf_amp.integrations.accelerate import attach, session_of
 
-        if config.accumulation_steps != 1:
-            raise ConfigError(
-                f"MixedPrecisionConfig(accumulation_steps={config.accumulation_steps}): an Accelerator "
-                "accumulates by itself; pass Accelerator(gradient_accumulation_steps=...) and leave the option out."
-            )
         attached = session_of(accelerator)
         self.session = attached or attach(accelerator, config.without_loop_options())
         self.device = accelerator.device
@@ -185,9 +146,11 @@ class AcceleratedStepping:
         with self._accelerator.accumulate(model):
             yield self._accelerator.sync_gradients
 
-    def forward_context(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
         # prepare() has put the model's forward into its own context
-        return cast_region(self.device, keeps_casts=not self._config.memory_efficient)
+        with cast_region(self.device, keeps_casts=not self._config.memory_efficient):
+            yield
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
         self._accelerator.backward(loss)
@@ -202,13 +165,6 @@ class AcceleratedStepping:
     def close(self) -> None:
         if self._owns_session:
             self.session.detach()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of DataParallel or DistributedDataParallel, whose names have no `module.` before them."""
-    if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
-        return cast(nn.Module, model.module)
-    return model
 
 
 def cast_region(device: torch.device, keeps_casts: bool) -> torch.autocast:

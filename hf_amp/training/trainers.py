@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_amp.config import MixedPrecisionConfig
-from hf_amp.device import RandomState, devices_of
+from hf_amp.config import COUNT, POSITIVE, MixedPrecisionConfig, one_of, or_none, safe_repr
+from hf_amp.device import RandomState, devices_of, peak_bytes
 from hf_amp.errors import AttachError, BatchError, ConfigError
-from hf_amp.events import AmpEvent, Cause, EventKind
-from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, peak_bytes, resident_bytes
+from hf_amp.events import AmpEvent, Cause, EventKind, StepOutcome
+from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, resident_bytes
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.throughput import PerformanceTracker
 from hf_amp.precision import NumberFormat, PrecisionMode, ScalingStrategy
@@ -29,7 +29,7 @@ from hf_amp.training.batch import (
     compute_loss,
     samples_in,
 )
-from hf_amp.training.stepping import AcceleratedStepping, PlainStepping, Stepping, cast_region
+from hf_amp.training.stepping import AcceleratedStepping, Stepping, cast_region
 
 
 class Rewind:
@@ -53,11 +53,6 @@ class Rewind:
         for buffer, former in self._buffers:
             buffer.copy_(former)
         self._random_state.restore()
-
-
-RETRIES: dict[Cause, int] = {Cause.SCALE: 32, Cause.ACTIVATION: 32, Cause.UNKNOWN: 2}
-"""How often a skipped step is run again with the same data, by its cause: as long as a new scale or plan may cure it.
-Source of the 2 for causes that could not be shown: fairseq's AMP trainer."""
 
 
 class Trained(NamedTuple):
@@ -100,7 +95,7 @@ class Window:
         """Whether another run of the same data may succeed where the newest was skipped."""
         if self.rewind is None or self.cause is None:
             return False
-        return self.retries < RETRIES.get(self.cause, 0)
+        return self.retries < self.cause.facts.retries
 
 
 class MemoryCalibration:
@@ -170,6 +165,13 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
+_LOOP_KEYWORDS = {
+    "on_overflow": one_of("skip", "retry"),
+    "accumulation_steps": COUNT,
+    "clip_norm": or_none(POSITIVE),
+}
+
+
 class StandardMixedPrecisionTrainer:
     """Autocast and loss scaling around one step at a time; by default what a hand-written loop over `torch.autocast`
     and `torch.amp.GradScaler` does, to the last bit.
@@ -178,6 +180,11 @@ class StandardMixedPrecisionTrainer:
         config: options; None for the defaults.
         loss_fn: (outputs, targets) → loss, for models that return none.
         accelerator: an `accelerate.Accelerator` that has prepared model and optimizer; None for PyTorch alone.
+        on_overflow: "skip" loses the batches of a skipped step; "retry" runs them again under the scale or plan that the skip
+            has led to, from the same random numbers and running statistics, as long as a smaller scale or another plan may
+            cure it. Copies the model's buffers in every step.
+        accumulation_steps: batches whose gradients are averaged into one optimizer step; an Accelerator has its own.
+        clip_norm: what the 2-norm of the unscaled gradients is clipped to; None for not.
 
     Attributes:
         performance_tracker: step times and throughput.
@@ -186,7 +193,7 @@ class StandardMixedPrecisionTrainer:
         ConfigError: `config` is something else, or contradicts the accelerator.
     """
 
-    _folds_clipping = False
+    _fuses_clipping = False
 
     def __init__(
         self,
@@ -194,12 +201,18 @@ class StandardMixedPrecisionTrainer:
         *,
         loss_fn: LossFunction | None = None,
         accelerator: Any = None,
+        on_overflow: str = "skip",
+        accumulation_steps: int = 1,
+        clip_norm: float | None = None,
     ) -> None:
         self.config = self._adjusted(MixedPrecisionConfig.or_default(config, type(self).__name__))
         self.loss_fn = loss_fn
-        folds = self._folds_clipping if self.config.fold_clipping is None else self.config.fold_clipping
-        self._stepping: Stepping = (
-            PlainStepping(self.config, folds)
+        self.on_overflow, self.clip_norm = on_overflow, clip_norm
+        self.accumulation_steps = accumulation_steps
+        self._check_options(accelerated=accelerator is not None)
+        fuses = self._fuses_clipping if self.config.fold_clipping is None else self.config.fold_clipping
+        self._stepping = (
+            Stepping(self.config, fuses)
             if accelerator is None
             else AcceleratedStepping(self.config, accelerator)
         )
@@ -212,6 +225,25 @@ class StandardMixedPrecisionTrainer:
     def _adjusted(self, config: MixedPrecisionConfig) -> MixedPrecisionConfig:
         """What this trainer makes of the options."""
         return config
+
+    def _check_options(self, accelerated: bool) -> None:
+        for name, allowed in _LOOP_KEYWORDS.items():
+            value = getattr(self, name)
+            if not allowed.accepts(value):
+                raise ConfigError(
+                    f"{type(self).__name__}({name}={safe_repr(value)}): {name} must be {allowed}; leave it out for the default."
+                )
+        if accelerated and self.accumulation_steps != 1:
+            raise ConfigError(
+                f"{type(self).__name__}(accumulation_steps={self.accumulation_steps}): an Accelerator accumulates by itself; "
+                "pass Accelerator(gradient_accumulation_steps=...) and leave the option out."
+            )
+        if self.on_overflow == "retry" and self.config.scaling_strategy.defers:
+            raise ConfigError(
+                f"{type(self).__name__}(on_overflow='retry') with scaling_strategy="
+                f"{self.config.scaling_strategy.value}: its verdicts come one step late, when the batch is gone; use ADAPTIVE, "
+                "or leave on_overflow out for the default (skip)."
+            )
 
     @property
     def session(self) -> AmpSession:
@@ -260,7 +292,7 @@ class StandardMixedPrecisionTrainer:
             AttachError: model and optimizer do not belong together, or `cleanup` was called.
             BatchError: the batch or what came of it cannot be trained on, or another model's step is not finished.
         """
-        size = self.config.accumulation_steps
+        size = self.accumulation_steps
         return self._train(batch, Trained(model, optimizer, loss_fn or self.loss_fn, size))
 
     def train_window(
@@ -283,7 +315,7 @@ class StandardMixedPrecisionTrainer:
         if not batches:
             raise BatchError("train_window got no batch: pass those of one optimizer step.")
         self._bind(model, optimizer)
-        if self._window is not None and isinstance(self._stepping, PlainStepping):
+        if self._window is not None and not self._stepping.accumulates_itself:
             raise BatchError(
                 f"train_window, but {_unfinished(self._window)}: pass the rest to train_step, or use train_window alone."
             )
@@ -353,20 +385,20 @@ class StandardMixedPrecisionTrainer:
             self._stepping.backward(loss, trained.size)
         if steps:
             window.cause = None
-            if self.config.clip_norm is not None:
-                window.norm = self._stepping.clip(trained.model, trained.optimizer, self.config.clip_norm)
+            if self.clip_norm is not None:
+                window.norm = self._stepping.clip(trained.model, trained.optimizer, self.clip_norm)
             self._stepping.step(trained.optimizer)
         return loss.detach()
 
     def _begin_window(self, trained: Trained) -> Window:
         self.performance_tracker.start_step()
         trained.optimizer.zero_grad(set_to_none=True)
-        return Window(Rewind(trained.model) if self.config.on_overflow == "retry" else None)
+        return Window(Rewind(trained.model) if self.on_overflow == "retry" else None)
 
     def _end_window(self, window: Window, trained: Trained) -> None:
         self._window = None
         if not self.scaler.is_enabled():
-            self.precision_monitor.record_applied(1.0, None, None, None)
+            self.precision_monitor.after_step(StepOutcome(0, applied=True, scale=1.0))
         if window.cause is None:
             self.memory.finish(trained.model, trained.optimizer, self.precision_monitor)
         if self.config.memory_efficient:
@@ -452,8 +484,7 @@ class DynamicMixedPrecisionTrainer(StandardMixedPrecisionTrainer):
 
     Args:
         config: options; `precision_mode` DYNAMIC, MIXED (where it starts in any case) or None.
-        loss_fn: as in the standard trainer.
-        accelerator: as in the standard trainer.
+        loss_fn, accelerator, on_overflow, accumulation_steps, clip_norm: as in the standard trainer.
 
     Raises:
         ConfigError: `precision_mode` leaves no choice.
@@ -478,14 +509,13 @@ class PerformanceOptimizedMixedPrecisionTrainer(DynamicMixedPrecisionTrainer):
     Args:
         config: options; `precision_mode` DYNAMIC, MIXED (where it starts in any case) or None; any `scaling_strategy`
             and `emulate`.
-        loss_fn: as in the standard trainer.
-        accelerator: as in the standard trainer.
+        loss_fn, accelerator, on_overflow, accumulation_steps, clip_norm: as in the standard trainer.
 
     Raises:
         ConfigError: `precision_mode` leaves no choice.
     """
 
-    _folds_clipping = True
+    _fuses_clipping = True
 
     def _adjusted(self, config: MixedPrecisionConfig) -> MixedPrecisionConfig:
         return dataclasses.replace(

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hf_amp.report.reader import FILE_NAME
+from hf_amp.events import LOG_FILE
 from tests.benchmarks.measuring import Row, parser, write
 
 EVENTS = 1_000_000
@@ -54,7 +54,7 @@ def lines(events: int) -> Iterator[dict[str, Any]]:
 
 def measure(events: int, folder: Path) -> Row:
     """One report in a process of its own, start of Python and imports included."""
-    with (folder / FILE_NAME).open("w", encoding="utf-8") as file:
+    with (folder / LOG_FILE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines(events))
     page = folder / "report.html"
     start = time.perf_counter()
@@ -65,7 +65,7 @@ def measure(events: int, folder: Path) -> Row:
     processor_seconds, peak_bytes = done.stdout.split()[-2:]
     return {
         "events": events,
-        "log_bytes": (folder / FILE_NAME).stat().st_size,
+        "log_bytes": (folder / LOG_FILE).stat().st_size,
         "page_bytes": page.stat().st_size,
         "seconds": round(seconds, 2),
         "processor_seconds": round(float(processor_seconds), 2),

@@ -13,8 +13,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hf_amp.cli import app
-from hf_amp.cli.watch import course, follow, panel, take_in
-from hf_amp.report.reader import FILE_NAME, EventLogReader, named_run
+from hf_amp.cli.watch import course, follow, panel
+from hf_amp.events import LOG_FILE
+from hf_amp.report.reader import EventLogReader, named_run, take_in
 from tests.report.test_run_history import line, skipped, started
 
 
@@ -26,12 +27,12 @@ def append(log: Path, *lines: dict[str, Any]) -> None:
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     append(
-        tmp_path / FILE_NAME,
+        tmp_path / LOG_FILE,
         started(),
         skipped(1, modules=["h.1\x1b[2J"]),
         line("metrics", 2, loss=3.5, scale=4.0),
     )
-    return tmp_path / FILE_NAME
+    return tmp_path / LOG_FILE
 
 
 def output_of(log: Path) -> str:
@@ -76,19 +77,13 @@ def test_it_follows_until_the_run_ends(log: Path) -> None:
     assert seen[-1] == {"loss": 2.5, "scale": 8.0}
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([], ""),
-        ([1.0], ""),
-        ([1.0, 1.0], "▁▁"),
-        ([0.0, 7.0], "▁█"),
-        ([0.0, float("inf"), float("nan"), 7.0], "▁█"),
-    ],
-)
-def test_a_course_goes_from_lowest_to_highest(values: list[float], expected: str) -> None:
+def test_a_course_goes_from_lowest_to_highest() -> None:
     """What is not finite has no height."""
-    assert course(values) == expected
+    inf, nan = float("inf"), float("nan")
+    for values, expected in (
+        ([], ""), ([1.0], ""), ([1.0, 1.0], "▁▁"), ([0.0, 7.0], "▁█"), ([0.0, inf, nan, 7.0], "▁█"),
+    ):  # fmt: skip
+        assert course(values) == expected
 
 
 def test_a_course_is_of_the_newest_values() -> None:
@@ -100,4 +95,4 @@ def test_what_is_no_run_ends_at_once(tmp_path: Path) -> None:
     """Exit code 2 and what to pass."""
     result = CliRunner().invoke(app, ["watch", str(tmp_path)])
     assert result.exit_code == 2
-    assert FILE_NAME in result.output
+    assert LOG_FILE in result.output

@@ -34,7 +34,7 @@ def timed(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "unstable", "ladder"),
+    ("seconds", "unstable", "order"),
     [
         ((1.0, 2.0, 3.0), set(), (MIXED, BF16, FP32)),
         ((2.0, 1.0, 3.0), set(), (BF16, FP32)),

@@ -16,7 +16,7 @@ WITHOUT_UNITS = Hardware("cpu", "a CPU without units", "slow", "slow")
 
 
 @pytest.mark.parametrize(
-    ("mode", "hardware", "emulate", "ladder"),
+    ("mode", "hardware", "emulate", "order"),
     [
         (MIXED, WITH_UNITS, False, (MIXED, BF16, FP32)),
         (MIXED, WITH_UNITS, True, (MIXED, FP32)),

@@ -16,11 +16,12 @@ from rich.console import Console
 
 from hf_amp import EventKind, StateError
 from hf_amp.cli.watch import panel, take_in
+from hf_amp.events import LOG_FILE
 from hf_amp.monitoring.metrics import NAMES
 from hf_amp.report import reader
 from hf_amp.report.page import page
 from hf_amp.report.pictures import figures_of
-from hf_amp.report.reader import CHANGES_KEPT, FILE_NAME, EventLogReader, RunHistory, read_run
+from hf_amp.report.reader import CHANGES_KEPT, EventLogReader, RunHistory, read_run
 from tests.fuzz.anything import PLAIN
 
 KINDS = (
@@ -76,7 +77,7 @@ PASSED_OVER = st.one_of(
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("run") / FILE_NAME
+    return tmp_path_factory.mktemp("run") / LOG_FILE
 
 
 def see(run: RunHistory) -> None:

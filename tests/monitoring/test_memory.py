@@ -19,8 +19,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_amp.device import peak_bytes
 from hf_amp.emulation import EmulatedPrecision
-from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, peak_bytes, resident_bytes
+from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, resident_bytes
 from hf_amp.precision import FP16_FORMAT
 from tests.each import for_each
 

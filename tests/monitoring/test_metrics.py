@@ -3,6 +3,7 @@
 import itertools
 
 from hf_amp import Cause
+from hf_amp.events import StepOutcome
 from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX, NAMES
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.throughput import ThroughputMonitor
@@ -15,8 +16,7 @@ def full_monitor(cause: Cause) -> PrecisionMonitor:
     monitor = PrecisionMonitor()
     monitor.record_skipped(cause, 2.0, inf_elements=1, nan_elements=1)
     monitor.record_applied(2.0, grad_norm=1.0, grad_amax=0.5, underflow_fraction=0.1)
-    monitor.record_lost_updates(0.5)
-    monitor.record_losses(4, 1)
+    monitor.after_step(StepOutcome(1, True, 4.0, losses=4, non_finite_losses=1, lost_update_fraction=0.5))
     monitor.eval_non_finite_batches = 1
     monitor.record_memory(0.25)
     return monitor
@@ -24,7 +24,7 @@ def full_monitor(cause: Cause) -> PrecisionMonitor:
 
 def full_pace() -> ThroughputMonitor:
     """A pace that knows everything: steps in every format, and how many samples a step has."""
-    throughput = ThroughputMonitor("cpu", clock=itertools.count().__next__)
+    throughput = ThroughputMonitor(device="cpu", clock=itertools.count().__next__)
     throughput.samples_per_step = 8
     for number_format in (FP16_FORMAT, FP16_FORMAT, BF16_FORMAT, FP32_FORMAT):
         throughput.step_decided(number_format.name)

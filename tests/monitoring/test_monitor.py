@@ -9,6 +9,7 @@ import pytest
 from hf_amp import Cause
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from tests.each import for_each
+from tests.monitoring.outcomes import record_applied, record_skipped
 
 
 @pytest.fixture
@@ -21,9 +22,9 @@ def record(monitor: PrecisionMonitor, steps: str) -> None:
     causes = {cause.value[0].lower(): cause for cause in Cause if cause is not Cause.ACTIVATION}
     for step in steps:
         if step == "a":
-            monitor.record_applied(4.0, grad_norm=3.0, grad_amax=2.0, underflow_fraction=None)
+            record_applied(monitor, 4.0, grad_norm=3.0, grad_amax=2.0, underflow_fraction=None)
         else:
-            monitor.record_skipped(causes[step], next_scale=2.0, inf_elements=5, nan_elements=1)
+            record_skipped(monitor, causes[step], next_scale=2.0, inf_elements=5, nan_elements=1)
 
 
 def test_before_the_first_step_nothing_but_the_counts_is_known(monitor):
@@ -49,7 +50,7 @@ def test_steps_are_counted_by_what_became_of_them(steps):
 def test_a_skip_counts_for_its_cause_alone(cause):
     """The counter of the cause is there, those of other causes are absent."""
     monitor = PrecisionMonitor()
-    monitor.record_skipped(cause, 2.0, inf_elements=0, nan_elements=0)
+    record_skipped(monitor, cause, 2.0, inf_elements=0, nan_elements=0)
     by_cause = {name: value for name, value in monitor.metrics().items() if name.startswith("skipped_steps_")}
     assert by_cause == {f"skipped_steps_{cause.value.lower()}": 1}
 
@@ -79,7 +80,7 @@ def test_norms_come_back_with_the_next_applied_step(monitor):
 
 def test_what_was_not_measured_is_absent(monitor):
     """With monitoring off there are counts and the scale, nothing else."""
-    monitor.record_applied(4.0, None, None, None)
+    record_applied(monitor, 4.0, None, None, None)
     counts = {"applied_steps", "skipped_steps", "precision_changes", "modules_in_fp32"}
     assert set(monitor.metrics()) == {"scale", "skip_rate"} | counts
 
@@ -87,9 +88,9 @@ def test_what_was_not_measured_is_absent(monitor):
 def test_a_sampled_figure_stays_until_the_next_sample(monitor):
     """The underflow fraction is taken now and then, and reported in between."""
     for sampled in (0.25, None, None):
-        monitor.record_applied(4.0, 1.0, 1.0, sampled)
+        record_applied(monitor, 4.0, 1.0, 1.0, sampled)
         assert monitor.metrics()["underflow_fraction"] == 0.25
-    monitor.record_applied(4.0, 1.0, 1.0, 0.0)
+    record_applied(monitor, 4.0, 1.0, 1.0, 0.0)
     assert monitor.metrics()["underflow_fraction"] == 0.0
 
 
@@ -98,20 +99,20 @@ def test_a_sampled_figure_stays_until_the_next_sample(monitor):
 def test_headroom_is_the_distance_to_65504_in_bits(scale, amax):
     """log2(65504 / (amax * scale)): 1 where one doubling is left, absent beyond the format."""
     monitor = PrecisionMonitor()
-    monitor.record_applied(scale, amax, amax, None)
+    record_applied(monitor, scale, amax, amax, None)
     expected = math.log2(65504) - math.log2(amax) - math.log2(scale)
     assert monitor.metrics().get("headroom_bits") == (pytest.approx(expected) if expected >= 0 else None)
 
 
 def test_half_of_the_range_leaves_one_bit(monitor):
     """The unit is doublings of the scale."""
-    monitor.record_applied(2.0, grad_norm=20000.0, grad_amax=65504 / 4, underflow_fraction=None)
+    record_applied(monitor, 2.0, grad_norm=20000.0, grad_amax=65504 / 4, underflow_fraction=None)
     assert monitor.metrics()["headroom_bits"] == pytest.approx(1.0)
 
 
 def test_gradients_of_zero_have_no_headroom_to_tell(monitor):
     """An infinite distance is no number to log."""
-    monitor.record_applied(4.0, grad_norm=0.0, grad_amax=0.0, underflow_fraction=1.0)
+    record_applied(monitor, 4.0, grad_norm=0.0, grad_amax=0.0, underflow_fraction=1.0)
     figures = monitor.metrics()
     assert "headroom_bits" not in figures
     assert figures["grad_norm"] == 0.0
@@ -170,12 +171,12 @@ def test_a_state_without_a_field_leaves_it_as_it_is(missing):
 
 def test_a_scale_that_stands_still_is_not_volatile(monitor):
     """The spread of log2(scale): 0 while it stays, 1 bit where half of the steps have 4 times the scale of the others."""
-    monitor.record_applied(4.0, 1.0, 1.0, None)
+    record_applied(monitor, 4.0, 1.0, 1.0, None)
     assert "scale_volatility_bits" not in monitor.metrics()
-    monitor.record_applied(4.0, 1.0, 1.0, None)
+    record_applied(monitor, 4.0, 1.0, 1.0, None)
     assert monitor.metrics()["scale_volatility_bits"] == 0.0
     for _ in range(2):
-        monitor.record_applied(16.0, 1.0, 1.0, None)
+        record_applied(monitor, 16.0, 1.0, 1.0, None)
     assert monitor.metrics()["scale_volatility_bits"] == pytest.approx(1.0)
 
 
@@ -189,5 +190,5 @@ def test_memory_saving_is_told_once_it_is_known(monitor):
 def test_a_gradient_beyond_fp16_in_an_applied_step_has_no_headroom_to_tell(monitor):
     """It cannot have been held in FP16; at the limit itself there are 0 bits left."""
     for amax, reported in ((65504.0 / 4, True), (65504.0, False)):
-        monitor.record_applied(4.0, 1.0, amax, None)
+        record_applied(monitor, 4.0, 1.0, amax, None)
         assert ("headroom_bits" in monitor.metrics()) is reported

@@ -21,6 +21,7 @@ from hf_amp import (
 from hf_amp.monitoring.monitor import ERRORS_KEPT, KINDS_KEPT
 from tests.each import for_each
 from tests.host_reads import count_host_reads
+from tests.monitoring.outcomes import record_applied, record_skipped
 from tests.reference import losses, tiny_mlp
 
 
@@ -92,7 +93,7 @@ def test_update_metrics_reads_nothing():
 def test_usage_is_that_of_the_configured_precision(mode, name):
     """All steps count for the number format that the config says."""
     monitor = PrecisionMonitor(MixedPrecisionConfig(precision_mode=mode))
-    monitor.record_applied(1.0, None, None, None)
+    record_applied(monitor, 1.0, None, None, None)
     stats = monitor.get_precision_stats()
     assert stats["usage_by_format"] == {name: 1.0}
     assert stats["fp16_usage_rate"] == (1.0 if name == "FP16" else 0.0)
@@ -101,10 +102,10 @@ def test_usage_is_that_of_the_configured_precision(mode, name):
 def test_usage_is_weighed_by_steps_and_parameters():
     """One step in FP16 and three with a quarter of the parameters in FP32: 13/16 FP16."""
     monitor = PrecisionMonitor()
-    monitor.record_applied(1.0, None, None, None)
+    record_applied(monitor, 1.0, None, None, None)
     monitor.record_formats({"FP16": 0.75, "FP32": 0.25})
     for _ in range(3):
-        monitor.record_applied(1.0, None, None, None)
+        record_applied(monitor, 1.0, None, None, None)
     assert monitor.get_precision_stats()["usage_by_format"] == {"FP16": 13 / 16, "FP32": 3 / 16}
 
 
@@ -113,10 +114,10 @@ def test_memory_savings_are_a_mean_over_steps_and_may_be_negative():
     monitor = PrecisionMonitor()
     monitor.record_memory(-0.1)
     assert monitor.get_precision_stats()["avg_memory_savings"] == -0.1
-    monitor.record_applied(1.0, None, None, None)
-    monitor.record_applied(1.0, None, None, None)
+    record_applied(monitor, 1.0, None, None, None)
+    record_applied(monitor, 1.0, None, None, None)
     monitor.record_memory(0.2)
-    monitor.record_skipped(Cause.SCALE, 1.0, None, None)
+    record_skipped(monitor, Cause.SCALE, 1.0, None, None)
     assert monitor.get_precision_stats()["avg_memory_savings"] == pytest.approx(0.0)
 
 
@@ -154,9 +155,9 @@ def feed(monitor, tracker, steps, first):
     for step in range(first, first + steps):
         tracker.start_step()
         if step % 10:
-            monitor.record_applied(2.0 ** (step % 30), 1.0, 1.0, None)
+            record_applied(monitor, 2.0 ** (step % 30), 1.0, 1.0, None)
         else:
-            monitor.record_skipped(Cause.SCALE, 2.0 ** (step % 30), 1, 1)
+            record_skipped(monitor, Cause.SCALE, 2.0 ** (step % 30), 1, 1)
         monitor._loss_mean.add(loss)
         tracker.end_step(samples=8)
 

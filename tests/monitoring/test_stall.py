@@ -7,7 +7,17 @@ import json
 import pytest
 
 from hf_amp import Cause, EventKind
+from hf_amp.events import StepOutcome
 from hf_amp.monitoring.stall import StallDetector
+
+
+def applied(
+    zero_gradients: bool, loss_finite: bool | None, scale: float, has_gradients: bool = True
+) -> StepOutcome:
+    """An applied step."""
+    return StepOutcome(
+        1, True, scale, loss_finite=loss_finite, zero_gradients=zero_gradients, has_gradients=has_gradients
+    )
 
 
 def kinds_told(watch: StallDetector, steps: str) -> list[str]:
@@ -16,17 +26,15 @@ def kinds_told(watch: StallDetector, steps: str) -> list[str]:
     reported = []
     for step in steps:
         if step == "s":
-            finding = watch.record_skipped(Cause.SCALE)
+            finding = watch.after_skipped(Cause.SCALE, 1)
         else:
-            finding = watch.record_applied(
-                zero_gradients=step == "z", loss_finite=True, scale=8.0, has_gradients=step != "n"
-            )
+            finding = watch.after_applied(applied(step == "z", True, 8.0, step != "n"), 1)
         reported.append(marks[finding.kind if finding else None])
     return reported
 
 
 @pytest.mark.parametrize(
-    ("steps", "told"),
+    ("steps", "reported"),
     [
         ("aaaaa", "-----"),
         ("ssass", "-----"),
@@ -46,7 +54,7 @@ def test_what_is_told_when(steps: str, reported: str) -> None:
 
 def test_poisoned_weights_are_hopeless_at_once() -> None:
     """No patience with weights that are not finite."""
-    finding = StallDetector(patience=50).record_skipped(Cause.WEIGHTS)
+    finding = StallDetector(patience=50).after_skipped(Cause.WEIGHTS, 1)
     assert (finding.kind, finding.cause) == (EventKind.STALLED, Cause.WEIGHTS)
     assert "last good checkpoint" in finding.message
 
@@ -54,7 +62,7 @@ def test_poisoned_weights_are_hopeless_at_once() -> None:
 def test_the_cause_is_that_of_most_skips() -> None:
     """One odd skip among many does not name the row."""
     watch = StallDetector(patience=4)
-    findings = [watch.record_skipped(c) for c in (Cause.UNKNOWN, Cause.INPUT, Cause.INPUT, Cause.INPUT)]
+    findings = [watch.after_skipped(c, 1) for c in (Cause.UNKNOWN, Cause.INPUT, Cause.INPUT, Cause.INPUT)]
     assert findings[-1].cause is Cause.INPUT
     assert "most for INPUT" in findings[-1].message
 
@@ -74,7 +82,7 @@ def test_zero_gradients_blame_labels_as_far_as_shown(
     loss_finite: bool | None, scale: float, cause: Cause, words: str
 ) -> None:
     """A loss that is not a number shows it; a scale below 1 explains it; otherwise the message says what it can be."""
-    finding = StallDetector(patience=9).record_applied(True, loss_finite, scale)
+    finding = StallDetector(patience=9).after_applied(applied(True, loss_finite, scale), 1)
     assert words in finding.message
     assert finding.cause is cause
 

@@ -13,7 +13,7 @@ from hf_amp.monitoring.throughput import ThroughputMonitor
 def pace_at(*times: float, number_format: str = "FP16") -> ThroughputMonitor:
     """A pace whose steps were decided at these seconds."""
     clock: Iterator[float] = iter(times)
-    throughput = ThroughputMonitor("cpu", clock=clock.__next__)
+    throughput = ThroughputMonitor(device="cpu", clock=clock.__next__)
     for _ in times:
         throughput.step_decided(number_format)
     return throughput
@@ -43,7 +43,7 @@ def test_throughput_is_samples_through_step_time() -> None:
 def test_time_is_counted_for_the_precision_of_the_step() -> None:
     """Each interval for the format that the step at its end ran in; a pause of ten steps and more for none."""
     clock = iter([0.0, 1.0, 2.0, 3.0, 50.0, 51.0])
-    throughput = ThroughputMonitor("cpu", clock=clock.__next__)
+    throughput = ThroughputMonitor(device="cpu", clock=clock.__next__)
     for number_format in ("FP16", "FP16", "FP16", "FP32", "FP32", "FP32"):
         throughput.step_decided(number_format)
     assert throughput.metrics()["fp16_seconds"] == 2.0
@@ -53,7 +53,7 @@ def test_time_is_counted_for_the_precision_of_the_step() -> None:
 def test_time_between_trainings_is_no_step() -> None:
     """After a pause the next step begins a new interval."""
     clock = iter([0.0, 1.0, 100.0, 101.0])
-    throughput = ThroughputMonitor("cpu", clock=clock.__next__)
+    throughput = ThroughputMonitor(device="cpu", clock=clock.__next__)
     for step in range(4):
         if step == 2:
             throughput.pause()
@@ -63,7 +63,7 @@ def test_time_between_trainings_is_no_step() -> None:
 
 def test_a_resumed_run_adds_to_the_time_in_each_precision() -> None:
     """Through JSON, as a checkpoint goes; the step time starts anew, because the machine may be another."""
-    resumed = ThroughputMonitor("cpu", clock=iter([0.0, 1.0]).__next__)
+    resumed = ThroughputMonitor(device="cpu", clock=iter([0.0, 1.0]).__next__)
     resumed.load_state_dict(json.loads(json.dumps(pace_at(0.0, 1.0, 2.0).state_dict())))
     assert resumed.metrics() == {"fp16_seconds": 2.0}
     resumed.step_decided("FP16")

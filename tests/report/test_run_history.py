@@ -102,6 +102,23 @@ def test_a_resumed_run_goes_on_from_its_checkpoint() -> None:
     assert (run.resumed_at, run.former_runs) == ([3], 0)
 
 
+def test_a_resumed_run_counts_what_it_does_anew_once() -> None:
+    """Skips at 2 and 7, a resume from 6 and a skip at 9 are two, at 2 and 9; what was only at 7 is gone."""
+    run = history(started(), skipped(2), skipped(7), skipped(7, "INPUT"), started(6), skipped(9))
+    (incident,) = run.incidents
+    assert (incident.first_step, incident.last_step, incident.count) == (2, 9, 2)
+    assert run.skipped_by_cause == {"SCALE": 2}
+
+
+def test_two_skips_of_one_step_are_two() -> None:
+    """Two optimizers may skip at one step; a resume from before it forgets both."""
+    run = history(started(), skipped(2), skipped(5), skipped(5))
+    assert run.skipped_by_cause == {"SCALE": 3}
+    run.add(started(3))
+    assert run.skipped_by_cause == {"SCALE": 1}
+    assert [incident.count for incident in run.incidents] == [1]
+
+
 def test_a_run_begun_anew_in_the_same_folder_replaces_the_former() -> None:
     """Nothing of the first run is in the second, but it is told that there was one."""
     run = history(
@@ -147,19 +164,23 @@ def test_what_is_in_another_precision_now_is_known() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
+def test_a_change_that_changes_nothing_is_none() -> None:
+    """A choice that ends with the candidate that ran last is logged, from FP32 to FP32; its sentence is still shown."""
+    run = history(started(), changed(12, "MIXED", "FP32"), changed(23, "FP32", "FP32"))
+    assert [change.step for change in run.precision_changes] == [12]
+    assert [incident.last_step for incident in run.incidents] == [23]
+
+
+def test_a_line_that_hf_amp_does_not_write_is_a_clear_error() -> None:
+    """A changed or foreign line names the file and where in it."""
+    for wrong in (
         line("metrics", 1, module_headroom_bits=3),
         line("training_started", 0, config=[1]),
         line("metrics", 1, loss="three"),
         line("step_skipped", 1, modules=3),
-    ],
-)
-def test_a_line_that_hf_amp_does_not_write_is_a_clear_error(wrong: dict[str, Any]) -> None:
-    """A changed or foreign line names the file and where in it."""
-    with pytest.raises(StateError, match="log: line 1 is not what hf_amp writes"):
-        history(wrong)
+    ):
+        with pytest.raises(StateError, match="log: line 1 is not what hf_amp writes"):
+            history(wrong)
 
 
 def test_an_event_of_a_later_version_is_left_alone() -> None:
@@ -168,15 +189,17 @@ def test_an_event_of_a_later_version_is_left_alone() -> None:
     assert (run.incidents, run.newest_step) == ([], 3)
 
 
-@pytest.mark.parametrize("points", [10, POINTS_KEPT - 1, POINTS_KEPT, 5 * POINTS_KEPT])
-def test_a_long_series_is_thinned_and_keeps_its_extremes(points: int) -> None:
-    """Bounded, in order, with the first, the newest, the highest and the lowest point."""
-    series = Series()
-    for step in range(points):
-        series.add(step, {points // 3: 1e6, points // 2: -1e6}.get(step, step % 7))
-    assert series.points == points
-    assert len(series) <= POINTS_KEPT
-    assert (len(series) == points) == (points < POINTS_KEPT)
-    assert list(series.steps) == sorted(set(series.steps))
-    assert (max(series.values), min(series.values)) == (1e6, -1e6)
-    assert (series.steps[-1], series.newest) == (points - 1, (points - 1) % 7)
+def test_a_long_series_is_thinned_and_keeps_its_extremes() -> None:
+    """Bounded, in order, with the first, the newest, the highest and the lowest point; all are counted."""
+    for points in (10, POINTS_KEPT - 1, POINTS_KEPT, 5 * POINTS_KEPT):
+        series = Series()
+        for step in range(points):
+            series.add(step, {points // 3: 1e6, points // 2: -1e6}.get(step, step % 7))
+        assert series.points == points
+        assert len(series) <= POINTS_KEPT
+        assert (len(series) == points) == (points < POINTS_KEPT)
+        assert list(series.steps) == sorted(set(series.steps))
+        assert (max(series.values), min(series.values)) == (1e6, -1e6)
+        assert (series.steps[-1], series.newest) == (points - 1, (points - 1) % 7)
+        series.cut_after(points // 2)
+        assert series.points == points // 2 + 1

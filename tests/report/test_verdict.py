@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from hf_amp.report.verdict import Level, verdict_on
 from tests.report.test_run_history import changed, history, line, skipped, started
 
 
-def metrics(step: int, skips: int, **figures: float) -> dict[str, Any]:
+def metrics(step: int, skips: int, **figures: Any) -> dict[str, Any]:
     return line("metrics", step, applied_steps=step - skips, skipped_steps=skips, **figures)
 
 
@@ -20,60 +18,64 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
     "all applied": (
         [started(), metrics(100, 0), line("training_ended", 100)],
         Level.SOUND,
-        "Sound: all 100 steps were applied.",
+        "Training: all 100 steps were applied.",
     ),
-    "still running": ([started(), metrics(100, 0)], Level.SOUND, "Sound: all 100 steps were applied so far."),
+    "still running": (
+        [started(), metrics(100, 0)],
+        Level.SOUND,
+        "Training: all 100 steps were applied so far.",
+    ),
     "a scale was looked for": (
         [started(), skipped(1), skipped(2), metrics(1000, 2), line("training_ended", 1000)],
         Level.SOUND,
-        "Sound: 2 of 1,000 steps (0.2%) were skipped (the scale was too large).",
+        "Training: 2 of 1,000 steps (0.2%) were skipped (the scale was too large).",
     ),
     "one skip": (
         [started(), skipped(50), metrics(1000, 1), line("training_ended", 1000)],
         Level.SOUND,
-        "Sound: 1 of 1,000 steps (0.1%) was skipped",
+        "Training: 1 of 1,000 steps (0.1%) was skipped",
     ),
     "many late skips": (
         [started(), *map(skipped, range(50, 70)), metrics(100, 20)],
         Level.WATCH,
-        "Learning, but with many skips: 20 of 100 steps (20%) were skipped so far",
+        "Training, but with many skips: 20 of 100 steps (20%) were skipped so far",
     ),
     "data": (
         [started(), skipped(3, "INPUT"), metrics(1000, 1)],
         Level.WATCH,
-        "some skips were not the scale's doing: 1 of 1,000 steps (0.1%) was skipped so far (the batch held non-finite values).",
+        "Training, but not every skip came from the scale: 1 of 1,000 steps (0.1%) was skipped so far (the batch held non-finite values).",
     ),
     "fallback": (
         [started(), skipped(3, "ACTIVATION"), changed(3, "MIXED", "FP32", "h.1"), metrics(1000, 1)],
         Level.WATCH,
-        "Learning, with help: 1 module, h.1, has run in FP32 since step 3",
+        "Training, 1 module in FP32 since step 3 (h.1): 1 of 1,000 steps",
     ),
     "the whole model fell back": (
         [started(), changed(3, "MIXED", "BF16"), metrics(1000, 0)],
         Level.WATCH,
-        "the whole model has run in BF16 instead of MIXED since step 3",
+        "Training, the whole model in BF16 instead of MIXED since step 3: all 1,000 steps were applied",
     ),
     "came back": (
         [started(), changed(3, "MIXED", "FP32", "a"), changed(9, "FP32", "MIXED", "a"), metrics(1000, 0)],
         Level.SOUND,
-        "Sound",
+        "Training: all 1,000 steps were applied",
     ),
     "little headroom": (
         [started(), metrics(100, 0, headroom_bits=0.4)],
         Level.SOUND,
-        "Sound, with an overflow near: all 100 steps were applied so far; 0.4 bits of headroom are left.",
+        "Training, with an overflow near: all 100 steps were applied so far; 0.4 bits of headroom are left.",
     ),
-    "poisoned": (
+    "weights": (
         [started(), skipped(7, "WEIGHTS"), metrics(1000, 900)],
         Level.BROKEN,
-        "Broken since step 7: parameters hold non-finite values",
+        "Not training since step 7: parameters hold non-finite values",
     ),
     "nothing applied": (
         [started(), *map(skipped, range(1, 11)), metrics(10, 10)],
         Level.BROKEN,
-        "Nothing was learned so far: all 10 steps were skipped",
+        "Not training: all 10 steps were skipped so far",
     ),
-    "hopeless": (
+    "stalled": (
         [
             started(),
             metrics(40, 0),
@@ -82,9 +84,9 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
             metrics(60, 20),
         ],
         Level.BROKEN,
-        "Hopeless since step 50: this run learns nothing: because.",
+        "Not training since step 50: this run learns nothing: because.",
     ),
-    "hopeless, and then not": (
+    "stalled, and then not": (
         [
             started(),
             line("stalled", 50, message="this run learns nothing."),
@@ -92,7 +94,48 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
             metrics(1000, 5),
         ],
         Level.SOUND,
-        "Sound: 5 of 1,000 steps",
+        "Training: 5 of 1,000 steps",
+    ),
+    "stalled with gradients of zero": (
+        [started(), line("stalled", 50, message="all gradients are zero."), metrics(90, 0, grad_norm=0.0)],
+        Level.BROKEN,
+        "Not training since step 50: all gradients are zero.",
+    ),
+    "the end skipped": (
+        [started(), metrics(900, 0), *map(skipped, range(981, 1001)), metrics(1000, 20)],
+        Level.BROKEN,
+        "Not training: the newest 20 steps were all skipped; 20 of 1,000 steps (2%) were skipped so far",
+    ),
+    "most skipped": (
+        [started(), *map(skipped, range(1, 90)), metrics(100, 89)],
+        Level.BROKEN,
+        "Hardly training: 89 of 100 steps (89%) were skipped so far (the scale was too large).",
+    ),
+    "nearly all skipped": ([started(), metrics(1000, 999)], Level.BROKEN, "999 of 1,000 steps (99.9%)"),
+    "a loss of NaN": (
+        [started(), metrics(1, 0, loss=2.0), *(metrics(s, 0, loss="nan") for s in (2, 3, 4))],
+        Level.BROKEN,
+        "Not training: no finite loss has been logged since step 2; all 4 steps were applied so far.",
+    ),
+    "never a finite loss": (
+        [started(), metrics(9, 0, loss="inf")],
+        Level.BROKEN,
+        "no finite loss has been logged since step 9",
+    ),
+    "one loss of NaN": (
+        [started(), metrics(1, 0, loss=2.0), metrics(2, 0, loss="nan")],
+        Level.WATCH,
+        "Training, but the newest logged loss is not finite: all 2 steps",
+    ),
+    "a loss of NaN long ago": (
+        [started(), metrics(1, 0, loss="nan"), metrics(2, 0, loss=2.0)],
+        Level.SOUND,
+        "Training: all 2 steps",
+    ),
+    "a cause of a later version": (
+        [started(), skipped(3, "DERIVATIVE"), metrics(1000, 1)],
+        Level.WATCH,
+        "(a cause that this version does not know)",
     ),
     "floor": (
         [started(), skipped(1), line("scale_at_floor", 1), metrics(100, 1)],
@@ -102,12 +145,18 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
 }
 
 
-@pytest.mark.parametrize(("lines", "level", "words"), CASES.values(), ids=CASES)
-def test_the_verdict_says_what_became_of_the_run(
-    lines: list[dict[str, Any]], level: Level, words: str
-) -> None:
+def test_the_verdict_says_what_became_of_the_run() -> None:
     """The worst that holds is said, with its numbers, in one sentence."""
-    verdict = verdict_on(history(*lines))
-    assert verdict.level is level
-    assert words in verdict.sentence
-    assert verdict.sentence.endswith(".")
+    for name, (lines, level, words) in CASES.items():
+        verdict = verdict_on(history(*lines))
+        assert words in verdict.sentence, f"{name}: {verdict}"
+        assert verdict.level is level, f"{name}: {verdict}"
+        assert verdict.sentence.endswith("."), name
+
+
+def test_no_run_that_fails_is_said_to_train() -> None:
+    """What is broken is never called training, whatever else is in its log."""
+    sentences = [
+        verdict_on(history(*lines)).sentence for lines, level, _ in CASES.values() if level is Level.BROKEN
+    ]
+    assert [sentence for sentence in sentences if sentence.startswith("Training")] == []

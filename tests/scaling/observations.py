@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import torch
 
-from hf_amp import MixedPrecisionConfig
+from hf_amp import MixedPrecisionConfig, ScalingStrategy
 from hf_amp.precision import FP16_FORMAT
-from hf_amp.scaling.adaptive import LIMIT_BITS, AdaptiveScale
-from hf_amp.scaling.policies import Observation, ScalePolicy
+from hf_amp.scaling.adaptive import LIMIT_BITS
+from hf_amp.scaling.policies import Observation, ScalePolicy, policy_of
 
 
 def observed(
@@ -44,7 +44,7 @@ def simulate(
     gradients that are larger than weight gradients. Every tenth step is sampled: the elements that matter reach down
     to `spread_bits` below the largest one, and ask for the scale that makes them normal numbers.
     """
-    policy = AdaptiveScale.from_config(MixedPrecisionConfig(scaling_strategy="ADAPTIVE", **options))
+    policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig(**options))
     state, skipped, bits = policy.init_state(torch.device("cpu")), [], []
     for step, x in enumerate(log_amax):
         bits.append(math.log2(state.scale.item()))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
-from hf_amp.scaling.adaptive import AdaptiveScale
+from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalingStrategy
+from hf_amp.scaling.policies import policy_of
 from tests.each import for_each
 from tests.scaling.observations import observed, scales_under, simulate
 
@@ -104,7 +104,7 @@ def test_scale_follows_shrinking_gradients() -> None:
 
 def test_overflow_never_enters_the_moments() -> None:
     """Mean and variance are the same before and after overflows, whose amax is inf."""
-    policy = AdaptiveScale.from_config(MixedPrecisionConfig())
+    policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig())
     state = policy.init_state(torch.device("cpu"))
     for amax in (0.5, 0.25, 2.0):
         state = policy.next_state(state, observed(amax=amax))
@@ -118,7 +118,7 @@ def test_overflow_never_enters_the_moments() -> None:
 @for_each("overflows", [1, 20, 10_000])
 def test_what_overflows_taught_is_forgotten(overflows: int) -> None:
     """However many there were, two windows of clean steps after the last one the scale is what it was before."""
-    policy = AdaptiveScale.from_config(MixedPrecisionConfig(overflow_budget=0.01))
+    policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig(overflow_budget=0.01))
     state = policy.init_state(torch.device("cpu"))
     for step in range(300 + overflows):
         clean = step < 50 or step >= 50 + overflows
@@ -130,7 +130,7 @@ def test_what_overflows_taught_is_forgotten(overflows: int) -> None:
 
 def test_largest_gradients_outside_of_fp16_raise_the_limit() -> None:
     """Clean steps with amax * scale above FP16's largest value (embeddings) prove it sound; an overflow ends that."""
-    policy = AdaptiveScale.from_config(MixedPrecisionConfig(init_scale=2.0**20))
+    policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig(init_scale=2.0**20))
     state = policy.next_state(policy.init_state(torch.device("cpu")), observed(amax=1.0, wanted=2.0**24))
     assert state.scale.item() == 2.0**20
     state = policy.next_state(state, observed(overflow=True))
@@ -141,7 +141,7 @@ def test_largest_gradients_outside_of_fp16_raise_the_limit() -> None:
 
 def test_non_finite_loss_leaves_the_scale_alone() -> None:
     """A NaN batch is not the scale's fault: 100 of them change nothing."""
-    policy = AdaptiveScale.from_config(MixedPrecisionConfig())
+    policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig())
     assert set(scales_under(policy, [True] * 100, loss_finite=False)) == {65536.0}
 
 
@@ -170,7 +170,7 @@ def test_scale_of_real_gradients_is_what_their_smallest_elements_want(strategy: 
 
 def test_a_noisy_sample_moves_the_scale_by_little_and_a_new_regime_at_once() -> None:
     """Samples 3 bits off now and then leave the scale within a bit; one 8 bits off is believed."""
-    policy = AdaptiveScale.from_config(MixedPrecisionConfig())
+    policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig())
     state = policy.init_state(torch.device("cpu"))
     dice = random.Random(0)
     for _ in range(200):
@@ -185,7 +185,7 @@ def test_a_noisy_sample_moves_the_scale_by_little_and_a_new_regime_at_once() -> 
 
 def test_no_gradients_hold_the_scale() -> None:
     """Steps whose gradients are all zero say nothing about the scale."""
-    policy = AdaptiveScale.from_config(MixedPrecisionConfig())
+    policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig())
     state = policy.init_state(torch.device("cpu"))
     for _ in range(10):
         state = policy.next_state(state, observed(amax=0.0))

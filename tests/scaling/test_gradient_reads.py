@@ -34,7 +34,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("poisoned", [False, True])
+@pytest.mark.parametrize("non_finite", [False, True])
 @pytest.mark.parametrize("mode", ["BF16", "FP32"])
 def test_a_guard_reads_the_gradients_once(mode: str, non_finite: bool) -> None:
     """Beside what the optimizer itself does; only where something was not finite are they looked at again."""

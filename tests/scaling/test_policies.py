@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_amp import MixedPrecisionConfig, ScalingStrategy
 from hf_amp.scaling.policies import Observation, ScalePolicy
-from hf_amp.scaling.scaler import POLICIES
+from hf_amp.scaling.policies import policy_of as policy_of_config
 from hf_amp.scaling.state import restored, state_to_host
 from tests.each import for_each
 from tests.host_reads import count_host_reads
@@ -26,7 +26,7 @@ STRATEGIES = pytest.mark.parametrize("strategy", list(ScalingStrategy))
 
 
 def policy_of(strategy: ScalingStrategy, **options: object) -> ScalePolicy:
-    return POLICIES[strategy](MixedPrecisionConfig(scaling_strategy=strategy, **options))
+    return policy_of_config(strategy, MixedPrecisionConfig(scaling_strategy=strategy, **options))
 
 
 def run(policy: ScalePolicy, steps: list[Observation]) -> list[object]:

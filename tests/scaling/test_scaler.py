@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from hf_amp import AdvancedGradScaler, ConfigError, MixedPrecisionConfig, ScalerError, StateError
-from hf_amp.scaling.policies import observation_of
-from hf_amp.scaling.step import SeenLosses, StatisticsRequest, Unscale, check_gradients
+from hf_amp.scaling.step import SeenLosses, StatisticsRequest, Unscale, check_gradients, observe
 from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import (
@@ -521,7 +520,7 @@ def test_what_was_not_seen_is_zero_in_an_observation() -> None:
         torch.optim.SGD([weight], lr=0.1), backward=1, scale=torch.tensor(8.0), unscale=Unscale.FUSED,
         losses=0, loss_non_finite=None, look=StatisticsRequest(norm=True, amax=False, sample_seed=None, agree=False),
     )  # fmt: skip
-    observation = observation_of([record])
+    observation = observe([record])
     assert observation.found_inf.item() == 1
     assert (observation.loss_non_finite.item(), observation.grad_amax.item()) == (0, 0)
 

@@ -4,26 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from hf_amp.events import AmpEvent, EventKind, join_names
-
-
-def visible(text: str) -> str:
-    """`text` with control characters and everything else that does not print shown as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-NAMES_SHOWN = 4
-"""Modules that one line names; the event has all."""
+from hf_amp.events import AmpEvent, EventKind, printable
 
 _log = logging.getLogger("hf_amp")
-
-
-def headline(event: AmpEvent) -> str:
-    """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, no control characters."""
-    cause = f" ({event.cause.value})" if event.cause else ""
-    names = [name or "the model" for name in event.modules]  # its own name is ""
-    where = f" in {join_names(names, NAMES_SHOWN)}" if names else ""
-    return visible(f"step {event.step}: {event.kind.value}{cause}{where}")
 
 
 class Console:
@@ -49,7 +32,7 @@ class Console:
             else ""
         )
         row = f" ({self._in_a_row} like it in a row)" if self._in_a_row > 1 else ""
-        _log.log(level, "%s:%s %s%s", headline(event), change, visible(event.message), row)
+        _log.log(level, "%s:%s %s%s", event.headline(), change, printable(event.message), row)
 
     def _count(self, event: AmpEvent) -> None:
         """How many skips alike there have been in a row, this one included; 1 for whatever else."""

@@ -13,17 +13,14 @@ from typing import Any, Protocol
 
 import numpy
 
-from hf_amp.events import AmpEvent, EventKind
+from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.monitoring.metrics import BY_MODULE, LOG_PREFIX
 from hf_amp.patch_log import PatchLog
 
 _CHARTS: Mapping[str, tuple[str, ...]] = {
     "loss scale": ("scale",),
     "scale volatility (bits)": ("scale_volatility_bits",),
-    "skipped steps by cause": (
-        "skipped_steps_scale", "skipped_steps_activation", "skipped_steps_input", "skipped_steps_loss",
-        "skipped_steps_weights", "skipped_steps_unknown",
-    ),
+    "skipped steps by cause": tuple(f"skipped_steps_{cause.value.lower()}" for cause in Cause),
     "headroom (bits)": ("headroom_bits",),
     "underflow fraction": ("underflow_fraction",),
     "gradients": ("grad_norm", "grad_amax"),
