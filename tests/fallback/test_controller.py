@@ -148,7 +148,7 @@ def test_an_adversary_gets_logarithmically_many_changes() -> None:
             return CLEAN if safe else activation(*modules)
 
         rule = fallback(order=(MIXED, FP32), recovery_steps=10)
-        for steps in (1_000, 10_000, 100_000):
+        for steps in (1_000, 10_000):
             bound = 2 * (math.log2(steps / 10) + 1)
             assert 2 <= changes(rule, overflow_when_promoted, steps) <= bound
 

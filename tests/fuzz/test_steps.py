@@ -81,10 +81,13 @@ class Machine:
         try:
             {"save and load": self.save_and_load}.get(name, lambda: self.act(name, which, power))()
         except ScalerError:
-            self.scaler.abandon_step()
-            for i in range(2):
-                self.act("zero_grad", i, 0)
+            self.give_up()
         self.check()
+
+    def give_up(self) -> None:
+        self.scaler.abandon_step()
+        for i in range(2):
+            self.act("zero_grad", i, 0)
 
     def act(self, name: str, which: int, power: int) -> None:
         parameter, optimizer, reference = (
@@ -109,9 +112,8 @@ class Machine:
             self.step(optimizer, reference)
         elif name == "update":
             self.scaler.update()
-            for i, each in enumerate(self.references):
-                if each.unscaled:  # nor may anybody add to what was divided for a step never taken
-                    self.act("zero_grad", i, 0)
+            if any(each.unscaled for each in self.references):
+                self.give_up()  # nor may anybody add to what was divided for a step never taken
         elif name == "zero_grad":
             optimizer.zero_grad()
             reference.clear()
