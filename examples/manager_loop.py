@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, random_split
 
-from hf_amp import AdvancedMixedPrecisionManager, MixedPrecisionConfig
+from hf_amp import AdvancedMixedPrecisionManager
 
 BLOCK = 64  # bytes of text in one example
 
@@ -49,8 +49,8 @@ def main() -> None:
     model = ByteModel().to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 
-    config = MixedPrecisionConfig(clip_norm=1.0, on_overflow="retry" if options.retry else "skip")
-    with AdvancedMixedPrecisionManager(config) as manager:
+    on_overflow = "retry" if options.retry else "skip"
+    with AdvancedMixedPrecisionManager(clip_norm=1.0, on_overflow=on_overflow) as manager:
         for _ in range(options.epochs):
             epoch = manager.train_epoch(DataLoader(training, 16, shuffle=True), model, optimizer)
             held = manager.validate_epoch(DataLoader(held_out, 16), model)

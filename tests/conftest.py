@@ -1,4 +1,8 @@
-"""Tests marked `gpu` run where there is a CUDA device; elsewhere they are skipped, with that reason."""
+"""Tests marked `gpu` run where there is a CUDA device; elsewhere they are skipped, with that reason.
+
+What repeats itself, faults and random examples, does so as often as a suite has time for; with `--full-size`, which is how
+`python -m tests.faults` runs it, as often as the published table says.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 # Workers side by side, and the processes that they start, would wait for each other's threads.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -14,6 +19,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 
 from tests.each import forget_accelerators
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-size", action="store_true", help="as many faults and random examples as published"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    examples = 300 if config.getoption("--full-size") else 50
+    settings.register_profile("hf_amp", max_examples=examples, deadline=None, derandomize=True)
+    settings.load_profile("hf_amp")
+
+
+@pytest.fixture
+def full_size(request: pytest.FixtureRequest) -> bool:
+    """Whether to do all of it."""
+    return bool(request.config.getoption("--full-size"))
 
 
 @pytest.fixture

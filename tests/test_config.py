@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_amp
@@ -260,7 +260,6 @@ def valid_options(draw):
     return {**bounds, **draw(st.fixed_dictionaries({}, optional=optional))}
 
 
-@settings(deadline=None)
 @given(valid_options())
 def test_plain_data_gives_an_equal_config(options):
     """`to_dict` and `from_dict` are inverse, also through JSON and YAML text."""
@@ -271,7 +270,6 @@ def test_plain_data_gives_an_equal_config(options):
     assert MixedPrecisionConfig.from_dict(yaml.safe_load(yaml.safe_dump(plain))) == config
 
 
-@settings(deadline=None)
 @given(valid_options())
 def test_a_config_keeps_what_it_was_given(options):
     """Every option passed is read back, every other one is at its default."""

@@ -33,14 +33,14 @@ class Precision:
     repeats: bool = False
 
 
-def ours(strategy: str, **options: Any) -> Callable[[nn.Module], Precision]:
+def ours(strategy: str, repeats: bool = False, **options: Any) -> Callable[[nn.Module], Precision]:
     """hf_amp as it is by default, its fallback included, but for `options`."""
 
     def make(model: nn.Module) -> Precision:
         config = MixedPrecisionConfig(scaling_strategy=strategy, **options)
         session = AmpSession(config, AdvancedGradScaler(config, "cpu"), PrecisionMode.MIXED, probe("cpu"))
         session.register_model(model)
-        return Precision(session.scaler, session.autocast, session, repeats=config.on_overflow == "retry")
+        return Precision(session.scaler, session.autocast, session, repeats=repeats)
 
     return make
 
@@ -57,9 +57,7 @@ SCALINGS: dict[str, Callable[[nn.Module], Precision]] = {
     "hf_amp CONSTANT": ours("CONSTANT"),
     "hf_amp DYNAMIC": ours("DYNAMIC"),
     "hf_amp ADAPTIVE": ours("ADAPTIVE"),
-    "hf_amp ADAPTIVE, retry": ours(
-        "ADAPTIVE", on_overflow="retry", overflow_budget=0.1, outlier_headroom=1.0
-    ),
+    "hf_amp ADAPTIVE, retry": ours("ADAPTIVE", repeats=True, overflow_budget=0.1, outlier_headroom=1.0),
     "hf_amp PERFORMANCE_OPTIMIZED": ours("PERFORMANCE_OPTIMIZED"),
     "DeepSpeed's rule": rule(HysteresisRule, 2.0**16),
     "Megatron's rule": rule(HysteresisRule, 2.0**32),

@@ -108,12 +108,12 @@ def main() -> None:
 
 
 def test_every_scaling_trains() -> None:
-    """The benchmark itself is sound: twelve steps of each end with a loss, on the T5 with that of hf_amp alone."""
+    """The benchmark itself is sound: four steps of each end with a loss, on the T5 with that of hf_amp alone."""
     for task, scaling in product(TASKS, SCALINGS):
-        result = train(task, scaling, seed=0, steps=12)
+        result = train(task, scaling, seed=0, steps=4)
         lives = task != "T5 that overflows" or scaling.startswith(("hf_amp", "none"))
         assert math.isfinite(result["final_loss"]) is lives, (task, scaling)
-        assert lives or result["skipped_steps"] == 12, (task, scaling)
+        assert lives or result["skipped_steps"] == 4, (task, scaling)
 
 
 if __name__ == "__main__":

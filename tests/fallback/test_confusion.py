@@ -1,4 +1,4 @@
-"""Two hundred random faults in random models: what they were against what was told. Shown with `pytest -s`."""
+"""Random faults in random models: what they were against what was told. Shown with `pytest -s`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def table(reported: Counter[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def test_confusion_table() -> None:
-    """At least 95% are told right, and of the others most are UNKNOWN rather than wrong."""
-    reported = told_of(TRIALS)
+def test_confusion_table(full_size: bool) -> None:
+    """Of 60 at random, or of 200, at least 95% are told right, and of the others most are UNKNOWN rather than wrong."""
+    trials = TRIALS if full_size else 60
+    reported = told_of(trials)
     print(
-        f"\n{table(reported.pairs)}\n{reported.right} of {TRIALS} right, {reported.unknown} UNKNOWN instead, {reported.wrong} wrong"
+        f"\n{table(reported.pairs)}\n{reported.right} of {trials} right, {reported.unknown} UNKNOWN instead, {reported.wrong} wrong"
     )
-    assert reported.right >= 0.95 * TRIALS
+    assert reported.right >= 0.95 * trials
     assert reported.wrong <= reported.unknown

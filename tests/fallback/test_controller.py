@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_amp import Cause, PrecisionMode
@@ -148,7 +148,7 @@ def test_an_adversary_gets_logarithmically_many_changes() -> None:
             return CLEAN if safe else activation(*modules)
 
         rule = fallback(order=(MIXED, FP32), recovery_steps=10)
-        for steps in (1_000, 10_000, 100_000):
+        for steps in (1_000, 10_000):
             bound = 2 * (math.log2(steps / 10) + 1)
             assert 2 <= changes(rule, overflow_when_promoted, steps) <= bound
 
@@ -161,7 +161,6 @@ FACTS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(facts=st.lists(FACTS, max_size=60), resume_at=st.integers(0, 60), recovery=st.integers(1, 6))
 def test_whatever_happens_the_plan_stays_in_its_lattice_and_survives_a_checkpoint(
     facts: list[StepFacts], resume_at: int, recovery: int

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_amp.emulation import EmulatedPrecision
 from tests.fallback.range_reference import fp16_flop_share, matmul_amax, modules_out_of_range
 from tests.fallback.rescaled import ZOO, RescaledModel
 
@@ -56,12 +55,12 @@ def test_the_function_is_that_of_the_plain_model(entry: RescaledModel) -> None:
 
 
 @every_model
-def test_the_named_modules_leave_the_range_and_stay_out_of_it(entry: RescaledModel) -> None:
-    """They do so by far (tenfold) before and after 200 steps; all other modules stay far inside, and do most of the work."""
+def test_the_named_modules_leave_the_range_and_stay_out_of_it(entry: RescaledModel, full_size: bool) -> None:
+    """They do so by far (tenfold) before and after 80 steps, or 200; all other modules stay far inside, and do most of the work."""
     model, batches, make_optimizer = entry.build(0)
     expected = EXPECTED[entry.name]
     batch = next(batches)
-    history = losses(model, make_optimizer(model), [next(batches) for _ in range(200)])
+    history = losses(model, make_optimizer(model), [next(batches) for _ in range(200 if full_size else 80)])
     fresh, _, _ = entry.build(0)
     for state in (fresh, model):
         amax = matmul_amax(state, batch)
@@ -82,23 +81,6 @@ def test_it_learns_what_the_plain_model_learns(entry: RescaledModel) -> None:
     adamw = torch.optim.AdamW(plain.parameters(), entry.learning_rate, weight_decay=0.0, fused=True)
     expected = losses(plain, adamw, data)
     assert losses(model, make_optimizer(model), data) == pytest.approx(expected, rel=1e-4)
-
-
-@every_model
-def test_the_stock_scaler_skips_every_step(entry: RescaledModel) -> None:
-    """20 steps of `torch.amp.GradScaler` in emulated FP16: the scale halves 20 times, and no parameter moves."""
-    model, batches, make_optimizer = entry.build(0)
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer, scaler = make_optimizer(model), torch.amp.GradScaler("cpu")
-    for _ in range(20):
-        optimizer.zero_grad()
-        with EmulatedPrecision():
-            loss = model(**next(batches)).loss
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert scaler.get_scale() == 2.0**16 / 2**20
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 class _Product(nn.Module):

@@ -1,4 +1,4 @@
-"""Runs the faults at full size and writes their table: `python -m tests.faults --out DIR`."""
+"""Runs the faults and the random examples at full size and writes their table: `python -m tests.faults --out DIR`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import is_hypothesis_test
 
 from tests.benchmarks.measuring import write
 
 
-class Rows:
-    """A pytest plugin that gathers what the tests have told."""
+class FullSize:
+    """A pytest plugin that runs what has a size, and gathers what it has told."""
 
     def __init__(self) -> None:
         self.faults: list[dict[str, Any]] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        here = Path(__file__).parent
+        items[:] = [
+            item
+            for item in items
+            if here in item.path.parents
+            or "full_size" in getattr(item, "fixturenames", ())
+            or is_hypothesis_test(getattr(item, "obj", None))
+        ]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
@@ -26,10 +37,11 @@ class Rows:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for faults.json")
-    arguments, rows = parser.parse_args(), Rows()
-    status = pytest.main([str(Path(__file__).parent), "--full-size", "-q"], plugins=[rows])
-    write("faults", {"faults": rows.faults}, arguments.out)
-    for row in rows.faults:
+    arguments, plugin = parser.parse_args(), FullSize()
+    tests = str(Path(__file__).parents[1])
+    status = pytest.main([tests, "--full-size", "-q"], plugins=[plugin])
+    write("faults", {"faults": plugin.faults}, arguments.out)
+    for row in plugin.faults:
         print(*(f"{value:>8}" for name, value in row.items() if name != "fault"), row["fault"])
     return int(status)
 

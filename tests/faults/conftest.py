@@ -10,18 +10,6 @@ import pytest
 Tally = Callable[[str, int, int], None]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--full-size", action="store_true", help="tests/faults: as many faults as in the published table"
-    )
-
-
-@pytest.fixture
-def full_size(request: pytest.FixtureRequest) -> bool:
-    """Whether to do all of it, rather than what a suite has time for."""
-    return bool(request.config.getoption("--full-size", False))
-
-
 @pytest.fixture
 def tally(record_property: Callable[[str, Any], None]) -> Tally:
     """Notes (fault, how often injected, how often survived) for the table, and fails where one was lost."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hf_amp import ConfigError, MixedPrecisionConfig, PrecisionMode, ScalingStrategy
 from hf_amp.config import safe_repr
-from tests.fuzz.anything import ANYTHING, FAST, PLAIN
+from tests.fuzz.anything import ANYTHING, PLAIN
 
 OPTIONS = {option.name: option for option in dataclasses.fields(MixedPrecisionConfig)}
 NAMES = [*PrecisionMode.__members__, *ScalingStrategy.__members__, "upcast", "retry"]
@@ -74,14 +74,12 @@ def check(options: dict[str, Any], reported: MixedPrecisionConfig | str) -> None
     assert re.search(r"\b(must|leave|use|set|lower|move)\b", reported)
 
 
-@FAST
 @given(dictionaries(ANYTHING, RIGHT_NAMES))
 def test_any_values_as_keywords(options: dict[str, Any]) -> None:
     """`MixedPrecisionConfig(**options)`, every option named right."""
     check(options, outcome(lambda options: MixedPrecisionConfig(**options), options))
 
 
-@FAST
 @given(dictionaries(ANYTHING, ANY_NAMES))
 def test_any_names_as_keywords(options: dict[str, Any]) -> None:
     """An unknown name is refused alike, whether options come as keywords or as a mapping."""
@@ -89,7 +87,6 @@ def test_any_names_as_keywords(options: dict[str, Any]) -> None:
     check(options, outcome(MixedPrecisionConfig.from_dict, options))
 
 
-@FAST
 @given(options=dictionaries(PLAIN, ANY_NAMES), suffix=st.sampled_from([".json", ".yaml"]))
 def test_any_file(tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any], suffix: str) -> None:
     """What a file holds is judged as the same dictionary is; the path stands before what is wrong."""
@@ -106,7 +103,6 @@ def test_any_file(tmp_path_factory: pytest.TempPathFactory, options: dict[str, A
     assert reported == judged or reported == f"{path}: {judged}"
 
 
-@FAST
 @given(
     st.one_of(st.binary(max_size=60), st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace")))
 )

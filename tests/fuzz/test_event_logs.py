@@ -22,7 +22,7 @@ from hf_amp.report import reader
 from hf_amp.report.page import page
 from hf_amp.report.reader import CHANGES_KEPT, EventLogReader, RunHistory, read_run
 from hf_amp.report.verdict import figures_of
-from tests.fuzz.anything import FAST, PLAIN
+from tests.fuzz.anything import PLAIN
 
 KINDS = (
     st.just("metrics")
@@ -88,7 +88,6 @@ def see(run: RunHistory) -> None:
     stream.flush()
 
 
-@FAST
 @given(parts=st.lists(VALID | PASSED_OVER, max_size=12), cut=st.integers(0, 200), chunk=st.integers(1, 400))
 def test_whole_lines_are_kept(path: Path, parts: list[Any], cut: int, chunk: int) -> None:
     """Between torn lines and zeros, cut off anywhere, read at once or while it grows: every whole line, once, in order."""
@@ -124,7 +123,6 @@ MIXED_UP = st.lists(
 )
 
 
-@settings(FAST, max_examples=300)
 @given(pieces=LIKE_OURS | LIKE_OURS | MIXED_UP)
 def test_anything_is_read_or_refused(path: Path, pieces: list[bytes]) -> None:
     """Any bytes and any JSON among valid lines: a run that can be shown, or a StateError that names the file and the line."""
@@ -138,7 +136,7 @@ def test_anything_is_read_or_refused(path: Path, pieces: list[bytes]) -> None:
         see(run)
 
 
-@settings(FAST, max_examples=8)
+@settings(max_examples=8)
 @given(st.lists(CHANGED, min_size=1, max_size=8))
 def test_whatever_is_read_makes_a_page(path: Path, lines: list[Any]) -> None:
     """Pictures included."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_amp import (
@@ -27,12 +27,12 @@ from hf_amp.events import Cause
 from hf_amp.fallback.controller import FallbackState, StepFacts
 from hf_amp.fallback.plan import precision_order
 from hf_amp.session import AmpSession
-from tests.fuzz.anything import ANYTHING, FAST
+from tests.fuzz.anything import ANYTHING
 from tests.reference import OverflowInBackward, tiny_mlp
 
 CASES = {
     "constant": {"scaling_strategy": "CONSTANT"},
-    "dynamic": {"scaling_strategy": "DYNAMIC", "hysteresis": 2, "overflow_tolerance": 0.25},
+    "dynamic": {"scaling_strategy": "DYNAMIC", "hysteresis": 2},
     "adaptive": {"scaling_strategy": "ADAPTIVE"},
     "performance": {"scaling_strategy": "PERFORMANCE_OPTIMIZED"},
     "guard": {"precision_mode": "BF16"},
@@ -134,10 +134,8 @@ def mutated(state: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("case", CASES)
-@settings(FAST, max_examples=40)
-@given(data=st.data())
+@given(stepped=st.booleans(), data=st.data())
 def test_any_state_of_a_session(case: str, stepped: bool, data: st.DataObject) -> None:
     """The scaler's state, with policy, counters, plan, trial, monitor, hope and pace in it, before or after a first step."""
     run = Run(case)
@@ -160,7 +158,6 @@ def test_any_state_of_a_session(case: str, stepped: bool, data: st.DataObject) -
     assert torch.load(file, weights_only=True) == run.session.scaler.state_dict()
 
 
-@settings(FAST, max_examples=60)
 @given(data=st.data())
 def test_any_state_of_a_manager(data: st.DataObject) -> None:
     """The state that a manager saves, with a scaler's in it."""

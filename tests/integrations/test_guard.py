@@ -11,12 +11,10 @@ import torch
 from hf_amp import Cause, EventKind, MixedPrecisionCallback
 from tests.integrations.trainers import OverflowAt, trainer_with
 
-MODES = pytest.mark.parametrize(
-    "mode", [{"fp16": False}, {"fp16": False, "bf16": True}], ids=["fp32", "bf16"]
-)
+FP32, BF16 = {"fp16": False}, {"fp16": False, "bf16": True}
 
 
-@MODES
+@pytest.mark.parametrize("mode", [FP32, BF16], ids=["fp32", "bf16"])
 def test_one_bad_batch_kills_a_stock_run(tmp_path: Path, mode: dict[str, Any]) -> None:
     """Without the callback one batch with non-finite gradients makes every later loss NaN: the reason for the guard."""
     trainer, _ = trainer_with(tmp_path, OverflowAt(3), logging_nan_inf_filter=False, **mode)
@@ -24,8 +22,10 @@ def test_one_bad_batch_kills_a_stock_run(tmp_path: Path, mode: dict[str, Any]) -
     assert not all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-@MODES
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
+@pytest.mark.parametrize(
+    ("mode", "optim"),
+    [(FP32, "adamw_torch_fused"), (BF16, "adamw_torch"), (BF16, "adamw_torch_fused"), (FP32, "sgd")],
+)
 def test_guard_skips_the_bad_batch(tmp_path: Path, mode: dict[str, Any], optim: str) -> None:
     """With it the step is skipped, told and counted; parameters and optimizer state stay finite and the run goes on."""
     callback = MixedPrecisionCallback()
@@ -40,8 +40,7 @@ def test_guard_skips_the_bad_batch(tmp_path: Path, mode: dict[str, Any], optim: 
     assert callback.session.metrics()["skipped_steps"] == 1
 
 
-@MODES
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("mode", "late"), [(FP32, True), (BF16, False)], ids=["fp32, late", "bf16"])
 def test_without_faults_the_callback_changes_no_bit(tmp_path: Path, mode: dict[str, Any], late: bool) -> None:
     """Losses, gradient norms and parameters of a run with and without the callback are the same to the last bit."""
     histories, parameters = [], []

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,11 +28,26 @@ PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 
 
-def checkpoint(folder: Path, precision: str, *callbacks: Any) -> str:
-    """A checkpoint after four of six steps, the second of which was skipped where something looks."""
-    trainer = regression_trainer(folder, *callbacks, OverflowAt(2), **PRECISIONS[precision], **SAVING)
-    trainer.train()
-    return str(folder / "checkpoint-4")
+class Whole(NamedTuple):
+    """A run of six steps, the second and the last of which were skipped, with a checkpoint after the fourth."""
+
+    trainer: Trainer
+    callback: MixedPrecisionCallback
+    checkpoint: str
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    """That run, by precision; each is trained once."""
+
+    @functools.cache
+    def run(precision: str) -> Whole:
+        folder, callback = tmp_path_factory.mktemp(precision), MixedPrecisionCallback()
+        trainer = regression_trainer(folder, callback, OverflowAt(2, 6), **PRECISIONS[precision], **SAVING)
+        trainer.train()
+        return Whole(trainer, callback, str(folder / "checkpoint-4"))
+
+    return run
 
 
 def resumed(
@@ -51,26 +70,23 @@ def untimed(callback: MixedPrecisionCallback) -> list[dict[str, Any]]:
     return [state, {name: v for name, v in callback.session.metrics().items() if name not in TIMINGS}]
 
 
-LATE = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
-
-
-def test_14_stock_cannot_leave_fp16(tmp_path: Path) -> None:
+def test_14_stock_cannot_leave_fp16(tmp_path: Path, whole: Callable[[str], Whole]) -> None:
     """Upstream loads a checkpoint's loss scale into nothing, and the run ends."""
-    saved = checkpoint(tmp_path, "fp16", MixedPrecisionCallback())
     for precision in ("fp32", "bf16"):
+        trainer = regression_trainer(tmp_path, **PRECISIONS[precision])
         with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'load_state_dict'"):
-            regression_trainer(tmp_path, **PRECISIONS[precision]).train(resume_from_checkpoint=saved)
+            trainer.train(resume_from_checkpoint=whole("fp16").checkpoint)
 
 
-@LATE
-@pytest.mark.parametrize("after", PRECISIONS)
-@pytest.mark.parametrize("before", PRECISIONS)
+@pytest.mark.parametrize(
+    ("before", "after", "late"),
+    [(*pair, bool(number % 2)) for number, pair in enumerate(itertools.product(PRECISIONS, repeat=2))],
+)
 def test_14_and_15_any_precision_goes_on_from_any(
-    tmp_path: Path, before: str, after: str, late: bool
+    tmp_path: Path, whole: Callable[[str], Whole], before: str, after: str, late: bool
 ) -> None:
     """Counters go on, the new precision runs and is told, and what was saved in another is not taken for its own."""
-    saved = checkpoint(tmp_path, before, MixedPrecisionCallback())
-    _, callback = resumed(tmp_path / "again", saved, after, late)
+    _, callback = resumed(tmp_path, whole(before).checkpoint, after, late)
     figures = callback.session.metrics()
     assert (figures["applied_steps"], figures["skipped_steps"]) == (4, 2)
     assert [e.step for e in callback.session.events if e.kind is EventKind.STEP_SKIPPED] == [6]
@@ -86,42 +102,43 @@ def test_14_and_15_any_precision_goes_on_from_any(
     assert (reported in started.message) == (before != after)
 
 
-@LATE
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("restore", [False, True], ids=["ours", "restored by Trainer"])
+@pytest.mark.parametrize(
+    ("precision", "late", "restore"),
+    [
+        ("fp32", False, False), ("fp32", True, True), ("bf16", True, False), ("bf16", False, True),
+        ("fp16", False, True), ("fp16", True, False),
+    ],
+)  # fmt: skip
 def test_a_resumed_run_equals_one_that_was_not_interrupted(
-    tmp_path: Path, precision: str, late: bool, restore: bool
+    tmp_path: Path, whole: Callable[[str], Whole], precision: str, late: bool, restore: bool
 ) -> None:
-    """Parameters, metrics and the callback's whole state: six steps equal four and two, to the last bit."""
-    whole = MixedPrecisionCallback()
-    trainer = regression_trainer(
-        tmp_path, whole, OverflowAt(2, 6), save_strategy="steps", save_steps=4, **PRECISIONS[precision]
-    )
-    trainer.train()
-    saved = str(tmp_path / "checkpoint-4")
+    """Parameters, metrics and the callback's whole state: six steps equal four and two, to the last bit; also where the
+    callback was added late, and where Trainer restores it."""
+    trainer, unbroken, saved = whole(precision)
     again, callback = resumed(
-        tmp_path / "again", saved, precision, late, restore_callback_states_from_checkpoint=restore
+        tmp_path, saved, precision, late, restore_callback_states_from_checkpoint=restore, **SAVING
     )
-    assert untimed(callback) == untimed(whole)
+    assert untimed(callback) == untimed(unbroken)
     for a, b in zip(parameters_of(trainer), parameters_of(again), strict=True):
         assert torch.equal(a, b)
 
 
 def test_the_state_in_the_checkpoint_is_plain_and_complete(tmp_path: Path) -> None:
     """trainer_state.json holds options and progress; a callback made from it says the same."""
-    whole = MixedPrecisionCallback({"init_scale": 1024.0})
-    saved = checkpoint(tmp_path, "fp16", whole)
-    states = strict_json(Path(saved) / "trainer_state.json")["stateful_callbacks"]
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    regression_trainer(tmp_path, callback, OverflowAt(2), fp16=True, **SAVING).train()
+    states = strict_json(tmp_path / "checkpoint-4" / "trainer_state.json")["stateful_callbacks"]
     state = states["MixedPrecisionCallback"]
     assert state["attributes"]["progress"]["counters"] == {"applied_steps": 3, "skipped_steps": 1}
-    assert MixedPrecisionCallback.from_state(state).config == whole.config
+    assert MixedPrecisionCallback.from_state(state).config == callback.config
 
 
-def test_a_callback_that_the_trainer_restores_goes_on_with_the_session(tmp_path: Path) -> None:
+def test_a_callback_that_the_trainer_restores_goes_on_with_the_session(
+    tmp_path: Path, whole: Callable[[str], Whole]
+) -> None:
     """Trainer replaces the callback by a new one: there is one session still, and the old callback knows it."""
-    saved = checkpoint(tmp_path, "fp16", MixedPrecisionCallback())
     trainer, callback = resumed(
-        tmp_path / "again", saved, "fp16", restore_callback_states_from_checkpoint=True
+        tmp_path, whole("fp16").checkpoint, "fp16", restore_callback_states_from_checkpoint=True
     )
     held = [c for c in trainer.callback_handler.callbacks if isinstance(c, MixedPrecisionCallback)]
     assert len(held) == 1
@@ -131,34 +148,41 @@ def test_a_callback_that_the_trainer_restores_goes_on_with_the_session(tmp_path:
     assert "_hf_amp_callback" not in vars(trainer)
 
 
-@LATE
-@pytest.mark.parametrize("after", PRECISIONS)
-def test_from_a_stock_checkpoint(tmp_path: Path, after: str, late: bool) -> None:
-    """Made before hf_amp was added: the stock scale goes on in FP16, is left aside elsewhere, and saving works."""
-    stock = StockFP16OnCPU(init_scale=512.0)
-    stock.trainer = regression_trainer(tmp_path, stock, fp16=True, optim="adamw_torch", **SAVING)
+@pytest.fixture(scope="module")
+def stock_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After four steps of a run in FP16 without hf_amp."""
+    folder, stock = tmp_path_factory.mktemp("stock"), StockFP16OnCPU(init_scale=512.0)
+    stock.trainer = regression_trainer(folder, stock, fp16=True, optim="adamw_torch", **SAVING)
     stock.trainer.train()
-    assert (tmp_path / "checkpoint-4" / "scaler.pt").exists()
+    return folder / "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    ("after", "late"), [("fp32", False), ("bf16", True), ("fp16", False), ("fp16", True)]
+)
+def test_from_a_stock_checkpoint(tmp_path: Path, stock_checkpoint: Path, after: str, late: bool) -> None:
+    """Made before hf_amp was added: the stock scale goes on in FP16, is left aside elsewhere, and saving works."""
+    assert (stock_checkpoint / "scaler.pt").exists()
     trainer, callback = resumed(
-        tmp_path / "again", str(tmp_path / "checkpoint-4"), after, late,
+        tmp_path, str(stock_checkpoint), after, late,
         optim="adamw_torch", save_strategy="steps", save_steps=6,
     )  # fmt: skip
     assert callback.session.metrics()["applied_steps"] == 1
     assert callback.session.metrics()["skipped_steps"] == 1
     assert callback.session.scaler.get_scale() == (256.0 if after == "fp16" else 1.0)
     assert trainer.state.global_step == 6
-    states = strict_json(tmp_path / "again" / "checkpoint-6" / "trainer_state.json")["stateful_callbacks"]
+    states = strict_json(tmp_path / "checkpoint-6" / "trainer_state.json")["stateful_callbacks"]
     assert states["MixedPrecisionCallback"]["attributes"]["progress"]["counters"]["skipped_steps"] == 1
 
 
-def test_a_plan_goes_on_too(tmp_path: Path) -> None:
+def test_a_plan_goes_on_too(tmp_path: Path, whole: Callable[[str], Whole]) -> None:
     """Modules that were in FP32 when the checkpoint was written are in FP32 after it."""
-    saved = checkpoint(tmp_path, "fp16", MixedPrecisionCallback())
-    scaler = Path(saved) / "scaler.pt"
+    saved = shutil.copytree(whole("fp16").checkpoint, tmp_path / "saved")
+    scaler = saved / "scaler.pt"
     state = torch.load(scaler, weights_only=True)
     state["hf_amp"]["stateful"]["fallback"]["plan"]["modules"] = {"hidden": "FP32"}
     torch.save(state, scaler)
-    file = Path(saved) / "trainer_state.json"
+    file = saved / "trainer_state.json"
     file.write_text(file.read_text().replace('"modules": {}', '"modules": {"hidden": "FP32"}'))
-    _, callback = resumed(tmp_path / "again", saved, "fp16")
+    _, callback = resumed(tmp_path / "again", str(saved), "fp16")
     assert dict(callback.session.plan.modules) == {"hidden": PrecisionMode.FP32}

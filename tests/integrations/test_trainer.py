@@ -322,7 +322,7 @@ def test_fp16_loss_on_real_text_is_within_one_percent_of_fp32(tmp_path: Path) ->
     from hf_amp.cli.demo_training import train
 
     last = {
-        precision: train(precision, MixedPrecisionConfig(), 60, 0, tmp_path / precision).losses[-1][1]
+        precision: train(precision, MixedPrecisionConfig(), 30, 0, tmp_path / precision).losses[-1][1]
         for precision in ("fp16", "fp32")
     }
     assert last["fp16"] == pytest.approx(last["fp32"], rel=0.01)

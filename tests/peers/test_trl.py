@@ -141,11 +141,7 @@ def reported(callback: MixedPrecisionCallback, kind: EventKind) -> list[AmpEvent
     return [event for event in callback.session.events if event.kind is kind]
 
 
-TRAINERS = pytest.mark.parametrize("make", [sft_with_lora, dpo, grpo])
-
-
-@TRAINERS
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(("make", "precision"), [(sft_with_lora, "bf16"), (dpo, "no"), (grpo, "bf16")])
 def test_without_faults_it_is_as_without_the_callback(
     make: Callable[..., Trainer], precision: str, tmp_path: Path
 ) -> None:
@@ -158,7 +154,7 @@ def test_without_faults_it_is_as_without_the_callback(
         assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
 
 
-@TRAINERS
+@pytest.mark.parametrize("make", [sft_with_lora, dpo, grpo])
 def test_fp16_learns_what_fp32_does(make: Callable[..., Trainer], tmp_path: Path) -> None:
     """Every loss, of the trained model and of what it is compared with, within a rounding of FP16."""
     callback = MixedPrecisionCallback()
@@ -169,7 +165,7 @@ def test_fp16_learns_what_fp32_does(make: Callable[..., Trainer], tmp_path: Path
     assert not reported(callback, EventKind.STEP_SKIPPED)
 
 
-@pytest.mark.parametrize(("overflows", "reference_overflows"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("overflows", "reference_overflows"), [(False, True), (True, True)])
 def test_dpo_tells_the_model_and_its_reference_apart(
     overflows: bool, reference_overflows: bool, tmp_path: Path
 ) -> None:

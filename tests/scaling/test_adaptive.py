@@ -42,9 +42,10 @@ def test_small_scale_is_reached_in_three_skips() -> None:
         assert 3 <= bits[999] <= 5
 
 
-@for_each("spread_bits", [20.0, WIDE])
-@for_each("gap_bits", [0.0, 2.0])
-@for_each("heavy", [False, True])
+@for_each(
+    ("gap_bits", "heavy", "spread_bits"),
+    [(0.0, False, 20.0), (2.0, False, WIDE), (0.0, True, WIDE), (2.0, True, 20.0)],
+)
 def test_overflows_stay_within_the_budget(gap_bits: float, heavy: bool, spread_bits: float) -> None:
     """Over 4,000 steps, Gaussian or with outliers of up to 8 bits in 1%: at most 1e-3 skipped after the first 100."""
     dice = random.Random(1)
@@ -115,7 +116,7 @@ def test_overflow_never_enters_the_moments() -> None:
         assert torch.equal(getattr(state, name), getattr(after, name))
 
 
-@for_each("overflows", [1, 20, 10_000])
+@for_each("overflows", [1, 20, 1_000])
 def test_what_overflows_taught_is_forgotten(overflows: int) -> None:
     """However many there were, two windows of clean steps after the last one the scale is what it was before."""
     policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig(overflow_budget=0.01))

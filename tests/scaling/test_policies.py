@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_amp import MixedPrecisionConfig, ScalingStrategy
@@ -37,7 +37,6 @@ def run(policy: ScalePolicy, steps: list[Observation]) -> list[object]:
 
 
 @STRATEGIES
-@settings(max_examples=40, deadline=None)
 @given(steps=STEPS, hysteresis=st.integers(1, 3))
 def test_scale_is_positive_finite_and_in_bounds(
     strategy: ScalingStrategy, steps: list[Observation], hysteresis: int
@@ -55,7 +54,6 @@ def test_scale_is_positive_finite_and_in_bounds(
 
 
 @STRATEGIES
-@settings(max_examples=20, deadline=None)
 @given(steps=STEPS)
 def test_state_round_trips_and_ranks_agree(strategy: ScalingStrategy, steps: list[Observation]) -> None:
     """A state written as numbers and read back continues alike; so do two ranks that observe the same."""
@@ -70,7 +68,6 @@ def test_state_round_trips_and_ranks_agree(strategy: ScalingStrategy, steps: lis
         assert torch.equal(a, c)
 
 
-@settings(max_examples=40, deadline=None)
 @given(steps=STEPS)
 def test_what_the_host_knows_changes_nothing(steps: list[Observation]) -> None:
     """ADAPTIVE comes to the same bits whether or not it is told that a clean step is clean."""

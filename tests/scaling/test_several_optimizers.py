@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -87,7 +87,6 @@ class Member:
         return calls
 
 
-@settings(max_examples=200, deadline=None)
 @given(choices=st.lists(st.integers(0, 2**16), min_size=30, max_size=60), fused=st.booleans())
 def test_any_order_of_calls_gives_each_optimizer_its_own_steps(choices: list[int], fused: bool) -> None:
     """Interleaved windows, with the scale changing at every update: to the bit the steps without a scaler."""

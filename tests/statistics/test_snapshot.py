@@ -1,7 +1,7 @@
 """`to_host` brings values to the host, exactly, all in one read."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_amp.statistics import PendingTransfer, elements_of, to_host
@@ -52,7 +52,6 @@ def test_a_value_arrives_exactly(value, dtype):
     assert to_host({"value": torch.tensor(value, dtype=dtype)}) == {"value": value}
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=8))
 def test_all_fp32_values_arrive_exactly(numbers):
     """Every FP32 number is itself on the host."""

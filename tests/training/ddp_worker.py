@@ -33,7 +33,7 @@ OPTIONS = {
 }
 
 
-def run(rank: int, **options: Any) -> dict[str, Any]:
+def run(rank: int, on_overflow: str = "skip", **options: Any) -> dict[str, Any]:
     """Six windows of two batches; on rank 0 an overflow and a NaN loss."""
     reductions = [0]
 
@@ -45,11 +45,11 @@ def run(rank: int, **options: Any) -> dict[str, Any]:
     model = DistributedDataParallel(RankLocal({3: "overflow", 7: "nan"} if rank == 0 else {}))
     model.register_comm_hook(None, count)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    config = MixedPrecisionConfig(
-        distributed_amp=True, sync_grad_scaler=True, accumulation_steps=2, init_scale=1024.0, **options
-    )
+    config = MixedPrecisionConfig(distributed_amp=True, sync_grad_scaler=True, init_scale=1024.0, **options)
     batches = [(x + rank, y) for x, y in vectors(12)]
-    with AdvancedMixedPrecisionManager(config, loss_fn=mse_loss) as manager:
+    with AdvancedMixedPrecisionManager(
+        config, loss_fn=mse_loss, on_overflow=on_overflow, accumulation_steps=2
+    ) as manager:
         epoch = manager.train_epoch(batches, model, optimizer)
         events = [(e.step, e.cause.value) for e in manager.trainer.session.events if e.cause]
         scale = manager.trainer.scaler.get_scale()

@@ -112,8 +112,8 @@ def test_the_fastest_stable_precision_goes_on_and_is_said_to(fastest):
     """FP16 and FP32 are run in turn; the one with the shorter steps goes on, and an event has both times."""
     model = Overflowing()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    config = MixedPrecisionConfig(precision_mode="MIXED", clip_norm=1.0, init_scale=64.0)
-    trainer = PerformanceOptimizedMixedPrecisionTrainer(config, loss_fn=mse_loss)
+    config = MixedPrecisionConfig(precision_mode="MIXED", init_scale=64.0)
+    trainer = PerformanceOptimizedMixedPrecisionTrainer(config, loss_fn=mse_loss, clip_norm=1.0)
     assert trainer.config.scaling_strategy is ScalingStrategy.PERFORMANCE_OPTIMIZED
     timed = Timed(trainer, {mode: 1.0 if mode is fastest else 2.0 for mode in PrecisionMode})
     seen = [timed.step(model, optimizer, i)["precision_mode"] for i in range(3 * TRIAL)]

@@ -45,11 +45,9 @@ def network() -> nn.Module:
 def epoch(**options):
     """Eight batches in two windows. Returns the model, its casts and the manager."""
     model = network()
-    config = MixedPrecisionConfig(
-        precision_mode="BF16", accumulation_steps=4, enable_monitoring=False, **options
-    )
+    config = MixedPrecisionConfig(precision_mode="BF16", enable_monitoring=False, **options)
     manager = AdvancedMixedPrecisionManager(
-        config, loss_fn=lambda outputs, targets: mse_loss(outputs.float(), targets)
+        config, loss_fn=lambda outputs, targets: mse_loss(outputs.float(), targets), accumulation_steps=4
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with ParameterCasts(model) as casts:

@@ -20,8 +20,8 @@ def train(faults: dict[int, str], **options: Any) -> tuple[list[torch.Tensor], S
     torch.manual_seed(0)
     model = FaultyMlp(faults, dropout=0.3).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    config = MixedPrecisionConfig(on_overflow="retry", init_scale=64.0, min_scale=64.0, **options)
-    trainer = StandardMixedPrecisionTrainer(config, loss_fn=mse_loss)
+    config = MixedPrecisionConfig(init_scale=64.0, min_scale=64.0, **options)
+    trainer = StandardMixedPrecisionTrainer(config, loss_fn=mse_loss, on_overflow="retry")
     for batch in vectors(6):
         trainer.train_step(batch, model, optimizer)
     return [*parameters_of(model), *snapshot(model, optimizer)], trainer

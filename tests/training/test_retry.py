@@ -20,10 +20,10 @@ def train(faults, *, on_overflow="retry", steps=6, accumulate=1, init_scale=1024
     torch.manual_seed(0)
     model = FaultyMlp(faults, dropout=0.3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    config = MixedPrecisionConfig(
-        on_overflow=on_overflow, accumulation_steps=accumulate, init_scale=init_scale, **options
+    config = MixedPrecisionConfig(init_scale=init_scale, **options)
+    trainer = StandardMixedPrecisionTrainer(
+        config, loss_fn=mse_loss, on_overflow=on_overflow, accumulation_steps=accumulate
     )
-    trainer = StandardMixedPrecisionTrainer(config, loss_fn=mse_loss)
     results = [trainer.train_step(batch, model, optimizer) for batch in vectors(steps)]
     return model, optimizer, results, trainer
 
@@ -78,11 +78,10 @@ def test_outliers_lose_no_batch_and_need_no_room():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         config = MixedPrecisionConfig(
             scaling_strategy="ADAPTIVE",
-            on_overflow="retry",
             overflow_budget=budget,
             outlier_headroom=headroom,
         )
-        trainer = StandardMixedPrecisionTrainer(config, loss_fn=mse_loss)
+        trainer = StandardMixedPrecisionTrainer(config, loss_fn=mse_loss, on_overflow="retry")
         results = [
             trainer.train_step(batch, model, optimizer, outlier if step % 50 == 0 else None)
             for step, batch in enumerate(vectors(200), start=1)
@@ -98,7 +97,7 @@ def test_what_no_scale_cures_is_not_retried():
     torch.manual_seed(0)
     model = FaultyMlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(on_overflow="retry"), loss_fn=mse_loss)
+    trainer = StandardMixedPrecisionTrainer(loss_fn=mse_loss, on_overflow="retry")
     x, y = vectors(1)[0]
     x[0, 0] = torch.nan
     result = trainer.train_step((x, y), model, optimizer)
@@ -108,7 +107,9 @@ def test_what_no_scale_cures_is_not_retried():
 def test_retry_needs_a_verdict_in_the_step():
     """With PERFORMANCE_OPTIMIZED the batch is gone when the verdict comes: refused, with what to do."""
     with pytest.raises(ConfigError, match="use ADAPTIVE, or leave on_overflow out"):
-        MixedPrecisionConfig(on_overflow="retry", scaling_strategy="PERFORMANCE_OPTIMIZED")
+        StandardMixedPrecisionTrainer(
+            MixedPrecisionConfig(scaling_strategy="PERFORMANCE_OPTIMIZED"), on_overflow="retry"
+        )
 
 
 def test_out_of_memory_that_no_plan_has_caused_is_the_users():

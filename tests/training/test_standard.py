@@ -58,8 +58,8 @@ def test_it_is_the_hand_written_loop_to_the_last_bit(emulate, clip, accumulate, 
     expected, scale = train_by_hand(
         models[0], optimizers[0], batches, emulate=emulate, clip=clip, accumulate=accumulate
     )
-    config = MixedPrecisionConfig(emulate=emulate, clip_norm=clip, accumulation_steps=accumulate)
-    trainer = StandardMixedPrecisionTrainer(config)
+    config = MixedPrecisionConfig(emulate=emulate)
+    trainer = StandardMixedPrecisionTrainer(config, clip_norm=clip, accumulation_steps=accumulate)
     torch.manual_seed(1)
     results = [trainer.train_step(batch, models[1], optimizers[1]) for batch in batches]
     assert_bitwise_equal(expected, [result["loss"] for result in results])
@@ -97,7 +97,7 @@ def test_a_step_reads_the_host_once():
     model = tiny_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = StandardMixedPrecisionTrainer(
-        MixedPrecisionConfig(init_scale=256.0, accumulation_steps=2), loss_fn=mse_loss
+        MixedPrecisionConfig(init_scale=256.0), loss_fn=mse_loss, accumulation_steps=2
     )
     batches = vectors(6)
     for batch in batches[:2]:
@@ -274,11 +274,11 @@ def test_a_config_of_the_wrong_type_is_refused():
 @for_each("failing", [1, 2, 4, 5])
 def test_an_exception_in_user_code_leaves_all_clean(failing):
     """Windows of two batches, one forward raises: its window is dropped, and the rest is as if it had never been."""
-    config = MixedPrecisionConfig(accumulation_steps=2, emulate=False)
+    config = MixedPrecisionConfig(emulate=False)
     batches = vectors(6)
     models = [FaultyMlp({failing: "raise"}), FaultyMlp()]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
-    trainers = [StandardMixedPrecisionTrainer(config, loss_fn=mse_loss) for _ in models]
+    trainers = [StandardMixedPrecisionTrainer(config, loss_fn=mse_loss, accumulation_steps=2) for _ in models]
     dropped = [failing - 1] if failing % 2 else [failing - 2, failing - 1]
     for index, batch in enumerate(batches):
         try:
@@ -352,8 +352,8 @@ def test_models_in_turn_are_bound_once():
     assert [len(model._forward_pre_hooks) for model in models] == [1, 1, 0]
     reported = [event.kind for event in trainer.session.events]
     assert reported == [EventKind.TRAINING_STARTED, EventKind.HALF_PARAMETERS, EventKind.HALF_PARAMETERS]
-    window = MixedPrecisionConfig(precision_mode="BF16", accumulation_steps=2)
-    trainer, stepped = StandardMixedPrecisionTrainer(window, loss_fn=mse_loss), []
+    bf16 = MixedPrecisionConfig(precision_mode="BF16")
+    trainer, stepped = StandardMixedPrecisionTrainer(bf16, loss_fn=mse_loss, accumulation_steps=2), []
     for batch in vectors(4):
         stepped.append(trainer.train_step(batch, *trained[0])["stepped"])
         with torch.no_grad():
@@ -383,7 +383,7 @@ def test_a_window_that_was_begun_is_finished_first():
     for interrupted in (False, True):
         model, other = tiny_mlp(), tiny_mlp(1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(accumulation_steps=2), loss_fn=mse_loss)
+        trainer = StandardMixedPrecisionTrainer(loss_fn=mse_loss, accumulation_steps=2)
         trainer.train_step(batches[0], model, optimizer)
         if interrupted:
             with pytest.raises(
@@ -401,7 +401,7 @@ def test_a_model_that_is_gone_leaves_no_window_behind():
     """Its gradients are gone with it, so that the next model begins a window of its own."""
     model, other = tiny_mlp(), tiny_mlp(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(accumulation_steps=2), loss_fn=mse_loss)
+    trainer = StandardMixedPrecisionTrainer(loss_fn=mse_loss, accumulation_steps=2)
     trainer.train_step(vectors(1)[0], model, optimizer)
     del model, optimizer
     gc.collect()

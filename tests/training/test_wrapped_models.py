@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -157,8 +156,8 @@ def test_an_accelerator_is_followed(make_accelerator, mixed_precision, accumulat
     accelerator = make_accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
     former = accelerator.scaler
     _, model, optimizer, schedule, loader = prepared(accelerator, {accumulate + 1: "overflow"})
-    config = MixedPrecisionConfig(init_scale=256.0, clip_norm=1.0)
-    manager = AdvancedMixedPrecisionManager(config, loss_fn=mse_loss, accelerator=accelerator)
+    config = MixedPrecisionConfig(init_scale=256.0)
+    manager = AdvancedMixedPrecisionManager(config, loss_fn=mse_loss, accelerator=accelerator, clip_norm=1.0)
     epoch = manager.train_epoch(loader, model, optimizer, scheduler=schedule)
     steps = 6 // accumulate
     assert (epoch["batches"], epoch["applied_steps"], epoch["skipped_steps"]) == (6, steps - 1, 1)
@@ -185,8 +184,9 @@ def test_with_an_accelerator_it_is_the_loop_of_accelerate(make_accelerator):
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                     optimizer.step()
         else:
-            config = dataclasses.replace(config, clip_norm=1.0)
-            with AdvancedMixedPrecisionManager(config, loss_fn=mse_loss, accelerator=accelerator) as manager:
+            with AdvancedMixedPrecisionManager(
+                config, loss_fn=mse_loss, accelerator=accelerator, clip_norm=1.0
+            ) as manager:
                 manager.train_epoch(loader, model, optimizer)
         results.append(parameters_of(inner))
     assert_bitwise_equal(*results)
@@ -217,11 +217,9 @@ def test_prepared_and_plain_do_not_mix(make_accelerator):
 
 
 def test_accumulation_is_the_accelerators(make_accelerator):
-    """The config's own number of steps is refused beside an Accelerator, with where to set it."""
+    """The trainer's own number of steps is refused beside an Accelerator, with where to set it."""
     with pytest.raises(ConfigError, match=r"Accelerator\(gradient_accumulation_steps="):
-        StandardMixedPrecisionTrainer(
-            MixedPrecisionConfig(accumulation_steps=2), accelerator=make_accelerator()
-        )
+        StandardMixedPrecisionTrainer(accelerator=make_accelerator(), accumulation_steps=2)
 
 
 def test_what_needs_an_accelerator_is_not_ignored():
