@@ -219,10 +219,10 @@ def test_an_option_that_would_act_is_refused(option: str, value: Any) -> None:
     assert vars(accelerator) == before
 
 
-def test_on_overflow_and_other_options_of_our_loops_are_refused() -> None:
+def test_options_of_our_loops_are_refused() -> None:
     """As for every Accelerator."""
-    with pytest.raises(ConfigError, match="on_overflow='retry'"):
-        hf_amp.attach(accelerator_with("bf16"), MixedPrecisionConfig(on_overflow="retry"))
+    with pytest.raises(ConfigError, match="memory_efficient=True"):
+        hf_amp.attach(accelerator_with("bf16"), MixedPrecisionConfig(memory_efficient=True))
 
 
 def test_a_scaler_that_cannot_be_seen_is_refused() -> None:
