@@ -7,6 +7,7 @@ their units are is said to be unknown.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -148,6 +149,7 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+@functools.cache
 def widest_float(device: torch.device) -> torch.dtype:
     """FP64 where `device` has it, else FP32."""
     return torch.float64 if has_float64(device) else torch.float32

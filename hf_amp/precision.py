@@ -10,18 +10,58 @@ import torch
 from torch import Tensor
 
 
-class PrecisionMode(str, enum.Enum):
-    """What the forward and backward passes of a run, or of one module, compute in."""
+@dataclass(frozen=True)
+class NumberFormat:
+    """Range of a floating-point format, read from `torch.finfo`, never written down as a literal."""
 
-    FP32 = "FP32"
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def largest(self) -> float:
+        """Largest finite value."""
+        return float(torch.finfo(self.dtype).max)
+
+    @property
+    def smallest_normal(self) -> float:
+        """Smallest positive value held with full precision."""
+        return float(torch.finfo(self.dtype).smallest_normal)
+
+    @property
+    def smallest_subnormal(self) -> float:
+        """Smallest positive value. Source: IEEE 754-2019, 3.3: smallest normal times the spacing at one."""
+        return self.smallest_normal * float(torch.finfo(self.dtype).eps)
+
+
+FP16_FORMAT = NumberFormat("FP16", torch.float16)
+BF16_FORMAT = NumberFormat("BF16", torch.bfloat16)
+FP32_FORMAT = NumberFormat("FP32", torch.float32)
+
+
+class PrecisionMode(str, enum.Enum):
+    """What the forward and backward passes of a run, or of one module, compute in.
+
+    Attributes:
+        number_format: what matrix products run in; FP32 where the mode changes nothing.
+    """
+
+    number_format: NumberFormat
+
+    def __new__(cls, name: str, number_format: NumberFormat) -> PrecisionMode:
+        mode = str.__new__(cls, name)
+        mode._value_ = name
+        mode.number_format = number_format
+        return mode
+
+    FP32 = "FP32", FP32_FORMAT
     """Single precision throughout; no autocast, no loss scaling."""
-    FP16 = "FP16"
+    FP16 = "FP16", FP16_FORMAT
     """Half-precision parameters with FP32 master weights (memory before everything)."""
-    MIXED = "MIXED"
+    MIXED = "MIXED", FP16_FORMAT
     """FP16 autocast over FP32 parameters, with loss scaling: `fp16=True` of Trainer and Accelerator."""
-    BF16 = "BF16"
+    BF16 = "BF16", BF16_FORMAT
     """BF16 autocast over FP32 parameters: `bf16=True` of Trainer and Accelerator."""
-    DYNAMIC = "DYNAMIC"
+    DYNAMIC = "DYNAMIC", FP32_FORMAT
     """The fastest of the precisions that are stable on this device, chosen while training."""
 
 
@@ -52,41 +92,6 @@ class ScalingStrategy(str, enum.Enum):
     """ADAPTIVE's rule, without a GPU-CPU sync in the step where the optimizer is fused."""
 
 
-@dataclass(frozen=True)
-class NumberFormat:
-    """Range of a floating-point format, read from `torch.finfo`, never written down as a literal."""
-
-    name: str
-    dtype: torch.dtype
-
-    @property
-    def largest(self) -> float:
-        """Largest finite value."""
-        return float(torch.finfo(self.dtype).max)
-
-    @property
-    def smallest_normal(self) -> float:
-        """Smallest positive value held with full precision."""
-        return float(torch.finfo(self.dtype).smallest_normal)
-
-    @property
-    def smallest_subnormal(self) -> float:
-        """Smallest positive value. Source: IEEE 754-2019, 3.3: smallest normal times the spacing at one."""
-        return self.smallest_normal * float(torch.finfo(self.dtype).eps)
-
-    @classmethod
-    def of(cls, mode: PrecisionMode) -> NumberFormat:
-        """The format that matrix products run in under `mode`; FP32 where the mode changes nothing."""
-        return {
-            PrecisionMode.FP16: FP16_FORMAT,
-            PrecisionMode.MIXED: FP16_FORMAT,
-            PrecisionMode.BF16: BF16_FORMAT,
-        }.get(mode, FP32_FORMAT)
-
-
-FP16_FORMAT = NumberFormat("FP16", torch.float16)
-BF16_FORMAT = NumberFormat("BF16", torch.bfloat16)
-FP32_FORMAT = NumberFormat("FP32", torch.float32)
 HALF_DTYPES = (FP16_FORMAT.dtype, BF16_FORMAT.dtype)
 
 SMALLEST_SCALE = FP16_FORMAT.smallest_subnormal

@@ -30,7 +30,7 @@ from hf_amp.monitoring.sinks.console import Console
 from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.patch_log import PatchLog
-from hf_amp.precision import NumberFormat, PrecisionMode
+from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.optimizer_step import RefuseScaledStep
 from hf_amp.scaling.scaler import AdvancedGradScaler
@@ -100,7 +100,7 @@ class AmpSession(EventRecorder):
         self.throughput = ThroughputMonitor(device=hardware.device)
         self._description = description
         self._modules = ModuleMonitor(config.monitoring_interval)
-        self._fallback = FallbackController(config, mode, hardware, step=lambda: scaler.decided_steps + 1)
+        self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
         self._at_floor = False
         self.patches.on_undo(self._fallback.remove)
@@ -146,7 +146,7 @@ class AmpSession(EventRecorder):
             context = ForwardContext(session.current_precision)
             session.patches.on_undo(context.install(inner, everywhere=session.emulates))
             session.register_optimizer(model, optimizer)
-            hook = optimizer.register_step_pre_hook(RefuseScaledStep(session.scaler))
+            hook = optimizer.register_step_pre_hook(RefuseScaledStep(session.scaler.is_waiting))
             session.patches.on_undo(hook.remove)
         session.note(EventKind.ATTACHED, f"hf_amp is attached: {session.describe()}.")
         return session
@@ -204,15 +204,16 @@ class AmpSession(EventRecorder):
         ForwardContext.leave_interrupted()
         with self.lock:
             self.newest_step = self.first_step + outcome.attempt - 1
-            step_seconds = self.throughput.step_decided(NumberFormat.of(self.plan.default).name)
-            self._modules.take(id(optimizer), outcome.extras)
+            step_seconds = self.throughput.step_decided(self._fallback.runner.plan.default.number_format.name)
+            if outcome.extras:
+                self._modules.take(id(optimizer), outcome.extras)
             if outcome.applied:
                 self.monitor.after_step(outcome)
                 self._at_floor = False
-                self._report_change(
-                    self._fallback.after_applied(step_seconds, self.scaler.ranks_agree), cause=None
-                )
-                self.record(self.stall.after_applied(outcome, self.newest_step))
+                if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
+                    self._report_change(change, cause=None)
+                if stalled := self.stall.after_applied(outcome, self.newest_step):
+                    self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
 
@@ -227,7 +228,7 @@ class AmpSession(EventRecorder):
         self.record(_step_skipped(self.newest_step, outcome, diagnosis, next_scale))
         self.record(_buffers_restored(self.newest_step, self._fallback.runner.names_of(restored)))
         self._report_floor(outcome, next_scale)
-        if len(finding.optimizers) == 1:  # a change of plan is reported once for all of a backward
+        if finding.change and len(finding.optimizers) == 1:  # reported once for all of a backward
             self._report_change(finding.change, cause)
         self.record(self.stall.after_skipped(cause, self.newest_step))
 
@@ -256,10 +257,8 @@ class AmpSession(EventRecorder):
         self._finding = _Finding(diagnosis, change, outcome.backward, {id(optimizer)})
         return self._finding
 
-    def _report_change(self, change: PrecisionChange | None, cause: Cause | None) -> None:
+    def _report_change(self, change: PrecisionChange, cause: Cause | None) -> None:
         """Reports a change of plan, and restores the scale where the whole model is back in FP16."""
-        if change is None:
-            return
         self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
         self._note_models()
         if change.scale_at_rest is not None:

@@ -24,6 +24,11 @@ def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     return x.to(device, x.dtype if dtype is None else dtype, non_blocking=device.type != "cpu")
 
 
+def reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, shape [], float32. Rounded once from FP64, where the device has it, as `torch.amp.GradScaler.unscale_` does."""
+    return scale.to(widest_float(scale.device)).reciprocal().float()
+
+
 def to_host(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Brings small tensors to the host in one transfer per device, which waits for the device.
 

@@ -19,6 +19,11 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield name, value
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in `value`, in the same order."""
+    return [x for _, x in tensors_in(value)]
+
+
 def map_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
     """`value` with every tensor in its tuples, lists and mappings converted; their types stay.
 

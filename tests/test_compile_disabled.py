@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_amp._compat import compile_disabled
+from hf_amp.patch_log import compile_disabled
 
 
 @pytest.mark.parametrize("called_before", [False, True])

@@ -17,7 +17,6 @@ import hf_amp
 from hf_amp import (
     ConfigError,
     MixedPrecisionConfig,
-    NumberFormat,
     PrecisionMode,
     ScalingStrategy,
     UnknownOptionError,
@@ -444,7 +443,7 @@ def test_the_scale_bounds_follow_from_the_formats():
 )
 def test_a_mode_computes_in_its_format(mode, number_format):
     """MIXED is FP16 in its matrix products."""
-    assert NumberFormat.of(mode) is number_format
+    assert mode.number_format is number_format
 
 
 @for_each(

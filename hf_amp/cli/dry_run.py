@@ -215,7 +215,7 @@ class EmulatedEntry(PrecisionEntry):
 
     def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
         exact = precision is PrecisionMode.FP32
-        return EmulatedPrecision(NumberFormat.of(precision) if exact else self.number_format)
+        return EmulatedPrecision(precision.number_format if exact else self.number_format)
 
 
 @dataclass

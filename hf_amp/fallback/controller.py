@@ -6,7 +6,7 @@ precisions of a DYNAMIC run. `FallbackController` holds the state of both, and m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from hf_amp.events import Cause, join_names
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
 from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
-from hf_amp.fallback.recorder import ForwardRecorder
+from hf_amp.fallback.recorder import CountsSteps, ForwardRecorder
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import NotNegative, Positive, parse
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
@@ -346,7 +346,7 @@ class FallbackController:
         config: the options of the fallback.
         mode: the precision that the run asked for.
         hardware: what the device can run.
-        step: gives the number of the optimizer step that forward passes now belong to.
+        steps: counts the optimizer steps decided.
 
     Attributes:
         runner: the models, and the plan that they follow.
@@ -359,12 +359,12 @@ class FallbackController:
         config: MixedPrecisionConfig,
         mode: PrecisionMode,
         hardware: Hardware,
-        step: Callable[[], int],
+        steps: CountsSteps,
     ) -> None:
         on_cpu_in_fp16 = hardware.device == "cpu" and mode in (PrecisionMode.MIXED, PrecisionMode.FP16)
         emulate = config.emulate and on_cpu_in_fp16
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
-        self.recorder = ForwardRecorder(step, self.runner)
+        self.recorder = ForwardRecorder(steps, self.runner)
         self.diagnoser = Diagnoser(self.runner, self.recorder, config.hysteresis)
         half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.

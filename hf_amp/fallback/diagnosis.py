@@ -13,7 +13,6 @@ from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.recorder import KEPT_FORWARDS, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import ReplayFindings, replay, replay_unscaled_backward
-from hf_amp.precision import NumberFormat
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, is_sharded, to_host
 from hf_amp.tree import tensors_in
 
@@ -158,7 +157,7 @@ def joined(prefix: str, name: str) -> str:
 
 def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
     which = join_names([name or "the model's own forward" for name in names])
-    left = NumberFormat.of(current.mode)
+    left = current.mode.number_format
     return Diagnosis(
         Cause.ACTIVATION,
         f"a forward value left the range of {left.name} (±{left.largest:g}) in {which}, from finite inputs; no scale "

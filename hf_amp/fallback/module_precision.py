@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hf_amp._compat import compile_disabled
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.precision import FP32_FORMAT, NumberFormat, PrecisionMode, upcast
+from hf_amp.patch_log import compile_disabled
+from hf_amp.precision import FP32_FORMAT, PrecisionMode, upcast
 from hf_amp.tree import map_tensors, replace_tensors
 
 
@@ -175,7 +175,7 @@ class PrecisionEntry:
 
     def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
         """A new context manager in which what autocast would cast runs in `precision`, whatever is around it."""
-        number_format = NumberFormat.of(precision)
+        number_format = precision.number_format
         if self.emulate:
             return EmulatedPrecision(number_format)
         if number_format.dtype == torch.float32:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_amp.device import Hardware
-from hf_amp.precision import NumberFormat, PrecisionMode
+from hf_amp.precision import PrecisionMode
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
 
 
@@ -59,7 +59,7 @@ class PrecisionPlan:
         elements: dict[str, int] = {}
         for name, count in list(sizes) or [("", 1)]:
             held = next((m for m in self.modules if name.startswith(f"{m}.")), None)
-            used_in = NumberFormat.of(self.default if held is None else self.modules[held]).name
+            used_in = (self.default if held is None else self.modules[held]).number_format.name
             elements[used_in] = elements.get(used_in, 0) + count
         total = sum(elements.values())
         return {used_in: count / total for used_in, count in elements.items()}

@@ -7,17 +7,17 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hf_amp._compat import compile_disabled
 from hf_amp.device import RandomState, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
+from hf_amp.patch_log import compile_disabled
 from hf_amp.statistics import to_host_list
-from hf_amp.tree import copy_containers, tensors_in
+from hf_amp.tree import copy_containers, tensors_of
 
 _NAMES = ("running_mean", "running_var")
 
@@ -122,6 +122,12 @@ class _OfStep:
     statistics: dict[weakref.ref[nn.Module], BufferSnapshot] = field(default_factory=dict)
 
 
+class CountsSteps(Protocol):
+    """Whoever counts the optimizer steps decided."""
+
+    decided_steps: int
+
+
 class ForwardRecorder:
     """Notes what models are called with while gradients are on: one forward hook on each outermost module.
 
@@ -129,12 +135,12 @@ class ForwardRecorder:
     copies the model's running statistics, if it has any.
 
     Args:
-        step: gives the number of the optimizer step that forward passes now belong to.
+        steps: counts the optimizer steps decided; forward passes belong to the next.
         runner: the models; says which of them only evaluate, and which plan they run under.
     """
 
-    def __init__(self, step: Callable[[], int], runner: PlanRunner) -> None:
-        self._step = step
+    def __init__(self, steps: CountsSteps, runner: PlanRunner) -> None:
+        self._steps = steps
         self._runner = runner
         self._by_step: dict[int, _OfStep] = {}
         self._norms: dict[weakref.ref[nn.Module], list[weakref.ref[nn.Module]]] = {}
@@ -163,7 +169,7 @@ class ForwardRecorder:
             self._now().evaluations.append(self._kept(reference, arguments, options))
 
     def _now(self) -> _OfStep:
-        step = self._step()
+        step = self._steps.decided_steps + 1
         if step not in self._by_step:
             kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
             self._by_step = {**kept, step: _OfStep()}
@@ -179,7 +185,7 @@ class ForwardRecorder:
     ) -> _Kept:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
         arguments, options = copy_containers((arguments, options))
-        tensors = _tensors(arguments, options)
+        tensors = tensors_of((arguments, options))
         seen = _versions(tensors), _random_state(tensors), self._runner.plan
         return _Kept(reference, arguments, options, *seen)
 
@@ -221,17 +227,13 @@ def _repeatable(calls: Iterable[_Kept]) -> list[RecordedForward]:
             model,
             kept.arguments,
             kept.options,
-            is_intact=kept.versions == _versions(_tensors(kept.arguments, kept.options)),
+            is_intact=kept.versions == _versions(tensors_of((kept.arguments, kept.options))),
             random_state=kept.random_state,
             plan=kept.plan,
         )
         for kept in calls
         if (model := kept.model()) is not None
     ]
-
-
-def _tensors(arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
-    return [x for _, x in tensors_in((arguments, options))]
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:

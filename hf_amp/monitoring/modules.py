@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_amp._compat import compile_disabled
 from hf_amp.monitoring.metrics import BY_MODULE
+from hf_amp.patch_log import compile_disabled
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.statistics import amax, amax_of_each, elements_of, to_device, underflow_of_each
 

@@ -15,7 +15,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import widest_float
 from hf_amp.errors import BatchError
 from hf_amp.events import Cause, StepOutcome
-from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat, PrecisionMode
+from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, PrecisionMode
 from hf_amp.serialization import AtLeastOne, Log2Value, NotNegative, Positive, parse_fields
 from hf_amp.statistics import to_device, to_host_list
 
@@ -249,7 +249,7 @@ class PrecisionMonitor:
     def __post_init__(self, config: MixedPrecisionConfig | None) -> None:
         config = MixedPrecisionConfig.or_default(config, "PrecisionMonitor")
         mode = (config.precision_mode or PrecisionMode.MIXED) if config.enabled else PrecisionMode.FP32
-        self.record_formats({NumberFormat.of(mode).name: 1.0})
+        self.record_formats({mode.number_format.name: 1.0})
         self._loss_mean = LossMean()
         self._newest_attempt = 0
 

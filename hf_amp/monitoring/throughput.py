@@ -18,7 +18,7 @@ import torch
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import default_device, new_event
-from hf_amp.precision import NumberFormat, PrecisionMode
+from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import NotNegative, parse
 
 STEPS_OF_MEDIAN = 9
@@ -67,7 +67,7 @@ class ThroughputMonitor:
         self.samples_per_step: int | None = None
         self.seconds_by_format: defaultdict[str, float] = defaultdict(float)
         self.newest_step_seconds = math.nan
-        self._default = NumberFormat.of(config.precision_mode or PrecisionMode.MIXED).name
+        self._default = (config.precision_mode or PrecisionMode.MIXED).number_format.name
         self._clock = clock or _host_seconds
         self._decided_at: float | None = None
         self._recent: deque[float] = deque(maxlen=STEPS_OF_PERCENTILES)

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -145,42 +145,37 @@ def _apply(
         return cast("float | None", optimizer.step(*arguments, **options))
     # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
     # where `found_inf` is not 0.
-    fused, device = cast(Any, optimizer), _where_it_can_read(record)
+    fused = cast(Any, optimizer)
     fused.grad_scale = fused.found_inf = None
     if fused_in:
         scale, clip = record.scale, record.clip_coefficient
-        fused.grad_scale = to_device(scale if clip is None else scale / clip, device)
+        fused.grad_scale = _readable(record, scale if clip is None else scale / clip)
     if on_device:  # where it is known, asking costs a pass over counters
-        fused.found_inf = to_device(record.found_inf, device)
+        fused.found_inf = _readable(record, record.found_inf)
     try:
         return cast("float | None", optimizer.step(*arguments, **options))
     finally:
         del fused.grad_scale, fused.found_inf
 
 
-def _where_it_can_read(record: GradientStep) -> torch.device:
-    """Where a fused optimizer finds what it reads: the scale's device, or the CPU where that has gradients as well.
+def _readable(record: GradientStep, figure: Tensor) -> Tensor:
+    """`figure` where a fused optimizer finds it: on the scale's device, or on the CPU where that has gradients as well.
 
     It copies to its parameters' devices without waiting, and on the CPU uses what is there by then.
     """
-    device = record.scale.device
-    if device.type != "cpu" and any(gradient.device.type == "cpu" for gradient in record.gradients):
-        return torch.device("cpu")
-    return device
-
-
-class _Waits(Protocol):
-    def is_waiting(self, optimizer: torch.optim.Optimizer) -> bool: ...
+    if figure.device.type != "cpu" and any(gradient.device.type == "cpu" for gradient in record.gradients):
+        return to_device(figure, torch.device("cpu"))
+    return figure
 
 
 class RefuseScaledStep:
     """A hook before an optimizer's step: it is an error to step it past the scaler, while its gradients are scaled."""
 
-    def __init__(self, scaler: _Waits) -> None:
-        self._scaler = scaler
+    def __init__(self, is_waiting: Callable[[torch.optim.Optimizer], bool]) -> None:
+        self._is_waiting = is_waiting
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._scaler.is_waiting(optimizer):
+        if self._is_waiting(optimizer):
             raise ScalerError(
                 f"{type(optimizer).__name__}.step() was called on the optimizer itself, whose gradients are still multiplied by "
                 "the loss scale: step what accelerator.prepare(optimizer) has returned, in a loop without accelerate call "

@@ -42,8 +42,6 @@ from hf_amp.scaling.step import (
     StatisticsRequest,
     StepState,
     Unscale,
-    check,
-    map_losses,
     observe,
 )
 from hf_amp.serialization import parse
@@ -61,6 +59,23 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
+    """`outputs`, a tensor or nested iterables of tensors, with every tensor converted. Lists and tuples stay such.
+
+    Raises:
+        ScalerError: there is something else in it.
+    """
+    if isinstance(outputs, Tensor):
+        return convert(outputs)
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(map_losses(convert, item) for item in outputs)
+    if hasattr(outputs, "__iter__") and not isinstance(outputs, (str, bytes)):
+        return map(functools.partial(map_losses, convert), outputs)
+    raise ScalerError(
+        f"AdvancedGradScaler.scale got {type(outputs).__name__}: pass a tensor or an iterable of tensors."
+    )
 
 
 def _stock_option(name: str) -> Any:
@@ -107,6 +122,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         step_hooks: called with (gradient step, optimizer) once gradients are checked, before they are clipped; what they
             return, by name, as tensors of shape [] or [n], comes with the step's one sync, in `StepOutcome.extras`.
         stateful: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
+        is_waiting: says of an optimizer whether its gradients may be scaled now: a backward has begun since its last step, and
+            it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
             do not count in the underflow fraction.
         master_weights: FP32 copies of half-precision parameters; None where the config asks for none.
@@ -126,6 +143,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._state: Any = None
         self._former_state: Any = None
         self._pending = PendingSteps()
+        self.is_waiting = self._pending.is_waiting
         super().__init__(
             device=torch.device(device).type,
             init_scale=config.init_scale,
@@ -150,7 +168,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._given_policy = policy
         self._policy = self._chosen_policy()
         self._loaded_state: dict[str, float] = {}
-        self._backward_scale: Tensor | None = None
         self._deferred: deque[PendingOutcome] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
 
@@ -163,11 +180,11 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return outputs
-        self._pending.begin_backward(self._backward_scale, None if self._state is None else self._state.scale)
+        self._pending.begin_backward(None if self._state is None else self._state.scale)
         return map_losses(self._scale_one, outputs)
 
     def _scale_one(self, loss: Tensor) -> Tensor:
-        if not self.no_scaling and is_capturing(loss.device):
+        if not self.no_scaling and loss.is_cuda and is_capturing(loss.device):
             raise ScalerError(
                 "scaler.scale(loss) while a CUDA graph is captured: every replay would scale by what the scale is now, and "
                 "steps divide by what it has become. Capture the model alone (torch.cuda.make_graphed_callables), before "
@@ -175,8 +192,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             )
         if self._state is None:
             self._lazy_init_scale_growth_tracker(loss.device)
-        scale = self._backward_scale = cast(Tensor, self._state.scale)
-        self._pending.losses.note(loss, scale.device)
+        scale = cast(Tensor, self._state.scale)
+        self._pending.note_loss(loss, scale)
         return loss if self.no_scaling else loss * to_device(scale, loss.device)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -222,13 +239,14 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """
         if not self._enabled or self.no_scaling:
             raise ScalerError("clip_grad_norm_ is part of loss scaling, and this scaler scales nothing.")
+        host_decides = not self._defers(optimizer)
         record = self._pending.current(optimizer)
         if record is None:
             record = self._check(optimizer, Unscale.FUSED, norm=True)
         if record.unscale is not Unscale.FUSED:
             held = [p for group in optimizer.param_groups for p in group["params"]]
             return torch.nn.utils.clip_grad_norm_(held, max_norm)
-        return record.clip(float(max_norm), host_decides=not self._defers(optimizer))
+        return record.clip(float(max_norm), host_decides)
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Runs `optimizer.step()` if all its gradients are finite; skips it by not calling it otherwise.
@@ -241,7 +259,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return cast("float | None", optimizer.step(*args, **kwargs))
+        samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
+        lost_updates = self._runner.take_lost_updates(optimizer)
         record = self._pending.current(optimizer)
         if record is None:
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
@@ -250,33 +270,29 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             raise ScalerError(
                 "step() was already called on this optimizer since the last update(): call update()."
             )
-        record.extras.update(self._runner.take_lost_updates(optimizer))
-        seed = self.decided_steps if self.config.enable_monitoring and self._is_interval() else None
+        record.extras.update(lost_updates)
+        seed = self.decided_steps if samples else None
         run = functools.partial(self._runner.run, optimizer, record, args, kwargs, sample_seed=seed)
+        attempt, result, outcome = self.decided_steps + 1, None, None
         self._pending.begin_step(record)
-        self.decided_steps += 1
         try:
-            result = self._decide(optimizer, record, run)
+            if defers:
+                deferred = PendingOutcome(attempt, record, optimizer)
+                result = run(on_device=True)
+                self._deferred.append(deferred)
+            else:
+                outcome = record.to_host(attempt)  # the one GPU-CPU sync
+                if outcome.applied:
+                    result = run()
+                else:
+                    self._runner.end_skipped(optimizer)
         except BaseException:  # such as an optimizer without memory for its state
             self._pending.abort_step(record)
-            self.decided_steps -= 1
             raise
         self._pending.close(optimizer, record)
-        return result
-
-    def _decide(
-        self, optimizer: torch.optim.Optimizer, record: GradientStep, run: Callable[..., float | None]
-    ) -> float | None:
-        if self._defers(optimizer):
-            deferred = PendingOutcome(self.decided_steps, record, optimizer)
-            result = run(on_device=True)
-            self._deferred.append(deferred)
-            return result
-        outcome = record.to_host(self.decided_steps)  # the one GPU-CPU sync
-        result = run() if outcome.applied else None
-        if not outcome.applied:
-            self._runner.end_skipped(optimizer)
-        self._count(outcome, optimizer)
+        self.decided_steps = attempt
+        if outcome is not None:
+            self._count(outcome, optimizer)
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -308,10 +324,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
         self._pending.abandon()
-
-    def is_waiting(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether `optimizer`'s gradients may be scaled now: a backward has begun since its last step, and it is not stepping."""
-        return self._pending.is_waiting(optimizer)
 
     def flush(self) -> None:
         """Waits for outcomes that are still on the device and delivers them; nothing to do unless steps are deferred."""
@@ -347,32 +359,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     def _check(self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False) -> GradientStep:
         """Checks `optimizer`'s gradients, which are new, in one pass on their device."""
-        scale, losses = self._scale_of_gradients(optimizer), self._pending.losses_behind(optimizer)
-        self._runner.prepare_gradients(optimizer)
-        monitors = self.config.enable_monitoring
-        wanted = monitors or self._policy.needs_underflow
-        samples = wanted and not self.no_scaling and self._is_interval()
-        record = check(
-            optimizer,
-            backward=self._pending.backwards,
-            scale=scale,
-            unscale=unscale,
-            losses=losses.take_unreported(),
-            loss_non_finite=losses.non_finite,
-            request=StatisticsRequest(
-                norm=norm or (monitors and not self.no_scaling),
-                amax=self._policy.needs_amax or samples or self._defers(optimizer),
-                sample_seed=self.decided_steps if samples else None,
-                agree=self.ranks_agree,
-                not_sampled=self.not_sampled() if samples else (),
-            ),
-        )
-        for hook in self.step_hooks:
-            record.extras.update(hook(record, optimizer))
-        self._pending.open(optimizer, record)
-        return record
-
-    def _scale_of_gradients(self, optimizer: torch.optim.Optimizer) -> Tensor:
         if self._state is None:
             if not self.no_scaling:
                 raise ScalerError(
@@ -380,9 +366,22 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                     "accelerator.backward(loss)."
                 )
             self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
-        if self._backward_scale is None or self._pending.is_scaled_by_hand(optimizer):
-            return cast(Tensor, self._state.scale)
-        return self._backward_scale
+        monitors = self.config.enable_monitoring
+        wanted = monitors or self._policy.needs_underflow
+        samples = wanted and not self.no_scaling and self._is_interval()
+        request = StatisticsRequest(
+            norm=norm or (monitors and not self.no_scaling),
+            amax=self._policy.needs_amax or samples or self._defers(optimizer),
+            sample_seed=self.decided_steps if samples else None,
+            agree=self.ranks_agree,
+            not_sampled=self.not_sampled() if samples else (),
+        )
+        if self.master_weights is not None:
+            self._runner.prepare_gradients(optimizer)
+        record = self._pending.check(optimizer, self._state.scale, unscale, request)
+        for hook in self.step_hooks:
+            record.extras.update(hook(record, optimizer))
+        return record
 
     def _is_interval(self) -> bool:
         return self.decided_steps % self.config.monitoring_interval == 0

@@ -7,18 +7,16 @@
 from __future__ import annotations
 
 import enum
-import functools
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from hf_amp.device import widest_float
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
 from hf_amp.precision import FP16_FORMAT
@@ -32,6 +30,7 @@ from hf_amp.statistics import (
     exact_norm,
     is_distributed,
     norm_and_amax,
+    reciprocal,
     sample_underflow,
     to_device,
     to_host,
@@ -303,8 +302,10 @@ def check(
     if sharded and unscale is Unscale.FUSED:
         unscale = Unscale.IN_PLACE
     gradients = collect(optimizer)
-    underflow, wanted = _underflow(optimizer, gradients, scale, request)
     inverse = scale if unscale is Unscale.NONE else reciprocal(scale)
+    underflow = wanted = None
+    if request.sample_seed is not None:
+        underflow, wanted = _underflow(optimizer, gradients, scale, request.sample_seed, request.not_sampled)
     found_while_dividing = None
     if unscale is Unscale.IN_PLACE:
         refuse_fp16(gradients)
@@ -343,13 +344,17 @@ def check(
 
 
 def _underflow(
-    optimizer: torch.optim.Optimizer, gradients: list[Tensor], scale: Tensor, request: StatisticsRequest
+    optimizer: torch.optim.Optimizer,
+    gradients: list[Tensor],
+    scale: Tensor,
+    seed: int,
+    not_sampled: Collection[int],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The underflow fraction of the scaled gradients, and the scale that it asks for; None where not sampled."""
-    bounded = collect(optimizer, request.not_sampled) if request.not_sampled else gradients
-    if request.sample_seed is None or not bounded:
+    """The underflow fraction of the scaled gradients, and the scale that it asks for; None where there is none to sample."""
+    bounded = collect(optimizer, not_sampled) if not_sampled else gradients
+    if not bounded:
         return None, None
-    found = sample_underflow(bounded, FP16_FORMAT, request.sample_seed)
+    found = sample_underflow(bounded, FP16_FORMAT, seed)
     return to_device(found.fraction, scale.device), to_device(found.cure, scale.device) * scale
 
 
@@ -407,11 +412,6 @@ def _agreed(*values: Tensor | None) -> list[Tensor | None]:
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
-def reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale, shape [], float32. Rounded once from FP64, where the device has it, as `torch.amp.GradScaler.unscale_` does."""
-    return scale.to(widest_float(scale.device)).reciprocal().float()
-
-
 @torch.no_grad()
 def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Tensor:
     """Multiplies `gradients` in place by `inverse_scale`; says whether any element was not finite before.
@@ -443,23 +443,6 @@ def multiply_(gradients: Sequence[Tensor], factor: Tensor) -> None:
 
 
 # ---- losses, and the steps that wait ------------------------------------------------------------------------
-
-
-def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
-    """`outputs`, a tensor or nested iterables of tensors, with every tensor converted. Lists and tuples stay such.
-
-    Raises:
-        ScalerError: there is something else in it.
-    """
-    if isinstance(outputs, Tensor):
-        return convert(outputs)
-    if isinstance(outputs, (list, tuple)):
-        return type(outputs)(map_losses(convert, item) for item in outputs)
-    if hasattr(outputs, "__iter__") and not isinstance(outputs, (str, bytes)):
-        return map(functools.partial(map_losses, convert), outputs)
-    raise ScalerError(
-        f"AdvancedGradScaler.scale got {type(outputs).__name__}: pass a tensor or an iterable of tensors."
-    )
 
 
 @dataclass
@@ -512,11 +495,13 @@ class PendingSteps:
 
     Attributes:
         backwards: backward passes begun.
+        scale: that of the newest backward, shape [], float32; None before the first.
         losses: seen since the last update that ended a step.
     """
 
     def __init__(self) -> None:
         self.backwards = 0
+        self.scale: Tensor | None = None
         self.losses = SeenLosses()
         self._known: dict[int, _Known] = {}
 
@@ -527,13 +512,8 @@ class PendingSteps:
         """Counts `optimizer` among those whose gradients can wait."""
         self._of(optimizer)
 
-    def begin_backward(self, former: Tensor | None, scale: Tensor | None) -> None:
-        """Keeps what waits for its step apart from what the next backward makes.
-
-        Args:
-            former: the scale of the last backward, shape [], float32; None before the first.
-            scale: that of the next; None before the first.
-        """
+    def begin_backward(self, next_scale: Tensor | None) -> None:
+        """Keeps what waits for its step apart from what the next backward, whose scale is given, makes."""
         if self.losses.ended:
             self.losses = SeenLosses()
         for known, optimizer in self._alive():
@@ -546,17 +526,36 @@ class PendingSteps:
                 record.gradients = collect(optimizer)
                 record.versions = _versions(record.gradients)
         self.backwards += 1
-        several = len(self._known) > 1
-        if several and former is not None and scale is not None and scale is not former:
-            self._rescale(scale * reciprocal(former))
+        former, several = self.scale, len(self._known) > 1
+        if several and former is not None and next_scale is not None and next_scale is not former:
+            self._rescale(next_scale * reciprocal(former))
 
-    def losses_behind(self, optimizer: torch.optim.Optimizer) -> SeenLosses:
-        """Those of the newest backward passes, which may have been other optimizers' too; none where nobody showed them."""
-        return SeenLosses() if self.is_scaled_by_hand(optimizer) else self.losses
+    def note_loss(self, loss: Tensor, scale: Tensor) -> None:
+        """A loss goes into backward, multiplied by `scale`. No GPU-CPU sync."""
+        self.scale = scale
+        self.losses.note(loss, scale.device)
 
-    def open(self, optimizer: torch.optim.Optimizer, record: GradientStep) -> None:
-        """`optimizer`'s gradients have been checked."""
+    def check(
+        self, optimizer: torch.optim.Optimizer, scale: Tensor, unscale: Unscale, request: StatisticsRequest
+    ) -> GradientStep:
+        """Opens a record of `optimizer`'s gradients, which are new.
+
+        Losses and scale are those of the newest backward passes, which may have been other optimizers' too; where its caller
+        scales by hand, there are no losses, and the scale is `scale`, the present one.
+        """
+        by_hand = self.is_scaled_by_hand(optimizer)
+        losses = SeenLosses() if by_hand else self.losses
+        record = check(
+            optimizer,
+            backward=self.backwards,
+            scale=scale if by_hand or self.scale is None else self.scale,
+            unscale=unscale,
+            losses=losses.take_unreported(),
+            loss_non_finite=losses.non_finite,
+            request=request,
+        )
         self._of(optimizer).record = record
+        return record
 
     def current(self, optimizer: torch.optim.Optimizer) -> GradientStep | None:
         """What was found of these very gradients; None where they are new since.

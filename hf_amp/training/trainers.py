@@ -19,7 +19,7 @@ from hf_amp.events import AmpEvent, Cause, EventKind, StepOutcome
 from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, resident_bytes
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.throughput import PerformanceTracker
-from hf_amp.precision import NumberFormat, PrecisionMode, ScalingStrategy
+from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 from hf_amp.training.batch import (
@@ -403,7 +403,7 @@ class StandardMixedPrecisionTrainer:
             self.memory.finish(trained.model, trained.optimizer, self.precision_monitor)
         if self.config.memory_efficient:
             trained.optimizer.zero_grad(set_to_none=True)
-        self.performance_tracker.end_step(window.samples, NumberFormat.of(self.session.plan.default).name)
+        self.performance_tracker.end_step(window.samples, self.session.plan.default.number_format.name)
 
     def _result(self, loss: Tensor, window: Window | None) -> dict[str, Any]:
         outcome = self.scaler.last_outcome
