@@ -8,9 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from hf_amp.events import AmpEvent
 from hf_amp.monitoring.metrics import INCIDENT, LOG_PREFIX
-from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.session import AmpSession
 
 
@@ -22,14 +20,12 @@ def logging_with_metrics(accelerator: Accelerator, session: AmpSession) -> Calla
     that a Trainer logs. No host read.
     """
     log = accelerator.log
-    reported: int | None = None
+    reported = 0
 
     @functools.wraps(log)
     def log_with_metrics(values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         nonlocal reported
-        if session.scaler.decided_steps != (reported or 0):
-            if reported is None:
-                session.sinks += _tensorboard_sinks(accelerator, session)
+        if session.scaler.decided_steps != reported:
             reported = session.scaler.decided_steps
             values = {**values, **log_entry(session, values)}
         log(values, *args, **kwargs)
@@ -49,13 +45,3 @@ def log_entry(session: AmpSession, values: Mapping[str, Any], step: int | None =
     ours = {LOG_PREFIX + name: value for name, value in session.metrics().items()}
     incidents = session.unlogged_incidents()
     return {**ours, INCIDENT: incidents} if incidents else ours
-
-
-def _tensorboard_sinks(accelerator: Accelerator, session: AmpSession) -> list[Callable[[AmpEvent], None]]:
-    """A sink for the writer of accelerate's own TensorBoard tracker, where there is one."""
-    writers: list[Any] = [getattr(tracker, "writer", None) for tracker in accelerator.trackers]
-    return [
-        TensorBoardSink(writer, session.patches).write
-        for writer in writers
-        if hasattr(writer, "add_custom_scalars")
-    ]

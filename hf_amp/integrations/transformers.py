@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +21,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError
-from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind
+from hf_amp.events import LOG_FILE, Cause, EventKind
 from hf_amp.integrations._compat import forget_skip
 from hf_amp.integrations.accelerate import attach, session_of
 from hf_amp.integrations.trackers import log_entry
 from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.monitoring.sinks.console import summarise
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
-from hf_amp.monitoring.sinks.tensorboard import TensorBoardSink
 from hf_amp.session import AmpSession
 from hf_amp.statistics import to_host
 
@@ -233,7 +232,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self._trainer: Trainer | None = None
         self._accelerator: Accelerator | None = None
         self._sink: JsonLinesSink | None = None
-        self._tensorboard: list[Callable[[AmpEvent], None]] = []
 
     # ---- the Trainer's events -------------------------------------------------------------------------------
 
@@ -265,9 +263,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         message = f"training {begins}: {session.describe()}{former}."
         log = None
         if state.is_world_process_zero and self._sink is None:
-            if not self._tensorboard:
-                self._tensorboard = _tensorboard_sinks(trainer, session)
-                session.sinks += self._tensorboard
             log = _opened_log(Path(args.output_dir or ".") / LOG_FILE, session.run_id)
         if log is not None:
             self._sink = log
@@ -404,7 +399,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         if self.session is None and former is not None and former not in trainer.callback_handler.callbacks:
             self.config = former.config
             self.session, self._trainer, self._accelerator = former.session, trainer, former._accelerator
-            self._sink, self._tensorboard = former._sink, former._tensorboard
+            self._sink = former._sink
             former.session.patches.set_attribute(trainer, _CALLBACK, self)
 
     def _save_valid_json(self, state: TrainerState) -> None:
@@ -412,9 +407,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             save_valid_json(state, self.session)
 
     def _leave_run(self, session: AmpSession) -> None:
-        for write in self._tensorboard:
-            session.sinks.remove(write)
-        self._tensorboard = []
         if self._sink is not None:
             session.end_log(self._sink.write)
             self._sink.close()
@@ -428,14 +420,6 @@ def _opened_log(path: Path, run_id: str) -> JsonLinesSink | None:
     except OSError as error:
         _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
         return None
-
-
-def _tensorboard_sinks(trainer: Trainer, session: AmpSession) -> list[Callable[[AmpEvent], None]]:
-    """A sink for the writer of the Trainer's own TensorBoard callback, where it has one."""
-    writers = (getattr(callback, "tb_writer", None) for callback in trainer.callback_handler.callbacks)
-    return [
-        TensorBoardSink(writer, session.patches, "train/").write for writer in writers if writer is not None
-    ]
 
 
 def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:

@@ -12,23 +12,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
-from transformers import TrainerCallback
 
-import hf_amp
-from hf_amp import EventKind, MixedPrecisionCallback, MixedPrecisionConfig, StateError
+from hf_amp import EventKind, MixedPrecisionCallback, StateError
 from hf_amp.events import LOG_FILE
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
 from hf_amp.report.reader import read_run
 from tests.faults.conftest import Tally
 from tests.integrations.checkpointed_run import Run, begin
-from tests.integrations.trainers import OverflowAt, logged, parameters_of, regression_trainer
-from tests.reference import assert_bitwise_equal, tiny_mlp
+from tests.integrations.trainers import OverflowAt, parameters_of, regression_trainer
+from tests.reference import assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
@@ -131,83 +127,6 @@ def test_a_log_goes_on_when_there_is_room_again(tmp_path: Path, caplog: pytest.L
         assert ["events are lost" in messages[0], "2 events are not in it" in messages[-1]] == [True, True]
         assert len(messages) == 2
     sink.close()
-
-
-class FullFrom(TrainerCallback):
-    """From a step on every write to the charts of TensorBoard finds the disk full: ENOSPC, from the real device for it."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self.folder, self.step = folder, step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            fill_charts(self.folder)
-
-
-def fill_charts(folder: Path) -> None:
-    for charts in list(folder.rglob("events.out.tfevents.*")):  # opened by their names for every record
-        charts.unlink()
-        charts.symlink_to("/dev/full")
-
-
-def charts_lost(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if "charts are lost" in r.getMessage()]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("modules", [False, True])
-def test_a_trainer_goes_on_where_tensorboard_cannot(
-    tmp_path: Path, modules: bool, caplog: pytest.LogCaptureFixture, tally: Tally
-) -> None:
-    """A stock Trainer ends with the error of its charts' thread; with the callback it ends as it would have, with all
-    events and log entries, and one warning that says why the charts end."""
-    stock = regression_trainer(tmp_path / "stock", FullFrom(tmp_path / "stock", 2), report_to="tensorboard")
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        stock.train()
-    trained, config = {}, MixedPrecisionConfig(monitor_modules=modules, monitoring_interval=1)
-    for folder in (tmp_path / "full", tmp_path / "roomy"):
-        callback = MixedPrecisionCallback(config)
-        fault = FullFrom(folder, 2 if folder.name == "full" else 0)
-        trainer = regression_trainer(
-            folder, callback, OverflowAt(3), fault, fp16=True, report_to="tensorboard"
-        )
-        with caplog.at_level(logging.WARNING, "hf_amp"):
-            trainer.train()
-        trained[folder.name] = parameters_of(trainer)
-        assert [e.step for e in callback.session.events if e.kind is EventKind.STEP_SKIPPED] == [3]
-        assert logged(trainer, "amp/scale") == [65536.0] * 2 + [32768.0] * 4
-    assert_bitwise_equal(trained["full"], trained["roomy"])
-    (reported,) = charts_lost(caplog)
-    assert os.strerror(errno.ENOSPC) in reported
-    tally("disk full (ENOSPC) at every record of a Trainer's TensorBoard", 1, 1)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_accelerate_loop_goes_on_where_tensorboard_cannot(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, tally: Tally
-) -> None:
-    """The same for accelerate's own tracker, up to its end; after `detach` the writer is as it was."""
-    accelerator = Accelerator(mixed_precision="fp16", cpu=True, log_with="tensorboard", project_dir=tmp_path)
-    accelerator.init_trackers("run")
-    session = hf_amp.attach(accelerator)
-    plain = tiny_mlp()
-    model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
-    writer = accelerator.trackers[0].writer
-    with caplog.at_level(logging.WARNING, "hf_amp"):
-        for step in range(6):
-            accelerator.backward(model(torch.ones(2, 4)).square().mean())
-            optimizer.step()
-            optimizer.zero_grad()
-            accelerator.log({"loss": 1.0, "words": "here", "both": {"a": 1.0}}, step=step)
-            if step == 2:
-                fill_charts(tmp_path / "run")
-        accelerator.end_training()
-    assert session.metrics()["applied_steps"] == 6
-    (reported,) = charts_lost(caplog)
-    assert os.strerror(errno.ENOSPC) in reported
-    session.detach()
-    assert not {"add_scalar", "add_text", "flush", "close"} & set(vars(writer))
-    tally("disk full (ENOSPC) at every record of an Accelerator's TensorBoard", 6, 6)
 
 
 def saved_run(folder: Path) -> Run:

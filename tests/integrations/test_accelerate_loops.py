@@ -270,7 +270,7 @@ def test_metrics_reach_the_trackers(tmp_path: Path) -> None:
 
 
 def test_trackers_and_the_sessions_log_name_a_skip(tmp_path: Path) -> None:
-    """The words are in TensorBoard at the step, with the layout and histograms; the JSON log has the same figures."""
+    """The words are in TensorBoard at the step, with our metrics; the JSON log has the same figures."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True, log_with="tensorboard", project_dir=tmp_path)
     session = hf_amp.attach(accelerator, MixedPrecisionConfig(monitor_modules=True, monitoring_interval=1))
     session.log_to(tmp_path)
@@ -283,13 +283,10 @@ def test_trackers_and_the_sessions_log_name_a_skip(tmp_path: Path) -> None:
         optimizer.zero_grad()
         accelerator.log({"loss": 0.5}, step=step)
     accelerator.end_training()
-    board = EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0}).Reload()
+    board = EventAccumulator(str(tmp_path / "run")).Reload()
     (words,) = board.Tensors("amp_incident/text_summary")
     assert words.step == 2
     assert b"step 2: step_skipped (INPUT)" in words.tensor_proto.string_val[0]
-    (layout,) = board.Tensors("custom_scalars__config__")
-    assert b"^amp/scale$" in layout.tensor_proto.string_val[0]
-    assert [point.step for point in board.Histograms("amp/module_headroom_bits")] == [1, 2, 3]
     run = read_run(tmp_path)
     assert list(run.figures["loss"]) == [(1, 0.5), (2, 0.5), (3, 0.5)]
     assert list(run.figures["applied_steps"].values) == [1.0, 1.0, 2.0]
