@@ -76,7 +76,7 @@ class PrecisionAutotuner:
         return min(timed, key=lambda mode: timed[mode]) if timed else list(self._seconds)[-1]
 
     def choices(self) -> tuple[PrecisionMode, ...]:
-        """The ladder of the run: every candidate during the trial, then the fastest one and those that are wider."""
+        """The precision order of the run: every candidate while they are timed, then the fastest one and those that are wider."""
         order = list(self._seconds)
         return tuple(order if self.running is not None else order[order.index(self.fastest()) :])
 
@@ -139,7 +139,7 @@ class FallbackState:
         demotions: module name, or `WHOLE_MODEL` → how often it had to leave its precision.
         uncured: (step, share of non-finite gradient elements) of the overflows in the window that the scale does not
             cure.
-        suspects: steps in the window that overflowed without a known cause.
+        unknown_steps: steps in the window that overflowed without a known cause.
         no_room_until: step before which no precision is widened, because memory did not suffice.
         scale_skips: skips in a row that were put down to the scale.
         scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is there.
@@ -182,14 +182,14 @@ class FallbackPolicy:
     """The cheapest remedy that works, and the way back.
 
     An overflow that no scale cures puts the modules to blame in FP32; where they are not known, or are in FP32
-    already, the whole model takes the next rung of `order`. Where precision is not to blame (`INPUT`, `WEIGHTS`,
-    `LOSS`) nothing changes. After `recovery_steps` quiet steps the plan goes back one step, the whole model before
+    already, the whole model takes the next level of `order`. Where precision is not to blame (`INPUT`, `WEIGHTS`,
+    `LOSS`) nothing changes. After `recovery_steps` clean steps the plan goes back one step, the whole model before
     the modules; what has to leave again waits twice as long the next time, so that N steps see O(log N) changes.
 
     Attributes:
-        ladder: precisions of the whole model, from the one that the run asked for to the widest.
+        order: precisions of the whole model, from the one that the run asked for to the widest.
         threshold: share of non-finite gradient elements over the window, among uncured overflows, that is tolerated.
-        recovery_steps: quiet steps before the first way back.
+        recovery_steps: clean steps before the first way back.
     """
 
     order: tuple[PrecisionMode, ...]
@@ -249,7 +249,7 @@ class FallbackPolicy:
         return self.changed(state, plan.without_modules(due), []) if due else state
 
     def patience(self, state: FallbackState, name: str) -> int:
-        """Quiet steps before `name` is tried in its former precision again: doubled by every relapse."""
+        """Clean steps before `name` is tried in its former precision again: doubled by every relapse."""
         return self.recovery_steps << min(state.demotions.get(name, 1) - 1, _LARGEST_DOUBLING)
 
     def changed(self, state: FallbackState, plan: PrecisionPlan, demoted: list[str]) -> FallbackState:
@@ -279,7 +279,7 @@ class FallbackPolicy:
         )
 
     def restored(self, state: FallbackState) -> FallbackState:
-        """`state` of a former run, for this one: where that ran on another ladder, its plan's default is left behind.
+        """`state` of a former run, for this one: where that ran with another order, its plan's default is left behind.
 
         Raises:
             StateError: a module is in another precision than the one that modules leave theirs for.

@@ -78,7 +78,7 @@ def non_finite_source(
         parameters: (qualified name, parameter) of what the optimizer holds.
         forwards: the forward passes behind the gradients.
         optimizer_state: (name, tensor) of its state, which is looked at only where the parameters are not finite: a
-            state that was poisoned, as by a damaged checkpoint, gets into them with the next step.
+            state that was made non-finite, as by a damaged checkpoint, gets into them with the next step.
     """
     non_finite = non_finite_names(parameters)
     if non_finite:
@@ -87,7 +87,7 @@ def non_finite_source(
         return Diagnosis(
             Cause.WEIGHTS,
             f"{len(non_finite)} parameters already hold non-finite values, {non_finite[0]} among them{also}; no step can "
-            "mend that. Go back to the last good checkpoint.",
+            "correct that. Go back to the last good checkpoint.",
         )
     for index, forward in enumerate(forwards):
         bad = _bad_input(forward) if forward.is_intact else None
@@ -100,9 +100,11 @@ def non_finite_source(
                 f"a forward pass was given what {described}, which this step had computed before: look at what computes it.",
                 confirmed=False,
             )
-        cure = "; no precision can cure that. Mend"
+        cure = "; no precision can cure that. Fix"
         if x.dtype == torch.float16:
-            cure = ", in FP16. Where a frozen model computes that in FP16, run it in FP32 or BF16; otherwise mend"
+            cure = (
+                ", in FP16. Where a frozen model computes that in FP16, run it in FP32 or BF16; otherwise fix"
+            )
         return Diagnosis(
             Cause.INPUT,
             f"the batch {described}{cure} the data, or drop such batches.",
@@ -140,7 +142,7 @@ def diagnose(
 
 
 def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision) -> str:
-    """What a rank that has seen nothing of `agreed` tells of it: its own batch, loss and labels may be sound."""
+    """What a rank that has seen nothing of `agreed` says of it: its own batch, loss and labels may be fine."""
     if agreed.already_fixed:
         what = _ALREADY_FIXED.message
     elif agreed.cause is Cause.ACTIVATION:
@@ -183,7 +185,7 @@ def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix:
 def _why_loss(forward: RecordedForward) -> str:
     labels = [x for name, x in _named_inputs(forward) if "label" in name and not x.is_floating_point()]
     if labels and to_host({"any": torch.stack([(x >= 0).any() for x in labels]).any()})["any"] == 0:
-        return "every label of the batch is ignored (-100), and a mean over none is NaN; mend the data"
+        return "every label of the batch is ignored (-100), and a mean over none is NaN; fix the data"
     return "look at the loss function (log or division by zero) and at this step's labels"
 
 
@@ -197,7 +199,7 @@ def _nothing_found(
         why = f"failed ({failed})" if failed else "is not possible: no forward pass is there to repeat"
         return Diagnosis(
             Cause.UNKNOWN,
-            f"a closer look {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "
+            f"replaying the step {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "
             "function, and for activations beyond 65504.",
             confirmed=False,
         )
@@ -206,7 +208,7 @@ def _nothing_found(
     if loss_finite is None:
         return Diagnosis(
             Cause.UNKNOWN,
-            "the forward pass is sound, the gradients are not, and there is no loss scale to blame. Look at the loss "
+            "the forward pass is finite, the gradients are not, and there is no loss scale to blame. Look at the loss "
             "function, and for a root or division at zero, whose derivative is infinite.",
             confirmed=False,
         )
@@ -226,7 +228,7 @@ def _nothing_found(
 
 
 def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One host read.
+    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One GPU-CPU sync.
 
     FP8, which knows no `isfinite`, is passed over.
     """
@@ -250,7 +252,7 @@ def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:
 
 
 def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
-    """What is wrong with the first bad tensor of the batch, and that tensor. One host read."""
+    """What is wrong with the first bad tensor of the batch, and that tensor. One GPU-CPU sync."""
     inputs = {name: x for name, x in _named_inputs(forward) if x.is_floating_point()}
     if not inputs:
         return None
@@ -271,7 +273,7 @@ SCALE_SKIPS_BEFORE_A_LOOK = 3
 """Overflows in a row with a finite loss after which the step is looked at all the same: an infinite activation can hide
 behind a saturating function, and a derivative can be infinite by itself."""
 _NOT_KEPT = (
-    f"the newest {KEPT_FORWARDS} forward passes of the step are sound, and those before them are not kept. Look at this "
+    f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
     "step's batch and loss function, and for activations beyond 65504."
 )
 
@@ -296,7 +298,7 @@ class SkippedStep(NamedTuple):
     optimizer_state: Iterable[tuple[str, Tensor]] = ()
 
     def bad_gradients(self) -> list[str]:
-        """Names of the parameters whose gradients hold inf or NaN. One host read."""
+        """Names of the parameters whose gradients hold inf or NaN. One GPU-CPU sync."""
         return non_finite_names((name, p.grad) for name, p in self.parameters if p.grad is not None)
 
 
@@ -321,7 +323,7 @@ class Diagnoser:
     def explain(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         """Why a step was skipped.
 
-        Where parameters and batch are finite, a finite loss shows that forward was sound, and it is not repeated until a
+        Where parameters and batch are finite, a finite loss shows that forward was finite, and it is not repeated until a
         smaller scale has not helped for a while.
 
         Args:
@@ -335,7 +337,7 @@ class Diagnoser:
         try:
             found = self._found(skip, scale_skips)
         except Exception as error:  # a rank that fails here must not keep the others waiting
-            why = f"a closer look failed ({type(error).__name__}: {error})."
+            why = f"looking for the cause failed ({type(error).__name__}: {error})."
             found = Diagnosis(Cause.UNKNOWN, why, confirmed=False)
         return self._agreed(found) if agree and is_distributed() else found
 
@@ -372,7 +374,7 @@ class Diagnoser:
             return Diagnosis(
                 Cause.WEIGHTS,
                 f"the loss is made from a model that is not trained, and {len(non_finite)} of its parameters hold non-finite "
-                f"values, {non_finite[0]} among them; no step can mend that. Load it anew, in a format that holds its weights.",
+                f"values, {non_finite[0]} among them; no step can correct that. Load it anew, in a format that holds its weights.",
             )
         found = diagnose(skip.loss_finite, evaluations, self._runner)
         return found if found.confirmed or found.already_fixed else None

@@ -233,7 +233,7 @@ class PlanRunner:
         """Lets `model` follow the plan, without keeping it alive. Harmless when called again.
 
         Args:
-            is_trained: False for one that only evaluates, such as a reference model, until it is adopted as trained.
+            is_trained: False for one that only evaluates, such as a reference model, until it is registered as trained.
         """
         if model in self.models() or (not is_trained and self.evaluates(model)):
             return
@@ -251,7 +251,7 @@ class PlanRunner:
         self.apply(self.plan)
 
     def evaluates(self, model: nn.Module) -> bool:
-        """Whether `model` was adopted as one that only evaluates."""
+        """Whether `model` was registered as one that only evaluates."""
         return any(reference() is model for reference in self._evaluated)
 
     @property
@@ -267,7 +267,7 @@ class PlanRunner:
         return found or {torch.device(kind)}
 
     def models(self) -> list[nn.Module]:
-        """The trained models that are alive, in order of adoption."""
+        """The trained models that are alive, in order of registration."""
         return [model for _, model in self._trained()]
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:

@@ -90,9 +90,9 @@ def precision_order(mode: PrecisionMode, hardware: Hardware, emulate: bool) -> t
 
 
 def common_to_ranks(hardware: Hardware, device: torch.device) -> Hardware:
-    """`hardware`, with units for BF16 only where every rank has them, so that all have the same ladder.
+    """`hardware`, with units for BF16 only where every rank has them, so that all have the same order.
 
-    Called by all ranks. One all-reduce and one host read where there are several, nothing elsewhere.
+    Called by all ranks. One all-reduce and one GPU-CPU sync where there are several, nothing elsewhere.
     """
     if not is_distributed():
         return hardware

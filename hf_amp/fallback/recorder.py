@@ -31,7 +31,7 @@ class BufferSnapshot:
     """What the norms of one model had gathered at one moment.
 
     A forward pass moves them before anybody knows whether its step will be applied. One NaN would stay in them for ever,
-    and be in every evaluation and checkpoint from then on. Copies, on their own devices; no host read.
+    and be in every evaluation and checkpoint from then on. Copies, on their own devices; no GPU-CPU sync.
 
     Args:
         norms: what `norms_of` gave for the model.
@@ -47,7 +47,7 @@ class BufferSnapshot:
 
     @torch.no_grad()
     def put_back(self) -> list[nn.Module]:
-        """Puts back what is not finite and was so before; returns the modules that had it. One host read."""
+        """Restores what is not finite and was so before; returns the modules that had it. One GPU-CPU sync."""
         pairs = [
             (module, getattr(module, name), copy)
             for (norm, name), copy in zip(self._held, self._copies, strict=True)
@@ -207,7 +207,7 @@ class ForwardRecorder:
     def restore_buffers(self, step: int) -> list[nn.Module]:
         """Puts back running statistics that are not finite after optimizer step `step`, and were before it.
 
-        Returns the modules that had them. One host read for each model that has any.
+        Returns the modules that had them. One GPU-CPU sync for each model that has any.
         """
         gathered = next((its.statistics for its in self._back_from(step) if its.statistics), {})
         return [norm for statistics in gathered.values() for norm in statistics.put_back()]

@@ -30,7 +30,7 @@ class ReplayFindings:
     Attributes:
         overflowing: names of the modules whose output is not finite in the run's precision, and is in FP32, in the
             order in which they ran; "" for what the model computes outside of its modules.
-        unsound: the first module whose output is not finite in FP32 either; None where none.
+        first_non_finite: the first module whose output is not finite in FP32 either; None where none.
         only_loss: whether all that is not finite there is a single number, the loss.
         returns_loss: whether the model returns a single number among its outputs.
         draws: whether the model has drawn random numbers, so that the pass may not have been the same as the first.
@@ -46,7 +46,7 @@ class ReplayFindings:
 
 
 def replay(forward: RecordedForward, current: CurrentPrecision) -> ReplayFindings:
-    """Repeats `forward` under the precision of the run and tells which modules leave its range.
+    """Repeats `forward` under the precision of the run and finds which modules leave its range.
 
     A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
     with the FP32 output, so that one pass finds every such module. Nothing of the run changes: no gradients, buffers
@@ -74,7 +74,7 @@ def replay(forward: RecordedForward, current: CurrentPrecision) -> ReplayFinding
 def replay_unscaled_backward(forward: RecordedForward, current: CurrentPrecision) -> list[str] | None:
     """Repeats `forward` and its backward without a loss scale: names of the parameters whose gradients are not finite.
 
-    Where there are any, no scale is to blame. None where that cannot be told: the model returns no loss, or the
+    Where there are any, no scale is to blame. None where that is not known: the model returns no loss, or the
     repetition failed. Costs one step without its optimizer, and memory for the gradients; nothing of the run changes.
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
@@ -169,7 +169,7 @@ class _Replay:
         return _Candidate(name, all(x.dim() == 0 for x in outputs), may_be_mask)
 
     def _clear(self, name: str, inputs: Any) -> None:
-        """Lets go of a suspect whose infinities the module of this name has made finite values of, as masks are meant to."""
+        """Lets go of a candidate whose infinities the module of this name has made finite values of, as masks are meant to."""
         candidate = self._candidate
         if candidate is not None and (
             f"{candidate.name}.".startswith(f"{name}.") or non_finite_tensors(inputs)
@@ -178,7 +178,7 @@ class _Replay:
 
 
 def _holds_nan_or_inf(inputs: Any) -> bool:
-    """Whether they hold NaN or inf; -inf may be a mask. One host read."""
+    """Whether they hold NaN or inf; -inf may be a mask. One GPU-CPU sync."""
     found = {str(i): (x.isnan() | x.isposinf()).any() for i, (_, x) in enumerate(float_tensors(inputs))}
     return bool(found) and any(to_host(found).values())
 
@@ -189,7 +189,7 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
 
 
 def non_finite_tensors(value: Any) -> list[Tensor]:
-    """The floating-point tensors inside of `value` that hold inf or NaN. One host read."""
+    """The floating-point tensors inside of `value` that hold inf or NaN. One GPU-CPU sync."""
     found = float_tensors(value)
     if not found:
         return []

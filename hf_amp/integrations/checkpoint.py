@@ -132,14 +132,14 @@ def _save(
     accelerator: Accelerator, session: AmpSession, write: Callable[[Path], None], staging: AtomicCheckpoint
 ) -> Path:
     """Every rank takes part: a checkpoint is in its place when all have written their part of it."""
-    guards = session.scaler.no_scaling
+    no_scaling = session.scaler.no_scaling
     accelerator.wait_for_everyone()  # until all have seen whether it replaces another
     if accelerator.is_local_main_process:
         staging.clear()
     accelerator.wait_for_everyone()
     try:
         write(staging.folder)
-        if guards and accelerator.is_local_main_process:
+        if no_scaling and accelerator.is_local_main_process:
             torch.save(session.progress(), staging.folder / FINITE_CHECK_FILE)
     except BaseException as error:
         free = shutil.disk_usage(staging.folder).free if staging.folder.is_dir() else None
@@ -155,7 +155,7 @@ def _save(
     # The main process first: where nodes share the folder, the others find nothing left to do.
     for publishes in (accelerator.is_main_process, accelerator.is_local_main_process):
         if publishes:
-            staging.publish(stale=SCALER_NAME if guards else FINITE_CHECK_FILE)
+            staging.publish(stale=SCALER_NAME if no_scaling else FINITE_CHECK_FILE)
         accelerator.wait_for_everyone()
     return staging.target
 

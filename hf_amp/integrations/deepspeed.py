@@ -1,4 +1,4 @@
-"""`attach` under DeepSpeed, which scales losses and skips steps by itself: hf_amp tells what it does, and does nothing."""
+"""`attach` under DeepSpeed, which scales losses and skips steps by itself: hf_amp reports what it does, and does nothing itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hf_amp.statistics import PendingTransfer, all_reduce_max, is_distributed, t
 
 
 class ObservedScaler(AdvancedGradScaler):
-    """Counts and tells the steps of a scaler that is not ours, and neither scales nor skips anything.
+    """Counts and reports the steps of a scaler that is not ours, and neither scales nor skips anything.
 
     What is on the device (losses, the gradient norm) comes to the host without a wait: with the step itself where it
     has arrived by then, or where the step was skipped, else with the next step.
@@ -40,7 +40,7 @@ class ObservedScaler(AdvancedGradScaler):
         self._next_scale = 1.0
 
     def note_loss(self, loss: Tensor) -> None:
-        """Sees an unscaled loss on its way into backward. No host read."""
+        """Sees an unscaled loss on its way into backward. No GPU-CPU sync."""
         self._pending.losses.note(loss, loss.device)
 
     def note_step(
@@ -91,7 +91,7 @@ class ObservedScaler(AdvancedGradScaler):
         super().flush()
 
     def get_scale(self) -> float:
-        """The scale that the next backward will use, as of the newest step. No host read."""
+        """The scale that the next backward will use, as of the newest step. No GPU-CPU sync."""
         return self._next_scale
 
 
@@ -135,7 +135,7 @@ LIMITS = ", which scales losses and skips steps by itself: hf_amp only observes 
 
 
 def observe(accelerator: Accelerator, config: MixedPrecisionConfig) -> AmpSession:
-    """A session that tells of DeepSpeed's loss scale and skipped steps. What it changes on `accelerator` only watches.
+    """A session that reports DeepSpeed's loss scale and skipped steps. What it changes on `accelerator` only watches.
 
     Raises:
         ConfigError: an option would act.
@@ -145,7 +145,7 @@ def observe(accelerator: Accelerator, config: MixedPrecisionConfig) -> AmpSessio
     config.refuse(acting, "DeepSpeed scales losses and skips steps by itself, and hf_amp only observes it")
     if accelerator.deepspeed_plugin.deepspeed_config.get("torch_autocast", {}).get("enabled"):
         raise AttachError(
-            "hf_amp cannot observe DeepSpeed with torch_autocast, whose scaler tells nobody what it skips: use the fp16 "
+            "hf_amp cannot observe DeepSpeed with torch_autocast, whose scaler reports nothing of what it skips: use the fp16 "
             "or bf16 section of the DeepSpeed config, or leave attach out."
         )
     mode, device = _MODES[accelerator.mixed_precision], accelerator.device
@@ -188,7 +188,7 @@ def _watch_steps(accelerator: Accelerator, session: AmpSession, scaler: Observed
 
 
 def loss_scale(engine: Any) -> float:
-    """The loss scale that `engine`'s next backward will use; 1 where its optimizer has none. No host read.
+    """The loss scale that `engine`'s next backward will use; 1 where its optimizer has none. No GPU-CPU sync.
 
     `engine.loss_scale()` is the configured one, 0 for a dynamic scale.
     """

@@ -1,4 +1,4 @@
-"""FP8, which accelerate has torchao or TransformerEngine run: hf_amp observes and guards, modules do not fall back."""
+"""FP8, which accelerate has torchao or TransformerEngine run: hf_amp observes and checks, modules do not fall back."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def finite_check_only(config: MixedPrecisionConfig, runner: str) -> MixedPrecisi
         ConfigError: an option would change what modules or parameters run in.
     """
     options = ("precision_mode", "half_parameters", "communication_precision")
-    config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and guards it")
+    config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
     return dataclasses.replace(config, automatic_fallback=False)
 
 
 def limits(runner: str) -> str:
     """What hf_amp leaves alone, to go on with after what runs."""
-    return f"; FP8 is run by {runner}: hf_amp observes and guards, modules do not fall back"
+    return f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
 
 
 def describe(runner: str, hardware: Hardware) -> str:

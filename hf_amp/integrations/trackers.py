@@ -17,7 +17,7 @@ def logging_with_metrics(accelerator: Accelerator, session: AmpSession) -> Calla
 
     They go into the first call after an optimizer step, with words for what needed attention; further calls at the same
     step, such as an evaluation's, are left as they are. The session's own log gets them too, with the loop's numbers
-    that a Trainer logs. No host read.
+    that a Trainer logs. No GPU-CPU sync.
     """
     log = accelerator.log
     reported = 0
@@ -34,7 +34,7 @@ def logging_with_metrics(accelerator: Accelerator, session: AmpSession) -> Calla
 
 
 def log_entry(session: AmpSession, values: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
-    """What the session adds to an entry of training; the session's own log gets it too. No host read.
+    """What the session adds to an entry of training; the session's own log gets it too. No GPU-CPU sync.
 
     Args:
         values: the entry of the loop or Trainer, whose loss and learning rate the report shows.

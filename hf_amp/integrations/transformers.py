@@ -129,7 +129,7 @@ def _newest_step_has_no_norm(session: AmpSession, entry: dict[str, float]) -> bo
 def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]:
     """Counts evaluation batches without a finite loss; returns prefix → number for evaluations not yet logged.
 
-    One host read, and with several processes one sum over them, an evaluation.
+    One GPU-CPU sync, and with several processes one sum over them, an evaluation.
     """
     prediction_step, evaluation_loop = trainer.prediction_step, trainer.evaluation_loop
     lost_batches: dict[str, int] = {}
@@ -219,7 +219,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
 
     Attributes:
         session: the `AmpSession`; None until the Trainer is known. It stays attached until `session.detach()`, also after
-            `trainer.remove_callback`, of which a Trainer tells nobody.
+            `trainer.remove_callback`, which a Trainer reports to nobody.
 
     Raises:
         ConfigError: an option is wrong, or contradicts `TrainingArguments`.
@@ -350,7 +350,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
         session.note(
             EventKind.TRAINING_STOPPED,
-            "the run is hopeless and stop_when_stalled is set; "
+            "the run is stalled and stop_when_stalled is set; "
             + (f"the last good checkpoint is {checkpoint}." if checkpoint else "there is no checkpoint."),
         )
 
@@ -361,7 +361,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         return control
 
     def _are_weights_bad(self, so: str) -> bool:
-        """Whether a parameter is not finite, in which case it is told what comes of it. One host read."""
+        """Whether a parameter is not finite, in which case what follows is reported. One GPU-CPU sync."""
         session = self.session
         non_finite = session.non_finite_parameters(on_any_rank=True) if session is not None else []
         if session is None or not non_finite:

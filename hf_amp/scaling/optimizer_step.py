@@ -29,7 +29,7 @@ class OptimizerRunner:
         self._lost: dict[int, Tensor] = {}
 
     def prepare_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Brings gradients into the precision that they are examined and applied in. No host read."""
+        """Brings gradients into the precision that they are checked and applied in. No GPU-CPU sync."""
         if self._masters is not None:
             self._masters.upcast_gradients(optimizer)
 
@@ -43,7 +43,7 @@ class OptimizerRunner:
         on_device: bool = False,
         sample_seed: int | None = None,
     ) -> float | None:
-        """Runs the optimizer on `record`'s gradients. No host read, unless some of several devices' are on the CPU.
+        """Runs the optimizer on `record`'s gradients. No GPU-CPU sync, unless some of several devices' are on the CPU.
 
         Args:
             on_device: the verdict is not known on the host: a fused optimizer reads it on the device. Otherwise the

@@ -135,7 +135,7 @@ def upgraded(progress: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_to_host(state: ScaleState) -> dict[str, float]:
-    """A policy state's fields as numbers. One host read."""
+    """A policy state's fields as numbers. One GPU-CPU sync."""
     return to_host(state._asdict())
 
 

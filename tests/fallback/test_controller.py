@@ -17,7 +17,7 @@ CLEAN = StepFacts()
 
 
 def fallback(**options: object) -> FallbackPolicy:
-    """With BF16 in between, a recovery after 4 quiet steps, and a threshold that one bad step exceeds."""
+    """With BF16 in between, a recovery after 4 clean steps, and a threshold that one bad step exceeds."""
     defaults = {"order": (MIXED, BF16, FP32), "threshold": 1e-6, "window": 16, "recovery_steps": 4}
     return FallbackPolicy(**{**defaults, **options})
 
@@ -108,7 +108,7 @@ def test_modules_return_after_quiet_steps_and_wait_twice_as_long_after_each_rela
 
 
 def test_the_whole_model_returns_one_rung_at_a_time_and_before_the_modules() -> None:
-    """FP32 → BF16 → MIXED with its modules → MIXED, each after the quiet steps."""
+    """FP32 → BF16 → MIXED with its modules → MIXED, each after the clean steps."""
     rule = fallback()
     state = after(rule, activation("a"), activation("a"), activation("a"))
     seen = []

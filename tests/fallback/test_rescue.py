@@ -110,7 +110,7 @@ class Loop:
 
 
 def test_when_the_overflow_goes_away_the_module_comes_back() -> None:
-    """Out at step 1 and, too early, at 6; the weights shrink, and after 8 quiet steps the run is plain FP16 for good."""
+    """Out at step 1 and, too early, at 6; the weights shrink, and after 8 clean steps the run is plain FP16 for good."""
     loop = Loop()
     loop.writer.grow(1e7)
     loop.steps(8)
@@ -191,7 +191,7 @@ def test_what_was_scaled_by_hand_is_judged_anew() -> None:
 
 
 def test_a_module_that_never_fits_is_tried_ever_less_often() -> None:
-    """Over 300 steps it overflows whenever it comes back, and does so 7 times: after 4, 8, 16, … quiet steps."""
+    """Over 300 steps it overflows whenever it comes back, and does so 7 times: after 4, 8, 16, … clean steps."""
     loop = Loop()
     loop.writer.grow(1e7)
     loop.steps(300)

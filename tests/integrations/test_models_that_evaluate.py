@@ -101,7 +101,7 @@ def test_what_a_reference_gave_before_it_ran_in_fp32_is_told_as_that() -> None:
 
 @for_each("precision", ["fp16", "bf16", "no"])
 def test_a_reference_whose_weights_are_not_finite_is_told(precision: str) -> None:
-    """WEIGHTS, of the reference; the run is hopeless, and the trained model's precision stays."""
+    """WEIGHTS, of the reference; the run is stalled, and the trained model's precision stays."""
     reference = Network()
     reference.last.bias.data[0] = torch.inf
     loop = Distillation(precision, Network(), reference)

@@ -1,4 +1,4 @@
-"""FP8 through accelerate and torchao, which emulates it on a CPU: hf_amp observes and guards, modules do not fall back."""
+"""FP8 through accelerate and torchao, which emulates it on a CPU: hf_amp observes and checks, modules do not fall back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot
 float8 = pytest.importorskip("torchao.float8", reason="needs torchao, which the extra hf_amp[peers] brings")
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
-SAYS = "FP8 is run by torchao: hf_amp observes and guards, modules do not fall back"
+SAYS = "FP8 is run by torchao: hf_amp observes and checks, modules do not fall back"
 
 
 class Model(nn.Module):

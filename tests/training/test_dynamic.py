@@ -69,7 +69,7 @@ class Timed:
 
 
 def test_it_switches_and_recovers_under_faults():
-    """Where FP16 is fastest it is chosen; activations that leave its range put a module in FP32; 20 quiet steps later
+    """Where FP16 is fastest it is chosen; activations that leave its range put a module in FP32; 20 clean steps later
     it is back."""
     model = Overflowing()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
