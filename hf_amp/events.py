@@ -35,8 +35,8 @@ class CauseFacts:
         remedy: a sentence, for people, that says what to do where nothing is learned for it.
         elsewhere: what a rank says that has not seen it itself.
         error: its name among `numerical_errors`.
-        severity: where ranks find different causes the largest stands, because the others only see its traces; an
-            unconfirmed one counts a tenth.
+        severity: where ranks find different causes the largest stands, because the others only see its traces.
+        severity_unconfirmed: the same where it is only what remains when nothing else was seen.
         moves_scale: whether a smaller scale may cure it.
         moves_precision: whether a wider format may cure it.
         retries: how often loops of hf_amp's own run the same data again: as long as a new scale or plan may help. Source of
@@ -54,6 +54,7 @@ class CauseFacts:
     elsewhere: str
     error: str
     severity: int
+    severity_unconfirmed: int
     moves_scale: bool
     moves_precision: bool
     retries: int
@@ -85,7 +86,7 @@ class Cause(str, enum.Enum):
         elsewhere="the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in "
         "the first steps of a run; nothing to do.",
         error="gradient_overflow",
-        severity=20, moves_scale=True, moves_precision=False, retries=32,
+        severity=20, severity_unconfirmed=2, moves_scale=True, moves_precision=False, retries=32,
         light="#c98300", dark="#f0b23e", marker="v",
     )  # fmt: skip
     ACTIVATION = CauseFacts(
@@ -96,7 +97,7 @@ class Cause(str, enum.Enum):
         remedy="Train the modules that the events name, or all, in BF16 or FP32.",
         elsewhere="a forward value left the range of the format there; no scale can cure that, a wider range does.",
         error="activation_overflow",
-        severity=300, moves_scale=False, moves_precision=True, retries=32,
+        severity=70, severity_unconfirmed=30, moves_scale=False, moves_precision=True, retries=32,
         light="#c2410c", dark="#f58a5b", marker="D",
     )  # fmt: skip
     INPUT = CauseFacts(
@@ -107,7 +108,7 @@ class Cause(str, enum.Enum):
         remedy="Fix the data: batch after batch holds non-finite values.",
         elsewhere="the batch there holds inf or NaN; no precision can cure that. Fix the data, or drop such batches.",
         error="non_finite_input",
-        severity=310, moves_scale=False, moves_precision=False, retries=0,
+        severity=80, severity_unconfirmed=8, moves_scale=False, moves_precision=False, retries=0,
         light="#7a4fa3", dark="#b794e0", marker="s",
     )  # fmt: skip
     LOSS = CauseFacts(
@@ -118,7 +119,7 @@ class Cause(str, enum.Enum):
         remedy="Look at the labels (is every one ignored?), at rewards (are all of a group equal?) and at the loss function.",
         elsewhere="the model's outputs are finite there, its loss is not: look at the loss function and at the labels there.",
         error="non_finite_loss",
-        severity=60, moves_scale=False, moves_precision=False, retries=0,
+        severity=60, severity_unconfirmed=0, moves_scale=False, moves_precision=False, retries=0,
         light="#b5527f", dark="#e28fb4", marker="^",
     )  # fmt: skip
     WEIGHTS = CauseFacts(
@@ -129,7 +130,7 @@ class Cause(str, enum.Enum):
         remedy="Go back to the last good checkpoint.",
         elsewhere="parameters there hold non-finite values; no step can correct that. Go back to the last good checkpoint.",
         error="non_finite_weights",
-        severity=320, moves_scale=False, moves_precision=False, retries=0,
+        severity=90, severity_unconfirmed=9, moves_scale=False, moves_precision=False, retries=0,
         light="#a3182a", dark="#f0707f", marker="X",
     )  # fmt: skip
     UNKNOWN = CauseFacts(
@@ -142,7 +143,7 @@ class Cause(str, enum.Enum):
         elsewhere="no cause could be confirmed there. Look at the batch there and at the loss function, and for activations "
         "beyond 65504.",
         error="unknown",
-        severity=50, moves_scale=False, moves_precision=True, retries=2,
+        severity=50, severity_unconfirmed=10, moves_scale=True, moves_precision=True, retries=2,
         light="#66717e", dark="#97a2ae", marker="o",
     )  # fmt: skip
 

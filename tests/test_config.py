@@ -451,7 +451,7 @@ def test_a_mode_computes_in_its_format(mode, number_format):
     [
         ({"enabled": "false"}, "write true or false without quotes"),
         ({"init_scale": "1e3"}, "YAML wants a point in 1.0e-6"),
-        ({"clip_norm": "1.0"}, "write numbers without quotes"),
+        ({"max_scale": "1.0"}, "write numbers without quotes"),
     ],
 )
 def test_text_in_the_place_of_a_value_says_how_to_write_it(options: dict[str, object], hint: str) -> None:

@@ -39,8 +39,8 @@ class Diagnosis(NamedTuple):
     @property
     def severity(self) -> int:
         """Where ranks find different causes the largest stands; different for whatever else a diagnosis can be."""
-        severity = self.cause.facts.severity
-        return (severity if self.confirmed else severity // 10) - self.fails_in_fp32
+        facts = self.cause.facts
+        return (facts.severity if self.confirmed else facts.severity_unconfirmed) - self.fails_in_fp32
 
     @property
     def already_fixed(self) -> bool:

@@ -560,10 +560,6 @@ class _Compression:
         self.hook: Callable[..., Any] = default_hooks.allreduce_hook
 
 
-def _average(state: _Compression, bucket: Any) -> Any:
-    return state.hook(None, bucket)
-
-
 def _compress(model: Any, hook: Callable[..., Any], patches: PatchLog) -> None:
     """Makes `model`, where it is a DistributedDataParallel, average its gradients by `hook` until `detach`."""
     if not isinstance(model, DistributedDataParallel):
@@ -571,7 +567,7 @@ def _compress(model: Any, hook: Callable[..., Any], patches: PatchLog) -> None:
     state: _Compression | None = getattr(model, _COMPRESSION, None)
     if state is None:
         state = _Compression()
-        model.register_comm_hook(state, _average)
+        model.register_comm_hook(state, lambda state, bucket: state.hook(None, bucket))
         setattr(model, _COMPRESSION, state)
     patches.set_attribute(state, "hook", hook)
 

@@ -519,13 +519,13 @@ def test_under_ddp_gradients_are_those_without_it(emulate: bool) -> None:
 def leave_for_fp32(session: AmpSession) -> None:
     """The whole model overflows, whatever half precision it is in."""
     while session.plan.default is not PrecisionMode.FP32:
-        session._fallback.note_skipped(Diagnosis(Cause.ACTIVATION, "it overflowed"), 1.0)
+        session._fallback.after_skipped(Diagnosis(Cause.ACTIVATION, "it overflowed"), 1.0, scale=1.0)
 
 
 def return_from_fp32(session: AmpSession) -> None:
     """Steps without an overflow, until the run is back where it began."""
     while session.plan.default is not session.requested_mode:
-        session._fallback.note_applied()
+        session._fallback.after_applied()
 
 
 @pytest.mark.usefixtures("fresh_accelerator_state")

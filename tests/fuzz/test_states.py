@@ -90,8 +90,8 @@ def saved(case: str) -> dict[str, Any]:
     state = run.session.scaler.state_dict()
     keeper: FallbackState = FallbackState.from_plain(state["hf_amp"]["stateful"]["fallback"])
     facts = StepFacts(Cause.ACTIVATION, ("0",), 0.5)
-    moved = run.session._fallback._fallback.next_state(keeper, facts)
-    moved = run.session._fallback._fallback.next_state(moved, StepFacts(Cause.UNKNOWN, (), 0.5))
+    moved = run.session._fallback._policy.next_state(keeper, facts)
+    moved = run.session._fallback._policy.next_state(moved, StepFacts(Cause.UNKNOWN, (), 0.5))
     state["hf_amp"]["stateful"]["fallback"].update(moved.to_plain(), scale_at_rest=4.0)
     return state
 

@@ -150,7 +150,7 @@ class Machine:
         torch.save(self.scaler.state_dict(), file)
         file.seek(0)
         state = torch.load(file, weights_only=True)
-        if not self.scaler._is_within_step() and all(r.scaled is None for r in self.references):
+        if not self.scaler._pending and all(r.scaled is None for r in self.references):
             self.scaler = AdvancedGradScaler(self.config, "cpu")
         self.scaler.load_state_dict(state)
         assert self.scaler.state_dict() == state

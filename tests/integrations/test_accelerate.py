@@ -171,15 +171,27 @@ def test_attach_to_something_else_is_a_clear_error(wrong: object) -> None:
         hf_amp.attach(wrong)
 
 
-@for_each("config", [{"init_scale": 8.0}, "amp.yaml", False])
+@for_each("config", [8.0, ["init_scale"], False])
 def test_attach_with_something_else_than_options_is_a_clear_error(config: object) -> None:
-    """The error shows what was passed, and what reads options from elsewhere; the accelerator is as before."""
+    """The error shows what was passed, and what can be; the accelerator is as before."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
     with pytest.raises(
-        ConfigError, match=r"attach\(config=.*pass a MixedPrecisionConfig.*from_dict and from_file"
+        ConfigError, match=r"attach\(config=.*pass a MixedPrecisionConfig, a dict of its options, the path"
     ):
         hf_amp.attach(accelerator, config)
     hf_amp.attach(accelerator, MixedPrecisionConfig())
+
+
+def test_attach_takes_options_in_any_form(tmp_path: Path) -> None:
+    """Keywords, a mapping, and the path of a file are the same as a config; a config and keywords together are an error."""
+    (tmp_path / "amp.json").write_text('{"init_scale": 8.0}')
+    scales = []
+    for options in ({"init_scale": 8.0}, {"config": {"init_scale": 8.0}}, {"config": tmp_path / "amp.json"}):
+        with hf_amp.attach(Accelerator(mixed_precision="fp16", cpu=True), **options) as session:
+            scales.append(session.scaler.get_scale())
+    assert scales == [8.0] * 3
+    with pytest.raises(ConfigError, match="a config and options as keywords"):
+        hf_amp.attach(Accelerator(mixed_precision="fp16", cpu=True), MixedPrecisionConfig(), init_scale=8.0)
 
 
 def test_two_optimizers_each_move_once() -> None:

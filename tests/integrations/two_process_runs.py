@@ -5,7 +5,6 @@ What a run gives is a list over ranks; of each rank a record a step.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -93,7 +92,7 @@ def train(
     config = MixedPrecisionConfig(**{"init_scale": 1024.0, **options})
     accelerator, session, model, optimizer = begin(config, precision, micro_batches=micro_batches)
     if not agree:
-        session.scaler.config = dataclasses.replace(session.scaler.config, sync_grad_scaler=False)
+        session.scaler.ranks_agree = False
     rank, ranks = accelerator.process_index, accelerator.num_processes
     accelerator.unwrap_model(model).looks_fail = fault == "look fails" and rank == 1
     records = []
