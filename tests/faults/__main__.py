@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import is_hypothesis_test
 
 from tests.benchmarks.measuring import write
 
@@ -19,6 +18,8 @@ class FullSize:
         self.faults: list[dict[str, Any]] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        from hypothesis import is_hypothesis_test  # by pytest first, as its plugin
+
         here = Path(__file__).parent
         items[:] = [
             item

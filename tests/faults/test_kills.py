@@ -21,7 +21,7 @@ def test_runs_killed_again_and_again_end_as_those_that_were_not(
 ) -> None:
     """Killed at random times and in random file operations of their saves, resumed each time: parameters, optimizer,
     schedule, scale, policy, plan and counters end equal to the bit to those of runs without a break."""
-    kills = 100 if full_size else 8
+    kills = 100 if full_size else 6
     program = [sys.executable, "-m", "tests.faults.killed_run", str(tmp_path), str(kills)]
     reported = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert reported.returncode == 0, reported.stderr[-4000:]
