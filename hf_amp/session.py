@@ -326,7 +326,8 @@ class AmpSession(EventRecorder):
         if is_trained:
             self.detach_previous_session(model)
         self._fallback.runner.register_model(model, is_trained)
-        self.patches.on_undo(self._fallback.recorder.watch(entry_point or model, model))
+        called = model if entry_point is None else entry_point
+        self.patches.on_undo(self._fallback.recorder.watch(called, model))
         if is_trained:
             self._note_trained(model)
 
