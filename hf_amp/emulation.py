@@ -2,7 +2,7 @@
 
 What autocast would run in half precision runs in FP32 on operands rounded to the format, and its result is rounded
 too, forward and backward: values beyond 65504 become inf and values below 2^-25 become 0, where real FP16 has them.
-What lies between two matrix products stays in FP32: an activation function of many elementwise operations (GPT-2's
+What is computed between two matrix products stays in FP32: an activation function of many elementwise operations (GPT-2's
 `gelu_new`) loses a little more to underflow in real FP16, at scales where most of the gradient is lost already.
 
 Where parameters are FP16 (or BF16) themselves, what is computed from them is FP16 as well, also between two matrix

@@ -125,7 +125,7 @@ def is_distributed() -> bool:
 
 
 def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
-    """The element-wise maximum over all ranks of tensors of shape [], float32, in one all-reduce. No host read.
+    """The element-wise maximum over all ranks of tensors of shape [], float32, in one all-reduce. No GPU-CPU sync.
 
     NaN, of which MAX loses track on some backends, travels as inf.
     """
@@ -135,7 +135,7 @@ def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
 
 
 def all_reduce_max_to_host(values: Tensor) -> list[float]:
-    """The element-wise maximum over all ranks of a tensor of shape [n], float32, finite, in one all-reduce and one host read."""
+    """The element-wise maximum over all ranks of a tensor of shape [n], float32, finite, in one all-reduce and one GPU-CPU sync."""
     agreed = values.clone()
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return vector_to_host(agreed)
@@ -145,7 +145,7 @@ def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> 
     """The gradients that `optimizer` will apply, parameter order; of a sparse one, its values; complex ones as real pairs.
 
     Of a DTensor it is this rank's shard, which shares its memory. Sparse gradients are coalesced in place first, so that
-    duplicates which overflow only in sum are seen. No host read on dense gradients.
+    duplicates which overflow only in sum are seen. No GPU-CPU sync on dense gradients.
 
     Args:
         without: `id` of the parameters whose gradients are left out.
@@ -186,7 +186,7 @@ def by_device_and_dtype(
 
 
 def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """2-norm over all elements, shape [], float32, on `device`. Not finite where a gradient is not. No host read.
+    """2-norm over all elements, shape [], float32, on `device`. Not finite where a gradient is not. No GPU-CPU sync.
 
     Squares are summed in the gradients' own precision: above |g| of about 1e19 an FP32 sum is inf although every
     gradient is finite. `exact_norm` has no such limit.
@@ -196,7 +196,7 @@ def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def exact_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """2-norm to the last digits of FP32, at most its largest value: finite wherever all gradients are. No host read.
+    """2-norm to the last digits of FP32, at most its largest value: finite wherever all gradients are. No GPU-CPU sync.
 
     Slow, and copies every gradient, one at a time; for when `total_norm` is not finite although the gradients are.
     """
@@ -214,7 +214,7 @@ def _norm_within_range(x: Tensor) -> Tensor:
 def total_amax(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """Largest magnitude over all elements, shape [], float32, on `device`. Not finite where a gradient is not.
 
-    Always the true one: a sampled amax misses it by a factor of 2 to 6. No host read.
+    Always the true one: a sampled amax misses it by a factor of 2 to 6. No GPU-CPU sync.
     """
     return cast(Tensor, norm_and_amax(gradients, device, norm=False)[1])
 
@@ -268,7 +268,7 @@ def _combined(figures: list[Tensor], device: torch.device, combine: Callable[[Te
 
 @torch.no_grad()
 def count_non_finite(gradients: Sequence[Tensor]) -> tuple[int, int]:
-    """How many elements are infinite, and how many NaN. One host read: for overflowing steps only."""
+    """How many elements are infinite, and how many NaN. One GPU-CPU sync: for overflowing steps only."""
     if not gradients:
         return 0, 0
     counts: dict[str, Tensor] = {}
@@ -285,7 +285,7 @@ SAMPLES_PER_TENSOR = 1024
 TOLERATED_UNDERFLOW = float(torch.finfo(FP16_FORMAT.dtype).eps)
 """Share of elements whose underflow is left alone: 2^-10, the spacing of FP16 at one, which all the others are rounded to anyway."""
 _BITS = 64
-"""Largest distance, in bits, of an element from the smallest normal value that is told apart from zero and from infinity."""
+"""Largest distance, in bits, of an element from the smallest normal value that still differs from zero and from infinity."""
 _WHOLE = 2**30
 """All elements, where their shares are integers."""
 _ELEMENTS_PER_SAMPLE = 400
@@ -297,7 +297,7 @@ class Underflow(NamedTuple):
 
     fraction: Tensor
     """Share of elements that are zero or subnormal. What the format has flushed arrives as zero, so zeros count as well;
-    exact zeros of the FP32 gradient cannot be told from them."""
+    exact zeros of the FP32 gradient look the same."""
     cure: Tensor
     """The power of two that the gradients would have to be multiplied by, so that a share of no more than
     `TOLERATED_UNDERFLOW` of all elements is subnormal; below 1 where they could be smaller. Zeros, which it might not cure,
@@ -306,7 +306,7 @@ class Underflow(NamedTuple):
 
 @torch.no_grad()
 def sample_underflow(gradients: Sequence[Tensor], number_format: NumberFormat, seed: int) -> Underflow:
-    """Looks for elements that are zero or subnormal in `number_format`, in a random sample. No host read.
+    """Looks for elements that are zero or subnormal in `number_format`, in a random sample. No GPU-CPU sync.
 
     Args:
         gradients: the *scaled* gradients, as backward left them. At least one.
@@ -337,7 +337,7 @@ def drawn_on_cpu(seed: int) -> Tensor:
 
 
 def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[Tensor, float]]:
-    """At most 1024 random elements of each of `tensors`, the same for the same sizes and seed. No host read.
+    """At most 1024 random elements of each of `tensors`, the same for the same sizes and seed. No GPU-CPU sync.
 
     Yields:
         (values, weight): new, shape [n], float32, on the device of the first tensor, from tensors of one size, and no more
@@ -365,7 +365,7 @@ def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[
 
 @torch.no_grad()
 def random_elements(tensors: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor]:
-    """At most 1024 random elements of each of `tensors`, the same for the same sizes and seed. No host read.
+    """At most 1024 random elements of each of `tensors`, the same for the same sizes and seed. No GPU-CPU sync.
 
     Returns:
         (values, weights), of one shape [n], float32, on the device of the first tensor. A weight is the share of all
@@ -381,7 +381,7 @@ def random_elements(tensors: Sequence[Tensor], seed: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def amax(x: Tensor) -> Tensor:
-    """Largest magnitude of a tensor that is not empty: shape [], its dtype and device. No host read, and no copy of it."""
+    """Largest magnitude of a tensor that is not empty: shape [], its dtype and device. No GPU-CPU sync, and no copy of it."""
     if x.device.type == "cpu":
         return torch.stack(x.aminmax()).abs_().amax()
     peak: Tensor = torch.linalg.vector_norm(x, torch.inf)
@@ -390,7 +390,7 @@ def amax(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Largest magnitude of each tensor: shape [n], float32, on `device`; 0 for an empty one. No host read."""
+    """Largest magnitude of each tensor: shape [n], float32, on `device`; 0 for an empty one. No GPU-CPU sync."""
     if not tensors:
         return torch.zeros(0, device=device)
     peaks = [amax(x) if x.numel() else x.new_zeros(()) for x in tensors]
@@ -401,7 +401,7 @@ def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 def underflow_of_each(
     tensors: Sequence[Tensor], number_format: NumberFormat, factor: Tensor, seed: int
 ) -> Tensor:
-    """Share of elements of each tensor times `factor` that are zero or subnormal in `number_format`. No host read.
+    """Share of elements of each tensor times `factor` that are zero or subnormal in `number_format`. No GPU-CPU sync.
 
     Args:
         tensors: gradients; of large ones 1,024 elements are looked at.

@@ -43,7 +43,7 @@ def map_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
 def replace_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
     """`value` with its tensors converted in place: lists, mappings and dataclasses stay the objects that they are.
 
-    What cannot be changed in place (tuples, frozen dataclasses) is made anew where something in it is converted.
+    What cannot be changed in place (tuples, frozen dataclasses) is replaced where something in it is converted.
     """
     if isinstance(value, Tensor):
         return convert(value)

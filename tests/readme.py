@@ -1,47 +1,49 @@
-"""The parts of README.md that are made from the code and from what was measured. `python -m tests.readme` writes them.
-
-Measured tables stand between `<!-- measured: NAME -->` and `<!-- end of measured -->`, for any NAME of a benchmark of
-the CPU suite; `gpu/NAME` for one of the GPU suite.
-"""
+"""The tables in Markdown that are made from the code. `python -m tests.readme` writes them into their files."""
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from pathlib import Path
 
+from hf_amp.config import MixedPrecisionConfig, shown_default
 from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX
-from tests.benchmarks.results_table import read, rows_of
-from tests.benchmarks.run_metadata import RESULTS
-from tests.benchmarks.suite import SUITES, folder_of
-from tests.benchmarks.tables import table
 
-README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- metrics: made from hf_amp/monitoring/metrics.py -->", "<!-- end of metrics -->"
-MEASURED = re.compile(r"(<!-- measured: (?:(gpu)/)?(\w+) -->\n).*?(<!-- end of measured -->)", re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def metrics_table() -> str:
-    """The catalogue as a Markdown table."""
+    """The catalogue of metrics."""
     lines = ["| metric | unit | meaning | taken | when it is bad |", "|---|---|---|---|---|"]
     named = [(LOG_PREFIX + m.name, m) for m in CATALOGUE] + [(m.name, m) for m in BY_MODULE]
     lines += [f"| `{name}` | {m.unit} | {m.meaning} | {m.read} | {m.remedy} |" for name, m in named]
     return "\n".join(lines)
 
 
-def measured_table(suite: str, name: str) -> str:
-    """The medians of a benchmark as a Markdown table; quartiles and circumstances are in RESULTS.md."""
-    (benchmark,) = [benchmark for benchmark in SUITES[suite] if benchmark.name == name]
-    result = read(benchmark, RESULTS / folder_of(suite))
-    return "Not measured." if result is None else table(benchmark, rows_of(result), quartiles=False)
+def options_table() -> str:
+    """The options of `MixedPrecisionConfig`."""
+    lines = ["| option | default | allowed | what it does |", "|---|---|---|---|"]
+    for field in dataclasses.fields(MixedPrecisionConfig):
+        text = field.metadata["help"]
+        lines.append(f"| `{field.name}` | `{shown_default(field)}` | {text.allowed} | {text} |")
+    return "\n".join(lines)
 
 
-def with_current_tables(readme: str) -> str:
-    """`readme` with its tables made anew."""
-    before, rest = readme.split(START)
-    _, after = rest.split(END)
-    readme = f"{before}{START}\n{metrics_table()}\n{END}{after}"
-    return MEASURED.sub(lambda m: f"{m[1]}{measured_table(m[2] or 'cpu', m[3])}\n{m[4]}", readme)
+TABLES = {
+    ROOT / "hf_amp/monitoring/README.md": ("<!-- metrics: made from metrics.py -->", metrics_table),
+    ROOT / "hf_amp/OPTIONS.md": ("<!-- options: made from config.py -->", options_table),
+}
+"""File → the line that its table stands after, and what makes the table."""
+END = "<!-- end of table -->"
+
+
+def with_current_table(file: Path) -> str:
+    """What `file` holds, with its table made anew."""
+    start, table = TABLES[file]
+    before, rest = file.read_text(encoding="utf-8").split(start)
+    return f"{before}{start}\n{table()}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_current_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for each in TABLES:
+        each.write_text(with_current_table(each), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every Python block of README.md runs as it is written, with the names that it leaves open supplied."""
+"""Every Python block of README.md, and the diff, runs as it is written, with the names that it leaves open supplied."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 from tests.integrations.trainers import text, tiny_gpt2
 from tests.readme import README
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.M | re.S)
+FENCES = re.findall(r"^```(python|diff)\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.M | re.S)
+BLOCKS = [re.sub("^[+ ]", "", text, flags=re.M) if kind == "diff" else text for kind, text in FENCES]
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
 
-@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_a_block_trains(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs to its end, and the model that it was given has moved and is finite."""
@@ -36,5 +36,7 @@ def test_a_block_trains(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_block_is_missed() -> None:
-    """Every way in has its block: as many as `README.md` has fences of Python."""
-    assert len(BLOCKS) == README.read_text(encoding="utf-8").count("```python") >= 4
+    """Every way in has its block: as many as README.md has fences of Python, and the diff, which adds two lines."""
+    readme = README.read_text(encoding="utf-8")
+    assert len(BLOCKS) == readme.count("```python") + readme.count("```diff") >= 4
+    assert len(re.findall(r"^\+", dict(FENCES)["diff"], flags=re.M)) == 2

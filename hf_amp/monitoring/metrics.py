@@ -54,7 +54,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, from a sample", "above 0.1 and rising: raise the scale", "every monitoring_interval steps"
     ),
     Metric(
-        "lost_update_fraction", "1", "share of FP16 and BF16 parameter elements that the optimizer did not change, from a sample; absent where it moves FP32 parameters or master weights", "above 0.5: the updates are smaller than half a rounding step; half_parameters='master_weights' or 'upcast'", "every monitoring_interval applied steps, told a step later"
+        "lost_update_fraction", "1", "share of FP16 and BF16 parameter elements that the optimizer did not change, from a sample; absent where it moves FP32 parameters or master weights", "above 0.5: the updates are smaller than half a rounding step; half_parameters='master_weights' or 'upcast'", "every monitoring_interval applied steps, reported a step later"
     ),
     Metric(
         "non_finite_losses", "losses", "micro-batches whose loss was not finite since the run began, on the worst process", "look at the data and the loss function"

@@ -19,7 +19,7 @@ HEADROOM, UNDERFLOW, ACTIVATION = (metric.name for metric in BY_MODULE)
 
 
 class ModuleMonitor:
-    """The newest figures of every module, taken in the steps that are looked at closely, and brought along by their read.
+    """The newest figures of every module, taken in sampled steps, and brought to the host by their one GPU-CPU sync.
 
     In such a step every module without children has a forward hook for its output, and gradients are passed over once
     more. In all other steps there is neither. What a compiled model computes inside of its graph is not seen.
@@ -38,7 +38,7 @@ class ModuleMonitor:
         self._fresh = False
 
     def is_sampled(self, decided_steps: int) -> bool:
-        """Whether the step after `decided_steps` is one of those that are looked at closely."""
+        """Whether the step after `decided_steps` is a sampled one."""
         return decided_steps % self._interval == 0
 
     def register_model(self, model: nn.Module, decided_steps: int) -> None:
@@ -86,17 +86,17 @@ class ModuleMonitor:
         no_scaling: bool,
         decided_steps: int,
     ) -> dict[str, Tensor]:
-        """What is to come to the host with this step's read, name → tensor of shape [n]; and hooks for a coming close look.
+        """What is to come to the host with this step's sync, name → tensor of shape [n]; and hooks for a coming sampled step.
 
-        Nothing in a step that is not looked at closely. No host read.
+        Nothing in a step that is not sampled. No GPU-CPU sync.
 
         Args:
-            optimizer: tells several optimizers apart.
+            optimizer: `id` of the one that steps; a run may have several.
             names: gives the qualified names of the parameters that the gradients belong to.
             gradients: as they are now.
             scale: the loss scale of their backward, shape [].
             scaled: whether they are still multiplied by it.
-            no_scaling: whether nothing is scaled (BF16, FP32), so that gradients have no headroom in FP16 to tell.
+            no_scaling: whether nothing is scaled (BF16, FP32), so that gradients have no headroom in FP16.
             decided_steps: steps before this one; chooses the sample for underflow.
         """
         figures: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""`PrecisionMonitor`: what precision does to a run, on the host, at no host read of its own."""
+"""`PrecisionMonitor`: what precision does to a run, on the host, without a GPU-CPU sync of its own."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ _LOSSES_HELD = 64
 
 
 class LossMean:
-    """Mean of losses that stay on their device until somebody asks.
+    """Mean of losses that stay on their device until they are read.
 
     At most 64 tensors of shape [] are held, copies of what was given, which may be written to again: compiled code that
-    runs as a CUDA graph does so. Then they become one sum. No host read but in `read`.
+    runs as a CUDA graph does so. Then they become one sum. No GPU-CPU sync but in `read`.
     """
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class LossMean:
         self._totals = totals if self._totals is None else to_device(self._totals, device) + totals
 
     def read(self) -> tuple[float, int]:
-        """Mean of the finite losses (NaN where there are none), and how many were not finite. Reads the host."""
+        """Mean of the finite losses (NaN where there are none), and how many were not finite. One GPU-CPU sync."""
         self._fold()
         if self._totals is None:
             return math.nan, 0
@@ -143,7 +143,7 @@ class LossMean:
 ERRORS_KEPT = 1000
 """Newest numerical errors that are kept one by one; all are counted."""
 KINDS_KEPT = 100
-"""Kinds of numerical errors that are told apart; further ones count as "other"."""
+"""Kinds of numerical errors that are counted apart; further ones count as "other"."""
 
 
 @dataclasses.dataclass
@@ -292,7 +292,7 @@ class PrecisionMonitor:
         self.record.fallback_count += is_fallback
 
     def begin_window(self) -> None:
-        """Makes `non_finite_loss_fraction` start anew: what was seen so far has been logged."""
+        """Makes `non_finite_loss_fraction` start over: what was seen so far has been logged."""
         self.losses_before_window = self.losses
         self.non_finite_losses_before_window = self.non_finite_losses
 
@@ -311,9 +311,9 @@ class PrecisionMonitor:
     # ---- a loop of your own ---------------------------------------------------------------------------------
 
     def update_metrics(self, scaler: torch.amp.GradScaler, loss: Tensor | float, step: int) -> None:
-        """Takes one step into account, after `scaler.update()`. No host read with an `AdvancedGradScaler`.
+        """Takes one step into account, after `scaler.update()`. No GPU-CPU sync with an `AdvancedGradScaler`.
 
-        A stock scaler tells no skips and has its scale read from the host: a fall of the scale counts as one skip.
+        A stock scaler reports no skips, and reading its scale is a GPU-CPU sync: a fall of the scale counts as one skip.
 
         Args:
             scaler: what decided the step.
@@ -326,7 +326,7 @@ class PrecisionMonitor:
         self._loss_mean.add(_single_element(loss))
         advanced: Any = scaler
         if getattr(advanced, "stateful", {}).get("monitor") is self:
-            return  # a session tells the rest
+            return  # a session records the rest
         if hasattr(advanced, "last_outcome"):
             self._record_newest_outcome(advanced)
         elif scaler.is_enabled():
@@ -395,7 +395,7 @@ class PrecisionMonitor:
         return (self.non_finite_losses - self.non_finite_losses_before_window) / losses if losses else None
 
     def get_precision_stats(self) -> dict[str, Any]:
-        """The run so far. Reads the host, for the losses.
+        """The run so far. One GPU-CPU sync, for the losses.
 
         Returns:
             `fp16_usage_rate`: share of steps in FP16; where modules are in FP32, a step counts for the share of the

@@ -41,7 +41,7 @@ class _QueuedStep(NamedTuple):
 class ThroughputMonitor:
     """Step times, throughput, and the time in each precision. Constant size, however long the run.
 
-    Between two decided steps the host's clock tells the time of a step where the host keeps up with the device: always
+    Between two decided steps the host's clock gives the time of a step where the host keeps up with the device: always
     where a step waits for it, on the average where it does not. Around a step (`start_step`, `end_step`) two events of the
     device's stream do, on CUDA, which are asked for later and never waited for; elsewhere the host's clock.
 

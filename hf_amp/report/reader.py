@@ -194,7 +194,7 @@ class Series:
         self.counts = array("q", (self.counts[i] for i in kept))
 
     def cut_after(self, step: int) -> None:
-        """Forgets what is later than `step`, because a resumed run does it anew."""
+        """Forgets what is later than `step`, because a resumed run repeats it."""
         while self.steps and self.steps[-1] > step:
             for numbers in (self.steps, self.values, self.counts):
                 numbers.pop()
@@ -285,7 +285,7 @@ class Incident(LoggedEvent):
 
 
 LARGEST_GROUPS = 500
-"""Different incidents that are told apart; what comes after goes into one more, named so."""
+"""Different incidents that are kept apart; further ones go into one more."""
 MOST_NAMES = 1000
 """Figures, or causes, in one log; hf_amp has some 40, the rest are the loop's own."""
 MOST_MODULES = 100_000
@@ -309,7 +309,7 @@ _NAMES_OF_0_1 = {
 
 @dataclass
 class RunHistory:
-    """One run, as far as its log goes. A resumed run goes on where it was resumed; a run begun anew replaces the former.
+    """One run, as far as its log goes. A resumed run goes on where it was resumed; a run that starts over replaces the former.
 
     Attributes:
         name: what people call the run: its folder.
@@ -356,7 +356,7 @@ class RunHistory:
 
     @property
     def state(self) -> str:
-        """`empty`, `finished`, or `unfinished`: still running or killed, which a log alone cannot tell."""
+        """`empty`, `finished`, or `unfinished`: still running or killed, which a log alone does not show."""
         return "empty" if self.lines == 0 else "finished" if self.ended else "unfinished"
 
     @property

@@ -5,7 +5,7 @@ works on an FP32 copy, from which the half-precision weight is rounded after eve
 Source: Micikevicius et al., "Mixed Precision Training" (2018), section 3.1.
 
 `optimizer.param_groups`, `optimizer.state` and the model go on holding the parameters themselves: the copies stand in for
-them while the optimizer runs, and at no other time, so that schedulers, `zero_grad`, checkpoints and whoever keeps a
+them while the optimizer runs, and at no other time, so that schedulers, `zero_grad`, checkpoints and all code that keeps a
 reference see what they saw before.
 """
 
@@ -46,9 +46,9 @@ class _Master:
 class MasterWeights:
     """The FP32 copies of all half-precision parameters of the optimizers that one scaler steps.
 
-    Whoever writes to a parameter between two steps (loading a checkpoint, clamping) is followed: elements that are no
+    Writes to a parameter between two steps (loading a checkpoint, clamping) are followed: elements that are no
     longer the rounded master replace it. Writes through `.data`, which PyTorch does not count, are not seen.
-    Nothing here reads the host. Optimizers and parameters are not kept alive.
+    No GPU-CPU sync anywhere here. Optimizers and parameters are not kept alive.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class MasterWeights:
         ]
 
     def release(self, restore: bool = True) -> None:
-        """Undoes `adopt` and, where `restore`, `downcast_`: parameters get their former dtype and the master's value."""
+        """Undoes `register_optimizer` and, where `restore`, `downcast_`: parameters get their former dtype and the master's value."""
         for handle in itertools.chain.from_iterable(self._hooks.values()):
             handle.remove()
         self._hooks.clear()
@@ -110,7 +110,7 @@ class MasterWeights:
         `p.grad` of a half-precision parameter is FP32 from then until the step, or until it is set to None.
 
         Raises:
-            ScalerError: the optimizer loaded or made its state before anybody told it of master weights, or a
+            ScalerError: the optimizer loaded or made its state before it was registered here, or a
                 parameter is sharded.
         """
         narrow = [p for p in half_parameters(optimizer) if p.grad is not None and p.grad.dtype != _WIDE]
@@ -133,7 +133,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def downcast_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Rounds gradients back to their parameters' dtype after a skipped step, for whoever looks for the culprit."""
+        """Rounds gradients back to their parameters' dtype after a skipped step, for the search for its cause."""
         for parameter in half_parameters(optimizer):
             if parameter.grad is not None and parameter.grad.dtype == _WIDE:
                 gradient, parameter.grad = parameter.grad.to(parameter.dtype), None
@@ -285,7 +285,7 @@ def convert_parameters(
 ) -> AmpEvent | None:
     """Does to `model`'s trainable parameters what `config.half_parameters` says, or what `mode` FP16 needs.
 
-    Parameters are converted in place and stay the same objects. Reads the host only where FP32 becomes FP16.
+    Parameters are converted in place and stay the same objects. A GPU-CPU sync only where FP32 becomes FP16.
 
     Args:
         model: unwrapped, on any device.

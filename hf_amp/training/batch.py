@@ -45,7 +45,7 @@ def samples_in(batch: Any) -> int:
 
 
 def compute_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Tensor:
-    """Runs `model` on `batch`. No host read.
+    """Runs `model` on `batch`. No GPU-CPU sync.
 
     | batch | with `loss_fn` | without |
     |---|---|---|

@@ -46,7 +46,7 @@ class EpochLosses:
         self._newest: list[Tensor] = []
 
     def add(self, losses: Sequence[Tensor], batches: Sequence[Any]) -> None:
-        """The losses of some batches, each of shape []; copied, because a CUDA graph writes the next ones there. No host read."""
+        """The losses of some batches, each of shape []; copied, because a CUDA graph writes the next ones there. No GPU-CPU sync."""
         self.batches += len(batches)
         self._samples += [samples_in(batch) for batch in batches]
         self._newest += [loss.clone() for loss in losses]
@@ -55,7 +55,7 @@ class EpochLosses:
             self._newest = []
 
     def figures(self) -> dict[str, Any]:
-        """Losses, mean over the finite ones by samples, counts and speed. Reads the host once."""
+        """Losses, mean over the finite ones by samples, counts and speed. One GPU-CPU sync."""
         newest = [torch.stack(self._newest)] if self._newest else []
         losses = vector_to_host(torch.cat(self._whole + newest))
         seconds = time.perf_counter() - self._started
@@ -118,7 +118,7 @@ class Progress:
 
 
 def step_schedule(scheduler: Any, result: dict[str, Any]) -> None:
-    """Moves the learning-rate schedule by the optimizer step that `result` tells of, unless that was skipped.
+    """Moves the learning-rate schedule by the optimizer step of `result`, unless that was skipped.
 
     A skip that only the device knows of (PERFORMANCE_OPTIMIZED with a fused optimizer) does not hold it back.
     """
@@ -264,7 +264,7 @@ class AdvancedMixedPrecisionManager:
     ) -> dict[str, Any]:
         """Loss on every batch once, in evaluation mode and the precision of training, without gradients.
 
-        The model's modes are as before afterwards. Reads the host once, at the end.
+        The model's modes are as before afterwards. One GPU-CPU sync, at the end.
 
         Returns:
             `loss`: mean over samples of the batches with a finite loss, NaN where there are none; `losses`: one number
@@ -288,11 +288,11 @@ class AdvancedMixedPrecisionManager:
     # ---- what became of it ----------------------------------------------------------------------------------
 
     def get_training_stats(self) -> dict[str, Any]:
-        """The run so far, over all epochs; can be read after `cleanup` too. Reads the host.
+        """The run so far, over all epochs; can be read after `cleanup` too. Waits for the device.
 
         Returns:
             `precision_stats`: see `PrecisionMonitor.get_precision_stats`, with the newest `memory` estimate in bytes.
-            `performance_stats`: see `PerformanceTracker.get_stats`. `epochs`; `describe`: one phrase.
+            `performance_stats`: see `PerformanceTracker.get_stats`. `epochs`; `description`: one phrase for what ran.
         """
         precision = self.trainer.precision_monitor.get_precision_stats()
         return {
@@ -315,7 +315,7 @@ class AdvancedMixedPrecisionManager:
     def state_dict(self) -> dict[str, Any]:
         """Scale, policy, plan, counters and statistics, between two steps; model and optimizer are yours to save.
 
-        Numbers, strings, lists and mappings only. Reads the host.
+        Numbers, strings, lists and mappings only. Waits for the device.
         """
         return {_STATE: 1, "epochs": self.epochs, "scaler": self.trainer.scaler.state_dict()}
 

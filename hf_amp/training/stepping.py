@@ -172,6 +172,6 @@ def cast_region(device: torch.device, keeps_casts: bool) -> torch.autocast:
 
     Args:
         keeps_casts: parameters that autocast has cast stay cast until this region ends, rather than until the inner
-            one does. False: each is cast anew for every use and freed after it.
+            one does. False: each is cast again for every use and freed after it.
     """
     return torch.autocast(device.type, enabled=False, cache_enabled=keeps_casts)

@@ -35,7 +35,7 @@ from hf_amp.training.stepping import AcceleratedStepping, Stepping, cast_region
 class Rewind:
     """What a forward pass changes: buffers (running statistics) and random generators (dropout).
 
-    Copies the buffers, on their devices. No host read.
+    Copies the buffers, on their devices. No GPU-CPU sync.
 
     Args:
         model: about to be run.
@@ -99,7 +99,7 @@ class Window:
 
 
 class MemoryCalibration:
-    """Watches the first forward pass under a plan, and tells the monitor after the first applied step.
+    """Watches the first forward pass under a plan, and gives the monitor its estimate after the first applied step.
 
     Left alone are models whose forward pass one thread's hooks do not see: compiled, sharded, or on several devices.
 
@@ -241,7 +241,7 @@ class StandardMixedPrecisionTrainer:
         if self.on_overflow == "retry" and self.config.scaling_strategy.defers:
             raise ConfigError(
                 f"{type(self).__name__}(on_overflow='retry') with scaling_strategy="
-                f"{self.config.scaling_strategy.value}: its verdicts come one step late, when the batch is gone; use ADAPTIVE, "
+                f"{self.config.scaling_strategy.value}: its verdicts come one step late, when the batch is no longer there; use ADAPTIVE, "
                 "or leave on_overflow out for the default (skip)."
             )
 
@@ -272,8 +272,8 @@ class StandardMixedPrecisionTrainer:
         """Forward and backward of one batch, and, with every `accumulation_steps`-th one, an optimizer step.
 
         Gradients are cleared before a window's first batch, not after the step (`memory_efficient`: right after it).
-        Where anything raises, the window is thrown away, and the next batch begins a new one. Reads the host as the
-        scaler does: once with an optimizer step, or not at all.
+        Where anything raises, the window is thrown away, and the next batch begins a new one. GPU-CPU syncs are
+        those of the scaler: one with an optimizer step, or none.
 
         Args:
             batch: mapping, (inputs, targets) or tensor, on any device; see `hf_amp.training.batch.compute_loss`.
@@ -284,7 +284,7 @@ class StandardMixedPrecisionTrainer:
         Returns:
             `loss`: of this batch, detached tensor of shape [], on the device. `precision_mode`: of the run now.
             `stepped`: whether an optimizer step was decided. `skipped`: whether it was skipped; None where the device
-            has not told yet. `cause`: of the skip. `scale`: that the newest step used; None before the first.
+            has not reported yet. `cause`: of the skip. `scale`: that the newest step used; None before the first.
             `grad_norm`: before clipping; number or tensor of shape [], None where unknown or skipped. `retries`: how
             often the step was run again. `step_seconds`: duration of the newest step that is known.
 
@@ -329,7 +329,7 @@ class StandardMixedPrecisionTrainer:
         return {**result, "losses": losses}
 
     def evaluate(self, batch: Any, model: nn.Module, loss_fn: LossFunction | None = None) -> Tensor:
-        """Loss of one batch in the precision of training, shape []; call it under `torch.no_grad()`. No host read."""
+        """Loss of one batch in the precision of training, shape []; call it under `torch.no_grad()`. No GPU-CPU sync."""
         self._bind_model(model)
         with self._stepping.forward_context():
             return compute_loss(model, batch_to_device(batch, self._stepping.device), loss_fn or self.loss_fn)
