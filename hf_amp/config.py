@@ -113,7 +113,7 @@ def check_keywords(config: type[Any], names: Iterable[Any]) -> None:
         if name in known:
             continue
         if name in REMOVED_OPTIONS:
-            raise UnknownOptionError(f"{config.__name__} has no option {name!r} any more: {REMOVED_OPTIONS[name]}.")
+            raise UnknownOptionError(f"{config.__name__} has no option {name!r} any more: {REMOVED_OPTIONS[name][1]}.")
         near = difflib.get_close_matches(safe_repr(name).strip("'").lower(), known, n=1, cutoff=0.0)[0]
         raise UnknownOptionError(
             f"{config.__name__} has no option {safe_repr(name)}; the nearest is {near!r}. Allowed: {', '.join(known)}."
@@ -154,25 +154,16 @@ LOOP_OPTIONS = ("memory_efficient", "gradient_accumulation_friendly")
 """Options that only loops which are ours can follow."""
 RENAMED_OPTIONS = {"stop_when_hopeless": "stop_when_stalled"}
 """Option of hf_amp 0.1 → what it is called now. Saved configs may hold it."""
-REMOVED_OPTIONS = {
-    "consecutive_hysteresis": "only a growth refills hysteresis",
-    "overflow_tolerance": "use hysteresis, or scaling_strategy=ADAPTIVE",
-    "recheck_gradients": "call unscale_ after what changes gradients",
-    "fallback_window": "fallback_threshold is judged over 128 steps",
-    "on_overflow": "pass on_overflow= to the trainer or manager",
-    "accumulation_steps": "pass accumulation_steps= to the trainer or manager",
-    "clip_norm": "pass clip_norm= to the trainer or manager",
+REMOVED_OPTIONS: Mapping[str, tuple[Any, str]] = {
+    "consecutive_hysteresis": (False, "only a growth refills hysteresis"),
+    "overflow_tolerance": (0.0, "use hysteresis, or scaling_strategy=ADAPTIVE"),
+    "recheck_gradients": (False, "call unscale_ after what changes gradients"),
+    "fallback_window": (128, "fallback_threshold is judged over 128 steps"),
+    "on_overflow": ("skip", "pass on_overflow= to the trainer or manager"),
+    "accumulation_steps": (1, "pass accumulation_steps= to the trainer or manager"),
+    "clip_norm": (None, "pass clip_norm= to the trainer or manager"),
 }
-"""Option of hf_amp 0.1 → what to do instead. Those of the loops are keywords of theirs now."""
-_DEFAULTS_OF_REMOVED: Mapping[str, Any] = {
-    "consecutive_hysteresis": False,
-    "overflow_tolerance": 0.0,
-    "recheck_gradients": False,
-    "fallback_window": 128,
-    "on_overflow": "skip",
-    "accumulation_steps": 1,
-    "clip_norm": None,
-}
+"""Option of hf_amp 0.1 → its default, at which a saved config may hold it, and what to do instead."""
 
 
 # ---- the options --------------------------------------------------------------------------------------------
@@ -404,7 +395,7 @@ class MixedPrecisionConfig:
         kept = {
             RENAMED_OPTIONS.get(name, name): value
             for name, value in options.items()
-            if name not in _DEFAULTS_OF_REMOVED or value != _DEFAULTS_OF_REMOVED[name]
+            if name not in REMOVED_OPTIONS or value != REMOVED_OPTIONS[name][0]
         }
         check_keywords(cls, kept)
         return cls(**kept)

@@ -224,7 +224,19 @@ class AmpSession(EventRecorder):
             self.scaler.forget_step(outcome)  # the scale was not to blame
         next_scale = self.scaler.get_scale()
         self.monitor.after_step(outcome, cause, next_scale)
-        self.record(_step_skipped(self.newest_step, outcome, diagnosis, next_scale))
+        names = ("inf_elements", "nan_elements", "losses", "non_finite_losses")
+        self.record(
+            AmpEvent(
+                step=self.newest_step,
+                kind=EventKind.STEP_SKIPPED,
+                cause=cause,
+                before=outcome.scale,
+                after=next_scale,
+                modules=diagnosis.modules,
+                message=diagnosis.message,
+                figures={name: getattr(outcome, name) for name in names},
+            )
+        )
         self.record(_buffers_restored(self.newest_step, self._fallback.runner.names_of(restored)))
         self._report_floor(outcome, next_scale)
         if finding.change and len(finding.optimizers) == 1:  # reported once for all of a backward
@@ -535,24 +547,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         inner: nn.Module = model.module
         return inner
     return model
-
-
-def _step_skipped(step: int, outcome: StepOutcome, diagnosis: Diagnosis, next_scale: float) -> AmpEvent:
-    return AmpEvent(
-        step=step,
-        kind=EventKind.STEP_SKIPPED,
-        cause=diagnosis.cause,
-        before=outcome.scale,
-        after=next_scale,
-        modules=diagnosis.modules,
-        message=diagnosis.message,
-        figures={
-            "inf_elements": outcome.inf_elements,
-            "nan_elements": outcome.nan_elements,
-            "losses": outcome.losses,
-            "non_finite_losses": outcome.non_finite_losses,
-        },
-    )
 
 
 def _buffers_restored(step: int, modules: tuple[str, ...]) -> AmpEvent | None:

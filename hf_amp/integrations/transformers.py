@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,172 +29,6 @@ from hf_amp.monitoring.sinks.console import summarise
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
 from hf_amp.session import AmpSession
 from hf_amp.statistics import to_host
-
-
-def summary_of(session: AmpSession) -> str:
-    """Steps applied and skipped by cause, changes of precision, final scale, time in each precision."""
-    if not session.config.enabled:
-        return "hf_amp, which the config disables, counted nothing"
-    figures = session.metrics()
-    causes = _named(figures, "skipped_steps_", "")
-    times = _named(figures, "", "_seconds")
-    times.pop("STEP", None)
-    applied, changes, modules = (figures[name] for name in ("applied_steps", "precision_changes", "modules_in_fp32"))
-    parts = [
-        f"{applied:g} step{'' if applied == 1 else 's'} applied",
-        f"{figures['skipped_steps']:g} skipped" + _in_brackets(f"{n:g} {cause}" for cause, n in causes.items()),
-        f"{changes:g} change{'' if changes == 1 else 's'} of precision",
-        *([f"{modules:g} module{'' if modules == 1 else 's'} in FP32"] if modules else []),
-        *([] if session.scaler.no_scaling else [f"final scale {session.scaler.get_scale():g}"]),
-        *(f"{spent:.1f} s in {name}" for name, spent in times.items()),
-    ]
-    return ", ".join(parts)
-
-
-def show_summary(session: AmpSession) -> None:
-    """The sentence on the console: a warning where something happened, else for who asks for INFO."""
-    figures = session.metrics()
-    happened = figures["skipped_steps"] or figures["precision_changes"] or figures.get("non_finite_losses", 0)
-    summarise(f"training ended: {summary_of(session)}", bool(happened))
-
-
-def _named(figures: Mapping[str, float], prefix: str, suffix: str) -> dict[str, float]:
-    """Figures between whose `prefix` and `suffix` a name stands, by that name in capitals."""
-    return {
-        name.removeprefix(prefix).removesuffix(suffix).upper(): value
-        for name, value in figures.items()
-        if name.startswith(prefix) and name.endswith(suffix)
-    }
-
-
-def _in_brackets(words: Iterable[str]) -> str:
-    listed = ", ".join(words)
-    return f" ({listed})" if listed else ""
-
-
-def load_scaler_where_there_is_one(trainer: Trainer, session: AmpSession) -> None:
-    """Lets a run without loss scaling leave a checkpoint's loss scale alone, which Trainer loads into nothing."""
-    load_scaler = trainer._load_scaler  # private; tests/contract fails by name if it goes
-
-    @functools.wraps(load_scaler)
-    def load_or_leave(checkpoint: str | None) -> None:
-        if trainer.accelerator.scaler is not None:
-            load_scaler(checkpoint)
-
-    session.patches.set_attribute(trainer, "_load_scaler", load_or_leave)
-
-
-def patch_logging(trainer: Trainer, session: AmpSession) -> None:
-    """Makes what `trainer` logs hold our metrics, so that `log_history` and every reporter get one entry.
-
-    Training entries get the session's metrics and name what needed attention since the last one, evaluation entries the
-    number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has
-    made of it, and where no loss since the last entry was finite, their mean is NaN, not 0.
-    """
-    log = trainer.log
-    lost_batches = _count_lost_batches(trainer, session)
-
-    @functools.wraps(log)
-    def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        training = {"loss", "learning_rate"} <= logs.keys()  # a compute_loss may log losses of its own
-        if training and session.monitor.non_finite_loss_fraction == 1 and logs["loss"] == 0:
-            logs["loss"] = math.nan
-        ours = log_entry(session, logs, trainer.state.global_step) if training else {}
-        for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
-            ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)
-        entry = {**logs, **ours}
-        if training and _newest_step_has_no_norm(session, entry):
-            entry.pop("grad_norm", None)
-        log(entry, *args, **kwargs)
-        # The Trainer adds to what it is given, callbacks take away, and the user gets it back, less our figures.
-        logs.clear()
-        logs.update({name: value for name, value in entry.items() if name not in ours})
-        if training:
-            session.monitor.begin_window()
-            forget_logged_loss(trainer)
-
-    session.patches.set_attribute(trainer, "log", log_with_metrics)
-
-
-def _newest_step_has_no_norm(session: AmpSession, entry: dict[str, float]) -> bool:
-    newest = session.scaler.last_outcome
-    skipped = newest is not None and not newest.applied and newest.attempt == session.scaler.decided_steps
-    return skipped or not math.isfinite(entry.get("grad_norm", 0.0))
-
-
-def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]:
-    """Counts evaluation batches without a finite loss; returns prefix → number for evaluations not yet logged.
-
-    One GPU-CPU sync, and with several processes one sum over them, an evaluation.
-    """
-    prediction_step, evaluation_loop = trainer.prediction_step, trainer.evaluation_loop
-    lost_batches: dict[str, int] = {}
-    flags: list[Tensor] = []
-
-    @functools.wraps(prediction_step)
-    def note_loss(*args: Any, **kwargs: Any) -> Any:
-        result = prediction_step(*args, **kwargs)
-        if isinstance(result[0], Tensor):
-            seen = torch.stack([~result[0].detach().isfinite().all(), result[0].new_ones((), dtype=torch.bool)])
-            flags[:] = [seen.int() + (flags[0] if flags else 0)]
-        return result
-
-    @functools.wraps(evaluation_loop)
-    def count_and_tell(*args: Any, **kwargs: Any) -> Any:
-        flags.clear()
-        output = evaluation_loop(*args, **kwargs)
-        if flags:
-            lost, seen = trainer.accelerator.reduce(flags.pop(), "sum").unbind()
-            count = to_host({"lost": lost, "seen": seen})
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            lost_batches[prefix] = int(count["lost"])
-            _report_evaluation(session, prefix, int(count["lost"]), int(count["seen"]))
-        return output
-
-    session.patches.set_attribute(trainer, "prediction_step", note_loss)
-    session.patches.set_attribute(trainer, "evaluation_loop", count_and_tell)
-    return lost_batches
-
-
-def _report_evaluation(session: AmpSession, prefix: str, lost: int, seen: int) -> None:
-    session.monitor.eval_non_finite_batches = lost
-    if not lost:
-        return
-    session.note(
-        EventKind.EVALUATION_LOST_BATCHES,
-        f"{lost} of {seen} batches had no finite loss, and {prefix}_loss is the mean of the others, if any: look at "
-        "the data, or for activations beyond the range of the precision that was evaluated in.",
-        eval_non_finite_batches=lost,
-    )
-
-
-def save_valid_json(state: TrainerState, session: AmpSession) -> None:
-    """Makes `state.save_to_json` write null where it writes NaN or Infinity, which no JSON parser but Python's reads."""
-    if "save_to_json" not in vars(state):
-        save = functools.partial(_save_and_mend, state.save_to_json)
-        session.patches.set_attribute(state, "save_to_json", save)
-
-
-def _save_and_mend(save_to_json: Any, json_path: str) -> None:
-    save_to_json(json_path)
-    found: list[str] = []
-    file = Path(json_path)
-    content = json.loads(file.read_text(encoding="utf-8"), parse_constant=found.append)
-    if found:
-        mended = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        file.write_text(mended, encoding="utf-8")
-
-
-# ---- private names of transformers, each read in one place; tests/contract fails by name if one goes -------------------
-
-
-def forget_logged_loss(trainer: Trainer) -> None:
-    """Starts the Trainer's sum of losses anew after it was logged.
-
-    It subtracts the sum from itself, so that with `logging_nan_inf_filter=False` one NaN stays for the rest of the run.
-    """
-    trainer._tr_loss.zero_()
-
 
 _CALLBACK = "_hf_amp_callback"
 _log = logging.getLogger("hf_amp")
@@ -316,7 +149,9 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             **self.session.metrics(),
         )
         if state.is_local_process_zero:
-            show_summary(self.session)
+            monitor = self.session.monitor
+            happened = monitor.skipped_steps or monitor.precision_changes or monitor.non_finite_losses
+            summarise(f"training ended: {summary_of(self.session)}", bool(happened))
         self._leave_run(self.session)
 
     # ---- its own state --------------------------------------------------------------------------------------
@@ -456,3 +291,149 @@ def find_calling_trainer(callback: TrainerCallback) -> Trainer | None:
             return candidate
         frame = frame.f_back
     return None
+
+
+def summary_of(session: AmpSession) -> str:
+    """Steps applied and skipped by cause, changes of precision, final scale, time in each precision."""
+    if not session.config.enabled:
+        return "hf_amp, which the config disables, counted nothing"
+    monitor = session.monitor
+    causes = ", ".join(f"{n} {cause}" for cause, n in sorted(monitor.skipped_by_cause.items()))
+    changes, modules = monitor.precision_changes, monitor.modules_in_fp32
+    parts = [
+        f"{_count(monitor.applied_steps, 'step')} applied",
+        f"{monitor.skipped_steps} skipped" + (f" ({causes})" if causes else ""),
+        f"{_count(changes, 'change')} of precision",
+        *([f"{_count(modules, 'module')} in FP32"] if modules else []),
+        *([] if session.scaler.no_scaling else [f"final scale {session.scaler.get_scale():g}"]),
+        *(f"{seconds:.1f} s in {name}" for name, seconds in sorted(session.throughput.seconds_by_format.items())),
+    ]
+    return ", ".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def load_scaler_where_there_is_one(trainer: Trainer, session: AmpSession) -> None:
+    """Lets a run without loss scaling leave a checkpoint's loss scale alone, which Trainer loads into nothing."""
+    load_scaler = trainer._load_scaler  # private; tests/contract fails by name if it goes
+
+    @functools.wraps(load_scaler)
+    def load_or_leave(checkpoint: str | None) -> None:
+        if trainer.accelerator.scaler is not None:
+            load_scaler(checkpoint)
+
+    session.patches.set_attribute(trainer, "_load_scaler", load_or_leave)
+
+
+def patch_logging(trainer: Trainer, session: AmpSession) -> None:
+    """Makes what `trainer` logs hold our metrics, so that `log_history` and every reporter get one entry.
+
+    Training entries get the session's metrics and name what needed attention since the last one, evaluation entries the
+    number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has
+    made of it, and where no loss since the last entry was finite, their mean is NaN, not 0.
+    """
+    log = trainer.log
+    lost_batches = _count_lost_batches(trainer, session)
+
+    @functools.wraps(log)
+    def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        training = {"loss", "learning_rate"} <= logs.keys()  # a compute_loss may log losses of its own
+        if training and session.monitor.non_finite_loss_fraction == 1 and logs["loss"] == 0:
+            logs["loss"] = math.nan
+        ours = log_entry(session, logs, trainer.state.global_step) if training else {}
+        for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
+            ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)
+        entry = {**logs, **ours}
+        if training and _newest_step_has_no_norm(session, entry):
+            entry.pop("grad_norm", None)
+        log(entry, *args, **kwargs)
+        # The Trainer adds to what it is given, callbacks take away, and the user gets it back, less our figures.
+        logs.clear()
+        logs.update({name: value for name, value in entry.items() if name not in ours})
+        if training:
+            session.monitor.begin_window()
+            forget_logged_loss(trainer)
+
+    session.patches.set_attribute(trainer, "log", log_with_metrics)
+
+
+def _newest_step_has_no_norm(session: AmpSession, entry: dict[str, float]) -> bool:
+    newest = session.scaler.last_outcome
+    skipped = newest is not None and not newest.applied and newest.attempt == session.scaler.decided_steps
+    return skipped or not math.isfinite(entry.get("grad_norm", 0.0))
+
+
+def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]:
+    """Counts evaluation batches without a finite loss; returns prefix → number for evaluations not yet logged.
+
+    One GPU-CPU sync, and with several processes one sum over them, an evaluation.
+    """
+    prediction_step, evaluation_loop = trainer.prediction_step, trainer.evaluation_loop
+    lost_batches: dict[str, int] = {}
+    flags: list[Tensor] = []
+
+    @functools.wraps(prediction_step)
+    def note_loss(*args: Any, **kwargs: Any) -> Any:
+        result = prediction_step(*args, **kwargs)
+        if isinstance(result[0], Tensor):
+            seen = torch.stack([~result[0].detach().isfinite().all(), result[0].new_ones((), dtype=torch.bool)])
+            flags[:] = [seen.int() + (flags[0] if flags else 0)]
+        return result
+
+    @functools.wraps(evaluation_loop)
+    def count_and_tell(*args: Any, **kwargs: Any) -> Any:
+        flags.clear()
+        output = evaluation_loop(*args, **kwargs)
+        if flags:
+            lost, seen = trainer.accelerator.reduce(flags.pop(), "sum").unbind()
+            count = to_host({"lost": lost, "seen": seen})
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            lost_batches[prefix] = int(count["lost"])
+            _report_evaluation(session, prefix, int(count["lost"]), int(count["seen"]))
+        return output
+
+    session.patches.set_attribute(trainer, "prediction_step", note_loss)
+    session.patches.set_attribute(trainer, "evaluation_loop", count_and_tell)
+    return lost_batches
+
+
+def _report_evaluation(session: AmpSession, prefix: str, lost: int, seen: int) -> None:
+    session.monitor.eval_non_finite_batches = lost
+    if not lost:
+        return
+    session.note(
+        EventKind.EVALUATION_LOST_BATCHES,
+        f"{lost} of {seen} batches had no finite loss, and {prefix}_loss is the mean of the others, if any: look at "
+        "the data, or for activations beyond the range of the precision that was evaluated in.",
+        eval_non_finite_batches=lost,
+    )
+
+
+def save_valid_json(state: TrainerState, session: AmpSession) -> None:
+    """Makes `state.save_to_json` write null where it writes NaN or Infinity, which no JSON parser but Python's reads."""
+    if "save_to_json" not in vars(state):
+        save = functools.partial(_save_and_mend, state.save_to_json)
+        session.patches.set_attribute(state, "save_to_json", save)
+
+
+def _save_and_mend(save_to_json: Any, json_path: str) -> None:
+    save_to_json(json_path)
+    found: list[str] = []
+    file = Path(json_path)
+    content = json.loads(file.read_text(encoding="utf-8"), parse_constant=found.append)
+    if found:
+        mended = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        file.write_text(mended, encoding="utf-8")
+
+
+# ---- private names of transformers, each read in one place; tests/contract fails by name if one goes -------------------
+
+
+def forget_logged_loss(trainer: Trainer) -> None:
+    """Starts the Trainer's sum of losses anew after it was logged.
+
+    It subtracts the sum from itself, so that with `logging_nan_inf_filter=False` one NaN stays for the rest of the run.
+    """
+    trainer._tr_loss.zero_()

@@ -25,46 +25,23 @@ class Metric(NamedTuple):
 
 
 CATALOGUE: tuple[Metric, ...] = (
-    Metric(
-        "scale",
-        "1",
-        "loss scale that the newest step used; after a skip, the one that the next step will use",
-        "falls without end: the overflow is not the scale's; read the cause of the skips",
-    ),
-    Metric(
-        "scale_volatility_bits", "bits", "standard deviation of log2(scale) over all steps of the run", "above 2 after the first steps: gradients change their size; ADAPTIVE follows them"
-    ),
+    Metric("scale", "1", "loss scale that the newest step used; after a skip, the one that the next step will use", "falls without end: the overflow is not the scale's; read the cause of the skips"),
+    Metric("scale_volatility_bits", "bits", "standard deviation of log2(scale) over all steps of the run", "above 2 after the first steps: gradients change their size; ADAPTIVE follows them"),
     Metric("applied_steps", "steps", "optimizer steps applied since the run began", "stands still: read the cause"),
-    Metric(
-        "skipped_steps", "steps", "optimizer steps skipped since the run began", "more than a few: read the cause"
-    ),
+    Metric("skipped_steps", "steps", "optimizer steps skipped since the run began", "more than a few: read the cause"),
     *(
         Metric(f"skipped_steps_{cause.value.lower()}", "steps", cause.facts.metric, cause.facts.metric_remedy)
         for cause in Cause
     ),
     Metric("skip_rate", "1", "skipped share of all optimizer steps", "above 0.01 after the first steps: read the cause"),
-    Metric(
-        "grad_norm", "1", "2-norm of the unscaled gradients before clipping; absent when the step was skipped", "jumps: lower the learning rate or clip"
-    ),
+    Metric("grad_norm", "1", "2-norm of the unscaled gradients before clipping; absent when the step was skipped", "jumps: lower the learning rate or clip"),
     Metric("grad_amax", "1", "largest magnitude among the unscaled gradients", "jumps: as grad_norm", "every monitoring_interval steps; in ADAPTIVE, every step"),
-    Metric(
-        "headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)), as of the newest grad_amax; absent where that gradient is not held in FP16, as in a module that a plan runs in FP32", "below 1: an overflow is near; above 12: the scale could grow", "with grad_amax"
-    ),
-    Metric(
-        "underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, from a sample", "above 0.1 and rising: raise the scale", "every monitoring_interval steps"
-    ),
-    Metric(
-        "lost_update_fraction", "1", "share of FP16 and BF16 parameter elements that the optimizer did not change, from a sample; absent where it moves FP32 parameters or master weights", "above 0.5: the updates are smaller than half a rounding step; half_parameters='master_weights' or 'upcast'", "every monitoring_interval applied steps, reported a step later"
-    ),
-    Metric(
-        "non_finite_losses", "losses", "micro-batches whose loss was not finite since the run began, on the worst process", "look at the data and the loss function"
-    ),
-    Metric(
-        "non_finite_loss_fraction", "1", "the same as a share of the micro-batches since the newest log entry of a Trainer, whose logged loss leaves them out", "above 0: the logged loss looks better than it is", "when logged"
-    ),
-    Metric(
-        "eval_non_finite_batches", "batches", "evaluation batches of all processes whose loss was not finite, in the newest evaluation", "eval_loss is the mean of the others: look at the data, or at activations beyond 65504", "evaluations"
-    ),
+    Metric("headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)), as of the newest grad_amax; absent where that gradient is not held in FP16, as in a module that a plan runs in FP32", "below 1: an overflow is near; above 12: the scale could grow", "with grad_amax"),
+    Metric("underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, from a sample", "above 0.1 and rising: raise the scale", "every monitoring_interval steps"),
+    Metric("lost_update_fraction", "1", "share of FP16 and BF16 parameter elements that the optimizer did not change, from a sample; absent where it moves FP32 parameters or master weights", "above 0.5: the updates are smaller than half a rounding step; half_parameters='master_weights' or 'upcast'", "every monitoring_interval applied steps, reported a step later"),
+    Metric("non_finite_losses", "losses", "micro-batches whose loss was not finite since the run began, on the worst process", "look at the data and the loss function"),
+    Metric("non_finite_loss_fraction", "1", "the same as a share of the micro-batches since the newest log entry of a Trainer, whose logged loss leaves them out", "above 0: the logged loss looks better than it is", "when logged"),
+    Metric("eval_non_finite_batches", "batches", "evaluation batches of all processes whose loss was not finite, in the newest evaluation", "eval_loss is the mean of the others: look at the data, or at activations beyond 65504", "evaluations"),
     Metric("inf_elements", "elements", "infinite gradient elements in the newest skipped step", "read the cause", "skipped steps"),
     Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause", "skipped steps"),
     Metric("precision_changes", "changes", "changes of the precision plan since the run began", "one after another: read the events", "every change"),

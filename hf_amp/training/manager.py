@@ -27,6 +27,7 @@ from hf_amp.training.trainers import (
     StandardMixedPrecisionTrainer,
 )
 
+_STATE = "hf_amp_manager"
 _LOSSES_IN_ONE_TENSOR = 256
 _SECONDS_BETWEEN_LOSSES = 1.0
 
@@ -74,81 +75,29 @@ class EpochLosses:
         }
 
 
-class Progress:
-    """A progress bar on stderr, or none.
+class _Progress:
+    """A progress bar on stderr over a dataloader's batches, with the newest loss, which is read at most once a second.
 
-    Args:
-        batches: what the bar runs over; its length is shown where it has one.
-        shown: None for only where stderr is a terminal.
-        title: stands before it.
+    `shown`: None for only where stderr is a terminal.
     """
 
     def __init__(self, batches: Iterable[Any], shown: bool | None, title: str) -> None:
-        self._bar: Any = None
-        self._read_at = -math.inf
-        self._loss = math.nan
-        if shown or (shown is None and sys.stderr.isatty()):
-            from tqdm.auto import tqdm  # a dependency of transformers and datasets
+        from tqdm.auto import tqdm  # a dependency of transformers and datasets
 
-            total = len(batches) if isinstance(batches, Sized) else None
-            self._bar = tqdm(total=total, desc=title, unit="batch", file=sys.stderr)
+        total = len(batches) if isinstance(batches, Sized) else None
+        self.bar = tqdm(
+            total=total, desc=title, unit="batch", file=sys.stderr, disable=None if shown is None else not shown
+        )
+        self._read_at = -math.inf
 
     def advance(self, result: dict[str, Any], batches: int) -> None:
-        """One optimizer step is over. Reads its loss where a second has passed since the last."""
-        if self._bar is None:
-            return
+        """One optimizer step is over."""
         now = time.monotonic()
-        if now - self._read_at >= _SECONDS_BETWEEN_LOSSES:
-            self._read_at, self._loss = now, to_host({"loss": result["loss"]})["loss"]
+        if not self.bar.disable and now - self._read_at >= _SECONDS_BETWEEN_LOSSES:
+            self._read_at, loss = now, to_host({"loss": result["loss"]})["loss"]
             scale = {} if result["scale"] is None else {"scale": f"{result['scale']:g}"}
-            self._bar.set_postfix(loss=f"{self._loss:.4f}", **scale, refresh=False)
-        self._bar.update(batches)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def step_schedule(scheduler: Any, result: dict[str, Any]) -> None:
-    """Moves the learning-rate schedule by the optimizer step of `result`, unless that was skipped.
-
-    A skip that only the device knows of (PERFORMANCE_OPTIMIZED with a fused optimizer) does not hold it back.
-    """
-    if scheduler is not None and result["stepped"] and not result["skipped"]:
-        scheduler.step()
-
-
-def validate(
-    trainer: StandardMixedPrecisionTrainer,
-    dataloader: Iterable[Any],
-    model: nn.Module,
-    loss_fn: LossFunction | None,
-) -> dict[str, Any]:
-    """`AdvancedMixedPrecisionManager.validate_epoch`."""
-    modes = [(module, module.training) for module in model.modules()]
-    losses = EpochLosses()
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in dataloader:
-                losses.add([trainer.evaluate(batch, model, loss_fn)], [batch])
-    finally:
-        for module, training in modes:
-            module.training = training
-    if not losses.batches:
-        raise BatchError("the dataloader gave no batch to validate on: check its dataset, sampler and drop_last.")
-    return losses.figures()
-
-
-_STATE = "hf_amp_manager"
+            self.bar.set_postfix(loss=f"{loss:.4f}", **scale, refresh=False)
+        self.bar.update(batches)
 
 
 class AdvancedMixedPrecisionManager:
@@ -215,7 +164,7 @@ class AdvancedMixedPrecisionManager:
         Args:
             dataloader: gives batches; see `hf_amp.training.batch.compute_loss` for their forms.
             scheduler: LR scheduler that counts optimizer steps: stepped after every applied one, so that a skip does
-                not move the schedule. One that wants a metric you step yourself, after `validate_epoch`.
+                not move the schedule, unless the device alone knows of it yet (PERFORMANCE_OPTIMIZED, fused). One that wants a metric you step yourself, after `validate_epoch`.
             loss_fn: overrides the manager's.
             progress: whether to show a bar on stderr; None shows it in a terminal only.
 
@@ -232,12 +181,14 @@ class AdvancedMixedPrecisionManager:
         before = self._counters()
         losses = EpochLosses()
         model.train()
-        with Progress(dataloader, progress, f"epoch {self.epochs + 1}") as bar:
+        progress_bar = _Progress(dataloader, progress, f"epoch {self.epochs + 1}")
+        with progress_bar.bar:
             for window in self._windows(dataloader):
                 result = self.trainer.train_window(window, model, optimizer, loss_fn)
-                step_schedule(scheduler, result)
+                if scheduler is not None and result["stepped"] and not result["skipped"]:
+                    scheduler.step()
                 losses.add(result["losses"], window)
-                bar.advance(result, len(window))
+                progress_bar.advance(result, len(window))
         if not losses.batches:
             raise BatchError(
                 "the dataloader gave no batch: check its dataset, sampler and drop_last; a generator can be used once only."
@@ -274,7 +225,19 @@ class AdvancedMixedPrecisionManager:
         """
         self._refuse_when_cleaned_up()
         check_is_model(model)
-        return validate(self.trainer, dataloader, model, loss_fn)
+        modes = [(module, module.training) for module in model.modules()]
+        losses = EpochLosses()
+        model.eval()
+        try:
+            with torch.no_grad():
+                for batch in dataloader:
+                    losses.add([self.trainer.evaluate(batch, model, loss_fn)], [batch])
+        finally:
+            for module, training in modes:
+                module.training = training
+        if not losses.batches:
+            raise BatchError("the dataloader gave no batch to validate on: check its dataset, sampler and drop_last.")
+        return losses.figures()
 
     def _windows(self, dataloader: Iterable[Any]) -> Iterator[list[Any]]:
         """The batches of each optimizer step."""
