@@ -31,9 +31,7 @@ def network(*widths: int) -> nn.Sequential:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args()
 
@@ -49,9 +47,7 @@ def main() -> None:
         cpu=not torch.accelerator.is_available(),  # without it accelerate makes two CPU processes two separate runs
     )
     session = hf_amp.attach(accelerator)  # the one line
-    generator, discriminator, *optimizers, loader = accelerator.prepare(
-        generator, discriminator, *optimizers, loader
-    )
+    generator, discriminator, *optimizers, loader = accelerator.prepare(generator, discriminator, *optimizers, loader)
     generator_optimizer, discriminator_optimizer = optimizers
 
     for epoch in range(options.epochs):

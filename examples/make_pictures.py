@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hf_amp.cli.watch import panel
+from hf_amp.cli.report import panel
 from hf_amp.report.reader import read_run
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -57,9 +57,7 @@ def draw_terminal(run: Path, picture: Path) -> None:
 
 def main() -> None:
     """One run, two pictures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120)
     steps = parser.parse_args().steps
     PICTURES.mkdir(exist_ok=True)

@@ -34,9 +34,7 @@ class ByteModel(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batches", type=int, default=200, help="batches of 16 examples in an epoch")
     parser.add_argument("--retry", action="store_true", help="lose no batch to a skipped step")
@@ -64,9 +62,7 @@ def main() -> None:
     print(stats["description"])
     print(f"{precision['fp16_usage_rate']:.0%} of the steps in FP16, {precision['fallback_count']} fallbacks")
     print(f"{precision['avg_memory_savings']:.1%} of memory saved over FP32")
-    print(
-        f"{performance['avg_step_time'] * 1000:.1f} ms a step, {performance['avg_throughput']:.0f} samples/s"
-    )
+    print(f"{performance['avg_step_time'] * 1000:.1f} ms a step, {performance['avg_throughput']:.0f} samples/s")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, PerformanceTracker,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU: its half kernels
@@ -51,12 +49,8 @@ def main() -> None:
     scale = precision["gradient_scale"]
     print(f"mean loss {precision['avg_loss']:.3f}, {accuracy:.1%} of the digits right")
     print(f"{precision['applied_steps']} steps applied, {precision['skipped_steps']} skipped")
-    print(
-        f"scale {scale['current']:g}, {scale['changes']} changes, volatility {scale['volatility_bits']:.1f} bits"
-    )
-    print(
-        f"{performance['avg_step_time'] * 1000:.2f} ms a step, 99% within {performance['step_time_p99'] * 1000:.2f}"
-    )
+    print(f"scale {scale['current']:g}, {scale['changes']} changes, volatility {scale['volatility_bits']:.1f} bits")
+    print(f"{performance['avg_step_time'] * 1000:.2f} ms a step, 99% within {performance['step_time_p99'] * 1000:.2f}")
 
 
 if __name__ == "__main__":

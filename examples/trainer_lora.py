@@ -34,12 +34,8 @@ from hf_amp import MixedPrecisionCallback
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model_name_or_path", help="a model of the hub, or a folder (default: a small GPT-2)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="a model of the hub, or a folder (default: a small GPT-2)")
     parser.add_argument("--dataset_name", help="a data set of the hub, or a folder (default: Python source)")
     parser.add_argument("--dataset_config_name", help="its configuration")
     parser.add_argument("--text_column", default="text")
@@ -92,9 +88,7 @@ def train(name: str, model: Any, rows: Dataset, fp16: bool, options: argparse.Na
         report_to="tensorboard",
         disable_tqdm=True,
     )
-    trainer = Trainer(
-        model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[callback]
-    )
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[callback])
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figures = callback.session.metrics()

@@ -37,9 +37,7 @@ LARGE = "encoder.block.1.layer.1.DenseReluDense.wo"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="a model of the hub, or a folder (default: a small T5)")
     parser.add_argument("--dataset_name", help="a data set of the hub, or a folder (default: help topics)")
     parser.add_argument("--dataset_config_name", help="its configuration")
@@ -48,9 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--block_size", type=int, default=64, help="tokens of the source, and of the target")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument(
-        "--learning_rate", type=float, default=2e-3, help="use about 1e-4 for a trained model"
-    )
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="use about 1e-4 for a trained model")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/trainer_seq2seq_overflow"))
     parser.add_argument("--amp_config", type=Path, help="YAML or JSON with options of MixedPrecisionConfig")
     return parser.parse_args()
@@ -75,9 +71,7 @@ def model_and_tokenizer(options: argparse.Namespace) -> tuple[Any, Any]:
     set_seed(0)
     if options.model_name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
-        return AutoModelForSeq2SeqLM.from_pretrained(
-            options.model_name_or_path, dtype=torch.float32
-        ), tokenizer
+        return AutoModelForSeq2SeqLM.from_pretrained(options.model_name_or_path, dtype=torch.float32), tokenizer
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=256, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0,
@@ -92,9 +86,7 @@ def data(options: argparse.Namespace, tokenizer: Any) -> Dataset:
     if tokenizer is None:
         text = list("\n".join(topics[name] for name in sorted(topics)).encode())
         starts = range(0, len(text) - 2 * size + 1, 2 * size)
-        sources, targets = (
-            [text[start + shift : start + shift + size] for start in starts] for shift in (0, size)
-        )
+        sources, targets = ([text[start + shift : start + shift + size] for start in starts] for shift in (0, size))
         return Dataset.from_dict({"input_ids": sources, "labels": targets})
     rows = load_dataset(options.dataset_name, options.dataset_config_name, split="train")
 
@@ -133,9 +125,7 @@ def train(name: str, fp16: bool, fallback: bool, options: argparse.Namespace) ->
         model,
         arguments,
         train_dataset=data(options, tokenizer),
-        data_collator=default_data_collator
-        if tokenizer is None
-        else DataCollatorForSeq2Seq(tokenizer, model),
+        data_collator=default_data_collator if tokenizer is None else DataCollatorForSeq2Seq(tokenizer, model),
         callbacks=[callback],
     )
     trainer.train()

@@ -31,21 +31,15 @@ from hf_amp import MixedPrecisionCallback
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model_name_or_path", help="a model of the hub, or a folder (default: a small GPT-2)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="a model of the hub, or a folder (default: a small GPT-2)")
     parser.add_argument("--dataset_name", help="a data set of the hub, or a folder (default: help topics)")
     parser.add_argument("--dataset_config_name", help="its configuration")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--block_size", type=int, default=128, help="tokens in a row")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument(
-        "--learning_rate", type=float, default=2e-3, help="use about 5e-5 for a trained model"
-    )
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="use about 5e-5 for a trained model")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/trainer_text"))
     parser.add_argument("--amp_config", type=Path, help="YAML or JSON with options of MixedPrecisionConfig")
     return parser.parse_args()

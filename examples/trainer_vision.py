@@ -33,21 +33,15 @@ from hf_amp import MixedPrecisionCallback
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="a model of the hub, or a folder (default: a small ViT)")
-    parser.add_argument(
-        "--dataset_name", help="a data set of the hub, or a folder of images (default: digits)"
-    )
+    parser.add_argument("--dataset_name", help="a data set of the hub, or a folder of images (default: digits)")
     parser.add_argument("--dataset_config_name", help="its configuration")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument(
-        "--learning_rate", type=float, default=2e-3, help="use about 5e-5 for a trained model"
-    )
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="use about 5e-5 for a trained model")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/trainer_vision"))
     parser.add_argument("--amp_config", type=Path, help="YAML or JSON with options of MixedPrecisionConfig")
     return parser.parse_args()

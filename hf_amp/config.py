@@ -113,9 +113,7 @@ def check_keywords(config: type[Any], names: Iterable[Any]) -> None:
         if name in known:
             continue
         if name in REMOVED_OPTIONS:
-            raise UnknownOptionError(
-                f"{config.__name__} has no option {name!r} any more: {REMOVED_OPTIONS[name]}."
-            )
+            raise UnknownOptionError(f"{config.__name__} has no option {name!r} any more: {REMOVED_OPTIONS[name]}.")
         near = difflib.get_close_matches(safe_repr(name).strip("'").lower(), known, n=1, cutoff=0.0)[0]
         raise UnknownOptionError(
             f"{config.__name__} has no option {safe_repr(name)}; the nearest is {near!r}. Allowed: {', '.join(known)}."
@@ -424,13 +422,9 @@ class MixedPrecisionConfig:
         try:
             options = _parsed(path.read_text(encoding="utf-8"), path.suffix)
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read ({error}); pass the path of a readable config file."
-            ) from error
+            raise ConfigError(f"{path}: cannot be read ({error}); pass the path of a readable config file.") from error
         except Exception as error:  # json and yaml raise unrelated trees
-            raise ConfigError(
-                f"{path}: not valid {path.suffix[1:].upper()} ({error}); correct the file."
-            ) from error
+            raise ConfigError(f"{path}: not valid {path.suffix[1:].upper()} ({error}); correct the file.") from error
         try:
             return cls.from_dict(options)
         except ConfigError as error:
@@ -445,9 +439,7 @@ class MixedPrecisionConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in names and value != field.default:
-                raise ConfigError(
-                    f"MixedPrecisionConfig({field.name}={value!r}): {why}; leave {field.name} out."
-                )
+                raise ConfigError(f"MixedPrecisionConfig({field.name}={value!r}): {why}; leave {field.name} out.")
 
     def without_loop_options(self) -> MixedPrecisionConfig:
         """The same, with the options that only the loops of `hf_amp.training` follow at their defaults."""

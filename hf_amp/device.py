@@ -53,9 +53,7 @@ class Hardware:
         if self.device == "cpu" and emulate:
             return "FP16 emulated on the CPU (FP32 arithmetic rounded to FP16; not faster than FP32)"
         if self.fp16 == "slow":
-            return (
-                f"real FP16 kernels on {self.name}, which has no units for them (many times slower than FP32)"
-            )
+            return f"real FP16 kernels on {self.name}, which has no units for them (many times slower than FP32)"
         known = "" if self.fp16 == "native" else ", a kind of device that hf_amp has not been tried on"
         return f"real FP16 on {self.name}{known}"
 

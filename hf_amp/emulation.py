@@ -115,9 +115,7 @@ class EmulatedPrecision(TorchFunctionMode):
     inside of `torch.autocast(..., enabled=False)`, where models keep what FP16 does not hold.
     """
 
-    _innermost: ClassVar[threading.local] = (
-        threading.local()
-    )  # DataParallel calls replicas from several threads
+    _innermost: ClassVar[threading.local] = threading.local()  # DataParallel calls replicas from several threads
 
     def __init__(self, number_format: NumberFormat = FP16_FORMAT) -> None:
         super().__init__()
@@ -135,9 +133,7 @@ class EmulatedPrecision(TorchFunctionMode):
         self._innermost.mode = self._outer
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         rounds, widens = func in _REDUCED_PRECISION_FUNCTIONS, func in _FULL_PRECISION_FUNCTIONS
         # `out=` is how compiled code, which rounds by itself, calls kernels.

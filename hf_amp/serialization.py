@@ -114,9 +114,7 @@ def _sequence(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -
     if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
         raise _damaged(where, value, f"a list of {len(arguments)}" if fixed else "a list")
     kinds = arguments if fixed else [arguments[0]] * len(value)
-    return origin(
-        parse(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
-    )
+    return origin(parse(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
 
 
 def _damaged(where: str, value: Any, allowed: str) -> StateError:

@@ -38,9 +38,7 @@ from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
 
-_trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = (
-    weakref.WeakKeyDictionary()
-)
+_trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
 """The session that has trained a model last, weakly."""
 
 
@@ -247,9 +245,7 @@ class AmpSession(EventRecorder):
         )
         # A finite loss shows that the scale is to blame, but only where there is one.
         loss_finite = None if self.scaler.no_scaling and outcome.loss_finite else outcome.loss_finite
-        skip = SkippedStep(
-            outcome.attempt, loss_finite, outcome.scale, self.scaler.get_scale(), parameters, state
-        )
+        skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, self.scaler.get_scale(), parameters, state)
         diagnosis = self._fallback.diagnose(skip, self.scaler.ranks_agree)
         elements = sum(p.grad.numel() for _, p in parameters if p.grad is not None)
         fraction = outcome.non_finite_fraction(elements)
@@ -291,9 +287,7 @@ class AmpSession(EventRecorder):
             )
         )
 
-    def _module_statistics(
-        self, record: GradientStep, optimizer: torch.optim.Optimizer
-    ) -> Mapping[str, Tensor]:
+    def _module_statistics(self, record: GradientStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
         """A step hook of the scaler: what is to come to the host by module. No GPU-CPU sync."""
         return self._modules.collect(
             id(optimizer),
@@ -312,9 +306,7 @@ class AmpSession(EventRecorder):
 
     # ---- models and optimizers ------------------------------------------------------------------------------
 
-    def register_model(
-        self, model: nn.Module, entry_point: nn.Module | None = None, is_trained: bool = True
-    ) -> None:
+    def register_model(self, model: nn.Module, entry_point: nn.Module | None = None, is_trained: bool = True) -> None:
         """Lets `model` follow the plan, and a skipped step of it be diagnosed, without keeping it alive.
 
         Args:
@@ -326,7 +318,8 @@ class AmpSession(EventRecorder):
         if is_trained:
             self.detach_previous_session(model)
         self._fallback.runner.register_model(model, is_trained)
-        self.patches.on_undo(self._fallback.recorder.watch(entry_point or model, model))
+        called = model if entry_point is None else entry_point
+        self.patches.on_undo(self._fallback.recorder.watch(called, model))
         if is_trained:
             self._note_trained(model)
 
@@ -334,9 +327,7 @@ class AmpSession(EventRecorder):
         """Detaches the session that has trained `model` so far: its plan would be in force under the one of this session."""
         former = _trained_by.get(model, lambda: None)()
         if former is not None and former is not self:
-            former._detach(
-                f"another session trains this {type(model).__name__} from now on: hf_amp is detached here"
-            )
+            former._detach(f"another session trains this {type(model).__name__} from now on: hf_amp is detached here")
         _trained_by[model] = weakref.ref(self)
 
     def mark_trainable(self, model: nn.Module) -> None:
@@ -359,9 +350,7 @@ class AmpSession(EventRecorder):
             masters.register_optimizer(optimizer)
             self.patches.on_undo(lambda: masters.release(restore=not fixed))
         self.scaler.watch(optimizer)
-        self.record(
-            convert_parameters(unwrapped(model), self.config, self.plan.default, [optimizer], masters, fixed)
-        )
+        self.record(convert_parameters(unwrapped(model), self.config, self.plan.default, [optimizer], masters, fixed))
 
     def _note_trained(self, model: nn.Module) -> None:
         if self._module_statistics in self.scaler.step_hooks:
@@ -525,9 +514,7 @@ class AmpSession(EventRecorder):
             hooks[:] = [hook for hook in hooks if hook != ours]
             ForwardContext.leave_interrupted()
             self.patches.undo()
-            self.note(
-                EventKind.DETACHED, f"{why}; what it had changed is as before, upcast parameters excepted."
-            )
+            self.note(EventKind.DETACHED, f"{why}; what it had changed is as before, upcast parameters excepted.")
 
     def __enter__(self) -> AmpSession:
         return self

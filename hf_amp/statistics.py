@@ -353,9 +353,7 @@ def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[
                 # Not by name, which would keep it while the next one is made.
                 yield (
                     to_device(
-                        torch.cat(
-                            [t.reshape(-1) if positions is None else t.reshape(-1)[positions] for t in part]
-                        ),
+                        torch.cat([t.reshape(-1) if positions is None else t.reshape(-1)[positions] for t in part]),
                         tensors[0].device,
                         torch.float32,
                     ),
@@ -398,9 +396,7 @@ def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def underflow_of_each(
-    tensors: Sequence[Tensor], number_format: NumberFormat, factor: Tensor, seed: int
-) -> Tensor:
+def underflow_of_each(tensors: Sequence[Tensor], number_format: NumberFormat, factor: Tensor, seed: int) -> Tensor:
     """Share of elements of each tensor times `factor` that are zero or subnormal in `number_format`. No GPU-CPU sync.
 
     Args:

@@ -22,9 +22,7 @@ from tests.each import forget_accelerators
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--full-size", action="store_true", help="as many faults and random examples as published"
-    )
+    parser.addoption("--full-size", action="store_true", help="as many faults and random examples as published")
 
 
 def pytest_configure(config: pytest.Config) -> None:

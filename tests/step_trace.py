@@ -55,9 +55,7 @@ class TraceOneStep(TrainerCallback):
 def traced_step() -> list[tuple[str, list[str]]]:
     """(file, functions entered there one after the other), a new entry for every change of file."""
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     rows = [{"input_ids": torch.arange(16), "labels": torch.arange(16)} for _ in range(32)]
     trace = TraceOneStep()
     with tempfile.TemporaryDirectory() as folder:
@@ -71,9 +69,7 @@ def traced_step() -> list[tuple[str, list[str]]]:
             train_dataset=rows,
             callbacks=[MixedPrecisionCallback(), trace],
         ).train()
-    return [
-        (file, [name for _, name in frames]) for file, frames in groupby(trace.entered, key=lambda e: e[0])
-    ]
+    return [(file, [name for _, name in frames]) for file, frames in groupby(trace.entered, key=lambda e: e[0])]
 
 
 def main() -> None:

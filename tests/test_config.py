@@ -74,9 +74,7 @@ KINDS = {
         [None, "NOPE", "", 2, False, b"DYNAMIC", PrecisionMode.FP32], ["scaling_strategy"],
     ),
 }  # fmt: skip
-WRONG = [
-    (name, value, words) for words, values, names in KINDS.values() for name in names for value in values
-]
+WRONG = [(name, value, words) for words, values, names in KINDS.values() for name in names for value in values]
 
 
 def test_every_option_has_wrong_values_here():
@@ -196,11 +194,7 @@ def test_no_option_is_silently_ignored():
     sources = [path.read_text(encoding="utf-8") for path in files if path.name not in own]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    used |= {
-        node.target.id
-        for node in nodes
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
+    used |= {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
     assert set(OPTIONS) - used == set()
 
 

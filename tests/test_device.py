@@ -23,9 +23,7 @@ def test_a_cpu_has_a_name_and_kernels(device):
 
 
 @pytest.mark.skipif(
-    platform.machine() != "x86_64"
-    or not Path("/proc/cpuinfo").is_file()
-    or "ONEDNN_MAX_CPU_ISA" in os.environ,
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").is_file() or "ONEDNN_MAX_CPU_ISA" in os.environ,
     reason="needs Linux on x86-64, and oneDNN without a limit",
 )
 def test_a_cpu_has_the_units_that_linux_lists():

@@ -37,9 +37,7 @@ def test_events_do_not_share_figures():
 
 def test_equal_events_are_equal():
     """An event is its content."""
-    made = [
-        AmpEvent(4, EventKind.STEP_SKIPPED, Cause.SCALE, 4.0, 2.0, ("lm_head",), "text") for _ in range(2)
-    ]
+    made = [AmpEvent(4, EventKind.STEP_SKIPPED, Cause.SCALE, 4.0, 2.0, ("lm_head",), "text") for _ in range(2)]
     assert made[0] == made[1]
     assert dataclasses.replace(made[0], step=5) != made[1]
 

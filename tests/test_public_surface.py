@@ -36,9 +36,7 @@ PUBLIC = [
     "attach",
 ]
 ERRORS = {
-    name: value
-    for name, value in vars(errors).items()
-    if inspect.isclass(value) and issubclass(value, Exception)
+    name: value for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)
 }
 
 

@@ -131,11 +131,7 @@ def test_every_block_is_found() -> None:
 
 def test_every_name_of_the_document_is_public() -> None:
     """Classes that the document names are importable from `hf_amp`; nothing in it is left to a private module."""
-    named = set(
-        re.findall(
-            r"\b(?:\w+MixedPrecision\w+|MixedPrecision\w+|AdvancedGradScaler|PrecisionMonitor)\b", SEED
-        )
-    )
+    named = set(re.findall(r"\b(?:\w+MixedPrecision\w+|MixedPrecision\w+|AdvancedGradScaler|PrecisionMonitor)\b", SEED))
     classes = {name for name in named if re.search(rf"\b{name}\(", SEED)}
     assert len(classes) >= 7
     assert classes <= set(hf_amp.__all__)

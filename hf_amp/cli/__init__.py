@@ -7,8 +7,7 @@ import typer
 from hf_amp.cli.demo import demo
 from hf_amp.cli.doctor import doctor
 from hf_amp.cli.preflight import preflight
-from hf_amp.cli.report import report
-from hf_amp.cli.watch import watch
+from hf_amp.cli.report import report, watch
 
 app = typer.Typer(name="hf-amp", no_args_is_help=True, pretty_exceptions_show_locals=False)
 for command in (demo, doctor, preflight, report, watch):

@@ -32,9 +32,7 @@ def demo(
         Path | None, typer.Option(help="Run folder. [default: runs/demo-<date>-<time>]", show_default=False)
     ] = None,
     precision: Annotated[Precision, typer.Option(case_sensitive=False)] = Precision.FP16,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML or JSON file with options of MixedPrecisionConfig.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file with options of MixedPrecisionConfig.")] = None,
 ) -> None:
     """FP32, stock FP16 and hf_amp side by side on a small GPT-2 that was made to overflow FP16.
 
@@ -102,8 +100,6 @@ def _train(console: Console, runs: list[Run], steps: int, emulate: bool) -> Path
             def on_step(step: int, loss: float | None, bar: TaskID = bar) -> None:
                 progress.update(bar, completed=step, loss="" if loss is None else f"loss {loss:.3f}")
 
-            results[run.heading] = train(
-                run.precision.value, run.config, steps, 0, run.folder, on_step, emulate
-            )
+            results[run.heading] = train(run.precision.value, run.config, steps, 0, run.folder, on_step, emulate)
     console.print(table_of(results, steps))
     return results[runs[-1].heading].checkpoint

@@ -90,9 +90,7 @@ def train(
     stock = [StockFP16OnCPU(emulate)] if precision == "fp16" and not torch.cuda.is_available() else []
     callbacks = [timer, *([ours] if ours else stock)]
     training_text = text.select(range(len(text) - HELD_OUT_BLOCKS))
-    trainer = _trainer(
-        model.train(), training_text, _arguments(precision, steps, seed, output_dir), callbacks
-    )
+    trainer = _trainer(model.train(), training_text, _arguments(precision, steps, seed, output_dir), callbacks)
     trainer.train()
     session = ours.session if ours else None
     checkpoint = output_dir / f"checkpoint-{steps}"

@@ -80,9 +80,7 @@ KNOWN = (
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    measure: Annotated[
-        bool, typer.Option(help="Time a matrix product in each precision; a second or two.")
-    ] = True,
+    measure: Annotated[bool, typer.Option(help="Time a matrix product in each precision; a second or two.")] = True,
 ) -> None:
     """Say what this machine can run, which precision to train in and why, and which upstream bugs hf_amp fixes."""
     devices, system, versions = find_devices(measure), _system(), installed_versions()
@@ -296,9 +294,7 @@ def _recommend_for_cpu(device: Device) -> Recommendation:
     if speed is None and device.hardware.bf16 == "native":
         why = "This CPU has units for BF16; whether BF16 is faster there has not been measured: leave out --no-measure."
         return Recommendation("FP32", "use_cpu=True", why)
-    measured = (
-        f" BF16 products took {1 / speed:.1f} times as long as FP32's, as measured just now." if speed else ""
-    )
+    measured = f" BF16 products took {1 / speed:.1f} times as long as FP32's, as measured just now." if speed else ""
     return Recommendation(
         "FP32",
         "use_cpu=True",

@@ -38,9 +38,7 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
     """
     folder = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not folder.is_dir():
-        raise PreflightError(
-            f"{name}: no such folder; pass a folder that save_pretrained wrote, or a hub name."
-        )
+        raise PreflightError(f"{name}: no such folder; pass a folder that save_pretrained wrote, or a hub name.")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise PreflightError(
             f"{name}: an adapter of peft, without the model under it; pass that model, or what merge_and_unload() gave to "
@@ -284,9 +282,7 @@ def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
         yield result
 
 
-def _find_scale(
-    model: nn.Module, batch: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun
-) -> None:
+def _find_scale(model: nn.Module, batch: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun) -> None:
     """With the overflowing modules in FP32, looks for a scale, the largest first, and for what is lost with it."""
     runner = PlanRunner(EmulatedEntry(number_format=result.number_format), PrecisionMode.MIXED)
     runner.register_model(model)

@@ -38,17 +38,13 @@ def preflight(
     console = Console(highlight=False, stderr=as_json)
     facts, runs = _examine(console, model, batch, length, trust_remote_code)
     if as_json:
-        typer.echo(
-            json.dumps({"model": model, **facts, "dry_runs": [run.to_dict() for run in runs]}, indent=2)
-        )
+        typer.echo(json.dumps({"model": model, **facts, "dry_runs": [run.to_dict() for run in runs]}, indent=2))
         return
     console.print(_memory_table(model, facts))
     for warning in facts["warnings"]:
         console.print(warning, style="yellow", markup=False)
     if not runs:
-        console.print(
-            "With --batch 1 a dry run says which modules would leave the range of FP16, BF16 and FP8."
-        )
+        console.print("With --batch 1 a dry run says which modules would leave the range of FP16, BF16 and FP8.")
         return
     console.print(_dry_run_table(runs))
     for run in runs:
@@ -98,9 +94,7 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
         "frozen_parameters": frozen,
         "parameters_by_dtype": dict(by_dtype),
         "warnings": half_parameter_warnings(model),
-        "memory": [
-            {**recipe._asdict(), "total_bytes": recipe.total_bytes(trainable, frozen)} for recipe in RECIPES
-        ],
+        "memory": [{**recipe._asdict(), "total_bytes": recipe.total_bytes(trainable, frozen)} for recipe in RECIPES],
     }
 
 

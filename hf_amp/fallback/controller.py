@@ -214,9 +214,7 @@ class FallbackPolicy:
     def _after_unresolved_overflow(self, state: FallbackState, facts: StepFacts) -> FallbackState:
         oldest = state.step - self.window
         unresolved = (*state.unresolved, (state.step, facts.non_finite_fraction))
-        unknown_steps = (
-            (*state.unknown_steps, state.step) if facts.cause is Cause.UNKNOWN else state.unknown_steps
-        )
+        unknown_steps = (*state.unknown_steps, state.step) if facts.cause is Cause.UNKNOWN else state.unknown_steps
         state = replace(
             state,
             clean_steps=0,
@@ -284,9 +282,7 @@ class FallbackPolicy:
         Raises:
             StateError: a module is in another precision than the one that modules leave theirs for.
         """
-        elsewhere = {
-            name: mode for name, mode in state.plan.modules.items() if mode is not PrecisionMode.FP32
-        }
+        elsewhere = {name: mode for name, mode in state.plan.modules.items() if mode is not PrecisionMode.FP32}
         if elsewhere:
             name, mode = next(iter(elsewhere.items()))
             raise StateError(
@@ -409,9 +405,7 @@ class FallbackController:
         longest, is_unknown = all_reduce_max_to_host(local)
         return None if is_unknown else longest
 
-    def after_skipped(
-        self, diagnosis: Diagnosis, non_finite_fraction: float, scale: float
-    ) -> PrecisionChange | None:
+    def after_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float, scale: float) -> PrecisionChange | None:
         """One skipped step; what is done about it. Nothing, where the plan has fixed it already, or none can."""
         if diagnosis.already_fixed or diagnosis.fails_in_fp32:
             self._state = replace(self._state, scale_skips=0)
@@ -451,12 +445,8 @@ class FallbackController:
         if running is not None:
             message = f"measuring the step time in {chosen.value}."
         else:
-            times = ", ".join(
-                f"{s * 1000:.1f} ms in {mode.value}" for mode, s in tuner.step_seconds().items()
-            )
-            emulated = (
-                " FP16 was emulated: its time says nothing of a GPU." if self.runner.entry.emulate else ""
-            )
+            times = ", ".join(f"{s * 1000:.1f} ms in {mode.value}" for mode, s in tuner.step_seconds().items())
+            emulated = " FP16 was emulated: its time says nothing of a GPU." if self.runner.entry.emulate else ""
             message = f"{chosen.value} is the fastest stable precision here: {times} a step.{emulated}"
         return PrecisionChange(before, self.plan, (), message)
 

@@ -102,9 +102,7 @@ def non_finite_source(
             )
         cure = "; no precision can cure that. Fix"
         if x.dtype == torch.float16:
-            cure = (
-                ", in FP16. Where a frozen model computes that in FP16, run it in FP32 or BF16; otherwise fix"
-            )
+            cure = ", in FP16. Where a frozen model computes that in FP16, run it in FP32 or BF16; otherwise fix"
         return Diagnosis(
             Cause.INPUT,
             f"the batch {described}{cure} the data, or drop such batches.",
@@ -170,9 +168,7 @@ def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
 
 def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
     if found.only_loss:
-        return Diagnosis(
-            Cause.LOSS, f"the model's outputs are finite, its loss is not: {_why_loss(forward)}."
-        )
+        return Diagnosis(Cause.LOSS, f"the model's outputs are finite, its loss is not: {_why_loss(forward)}.")
     where = joined(prefix, found.first_non_finite or "") or "the model's own forward"
     return Diagnosis(
         Cause.UNKNOWN,
@@ -189,9 +185,7 @@ def _why_loss(forward: RecordedForward) -> str:
     return "look at the loss function (log or division by zero) and at this step's labels"
 
 
-def _nothing_found(
-    loss_finite: bool | None, findings: Sequence[ReplayFindings], ran_before: bool
-) -> Diagnosis:
+def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings], ran_before: bool) -> Diagnosis:
     failed = next((found.error for found in findings if found.error), None)
     if loss_finite:
         return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT)

@@ -32,9 +32,7 @@ class PrecisionPlan:
 
     def with_modules(self, names: Iterable[str], precision: PrecisionMode) -> PrecisionPlan:
         """The same, with the modules of these names in `precision`."""
-        return PrecisionPlan(
-            self.default, MappingProxyType({**self.modules, **dict.fromkeys(names, precision)})
-        )
+        return PrecisionPlan(self.default, MappingProxyType({**self.modules, **dict.fromkeys(names, precision)}))
 
     def without_modules(self, names: Iterable[str]) -> PrecisionPlan:
         """The same, with the modules of these names back in the default."""

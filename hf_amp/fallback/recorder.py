@@ -38,9 +38,7 @@ class BufferSnapshot:
     """
 
     def __init__(self, norms: Sequence[weakref.ref[nn.Module]]) -> None:
-        gathered = [
-            (norm, name, x) for norm in norms if (module := norm()) for name, x in _gathered_by(module)
-        ]
+        gathered = [(norm, name, x) for norm in norms if (module := norm()) for name, x in _gathered_by(module)]
         self._held = [(norm, name) for norm, name, _ in gathered]
         with torch.no_grad():
             self._copies = torch._foreach_mul([x for _, _, x in gathered], 1.0) if gathered else ()
@@ -153,9 +151,7 @@ class ForwardRecorder:
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
         return handle.remove
 
-    def _note(
-        self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
+    def _note(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         model = reference()
         if model is None:
             return
@@ -180,9 +176,7 @@ class ForwardRecorder:
         if reference not in statistics:
             statistics[reference] = BufferSnapshot(self._norms[reference])
 
-    def _kept(
-        self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> _Kept:
+    def _kept(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> _Kept:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))

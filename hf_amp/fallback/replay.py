@@ -171,9 +171,7 @@ class _Replay:
     def _clear(self, name: str, inputs: Any) -> None:
         """Lets go of a candidate whose infinities the module of this name has made finite values of, as masks are meant to."""
         candidate = self._candidate
-        if candidate is not None and (
-            f"{candidate.name}.".startswith(f"{name}.") or non_finite_tensors(inputs)
-        ):
+        if candidate is not None and (f"{candidate.name}.".startswith(f"{name}.") or non_finite_tensors(inputs)):
             self._candidate = None
 
 

@@ -23,17 +23,18 @@ from accelerate.utils import (
     DistributedType,
     convert_outputs_to_fp32,
 )
+from accelerate.utils.dataclasses import FP8BackendType
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_amp.config import LOOP_OPTIONS, MixedPrecisionConfig
-from hf_amp.device import probe
+from hf_amp.device import Hardware, probe
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
 from hf_amp.fallback.module_precision import ForwardContext
 from hf_amp.fallback.plan import common_to_ranks
-from hf_amp.integrations import deepspeed, float8
+from hf_amp.integrations import deepspeed
 from hf_amp.integrations._compat import (
     forget_skip,
     forward_before_autocast,
@@ -123,17 +124,17 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         # Forward passes of a shard wait for those of the other ranks: none is repeated to find a cause, or changed.
         config = dataclasses.replace(config, automatic_fallback=False)
         limits = "; under FSDP it scales and skips, and modules do not fall back"
-    float8_runner = float8.runner_on(accelerator)
-    if float8_runner is not None:
-        config, limits = float8.finite_check_only(config, float8_runner), float8.limits(float8_runner)
+    runner = _float8_runner(accelerator)
+    if runner is not None:
+        config, limits = _finite_check_only(config, runner), _float8_limits(runner)
     mode, device = _mode_of(accelerator, config), accelerator.device
     scaler = AdvancedGradScaler(dataclasses.replace(config, precision_mode=mode), device)
     scaler.ranks_agree = scaler.ranks_agree or accelerator.num_processes > 1
     hardware = common_to_ranks(probe(device), device)
-    described = float8.describe(float8_runner, hardware) if float8_runner is not None else None
+    described = _describe_float8(runner, hardware) if runner is not None else None
     session = AmpSession(config, scaler, mode, hardware, described)
     session.folds_clipping = config.fold_clipping is True
-    if float8_runner is not None:
+    if runner is not None:
         session.disable_replay()
     if config.enabled:
         try:
@@ -152,9 +153,7 @@ def _check_supported(accelerator: Accelerator) -> None:
             "hf_amp.AmpSession.for_model(model, optimizer)."
         )
     if hasattr(accelerator, _SESSION) and not _end_released_session(accelerator):
-        raise AttachError(
-            "this Accelerator has an hf_amp session already: use that one, or call its detach() first."
-        )
+        raise AttachError("this Accelerator has an hf_amp session already: use that one, or call its detach() first.")
     if accelerator.distributed_type not in _SUPPORTED:
         raise AttachError(
             f"hf_amp does not support {accelerator.distributed_type.value}: Megatron-LM, for one, scales losses and skips "
@@ -291,9 +290,7 @@ class AttachedAccelerator:
             self._session.scaler.unscale_(each.optimizer)
         self._stock["unscale_gradients"](optimizer)
 
-    def join_uneven_inputs(
-        self, joinables: Any, even_batches: bool | None = None
-    ) -> AbstractContextManager[None]:
+    def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> AbstractContextManager[None]:
         """An error where it would let ranks run out of batches one by one: the others would wait for their verdict."""
         accelerator = self._accelerator
         even = accelerator.even_batches if even_batches is None else even_batches
@@ -334,9 +331,7 @@ class AttachedAccelerator:
         """Prepares an optimizer whose steps the session's scaler decides."""
         if not self._sharded:
             # Before, because preparing loads the optimizer's state, which rounds it to what its parameters are.
-            self._register_optimizer(
-                optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-            )
+            self._register_optimizer(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
         prepared = self._stock["prepare_optimizer"](optimizer, *args, **kwargs)
         self._optimizers.register(prepared)
         return prepared
@@ -418,9 +413,7 @@ def _holds_exactly(optimizer: torch.optim.Optimizer, parameters: list[torch.Tens
     return held == {id(p) for p in parameters if p.grad is not None}
 
 
-def _changer_of_forward(
-    reference: weakref.ref[nn.Module], session: AmpSession
-) -> Callable[[PrecisionMode], None]:
+def _changer_of_forward(reference: weakref.ref[nn.Module], session: AmpSession) -> Callable[[PrecisionMode], None]:
     """What makes a model follow a changed default: accelerate has bound its `forward` to the autocast asked for."""
     patches = PatchLog()
 
@@ -604,6 +597,46 @@ def _compression_hook(accelerator: Accelerator, session: AmpSession) -> Callable
             "DistributedDataParallel that it has put around a model; call hf_amp.attach before prepare."
         )
     fp16 = precision is PrecisionMode.FP16
-    return cast(
-        "Callable[..., Any]", default_hooks.fp16_compress_hook if fp16 else default_hooks.bf16_compress_hook
-    )
+    return cast("Callable[..., Any]", default_hooks.fp16_compress_hook if fp16 else default_hooks.bf16_compress_hook)
+
+
+# ---- FP8, which accelerate has torchao or TransformerEngine run ---------------------------------------------
+
+_FLOAT8_RUNNERS = {FP8BackendType.AO: "torchao", FP8BackendType.TE: "TransformerEngine"}
+
+
+def _float8_runner(accelerator: Accelerator) -> str | None:
+    """The library that runs FP8 on `accelerator`; None where nothing runs in FP8.
+
+    Raises:
+        AttachError: it is one that hf_amp does not know.
+    """
+    if accelerator.mixed_precision != "fp8":
+        return None
+    if accelerator.fp8_backend not in _FLOAT8_RUNNERS:
+        raise AttachError(
+            f"hf_amp does not support FP8 by {accelerator.fp8_backend.value}, which scales by itself: use AORecipeKwargs "
+            "(torchao) or TERecipeKwargs (TransformerEngine) in kwargs_handlers, or leave attach out."
+        )
+    return _FLOAT8_RUNNERS[accelerator.fp8_backend]
+
+
+def _finite_check_only(config: MixedPrecisionConfig, runner: str) -> MixedPrecisionConfig:
+    """`config` for a run in which `runner` owns the precision of the modules.
+
+    Raises:
+        ConfigError: an option would change what modules or parameters run in.
+    """
+    options = ("precision_mode", "half_parameters", "communication_precision")
+    config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
+    return dataclasses.replace(config, automatic_fallback=False)
+
+
+def _float8_limits(runner: str) -> str:
+    """What hf_amp leaves alone, to go on with after what runs."""
+    return f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
+
+
+def _describe_float8(runner: str, hardware: Hardware) -> str:
+    """One phrase for what runs. accelerate runs everything that is not FP8 under BF16 autocast."""
+    return f"FP8 by {runner} with BF16 around it on {hardware.name}"

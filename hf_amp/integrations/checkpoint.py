@@ -42,9 +42,7 @@ class AtomicCheckpoint:
     def __init__(self, target: Path, beside: Path | None = None) -> None:
         self.target = target
         self.replaces = target.exists()
-        self.folder = (
-            target / _WRITING if self.replaces else (beside or target.parent) / f".{target.name}{_WRITING}"
-        )
+        self.folder = target / _WRITING if self.replaces else (beside or target.parent) / f".{target.name}{_WRITING}"
 
     def clear(self) -> None:
         """Removes what an interrupted save has left, after completing it where it was whole."""
@@ -163,9 +161,7 @@ def _save(
 def _delete_oldest(newest: Path, keep: int) -> None:
     """Leaves `keep` checkpoints, `newest` among them: a resumed run may have begun to count anew."""
     numbered = {
-        int(path.name.rpartition("_")[2]): path
-        for path in newest.parent.glob("checkpoint_[0-9]*")
-        if path != newest
+        int(path.name.rpartition("_")[2]): path for path in newest.parent.glob("checkpoint_[0-9]*") if path != newest
     }
     for number in sorted(numbered)[: max(len(numbered) + 1 - keep, 0)]:
         shutil.rmtree(numbered[number])
@@ -216,9 +212,7 @@ def _load_session(session: AmpSession, folder: Path) -> str:
     Raises:
         StateError: what is there is damaged or something else; then nothing has changed.
     """
-    own, others = (
-        (FINITE_CHECK_FILE, SCALER_NAME) if session.scaler.no_scaling else (SCALER_NAME, FINITE_CHECK_FILE)
-    )
+    own, others = (FINITE_CHECK_FILE, SCALER_NAME) if session.scaler.no_scaling else (SCALER_NAME, FINITE_CHECK_FILE)
     name = next((name for name in (own, others) if (folder / name).is_file()), None)
     if name is None:
         message = (
@@ -236,7 +230,5 @@ def _load_session(session: AmpSession, folder: Path) -> str:
             own_part = parse(dict[str, Any], state.get("hf_amp", {}), f"{folder / name}['hf_amp']")
             session.load_progress({"precision": PrecisionMode.MIXED.value, **own_part})
         if name == others:
-            message += (
-                ", which another precision has saved: counters are taken over, a scale and a plan are not"
-            )
+            message += ", which another precision has saved: counters are taken over, a scale and a plan are not"
     return f"{message}."

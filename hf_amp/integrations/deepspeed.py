@@ -79,9 +79,7 @@ class ObservedScaler(AdvancedGradScaler):
             (bad,) = all_reduce_max(bad)
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())
         figures = PendingTransfer({"bad": bad, "norm": to_device(norm, bad.device)})
-        return _ObservedStep(
-            self.decided_steps, optimizer, applied, scale, self._pending.losses.number, figures
-        )
+        return _ObservedStep(self.decided_steps, optimizer, applied, scale, self._pending.losses.number, figures)
 
     def flush(self) -> None:
         """Waits for the figures of the newest step, and delivers it, unless that has been done."""
@@ -222,9 +220,7 @@ def _keep_progress_in_checkpoints(accelerator: Accelerator, session: AmpSession)
             session.load_progress(load_file(file))
             session.begin_at(session.scaler.decided_steps)
         reported = "counters go on from" if file.is_file() else "no counters are in"
-        session.note(
-            EventKind.STATE_LOADED, f"{reported} {folder}; the loss scale is DeepSpeed's own to load."
-        )
+        session.note(EventKind.STATE_LOADED, f"{reported} {folder}; the loss scale is DeepSpeed's own to load.")
 
     session.patches.on_undo(accelerator.register_save_state_pre_hook(save).remove)
     session.patches.on_undo(accelerator.register_load_state_pre_hook(load).remove)

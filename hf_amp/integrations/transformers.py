@@ -40,13 +40,10 @@ def summary_of(session: AmpSession) -> str:
     causes = _named(figures, "skipped_steps_", "")
     times = _named(figures, "", "_seconds")
     times.pop("STEP", None)
-    applied, changes, modules = (
-        figures[name] for name in ("applied_steps", "precision_changes", "modules_in_fp32")
-    )
+    applied, changes, modules = (figures[name] for name in ("applied_steps", "precision_changes", "modules_in_fp32"))
     parts = [
         f"{applied:g} step{'' if applied == 1 else 's'} applied",
-        f"{figures['skipped_steps']:g} skipped"
-        + _in_brackets(f"{n:g} {cause}" for cause, n in causes.items()),
+        f"{figures['skipped_steps']:g} skipped" + _in_brackets(f"{n:g} {cause}" for cause, n in causes.items()),
         f"{changes:g} change{'' if changes == 1 else 's'} of precision",
         *([f"{modules:g} module{'' if modules == 1 else 's'} in FP32"] if modules else []),
         *([] if session.scaler.no_scaling else [f"final scale {session.scaler.get_scale():g}"]),
@@ -139,9 +136,7 @@ def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]
     def note_loss(*args: Any, **kwargs: Any) -> Any:
         result = prediction_step(*args, **kwargs)
         if isinstance(result[0], Tensor):
-            seen = torch.stack(
-                [~result[0].detach().isfinite().all(), result[0].new_ones((), dtype=torch.bool)]
-            )
+            seen = torch.stack([~result[0].detach().isfinite().all(), result[0].new_ones((), dtype=torch.bool)])
             flags[:] = [seen.int() + (flags[0] if flags else 0)]
         return result
 
@@ -235,9 +230,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
 
     # ---- the Trainer's events -------------------------------------------------------------------------------
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._attach_to(calling_trainer(self))
         self._save_valid_json(state)
 
@@ -251,15 +244,11 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         precision_before = self._go_on_from(state, session)
         session.begin_at(state.global_step)
         session.throughput.pause()
-        session.throughput.samples_per_step = (
-            args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        )
+        session.throughput.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.config.fold_clipping is None:
             session.folds_clipping = not _others_look_at_gradients(trainer, self)
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
-        former = (
-            f"; it was {precision_before} before" if precision_before != session.requested_mode.value else ""
-        )
+        former = f"; it was {precision_before} before" if precision_before != session.requested_mode.value else ""
         message = f"training {begins}: {session.describe()}{former}."
         log = None
         if state.is_world_process_zero and self._sink is None:
@@ -294,9 +283,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     ) -> TrainerControl:
         return self._without_bad_checkpoint(control)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # `save_strategy="best"` decides after this, and what a broken model scores can be the best so far.
         metrics: dict[str, float] = kwargs.get("metrics") or {}
         best = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"

@@ -120,11 +120,7 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _is_reduced(tensor: Tensor) -> bool:
     """Whether `tensor` is of a format that a run in FP32 has in FP32; FP64 stays."""
-    return (
-        tensor.layout is torch.strided
-        and tensor.dtype.is_floating_point
-        and tensor.itemsize <= _BYTES_OF_FP32
-    )
+    return tensor.layout is torch.strided and tensor.dtype.is_floating_point and tensor.itemsize <= _BYTES_OF_FP32
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -144,7 +140,6 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
     actual = sum(tensor.numel() * tensor.itemsize for tensor in local)
     in_fp32 = sum(
-        tensor.numel() * (_BYTES_OF_FP32 if tensor.dtype.is_floating_point else tensor.itemsize)
-        for tensor in local
+        tensor.numel() * (_BYTES_OF_FP32 if tensor.dtype.is_floating_point else tensor.itemsize) for tensor in local
     )
     return actual, in_fp32

@@ -105,9 +105,7 @@ class ModuleMonitor:
             activations, self._activations = self._activations, {}
             asked = self._asked[optimizer] = {ACTIVATION: list(activations)}
             if activations:
-                figures[ACTIVATION] = torch.stack(
-                    [to_device(peak, scale.device) for peak in activations.values()]
-                )
+                figures[ACTIVATION] = torch.stack([to_device(peak, scale.device) for peak in activations.values()])
             if not no_scaling:
                 factor = torch.ones_like(scale) if scaled else scale
                 asked[HEADROOM] = asked[UNDERFLOW] = [name.rpartition(".")[0] for name in names()]

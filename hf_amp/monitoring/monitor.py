@@ -255,9 +255,7 @@ class PrecisionMonitor:
 
     # ---- what a run reports ---------------------------------------------------------------------------------
 
-    def after_step(
-        self, outcome: StepOutcome, cause: Cause | None = None, next_scale: float | None = None
-    ) -> None:
+    def after_step(self, outcome: StepOutcome, cause: Cause | None = None, next_scale: float | None = None) -> None:
         """One step. What was not measured in it keeps its last value, but for the norm; a skipped step has none.
 
         Args:
@@ -360,10 +358,7 @@ class PrecisionMonitor:
             "scale_volatility_bits": self.record.log2_scale.deviation if self.record.steps > 1 else None,
             "applied_steps": self.applied_steps,
             "skipped_steps": self.skipped_steps,
-            **{
-                f"skipped_steps_{cause.lower()}": count
-                for cause, count in sorted(self.skipped_by_cause.items())
-            },
+            **{f"skipped_steps_{cause.lower()}": count for cause, count in sorted(self.skipped_by_cause.items())},
             "skip_rate": self.skipped_steps / steps if steps else None,
             "grad_norm": self.grad_norm,
             "grad_amax": self.grad_amax,

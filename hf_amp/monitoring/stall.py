@@ -10,9 +10,7 @@ from hf_amp.config import Allowed
 from hf_amp.events import AmpEvent, Cause, EventKind, StepOutcome
 from hf_amp.serialization import parse, parse_fields
 
-CauseName = Annotated[
-    str, Allowed("one of " + ", ".join(Cause.__members__), lambda v: v in Cause.__members__)
-]
+CauseName = Annotated[str, Allowed("one of " + ", ".join(Cause.__members__), lambda v: v in Cause.__members__)]
 
 
 @dataclasses.dataclass
@@ -59,9 +57,7 @@ class StallDetector:
         flushed = outcome.loss_finite is not False and outcome.scale < 1
         cause = Cause.SCALE if flushed else Cause.LOSS
         if self._patience_is_over():
-            return self.mark_stalled(
-                step, cause, f"for {self.zero_steps} steps every gradient was exactly zero"
-            )
+            return self.mark_stalled(step, cause, f"for {self.zero_steps} steps every gradient was exactly zero")
         if self.zero_steps > 1:
             return None
         seen = _LABELS[outcome.loss_finite]
@@ -77,17 +73,13 @@ class StallDetector:
     def _patience_is_over(self) -> bool:
         return sum(self.skipped_by_cause.values()) + self.zero_steps + self.empty_steps >= self.patience
 
-    def mark_stalled(
-        self, step: int, cause: Cause, reason: str, remedy: str | None = None
-    ) -> AmpEvent | None:
+    def mark_stalled(self, step: int, cause: Cause, reason: str, remedy: str | None = None) -> AmpEvent | None:
         """The run is stalled for `reason`; None where that was reported. `remedy`: where it is not that of `cause`."""
         if self.stalled:
             return None
         self.stalled = True
         remedy = remedy or cause.facts.remedy
-        return AmpEvent(
-            step, EventKind.STALLED, cause, message=f"this run learns nothing: {reason}. {remedy}"
-        )
+        return AmpEvent(step, EventKind.STALLED, cause, message=f"this run learns nothing: {reason}. {remedy}")
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted, as numbers and one flat mapping."""

@@ -160,9 +160,7 @@ class ThroughputMonitor:
 
     def metrics(self) -> dict[str, float]:
         """Catalogue name → value; what is not known is absent. No GPU-CPU sync."""
-        figures = {
-            f"{name.lower()}_seconds": seconds for name, seconds in sorted(self.seconds_by_format.items())
-        }
+        figures = {f"{name.lower()}_seconds": seconds for name, seconds in sorted(self.seconds_by_format.items())}
         if self._recent:
             figures["step_seconds"] = seconds = self._median()
             if self.samples_per_step is not None and seconds > 0:

@@ -63,9 +63,7 @@ def find_log(run: str | Path) -> Path:
     if (path / LOG_FILE).is_file():
         return path / LOG_FILE
     if not path.is_dir():
-        raise StateError(
-            f"{path}: no such file or folder; pass a run's output folder, or the {LOG_FILE} in it."
-        )
+        raise StateError(f"{path}: no such file or folder; pass a run's output folder, or the {LOG_FILE} in it.")
     below = sorted(str(found.parent) for depth in ("*", "*/*") for found in path.glob(f"{depth}/{LOG_FILE}"))
     hint = f" Runs below it: {', '.join(below[:5])}." if below else ""
     raise StateError(
@@ -296,9 +294,7 @@ POINTS_KEPT_BY_MODULE = STEPS_KEPT_BY_INCIDENT = 512
 
 _MODULE_FIGURES = tuple(metric.name for metric in BY_MODULE)
 _INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention}
-_NO_FIGURES = {"timestamp", "level", "run_id", "rank"} | {
-    each.name for each in dataclasses.fields(LoggedEvent)
-}
+_NO_FIGURES = {"timestamp", "level", "run_id", "rank"} | {each.name for each in dataclasses.fields(LoggedEvent)}
 _NAMES_OF_0_1 = {
     "hopeless": "stalled",
     "statistics_put_back": "buffers_restored",

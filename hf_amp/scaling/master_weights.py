@@ -57,9 +57,7 @@ class MasterWeights:
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]] = (
             weakref.WeakKeyDictionary()
         )
-        self._loading: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._loading: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = weakref.WeakKeyDictionary()
 
     def downcast_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Makes `parameters` FP16 in place; their values, unrounded, become the master weights.
@@ -120,9 +118,7 @@ class MasterWeights:
             _refuse_half_state(optimizer, narrow)
             self.register_optimizer(optimizer)
         gradients = [_checked(p) for p in narrow]
-        wide = [
-            g.to(_WIDE).coalesce() if g.is_sparse else torch.empty_like(g, dtype=_WIDE) for g in gradients
-        ]
+        wide = [g.to(_WIDE).coalesce() if g.is_sparse else torch.empty_like(g, dtype=_WIDE) for g in gradients]
         dense = [index for index, g in enumerate(gradients) if not g.is_sparse]
         if dense:
             torch._foreach_copy_([wide[index] for index in dense], [gradients[index] for index in dense])
@@ -234,9 +230,7 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _rename_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, torch.nn.Parameter]
-) -> None:
+def _rename_state(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, torch.nn.Parameter]) -> None:
     for old, new in names.items():
         if old in optimizer.state:
             optimizer.state[new] = optimizer.state.pop(old)
@@ -365,9 +359,7 @@ def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: boo
 
 def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent | None:
     normalizing = {id(p) for m in model.modules() if isinstance(m, _STAY_FP32) for p in m.parameters()}
-    wide = {
-        n: p for n, p in trainable(model).items() if p.dtype != FP16_FORMAT.dtype and id(p) not in normalizing
-    }
+    wide = {n: p for n, p in trainable(model).items() if p.dtype != FP16_FORMAT.dtype and id(p) not in normalizing}
     if not wide:
         return _kept(trainable(model))
     if fixed:

@@ -112,9 +112,7 @@ def _takes_scaler(step: Callable[..., Any]) -> bool:
     return "grad_scaler" in inspect.signature(step).parameters
 
 
-def refuse_closure(
-    optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], options: Mapping[str, Any]
-) -> None:
+def refuse_closure(optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     """Raises `ScalerError` where `optimizer.step` was given a closure."""
     if options.get("closure") is not None or any(callable(argument) for argument in arguments):
         raise ScalerError(

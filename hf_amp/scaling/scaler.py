@@ -267,9 +267,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
             record = self._check(optimizer, Unscale.NONE if self.no_scaling else fused)
         elif record.state is StepState.STEPPED:
-            raise ScalerError(
-                "step() was already called on this optimizer since the last update(): call update()."
-            )
+            raise ScalerError("step() was already called on this optimizer since the last update(): call update().")
         record.extras.update(lost_updates)
         seed = self.decided_steps if samples else None
         run = functools.partial(self._runner.run, optimizer, record, args, kwargs, sample_seed=seed)
@@ -310,9 +308,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         fresh = self._pending.unobserved()
         checked = fresh or self._pending or (self._state is not None and new_scale is not None)
         if not checked and not self.no_scaling:
-            raise ScalerError(
-                "update() before any step: call scale(loss).backward() and step(optimizer) first."
-            )
+            raise ScalerError("update() before any step: call scale(loss).backward() and step(optimizer) first.")
         if new_scale is not None:
             self.set_scale(new_scale)
         elif fresh and not self.no_scaling:
@@ -519,9 +515,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._change_options(**saved)
         bounded = min(max(fields["scale"], self.config.min_scale), self.config.max_scale)
         if bounded != fields["scale"]:
-            _log.warning(
-                "the loaded scale %g is out of [min_scale, max_scale]: using %g", fields["scale"], bounded
-            )
+            _log.warning("the loaded scale %g is out of [min_scale, max_scale]: using %g", fields["scale"], bounded)
             fields["scale"] = bounded
         if self.no_scaling:
             return

@@ -33,9 +33,7 @@ _FIELDS_OF_VERSION_1 = {
 # A stock scale that grew or died is inf or 0, and clamped.
 _Scale = Annotated[
     float,
-    Allowed(
-        "a number from 0 on", lambda v: (is_real(v) and v >= 0) or (isinstance(v, float) and v == math.inf)
-    ),
+    Allowed("a number from 0 on", lambda v: (is_real(v) and v >= 0) or (isinstance(v, float) and v == math.inf)),
 ]
 
 
@@ -94,14 +92,10 @@ def other_options(saved: Mapping[str, Any], config: MixedPrecisionConfig) -> dic
         StateError: one of them is not usable.
     """
     try:
-        options = dataclasses.replace(
-            config, **{name: saved[name] for name in STOCK_OPTIONS if name in saved}
-        )
+        options = dataclasses.replace(config, **{name: saved[name] for name in STOCK_OPTIONS if name in saved})
     except ConfigError as error:
         raise StateError(f"the scaler state holds an option that cannot be: {error}") from error
-    return {
-        name: value for name in STOCK_OPTIONS if (value := getattr(options, name)) != getattr(config, name)
-    }
+    return {name: value for name in STOCK_OPTIONS if (value := getattr(options, name)) != getattr(config, name)}
 
 
 @dataclass
@@ -142,11 +136,7 @@ def state_to_host(state: ScaleState) -> dict[str, float]:
 def restored(state: ScaleState, fields: Mapping[str, float]) -> Any:
     """`state` with those of its fields replaced that `fields` names; dtype and device stay."""
     return state._replace(
-        **{
-            name: torch.full_like(tensor, fields[name])
-            for name, tensor in state._asdict().items()
-            if name in fields
-        }
+        **{name: torch.full_like(tensor, fields[name]) for name, tensor in state._asdict().items() if name in fields}
     )
 
 

@@ -163,9 +163,7 @@ class GradientStep:
         self.outcome = self.outcome_from(attempt, host, counts)
         return self.outcome
 
-    def outcome_from(
-        self, attempt: int, host: Mapping[str, float], counts: tuple[int, int] | None
-    ) -> StepOutcome:
+    def outcome_from(self, attempt: int, host: Mapping[str, float], counts: tuple[int, int] | None) -> StepOutcome:
         """The outcome that `figures`, once they are on the host, stand for. `counts`: infinite elements, and NaN."""
 
         def finite(name: str) -> float | None:

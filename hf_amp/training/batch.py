@@ -35,9 +35,7 @@ def samples_in(batch: Any) -> int:
     """Rows of the first tensor in `batch`; 1 where there is none, or it has no dimension."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 1
-    values = (
-        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    )
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     for value in values:
         if isinstance(value, Tensor):
             return samples_in(value)
@@ -98,9 +96,7 @@ def _takes(model: nn.Module, arguments: Sequence[Any]) -> bool:
     return True
 
 
-def _call_with_mapping(
-    model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None
-) -> tuple[Any, Any]:
+def _call_with_mapping(model: nn.Module, batch: Mapping[str, Any], loss_fn: LossFunction | None) -> tuple[Any, Any]:
     if loss_fn is None:
         return model(**batch), None
     if LABELS not in batch:
@@ -129,9 +125,7 @@ def _returned_loss(outputs: Any, batch: Any) -> Any:
 def _checked(loss: Any, model: nn.Module) -> Tensor:
     if not isinstance(loss, Tensor) or not loss.dtype.is_floating_point:
         what = str(loss.dtype) if isinstance(loss, Tensor) else type(loss).__name__
-        raise BatchError(
-            f"the loss is a {what}: the model or loss_fn must return a floating-point tensor of shape []."
-        )
+        raise BatchError(f"the loss is a {what}: the model or loss_fn must return a floating-point tensor of shape [].")
     if isinstance(model, nn.DataParallel):
         loss = loss.mean()
     if loss.numel() != 1:
@@ -175,9 +169,7 @@ def check_belongs_together(model: Any, optimizer: Any, accelerated: bool) -> Non
     check_is_model(model)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise AttachError(f"the optimizer is a {type(optimizer).__name__}: pass a torch.optim.Optimizer.")
-    if (
-        hasattr(optimizer, "step_was_skipped") is not accelerated
-    ):  # accelerate's, without importing accelerate
+    if hasattr(optimizer, "step_was_skipped") is not accelerated:  # accelerate's, without importing accelerate
         raise AttachError(
             "the optimizer was prepared by an Accelerator: pass accelerator= to the trainer or manager."
             if not accelerated

@@ -144,9 +144,7 @@ def validate(
         for module, training in modes:
             module.training = training
     if not losses.batches:
-        raise BatchError(
-            "the dataloader gave no batch to validate on: check its dataset, sampler and drop_last."
-        )
+        raise BatchError("the dataloader gave no batch to validate on: check its dataset, sampler and drop_last.")
     return losses.figures()
 
 
@@ -326,9 +324,7 @@ class AdvancedMixedPrecisionManager:
             StateError: it is not a manager's state; nothing has changed then.
         """
         if not isinstance(state_dict, dict) or state_dict.get(_STATE) != 1:
-            shown = (
-                ", ".join(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
-            )
+            shown = ", ".join(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
             raise StateError(
                 f"not the state of a manager, but {shown or 'an empty mapping'}: pass what state_dict() gave; a scaler's state "
                 "goes into trainer.scaler.load_state_dict."

@@ -27,9 +27,7 @@ def run(benchmark: Benchmark, suite: str, out: Path) -> int:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if benchmark.threads is not None:
         environment["OMP_NUM_THREADS"] = str(benchmark.threads)
-    inside = out.is_relative_to(
-        ROOT
-    )  # the command is written down, and should not name folders of this machine
+    inside = out.is_relative_to(ROOT)  # the command is written down, and should not name folders of this machine
     folder = out.relative_to(ROOT) if inside else out
     command = [sys.executable, "-m", benchmark.module, "--out", str(folder), *benchmark.options]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

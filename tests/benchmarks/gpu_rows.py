@@ -19,8 +19,7 @@ FIGURES = {
 def gpu_rows(result: dict[str, Any]) -> list[Row]:
     """A row for each model, batch and way to train it; what a device does not tell is left empty."""
     return [
-        {"model": case, "mode": way}
-        | {column: figures[name] for name, column in FIGURES.items() if name in figures}
+        {"model": case, "mode": way} | {column: figures[name] for name, column in FIGURES.items() if name in figures}
         for case, measured in result["cases"].items()
         for way, figures in measured["ways"].items()
     ]

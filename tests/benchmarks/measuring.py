@@ -23,9 +23,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": t
 """Time that passes; CPU time of this thread, which on a machine shared with others is steadier, with OMP_NUM_THREADS=1."""
 
 
-def interleaved(
-    contenders: dict[str, Callable[[], None]], rounds: int, clock: str = "wall"
-) -> dict[str, Seconds]:
+def interleaved(contenders: dict[str, Callable[[], None]], rounds: int, clock: str = "wall") -> dict[str, Seconds]:
     """Seconds of each contender in each round, all of them in turn within a round, after two rounds of warm-up."""
     now = CLOCKS[clock]
     seconds: dict[str, Seconds] = {name: [] for name in contenders}
@@ -69,9 +67,7 @@ def compared(seconds: Mapping[str, Seconds], baseline: str, steps: int = 1, **la
             "over": baseline,
             "ratio": ratio(taken, seconds[baseline]),
             "milliseconds_a_step": spread([second / steps * 1000 for second in taken], 3),
-            "baseline_milliseconds_a_step": spread(
-                [second / steps * 1000 for second in seconds[baseline]], 3
-            ),
+            "baseline_milliseconds_a_step": spread([second / steps * 1000 for second in seconds[baseline]], 3),
         }
         for name, taken in seconds.items()
         if name != baseline

@@ -50,9 +50,7 @@ def rule(made: Callable[[float], Any], scale: float) -> Callable[[nn.Module], Pr
 
 
 SCALINGS: dict[str, Callable[[nn.Module], Precision]] = {
-    "none (FP32)": lambda _: Precision(
-        torch.amp.GradScaler("cpu", enabled=False), nullcontext, is_half=False
-    ),
+    "none (FP32)": lambda _: Precision(torch.amp.GradScaler("cpu", enabled=False), nullcontext, is_half=False),
     "torch.amp.GradScaler": lambda _: Precision(torch.amp.GradScaler("cpu")),
     "hf_amp CONSTANT": ours("CONSTANT"),
     "hf_amp DYNAMIC": ours("DYNAMIC"),

@@ -84,9 +84,7 @@ def verdict(target: Target, result: dict[str, Any] | None) -> str:
     missed = [row for row in rows if not _within(row, target)]
     if not missed:
         return "**reached**."
-    reported = [
-        f"{_name(row)} {formatted(row[target.column], target.column, quartiles=False)}" for row in missed
-    ]
+    reported = [f"{_name(row)} {formatted(row[target.column], target.column, quartiles=False)}" for row in missed]
     return f"**missed** by {len(missed)} of {len(rows)}: {'; '.join(reported)}."
 
 
@@ -97,9 +95,7 @@ def _within(row: Row, target: Target) -> bool:
 
 
 def _name(row: Row) -> str:
-    return ", ".join(
-        str(value) for column, value in row.items() if isinstance(value, str) and column != "over"
-    )
+    return ", ".join(str(value) for column, value in row.items() if isinstance(value, str) and column != "over")
 
 
 # ---- where, and where to --------------------------------------------------------------------------------------

@@ -46,9 +46,7 @@ SCALER_COST = Benchmark(
     (
         Target("0.95 of stock or less by default (fused AdamW, DYNAMIC)", "ratio", 0.95, _is_default),
         Target("0.95 of stock or less in every strategy with a fused optimizer", "ratio", 0.95, _fused),
-        Target(
-            "1.10 of stock or less with another", "ratio", 1.1, lambda row: row["optimizer"] == "AdamW, plain"
-        ),
+        Target("1.10 of stock or less with another", "ratio", 1.1, lambda row: row["optimizer"] == "AdamW, plain"),
         Target("one read or less for the guard", "ratio", 1.0, lambda row: row["what"] == "guard alone"),
     ),
     pivot=("parameters", "ratio"),

@@ -25,9 +25,7 @@ def table(benchmark: Benchmark, rows: Sequence[Row], quartiles: bool = True) -> 
         "| " + " | ".join(column.replace("_", " ").replace("hf amp", "hf_amp") for column in columns) + " |",
         "|---" * len(columns) + "|",
     ]
-    lines += [
-        "| " + " | ".join(formatted(row.get(c, ""), c, quartiles) for c in columns) + " |" for row in rows
-    ]
+    lines += ["| " + " | ".join(formatted(row.get(c, ""), c, quartiles) for c in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 

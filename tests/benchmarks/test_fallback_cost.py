@@ -58,11 +58,7 @@ def measure(size: str, rounds: int, device: str) -> list[Row]:
 
 def main() -> None:
     options = parser(["1M", "25M"]).parse_args()
-    rows = [
-        row
-        for size in options.sizes
-        for row in measure(size, options.rounds or 2 * SIZES[size].rounds, device())
-    ]
+    rows = [row for size in options.sizes for row in measure(size, options.rounds or 2 * SIZES[size].rounds, device())]
     write("fallback_cost", {"rows": rows}, options.out)
 
 

@@ -108,9 +108,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=float, default=0.3, help="of one way in one round")
     command.add_argument("--minutes", type=float, default=6.0, help="after which no other case is begun")
     command.add_argument("--backend", default="inductor", help="of torch.compile")
-    command.add_argument(
-        "--tiny", action="store_true", help="tiny models: shows that everything runs, also on a CPU"
-    )
+    command.add_argument("--tiny", action="store_true", help="tiny models: shows that everything runs, also on a CPU")
     return command
 
 

@@ -124,9 +124,7 @@ def measure(folder: Path) -> list[Row]:
     rows: list[Row] = []
 
     def add(what: str, optimizer: str, monitoring: str, reads: float | str) -> None:
-        rows.append(
-            {"what": what, "optimizer": optimizer, "monitoring": monitoring, "host_reads_a_step": reads}
-        )
+        rows.append({"what": what, "optimizer": optimizer, "monitoring": monitoring, "host_reads_a_step": reads})
 
     for name, fused in OPTIMIZERS.items():
         add("torch.amp.GradScaler", name, "without hf_amp", reads_a_step(stock_step(fused)))

@@ -119,9 +119,7 @@ def main() -> None:
     command.add_argument("--clock", default="wall", choices=list(CLOCKS))
     options = command.parse_args()
     rows = [
-        row
-        for size in options.sizes
-        for row in measure(size, options.rounds or ROUNDS[size], device(), options.clock)
+        row for size in options.sizes for row in measure(size, options.rounds or ROUNDS[size], device(), options.clock)
     ]
     write("scaler_cost", {"clock": options.clock, "rows": rows}, options.out)
 

@@ -26,9 +26,7 @@ def measure(steps: int) -> Row:
     microseconds = []
     for start in range(1, steps + 1, CHUNK):
         outcomes = [
-            StepOutcome(
-                attempt=i, applied=i % 100 != 0, scale=2.0 ** (i % 30), loss_finite=True, grad_norm=1.0
-            )
+            StepOutcome(attempt=i, applied=i % 100 != 0, scale=2.0 ** (i % 30), loss_finite=True, grad_norm=1.0)
             for i in range(start, start + CHUNK)
         ]
         began = time.perf_counter()

@@ -58,9 +58,7 @@ def measure(size: str, rounds: int, steps: int) -> list[Row]:
 
 def main() -> None:
     options = parser(("demo", *MEASURED)).parse_args()
-    rows = [
-        row for size in options.sizes for row in measure(size, options.rounds or SIZES[size].rounds, STEPS)
-    ]
+    rows = [row for size in options.sizes for row in measure(size, options.rounds or SIZES[size].rounds, STEPS)]
     write("trainer_cost", {"rows": rows}, options.out)
 
 

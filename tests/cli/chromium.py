@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 EXECUTABLE = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(
-    EXECUTABLE is None, reason="needs Chromium (Debian: apt-get install chromium)"
-)
+needs_chromium = pytest.mark.skipif(EXECUTABLE is None, reason="needs Chromium (Debian: apt-get install chromium)")
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking",
     "--disable-component-update", "--enable-logging=stderr", "--force-device-scale-factor=1",
@@ -67,9 +65,7 @@ def _run(page: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[s
 def _requests(log: Path) -> list[str]:
     recorded = json.loads(log.read_text(encoding="utf-8"))
     kinds = {number: name for name, number in recorded["constants"]["logEventTypes"].items()}
-    started = [
-        event["params"] for event in recorded["events"] if kinds[event["type"]] == "URL_REQUEST_START_JOB"
-    ]
+    started = [event["params"] for event in recorded["events"] if kinds[event["type"]] == "URL_REQUEST_START_JOB"]
     return [
         request["url"]
         for request in started

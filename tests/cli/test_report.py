@@ -34,10 +34,7 @@ def run(tmp_path: Path) -> Path:
         started(),
         skipped(2),
         changed(3, "MIXED", "FP32", "h.1"),
-        *(
-            line("metrics", s, loss=3.0 / s, scale=4.0, applied_steps=s - 1, skipped_steps=1)
-            for s in range(2, 9)
-        ),
+        *(line("metrics", s, loss=3.0 / s, scale=4.0, applied_steps=s - 1, skipped_steps=1) for s in range(2, 9)),
     )
 
 
@@ -52,18 +49,14 @@ def test_the_page_is_written_where_it_is_asked_for(run: Path, tmp_path: Path) ->
     assert "my run" in page.read_text()
 
 
-def test_the_page_is_report_html_by_default(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_is_report_html_by_default(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the current folder."""
     monkeypatch.chdir(tmp_path)
     assert report(run).exit_code == 0
     assert (tmp_path / "report.html").is_file()
 
 
-def test_an_interrupt_leaves_the_former_page_whole(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_leaves_the_former_page_whole(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the new page is written: the old one is still there, and no half of a new one."""
     page = tmp_path / "page.html"
     page.write_text("former")
@@ -78,9 +71,7 @@ def test_an_interrupt_leaves_the_former_page_whole(
     assert {path.name for path in tmp_path.iterdir()} == {"page.html", "my run"}
 
 
-def test_json_prints_the_figures_and_writes_no_page(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_prints_the_figures_and_writes_no_page(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One object for each run: verdict, figures with units, incidents, changes of precision."""
     monkeypatch.chdir(tmp_path)
     (reported,) = json.loads(report(run, "--json").stdout)
@@ -161,7 +152,7 @@ def test_what_is_no_run_ends_at_once(tmp_path: Path) -> None:
 def test_figures_need_no_pictures(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON comes without matplotlib, which is slow to load."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "hf_amp.report.pictures", raising=False)
+    monkeypatch.delitem(sys.modules, "hf_amp.report.page", raising=False)
     assert report(run, "--json").exit_code == 0
 
 
@@ -170,9 +161,7 @@ def test_a_long_run_makes_a_page_of_moderate_size(tmp_path: Path) -> None:
     lines = [started()]
     for step in range(1, 20_001):
         lines.append(
-            line(
-                "metrics", step, loss=5.0 - step / 1e4, scale=4.0, applied_steps=step, grad_norm=1 + step % 5
-            )
+            line("metrics", step, loss=5.0 - step / 1e4, scale=4.0, applied_steps=step, grad_norm=1 + step % 5)
         )
         lines.append(skipped(step))
     page = tmp_path / "page.html"

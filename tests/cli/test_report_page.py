@@ -26,9 +26,7 @@ def full_run() -> RunHistory:
         if step in (1, 2, 20):
             lines.append(skipped(step, "SCALE" if step < 20 else "$\\frac$"))
         if step == 10:
-            lines.append(
-                skipped(step, "ACTIVATION", modules=["h.1", HOSTILE], message=f"{HOSTILE} \x1b[2J $x^$")
-            )
+            lines.append(skipped(step, "ACTIVATION", modules=["h.1", HOSTILE], message=f"{HOSTILE} \x1b[2J $x^$"))
             lines.append(changed(step, "MIXED", "FP32", "h.1", HOSTILE))
         lines.append(
             line(
@@ -84,9 +82,7 @@ def test_the_page_has_nothing_that_acts_or_loads(document: str) -> None:
     parts = Parts(document)
     assert {"script", "iframe", "object", "embed", "form", "link", "base"} & set(parts.tags) == set()
     assert parts.handlers == []
-    assert [
-        address[:40] for address in parts.addresses if not address.startswith(("#", "data:image/png"))
-    ] == []
+    assert [address[:40] for address in parts.addresses if not address.startswith(("#", "data:image/png"))] == []
     assert "default-src 'none'" in document
 
 
@@ -107,12 +103,7 @@ def test_parts_have_names_of_their_own(runs: list[RunHistory]) -> None:
 
 def test_every_picture_has_words(document: str) -> None:
     """For a screen reader every picture is an image with a label, and every figure has a caption."""
-    assert (
-        document.count("<svg ")
-        == document.count('role="img" aria-label="')
-        == document.count("<figcaption>")
-        == 12
-    )
+    assert document.count("<svg ") == document.count('role="img" aria-label="') == document.count("<figcaption>") == 12
 
 
 def test_several_runs_stand_beside_each_other(runs: list[RunHistory]) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hf_amp.cli import app
-from hf_amp.cli.watch import course, follow, panel
+from hf_amp.cli.report import course, follow, panel
 from hf_amp.events import LOG_FILE
 from hf_amp.report.reader import EventLogReader, named_run, take_in
 from tests.report.test_run_history import line, skipped, started

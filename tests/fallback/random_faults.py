@@ -220,9 +220,7 @@ def run(seed: int) -> tuple[str, Cause, str] | None:
         scaling_strategy="PERFORMANCE_OPTIMIZED" if late else chance.choice(["DYNAMIC", "ADAPTIVE"]),
         init_scale=2.0 ** chance.randint(24, 40) if too_large else 2.0 ** chance.randint(0, 6),
     )
-    trial = Trial(
-        precision, config, chance, Classifier(chance), chance.randint(1, 3), chance.choice([1, 1, 2, 3])
-    )
+    trial = Trial(precision, config, chance, Classifier(chance), chance.randint(1, 3), chance.choice([1, 1, 2, 3]))
     events = _train(trial, fault, fused=late or chance.random() < 0.5)
     skips = [e for e in events if e.kind is EventKind.STEP_SKIPPED]
     if len(skips) < trial.skips_to_judge:
@@ -264,9 +262,7 @@ def _train(trial: Trial, fault: Callable[[Trial, Batch], None], fused: bool) -> 
     session = hf_amp.attach(accelerator, trial.config)
     optimizer = torch.optim.AdamW(trial.model.parameters(), lr=1e-3, fused=fused)
     model, optimizer = accelerator.prepare(trial.model, optimizer)
-    for step in range(
-        1, trial.faulty + trial.chance.randint(2, 3) + (4 if fault is infinite_derivative else 0)
-    ):
+    for step in range(1, trial.faulty + trial.chance.randint(2, 3) + (4 if fault is infinite_derivative else 0)):
         hit = trial.chance.randrange(trial.micro_batches) if step == trial.faulty else None
         for index in range(trial.micro_batches):
             batch = trial.batch()

@@ -59,9 +59,7 @@ def modules_out_of_range(model: nn.Module, batch: Batch) -> frozenset[str]:
     Embeddings and norms are none of them, however large their outputs: autocast leaves them in FP32.
     """
     return frozenset(
-        name
-        for name, amax in matmul_amax(model, batch).items()
-        if torch.tensor(amax).to(torch.float16).isinf()
+        name for name, amax in matmul_amax(model, batch).items() if torch.tensor(amax).to(torch.float16).isinf()
     )
 
 
@@ -71,7 +69,5 @@ def fp16_flop_share(model: nn.Module, batch: Batch, fp32_modules: Collection[str
         model(**batch)
     root = type(model).__name__
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    outermost = [
-        name for name in fp32_modules if not any(name.startswith(f"{other}.") for other in fp32_modules)
-    ]
+    outermost = [name for name in fp32_modules if not any(name.startswith(f"{other}.") for other in fp32_modules)]
     return 1 - sum(flops.get(f"{root}.{name}", 0) for name in outermost) / flops["Global"]

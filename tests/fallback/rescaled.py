@@ -137,18 +137,14 @@ ZOO = (
     RescaledModel(
         "GPT-2",
         gpt2,
-        Rescaling(
-            {r"transformer\.w[tp]e\.weight|.*\.c_proj\.(weight|bias)": LARGE}, {r".*\.ln_(1|2|f)": LARGE}
-        ),
+        Rescaling({r"transformer\.w[tp]e\.weight|.*\.c_proj\.(weight|bias)": LARGE}, {r".*\.ln_(1|2|f)": LARGE}),
         real_batches.next_bytes,
         3e-3,
     ),
     RescaledModel(
         "T5",
         t5,
-        Rescaling(
-            {r"encoder\.block\.1\..*\.wi\.weight": LARGE, r"encoder\.block\.1\..*\.wo\.weight": 1 / LARGE}
-        ),
+        Rescaling({r"encoder\.block\.1\..*\.wi\.weight": LARGE, r"encoder\.block\.1\..*\.wo\.weight": 1 / LARGE}),
         real_batches.continued_bytes,
         3e-3,
     ),

@@ -49,9 +49,7 @@ def test_where_modules_do_not_help_the_whole_model_climbs_the_ladder() -> None:
     """Modules already in FP32, and modules nobody can name, leave BF16, then FP32; then there is nothing left."""
     rule = fallback()
     states = [
-        after(rule, activation("a"), *[overflow] * n)
-        for overflow in (activation("a"), activation())
-        for n in (1, 2, 3)
+        after(rule, activation("a"), *[overflow] * n) for overflow in (activation("a"), activation()) for n in (1, 2, 3)
     ]
     assert [state.plan.default for state in states] == [BF16, FP32, FP32] * 2
     assert after(fallback(order=(MIXED, FP32)), activation()).plan.default is FP32
@@ -86,9 +84,7 @@ def test_threshold_is_the_tolerated_share_of_non_finite_elements_over_the_window
     quiet = [CLEAN] * 7
     assert not after(rule, *quiet, *[half] * 4).plan.modules  # 4 * 0.5 / 8 is the threshold itself
     assert after(rule, *quiet, *[half] * 5).plan.modules
-    assert not after(
-        rule, *quiet, half, half, half, half, *[CLEAN] * 4, half
-    ).plan.modules  # one has left the window
+    assert not after(rule, *quiet, half, half, half, half, *[CLEAN] * 4, half).plan.modules  # one has left the window
 
 
 def test_modules_return_after_quiet_steps_and_wait_twice_as_long_after_each_relapse() -> None:

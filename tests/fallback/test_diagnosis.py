@@ -70,9 +70,7 @@ class Regression(nn.Module):
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-        )
+        GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     )
 
 
@@ -431,10 +429,7 @@ def test_what_comes_in_fp16_may_come_from_a_frozen_model() -> None:
     frozen.weight.fill_(60000)
     loop.step({"x": frozen(X.half() + 1)}, loss_of=lambda logits: logits.square().mean())
     assert loop.skips[0].cause is Cause.INPUT
-    assert (
-        "holds inf in x, in FP16. Where a frozen model computes that in FP16, run it in"
-        in loop.skips[0].message
-    )
+    assert "holds inf in x, in FP16. Where a frozen model computes that in FP16, run it in" in loop.skips[0].message
 
 
 @EVERY_PRECISION

@@ -202,9 +202,7 @@ class Container(nn.Module):
 @KERNELS
 @for_each("reentrant", [False, True])
 @for_each("name", ["wrapped", "wrapped.block", "wrapped.block.up"])
-def test_what_is_recomputed_in_backward_is_recomputed_in_fp32(
-    emulate: bool, reentrant: bool, name: str
-) -> None:
+def test_what_is_recomputed_in_backward_is_recomputed_in_fp32(emulate: bool, reentrant: bool, name: str) -> None:
     """With a checkpointed block inside of what the plan names, gradients equal those without checkpointing."""
     gradients = []
     for kind in (None, reentrant):

@@ -451,9 +451,7 @@ def test_under_ddp_names_are_those_of_the_model() -> None:
 def test_compiled_by_accelerate_names_are_those_of_the_model() -> None:
     """Called through `torch.compile`, as `prepare` leaves it, a layer keeps its name, and FP32 there is a cure."""
     torch.compiler.reset()
-    accelerator = Accelerator(
-        mixed_precision="fp16", cpu=True, dynamo_plugin=TorchDynamoPlugin(backend="aot_eager")
-    )
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True, dynamo_plugin=TorchDynamoPlugin(backend="aot_eager"))
     session = hf_amp.attach(accelerator)
     plain = network(nn.Linear(8, 8), nn.Linear(8, 8))
     enlarge(plain[1])

@@ -30,9 +30,7 @@ def logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         return model.double()(**inputs).logits
 
 
-def losses(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches: list[dict[str, Tensor]]
-) -> list[float]:
+def losses(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches: list[dict[str, Tensor]]) -> list[float]:
     """Of every FP32 step."""
     values = []
     for batch in batches:

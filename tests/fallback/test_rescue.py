@@ -223,8 +223,7 @@ def test_resume_is_exact_plan_and_patience_included() -> None:
     )
     assert second.session.plan == whole.session.plan
     figures = [
-        {name: value for name, value in run.session.metrics().items() if name not in TIMINGS}
-        for run in (second, whole)
+        {name: value for name, value in run.session.metrics().items() if name not in TIMINGS} for run in (second, whole)
     ]
     assert figures[0] == figures[1]
     assert whole.changes() == [*first.changes(), *second.changes()] != []

@@ -139,9 +139,7 @@ def test_hundreds_of_steps_of_faults(full_size: bool) -> None:
     assert kinds == {*CAUSE_OF, "widened", "withdrawn", "back"}
     figures = run.session.metrics()
     skips = sum(kind in CAUSE_OF for kind, _ in run.incidents)
-    assert (
-        (figures["applied_steps"], figures["skipped_steps"]) == (run.applied, skips) == (steps - skips, skips)
-    )
+    assert (figures["applied_steps"], figures["skipped_steps"]) == (run.applied, skips) == (steps - skips, skips)
     assert run.session.scaler.get_scale() >= 1
 
 

@@ -48,9 +48,7 @@ def set_back(log: Path, seed: int = 0) -> int:
     return jumps
 
 
-def test_no_duration_is_of_the_wall_clock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
-) -> None:
+def test_no_duration_is_of_the_wall_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally) -> None:
     """Trainer, manager, events and report while `time.time` runs backwards: every time that is told is at least 0, and a
     log whose timestamps go backwards is reported on, its lines in the order in which they were written."""
     clock = BackwardsClock()

@@ -109,9 +109,7 @@ def test_a_foreign_or_hostile_state(victim: Victim, tmp_path: Path, tally: Tally
         b"PK\3\4" + b"\0" * 100,
         random.Random(0).randbytes(4096),
     ]
-    foreign += [
-        pickle.dumps(x) for x in (RunsCode(trace), {"scale": 1.0}, [1, 2], victim.run.session.events[0])
-    ]
+    foreign += [pickle.dumps(x) for x in (RunsCode(trace), {"scale": 1.0}, [1, 2], victim.run.session.events[0])]
     for content in (RunsCode(trace), {"scale": RunsCode(trace)}, [1.0], torch.zeros(3), "text", 7, None):
         torch.save(content, victim.file)
         foreign.append(victim.file.read_bytes())
@@ -124,9 +122,7 @@ def test_a_foreign_or_hostile_state(victim: Victim, tmp_path: Path, tally: Tally
 
 def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of everything in nested mappings and lists, the inner nodes too."""
-    items = (
-        tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    )
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
     for key, value in items:
         yield (*path, key)
         yield from leaves(value, (*path, key))
@@ -164,9 +160,7 @@ def test_garbage_in_any_place_of_a_state(victim: Victim, full_size: bool, tally:
     tally(f"{victim.file.name} with garbage in place of a value", len(cases), survived)
 
 
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
-)
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
 def test_where_upstreams_part_is_cut_off_ours_is_as_before(tmp_path: Path, file: str, tally: Tally) -> None:
     """accelerate's own files are its to refuse; the session is then where it was."""
     victim = Victim(tmp_path / "saved", "fp16")
@@ -259,9 +253,7 @@ def test_a_log_with_flipped_bits_or_of_someone_else(log: Path, full_size: bool, 
         survived += reads(log)
     tally("event log with random bits flipped", flips, survived)
     foreign = [b"", b"\0" * 99, b"[" * 100_000, b'{"timestamp": ' * 50_000, random.Random(0).randbytes(9999)]
-    foreign += [
-        whole.replace(b": 1,", b": " + x + b",") for x in (b"null", b"[]", b'"x"', b"1e999", b"9" * 5000)
-    ]
+    foreign += [whole.replace(b": 1,", b": " + x + b",") for x in (b"null", b"[]", b'"x"', b"1e999", b"9" * 5000)]
     for content in foreign:
         log.write_bytes(content)
         survived += reads(log)

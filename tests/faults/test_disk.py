@@ -69,9 +69,7 @@ def events_written(folder: Path) -> int:
     return read_run(folder).lines
 
 
-def test_a_log_on_a_full_disk_costs_no_step(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, tally: Tally
-) -> None:
+def test_a_log_on_a_full_disk_costs_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture, tally: Tally) -> None:
     """ENOSPC at every line, from the real device for it: one warning that says why, and the run is the same to the bit."""
     (tmp_path / LOG_FILE).symlink_to("/dev/full")
     logged = begin()
@@ -142,9 +140,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("target", ["saved", "new"])
-def test_a_save_that_finds_no_room_leaves_the_checkpoint_before(
-    tmp_path: Path, target: str, tally: Tally
-) -> None:
+def test_a_save_that_finds_no_room_leaves_the_checkpoint_before(tmp_path: Path, target: str, tally: Tally) -> None:
     """Whichever file does not fit, in the place of the former checkpoint or beside it: an error, every byte of the
     former one, nothing half-written left to keep the disk full, and a run that goes on."""
     run = saved_run(tmp_path / "saved")

@@ -241,6 +241,4 @@ def test_an_infinite_second_moment_is_not_told(tmp_path: Path) -> None:
     moved = weight.detach() != before * (1 - 1e-3 * 1e-2)  # but for weight decay
     assert not moved[0, 0]
     assert weight.isfinite().all()
-    assert not [
-        e for e in storm.session.events if e.kind is not EventKind.ATTACHED and e.kind.needs_attention
-    ]
+    assert not [e for e in storm.session.events if e.kind is not EventKind.ATTACHED and e.kind.needs_attention]

@@ -25,15 +25,11 @@ ENUMERATIONS = (
     "scaling_strategy",
     "communication_precision",
 )  # shown as what was understood
-CASES = st.builds(
-    lambda name, spell: spell(name), st.sampled_from(NAMES), st.sampled_from([str, str.lower, str.title])
-)
+CASES = st.builds(lambda name, spell: spell(name), st.sampled_from(NAMES), st.sampled_from([str, str.lower, str.title]))
 LIKELY = st.sampled_from([None, True, False, 1, 2, 0.5, 2.0**-20, 2.0**20])
 
 
-def dictionaries(
-    values: st.SearchStrategy[Any], keys: st.SearchStrategy[str]
-) -> st.SearchStrategy[dict[str, Any]]:
+def dictionaries(values: st.SearchStrategy[Any], keys: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(keys, LIKELY | CASES | values, max_size=3)
 
 
@@ -67,9 +63,7 @@ def check(options: dict[str, Any], reported: MixedPrecisionConfig | str) -> None
     named = re.findall(rf"\b({'|'.join(OPTIONS)})=", reported)
     assert set(named) & set(options)
     assert any(
-        f"{name}={safe_repr(options[name])}" in reported or name in ENUMERATIONS
-        for name in named
-        if name in options
+        f"{name}={safe_repr(options[name])}" in reported or name in ENUMERATIONS for name in named if name in options
     )
     assert re.search(r"\b(must|leave|use|set|lower|move)\b", reported)
 
@@ -103,9 +97,7 @@ def test_any_file(tmp_path_factory: pytest.TempPathFactory, options: dict[str, A
     assert reported == judged or reported == f"{path}: {judged}"
 
 
-@given(
-    st.one_of(st.binary(max_size=60), st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace")))
-)
+@given(st.one_of(st.binary(max_size=60), st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace"))))
 def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     """A file of anything is a config, or a ConfigError that names it."""
     for suffix in (".json", ".yaml", ".toml"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from hf_amp import EventKind, StateError
-from hf_amp.cli.watch import panel, take_in
+from hf_amp.cli.report import panel, take_in
 from hf_amp.events import LOG_FILE
 from hf_amp.monitoring.metrics import NAMES
 from hf_amp.report import reader
@@ -24,11 +24,7 @@ from hf_amp.report.reader import CHANGES_KEPT, EventLogReader, RunHistory, read_
 from hf_amp.report.verdict import figures_of
 from tests.fuzz.anything import PLAIN
 
-KINDS = (
-    st.just("metrics")
-    | st.sampled_from([kind.value for kind in EventKind])
-    | st.sampled_from(["of_the_future"])
-)
+KINDS = st.just("metrics") | st.sampled_from([kind.value for kind in EventKind]) | st.sampled_from(["of_the_future"])
 STEPS = st.integers(0, 40)
 FIGURES = st.dictionaries(
     st.sampled_from([*sorted(NAMES), "loss"]),
@@ -116,9 +112,7 @@ def test_whole_lines_are_kept(path: Path, parts: list[Any], cut: int, chunk: int
 
 LIKE_OURS = st.lists(CHANGED.map(as_bytes), min_size=1, max_size=3)
 MIXED_UP = st.lists(
-    st.one_of(
-        VALID.map(as_bytes), CHANGED.map(as_bytes), PASSED_OVER, PLAIN.map(as_bytes), st.binary(max_size=30)
-    ),
+    st.one_of(VALID.map(as_bytes), CHANGED.map(as_bytes), PASSED_OVER, PLAIN.map(as_bytes), st.binary(max_size=30)),
     max_size=8,
 )
 
@@ -164,14 +158,10 @@ def line(kind: EventKind, step: int, **fields: Any) -> dict[str, Any]:
     [
         lambda i: line(EventKind.METRICS, i, **{f"figure {i}": 1.0}),
         lambda i: line(EventKind.STEP_SKIPPED, i, cause=f"cause {i}"),
-        lambda i: line(
-            EventKind.METRICS, i, module_headroom_bits={f"module {50 * i + j}": 1.0 for j in range(50)}
-        ),
+        lambda i: line(EventKind.METRICS, i, module_headroom_bits={f"module {50 * i + j}": 1.0 for j in range(50)}),
     ],
 )
-def test_names_without_end_are_refused(
-    monkeypatch: pytest.MonkeyPatch, flood: Callable[[int], dict[str, Any]]
-) -> None:
+def test_names_without_end_are_refused(monkeypatch: pytest.MonkeyPatch, flood: Callable[[int], dict[str, Any]]) -> None:
     """A log in which every line has another figure, cause or module is none of hf_amp's, and does not fill the memory."""
     monkeypatch.setattr(reader, "MOST_MODULES", 2000)
     lines = map(flood, range(1100))

@@ -126,9 +126,7 @@ def mutated(state: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
             container[data.draw(NAMES)] = data.draw(ANYTHING)
         else:
             near = container[key]
-            container[key] = data.draw(
-                ANYTHING | st.sampled_from(NEAR_NUMBERS if is_real(near) else NEAR_TEXTS)
-            )
+            container[key] = data.draw(ANYTHING | st.sampled_from(NEAR_NUMBERS if is_real(near) else NEAR_TEXTS))
             if callable(container[key]):
                 container[key] = container[key](near)
     return state

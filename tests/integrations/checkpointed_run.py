@@ -56,14 +56,10 @@ class Run:
         return snapshot(self.model, self.optimizer), (self.scheduler.get_last_lr(), saved, figures)
 
 
-def begin(
-    precision: str = "fp16", *, folder: str | None = None, attached: bool = True, **options: Any
-) -> Run:
+def begin(precision: str = "fp16", *, folder: str | None = None, attached: bool = True, **options: Any) -> Run:
     """A run before its first step; with `folder` its checkpoints are named by accelerate."""
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
-    project = (
-        ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1) if folder else None
-    )
+    project = ProjectConfiguration(folder, automatic_checkpoint_naming=True, total_limit=1) if folder else None
     accelerator = Accelerator(mixed_precision=precision, cpu=True, project_config=project)
     session = hf_amp.attach(accelerator, MixedPrecisionConfig(**options)) if attached else None
     torch.manual_seed(0)

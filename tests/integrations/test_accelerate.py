@@ -40,9 +40,7 @@ def run(order: str, fused: bool, overflowing: int | None = 2, **options: Any) ->
         optimizer.zero_grad()
         skipped.append(accelerator.optimizer_step_was_skipped)
         rates.append(scheduler.get_last_lr()[0])
-        moved.append(
-            any(not torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=False))
-        )
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=False)))
     return {
         "accelerator": accelerator,
         "session": session,
@@ -151,9 +149,7 @@ def test_nothing_global_is_patched(precision: str) -> None:
             accelerator.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
             now = globally(owners)
-            assert [
-                {name: found.get(name) for name in held} for held, found in zip(before, now, strict=True)
-            ] == before
+            assert [{name: found.get(name) for name in held} for held, found in zip(before, now, strict=True)] == before
 
 
 def test_second_attach_is_a_clear_error() -> None:

@@ -57,9 +57,7 @@ def test_the_loop_trains_on_two_processes() -> None:
 
 def test_the_loop_trains_on_one() -> None:
     """The configuration for one CPU starts it too."""
-    output = launch(
-        "single_cpu_fp16.yaml", "examples/accelerate_loop.py", "--steps", "2", "--batch-size", "4"
-    )
+    output = launch("single_cpu_fp16.yaml", "examples/accelerate_loop.py", "--steps", "2", "--batch-size", "4")
     assert len(losses(output)) == 2
     assert "emulated" in output
 

@@ -75,9 +75,7 @@ def test_two_optimizers_of_one_backward_search_the_scale_and_stay_in_fp16() -> N
 
 @for_each("created_before_prepare", [True, False])
 @for_each("attached_first", [True, False])
-def test_schedulers_of_either_optimizer_step_it_once(
-    created_before_prepare: bool, attached_first: bool
-) -> None:
+def test_schedulers_of_either_optimizer_step_it_once(created_before_prepare: bool, attached_first: bool) -> None:
     """A schedule made for the raw or for the prepared optimizer: one optimizer step a call."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
     config = MixedPrecisionConfig(init_scale=1024.0)
@@ -99,9 +97,7 @@ def test_schedulers_of_either_optimizer_step_it_once(
     assert session.scaler.applied_steps == 2
 
 
-@pytest.mark.parametrize(
-    "copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
-)
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 def test_a_copied_optimizer_steps_its_own_parameters(copy_of: Any) -> None:
     """A deep copy, or an unpickled one, moves the copy and not the original."""
     accelerator = Accelerator(cpu=True)
@@ -122,9 +118,7 @@ def test_clipping_by_value_sees_unscaled_gradients() -> None:
     for precision in ("no", "fp16"):
         accelerator = Accelerator(mixed_precision=precision, cpu=True)
         session = hf_amp.attach(accelerator)
-        model, optimizer = accelerator.prepare(
-            tiny_mlp(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-        )
+        model, optimizer = accelerator.prepare(tiny_mlp(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
         optimizer.add_param_group({"params": list(model.parameters())})
         accelerator.backward(model(BATCH).square().mean())
         accelerator.clip_grad_value_(model.parameters(), 0.02)

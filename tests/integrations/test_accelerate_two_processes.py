@@ -100,9 +100,7 @@ def test_gradients_in_half_precision_are_half_the_bytes(ranks: Ranks, precision:
         whole, half = records["sent in None"], records[f"sent in {precision}"]
         assert half["bytes"] == pytest.approx(whole["bytes"] / 2, rel=0.01)
         assert half["losses"] == pytest.approx(whole["losses"], rel=0.01)
-        assert (
-            half["losses"] != whole["losses"] or precision == "FP16"
-        )  # emulated FP16 gradients are FP16 already
+        assert half["losses"] != whole["losses"] or precision == "FP16"  # emulated FP16 gradients are FP16 already
         assert half["losses"][-1] < 0.7 * half["losses"][0]
 
 

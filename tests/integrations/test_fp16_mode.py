@@ -47,13 +47,9 @@ def loss_of(model: nn.Module, step: int, micro: int) -> torch.Tensor:
 class Loop:
     """An Accelerate loop in FP16 mode with accumulation, clipping and a schedule."""
 
-    def __init__(
-        self, folder: Path | None = None, fused: bool = True, late: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, folder: Path | None = None, fused: bool = True, late: bool = False, **options: Any) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
-        self.accelerator = Accelerator(
-            mixed_precision="fp16", cpu=True, gradient_accumulation_steps=ACCUMULATION
-        )
+        self.accelerator = Accelerator(mixed_precision="fp16", cpu=True, gradient_accumulation_steps=ACCUMULATION)
         config = MixedPrecisionConfig(precision_mode="FP16", init_scale=1024.0, **options)
         if not late:
             self.session = hf_amp.attach(self.accelerator, config)
@@ -391,9 +387,7 @@ def test_architectures(kind: RescaledModel, emulate: bool) -> None:
         options = {"precision_mode": "FP16", "emulate": emulate} if mode == "fp16" else {}
         hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=256.0, **options))
         model, batches = kind.plain(0), kind.batches(0)
-        model, optimizer = accelerator.prepare(
-            model, torch.optim.AdamW(model.parameters(), lr=kind.learning_rate)
-        )
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=kind.learning_rate))
         losses[mode] = []
         for _ in range(3):
             loss = model(**next(batches)).loss

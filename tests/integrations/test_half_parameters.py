@@ -179,9 +179,7 @@ def test_remedies_lose_no_update(tmp_path: Path, choice: str) -> None:
         )
         wide = [by_parameter[p] for p in model.parameters()]
     moved = sum((a != b).sum().item() for a, b in zip(wide, before, strict=True))
-    unseen = (
-        16 * 256
-    )  # at most all rows of the embedding, which the loss reaches only through the bytes in the batch
+    unseen = 16 * 256  # at most all rows of the embedding, which the loss reaches only through the bytes in the batch
     assert moved >= sum(p.numel() for p in before) - unseen
     assert "lost_update_fraction" not in callback.session.metrics()
 
@@ -267,9 +265,7 @@ def test_conversion_inside_ddp_is_too_late(mode: PrecisionMode) -> None:
     """DDP hooks onto gradients by dtype: a conversion after it is refused, with the way that works."""
     model = tiny_mlp().to(torch.bfloat16)
     config = MixedPrecisionConfig(precision_mode=mode)
-    with pytest.raises(
-        AttachError, match=r"attach hf_amp before accelerator.prepare|Attach hf_amp before"
-    ) as raised:
+    with pytest.raises(AttachError, match=r"attach hf_amp before accelerator.prepare|Attach hf_amp before") as raised:
         convert_parameters(model, config, mode, [], MasterWeights(), fixed=True)
     assert "callbacks=[MixedPrecisionCallback(...)]" in str(raised.value)
     assert dtypes(model) == {torch.bfloat16}

@@ -202,9 +202,7 @@ def test_time_is_told_by_precision(tmp_path: Path, caplog: pytest.LogCaptureFixt
             return {"loss": (y - labels).square().mean(), "logits": y}
 
     callback = MixedPrecisionCallback({"init_scale": 1024.0})
-    trainer = Trainer(
-        Large(), arguments(tmp_path, optim="sgd"), train_dataset=numbers(), callbacks=[callback]
-    )
+    trainer = Trainer(Large(), arguments(tmp_path, optim="sgd"), train_dataset=numbers(), callbacks=[callback])
     trainer.train()
     assert dict(callback.session.plan.modules) != {}
     summary = caplog.records[-1].getMessage()

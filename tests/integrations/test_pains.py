@@ -171,9 +171,7 @@ def test_9_one_bad_micro_batch_discards_a_window_behind_a_healthy_loss(tmp_path:
 
 def test_the_share_is_of_what_the_logged_loss_is_the_mean_of(tmp_path: Path) -> None:
     """Two steps an entry, four micro-batches a step: one bad one of eight, and of sixteen in all."""
-    _, ours = stock_and_ours(
-        tmp_path, nan_rows=(NAN_ROW,), gradient_accumulation_steps=4, logging_steps=2, max_steps=4
-    )
+    _, ours = stock_and_ours(tmp_path, nan_rows=(NAN_ROW,), gradient_accumulation_steps=4, logging_steps=2, max_steps=4)
     assert logged(ours, "amp/non_finite_loss_fraction") == [0.125, 0]
     assert logged(ours, "amp/non_finite_losses") == [1, 1]
 
@@ -221,9 +219,7 @@ def test_11_a_skip_is_told_until_the_next_step(tmp_path: Path) -> None:
     options = {"gradient_accumulation_steps": 2, "max_steps": 2, "optim": "sgd"}
     readers = [Reader(), Reader()]
     stock_scaled(tmp_path, OverflowAt(1), readers[0], **options).train()
-    regression_trainer(
-        tmp_path, MixedPrecisionCallback(), OverflowAt(1), readers[1], fp16=True, **options
-    ).train()
+    regression_trainer(tmp_path, MixedPrecisionCallback(), OverflowAt(1), readers[1], fp16=True, **options).train()
     assert [reader.seen for reader in readers] == [[False, True, True, False], [False, True, False, False]]
 
 
@@ -388,9 +384,7 @@ def test_24_fp16_on_a_cpu_is_silently_fp32(tmp_path: Path) -> None:
 
     def run(*callbacks: Any, fp16: bool) -> Trainer:
         set_seed(0)
-        trainer = Trainer(
-            tiny_gpt2(), arguments(tmp_path, fp16=fp16), train_dataset=text(), callbacks=list(callbacks)
-        )
+        trainer = Trainer(tiny_gpt2(), arguments(tmp_path, fp16=fp16), train_dataset=text(), callbacks=list(callbacks))
         trainer.train()
         return trainer
 

@@ -157,9 +157,7 @@ def stock_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoint-4"
 
 
-@pytest.mark.parametrize(
-    ("after", "late"), [("fp32", False), ("bf16", True), ("fp16", False), ("fp16", True)]
-)
+@pytest.mark.parametrize(("after", "late"), [("fp32", False), ("bf16", True), ("fp16", False), ("fp16", True)])
 def test_from_a_stock_checkpoint(tmp_path: Path, stock_checkpoint: Path, after: str, late: bool) -> None:
     """Made before hf_amp was added: the stock scale goes on in FP16, is left aside elsewhere, and saving works."""
     assert (stock_checkpoint / "scaler.pt").exists()

@@ -30,9 +30,7 @@ from tests.integrations.trainers import OverflowAt, StockFP16OnCPU, arguments, s
 def test_overflow_is_skipped_and_told_truthfully(tmp_path: Path, optim: str, max_grad_norm: float) -> None:
     """On the overflowing step nothing moves: not parameters, optimizer state or schedule; and everybody says so."""
     callback = MixedPrecisionCallback()
-    trainer, witness = trainer_with(
-        tmp_path, callback, OverflowAt(3), optim=optim, max_grad_norm=max_grad_norm
-    )
+    trainer, witness = trainer_with(tmp_path, callback, OverflowAt(3), optim=optim, max_grad_norm=max_grad_norm)
     trainer.train()
     assert witness.moved == [True, True, False, True, True, True]
     assert witness.state_moved == [True, True, False, True, True, True]
@@ -55,9 +53,7 @@ def test_upstream_fails_this_with_a_fused_optimizer(tmp_path: Path) -> None:
     assert witness.rates[2] < witness.rates[1]
 
 
-def test_metrics_are_in_every_log_entry_and_in_tensorboard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_are_in_every_log_entry_and_in_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`log_history` and a TensorBoard file read back hold the same `amp/` values at the same steps."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     callback = MixedPrecisionCallback()
@@ -74,16 +70,12 @@ def test_metrics_are_in_every_log_entry_and_in_tensorboard(
     assert {key.removeprefix("amp/") for entry in entries for key in entry if key.startswith("amp/")} <= NAMES
     board = EventAccumulator(str(tmp_path / "tb")).Reload()
     tag = next(tag for tag in board.Tags()["scalars"] if tag.endswith("amp/scale"))
-    assert [(s.step, s.value) for s in board.Scalars(tag)] == [
-        (entry["step"], entry["amp/scale"]) for entry in entries
-    ]
+    assert [(s.step, s.value) for s in board.Scalars(tag)] == [(entry["step"], entry["amp/scale"]) for entry in entries]
 
 
 def test_trainer_state_stays_valid_json(tmp_path: Path) -> None:
     """Saved with skipped steps in it, trainer_state.json has no bare NaN or Infinity."""
-    trainer, _ = trainer_with(
-        tmp_path, MixedPrecisionCallback(), OverflowAt(2, 3), save_strategy="steps", save_steps=6
-    )
+    trainer, _ = trainer_with(tmp_path, MixedPrecisionCallback(), OverflowAt(2, 3), save_strategy="steps", save_steps=6)
     trainer.train()
     assert strict_json(tmp_path / "checkpoint-6" / "trainer_state.json")["log_history"]
 
@@ -144,9 +136,7 @@ def test_real_half_kernels(tmp_path: Path, late: bool) -> None:
         ({"fp16": False}, PrecisionMode.FP32),
     ],
 )
-def test_training_arguments_are_followed(
-    tmp_path: Path, options: dict[str, bool], mode: PrecisionMode
-) -> None:
+def test_training_arguments_are_followed(tmp_path: Path, options: dict[str, bool], mode: PrecisionMode) -> None:
     """fp16, bf16 or neither decide the plan; a precision_mode that contradicts them is an error that names both."""
     callback = MixedPrecisionCallback()
     trainer, _ = trainer_with(tmp_path, callback, **options, max_steps=2)
@@ -273,13 +263,8 @@ def test_a_disabled_run_says_that_it_is(tmp_path: Path) -> None:
     trainer, _ = trainer_with(tmp_path, callback, max_steps=1)
     trainer.train()
     reported = {event.kind: event.message for event in callback.session.events}
-    assert (
-        reported[EventKind.TRAINING_STARTED] == "training starts: without hf_amp, which the config disables."
-    )
-    assert (
-        reported[EventKind.TRAINING_ENDED]
-        == "training ends: hf_amp, which the config disables, counted nothing."
-    )
+    assert reported[EventKind.TRAINING_STARTED] == "training starts: without hf_amp, which the config disables."
+    assert reported[EventKind.TRAINING_ENDED] == "training ends: hf_amp, which the config disables, counted nothing."
 
 
 @pytest.mark.parametrize("enabled", [True, False])

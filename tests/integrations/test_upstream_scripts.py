@@ -20,9 +20,7 @@ from tests.integrations.launching import launch
 )
 def test_upstream_scripts_pass(config: str, accelerators: dict[str, int]) -> None:
     """They end without an error, hf_amp was attached throughout, and it did decide optimizer steps."""
-    output = launch(
-        config, "--mixed_precision", "no", "-m", "tests.integrations.upstream_script", *accelerators
-    )
+    output = launch(config, "--mixed_precision", "no", "-m", "tests.integrations.upstream_script", *accelerators)
     reported = dict(line.split(": attached to ") for line in output.splitlines() if ": attached to " in line)
     for script, least in accelerators.items():
         attached, steps = (int(word) for word in reported[script].split() if word.isdigit())

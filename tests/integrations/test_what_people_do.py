@@ -365,9 +365,7 @@ class Large(Regression):
 def test_a_new_trainer_on_the_same_model(tmp_path: Path) -> None:
     """A cell of a notebook that is run again, also in FP32: what runs is what the newest session says, and back."""
 
-    def trainer(
-        folder: str, model: torch.nn.Module, **options: Any
-    ) -> tuple[Trainer, MixedPrecisionCallback]:
+    def trainer(folder: str, model: torch.nn.Module, **options: Any) -> tuple[Trainer, MixedPrecisionCallback]:
         set_seed(0)
         callback = MixedPrecisionCallback({"init_scale": 1.0})
         options = {

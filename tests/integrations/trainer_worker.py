@@ -30,9 +30,7 @@ class PoisonRank1(TrainerCallback):
 def withheld_by(folder: Path) -> list[int]:
     """The steps of the checkpoints that this rank lets nobody write."""
     callback = MixedPrecisionCallback()
-    trainer = regression_trainer(
-        folder, callback, PoisonRank1(), max_steps=3, save_strategy="steps", save_steps=1
-    )
+    trainer = regression_trainer(folder, callback, PoisonRank1(), max_steps=3, save_strategy="steps", save_steps=1)
     trainer.train()
     events = callback.session.events
     return [event.step for event in events if event.kind is EventKind.CHECKPOINT_WITHHELD]
@@ -63,9 +61,7 @@ def seen_in(precision: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    seen: dict[str, Any] = {
-        precision: seen_in(precision, folder / precision) for precision in ("fp16", "fp32")
-    }
+    seen: dict[str, Any] = {precision: seen_in(precision, folder / precision) for precision in ("fp16", "fp32")}
     seen["withheld"] = withheld_by(folder / "poisoned")
     gathered: list[object] = [None, None]
     dist.all_gather_object(gathered, seen)

@@ -92,9 +92,7 @@ def numbers(nan_rows: tuple[int, ...] = ()) -> Dataset:
     return Dataset.from_dict({"x": x.tolist(), "labels": labels})
 
 
-def regression_trainer(
-    folder: Path, *callbacks: Any, nan_rows: tuple[int, ...] = (), **options: Any
-) -> Trainer:
+def regression_trainer(folder: Path, *callbacks: Any, nan_rows: tuple[int, ...] = (), **options: Any) -> Trainer:
     """A stock Trainer on `numbers`, four rows a batch in order; FP32 unless `options` say otherwise."""
     names = ("compute_loss_func", "compute_metrics", "eval_dataset")
     given = {name: options.pop(name) for name in names if name in options}

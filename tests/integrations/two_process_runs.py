@@ -144,9 +144,7 @@ def sent(precision: str | None) -> dict[str, Any]:
 
 def sums_beyond_fp16() -> list[bool]:
     """Whether gradients of 40,000 on both ranks, and of 70,000 on rank 1, are skipped when sent in FP16."""
-    config = MixedPrecisionConfig(
-        distributed_amp=True, communication_precision="FP16", init_scale=1.0, emulate=True
-    )
+    config = MixedPrecisionConfig(distributed_amp=True, communication_precision="FP16", init_scale=1.0, emulate=True)
     accelerator, session, _, _ = begin(config)
     model = nn.Linear(1, 1, bias=False)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-6))

@@ -15,9 +15,7 @@ def record_applied(
 ) -> None:
     """One applied step."""
     monitor.after_step(
-        StepOutcome(
-            1, True, scale, grad_norm=grad_norm, grad_amax=grad_amax, underflow_fraction=underflow_fraction
-        )
+        StepOutcome(1, True, scale, grad_norm=grad_norm, grad_amax=grad_amax, underflow_fraction=underflow_fraction)
     )
 
 

@@ -37,9 +37,7 @@ def test_nothing_shows_when_nothing_is_wrong(caplog, kind):
 
 def test_a_skip_names_cause_and_change_of_the_scale(caplog):
     """Why, from what, to what."""
-    Console().write(
-        AmpEvent(3, EventKind.STEP_SKIPPED, Cause.SCALE, before=65536.0, after=32768.0, message="normal")
-    )
+    Console().write(AmpEvent(3, EventKind.STEP_SKIPPED, Cause.SCALE, before=65536.0, after=32768.0, message="normal"))
     assert caplog.messages == ["step 3: step_skipped (SCALE): 65536 -> 32768: normal"]
 
 
@@ -51,9 +49,7 @@ def test_a_change_that_is_no_pair_of_numbers_prints_no_arrow(caplog, before, aft
     assert caplog.messages == ["step 3: step_skipped: text"]
 
 
-@pytest.mark.parametrize(
-    ("modules", "where"), [(4, "h.0, h.1, h.2, h.3"), (96, "h.0, h.1, h.2, h.3 and 92 more")]
-)
+@pytest.mark.parametrize(("modules", "where"), [(4, "h.0, h.1, h.2, h.3"), (96, "h.0, h.1, h.2, h.3 and 92 more")])
 def test_a_line_names_a_few_of_many_modules(caplog, modules, where):
     """A large model that overflows everywhere still has a line that can be read; the event has all names."""
     names = tuple(f"h.{i}" for i in range(modules))

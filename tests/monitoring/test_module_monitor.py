@@ -39,14 +39,10 @@ class Net(nn.Module):
 def run(steps: int, fused: bool = False, precision: str = "fp16", clip: bool = True, **options: Any) -> Any:
     """A raw Accelerate loop; yields after every step the session, the model, and what the step's truth was."""
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
-    config = MixedPrecisionConfig(
-        monitor_modules=True, monitoring_interval=INTERVAL, init_scale=1024.0, **options
-    )
+    config = MixedPrecisionConfig(monitor_modules=True, monitoring_interval=INTERVAL, init_scale=1024.0, **options)
     session = hf_amp.attach(accelerator, config)
     model = Net()
-    prepared, optimizer = accelerator.prepare(
-        model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
-    )
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused))
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         x = torch.randn(4, 8, generator=generator)

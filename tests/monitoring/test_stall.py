@@ -11,9 +11,7 @@ from hf_amp.events import StepOutcome
 from hf_amp.monitoring.stall import StallDetector
 
 
-def applied(
-    zero_gradients: bool, loss_finite: bool | None, scale: float, has_gradients: bool = True
-) -> StepOutcome:
+def applied(zero_gradients: bool, loss_finite: bool | None, scale: float, has_gradients: bool = True) -> StepOutcome:
     """An applied step."""
     return StepOutcome(
         1, True, scale, loss_finite=loss_finite, zero_gradients=zero_gradients, has_gradients=has_gradients

@@ -117,9 +117,7 @@ def test_skips_and_scales_are_told_as_deepspeed_made_them(stage: int) -> None:
     assert metrics["grad_norm"] == pytest.approx(float(model.get_global_grad_norm()), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("precision", "stage"), [pytest.param("fp16", 2, marks=needs_fp16), ("bf16", 1), ("no", 2)]
-)
+@pytest.mark.parametrize(("precision", "stage"), [pytest.param("fp16", 2, marks=needs_fp16), ("bf16", 1), ("no", 2)])
 def test_training_is_to_the_last_bit_what_it_is_without(precision: str, stage: int) -> None:
     """Parameters and scales of a run with NaN in it, observed and not; a skip is told where DeepSpeed makes one, which
     without a loss scale depends on its version."""
@@ -212,9 +210,7 @@ def test_an_option_that_would_act_is_refused(option: str, value: Any) -> None:
     """The error names the option and says who acts; nothing is changed by the attempt."""
     accelerator = accelerator_with("bf16")
     before = dict(vars(accelerator))
-    with pytest.raises(
-        ConfigError, match=f"{option}=.*DeepSpeed scales losses and skips.*leave {option} out"
-    ):
+    with pytest.raises(ConfigError, match=f"{option}=.*DeepSpeed scales losses and skips.*leave {option} out"):
         hf_amp.attach(accelerator, MixedPrecisionConfig(**{option: value}))
     assert vars(accelerator) == before
 
@@ -247,9 +243,7 @@ def test_detach_restores_what_was_there(tmp_path: Path) -> None:
             with pytest.raises(AttachError, match="detach"):
                 hf_amp.attach(accelerator)
             train(accelerator, model, optimizer, [CLEAN, NAN])
-        assert [
-            {name: value for name, value in vars(owner).items() if callable(value)} for owner in owners
-        ] == before
+        assert [{name: value for name, value in vars(owner).items() if callable(value)} for owner in owners] == before
         assert [
             len(accelerator._save_model_state_pre_hook), len(accelerator._load_model_state_pre_hook)
         ] == hooks  # fmt: skip
@@ -306,9 +300,7 @@ def test_a_trainer_logs_what_deepspeed_did(tmp_path: Path) -> None:
     assert [entry["amp/scale"] for entry in logged] == [256.0, 128.0, 128.0, 128.0]
     assert ["grad_norm" in entry for entry in logged] == [True, False, True, True]
     reported = [json.loads(line) for line in (tmp_path / "amp_events.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["cause"]) for line in reported if line["event"] == "step_skipped"] == [
-        (2, "UNKNOWN")
-    ]
+    assert [(line["step"], line["cause"]) for line in reported if line["event"] == "step_skipped"] == [(2, "UNKNOWN")]
     assert callback.session.metrics()["applied_steps"] == 3
 
 

@@ -48,9 +48,7 @@ def train(accelerator: Accelerator, model: Any, optimizer: Any, faults: dict[int
     """Five steps, with "input" or "gradient" not finite in those of `faults`; which of them were skipped."""
     skipped = []
     for step in range(1, 6):
-        loss = model(
-            torch.linspace(-1, 1, 256).reshape(16, 16) * (math.nan if faults.get(step) == "input" else 1)
-        )
+        loss = model(torch.linspace(-1, 1, 256).reshape(16, 16) * (math.nan if faults.get(step) == "input" else 1))
         loss = loss.square().mean()
         accelerator.backward(OverflowInBackward.apply(loss) if faults.get(step) == "gradient" else loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -170,9 +168,7 @@ def test_detach_restores_what_was_there() -> None:
     assert [build(owner) for owner in owners] == before
 
 
-def test_a_trainer_that_accelerate_runs_in_fp8_is_guarded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trainer_that_accelerate_runs_in_fp8_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TrainingArguments has no word for FP8, the environment of accelerate has: the batch with NaN costs one step."""
     from transformers import Trainer, TrainingArguments
 

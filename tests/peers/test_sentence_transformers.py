@@ -81,9 +81,7 @@ def embedder(folder: Path) -> Any:
 def pairs(**columns: list[Any]) -> Dataset:
     """The halves of sentences belong together."""
     halves = [(s[: len(s) // 2], s[len(s) // 2 :]) for s in SENTENCES]
-    return Dataset.from_dict(
-        {"anchor": [a for a, _ in halves], "positive": [b for _, b in halves], **columns}
-    )
+    return Dataset.from_dict({"anchor": [a for a, _ in halves], "positive": [b for _, b in halves], **columns})
 
 
 def trained(
@@ -201,9 +199,7 @@ def sparse_encoder(folder: Path) -> tuple[Any, Any, str]:
 
 
 @pytest.mark.parametrize("make", [cross_encoder, sparse_encoder])
-def test_the_other_trainers_name_them_too(
-    make: Callable[[Path], tuple[Any, Any, str]], tmp_path: Path
-) -> None:
+def test_the_other_trainers_name_them_too(make: Callable[[Path], tuple[Any, Any, str]], tmp_path: Path) -> None:
     """And go on after one step."""
     model, loss, kind = make(tmp_path / "model")
     OVERFLOWS.apply(model)

@@ -185,9 +185,7 @@ def test_dpo_with_adapters_has_one_model(tmp_path: Path) -> None:
     callback = MixedPrecisionCallback()
     trained(dpo, tmp_path, "fp16", [callback], overflows=True, lora=True)
     (skip,) = reported(callback, EventKind.STEP_SKIPPED)
-    names = tuple(
-        f"base_model.model.{name}" + (".base_layer" if "down_proj" in name else "") for name in OVERFLOWING
-    )
+    names = tuple(f"base_model.model.{name}" + (".base_layer" if "down_proj" in name else "") for name in OVERFLOWING)
     assert (skip.cause, skip.modules) == (Cause.ACTIVATION, names)
 
 

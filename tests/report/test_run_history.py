@@ -44,9 +44,7 @@ def history(*lines: dict[str, Any]) -> RunHistory:
 
 def test_figures_are_kept_over_time() -> None:
     """Every number of a metrics line is a point; what is text or a switch is none."""
-    run = history(
-        started(), *(line("metrics", s, loss=5.0 - s, scale=4.0, note="x", on=True) for s in (1, 2))
-    )
+    run = history(started(), *(line("metrics", s, loss=5.0 - s, scale=4.0, note="x", on=True) for s in (1, 2)))
     assert {name: list(series) for name, series in run.figures.items()} == {
         "loss": [(1, 4.0), (2, 3.0)],
         "scale": [(1, 4.0), (2, 4.0)],
@@ -121,9 +119,7 @@ def test_two_skips_of_one_step_are_two() -> None:
 
 def test_a_run_begun_anew_in_the_same_folder_replaces_the_former() -> None:
     """Nothing of the first run is in the second, but it is counted."""
-    run = history(
-        started(), skipped(5), line("training_ended", 9, scale=1.0), started(), line("metrics", 1, loss=2.0)
-    )
+    run = history(started(), skipped(5), line("training_ended", 9, scale=1.0), started(), line("metrics", 1, loss=2.0))
     assert (run.former_runs, run.incidents, list(run.figures), run.ended) == (1, [], ["loss"], False)
     assert run.newest_step == 1
 
@@ -145,9 +141,7 @@ def test_figures_by_module_are_kept_by_module() -> None:
 
 
 def changed(step: int, before: str, after: str, *modules: str) -> dict[str, Any]:
-    return line(
-        "precision_changed", step, before=before, after=after, modules=list(modules), message="because"
-    )
+    return line("precision_changed", step, before=before, after=after, modules=list(modules), message="because")
 
 
 def test_what_is_in_another_precision_now_is_known() -> None:

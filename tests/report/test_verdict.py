@@ -156,7 +156,5 @@ def test_the_verdict_says_what_became_of_the_run() -> None:
 
 def test_no_run_that_fails_is_said_to_train() -> None:
     """What does not train is never called training, whatever else is in its log."""
-    sentences = [
-        verdict_on(history(*lines)).sentence for lines, level, _ in CASES.values() if level is Level.BROKEN
-    ]
+    sentences = [verdict_on(history(*lines)).sentence for lines, level, _ in CASES.values() if level is Level.BROKEN]
     assert [sentence for sentence in sentences if sentence.startswith("Training")] == []

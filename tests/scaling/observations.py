@@ -21,9 +21,7 @@ def observed(
 ) -> Observation:
     """An observation; the amax of an overflowing step is inf, as it is in FP16. `wanted`: what underflow asks for."""
     values = (float(overflow), float(not loss_finite), math.inf if overflow else amax)
-    return Observation(
-        *(torch.tensor(value) for value in values), None if wanted is None else torch.tensor(wanted)
-    )
+    return Observation(*(torch.tensor(value) for value in values), None if wanted is None else torch.tensor(wanted))
 
 
 def scales_under(policy: ScalePolicy, overflows: Iterable[bool], loss_finite: bool = True) -> list[float]:

@@ -41,9 +41,7 @@ def fsdp1_model(use_orig_params: bool = False) -> nn.Module:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that FSDP1 is old, and that a CPU has no device number
-        return FullyShardedDataParallel(
-            layers(seed=0), device_id=torch.device("cpu"), use_orig_params=use_orig_params
-        )
+        return FullyShardedDataParallel(layers(seed=0), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
 
 
 SHARDED = {
@@ -100,9 +98,7 @@ def run(
         scaler.update()
         applied.append(scaler.last_outcome.applied)
         scales.append(scaler.get_scale())
-        moved.append(
-            any(not torch.equal(a, local(p)) for a, p in zip(before, model.parameters(), strict=True))
-        )
+        moved.append(any(not torch.equal(a, local(p)) for a, p in zip(before, model.parameters(), strict=True)))
     states = [value for state in optimizer.state.values() for value in state.values()]
     finite = all(local(tensor).isfinite().all() for tensor in [*model.parameters(), *states])
     return {"applied": applied, "scales": scales, "moved": moved, "finite": bool(finite)}
@@ -111,9 +107,7 @@ def run(
 def main() -> None:
     dist.init_process_group("gloo")
     results = {}
-    for (kind, make_model), fused, unscale in itertools.product(
-        SHARDED.items(), (False, True), (False, True)
-    ):
+    for (kind, make_model), fused, unscale in itertools.product(SHARDED.items(), (False, True), (False, True)):
         results[f"{kind} {fused} {unscale}"] = run(
             make_model, fused, unscale, scaling_strategy="ADAPTIVE", sync_grad_scaler=kind != "FSDP2"
         )

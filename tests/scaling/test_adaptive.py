@@ -75,9 +75,7 @@ def test_returning_outliers_cost_few_steps_where_it_does_not() -> None:
 def test_room_for_outliers_is_an_option() -> None:
     """Gradients 64 times as large every 100 steps: without room the scale is larger in between, and they overflow."""
     runs = {
-        room: simulate(
-            with_outliers(gaussian(1000)), spread_bits=20.0, overflow_budget=0.1, outlier_headroom=room
-        )
+        room: simulate(with_outliers(gaussian(1000)), spread_bits=20.0, overflow_budget=0.1, outlier_headroom=room)
         for room in (64.0, 1.0)
     }
     (kept, cautious), (overflows, bold) = runs[64.0], runs[1.0]
@@ -89,8 +87,7 @@ def test_room_for_outliers_is_an_option() -> None:
 def test_budget_is_an_option() -> None:
     """A larger budget keeps a larger scale."""
     careful, bold = (
-        simulate(gaussian(300, sigma=1.0), overflow_budget=budget, spread_bits=WIDE)[1][-1]
-        for budget in (1e-4, 0.2)
+        simulate(gaussian(300, sigma=1.0), overflow_budget=budget, spread_bits=WIDE)[1][-1] for budget in (1e-4, 0.2)
     )
     assert bold > careful
 
@@ -175,9 +172,7 @@ def test_a_noisy_sample_moves_the_scale_by_little_and_a_new_regime_at_once() -> 
     state = policy.init_state(torch.device("cpu"))
     dice = random.Random(0)
     for _ in range(200):
-        state = policy.next_state(
-            state, observed(amax=2.0**-6, wanted=2.0 ** (18 + dice.choice([0, 0, 0, 3])))
-        )
+        state = policy.next_state(state, observed(amax=2.0**-6, wanted=2.0 ** (18 + dice.choice([0, 0, 0, 3]))))
     assert 2.0**18 <= state.scale.item() <= 2.0**19
     for _ in range(5):
         state = policy.next_state(state, observed(amax=2.0**-12, wanted=2.0**27))

@@ -95,9 +95,7 @@ def test_steps_that_the_device_skips_are_not_measured() -> None:
     """The same where the optimizer is called in any case and skips by itself."""
     model = wide_mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    run = Run(
-        model, optimizer, precision_mode="MIXED", scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=8.0
-    )
+    run = Run(model, optimizer, precision_mode="MIXED", scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=8.0)
     for overflow in (False, True, False, False):
         run.step(overflow)
     run.scaler.flush()

@@ -252,9 +252,7 @@ def test_skipped_step_leaves_gradients_to_look_at() -> None:
 
 def test_parameters_without_gradients_and_fp32_ones_are_left_alone() -> None:
     """Beside FP16 parameters, FP32 ones move as ever; one without a gradient moves in neither form."""
-    half, wide, idle = (
-        nn.Parameter(torch.ones(2, dtype=d)) for d in (torch.float16, torch.float32, torch.float16)
-    )
+    half, wide, idle = (nn.Parameter(torch.ones(2, dtype=d)) for d in (torch.float16, torch.float32, torch.float16))
     optimizer = torch.optim.AdamW([half, wide, idle], lr=0.5, weight_decay=0.0)
     scaler = AdvancedGradScaler(MixedPrecisionConfig(precision_mode="FP16", init_scale=1024.0), "cpu")
     scaler.scale(half.float().sum() + wide.sum()).backward()
@@ -289,9 +287,7 @@ def test_optimizer_that_raises_leaves_everything_in_place() -> None:
     with pytest.raises(MemoryError):
         run.step(next(windows))
     handle.remove()
-    assert all(
-        a is b for a, b in zip(run.optimizer.param_groups[0]["params"], run.model.parameters(), strict=True)
-    )
+    assert all(a is b for a, b in zip(run.optimizer.param_groups[0]["params"], run.model.parameters(), strict=True))
     run.scaler.update()
     before = snapshot(run.model, run.optimizer)
     run.step(next(windows))
@@ -378,9 +374,7 @@ def test_loading_before_the_scaler_knows_the_optimizer_is_a_clear_error() -> Non
         run.step(window)
     late = Run(OPTIMIZERS["adamw"])
     late.optimizer.load_state_dict(run.optimizer.state_dict())
-    with pytest.raises(
-        ScalerError, match=r"keep_master_weights\(optimizer\) before optimizer.load_state_dict"
-    ):
+    with pytest.raises(ScalerError, match=r"keep_master_weights\(optimizer\) before optimizer.load_state_dict"):
         late.step(next(micro_losses(late.model, 1)))
 
 

@@ -34,9 +34,7 @@ def model_parameters(sparse: bool) -> list[nn.Parameter]:
 
 def peak_bytes(work: object, trace: Path) -> tuple[int, int]:
     """The most that was allocated at once while `work()` ran, and what was left after it, beyond what was there before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     profile.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
@@ -48,9 +46,7 @@ def peak_bytes(work: object, trace: Path) -> tuple[int, int]:
     return peak, held
 
 
-def boundary_bytes(
-    trace: Path, strategy: str, fused: bool, kind: str, sparse: bool = False
-) -> tuple[int, int, int]:
+def boundary_bytes(trace: Path, strategy: str, fused: bool, kind: str, sparse: bool = False) -> tuple[int, int, int]:
     """Peak and rest of the third step boundary with everything on, and the bytes of the gradients."""
     held = model_parameters(sparse)
     guard = {"precision_mode": "BF16"} if kind == "guard" else {}

@@ -29,9 +29,7 @@ def with_kernel_for_mps() -> frozenset[str]:
             or function.has_composite_kernel
             or (function.structured_delegate is not None and str(function.structured_delegate))
         )
-    return frozenset(
-        f"aten::{name}" for name, how in found.items() if (found[how] if isinstance(how, str) else how)
-    )
+    return frozenset(f"aten::{name}" for name, how in found.items() if (found[how] if isinstance(how, str) else how))
 
 
 @for_each("fused", [True, False])

@@ -19,9 +19,7 @@ from tests.scaling.observations import observed, scales_under
 
 MAGNITUDES = st.floats(min_value=0, max_value=2.0**127, width=32)
 WANTED = st.one_of(st.none(), st.just(0.0), st.floats(min_value=2.0**-126, max_value=2.0**127, width=32))
-STEPS = st.lists(
-    st.builds(observed, st.booleans(), st.booleans(), MAGNITUDES, WANTED), min_size=1, max_size=60
-)
+STEPS = st.lists(st.builds(observed, st.booleans(), st.booleans(), MAGNITUDES, WANTED), min_size=1, max_size=60)
 STRATEGIES = pytest.mark.parametrize("strategy", list(ScalingStrategy))
 
 
@@ -71,9 +69,7 @@ def test_state_round_trips_and_ranks_agree(strategy: ScalingStrategy, steps: lis
 @given(steps=STEPS)
 def test_what_the_host_knows_changes_nothing(steps: list[Observation]) -> None:
     """ADAPTIVE comes to the same bits whether or not it is told that a clean step is clean."""
-    reported = [
-        step._replace(known_clean=bool(step.found_inf == 0) and step.grad_amax.item() > 0) for step in steps
-    ]
+    reported = [step._replace(known_clean=bool(step.found_inf == 0) and step.grad_amax.item() > 0) for step in steps]
     policy = policy_of(ScalingStrategy.ADAPTIVE)
     assert torch.stack(run(policy, steps)[-1]).equal(torch.stack(run(policy, reported)[-1]))
 
@@ -96,9 +92,7 @@ def test_constant_stays() -> None:
 
 def test_dynamic_halves_grows_and_stops_at_its_bounds() -> None:
     """One halving an overflow down to the floor; one doubling an interval up to the ceiling."""
-    policy = policy_of(
-        ScalingStrategy.DYNAMIC, init_scale=8.0, min_scale=2.0, max_scale=16.0, growth_interval=2
-    )
+    policy = policy_of(ScalingStrategy.DYNAMIC, init_scale=8.0, min_scale=2.0, max_scale=16.0, growth_interval=2)
     assert scales_under(policy, [True] * 4) == [4.0, 2.0, 2.0, 2.0]
     assert scales_under(policy, [False] * 6) == [8.0, 16.0, 16.0, 16.0, 16.0, 16.0]
     assert scales_under(policy, [False, True, False, False]) == [8.0, 4.0, 4.0, 8.0]

@@ -194,9 +194,7 @@ def test_complex_parameters_are_those_of_the_plain_loop(mode: str, sync: bool) -
     weights = [nn.Parameter(torch.tensor([1 + 2j, 3 - 1j])) for _ in range(2)]
     optimizer, plain = (torch.optim.SGD([weight], lr=0.1) for weight in weights)
     for factor in (1.0, 2.0, math.nan):
-        ours, theirs = (
-            factor * (weight.conj() * torch.tensor([1j, 2 + 1j])).real.sum() for weight in weights
-        )
+        ours, theirs = (factor * (weight.conj() * torch.tensor([1j, 2 + 1j])).real.sum() for weight in weights)
         plain.zero_grad()
         one_step(scaler, ours, optimizer)
         theirs.backward()
@@ -378,9 +376,7 @@ def test_dead_stock_scale_is_brought_back_into_bounds(dead_scale: float) -> None
 
 
 @pytest.mark.parametrize("saved_scale", [512.0, 8.0])
-def test_constant_says_that_a_loaded_scale_is_not_its_own(
-    caplog: pytest.LogCaptureFixture, saved_scale: float
-) -> None:
+def test_constant_says_that_a_loaded_scale_is_not_its_own(caplog: pytest.LogCaptureFixture, saved_scale: float) -> None:
     """Who resumes with CONSTANT and another init_scale is told which of the two it goes on with."""
     scaler = scaler_with(scaling_strategy="CONSTANT", init_scale=8.0)
     scaler.load_state_dict(torch.amp.GradScaler("cpu", init_scale=saved_scale).state_dict())

@@ -46,9 +46,7 @@ def test_inf_in_one_shard_skips_on_all_ranks(
 
 @for_each("strategy", ["ADAPTIVE", "DYNAMIC"])
 @for_each("switch", ["sync_grad_scaler", "distributed_amp"])
-def test_rank_local_gradients_and_losses_are_agreed_on(
-    ranks: list[dict[str, Any]], strategy: str, switch: str
-) -> None:
+def test_rank_local_gradients_and_losses_are_agreed_on(ranks: list[dict[str, Any]], strategy: str, switch: str) -> None:
     """With either option an inf of rank 0 and a NaN loss of rank 1 skip on both, and the scales stay equal."""
     first, second = (results[f"local {strategy} {switch}"] for results in ranks)
     assert first == second

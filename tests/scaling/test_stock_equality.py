@@ -59,9 +59,7 @@ def test_checkpoints_move_both_ways(direction: str, after_first_step: bool) -> N
         source.step(optimizer)
         source.update()
         optimizer.zero_grad()
-    fresh = (
-        AdvancedGradScaler(MixedPrecisionConfig(), "cpu") if target is ours else torch.amp.GradScaler("cpu")
-    )
+    fresh = AdvancedGradScaler(MixedPrecisionConfig(), "cpu") if target is ours else torch.amp.GradScaler("cpu")
     fresh.load_state_dict(source.state_dict())
     stock_keys = ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
     assert {k: fresh.state_dict()[k] for k in stock_keys} == {k: source.state_dict()[k] for k in stock_keys}

@@ -14,8 +14,7 @@ from tests.host_reads import count_host_reads
 def tensors() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     made = [
-        torch.randn(shape, generator=generator) * scale
-        for shape, scale in (((3, 5), 1.0), ((900,), 1e-5), ((), 7.0))
+        torch.randn(shape, generator=generator) * scale for shape, scale in (((3, 5), 1.0), ((900,), 1e-5), ((), 7.0))
     ]
     return [
         *made,
@@ -36,9 +35,7 @@ def test_amax_is_that_of_each() -> None:
 
 def test_what_is_not_finite_shows() -> None:
     """An infinity is the largest, and NaN stays NaN."""
-    peaks = amax_of_each(
-        [torch.tensor([1.0, -torch.inf]), torch.tensor([1.0, torch.nan])], torch.device("cpu")
-    )
+    peaks = amax_of_each([torch.tensor([1.0, -torch.inf]), torch.tensor([1.0, torch.nan])], torch.device("cpu"))
     assert peaks[0] == torch.inf
     assert peaks[1].isnan()
 

@@ -270,9 +270,7 @@ def test_both_norms_agree_within_the_range(seed):
 def large_and_small(seed: int, dtype: torch.dtype) -> list[Tensor]:
     """A large tensor among 60 small ones, some of them transposed, which together are more than is copied at once."""
     generator = torch.Generator().manual_seed(seed)
-    gradients = [
-        torch.randn(int(n), 3, generator=generator) for n in torch.randint(1, 60, (60,), generator=generator)
-    ]
+    gradients = [torch.randn(int(n), 3, generator=generator) for n in torch.randint(1, 60, (60,), generator=generator)]
     gradients.insert(30, torch.randn(200, 1000, generator=generator))  # more than is read at once
     return [(g.t() if i % 3 == 0 else g).to(dtype) for i, g in enumerate(gradients)]
 

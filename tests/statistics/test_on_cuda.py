@@ -34,9 +34,7 @@ def gradients(*dtypes: torch.dtype) -> list[Tensor]:
     """Of several sizes, an empty one among them, on the CPU; magnitudes around 1e-5, where FP16 underflows."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(3000, 7), (), (0,), (17,), (2, 3, 5), (5000,)]
-    return [
-        (torch.randn(shape, generator=generator) * 1e-5).to(dtype) for dtype in dtypes for shape in shapes
-    ]
+    return [(torch.randn(shape, generator=generator) * 1e-5).to(dtype) for dtype in dtypes for shape in shapes]
 
 
 @pytest.mark.parametrize("dtypes", [[torch.float32], DTYPES], ids=["fp32", "mixed"])
@@ -90,9 +88,7 @@ def test_gradients_on_two_devices_are_one_set(first: str, target: str) -> None:
         squares = sum(gradient.double().square().sum().item() for gradient in held)
         assert total_amax(held, device).item() == 200.0
         assert total_norm(held, device).item() == pytest.approx(math.sqrt(squares), rel=1e-4)
-        assert sample_underflow([g * 1e-8 for g in held], FP16_FORMAT, seed).fraction.item() == pytest.approx(
-            1.0
-        )
+        assert sample_underflow([g * 1e-8 for g in held], FP16_FORMAT, seed).fraction.item() == pytest.approx(1.0)
         inverse = torch.full((), 0.5, device=device)
         assert unscale_and_check_(held, inverse).item() == 0
         multiply_(held, inverse)

@@ -43,8 +43,7 @@ def vectors(steps: int, rows: int = 6) -> list[tuple[Tensor, Tensor]]:
     """Pairs of inputs [rows, 4] and targets [rows, 3]."""
     generator = torch.Generator().manual_seed(0)
     return [
-        (torch.randn(rows, 4, generator=generator), torch.randn(rows, 3, generator=generator))
-        for _ in range(steps)
+        (torch.randn(rows, 4, generator=generator), torch.randn(rows, 3, generator=generator)) for _ in range(steps)
     ]
 
 

@@ -68,9 +68,7 @@ def test_two_epochs_learn_and_add_up():
     assert stats["precision_stats"]["fp16_usage_rate"] == 1.0
     assert stats["performance_stats"]["steps"] == 60
     assert stats["performance_stats"]["time_share"] == {"FP16": 1.0}
-    assert stats["precision_stats"]["avg_loss"] == pytest.approx(
-        (sum(first["losses"]) + sum(second["losses"])) / 60
-    )
+    assert stats["precision_stats"]["avg_loss"] == pytest.approx((sum(first["losses"]) + sum(second["losses"])) / 60)
     assert "emulated" in stats["description"]
 
 
@@ -151,9 +149,7 @@ def test_the_progress_bar_can_be_turned_off(shown, capsys):
 # ---- misuse -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "loader", [[], DataLoader(TensorDataset(torch.ones(2, 4)), batch_size=4, drop_last=True)]
-)
+@pytest.mark.parametrize("loader", [[], DataLoader(TensorDataset(torch.ones(2, 4)), batch_size=4, drop_last=True)])
 def test_an_empty_loader_is_an_error(loader):
     """Training and validating on nothing says where to look; the next epoch trains and is the first."""
     manager, model, optimizer = made()
@@ -191,18 +187,14 @@ def test_a_model_of_the_wrong_type_is_refused(model):
         lambda: manager.train_epoch(vectors(1), model, optimizer),
         lambda: manager.validate_epoch(vectors(1), model),
     ):
-        with pytest.raises(
-            AttachError, match=rf"the model is a {type(model).__name__}: pass a torch.nn.Module"
-        ):
+        with pytest.raises(AttachError, match=rf"the model is a {type(model).__name__}: pass a torch.nn.Module"):
             call()
 
 
 @for_each("config", [{}, "fp16", 3])
 def test_a_config_of_the_wrong_type_is_refused(config):
     """What was passed is shown, to whom, and what to pass instead."""
-    with pytest.raises(
-        ConfigError, match=r"AdvancedMixedPrecisionManager\(config=.*pass a MixedPrecisionConfig"
-    ):
+    with pytest.raises(ConfigError, match=r"AdvancedMixedPrecisionManager\(config=.*pass a MixedPrecisionConfig"):
         AdvancedMixedPrecisionManager(config)
 
 

@@ -48,9 +48,7 @@ def test_a_retried_run_is_an_unfailed_run(mode, accumulate):
 
 def test_skipping_loses_the_batch():
     """The same with "skip", the default: the run differs, so the test above can fail."""
-    failed, unfailed = (
-        train(faults, on_overflow="skip", precision_mode="FP32") for faults in ({2: "overflow"}, {})
-    )
+    failed, unfailed = (train(faults, on_overflow="skip", precision_mode="FP32") for faults in ({2: "overflow"}, {}))
     assert not torch.equal(failed[0].layers[0].weight, unfailed[0].layers[0].weight)
 
 

@@ -258,16 +258,12 @@ def test_a_pair_without_a_loss_fn_is_told_what_to_do():
 
     model = Pairs(4, 3)
     with pytest.raises(TypeError, match=r"'int' has no len"):
-        StandardMixedPrecisionTrainer().train_step(
-            vectors(1)[0], model, torch.optim.SGD(model.parameters(), lr=0.1)
-        )
+        StandardMixedPrecisionTrainer().train_step(vectors(1)[0], model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_a_config_of_the_wrong_type_is_refused():
     """A dictionary is named, and what to pass instead."""
-    with pytest.raises(
-        ConfigError, match=r"StandardMixedPrecisionTrainer\(config=\{\}\): pass a MixedPrecisionConfig"
-    ):
+    with pytest.raises(ConfigError, match=r"StandardMixedPrecisionTrainer\(config=\{\}\): pass a MixedPrecisionConfig"):
         StandardMixedPrecisionTrainer({})
 
 
@@ -386,9 +382,7 @@ def test_a_window_that_was_begun_is_finished_first():
         trainer = StandardMixedPrecisionTrainer(loss_fn=mse_loss, accumulation_steps=2)
         trainer.train_step(batches[0], model, optimizer)
         if interrupted:
-            with pytest.raises(
-                BatchError, match=r"another model or optimizer.*so far: 1\).*train_window takes"
-            ):
+            with pytest.raises(BatchError, match=r"another model or optimizer.*so far: 1\).*train_window takes"):
                 trainer.train_step(batches[0], other, torch.optim.SGD(other.parameters(), lr=0.1))
             with pytest.raises(BatchError, match=r"train_window, but.*so far: 1\).*train_step"):
                 trainer.train_window(batches, model, optimizer)

@@ -26,9 +26,7 @@ class Console:
         level = logging.WARNING if event.kind.needs_attention and not repeats else logging.DEBUG
         change = (
             f" {event.before:g} -> {event.after:g}:"
-            if isinstance(event.before, float)
-            and isinstance(event.after, float)
-            and event.before != event.after
+            if isinstance(event.before, float) and isinstance(event.after, float) and event.before != event.after
             else ""
         )
         row = f" ({self._in_a_row} like it in a row)" if self._in_a_row > 1 else ""

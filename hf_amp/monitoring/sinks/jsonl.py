@@ -89,9 +89,7 @@ class JsonLinesSink:
         self._append(f"{line}\n".encode())
 
     def _append(self, line: bytes) -> None:
-        rest = memoryview(
-            b"\n" + line if self._torn else line
-        )  # an unfinished line must not swallow this one
+        rest = memoryview(b"\n" + line if self._torn else line)  # an unfinished line must not swallow this one
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]

@@ -161,9 +161,7 @@ def timed_in_turn(
         for name, contender in contenders.items():
             taken[name].append(run(contender, steps[name]))
     figures = {}
-    baselines = {
-        name: [s for s, _ in taken[name]] for name in ("FP32", "FP32 with TF32", "FP16 stock", "FP16 DYNAMIC")
-    }
+    baselines = {name: [s for s, _ in taken[name]] for name in ("FP32", "FP32 with TF32", "FP16 stock", "FP16 DYNAMIC")}
     for name, runs in taken.items():
         step_seconds = [s for s, _ in runs]
         low, middle, high = statistics.quantiles([units / s for s in step_seconds], n=4)
