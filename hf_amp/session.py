@@ -94,6 +94,7 @@ class AmpSession(EventRecorder):
         self.folds_clipping = False
         self.patches = PatchLog()
         self.monitor = PrecisionMonitor()
+        self.monitor.scale = scaler.get_scale()  # known before the first step, and on the host
         self.stall = StallDetector(config.patience)
         self.throughput = ThroughputMonitor(device=hardware.device)
         self._description = description

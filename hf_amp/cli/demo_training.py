@@ -6,14 +6,13 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import AutocastKwargs
 from rich.table import Table
-from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -109,8 +108,14 @@ def train(
 def _trainer(
     model: GPT2LMHeadModel, text: Dataset, arguments: TrainingArguments, callbacks: list[TrainerCallback]
 ) -> Trainer:
-    # The rates go with the factors of the parameters, and so the model learns what a plain one would.
-    groups = residual_stream(STREAM_FACTOR).parameter_groups(model, LEARNING_RATE)
+    # A parameter times c has gradients divided by c, and must move c times as far: the model learns what a plain one would.
+    groups = [
+        {
+            "params": [p for name, p in model.named_parameters() if _writes_to_the_stream(name) is scaled],
+            "lr": LEARNING_RATE * factor, "eps": 1e-8 / factor, "weight_decay": 0.0,
+        }
+        for scaled, factor in ((False, 1.0), (True, STREAM_FACTOR))
+    ]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, fused=True)
     trainer = Trainer(model, arguments, train_dataset=text, callbacks=callbacks, optimizers=(optimizer, None))
     trainer.pop_callback(PrinterCallback)
@@ -229,59 +234,15 @@ def small_gpt2(factor: float = STREAM_FACTOR) -> GPT2LMHeadModel:
             bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
-    residual_stream(factor).apply(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(factor if _writes_to_the_stream(name) else 1.0)
     return model
 
 
-def residual_stream(factor: float) -> Rescaling:
-    """All parameters of a GPT-2 that write to its residual stream, times `factor`; the norms that read it undo that."""
-    return Rescaling({r"transformer\.w[tp]e\.weight|.*\.c_proj\.(weight|bias)": factor})
-
-
-@dataclass(frozen=True)
-class Rescaling:
-    """Factors that cancel out over a model, such as one on all that writes to a residual stream which norms read.
-
-    Powers of two round nothing: the rescaled model then gives what the plain one gives to the last bit.
-
-    Attributes:
-        parameters: pattern of qualified parameter names → factor on the parameter, dimensionless.
-        norms: pattern of qualified module names → factor by which the inputs of these norms have grown.
-    """
-
-    parameters: Mapping[str, float]
-    norms: Mapping[str, float] = field(default_factory=dict)
-
-    def apply(self, model: nn.Module) -> None:
-        """Multiplies parameters in place, and the epsilon of norms, which is added to a square, by the squared factor."""
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.mul_(_matching(self.parameters, name))
-        for name, module in model.named_modules():
-            for epsilon in ("eps", "variance_epsilon"):
-                if hasattr(module, epsilon):
-                    setattr(module, epsilon, getattr(module, epsilon) * _matching(self.norms, name) ** 2)
-
-    def parameter_groups(self, model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-        """Groups for `torch.optim.AdamW` under which the rescaled model learns what the plain one would.
-
-        A parameter times c has gradients divided by c, and must move c times as far; AdamW moves by the learning rate
-        whatever the size of the gradients, but for its epsilon (1e-8 by default).
-        """
-        # The plain ones come first: a Trainer logs the learning rate of the first group.
-        groups: dict[float, list[nn.Parameter]] = {1.0: []}
-        for name, parameter in model.named_parameters():
-            groups.setdefault(_matching(self.parameters, name), []).append(parameter)
-        return [
-            {"params": members, "lr": learning_rate * factor, "eps": 1e-8 / factor, "weight_decay": 0.0}
-            for factor, members in groups.items()
-            if members
-        ]
-
-
-def _matching(factors: Mapping[str, float], name: str) -> float:
-    """The factor of the pattern that matches the whole of `name`; 1 where none does."""
-    return next((factor for pattern, factor in factors.items() if re.fullmatch(pattern, name)), 1.0)
+def _writes_to_the_stream(name: str) -> bool:
+    """Whether the GPT-2 parameter of this name writes to the residual stream; the norms that read it undo a factor on it."""
+    return re.fullmatch(r"transformer\.w[tp]e\.weight|.*\.c_proj\.(weight|bias)", name) is not None
 
 
 LONGEST_NAME = 27

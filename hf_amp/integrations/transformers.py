@@ -211,6 +211,9 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     Args:
         config: options, as a `MixedPrecisionConfig`, a mapping, or the path of a YAML or JSON file; None for the
             defaults.
+        trainer: a Trainer that exists already: the callback is added to it and attached at once. None where it is passed in
+            `callbacks=[...]` or to `add_callback`.
+        options: options as keywords, in place of a config.
 
     Attributes:
         session: the `AmpSession`; None until the Trainer is known. It stays attached until `session.detach()`, also after
@@ -221,12 +224,22 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         AttachError: something other than a Trainer calls it, or the Trainer runs what hf_amp does not support.
     """
 
-    def __init__(self, config: MixedPrecisionConfig | dict[str, Any] | str | Path | None = None) -> None:
-        self.config = _as_config(config)
+    def __init__(
+        self,
+        config: MixedPrecisionConfig | dict[str, Any] | str | Path | None = None,
+        *,
+        trainer: Trainer | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = MixedPrecisionConfig.from_any(config, options, type(self).__name__)
         self.session: AmpSession | None = None
         self._trainer: Trainer | None = None
         self._accelerator: Accelerator | None = None
         self._sink: JsonLinesSink | None = None
+        if trainer is not None:
+            trainer.add_callback(self)
+            self._attach_to(trainer)
+            self._save_valid_json(trainer.state)
 
     # ---- the Trainer's events -------------------------------------------------------------------------------
 
@@ -416,16 +429,6 @@ def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:
         type(callback).on_pre_optimizer_step is not silent
         for callback in trainer.callback_handler.callbacks
         if callback is not ours
-    )
-
-
-def _as_config(config: Any) -> MixedPrecisionConfig:
-    if isinstance(config, dict):
-        return MixedPrecisionConfig.from_dict(config)
-    if isinstance(config, (str, Path)):
-        return MixedPrecisionConfig.from_file(config)
-    return MixedPrecisionConfig.or_default(
-        config, "MixedPrecisionCallback", ", a dict of its options, or the path of a YAML or JSON file"
     )
 
 

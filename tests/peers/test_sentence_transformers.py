@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_amp import EventKind, MixedPrecisionCallback
-from hf_amp.cli.demo_training import Rescaling
+from tests.fallback.rescaled import Rescaling
 from tests.reference import assert_bitwise_equal
 
 st = pytest.importorskip(
