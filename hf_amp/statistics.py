@@ -90,7 +90,7 @@ class PendingTransfer:
             self._event = new_event(packed.device)
 
     def ready(self) -> bool:
-        """Whether `result` would not wait, as far as there is somebody to ask."""
+        """Whether `result` would not wait, where the device can say so."""
         return self._event is None or self._event.query()
 
     def result(self) -> dict[str, float]:

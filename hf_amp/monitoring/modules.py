@@ -25,7 +25,7 @@ class ModuleMonitor:
     more. In all other steps there is neither. What a compiled model computes inside of its graph is not seen.
 
     Args:
-        interval: optimizer steps between two close looks.
+        interval: optimizer steps between two sampled steps.
     """
 
     def __init__(self, interval: int) -> None:
@@ -129,7 +129,7 @@ class ModuleMonitor:
             self._fresh = self._fresh or bool(largest)
 
     def by_module(self) -> dict[str, dict[str, float]]:
-        """Name of a figure → qualified module name → newest value; figures that nobody has are absent."""
+        """Name of a figure → qualified module name → newest value; figures that no module has are absent."""
         return {name: dict(values) for name, values in self._newest.items() if values}
 
     def unlogged(self) -> dict[str, dict[str, float]]:

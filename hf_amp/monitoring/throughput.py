@@ -51,7 +51,7 @@ class ThroughputMonitor:
         clock: seconds that only grow; None for the machine's.
 
     Attributes:
-        samples_per_step: rows of all batches of all processes in one optimizer step; None where nobody has said.
+        samples_per_step: rows of all batches of all processes in one optimizer step; None where it is not known.
         seconds_by_format: name of a number format → seconds of steps that ran in it.
         newest_step_seconds: duration of the newest step that is known; NaN before the first.
     """

@@ -39,7 +39,7 @@ class Stepping:
 
     Args:
         config: options.
-        fuses_clipping: divide and clip in the optimizer's step; nobody may look at gradients in between.
+        fuses_clipping: divide and clip in the optimizer's step; nothing may read gradients in between.
 
     Attributes:
         session: another one once a model on another device is bound.
@@ -50,7 +50,7 @@ class Stepping:
     """
 
     accumulates_itself = False
-    """Whether somebody else decides where an accumulation window ends."""
+    """Whether other code decides where an accumulation window ends."""
 
     def __init__(self, config: MixedPrecisionConfig, fuses_clipping: bool) -> None:
         if config.communication_precision is not None:
