@@ -1,4 +1,4 @@
-"""Mixed-precision training for HuggingFace Trainer and Accelerate that explains itself and survives.
+"""Mixed-precision training for HuggingFace Trainer and Accelerate that explains itself and keeps going.
 
 Names that need transformers or accelerate load them when first used; `import hf_amp` alone loads neither.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hf_amp.integrations.accelerate import attach
     from hf_amp.integrations.transformers import MixedPrecisionCallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdvancedGradScaler",

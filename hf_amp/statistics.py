@@ -185,20 +185,11 @@ def by_device_and_dtype(
     return groups
 
 
-def total_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """2-norm over all elements, shape [], float32, on `device`. Not finite where a gradient is not. No GPU-CPU sync.
-
-    Squares are summed in the gradients' own precision: above |g| of about 1e19 an FP32 sum is inf although every
-    gradient is finite. `exact_norm` has no such limit.
-    """
-    return cast(Tensor, norm_and_amax(gradients, device, amax=False)[0])
-
-
 @torch.no_grad()
 def exact_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """2-norm to the last digits of FP32, at most its largest value: finite wherever all gradients are. No GPU-CPU sync.
 
-    Slow, and copies every gradient, one at a time; for when `total_norm` is not finite although the gradients are.
+    Slow, and copies every gradient, one at a time; for when `norm_and_amax` has an infinite norm although the gradients are.
     """
     norms = [_norm_within_range(to_device(g, g.device, torch.float32)) for g in gradients if g.numel()]
     return _combined(norms, device, _norm_within_range)
@@ -223,7 +214,12 @@ def total_amax(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 def norm_and_amax(
     gradients: Sequence[Tensor], device: torch.device, *, norm: bool = True, amax: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`total_norm` and `total_amax`, for less than the two cost apart; None for the one that is not wanted."""
+    """2-norm over all elements and `total_amax`, for less than the two cost apart; None for the one that is not wanted.
+
+    Both have shape [], float32, on `device`, and are not finite where a gradient is not. No GPU-CPU sync. Squares are
+    summed in the gradients' own precision: above |g| of about 1e19 an FP32 sum is inf although every gradient is
+    finite. `exact_norm` has no such limit.
+    """
     norms: list[Tensor] = []
     peaks: list[Tensor] = []
     for group in filled_groups(gradients):

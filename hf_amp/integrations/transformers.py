@@ -74,8 +74,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self._attach_to(trainer)
             self._save_valid_json(trainer.state)
 
-    # ---- the Trainer's events -------------------------------------------------------------------------------
-
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._attach_to(calling_trainer(self))
         self._save_valid_json(state)
@@ -154,8 +152,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             summarise(f"training ended: {summary_of(self.session)}", bool(happened))
         self._leave_run(self.session)
 
-    # ---- its own state --------------------------------------------------------------------------------------
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, fit for JSON: its options, and the progress that `on_train_begin` goes on from.
 
@@ -174,8 +170,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
         saved = callbacks.setdefault(name, self.state())  # where it has none, saving fails with a KeyError
         return session.load_progress(saved["attributes"]["progress"] if state.global_step else {})
-
-    # ---- the rest -------------------------------------------------------------------------------------------
 
     def _stop(self, session: AmpSession, args: TrainingArguments, control: TrainerControl) -> None:
         if control.should_training_stop:

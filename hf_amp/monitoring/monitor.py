@@ -51,32 +51,6 @@ class RunningStatistics:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
-_BUCKETS_PER_DOUBLING = 64
-
-
-class Quantiles:
-    """Quantiles of positive numbers, each within 0.6% of the true one (half a bucket of a 64th of a doubling)."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
-        self._total = 0
-
-    def add(self, value: float) -> None:
-        """Takes one positive number into account."""
-        bucket = math.floor(math.log2(value) * _BUCKETS_PER_DOUBLING) if value > 0 else -(2**12)
-        self._counts[bucket] = self._counts.get(bucket, 0) + 1
-        self._total += 1
-
-    def at(self, share: float) -> float:
-        """The number below which `share` of all lie; NaN where there are none."""
-        passed = 0
-        for bucket in sorted(self._counts):
-            passed += self._counts[bucket]
-            if passed >= share * self._total:
-                return float(2.0 ** ((bucket + 0.5) / _BUCKETS_PER_DOUBLING))
-        return math.nan
-
-
 _POINTS_KEPT = 256
 
 

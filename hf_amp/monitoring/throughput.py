@@ -77,8 +77,6 @@ class ThroughputMonitor:
         self._start: Any = None
         self._queued: deque[_QueuedStep] = deque()  # bounded by what CUDA lets the host queue ahead
 
-    # ---- between steps --------------------------------------------------------------------------------------
-
     def step_decided(self, number_format: str) -> float | None:
         """An optimizer step was decided, in a run whose default is now the format of that name. No GPU-CPU sync.
 
@@ -101,8 +99,6 @@ class ThroughputMonitor:
     def _median(self) -> float:
         newest = [self._recent[i] for i in range(-min(STEPS_OF_MEDIAN, len(self._recent)), 0)]
         return statistics.median(newest)
-
-    # ---- around a step --------------------------------------------------------------------------------------
 
     def start_step(self) -> None:
         """A step begins; one that was begun and not ended is forgotten. No GPU-CPU sync."""
@@ -156,8 +152,6 @@ class ThroughputMonitor:
         self._range = (min(seconds, self._range[0]), max(seconds, self._range[1]))
         self.seconds_by_format[precision] += seconds
 
-    # ---- what people read -----------------------------------------------------------------------------------
-
     def metrics(self) -> dict[str, float]:
         """Catalogue name → value; what is not known is absent. No GPU-CPU sync."""
         figures = {f"{name.lower()}_seconds": seconds for name, seconds in sorted(self.seconds_by_format.items())}
@@ -192,8 +186,6 @@ class ThroughputMonitor:
             "time_share": {name: seconds / total for name, seconds in self.seconds_by_format.items()},
             "clock": "device" if self.device.type == "cuda" else "host",
         }
-
-    # ---- checkpoint -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The time in each precision, which a resumed run adds to."""

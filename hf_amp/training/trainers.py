@@ -414,8 +414,6 @@ class StandardMixedPrecisionTrainer:
         """The session's monitor."""
         return self.session.monitor
 
-    # ---- one step -------------------------------------------------------------------------------------------
-
     def train_step(
         self,
         batch: Any,
@@ -579,8 +577,6 @@ class StandardMixedPrecisionTrainer:
             "retries": window.retries if window else 0,
             "step_seconds": self.performance_tracker.newest_step_seconds,
         }
-
-    # ---- a run from its first step to its end ---------------------------------------------------------------
 
     def _bind(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         same = [reference() for reference in self._trained] == [model, optimizer]

@@ -9,7 +9,7 @@ import statistics
 import pytest
 import torch
 
-from hf_amp.monitoring.monitor import History, LossMean, Quantiles, RunningStatistics
+from hf_amp.monitoring.monitor import History, LossMean, RunningStatistics
 from tests.each import for_each
 from tests.host_reads import count_host_reads
 
@@ -26,19 +26,6 @@ def test_running_statistics_are_those_of_the_list(count):
     assert running.deviation == pytest.approx(statistics.pstdev(numbers) if numbers else 0.0)
     assert running.smallest == min(numbers, default=None)
     assert running.largest == max(numbers, default=None)
-
-
-def test_quantiles_are_within_a_hundredth_of_the_true_ones():
-    """Over eight decades of log-uniform numbers each quantile is within 0.6% of the sorted list's."""
-    dice = random.Random(0)
-    numbers = sorted(10 ** dice.uniform(-6, 2) for _ in range(5000))
-    quantiles = Quantiles()
-    for number in numbers:
-        quantiles.add(number)
-    for share in (0.01, 0.5, 0.9, 0.99, 1.0):
-        true = numbers[math.ceil(share * len(numbers)) - 1]
-        assert quantiles.at(share) == pytest.approx(true, rel=0.006)
-    assert math.isnan(Quantiles().at(0.5))
 
 
 @for_each("changes", [0, 5, 256, 257, 10_000])

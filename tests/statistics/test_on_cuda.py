@@ -15,10 +15,10 @@ from hf_amp.statistics import (
     amax_of_each,
     count_non_finite,
     exact_norm,
+    norm_and_amax,
     sample_underflow,
     to_host,
     total_amax,
-    total_norm,
     underflow_of_each,
 )
 from tests.each import for_each
@@ -45,7 +45,7 @@ def test_statistics_are_those_of_the_cpu(dtypes: list[torch.dtype]) -> None:
         filled = [g for g in held if g.numel()]
         half, factor = sample_underflow(held, FP16_FORMAT, seed=3), torch.full((), 4.0, device=device)
         return [
-            total_norm(held, device), total_amax(held, device), half.fraction, half.cure,
+            norm_and_amax(held, device, amax=False)[0], total_amax(held, device), half.fraction, half.cure,
             *amax_of_each(held, device), *underflow_of_each(filled, FP16_FORMAT, factor, seed=3),
         ]  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_one_bad_element_is_seen(dtype: torch.dtype, bad: float) -> None:
     one = torch.ones((), device=CUDA)
     assert unscale_and_check_(held, one).item() == 0
     held[0].view(-1)[20_999] = bad
-    assert not total_norm(held, CUDA).isfinite().item()
+    assert not norm_and_amax(held, CUDA, amax=False)[0].isfinite().item()
     assert not total_amax(held, CUDA).isfinite().item()
     assert unscale_and_check_(held, one).item() == 1
     assert count_non_finite(held) == ((0, 1) if math.isnan(bad) else (1, 0))
@@ -87,7 +87,7 @@ def test_gradients_on_two_devices_are_one_set(first: str, target: str) -> None:
         held[0][0], held[1][0] = 100.0, 200.0
         squares = sum(gradient.double().square().sum().item() for gradient in held)
         assert total_amax(held, device).item() == 200.0
-        assert total_norm(held, device).item() == pytest.approx(math.sqrt(squares), rel=1e-4)
+        assert norm_and_amax(held, device, amax=False)[0].item() == pytest.approx(math.sqrt(squares), rel=1e-4)
         assert sample_underflow([g * 1e-8 for g in held], FP16_FORMAT, seed).fraction.item() == pytest.approx(1.0)
         inverse = torch.full((), 0.5, device=device)
         assert unscale_and_check_(held, inverse).item() == 0
