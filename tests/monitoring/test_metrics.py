@@ -17,7 +17,9 @@ def full_monitor(cause: Cause) -> PrecisionMonitor:
     monitor = PrecisionMonitor()
     record_skipped(monitor, cause, 2.0, inf_elements=1, nan_elements=1)
     record_applied(monitor, 2.0, grad_norm=1.0, grad_amax=0.5, underflow_fraction=0.1)
-    monitor.after_step(StepOutcome(1, True, 4.0, losses=4, non_finite_losses=1, lost_update_fraction=0.5))
+    monitor.after_step(
+        StepOutcome(1, True, 4.0, grad_norm=1.0, losses=4, non_finite_losses=1, lost_update_fraction=0.5)
+    )
     monitor.eval_non_finite_batches = 1
     monitor.record_memory(0.25)
     return monitor
