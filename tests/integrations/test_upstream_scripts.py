@@ -6,23 +6,25 @@
 
 from __future__ import annotations
 
-import pytest
-
+from tests.each import for_each
 from tests.integrations.launching import launch
 
 
-@pytest.mark.parametrize(
-    ("config", "accelerators"),
+@for_each(
+    ("config", "script", "accelerators"),
     [
-        ("single_cpu_fp16.yaml", {"test_sync": 3}),
-        ("cpu_2_processes.yaml", {"test_sync": 3, "test_script": 16}),
+        ("single_cpu_fp16.yaml", "test_sync", 3),
+        ("cpu_2_processes.yaml", "test_sync", 3),
+        ("cpu_2_processes.yaml", "test_script", 16),
     ],
 )
-def test_upstream_scripts_pass(config: str, accelerators: dict[str, int]) -> None:
-    """They end without an error, hf_amp was attached throughout, and it did decide optimizer steps."""
-    output = launch(config, "--mixed_precision", "no", "-m", "tests.integrations.upstream_script", *accelerators)
-    reported = dict(line.split(": attached to ") for line in output.splitlines() if ": attached to " in line)
-    for script, least in accelerators.items():
-        attached, steps = (int(word) for word in reported[script].split() if word.isdigit())
-        assert attached >= least
-        assert steps > 0
+def test_an_upstream_script_passes(config: str, script: str, accelerators: int) -> None:
+    """It ends without an error, hf_amp was attached throughout, and it did decide optimizer steps.
+
+    One process group a process: gloo now and then waits for ever in the second one.
+    """
+    output = launch(config, "--mixed_precision", "no", "-m", "tests.integrations.upstream_script", script)
+    (reported,) = (line for line in output.splitlines() if line.startswith("attached to"))
+    attached, steps = (int(word) for word in reported.split() if word.isdigit())
+    assert attached >= accelerators
+    assert steps > 0

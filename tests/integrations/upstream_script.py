@@ -1,4 +1,4 @@
-"""Runs test scripts that ship in accelerate's wheel, with hf_amp attached to every Accelerator that they make."""
+"""Runs one of the test scripts that ship in accelerate's wheel, with hf_amp attached to every Accelerator it makes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import accelerate
 
 import hf_amp
-from tests.each import forget_accelerators
 
 
 class Attached:
@@ -33,10 +32,8 @@ def main(name: str) -> None:
     script.main()
     decided = sum(session.scaler.decided_steps for session in attached.sessions)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: attached to {len(attached.sessions)} Accelerators, {decided} steps decided")
+        print(f"attached to {len(attached.sessions)} Accelerators, {decided} steps decided")
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        forget_accelerators()
-        main(name)
+    main(sys.argv[1])
