@@ -92,10 +92,7 @@ def data(options: argparse.Namespace, tokenizer: Any) -> Dataset:
 
     def tokenized(batch: dict[str, list[str]]) -> Any:
         return tokenizer(
-            batch[options.source_column],
-            text_target=batch[options.target_column],
-            max_length=size,
-            truncation=True,
+            batch[options.source_column], text_target=batch[options.target_column], max_length=size, truncation=True
         )
 
     return rows.map(tokenized, batched=True, remove_columns=rows.column_names)

@@ -9,15 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.errors import (
-    AttachError,
-    BatchError,
-    ConfigError,
-    HfAmpError,
-    ScalerError,
-    StateError,
-    UnknownOptionError,
-)
+from hf_amp.errors import AttachError, BatchError, ConfigError, HfAmpError, ScalerError, StateError, UnknownOptionError
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.throughput import PerformanceTracker
@@ -64,10 +56,7 @@ __all__ = [
     "attach",
 ]
 
-_LAZY = {
-    "MixedPrecisionCallback": "hf_amp.integrations.transformers",
-    "attach": "hf_amp.integrations.accelerate",
-}
+_LAZY = {"MixedPrecisionCallback": "hf_amp.integrations.transformers", "attach": "hf_amp.integrations.accelerate"}
 
 
 def __getattr__(name: str) -> Any:

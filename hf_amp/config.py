@@ -179,9 +179,7 @@ class MixedPrecisionConfig:
     """
 
     enabled: bool = option(
-        True,
-        SWITCH,
-        "Off: hf_amp attaches to nothing and changes nothing; a scaler passes losses and steps through.",
+        True, SWITCH, "Off: hf_amp attaches to nothing and changes nothing; a scaler passes losses and steps through."
     )
     precision_mode: PrecisionMode | None = option(
         None, or_none(member_of(PrecisionMode)),
@@ -201,9 +199,7 @@ class MixedPrecisionConfig:
         falls back to FP32 then.""",
     )  # fmt: skip
     scaling_strategy: ScalingStrategy = option(
-        ScalingStrategy.DYNAMIC,
-        member_of(ScalingStrategy),
-        "How the loss scale is chosen; used in FP16 only.",
+        ScalingStrategy.DYNAMIC, member_of(ScalingStrategy), "How the loss scale is chosen; used in FP16 only."
     )
     init_scale: float = option(
         2.0**16, POSITIVE,

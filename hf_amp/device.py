@@ -111,12 +111,7 @@ def amd_gpu(name: str, architecture: str) -> Hardware:
         return "native" if architecture.startswith(_AMD_UNITS[number_format]) else otherwise
 
     return Hardware(
-        "cuda",
-        name,
-        units("fp16", "slow"),
-        units("bf16", "slow"),
-        units("fp8", "none"),
-        units("tf32", "none"),
+        "cuda", name, units("fp16", "slow"), units("bf16", "slow"), units("fp8", "none"), units("tf32", "none")
     )
 
 

@@ -35,8 +35,7 @@ _BY_TYPE: dict[Any, Allowed] = {
 NotNegative = Annotated[float, Allowed("a finite number from 0 on", lambda v: is_real(v) and v >= 0)]
 Positive = Annotated[float, Allowed("a positive finite number", lambda v: is_real(v) and v > 0)]
 Log2Value = Annotated[
-    float,
-    Allowed("a number between -1024 and 1024, as log2 in FP64 is", lambda v: is_real(v) and abs(v) < 1024),
+    float, Allowed("a number between -1024 and 1024, as log2 in FP64 is", lambda v: is_real(v) and abs(v) < 1024)
 ]
 AtLeastOne = Annotated[int, Allowed("a whole number from 1 on", lambda v: _COUNT.accepts(v) and v >= 1)]
 

@@ -175,9 +175,7 @@ def is_sharded(gradient: Tensor) -> bool:
     return type(gradient) is not Tensor and hasattr(gradient, "to_local")
 
 
-def by_device_and_dtype(
-    gradients: Iterable[Tensor],
-) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+def by_device_and_dtype(gradients: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
     """The same gradients grouped as the foreach kernels want them."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:

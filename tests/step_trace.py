@@ -64,10 +64,7 @@ def traced_step() -> list[tuple[str, list[str]]]:
             report_to=[], save_strategy="no", logging_steps=100, disable_tqdm=True,
         )  # fmt: skip
         Trainer(
-            GPT2LMHeadModel(config),
-            arguments,
-            train_dataset=rows,
-            callbacks=[MixedPrecisionCallback(), trace],
+            GPT2LMHeadModel(config), arguments, train_dataset=rows, callbacks=[MixedPrecisionCallback(), trace]
         ).train()
     return [(file, [name for _, name in frames]) for file, frames in groupby(trace.entered, key=lambda e: e[0])]
 

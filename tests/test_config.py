@@ -14,13 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_amp
-from hf_amp import (
-    ConfigError,
-    MixedPrecisionConfig,
-    PrecisionMode,
-    ScalingStrategy,
-    UnknownOptionError,
-)
+from hf_amp import ConfigError, MixedPrecisionConfig, PrecisionMode, ScalingStrategy, UnknownOptionError
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE
 from tests.each import for_each
 

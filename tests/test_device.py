@@ -97,11 +97,7 @@ def test_the_record_is_frozen(field):
     ("hardware", "emulate", "words"),
     [
         (Hardware("cpu", "x86_64", "slow", "slow"), True, ["emulated", "not faster than FP32"]),
-        (
-            Hardware("cpu", "x86_64", "slow", "native"),
-            False,
-            ["real FP16", "x86_64", "no units", "slower than"],
-        ),
+        (Hardware("cpu", "x86_64", "slow", "native"), False, ["real FP16", "x86_64", "no units", "slower than"]),
         (Hardware("cuda", "GTX 1080", "slow", "slow"), True, ["real FP16", "GTX 1080", "slower than FP32"]),
     ],
 )

@@ -222,10 +222,7 @@ def test_half_model_is_close_to_real_half_forward_and_backward() -> None:
         (output.loss * 1024).backward()
         assert output.logits.dtype == torch.float16
         assert {p.grad.dtype for p in model.parameters()} == {torch.float16}
-        results[name] = (
-            output.loss.item(),
-            torch.cat([p.grad.float().flatten() for p in model.parameters()]),
-        )
+        results[name] = (output.loss.item(), torch.cat([p.grad.float().flatten() for p in model.parameters()]))
     assert results["emulated"][0] == pytest.approx(results["real"][0], rel=2e-3)
     real, emulated = results["real"][1], results["emulated"][1]
     assert (real - emulated).norm() < 0.02 * real.norm()

@@ -11,12 +11,7 @@ from tests.each import for_each
 from tests.readme import README, ROOT, TABLES, with_current_table
 
 MAP = ROOT / "hf_amp/README.md"
-PAGES = [
-    README,
-    MAP,
-    *TABLES,
-    *(ROOT / folder / "README.md" for folder in ("accelerate_configs", "examples")),
-]
+PAGES = [README, MAP, *TABLES, *(ROOT / folder / "README.md" for folder in ("accelerate_configs", "examples"))]
 
 
 def text_of(page: Path) -> str:

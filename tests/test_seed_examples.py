@@ -45,10 +45,7 @@ class TestModel(nn.Module):
 def create_test_dataloader() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
-        {
-            "inputs": torch.randn(6, 4, generator=generator),
-            "labels": torch.randint(3, (6,), generator=generator),
-        }
+        {"inputs": torch.randn(6, 4, generator=generator), "labels": torch.randint(3, (6,), generator=generator)}
         for _ in range(3)
     ]
 

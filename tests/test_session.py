@@ -8,14 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_amp import (
-    AdvancedGradScaler,
-    AmpSession,
-    Cause,
-    EventKind,
-    MixedPrecisionConfig,
-    PrecisionMode,
-)
+from hf_amp import AdvancedGradScaler, AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
 from hf_amp.device import Hardware, probe
 from hf_amp.events import EVENTS_KEPT
 from hf_amp.monitoring.metrics import NAMES

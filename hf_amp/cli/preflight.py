@@ -23,8 +23,7 @@ NAMES_SHOWN = 12
 def preflight(
     model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, or a hub name.")],
     batch: Annotated[
-        str | None,
-        typer.Option(help="Do a dry run: rows to make up, or a .safetensors or .pt file with a batch."),
+        str | None, typer.Option(help="Do a dry run: rows to make up, or a .safetensors or .pt file with a batch.")
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens a row of a batch that is made up.")] = 128,
     trust_remote_code: Annotated[

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, or their event logs.")],
     output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="The page. [default: report.html]", show_default=False),
+        Path | None, typer.Option("-o", "--output", help="The page. [default: report.html]", show_default=False)
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures as JSON; no page unless -o is given.")
@@ -117,12 +116,7 @@ def panel(history: RunHistory) -> RenderableType:
     incidents = [Text(printable(_line(incident)), style="yellow") for incident in history.incidents[-INCIDENTS_SHOWN:]]
     state = "ended" if history.ended else "running, or killed"
     return Panel(
-        Group(
-            Text(printable(verdict.sentence), style=_STYLES[verdict.level.value]),
-            Text(""),
-            figures,
-            *incidents,
-        ),
+        Group(Text(printable(verdict.sentence), style=_STYLES[verdict.level.value]), Text(""), figures, *incidents),
         title=Text(printable(f"{history.name} · step {history.newest_step:,} · {state}")),
         title_align="left",
         border_style="dim",

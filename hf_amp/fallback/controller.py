@@ -351,11 +351,7 @@ class FallbackController:
     """
 
     def __init__(
-        self,
-        config: MixedPrecisionConfig,
-        mode: PrecisionMode,
-        hardware: Hardware,
-        steps: CountsSteps,
+        self, config: MixedPrecisionConfig, mode: PrecisionMode, hardware: Hardware, steps: CountsSteps
     ) -> None:
         on_cpu_in_fp16 = hardware.device == "cpu" and mode in (PrecisionMode.MIXED, PrecisionMode.FP16)
         emulate = config.emulate and on_cpu_in_fp16

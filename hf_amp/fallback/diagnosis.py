@@ -111,11 +111,7 @@ def non_finite_source(
     return None
 
 
-def diagnose(
-    loss_finite: bool | None,
-    forwards: Sequence[RecordedForward],
-    runner: PlanRunner,
-) -> Diagnosis:
+def diagnose(loss_finite: bool | None, forwards: Sequence[RecordedForward], runner: PlanRunner) -> Diagnosis:
     """Looks closer at a step whose gradients were not finite, although all was that they were made from.
 
     Costs one more forward pass per micro-batch until one shows the cause.
@@ -376,10 +372,7 @@ class Diagnoser:
     def _agreed(self, found: Diagnosis) -> Diagnosis:
         """The most severe cause, and all modules, that any rank has found. One all-reduce, one GPU-CPU sync."""
         names = [name for name, _ in self._runner.named_modules()]
-        local = [
-            float(found.severity),
-            *(float(name in found.modules) for name in names),
-        ]
+        local = [float(found.severity), *(float(name in found.modules) for name in names)]
         worst, *blamed = all_reduce_max_to_host(torch.tensor(local, device=self._runner.device))
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
         agreed = _BY_SEVERITY[int(worst)]._replace(message=found.message, modules=modules)

@@ -59,9 +59,5 @@ def replace_scaler(optimizer: AcceleratedOptimizer, scaler: torch.amp.GradScaler
     """Gives a prepared optimizer another scaler, by the way that it is unpickled, which sets up what it needs for it."""
     optimizer.__setstate__({**optimizer.__getstate__(), "scaler": scaler})
     if scaler is None:
-        for name in (
-            "_accelerate_step_called",
-            "_optimizer_original_step_method",
-            "_optimizer_patched_step_method",
-        ):
+        for name in ("_accelerate_step_called", "_optimizer_original_step_method", "_optimizer_patched_step_method"):
             vars(optimizer).pop(name, None)

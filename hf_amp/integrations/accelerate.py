@@ -17,12 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import (
-    AutocastKwargs,
-    DDPCommunicationHookType,
-    DistributedType,
-    convert_outputs_to_fp32,
-)
+from accelerate.utils import AutocastKwargs, DDPCommunicationHookType, DistributedType, convert_outputs_to_fp32
 from accelerate.utils.dataclasses import FP8BackendType
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks

@@ -67,11 +67,7 @@ class ObservedScaler(AdvancedGradScaler):
             self.flush()
 
     def _observed(
-        self,
-        optimizer: torch.optim.Optimizer,
-        applied: bool,
-        scale: float,
-        grad_norm: Tensor | float | None,
+        self, optimizer: torch.optim.Optimizer, applied: bool, scale: float, grad_norm: Tensor | float | None
     ) -> _ObservedStep:
         bad = self._pending.losses.non_finite
         bad = torch.zeros((), device=self._device) if bad is None else bad
@@ -147,11 +143,7 @@ def observe(accelerator: Accelerator, config: MixedPrecisionConfig) -> AmpSessio
             "or bf16 section of the DeepSpeed config, or leave attach out."
         )
     mode, device = _MODES[accelerator.mixed_precision], accelerator.device
-    config = dataclasses.replace(
-        config,
-        automatic_fallback=False,
-        emulate=False,
-    )
+    config = dataclasses.replace(config, automatic_fallback=False, emulate=False)
     scaler = ObservedScaler(dataclasses.replace(config, precision_mode=mode), device)
     scaler.ranks_agree = accelerator.num_processes > 1
     hardware = probe(device)

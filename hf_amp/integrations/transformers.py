@@ -142,9 +142,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             return
         self.session.scaler.flush()
         self.session.note(
-            EventKind.TRAINING_ENDED,
-            f"training ends: {summary_of(self.session)}.",
-            **self.session.metrics(),
+            EventKind.TRAINING_ENDED, f"training ends: {summary_of(self.session)}.", **self.session.metrics()
         )
         if state.is_local_process_zero:
             monitor = self.session.monitor

@@ -68,10 +68,7 @@ class StoredForBackward:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hooks.__exit__(kind, error, traceback)
         self._casts.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]

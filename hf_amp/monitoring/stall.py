@@ -95,9 +95,7 @@ class StallDetector:
         """
         vars(self).update(
             parse_fields(
-                StallDetector,
-                {**parse(dict[str, Any], state_dict, "stall"), "patience": self.patience},
-                "stall",
+                StallDetector, {**parse(dict[str, Any], state_dict, "stall"), "patience": self.patience}, "stall"
             )
         )
 

@@ -295,11 +295,7 @@ POINTS_KEPT_BY_MODULE = STEPS_KEPT_BY_INCIDENT = 512
 _MODULE_FIGURES = tuple(metric.name for metric in BY_MODULE)
 _INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention}
 _NO_FIGURES = {"timestamp", "level", "run_id", "rank"} | {each.name for each in dataclasses.fields(LoggedEvent)}
-_NAMES_OF_0_1 = {
-    "hopeless": "stalled",
-    "statistics_put_back": "buffers_restored",
-    "transitions": "precision_changes",
-}
+_NAMES_OF_0_1 = {"hopeless": "stalled", "statistics_put_back": "buffers_restored", "transitions": "precision_changes"}
 """Events and figures that hf_amp 0.1 wrote under another name."""
 
 

@@ -140,9 +140,7 @@ class AdaptiveScale:
         bits = state.scale.log2()
         limit = torch.full_like(bits, LIMIT_BITS - MARGIN_BITS)
         return state._replace(
-            scale=self._scale(bits - DROP_BITS),
-            peak=torch.maximum(state.peak, limit + STEP_BITS - bits),
-            limit=limit,
+            scale=self._scale(bits - DROP_BITS), peak=torch.maximum(state.peak, limit + STEP_BITS - bits), limit=limit
         )
 
     @cached_property

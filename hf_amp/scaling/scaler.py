@@ -27,14 +27,7 @@ from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
 from hf_amp.scaling.optimizer_step import OptimizerRunner, device_of, is_fused, refuse_closure
 from hf_amp.scaling.policies import ConstantScale, ScalePolicy, policy_of, scalar
-from hf_amp.scaling.state import (
-    from_state_dict,
-    other_options,
-    restored,
-    state_to_host,
-    to_state_dict,
-    upgraded,
-)
+from hf_amp.scaling.state import from_state_dict, other_options, restored, state_to_host, to_state_dict, upgraded
 from hf_amp.scaling.step import (
     GradientStep,
     PendingOutcome,

@@ -32,8 +32,7 @@ _FIELDS_OF_VERSION_1 = {
 
 # A stock scale that grew or died is inf or 0, and clamped.
 _Scale = Annotated[
-    float,
-    Allowed("a number from 0 on", lambda v: (is_real(v) and v >= 0) or (isinstance(v, float) and v == math.inf)),
+    float, Allowed("a number from 0 on", lambda v: (is_real(v) and v >= 0) or (isinstance(v, float) and v == math.inf))
 ]
 
 
@@ -43,11 +42,7 @@ def to_state_dict(config: MixedPrecisionConfig, fields: Mapping[str, float]) -> 
         "scale": fields["scale"],
         **{name: getattr(config, name) for name in STOCK_OPTIONS},
         "_growth_tracker": int(fields.get("growth_tracker", 0)),
-        "hf_amp": {
-            "version": _VERSION,
-            "strategy": config.scaling_strategy.value,
-            "policy": dict(fields),
-        },
+        "hf_amp": {"version": _VERSION, "strategy": config.scaling_strategy.value, "policy": dict(fields)},
     }
 
 

@@ -342,11 +342,7 @@ def check(
 
 
 def _underflow(
-    optimizer: torch.optim.Optimizer,
-    gradients: list[Tensor],
-    scale: Tensor,
-    seed: int,
-    not_sampled: Collection[int],
+    optimizer: torch.optim.Optimizer, gradients: list[Tensor], scale: Tensor, seed: int, not_sampled: Collection[int]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The underflow fraction of the scaled gradients, and the scale that it asks for; None where there is none to sample."""
     bounded = collect(optimizer, not_sampled) if not_sampled else gradients

@@ -205,11 +205,7 @@ class AdvancedMixedPrecisionManager:
         }
 
     def validate_epoch(
-        self,
-        dataloader: Iterable[Any],
-        model: nn.Module,
-        *,
-        loss_fn: LossFunction | None = None,
+        self, dataloader: Iterable[Any], model: nn.Module, *, loss_fn: LossFunction | None = None
     ) -> dict[str, Any]:
         """Loss on every batch once, in evaluation mode and the precision of training, without gradients.
 
@@ -333,10 +329,7 @@ class AdvancedMixedPrecisionManager:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if not self._cleaned_up:
             self.cleanup()

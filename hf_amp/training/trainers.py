@@ -24,13 +24,7 @@ from hf_amp.monitoring.throughput import PerformanceTracker
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession, unwrapped
-from hf_amp.training.batch import (
-    LossFunction,
-    batch_to_device,
-    check_belongs_together,
-    compute_loss,
-    samples_in,
-)
+from hf_amp.training.batch import LossFunction, batch_to_device, check_belongs_together, compute_loss, samples_in
 
 
 class Stepping:
@@ -103,10 +97,7 @@ class Stepping:
     @contextmanager
     def forward_context(self) -> Iterator[None]:
         """Around the forward pass and the loss."""
-        with (
-            cast_region(self.device, keeps_casts=not self.session.config.memory_efficient),
-            self.session.autocast(),
-        ):
+        with cast_region(self.device, keeps_casts=not self.session.config.memory_efficient), self.session.autocast():
             yield
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
@@ -321,11 +312,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-_LOOP_KEYWORDS = {
-    "on_overflow": one_of("skip", "retry"),
-    "accumulation_steps": COUNT,
-    "clip_norm": or_none(POSITIVE),
-}
+_LOOP_KEYWORDS = {"on_overflow": one_of("skip", "retry"), "accumulation_steps": COUNT, "clip_norm": or_none(POSITIVE)}
 
 
 class StandardMixedPrecisionTrainer:
@@ -415,11 +402,7 @@ class StandardMixedPrecisionTrainer:
         return self.session.monitor
 
     def train_step(
-        self,
-        batch: Any,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss_fn: LossFunction | None = None,
+        self, batch: Any, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: LossFunction | None = None
     ) -> dict[str, Any]:
         """Forward and backward of one batch, and, with every `accumulation_steps`-th one, an optimizer step.
 
@@ -669,7 +652,5 @@ class PerformanceOptimizedMixedPrecisionTrainer(DynamicMixedPrecisionTrainer):
 
     def _adjusted(self, config: MixedPrecisionConfig) -> MixedPrecisionConfig:
         return dataclasses.replace(
-            super()._adjusted(config),
-            scaling_strategy=ScalingStrategy.PERFORMANCE_OPTIMIZED,
-            emulate=False,
+            super()._adjusted(config), scaling_strategy=ScalingStrategy.PERFORMANCE_OPTIMIZED, emulate=False
         )

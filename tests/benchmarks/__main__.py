@@ -52,10 +52,7 @@ def main() -> int:
         print(f"{name}: {suite[name].measures}", flush=True)
         code = run(suite[name], options.suite, (options.out / folder_of(options.suite)).resolve())
         failed += [name] * bool(code)
-        print(
-            f"{name}: {f'failed ({code})' if code else 'done'}, {time.monotonic() - started:.0f} s",
-            flush=True,
-        )
+        print(f"{name}: {f'failed ({code})' if code else 'done'}, {time.monotonic() - started:.0f} s", flush=True)
     print(write_page(options.out))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

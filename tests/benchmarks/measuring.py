@@ -41,11 +41,7 @@ def interleaved(contenders: dict[str, Callable[[], None]], rounds: int, clock: s
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     """Median and quartiles."""
     low, middle, high = statistics.quantiles(values, n=4)
-    return {
-        "median": round(middle, digits),
-        "quartile_1": round(low, digits),
-        "quartile_3": round(high, digits),
-    }
+    return {"median": round(middle, digits), "quartile_1": round(low, digits), "quartile_3": round(high, digits)}
 
 
 def ratio(seconds: Seconds, baseline: Seconds) -> dict[str, float]:

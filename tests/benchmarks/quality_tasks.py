@@ -56,11 +56,7 @@ def digits(seed: int) -> Setup:
     """A ViT of 0.02M parameters on scikit-learn's digits, half of the labels drawn at random, 128 a batch."""
     entry = _ZOO["ViT"]
     model = entry.plain(seed).train()
-    return (
-        model,
-        entry.batches(seed),
-        torch.optim.AdamW(model.parameters(), lr=entry.learning_rate, fused=True),
-    )
+    return (model, entry.batches(seed), torch.optim.AdamW(model.parameters(), lr=entry.learning_rate, fused=True))
 
 
 def overflowing_t5(seed: int) -> Setup:

@@ -46,10 +46,7 @@ def measure(subject: Subject, rows: int, device: torch.device, rounds: int, seco
         figures[name] |= facts[name]
         if way.session is not None:
             way.session.scaler.flush()
-            figures[name] |= {
-                "skipped_steps": way.session.scaler.skipped_steps,
-                "plan": way.session.plan.describe(),
-            }
+            figures[name] |= {"skipped_steps": way.session.scaler.skipped_steps, "plan": way.session.plan.describe()}
             way.session.detach()
     return {
         "rows": rows,

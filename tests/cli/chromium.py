@@ -54,11 +54,7 @@ def _run(page: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[s
     assert EXECUTABLE is not None
     profile = f"--user-data-dir={folder / 'profile'}"
     return subprocess.run(
-        [EXECUTABLE, *_FLAGS, profile, *flags, page.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
+        [EXECUTABLE, *_FLAGS, profile, *flags, page.as_uri()], capture_output=True, text=True, check=True, timeout=120
     )
 
 

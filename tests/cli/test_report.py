@@ -133,11 +133,7 @@ def test_what_is_no_run_ends_at_once(tmp_path: Path) -> None:
     folder, page = tmp_path / "other", tmp_path / "page.html"
     folder.mkdir()
     for content, *all_words in (
-        (
-            None,
-            "no amp_events.jsonl in this folder",
-            "in loops of your own where session.log_to(folder) says",
-        ),
+        (None, "no amp_events.jsonl in this folder", "in loops of your own where session.log_to(folder) says"),
         (b"hello\n", "not an event log of hf_amp: line 1 is 'hello"),
     ):
         if content is not None:

@@ -26,12 +26,7 @@ def append(log: Path, *lines: dict[str, Any]) -> None:
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    append(
-        tmp_path / LOG_FILE,
-        started(),
-        skipped(1, modules=["h.1\x1b[2J"]),
-        line("metrics", 2, loss=3.5, scale=4.0),
-    )
+    append(tmp_path / LOG_FILE, started(), skipped(1, modules=["h.1\x1b[2J"]), line("metrics", 2, loss=3.5, scale=4.0))
     return tmp_path / LOG_FILE
 
 

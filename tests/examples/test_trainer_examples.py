@@ -29,11 +29,7 @@ SENTENCES = ["the loss is finite and the gradients are not"] * 40
 
 
 def output_of(
-    name: str,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    *options: str,
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str
 ) -> list[str]:
     """The last lines of an example that runs two steps in this process: what it has to say at the end."""
     line = [name, "--steps", "2", "--batch_size", "2", "--output_dir", str(folder / "runs"), *options]

@@ -119,11 +119,7 @@ class Trial:
 
     def batch(self) -> Batch:
         shape = (2, 4)
-        return {
-            "x": torch.randn(*shape, WIDTH),
-            "labels": torch.randint(CLASSES, shape),
-            "weights": torch.ones(shape),
-        }
+        return {"x": torch.randn(*shape, WIDTH), "labels": torch.randint(CLASSES, shape), "weights": torch.ones(shape)}
 
 
 def corrupt(trial: Trial, tensor: Tensor) -> None:

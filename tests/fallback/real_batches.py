@@ -49,10 +49,7 @@ def masked_bytes(seed: int, count: int = 16, length: int = 48) -> Batches:
     generator = torch.Generator().manual_seed(seed)
     for block in blocks(seed, count, length):
         masked = torch.rand(block.shape, generator=generator) < 0.15
-        yield {
-            "input_ids": block.masked_fill(masked, MASK_BYTE),
-            "labels": block.masked_fill(~masked, IGNORED),
-        }
+        yield {"input_ids": block.masked_fill(masked, MASK_BYTE), "labels": block.masked_fill(~masked, IGNORED)}
 
 
 def continued_bytes(seed: int, count: int = 8, length: int = 32) -> Batches:
@@ -87,7 +84,4 @@ def spoken_bytes(seed: int, count: int = 16) -> Batches:
     envelope = torch.from_numpy(np.hanning(FRAMES_A_BYTE + 2)[1:-1]).float()
     for block in blocks(seed, count, BYTES_A_SOUND):
         sound = (spectra[block].unsqueeze(-1) * envelope).permute(0, 2, 1, 3).flatten(2)
-        yield {
-            "input_features": sound + 2 * torch.randn(sound.shape, generator=generator),
-            "labels": block,
-        }
+        yield {"input_features": sound + 2 * torch.randn(sound.shape, generator=generator), "labels": block}

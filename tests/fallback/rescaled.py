@@ -200,8 +200,7 @@ ZOO = (
         "Llama",
         llama,
         Rescaling(
-            {r"model\.embed_tokens\.weight|.*\.(o_proj|down_proj)\.weight": LARGE},
-            {r"model\.norm|.*_layernorm": LARGE},
+            {r"model\.embed_tokens\.weight|.*\.(o_proj|down_proj)\.weight": LARGE}, {r"model\.norm|.*_layernorm": LARGE}
         ),
         real_batches.next_bytes,
         3e-3,
@@ -217,8 +216,7 @@ ZOO = (
         "ViT",
         vit,
         Rescaling(
-            {r".*\.embeddings\..*|.*\.(o_proj|fc2)\.(weight|bias)": LARGE},
-            {r".*\.layernorm(_before|_after)?": LARGE},
+            {r".*\.embeddings\..*|.*\.(o_proj|fc2)\.(weight|bias)": LARGE}, {r".*\.layernorm(_before|_after)?": LARGE}
         ),
         real_batches.digits,
         3e-3,

@@ -454,9 +454,7 @@ def test_copies_compute_alike_and_are_not_watched(copier: Callable[[nn.Module], 
 
 
 @pytest.mark.parametrize(
-    ("inside_compile", "backend"),
-    [(False, "eager"), (True, "aot_eager")],
-    ids=["compile outside", "hooks inside"],
+    ("inside_compile", "backend"), [(False, "eager"), (True, "aot_eager")], ids=["compile outside", "hooks inside"]
 )
 def test_compiled_models_follow_every_change_of_plan(inside_compile: bool, backend: str) -> None:
     """Compiled before the plan, under it and after it: outputs are those of the eager model each time."""
@@ -472,13 +470,7 @@ def test_compiled_models_follow_every_change_of_plan(inside_compile: bool, backe
             return compiled(X), model(X)
 
     outputs = []
-    for plan in (
-        plan_of(),
-        plan_of("body"),
-        plan_of("body", "last"),
-        plan_of(default=PrecisionMode.FP32),
-        plan_of(),
-    ):
+    for plan in (plan_of(), plan_of("body"), plan_of("body", "last"), plan_of(default=PrecisionMode.FP32), plan_of()):
         runner.apply(plan)
         for _ in range(2):
             a, b = both()

@@ -199,10 +199,7 @@ class Packs(nn.Module):
         return self.pack(x @ self.layer.weight)
 
 
-@for_each(
-    "pack",
-    [lambda x: (x, 1), lambda x: [None, x], lambda x: {"a": {"b": x}}, Parcel, lambda x: Output(x=x)],
-)
+@for_each("pack", [lambda x: (x, 1), lambda x: [None, x], lambda x: {"a": {"b": x}}, Parcel, lambda x: Output(x=x)])
 def test_any_kind_of_output_is_looked_into(pack: Callable[[Tensor], Any]) -> None:
     """Values beyond the range are seen in tuples, lists, dicts and dataclasses."""
 
@@ -413,9 +410,7 @@ class Unpacks(nn.Module):
 
 
 @for_each("mapping", [dict, OrderedDict, BatchEncoding])
-def test_a_batch_that_the_model_adds_its_outputs_to_is_repeated_as_it_came(
-    mapping: Callable[[Any], Any],
-) -> None:
+def test_a_batch_that_the_model_adds_its_outputs_to_is_repeated_as_it_came(mapping: Callable[[Any], Any]) -> None:
     """The module that overflows is named, and nobody else: neither the batch, nor a module for what it has added."""
     model = nn.Sequential(AddsToItsBatch(), AddsToItsBatch(), Unpacks())
     enlarge(model[0])

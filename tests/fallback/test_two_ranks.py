@@ -23,11 +23,7 @@ def ranks() -> list[dict[str, Any]]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2]), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, str(WORKER)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, **environment},
+        [*launch, str(WORKER)], capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
@@ -81,9 +77,7 @@ def test_the_rank_without_the_fault_blames_nothing_of_its_own(
     assert "this step's labels" not in message
 
 
-def test_a_derivative_of_one_rank_is_found_out_by_both_at_the_fourth_skip(
-    ranks: list[dict[str, Any]],
-) -> None:
+def test_a_derivative_of_one_rank_is_found_out_by_both_at_the_fourth_skip(ranks: list[dict[str, Any]]) -> None:
     """SCALE three times, then UNKNOWN with the layer; same plan on both."""
     first, second = (results["root"]["decided"] for results in ranks)
     assert first == second

@@ -17,16 +17,7 @@ from hf_amp import EventKind, MixedPrecisionConfig
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from tests.rank_end import leave_together
 
-FAULTS = (
-    "activation",
-    "NaN batch",
-    "labels",
-    "division",
-    "failing look",
-    "failing examination",
-    "root",
-    "none",
-)
+FAULTS = ("activation", "NaN batch", "labels", "division", "failing look", "failing examination", "root", "none")
 FAULTY_STEP = 2
 
 

@@ -102,13 +102,7 @@ def test_a_state_with_a_flipped_bit(victim: Victim, full_size: bool, tally: Tall
 def test_a_foreign_or_hostile_state(victim: Victim, tmp_path: Path, tally: Tally) -> None:
     """Text, other pickles, other people's states, and pickles that run code: refused by name, and the code is not run."""
     trace = tmp_path / "code has run"
-    foreign: list[bytes] = [
-        b"",
-        b"\0" * 4096,
-        b"hello\n",
-        b"PK\3\4" + b"\0" * 100,
-        random.Random(0).randbytes(4096),
-    ]
+    foreign: list[bytes] = [b"", b"\0" * 4096, b"hello\n", b"PK\3\4" + b"\0" * 100, random.Random(0).randbytes(4096)]
     foreign += [pickle.dumps(x) for x in (RunsCode(trace), {"scale": 1.0}, [1, 2], victim.run.session.events[0])]
     for content in (RunsCode(trace), {"scale": RunsCode(trace)}, [1.0], torch.zeros(3), "text", 7, None):
         torch.save(content, victim.file)

@@ -89,12 +89,7 @@ class Storm:
         self.session = hf_amp.attach(
             self.accelerator,
             MixedPrecisionConfig(
-                init_scale=1024.0,
-                min_scale=4.0,
-                max_scale=4096.0,
-                growth_interval=2,
-                recovery_steps=7,
-                **options,
+                init_scale=1024.0, min_scale=4.0, max_scale=4096.0, growth_interval=2, recovery_steps=7, **options
             ),
         )
         self.session.log_to(folder)

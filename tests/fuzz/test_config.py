@@ -20,11 +20,7 @@ from tests.fuzz.anything import ANYTHING, PLAIN
 
 OPTIONS = {option.name: option for option in dataclasses.fields(MixedPrecisionConfig)}
 NAMES = [*PrecisionMode.__members__, *ScalingStrategy.__members__, "upcast", "retry"]
-ENUMERATIONS = (
-    "precision_mode",
-    "scaling_strategy",
-    "communication_precision",
-)  # shown as what was understood
+ENUMERATIONS = ("precision_mode", "scaling_strategy", "communication_precision")  # shown as what was understood
 CASES = st.builds(lambda name, spell: spell(name), st.sampled_from(NAMES), st.sampled_from([str, str.lower, str.title]))
 LIKELY = st.sampled_from([None, True, False, 1, 2, 0.5, 2.0**-20, 2.0**20])
 
@@ -90,10 +86,7 @@ def test_any_file(tmp_path_factory: pytest.TempPathFactory, options: dict[str, A
         path.write_text(text, encoding="utf-8")
     except ValueError:  # neither can say it
         return
-    reported, judged = (
-        outcome(MixedPrecisionConfig.from_file, path),
-        outcome(MixedPrecisionConfig.from_dict, options),
-    )
+    reported, judged = (outcome(MixedPrecisionConfig.from_file, path), outcome(MixedPrecisionConfig.from_dict, options))
     assert reported == judged or reported == f"{path}: {judged}"
 
 

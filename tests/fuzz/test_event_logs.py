@@ -27,9 +27,7 @@ from tests.fuzz.anything import PLAIN
 KINDS = st.just("metrics") | st.sampled_from([kind.value for kind in EventKind]) | st.sampled_from(["of_the_future"])
 STEPS = st.integers(0, 40)
 FIGURES = st.dictionaries(
-    st.sampled_from([*sorted(NAMES), "loss"]),
-    st.floats(width=32, allow_nan=False, allow_infinity=False),
-    max_size=3,
+    st.sampled_from([*sorted(NAMES), "loss"]), st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=3
 )
 PRECISIONS = st.sampled_from(["MIXED", "FP32", "BF16"])
 VALID = st.builds(

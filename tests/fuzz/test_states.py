@@ -14,13 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_amp import (
-    AdvancedGradScaler,
-    AdvancedMixedPrecisionManager,
-    MixedPrecisionConfig,
-    PrecisionMode,
-    StateError,
-)
+from hf_amp import AdvancedGradScaler, AdvancedMixedPrecisionManager, MixedPrecisionConfig, PrecisionMode, StateError
 from hf_amp.config import is_real
 from hf_amp.device import probe
 from hf_amp.events import Cause

@@ -90,11 +90,7 @@ class Machine:
             self.act("zero_grad", i, 0)
 
     def act(self, name: str, which: int, power: int) -> None:
-        parameter, optimizer, reference = (
-            self.parameters[which],
-            self.optimizers[which],
-            self.references[which],
-        )
+        parameter, optimizer, reference = (self.parameters[which], self.optimizers[which], self.references[which])
         if name in ("backward", "inf", "nan"):
             self.backward(name, parameter, reference, 2.0**power)
         elif name == "unscale":

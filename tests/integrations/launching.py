@@ -14,12 +14,7 @@ CONFIGS = ROOT / "accelerate_configs"
 def launch(config: str, *program: str) -> str:
     """Output of `program` under `accelerate launch`; fails where it fails. Any free port is taken."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "ACCELERATE_USE_CPU": "true",
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, "--main_process_port", "0", *program],
         cwd=ROOT,

@@ -288,9 +288,7 @@ def test_released_objects_are_not_kept_alive() -> None:
 def test_scaler_kwargs_of_the_accelerator_are_followed(cpu: bool) -> None:
     """What GradScalerKwargs set is what our scaler starts with, also on a CPU, for which accelerate makes no scaler."""
     accelerator = Accelerator(
-        mixed_precision="fp16",
-        cpu=cpu,
-        kwargs_handlers=[GradScalerKwargs(init_scale=256.0, growth_interval=7)],
+        mixed_precision="fp16", cpu=cpu, kwargs_handlers=[GradScalerKwargs(init_scale=256.0, growth_interval=7)]
     )
     session = hf_amp.attach(accelerator)
     assert session.scaler.get_scale() == 256.0

@@ -176,10 +176,7 @@ def test_detach_gives_parameters_their_dtype_and_the_masters_values() -> None:
     assert all(p.isfinite().all() for p in loop.model.parameters())
 
 
-@for_each(
-    ("frozen", "emulate"),
-    [(False, True), (True, True), (True, False)],
-)
+@for_each(("frozen", "emulate"), [(False, True), (True, True), (True, False)])
 def test_overflowing_module_of_fp16_parameters_runs_in_fp32(frozen: bool, emulate: bool) -> None:
     """A layer that leaves FP16's range is named and computes in FP32 from its FP16 weights; the next steps are applied."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
@@ -352,11 +349,7 @@ def test_two_processes() -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2]), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, str(worker)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, **environment},
+        [*launch, str(worker)], capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))

@@ -23,8 +23,7 @@ def test_one_bad_batch_kills_a_stock_run(tmp_path: Path, mode: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    ("mode", "optim"),
-    [(FP32, "adamw_torch_fused"), (BF16, "adamw_torch"), (BF16, "adamw_torch_fused"), (FP32, "sgd")],
+    ("mode", "optim"), [(FP32, "adamw_torch_fused"), (BF16, "adamw_torch"), (BF16, "adamw_torch_fused"), (FP32, "sgd")]
 )
 def test_guard_skips_the_bad_batch(tmp_path: Path, mode: dict[str, Any], optim: str) -> None:
     """With it the step is skipped, told and counted; parameters and optimizer state stay finite and the run goes on."""

@@ -137,11 +137,7 @@ def test_3_a_nan_checkpoint_is_not_the_best(tmp_path: Path) -> None:
     assert [folder.name for folder in (tmp_path / "stock").glob("checkpoint-*")] == ["checkpoint-6"]
     assert [folder.name for folder in (tmp_path / "ours").glob("checkpoint-*")] == ["checkpoint-2"]
     assert [event.step for event in events_of(ours, EventKind.CHECKPOINT_WITHHELD)] == [4, 6]
-    assert [entry["eval_accuracy"] for entry in ours.state.log_history if "eval_accuracy" in entry] == [
-        0.5,
-        0.6,
-        0.7,
-    ]
+    assert [entry["eval_accuracy"] for entry in ours.state.log_history if "eval_accuracy" in entry] == [0.5, 0.6, 0.7]
 
 
 def test_5_a_scale_without_a_floor_writes_infinities_into_weights(tmp_path: Path) -> None:

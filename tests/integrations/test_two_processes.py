@@ -59,7 +59,4 @@ def test_a_weight_that_is_nan_on_one_rank_holds_the_checkpoint_back_on_both(
 ) -> None:
     """Of a sharded model one rank alone sees it; if the others went on to write, they would wait for it."""
     assert [rank["withheld"] for rank in ranks] == [[3], [3]]
-    assert sorted(path.name for path in (folder / "poisoned").glob("checkpoint-*")) == [
-        "checkpoint-1",
-        "checkpoint-2",
-    ]
+    assert sorted(path.name for path in (folder / "poisoned").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]

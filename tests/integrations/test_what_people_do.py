@@ -120,10 +120,7 @@ def test_tasks(tmp_path: Path, task: str) -> None:
     set_seed(0)
     callback = MixedPrecisionCallback({"init_scale": 1024.0})
     options = arguments(tmp_path, max_steps=STEPS)
-    trained(
-        Trainer(make_model(), options, train_dataset=make_data(), callbacks=[callback, OverflowAt(2)]),
-        callback,
-    )
+    trained(Trainer(make_model(), options, train_dataset=make_data(), callbacks=[callback, OverflowAt(2)]), callback)
 
 
 def test_seq2seq(tmp_path: Path) -> None:
@@ -343,9 +340,7 @@ def test_hyperparameter_search(tmp_path: Path) -> None:
         callbacks=[callback, Collect(2)],
     )
     best = trainer.hyperparameter_search(
-        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)},
-        n_trials=2,
-        backend="optuna",
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=2, backend="optuna"
     )
     assert len({id(session) for session, _ in sessions}) == 2
     assert all((figures["applied_steps"], figures["skipped_steps"]) == (2, 1) for _, figures in sessions)
@@ -368,12 +363,7 @@ def test_a_new_trainer_on_the_same_model(tmp_path: Path) -> None:
     def trainer(folder: str, model: torch.nn.Module, **options: Any) -> tuple[Trainer, MixedPrecisionCallback]:
         set_seed(0)
         callback = MixedPrecisionCallback({"init_scale": 1.0})
-        options = {
-            "max_steps": STEPS,
-            "learning_rate": 0.0,
-            "train_sampling_strategy": "sequential",
-            **options,
-        }
+        options = {"max_steps": STEPS, "learning_rate": 0.0, "train_sampling_strategy": "sequential", **options}
         given = arguments(tmp_path / folder, **options)
         return Trainer(model, given, train_dataset=numbers(), callbacks=[callback]), callback
 

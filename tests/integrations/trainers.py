@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_amp.cli.demo_training import text_blocks
 from hf_amp.integrations._compat import replace_scaler
@@ -204,10 +197,7 @@ def trainer_with(folder: Path, *callbacks: Any, seed: int = 0, **options: Any) -
     set_seed(seed)
     witness = Witness()
     trainer = Trainer(
-        tiny_gpt2(),
-        arguments(folder, **options),
-        train_dataset=text_rows(),
-        callbacks=[*callbacks, witness],
+        tiny_gpt2(), arguments(folder, **options), train_dataset=text_rows(), callbacks=[*callbacks, witness]
     )
     witness.trainer = trainer
     return trainer, witness

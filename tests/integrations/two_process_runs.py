@@ -215,10 +215,7 @@ def begin_sharded(fused: bool) -> tuple[Accelerator, AmpSession, nn.Module, Any]
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="no_wrap",
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
+        fsdp_version=2, auto_wrap_policy="no_wrap", reshard_after_forward=True, cpu_ram_efficient_loading=False
     )
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     session = hf_amp.attach(accelerator, MixedPrecisionConfig(init_scale=1024.0))

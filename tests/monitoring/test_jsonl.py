@@ -25,18 +25,7 @@ SKIP = AmpEvent(
     figures={"inf_elements": 3, "nan_elements": 0},
 )
 # Whatever ends a line or hides text for Python, JSON, terminals or Unicode.
-HOSTILE = [
-    "\n",
-    "\r\n",
-    "\x00",
-    "\x1b[2J",
-    "\x85",
-    "\u2028",
-    "\u2029",
-    "\x0b\x0c",
-    '"}\n{"event": "forged',
-    "\ud800",
-]
+HOSTILE = ["\n", "\r\n", "\x00", "\x1b[2J", "\x85", "\u2028", "\u2029", "\x0b\x0c", '"}\n{"event": "forged', "\ud800"]
 
 
 @pytest.fixture

@@ -67,13 +67,7 @@ def headrooms(scaled: dict[str, Tensor]) -> dict[str, float]:
 
 @for_each(
     "options",
-    [
-        {},
-        {"fused": True},
-        {"clip": False},
-        {"fold_clipping": True, "fused": True},
-        {"scaling_strategy": "ADAPTIVE"},
-    ],
+    [{}, {"fused": True}, {"clip": False}, {"fold_clipping": True, "fused": True}, {"scaling_strategy": "ADAPTIVE"}],
 )
 def test_headroom_is_that_of_the_scaled_gradients_before_clipping(options: dict[str, Any]) -> None:
     """Whichever way gradients are treated: unscaled in place and clipped, folded, or neither."""

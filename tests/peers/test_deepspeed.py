@@ -52,10 +52,7 @@ def one_process() -> Iterator[None]:
         for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
             environment.setenv(name, str(value))
         environment.setenv("MASTER_ADDR", "127.0.0.1")
-        for name in (
-            "ACCELERATE_USE_DEEPSPEED",
-            "ACCELERATE_MIXED_PRECISION",
-        ):  # which accelerate sets by itself
+        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"):  # which accelerate sets by itself
             environment.setenv(name, "false" if name.endswith("DEEPSPEED") else "no")
         yield
         if torch.distributed.is_initialized():

@@ -73,13 +73,7 @@ def test_bad_steps_are_skipped_and_told(attach_first: bool) -> None:
     session = hf_amp.attach(accelerator) if attach_first else None
     model, optimizer = prepared(accelerator)
     session = session or hf_amp.attach(accelerator)
-    assert train(accelerator, model, optimizer, {2: "input", 4: "gradient"}) == [
-        False,
-        True,
-        False,
-        True,
-        False,
-    ]
+    assert train(accelerator, model, optimizer, {2: "input", 4: "gradient"}) == [False, True, False, True, False]
     skips = [event for event in session.events if event.kind == "step_skipped"]
     assert [(e.step, e.cause, e.before, e.after) for e in skips] == [(2, "INPUT", 1, 1), (4, "UNKNOWN", 1, 1)]
     assert "the first gradient that is not finite is that of last" in skips[1].message.lower()

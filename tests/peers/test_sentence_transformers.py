@@ -41,10 +41,7 @@ SENTENCES = [
 ][:128]
 LARGE = 2.0**21
 OVERFLOWS = Rescaling(
-    {
-        r".*layer\.1\.intermediate\.dense\.(weight|bias)": LARGE,
-        r".*layer\.1\.output\.dense\.weight": 1 / LARGE,
-    }
+    {r".*layer\.1\.intermediate\.dense\.(weight|bias)": LARGE, r".*layer\.1\.output\.dense\.weight": 1 / LARGE}
 )
 LAYERS = ("intermediate.dense", "output.dense")
 SKIPPED = EventKind.STEP_SKIPPED
@@ -59,9 +56,7 @@ def saved(folder: Path, architecture: Any = BertModel) -> str:
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     names = dict(zip(("pad", "unk", "cls", "sep", "mask"), tokens, strict=False))
     PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        model_max_length=32,
-        **{f"{name}_token": token for name, token in names.items()},
+        tokenizer_object=inner, model_max_length=32, **{f"{name}_token": token for name, token in names.items()}
     ).save_pretrained(folder)
     architecture(
         BertConfig(

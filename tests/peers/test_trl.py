@@ -113,12 +113,7 @@ def distinct_letters(completions: list[str], **_: Any) -> list[float]:
 
 def grpo(folder: Path, precision: str, callbacks: list[Any], reward: Any = distinct_letters) -> Trainer:
     """Generates before every second step, and takes each batch twice."""
-    options = {
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "steps_per_generation": 1,
-        "num_iterations": 2,
-    }
+    options = {"num_generations": 4, "max_completion_length": 8, "steps_per_generation": 1, "num_iterations": 2}
     return trl.GRPOTrainer(
         llama(),
         reward,

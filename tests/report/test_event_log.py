@@ -35,11 +35,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_what_the_sink_writes_is_read(path: Path) -> None:
     """Every event comes back, with its fields, in order."""
-    written(
-        path,
-        AmpEvent(0, EventKind.TRAINING_STARTED),
-        *(skip(step, modules=("a\nb",)) for step in range(1, 4)),
-    )
+    written(path, AmpEvent(0, EventKind.TRAINING_STARTED), *(skip(step, modules=("a\nb",)) for step in range(1, 4)))
     lines = list(EventLogReader(path).read())
     assert [line["event"] for line in lines] == ["training_started", *["step_skipped"] * 3]
     assert [(line["step"], line["cause"], line["modules"]) for line in lines[1:]] == [

@@ -22,11 +22,7 @@ def line(event: str, step: int, **fields: Any) -> dict[str, Any]:
 
 def started(step: int = 0) -> dict[str, Any]:
     return line(
-        "training_started",
-        step,
-        message="training starts: FP16 somewhere.",
-        precision="MIXED",
-        config={"seed": 1},
+        "training_started", step, message="training starts: FP16 somewhere.", precision="MIXED", config={"seed": 1}
     )
 
 
@@ -62,12 +58,7 @@ def test_a_loss_that_is_not_finite_is_a_point_too() -> None:
 def test_alike_incidents_are_one() -> None:
     """Kind, cause and modules tell incidents apart; steps and times are those of all, the message is the newest."""
     run = history(
-        started(),
-        skipped(1),
-        skipped(2),
-        skipped(3, "ACTIVATION", modules=["a"]),
-        skipped(9),
-        skipped(9, "ACTIVATION"),
+        started(), skipped(1), skipped(2), skipped(3, "ACTIVATION", modules=["a"]), skipped(9), skipped(9, "ACTIVATION")
     )
     reported = [(i.cause, i.modules, i.first_step, i.last_step, i.count, i.message) for i in run.incidents]
     assert reported == [
@@ -147,15 +138,9 @@ def changed(step: int, before: str, after: str, *modules: str) -> dict[str, Any]
 def test_what_is_in_another_precision_now_is_known() -> None:
     """Modules that came back are not among them; the newest change of each counts."""
     run = history(
-        started(),
-        changed(1, "MIXED", "FP32", "a", "b"),
-        changed(5, "FP32", "MIXED", "a"),
-        changed(7, "MIXED", "BF16"),
+        started(), changed(1, "MIXED", "FP32", "a", "b"), changed(5, "FP32", "MIXED", "a"), changed(7, "MIXED", "BF16")
     )
-    assert {module: change.after for module, change in run.changed_modules.items()} == {
-        "b": "FP32",
-        "": "BF16",
-    }
+    assert {module: change.after for module, change in run.changed_modules.items()} == {"b": "FP32", "": "BF16"}
 
 
 def test_a_change_that_changes_nothing_is_none() -> None:

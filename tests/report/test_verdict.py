@@ -20,11 +20,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
         Level.SOUND,
         "Training: all 100 steps were applied.",
     ),
-    "still running": (
-        [started(), metrics(100, 0)],
-        Level.SOUND,
-        "Training: all 100 steps were applied so far.",
-    ),
+    "still running": ([started(), metrics(100, 0)], Level.SOUND, "Training: all 100 steps were applied so far."),
     "a scale was looked for": (
         [started(), skipped(1), skipped(2), metrics(1000, 2), line("training_ended", 1000)],
         Level.SOUND,

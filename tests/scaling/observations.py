@@ -14,10 +14,7 @@ from hf_amp.scaling.policies import Observation, ScalePolicy, policy_of
 
 
 def observed(
-    overflow: bool = False,
-    loss_finite: bool = True,
-    amax: float = 1.0,
-    wanted: float | None = None,
+    overflow: bool = False, loss_finite: bool = True, amax: float = 1.0, wanted: float | None = None
 ) -> Observation:
     """An observation; the amax of an overflowing step is inf, as it is in FP16. `wanted`: what underflow asks for."""
     values = (float(overflow), float(not loss_finite), math.inf if overflow else amax)

@@ -43,8 +43,7 @@ def test_small_scale_is_reached_in_three_skips() -> None:
 
 
 @for_each(
-    ("gap_bits", "heavy", "spread_bits"),
-    [(0.0, False, 20.0), (2.0, False, WIDE), (0.0, True, WIDE), (2.0, True, 20.0)],
+    ("gap_bits", "heavy", "spread_bits"), [(0.0, False, 20.0), (2.0, False, WIDE), (0.0, True, WIDE), (2.0, True, 20.0)]
 )
 def test_overflows_stay_within_the_budget(gap_bits: float, heavy: bool, spread_bits: float) -> None:
     """Over 4,000 steps, Gaussian or with outliers of up to 8 bits in 1%: at most 1e-3 skipped after the first 100."""

@@ -9,14 +9,7 @@ from torch import nn
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError
 from tests.each import for_each
 from tests.host_reads import count_host_reads
-from tests.reference import (
-    OverflowInBackward,
-    adamw,
-    assert_bitwise_equal,
-    losses,
-    snapshot,
-    tiny_mlp,
-)
+from tests.reference import OverflowInBackward, adamw, assert_bitwise_equal, losses, snapshot, tiny_mlp
 
 MAX_NORM = 0.05
 

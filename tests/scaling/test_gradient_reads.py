@@ -43,10 +43,7 @@ def test_a_guard_reads_the_gradients_once(mode: str, non_finite: bool) -> None:
         parameter.grad = torch.ones_like(parameter)
     model[1].grad[3, 3] = torch.nan if non_finite else 1.0
     gradients = [p.grad for p in model]
-    guard, optimizer = (
-        AdvancedGradScaler(MixedPrecisionConfig(precision_mode=mode), "cpu"),
-        adamw(model, True),
-    )
+    guard, optimizer = (AdvancedGradScaler(MixedPrecisionConfig(precision_mode=mode), "cpu"), adamw(model, True))
     with Reads(gradients) as alone:
         optimizer.step()
     with Reads(gradients) as guarded:

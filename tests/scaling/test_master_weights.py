@@ -53,11 +53,7 @@ def micro_losses(model: nn.Module, steps: int, accumulation: int = 1) -> Iterato
 
 
 def reference_run(
-    make: Maker,
-    max_norm: float | None = None,
-    accumulation: int = 1,
-    steps: int = 20,
-    dtype: Any = torch.float16,
+    make: Maker, max_norm: float | None = None, accumulation: int = 1, steps: int = 20, dtype: Any = torch.float16
 ) -> tuple[list[Tensor], list[float]]:
     """Explicit copies and the plain rules: scale, backward, FP32 gradients over the scale, skip or step, round."""
     model = half_mlp(dtype)
@@ -383,11 +379,7 @@ def test_nothing_is_kept_alive() -> None:
     run = Run(OPTIMIZERS["adamw"])
     for window in micro_losses(run.model, 2):
         run.step(window)
-    references = [
-        weakref.ref(run.model),
-        weakref.ref(run.optimizer),
-        weakref.ref(next(run.model.parameters())),
-    ]
+    references = [weakref.ref(run.model), weakref.ref(run.optimizer), weakref.ref(next(run.model.parameters()))]
     scaler = run.scaler
     del run, window
     gc.collect()

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalerError
 from tests.each import for_each
 from tests.host_reads import count_synchronisations
-from tests.reference import (
-    OverflowInBackward,
-    adamw,
-    assert_bitwise_equal,
-    snapshot,
-    tiny_mlp,
-)
+from tests.reference import OverflowInBackward, adamw, assert_bitwise_equal, snapshot, tiny_mlp
 
 pytestmark = pytest.mark.gpu
 

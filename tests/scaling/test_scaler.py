@@ -14,14 +14,7 @@ from hf_amp import AdvancedGradScaler, ConfigError, MixedPrecisionConfig, Scaler
 from hf_amp.scaling.step import SeenLosses, StatisticsRequest, Unscale, check, observe
 from tests.each import for_each
 from tests.host_reads import count_host_reads
-from tests.reference import (
-    OverflowInBackward,
-    adamw,
-    assert_bitwise_equal,
-    losses,
-    snapshot,
-    tiny_mlp,
-)
+from tests.reference import OverflowInBackward, adamw, assert_bitwise_equal, losses, snapshot, tiny_mlp
 
 
 def scaler_with(**options: object) -> AdvancedGradScaler:

@@ -56,10 +56,7 @@ def test_pytorch_inf_in_each_gradient_in_turn(bad: float, dtype: torch.dtype, fu
 
 def test_pytorch_growth_never_reaches_inf() -> None:
     """PyTorch: init 1e38 with growth 16 stays where it is instead of becoming inf."""
-    scaler, weight = (
-        scaler_with(init_scale=1e38, growth_factor=16.0, growth_interval=1),
-        nn.Parameter(torch.zeros(1)),
-    )
+    scaler, weight = (scaler_with(init_scale=1e38, growth_factor=16.0, growth_interval=1), nn.Parameter(torch.zeros(1)))
     optimizer = torch.optim.SGD([weight], lr=0.0)
     scaler.scale(weight.sum()).backward()
     weight.grad.zero_()

@@ -16,13 +16,7 @@ def tensors() -> list[Tensor]:
     made = [
         torch.randn(shape, generator=generator) * scale for shape, scale in (((3, 5), 1.0), ((900,), 1e-5), ((), 7.0))
     ]
-    return [
-        *made,
-        torch.zeros(4),
-        torch.zeros(0),
-        torch.randn(50_000, generator=generator) * 1e-5,
-        made[0].half(),
-    ]
+    return [*made, torch.zeros(4), torch.zeros(0), torch.randn(50_000, generator=generator) * 1e-5, made[0].half()]
 
 
 def test_amax_is_that_of_each() -> None:

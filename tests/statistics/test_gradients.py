@@ -373,10 +373,7 @@ def test_sampling_leaves_the_random_state_alone():
 def test_a_default_device_changes_no_sample():
     """`torch.set_default_device` says where a user's tensors go, not where a sample is drawn."""
     tensors = [torch.randn(5000) * 2.0**-15, torch.randn(5000, dtype=torch.float64)]
-    expected = (
-        sample_underflow(tensors, FP16_FORMAT, 3),
-        underflow_of_each(tensors, FP16_FORMAT, torch.ones(()), 3),
-    )
+    expected = (sample_underflow(tensors, FP16_FORMAT, 3), underflow_of_each(tensors, FP16_FORMAT, torch.ones(()), 3))
     one = torch.ones(())
     with META:
         found = sample_underflow(tensors, FP16_FORMAT, 3), underflow_of_each(tensors, FP16_FORMAT, one, 3)

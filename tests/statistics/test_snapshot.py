@@ -106,12 +106,7 @@ def test_a_value_with_a_graph_can_be_read():
 
 def test_vectors_ride_in_the_same_read():
     """The elements of a tensor of shape [n] come under names of their own, one read for all."""
-    values = {
-        "a": torch.tensor(1.0),
-        "v": torch.tensor([2.0, 3.0]),
-        "none": torch.zeros(0),
-        "b": torch.tensor(4),
-    }
+    values = {"a": torch.tensor(1.0), "v": torch.tensor([2.0, 3.0]), "none": torch.zeros(0), "b": torch.tensor(4)}
     with count_host_reads() as reads:
         host = to_host(values)
     assert reads.count == 1

@@ -8,11 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_amp import (
-    DynamicMixedPrecisionTrainer,
-    MixedPrecisionConfig,
-    PerformanceOptimizedMixedPrecisionTrainer,
-)
+from hf_amp import DynamicMixedPrecisionTrainer, MixedPrecisionConfig, PerformanceOptimizedMixedPrecisionTrainer
 from hf_amp.device import probe
 from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS
 from tests.reference import adamw

@@ -26,11 +26,7 @@ class RankLocal(torch.nn.Module):
         return self.inner(x)
 
 
-OPTIONS = {
-    "usual": {},
-    "friendly": {"gradient_accumulation_friendly": True},
-    "retry": {"on_overflow": "retry"},
-}
+OPTIONS = {"usual": {}, "friendly": {"gradient_accumulation_friendly": True}, "retry": {"on_overflow": "retry"}}
 
 
 def run(rank: int, on_overflow: str = "skip", **options: Any) -> dict[str, Any]:

@@ -96,10 +96,7 @@ def test_it_switches_and_recovers_under_faults():
     assert kinds.count(EventKind.PRECISION_CHANGED) >= 4
 
 
-@for_each(
-    "kind",
-    [DynamicMixedPrecisionTrainer, PerformanceOptimizedMixedPrecisionTrainer],
-)
+@for_each("kind", [DynamicMixedPrecisionTrainer, PerformanceOptimizedMixedPrecisionTrainer])
 @for_each("mode", ["FP32", "BF16", "FP16"])
 def test_a_fixed_precision_leaves_no_choice(kind, mode):
     """FP32, BF16 and FP16 are refused, with the trainer that takes them."""

@@ -153,10 +153,7 @@ def test_the_progress_bar_can_be_turned_off(shown, capsys):
 def test_an_empty_loader_is_an_error(loader):
     """Training and validating on nothing says where to look; the next epoch trains and is the first."""
     manager, model, optimizer = made()
-    for call in (
-        lambda: manager.train_epoch(loader, model, optimizer),
-        lambda: manager.validate_epoch(loader, model),
-    ):
+    for call in (lambda: manager.train_epoch(loader, model, optimizer), lambda: manager.validate_epoch(loader, model)):
         with pytest.raises(BatchError, match=r"gave no batch.*drop_last"):
             call()
     assert manager.train_epoch(vectors(2), model, optimizer)["epoch"] == 1

@@ -30,10 +30,7 @@ def train(faults: dict[int, str], **options: Any) -> tuple[list[torch.Tensor], S
 @pytest.mark.parametrize("mode", ["FP32", "MIXED"])
 def test_a_retried_run_is_an_unfailed_run(mode: str) -> None:
     """To the last bit: the generator of the device was put back before the step was run again."""
-    (failed, trainer), (unfailed, _) = (
-        train({2: "overflow"}, precision_mode=mode),
-        train({}, precision_mode=mode),
-    )
+    (failed, trainer), (unfailed, _) = (train({2: "overflow"}, precision_mode=mode), train({}, precision_mode=mode))
     assert (trainer.scaler.applied_steps, trainer.scaler.skipped_steps) == (6, 1)
     assert_bitwise_equal(failed, unfailed)
 

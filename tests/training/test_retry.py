@@ -74,11 +74,7 @@ def test_outliers_lose_no_batch_and_need_no_room():
         torch.manual_seed(0)
         model = FaultyMlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        config = MixedPrecisionConfig(
-            scaling_strategy="ADAPTIVE",
-            overflow_budget=budget,
-            outlier_headroom=headroom,
-        )
+        config = MixedPrecisionConfig(scaling_strategy="ADAPTIVE", overflow_budget=budget, outlier_headroom=headroom)
         trainer = StandardMixedPrecisionTrainer(config, loss_fn=mse_loss, on_overflow="retry")
         results = [
             trainer.train_step(batch, model, optimizer, outlier if step % 50 == 0 else None)

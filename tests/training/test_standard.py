@@ -145,11 +145,7 @@ class Loose(nn.Module):
 @for_each("form", ["object", "mapping", "tensor"])
 @for_each(
     "batch",
-    [
-        {"inputs": torch.ones(2, 3), "labels": torch.ones(2)},
-        (torch.ones(2, 3), torch.ones(2)),
-        torch.ones(2, 3),
-    ],
+    [{"inputs": torch.ones(2, 3), "labels": torch.ones(2)}, (torch.ones(2, 3), torch.ones(2)), torch.ones(2, 3)],
 )
 def test_batches_and_losses_may_have_many_forms(form, batch):
     """Mapping, pair or tensor in; `.loss`, "loss" or the loss itself out."""

@@ -166,11 +166,7 @@ def timed_in_turn(
         step_seconds = [s for s, _ in runs]
         low, middle, high = statistics.quantiles([units / s for s in step_seconds], n=4)
         figures[name] = {
-            "units_per_second": {
-                "median": round(middle, 1),
-                "quartile_1": round(low, 1),
-                "quartile_3": round(high, 1),
-            },
+            "units_per_second": {"median": round(middle, 1), "quartile_1": round(low, 1), "quartile_3": round(high, 1)},
             "steps_a_round": steps[name],
             **{f"speed over {base}": ratio(its, step_seconds) for base, its in baselines.items()},
             "joules_per_unit": energy.missing or statistics.fmean(j for _, j in runs) / units,

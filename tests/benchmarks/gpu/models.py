@@ -7,14 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 Batch = dict[str, Tensor]
 
@@ -83,10 +76,7 @@ def vit(name: str, width: int, layers: int, heads: int, pixels: int, classes: in
     )  # fmt: skip
 
     def batch(rows: int) -> Batch:
-        return {
-            "pixel_values": torch.randn(rows, 3, pixels, pixels),
-            "labels": torch.randint(classes, (rows,)),
-        }
+        return {"pixel_values": torch.randn(rows, 3, pixels, pixels), "labels": torch.randint(classes, (rows,))}
 
     return Subject(name, lambda: LossOnly(ViTForImageClassification(config)), batch, "images", 1, rows)
 
