@@ -133,6 +133,17 @@ class Cause(str, enum.Enum):
         severity=90, severity_unconfirmed=9, moves_scale=False, moves_precision=False, retries=0,
         light="#a3182a", dark="#f0707f", marker="X",
     )  # fmt: skip
+    DERIVATIVE = CauseFacts(
+        name="DERIVATIVE",
+        in_words="a derivative was not finite",
+        metric="skipped with a finite loss whose derivative is infinite or undefined, in FP32 too",
+        metric_remedy="look for a root, a norm or a division at zero where the event says",
+        remedy="Keep roots, norms and divisions away from zero in what the events name: x.clamp(min=1e-6) before, not torch.where after.",
+        elsewhere="the loss is finite there, its derivative is not, in FP32 either: look there for a root or a division at zero.",
+        error="non_finite_derivative",
+        severity=65, severity_unconfirmed=6, moves_scale=False, moves_precision=False, retries=0,
+        light="#2f7d6b", dark="#6cc9b2", marker="P",
+    )  # fmt: skip
     UNKNOWN = CauseFacts(
         name="UNKNOWN",
         in_words="no cause could be confirmed",

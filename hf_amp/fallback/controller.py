@@ -386,6 +386,8 @@ class FallbackController:
             agree: while precisions are timed, count the slowest rank's time. One all-reduce and one sync a timed step.
         """
         self._newest = None
+        if self.recorder.gradient_hooks:
+            self.recorder.keep_output_gradients(False)
         tuner = self._autotuner
         if tuner is None or tuner.running is None:
             return self._decide(StepFacts())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.recorder import KEPT_FORWARDS, ForwardRecorder, RecordedForward
-from hf_amp.fallback.replay import ReplayFindings, replay, replay_unscaled_backward
+from hf_amp.fallback.replay import ReplayFindings, non_finite_tensors, replay, replay_backward
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, is_sharded, to_host
 from hf_amp.tree import tensors_in
 
@@ -259,9 +260,10 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
     return None
 
 
-SCALE_SKIPS_BEFORE_A_LOOK = 3
-"""Overflows in a row with a finite loss after which the step is looked at all the same: an infinite activation can hide
-behind a saturating function, and a derivative can be infinite by itself."""
+SCALE_SKIPS_BEFORE_A_DOUBT = 3
+"""Overflows in a row with a finite loss after which a scale that is no longer lowered is not to blame any more."""
+TINY_SCALE = 2.0**-24
+"""So small that no gradient of a loss of ordinary size overflows: FP16's smallest value."""
 _NOT_KEPT = (
     f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
     "step's batch and loss function, and for activations beyond 65504."
@@ -307,14 +309,14 @@ class Diagnoser:
     def __init__(self, runner: PlanRunner, recorder: ForwardRecorder, hysteresis: int) -> None:
         self._runner = runner
         self._recorder = recorder
-        self._patience = SCALE_SKIPS_BEFORE_A_LOOK + hysteresis
+        self._patience = SCALE_SKIPS_BEFORE_A_DOUBT + hysteresis
         self.repeats_forwards = True
 
     def explain(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         """Why a step was skipped.
 
-        Where parameters and batch are finite, a finite loss shows that forward was finite, and it is not repeated until a
-        smaller scale has not helped for a while.
+        Where parameters and batch are finite and the loss is too, backward is repeated without a scale: finite gradients
+        show that the scale was to blame.
 
         Args:
             scale_skips: skips in a row before this one that were put down to the scale.
@@ -336,17 +338,18 @@ class Diagnoser:
         source = non_finite_source(skip.parameters, forwards, skip.optimizer_state)
         if source is not None and source.confirmed:
             return source
-        if source is None and skip.loss_finite and not _is_doubtful(scale_skips):
-            return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT)
         forwards = forwards if self.repeats_forwards else []
+        if source is None and skip.loss_finite:
+            return self._in_backward(skip, forwards, scale_skips)
         found = diagnose(skip.loss_finite, forwards, self._runner)
         if source is not None:
             return found if found.cause is Cause.ACTIVATION else source._replace(confirmed=True)
-        if found.cause is Cause.SCALE:
-            return self._without_scale(forwards) or found
         if found.confirmed:
             return found
         found = self._in_evaluations(skip) or found
+        if skip.loss_finite is None and not found.confirmed:
+            in_backward = self._in_backward(skip, forwards, scale_skips)
+            found = in_backward if in_backward.cause is not Cause.SCALE else found
         if not (found.confirmed or found.already_fixed) and forwards and self._recorder.has_let_go(skip.step):
             return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, confirmed=False)
         return found
@@ -382,23 +385,75 @@ class Diagnoser:
             return agreed._replace(message=message_elsewhere(agreed, self._runner.current))
         return agreed._replace(message=f"another rank has found the cause. Here: {found.message}")
 
-    def _without_scale(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
-        """The diagnosis of a backward that overflows without a scale too; None where none is seen to."""
+    def _in_backward(self, skip: SkippedStep, forwards: Sequence[RecordedForward], scale_skips: int) -> Diagnosis:
+        """Why gradients are not finite although the loss is: backward is repeated without a scale, with a tiny one, and in FP32."""
+        current, tried = self._runner.current, bool(forwards)
         for forward in forwards:
-            broken = replay_unscaled_backward(forward, self._runner.current)
-            if broken:
-                prefix = self._runner.name_of(forward.model)
-                return self._backward_overflow([joined(prefix, name) for name in broken], "without a scale")
-        return None
+            bad = replay_backward(forward, current, 1.0, skip.scale)
+            tried &= bad is not None
+            if not bad:
+                continue
+            found = diagnose(True, [forward], self._runner)
+            if found.cause is not Cause.SCALE:  # an infinite activation, which a function that saturates has hidden
+                return found
+            if not replay_backward(forward, current, TINY_SCALE, skip.scale):
+                return self._too_large_a_loss(skip, forward)
+            prefix = self._runner.name_of(forward.model)
+            in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True)
+            outside = [path for path, g in (forward.output_gradients or {}).items() if non_finite_tensors(g)]
+            return self._derivative([joined(prefix, name) for name in in_fp32 or bad], outside, cured=in_fp32 == [])
+        if not tried and forwards and (scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1):
+            self._recorder.keep_output_gradients(True)
+        return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
 
-    def _backward_overflow(self, parameters: Iterable[str], when: str) -> Diagnosis:
-        """Names the module where backward, which runs from the last to the first, met the first bad value."""
+    def _too_large_a_loss(self, skip: SkippedStep, forward: RecordedForward) -> Diagnosis:
+        """A loss that needs a scale below 1: the largest power of two that serves is found by bisection."""
+        fits, fails = round(math.log2(TINY_SCALE)), 0
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            if replay_backward(forward, self._runner.current, 2.0**middle, skip.scale):
+                fails = middle
+            else:
+                fits = middle
+        return Diagnosis(
+            Cause.SCALE,
+            f"the loss is large: its gradients leave the range of FP16 even without a scale, and need one of {2.0**fits:g}, to "
+            "which it is lowered. A mean in place of a sum, or normalised targets, need none.",
+        )
+
+    def _derivative(self, parameters: Sequence[str], outside: Sequence[str], cured: bool) -> Diagnosis:
+        """Gradients that no scale makes finite: FP32 does, or they are not finite in FP32 either."""
+        if outside:
+            return Diagnosis(
+                Cause.DERIVATIVE,
+                f"the loss was finite, but its derivative with respect to the model's output {join_names(outside)} is not: "
+                "look outside of the model, where the loss is made, for a root or a division at zero.",
+            )
         first = self._first_in_backward(parameters)
-        where = f"The first gradient that is not finite is that of {first}" if first else "Look"
+        modules = (first,) if first in dict(self._runner.named_modules()) else ()
+        where = f"The first gradient that is not finite is that of {first}"
+        if cured:
+            return Diagnosis(
+                Cause.ACTIVATION,
+                f"the loss was finite, but in backward a gradient leaves the range of FP16 at any scale, and in FP32 none "
+                f"does. {where}: it needs a wider range.",
+                modules or ("",),
+            )
+        return Diagnosis(
+            Cause.DERIVATIVE,
+            f"the loss was finite, but its derivative is not, in FP32 either and at any scale. {where}: look behind it for a "
+            "root, a power or a norm at zero, or a division by zero, also in a branch that a mask hides.",
+            modules,
+        )
+
+    def _backward_overflow(self, parameters: Iterable[str], scale: float) -> Diagnosis:
+        """What remains where backward could not be repeated, and the scale has been lowered in vain."""
+        first = self._first_in_backward(parameters)
+        where = f"The first gradient that is not finite is that of {first}: look" if first else "Look"
         return Diagnosis(
             Cause.UNKNOWN,
-            f"the loss was finite, but backward overflows {when} as well. {where}: look there for a root or a division "
-            "at zero, whose derivative is infinite.",
+            f"the loss was finite, but backward overflows at a scale of {scale:g} as well, and could not be repeated. "
+            f"{where} there for a root or a division at zero, whose derivative is infinite.",
             (first,) if first in dict(self._runner.named_modules()) else (),
         )
 
@@ -411,9 +466,9 @@ class Diagnoser:
     def _doubting_scale(self, skip: SkippedStep, scale_skips: int, diagnosis: Diagnosis) -> Diagnosis:
         """`diagnosis`, unless it is that of a scale which cures nothing: at most 1, or no longer being lowered."""
         held = skip.next_scale >= skip.scale and scale_skips > self._patience
-        if diagnosis.cause is not Cause.SCALE or not (skip.scale <= 1 or held):
+        if diagnosis.cause is not Cause.SCALE or diagnosis.confirmed or not (skip.scale <= 1 or held):
             return diagnosis
-        return self._backward_overflow(skip.bad_gradients(), f"at a scale of {skip.scale:g}")
+        return self._backward_overflow(skip.bad_gradients(), skip.scale)
 
     def _naming_gradient(self, skip: SkippedStep, diagnosis: Diagnosis) -> Diagnosis:
         """`diagnosis`, with where backward overflowed where there is no scale to blame and nothing else to go by."""
@@ -425,9 +480,3 @@ class Diagnoser:
         return diagnosis._replace(
             message=f"{diagnosis.message} The first gradient that is not finite is that of {first}."
         )
-
-
-def _is_doubtful(scale_skips: int) -> bool:
-    """Whether to look closer although the loss is finite: at the 4th, 8th, 16th, … skip in a row for the scale."""
-    count = scale_skips + 1
-    return count > SCALE_SKIPS_BEFORE_A_LOOK and count & (count - 1) == 0

@@ -3,21 +3,23 @@ statistics were before it, so that they can be put back."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_amp.device import RandomState, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.patch_log import compile_disabled
 from hf_amp.statistics import to_host_list
-from hf_amp.tree import copy_containers, tensors_of
+from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
 _NAMES = ("running_mean", "running_var")
 
@@ -82,6 +84,7 @@ class RecordedForward(NamedTuple):
             written into it since.
         random_state: what dropout drew from on the CPU and on the batch's devices; None where that is not known.
         plan: what it ran under; None where that is not known.
+        output_gradients: what the loss gave to each output, by its path, times the scale; where they were kept.
     """
 
     model: nn.Module
@@ -90,6 +93,7 @@ class RecordedForward(NamedTuple):
     is_intact: bool = True
     random_state: RandomState | None = None
     plan: PrecisionPlan | None = None
+    output_gradients: dict[str, Tensor] | None = None
 
 
 class _Kept(NamedTuple):
@@ -101,6 +105,7 @@ class _Kept(NamedTuple):
     versions: tuple[int, ...]
     random_state: RandomState | None
     plan: PrecisionPlan
+    output_gradients: dict[str, Tensor]
 
 
 @dataclass
@@ -142,6 +147,8 @@ class ForwardRecorder:
         self._runner = runner
         self._by_step: dict[int, _OfStep] = {}
         self._norms: dict[weakref.ref[nn.Module], list[weakref.ref[nn.Module]]] = {}
+        self._entry_points: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.gradient_hooks: list[RemovableHandle] = []
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
@@ -149,7 +156,13 @@ class ForwardRecorder:
         if norms := norms_of(model):
             self._norms[reference] = norms
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
-        return handle.remove
+        self._entry_points.add(entry_point)
+
+        def undo() -> None:
+            handle.remove()
+            self.keep_output_gradients(False)
+
+        return undo
 
     def _note(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         model = reference()
@@ -181,7 +194,23 @@ class ForwardRecorder:
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
         seen = _versions(tensors), _random_state(tensors), self._runner.plan
-        return _Kept(reference, arguments, options, *seen)
+        return _Kept(reference, arguments, options, *seen, output_gradients={})
+
+    def keep_output_gradients(self, keep: bool) -> None:
+        """Whether what the loss gives to outputs is kept from now on, so that backward can be repeated from there.
+
+        For steps that go wrong again and again with a loss that is made outside of the model. Takes as much memory.
+        """
+        while not keep and self.gradient_hooks:
+            self.gradient_hooks.pop().remove()
+        if keep and not self.gradient_hooks:
+            self.gradient_hooks = [entry.register_forward_hook(self._keep_gradients_of) for entry in self._entry_points]
+
+    def _keep_gradients_of(self, entry_point: nn.Module, arguments: Any, output: Any) -> None:
+        calls = self._now().calls
+        for path, x in tensors_in(output) if calls else ():
+            if x.requires_grad:
+                cast(Any, x).register_hook(functools.partial(calls[-1].output_gradients.__setitem__, path))
 
     def forwards_of(self, step: int) -> list[RecordedForward]:
         """The forward passes behind optimizer step `step`, oldest first.
@@ -224,6 +253,7 @@ def _repeatable(calls: Iterable[_Kept]) -> list[RecordedForward]:
             is_intact=kept.versions == _versions(tensors_of((kept.arguments, kept.options))),
             random_state=kept.random_state,
             plan=kept.plan,
+            output_gradients=kept.output_gradients,
         )
         for kept in calls
         if (model := kept.model()) is not None

@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_amp.device import RandomState, devices_of
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.precision import PrecisionMode
+from hf_amp.precision import HALF_DTYPES, PrecisionMode
 from hf_amp.statistics import is_distributed, to_host
 from hf_amp.tree import copy_containers, tensors_in
 
@@ -71,24 +71,48 @@ def replay(forward: RecordedForward, current: CurrentPrecision) -> ReplayFinding
     return watch.findings
 
 
-def replay_unscaled_backward(forward: RecordedForward, current: CurrentPrecision) -> list[str] | None:
-    """Repeats `forward` and its backward without a loss scale: names of the parameters whose gradients are not finite.
+def replay_backward(
+    forward: RecordedForward, current: CurrentPrecision, factor: float, scale: float, in_fp32: bool = False
+) -> list[str] | None:
+    """Repeats `forward` and its backward from `factor` times the loss: names of the parameters whose gradients are not finite.
 
-    Where there are any, no scale is to blame. None where that is not known: the model returns no loss, or the
-    repetition failed. Costs one step without its optimizer, and memory for the gradients; nothing of the run changes.
+    Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
+    the outputs, if they were kept. None where nothing is known: neither is there, or the repetition failed. Costs one
+    step without its optimizer, and memory for the gradients; nothing of the run changes.
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
     try:
-        with _nothing_changes(forward.model), torch.enable_grad(), current():
-            output, _ = _repeat(forward)
-            losses = [x for _, x in float_tensors(output) if x.dim() == 0 and x.requires_grad]
-            if not losses:
-                return None
-            gradients = torch.autograd.grad(losses[0], [p for _, p in named], allow_unused=True)
+        with _nothing_changes(forward.model), torch.enable_grad():
+            if in_fp32:
+                with ForwardContext.suspended(), current.entry.context(PrecisionMode.FP32):
+                    output, _ = _repeat(forward, in_fp32=True)
+                    gradients = _backward(output, named, forward, factor, scale)
+            else:
+                with current():
+                    output, _ = _repeat(forward)
+                    gradients = _backward(output, named, forward, factor, scale)
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
+        return None
+    if gradients is None:
         return None
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
     return [name for name, g in known if non_finite_tensors(g)]
+
+
+def _backward(
+    output: Any, named: Sequence[tuple[str, Tensor]], forward: RecordedForward, factor: float, scale: float
+) -> tuple[Tensor | None, ...] | None:
+    outputs = {path: x for path, x in float_tensors(output) if x.requires_grad}
+    starts = [(x, torch.full_like(x, factor)) for x in outputs.values() if x.dim() == 0][:1]
+    if not starts:
+        given = forward.output_gradients or {}
+        if scale > 1 and any(non_finite_tensors(g) and g.dtype in HALF_DTYPES for g in given.values()):
+            return None  # that may be the scale's doing
+        starts = [(x, (given[path] * (factor / scale)).to(x.dtype)) for path, x in outputs.items() if path in given]
+    if not starts:
+        return None
+    ends, seeds = zip(*starts, strict=True)
+    return torch.autograd.grad(ends, [p for _, p in named], seeds, allow_unused=True)
 
 
 class _Candidate(NamedTuple):
@@ -195,13 +219,17 @@ def non_finite_tensors(value: Any) -> list[Tensor]:
     return [x for i, (_, x) in enumerate(found) if not flags[str(i)]]
 
 
-def _repeat(forward: RecordedForward) -> tuple[Any, bool]:
+def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
     """What the model returns for the same batch and the same random numbers, and whether it draws any."""
     arguments, options = _inputs_to_repeat(forward)
     if forward.random_state is not None:
         forward.random_state.restore()
     before = RandomState.now(devices_of(forward.model))
-    return forward.model(*arguments, **options), before.has_moved()
+    model: Callable[..., Any] = forward.model
+    if in_fp32:  # the model's own attribute may be a wrapper that enters autocast again, as accelerate's does
+        arguments, options = to_float32(arguments), to_float32(options)
+        model = functools.partial(type(forward.model).forward, forward.model)
+    return model(*arguments, **options), before.has_moved()
 
 
 def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:

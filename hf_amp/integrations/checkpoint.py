@@ -101,8 +101,15 @@ def saving_whole(
     @functools.wraps(save_state)
     def save_whole(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         def write(folder: Path) -> None:
-            with without_scaler():
-                save_state(str(folder), *args, **kwargs)
+            scaler = accelerator.scaler
+            session.scaler.flush()  # where ranks agree on what still waits
+            if not accelerator.is_local_main_process:
+                accelerator.scaler = None  # upstream has every rank write the same file, and each keeps its own times
+            try:
+                with without_scaler():
+                    save_state(str(folder), *args, **kwargs)
+            finally:
+                accelerator.scaler = scaler
 
         project = accelerator.project_configuration
         if not project.automatic_checkpoint_naming:

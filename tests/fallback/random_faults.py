@@ -104,7 +104,6 @@ class Trial:
         faulty: number of the step at which the fault sets in.
         micro_batches: of every step.
         where: name of the module to blame, where it is a module.
-        skips_to_judge: which skip is judged: one with a finite loss is put down to the scale until the fourth.
     """
 
     precision: str
@@ -115,7 +114,6 @@ class Trial:
     micro_batches: int
     where: str | None = None
     loss_outside: Callable[[Tensor], Tensor] | None = None
-    skips_to_judge: int = 1
 
     def batch(self) -> Batch:
         shape = (2, 4)
@@ -174,7 +172,6 @@ def division(trial: Trial, batch: Batch) -> None:
 
 def infinite_derivative(trial: Trial, batch: Batch) -> None:
     """The root of zero in a module: a finite value with an infinite derivative."""
-    trial.skips_to_judge = 4
     trial.model.source.fault = lambda x: x + (x - x.detach()).float().abs().sqrt()
 
 
@@ -194,7 +191,7 @@ FAULTS: dict[Callable[[Trial, Batch], None], Cause] = {
     ignored_labels: Cause.LOSS,
     log_of_zero: Cause.LOSS,
     division: Cause.UNKNOWN,
-    infinite_derivative: Cause.UNKNOWN,
+    infinite_derivative: Cause.DERIVATIVE,
     too_large_a_scale: Cause.SCALE,
 }
 ONLY_FP16 = (large_activation, large_product, too_large_a_scale)
@@ -219,9 +216,9 @@ def run(seed: int) -> tuple[str, Cause, str] | None:
     trial = Trial(precision, config, chance, Classifier(chance), chance.randint(1, 3), chance.choice([1, 1, 2, 3]))
     events = _train(trial, fault, fused=late or chance.random() < 0.5)
     skips = [e for e in events if e.kind is EventKind.STEP_SKIPPED]
-    if len(skips) < trial.skips_to_judge:
+    if not skips:
         return None
-    judged = skips[trial.skips_to_judge - 1]
+    judged = skips[0]
     reported = judged.cause.value
     if trial.where is not None and trial.where not in " ".join((*judged.modules, judged.message)):
         reported = "elsewhere"
@@ -258,7 +255,7 @@ def _train(trial: Trial, fault: Callable[[Trial, Batch], None], fused: bool) -> 
     session = hf_amp.attach(accelerator, trial.config)
     optimizer = torch.optim.AdamW(trial.model.parameters(), lr=1e-3, fused=fused)
     model, optimizer = accelerator.prepare(trial.model, optimizer)
-    for step in range(1, trial.faulty + trial.chance.randint(2, 3) + (4 if fault is infinite_derivative else 0)):
+    for step in range(1, trial.faulty + trial.chance.randint(2, 3)):
         hit = trial.chance.randrange(trial.micro_batches) if step == trial.faulty else None
         for index in range(trial.micro_batches):
             batch = trial.batch()

@@ -77,12 +77,12 @@ def test_the_rank_without_the_fault_blames_nothing_of_its_own(
     assert "this step's labels" not in message
 
 
-def test_a_derivative_of_one_rank_is_found_out_by_both_at_the_fourth_skip(ranks: list[dict[str, Any]]) -> None:
-    """SCALE three times, then UNKNOWN with the layer; same plan on both."""
+def test_a_derivative_of_one_rank_is_found_by_both_at_the_first_skip(ranks: list[dict[str, Any]]) -> None:
+    """DERIVATIVE with the layer; same plan on both."""
     first, second = (results["root"]["decided"] for results in ranks)
     assert first == second
-    assert [skip[1] for skip in first["skips"]][:4] == ["SCALE"] * 3 + ["UNKNOWN"]
-    assert first["skips"][3][2] == ["first"]
+    assert first["skips"][0][1] == "DERIVATIVE"
+    assert first["skips"][0][2] == ["first"]
 
 
 def test_without_a_fault_nothing_is_told(ranks: list[dict[str, Any]]) -> None:

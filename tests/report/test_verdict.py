@@ -129,7 +129,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
         "Training: all 2 steps",
     ),
     "a cause of a later version": (
-        [started(), skipped(3, "DERIVATIVE"), metrics(1000, 1)],
+        [started(), skipped(3, "OF_A_LATER_VERSION"), metrics(1000, 1)],
         Level.WATCH,
         "(a cause that this version does not know)",
     ),
