@@ -39,7 +39,8 @@ class Net(nn.Module):
 def run(steps: int, fused: bool = False, precision: str = "fp16", clip: bool = True, **options: Any) -> Any:
     """A raw Accelerate loop; yields after every step the session, the model, and what the step's truth was."""
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
-    config = MixedPrecisionConfig(monitor_modules=True, monitoring_interval=INTERVAL, init_scale=1024.0, **options)
+    options = {"init_scale": 1024.0, **options}
+    config = MixedPrecisionConfig(monitor_modules=True, monitoring_interval=INTERVAL, **options)
     session = hf_amp.attach(accelerator, config)
     model = Net()
     prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused))
@@ -75,6 +76,26 @@ def test_headroom_is_that_of_the_scaled_gradients_before_clipping(options: dict[
         if step % INTERVAL == 0:
             expected = headrooms(scaled)
         assert session.module_metrics()["module_headroom_bits"] == pytest.approx(expected, rel=1e-5)
+
+
+def underflows(scaled: dict[str, Tensor]) -> dict[str, float]:
+    """Share of zero and subnormal elements, of the worst parameter of each module, before clipping."""
+    found: dict[str, float] = {}
+    for name, gradient in scaled.items():
+        module = name.rpartition(".")[0]
+        share = float((gradient.abs() < 2.0**-14).float().mean())
+        found[module] = max(share, found.get(module, 0.0))
+    return found
+
+
+@for_each("options", [{}, {"fused": True}, {"fold_clipping": True, "fused": True}])
+def test_modules_whose_gradients_underflow_are_named(options: dict[str, Any]) -> None:
+    """With a scale of 2^-5, at which some of a module's gradient is below FP16's normal range: the share of each module."""
+    for step, (session, _, scaled) in enumerate(run(2 * INTERVAL, init_scale=2.0**-5, **options)):
+        if step % INTERVAL == 0:
+            expected = underflows(scaled)
+        assert session.module_metrics()["module_underflow_fraction"] == pytest.approx(expected)
+    assert len(set(expected.values())) > 1
 
 
 def test_a_deferred_verdict_brings_them_a_step_later() -> None:

@@ -360,10 +360,13 @@ def test_foreign_state_is_refused(saved: object) -> None:
 
 
 @pytest.mark.parametrize("dead_scale", [0.0, math.inf])
-def test_dead_stock_scale_is_brought_back_into_bounds(dead_scale: float) -> None:
-    """A stock checkpoint whose scale went to 0 or inf continues at the nearest bound."""
+@pytest.mark.parametrize("stepped", [False, True])
+def test_dead_stock_scale_is_brought_back_into_bounds(dead_scale: float, stepped: bool) -> None:
+    """A stock checkpoint whose scale went to 0 or inf continues at the nearest bound, loaded before the first step or after."""
     saved = {**torch.amp.GradScaler("cpu").state_dict(), "scale": dead_scale}
-    scaler = scaler_with(max_scale=2.0**24)
+    scaler, parameter = scaler_with(max_scale=2.0**24), nn.Parameter(torch.tensor([1.0]))
+    if stepped:
+        one_step(scaler, parameter.sum(), torch.optim.SGD([parameter], lr=0.1))
     scaler.load_state_dict(saved)
     assert scaler.get_scale() == (scaler.config.min_scale if dead_scale == 0 else 2.0**24)
 
