@@ -394,7 +394,7 @@ class Diagnoser:
             if not bad:
                 continue
             found = diagnose(True, [forward], self._runner)
-            if found.cause is not Cause.SCALE:  # an infinite activation, which a function that saturates has hidden
+            if found.cause is Cause.ACTIVATION:  # an infinite activation, which a function that saturates has hidden
                 return found
             if not replay_backward(forward, current, TINY_SCALE, skip.scale):
                 return self._too_large_a_loss(skip, forward)

@@ -154,7 +154,7 @@ class _Replay:
             if not non_finite_tensors(output):
                 self._clear(name, (arguments, options))
                 return None
-            cured = self._cured(name, module, arguments, options)
+            cured = self._cured(name, module, output, arguments, options)
             if name == "" and cured is None and self._candidate:
                 self.findings.first_non_finite, self.findings.only_loss = (
                     self._candidate.name,
@@ -164,8 +164,8 @@ class _Replay:
 
         return before, after
 
-    def _cured(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
-        """The output in FP32 where that is finite; None otherwise."""
+    def _cured(self, name: str, module: nn.Module, output: Any, arguments: tuple[Any, ...], options: Any) -> Any:
+        """The output in FP32 where that is finite, but for a mask of -inf with values of `output` beside it; None otherwise."""
         self._repeats = True
         try:
             with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
@@ -175,7 +175,8 @@ class _Replay:
         finally:
             self._repeats = False
         broken_in_fp32 = non_finite_tensors(exact)
-        if broken_in_fp32:
+        masked = broken_in_fp32 and not _holds_nan_or_inf(exact) and _finite_only_in(exact, output)
+        if broken_in_fp32 and not masked:
             self._candidate = self._likelier_candidate(name, (arguments, options), broken_in_fp32)
             return None
         if name not in self.findings.overflowing:
@@ -197,6 +198,14 @@ class _Replay:
         candidate = self._candidate
         if candidate is not None and (f"{candidate.name}.".startswith(f"{name}.") or non_finite_tensors(inputs)):
             self._candidate = None
+
+
+def _finite_only_in(exact: Any, output: Any) -> bool:
+    """Whether an element is finite in `exact` alone: both hold a mask, and `output` more than that. One GPU-CPU sync."""
+    ours = dict(float_tensors(output))
+    pairs = [(x, ours[path]) for path, x in float_tensors(exact) if path in ours and ours[path].shape == x.shape]
+    found = {str(i): (x.isfinite() & ~y.isfinite()).any() for i, (x, y) in enumerate(pairs)}
+    return bool(found) and any(to_host(found).values())
 
 
 def _holds_nan_or_inf(inputs: Any) -> bool:

@@ -470,3 +470,54 @@ def test_an_overflow_that_hangs_on_dropout_is_found() -> None:
         loop.step({"x": torch.full((1, 64), 65504 / 64)})
     assert 4 <= len(loop.skips) <= 16
     assert {(skip.cause, skip.modules) for skip in loop.skips} == {(Cause.ACTIVATION, ("total",))}
+
+
+class Pointer(nn.Module):
+    """Scores with a mask of -inf by design, as pointer networks and action masks have; `gain` makes q·k leave FP16's range."""
+
+    def __init__(self, gain: float, factor: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.score = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), _Scores(gain)
+        self.factor = factor
+        with torch.no_grad():
+            self.q.weight.mul_(gain)
+            self.k.weight.mul_(gain)
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.score(self.q(x), self.k(x))
+        return nn.functional.cross_entropy(logits.float(), labels) * self.factor, logits
+
+
+class _Scores(nn.Module):
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        future = torch.ones(len(q), len(k), dtype=torch.bool).triu(1)
+        return ((q @ k.T) / self.gain**2).masked_fill(future, -torch.inf)
+
+
+@for_each(
+    ("gain", "factor", "cause", "modules"), [(1000.0, 1.0, Cause.ACTIVATION, ("score",)), (1.0, 1e9, Cause.SCALE, ())]
+)
+def test_a_mask_of_minus_infinity_hides_nothing(
+    gain: float, factor: float, cause: Cause, modules: tuple[str, ...]
+) -> None:
+    """What overflows beside a mask is named, and a loss that is too large with masked outputs is the scale's matter."""
+    loop = Loop(Pointer(gain, factor), "fp16")
+    loop.step({"x": X, "labels": torch.zeros(len(X), dtype=torch.long)})
+    assert [(skip.cause, skip.modules) for skip in loop.skips] == [(cause, modules)]
+
+
+@for_each("strategy", ["DYNAMIC", "ADAPTIVE"])
+def test_a_loss_that_needs_a_scale_below_one_gets_it(strategy: str) -> None:
+    """A regression to -1e5, summed: every skip is SCALE, nothing leaves FP16, the scale that fits is named, and it trains."""
+    loop = Loop(nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)), "fp16", scaling_strategy=strategy)
+    for _ in range(40):
+        loop.step({"input": X}, loss_of=lambda output: (output + 1e5).square().sum())
+    assert {skip.cause for skip in loop.skips} == {Cause.SCALE}
+    assert "mean in place of a sum" in loop.skips[-1].message
+    assert (loop.session.plan.default, dict(loop.session.plan.modules)) == (PrecisionMode.MIXED, {})
+    assert loop.session.metrics()["applied_steps"] >= 15
