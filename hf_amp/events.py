@@ -141,7 +141,7 @@ class Cause(str, enum.Enum):
         remedy="Keep roots, norms and divisions away from zero in what the events name: x.clamp(min=1e-6) before, not torch.where after.",
         elsewhere="the loss is finite there, its derivative is not, in FP32 either: look there for a root or a division at zero.",
         error="non_finite_derivative",
-        severity=65, severity_unconfirmed=6, moves_scale=False, moves_precision=False, retries=0,
+        severity=65, severity_unconfirmed=4, moves_scale=False, moves_precision=False, retries=0,
         light="#2f7d6b", dark="#6cc9b2", marker="P",
     )  # fmt: skip
     UNKNOWN = CauseFacts(

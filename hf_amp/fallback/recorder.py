@@ -105,6 +105,7 @@ class _Kept(NamedTuple):
     versions: tuple[int, ...]
     random_state: RandomState | None
     plan: PrecisionPlan
+    backwards: int
     output_gradients: dict[str, Tensor]
 
 
@@ -126,9 +127,10 @@ class _OfStep:
 
 
 class CountsSteps(Protocol):
-    """Whoever counts the optimizer steps decided."""
+    """Whoever counts the optimizer steps decided, and the backward passes begun."""
 
     decided_steps: int
+    backwards: int
 
 
 class ForwardRecorder:
@@ -193,7 +195,7 @@ class ForwardRecorder:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
-        seen = _versions(tensors), _random_state(tensors), self._runner.plan
+        seen = _versions(tensors), _random_state(tensors), self._runner.plan, self._steps.backwards
         return _Kept(reference, arguments, options, *seen, output_gradients={})
 
     def keep_output_gradients(self, keep: bool) -> None:
@@ -238,6 +240,13 @@ class ForwardRecorder:
     def _back_from(self, step: int) -> list[_OfStep]:
         """Of `step` and the kept steps before it, the newest first."""
         return [self._by_step[known] for known in sorted(self._by_step, reverse=True) if known <= step]
+
+    def discard(self) -> bool:
+        """Lets go of this step's forward passes before the newest backward; not, and False, where none came after it."""
+        now = self._now()
+        kept = [call for call in now.calls if call.backwards == self._steps.backwards]
+        now.calls = deque(kept, KEPT_FORWARDS) if kept else now.calls
+        return bool(kept)
 
     def forget(self) -> None:
         """Lets go of everything."""

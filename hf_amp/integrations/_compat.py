@@ -50,9 +50,9 @@ def steps_in_backward(optimizer: torch.optim.Optimizer) -> bool:
     return layerwise or hasattr(optimizer, "fused_backward")
 
 
-def forget_skip(optimizer: AcceleratedOptimizer) -> None:
-    """Makes `optimizer.step_was_skipped` False."""
-    optimizer._is_overflow = False
+def forget_skip(optimizer: AcceleratedOptimizer, was_skipped: bool = False) -> None:
+    """Makes `optimizer.step_was_skipped` False, or `was_skipped`."""
+    optimizer._is_overflow = was_skipped
 
 
 def replace_scaler(optimizer: AcceleratedOptimizer, scaler: torch.amp.GradScaler | None) -> None:

@@ -44,7 +44,7 @@ from hf_amp.integrations.trackers import logging_with_metrics
 from hf_amp.patch_log import PatchLog
 from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.master_weights import convert_parameters, upcast_state
-from hf_amp.scaling.optimizer_step import RefuseScaledStep
+from hf_amp.scaling.optimizer_step import RefuseScaledStep, has_closure
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
@@ -527,9 +527,11 @@ def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., An
     def step(optimizer: AcceleratedOptimizer, *args: Any, **kwargs: Any) -> Any:
         if not optimizer.gradient_state.sync_gradients:
             forget_skip(optimizer)
-        if former is not None:
-            return former(*args, **kwargs)
-        return type(optimizer).step(optimizer, *args, **kwargs)
+        result = type(optimizer).step(optimizer, *args, **kwargs) if former is None else former(*args, **kwargs)
+        scaler = optimizer.scaler  # None while a checkpoint of shards is written
+        if scaler and scaler.no_scaling and optimizer.gradient_state.sync_gradients and has_closure(args, kwargs):
+            forget_skip(optimizer, not scaler.last_outcome.applied)  # the optimizer was called in any case
+        return result
 
     return step
 

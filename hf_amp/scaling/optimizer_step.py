@@ -112,12 +112,17 @@ def _takes_scaler(step: Callable[..., Any]) -> bool:
     return "grad_scaler" in inspect.signature(step).parameters
 
 
+def has_closure(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+    """Whether `optimizer.step` was given a closure."""
+    return options.get("closure") is not None or any(callable(argument) for argument in arguments)
+
+
 def refuse_closure(optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     """Raises `ScalerError` where `optimizer.step` was given a closure."""
-    if options.get("closure") is not None or any(callable(argument) for argument in arguments):
+    if has_closure(arguments, options):
         raise ScalerError(
             f"{type(optimizer).__name__}.step with a closure cannot be loss-scaled, because the closure runs backward "
-            "several times within one step; use an optimizer without a closure, or FP32 or BF16 without hf_amp."
+            "several times within one step; use an optimizer without a closure, or FP32 or BF16, without master weights."
         )
 
 

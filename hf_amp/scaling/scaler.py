@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from hf_amp.events import StepOutcome
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
-from hf_amp.scaling.optimizer_step import OptimizerRunner, device_of, is_fused, refuse_closure
+from hf_amp.scaling.optimizer_step import OptimizerRunner, device_of, has_closure, is_fused, refuse_closure
 from hf_amp.scaling.policies import ConstantScale, ScalePolicy, policy_of, scalar
 from hf_amp.scaling.state import from_state_dict, other_options, restored, state_to_host, to_state_dict, upgraded
 from hf_amp.scaling.step import (
@@ -71,6 +72,11 @@ def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     )
 
 
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What accelerate's `AcceleratedOptimizer` wraps, which would come back to the scaler; any other as it is."""
+    return cast(Any, optimizer).optimizer if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
+
+
 def _stock_option(name: str) -> Any:
     """An option of the stock class, whose setters set it: kept in the config, and checked as there."""
 
@@ -79,6 +85,10 @@ def _stock_option(name: str) -> Any:
             scaler._change_options(**{name: value})
 
     return property(lambda scaler: getattr(scaler.config, name), change)
+
+
+class _NonFiniteClosure(Exception):
+    """Ends an optimizer's step whose closure has given a non-finite loss or gradient."""
 
 
 class AdvancedGradScaler(torch.amp.GradScaler):
@@ -106,6 +116,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     Attributes:
         config: the options in force; `growth_factor`, `backoff_factor` and `growth_interval` can be set later.
         no_scaling: whether it is the finite check alone.
+        backwards: backward passes begun.
         decided_steps: optimizer steps decided, on the host or on the device.
         applied_steps: optimizer steps that were applied.
         skipped_steps: optimizer steps that were skipped.
@@ -115,6 +126,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         step_hooks: called with (gradient step, optimizer) once gradients are checked, before they are clipped; what they
             return, by name, as tensors of shape [] or [n], comes with the step's one sync, in `StepOutcome.extras`.
         stateful: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
+        discard_forwards: called where gradients were cleared without a step, before the next backward; False where their
+            losses are from the same forward pass as the next, and count on.
         is_waiting: says of an optimizer whether its gradients may be scaled now: a backward has begun since its last step, and
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
@@ -146,7 +159,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             enabled=config.enabled,
         )
         self.no_scaling = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
-        self.decided_steps = 0
+        self.backwards = self.decided_steps = 0
         self.applied_steps = 0
         self.skipped_steps = 0
         self.last_outcome: StepOutcome | None = None
@@ -154,6 +167,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.observers: list[StepObserver] = []
         self.step_hooks: list[StepHook] = []
         self.stateful: dict[str, Stateful] = {}
+        self.discard_forwards: Callable[[], bool] = lambda: True
         self.not_sampled: Callable[[], Collection[int]] = tuple
         keeps = config.precision_mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
         self.master_weights = MasterWeights() if config.enabled and keeps else None
@@ -173,7 +187,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return outputs
-        self._pending.begin_backward(None if self._state is None else self._state.scale)
+        self._pending.begin_backward(None if self._state is None else self._state.scale, self.discard_forwards)
+        self.backwards += 1
         return map_losses(self._scale_one, outputs)
 
     def _scale_one(self, loss: Tensor) -> Tensor:
@@ -187,7 +202,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._lazy_init_scale_growth_tracker(loss.device)
         scale = cast(Tensor, self._state.scale)
         self._pending.note_loss(loss, scale)
-        return loss if self.no_scaling else loss * to_device(scale, loss.device)
+        scaled = loss if self.no_scaling else loss * to_device(scale, loss.device)
+        self._pending.losses.newest = weakref.ref(scaled)
+        return scaled
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets `optimizer`'s gradients wait while others step and the scale changes, from before its own first step on.
@@ -209,6 +226,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return
+        optimizer = _unwrapped(optimizer)
         if self.no_scaling:
             self._runner.prepare_gradients(optimizer)
             return
@@ -232,6 +250,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """
         if not self._enabled or self.no_scaling:
             raise ScalerError("clip_grad_norm_ is part of loss scaling, and this scaler scales nothing.")
+        optimizer = _unwrapped(optimizer)
         host_decides = not self._defers(optimizer)
         record = self._pending.current(optimizer)
         if record is None:
@@ -244,14 +263,17 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Runs `optimizer.step()` if all its gradients are finite; skips it by not calling it otherwise.
 
-        One GPU-CPU sync; none where the strategy defers and the optimizer is fused. Where the optimizer raises, nothing is
+        One GPU-CPU sync; none where the strategy defers and the optimizer is fused; one for each call of a closure. Where the optimizer raises, nothing is
         counted, and the next backward can follow.
 
         Raises:
-            ScalerError: a closure was passed, or `step` was called already since the last `update`.
+            ScalerError: a closure was passed where something is scaled, or `step` was called already since the last `update`.
         """
         if not self._enabled:
             return cast("float | None", optimizer.step(*args, **kwargs))
+        optimizer = _unwrapped(optimizer)
+        if self.no_scaling and self.master_weights is None and has_closure(args, kwargs):
+            return self._step_with_closure(optimizer, args, kwargs)
         samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
         lost_updates = self._runner.take_lost_updates(optimizer)
@@ -284,6 +306,51 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.decided_steps = attempt
         if outcome is not None:
             self._count(outcome, optimizer)
+        return result
+
+    def _step_with_closure(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> float | None:
+        """Runs a step whose closure runs backward, and checks each call of it.
+
+        The first that gives a non-finite loss or gradient ends the step, which is skipped: parameters are what they were
+        before it, and optimizer state that has followed them since begins anew.
+        """
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in held]
+        records: list[GradientStep] = []  # of the first call, and of the newest
+
+        def call(closure: Any) -> Any:
+            begun, loss = self.backwards, closure()
+            if loss is not None and self.backwards == begun:  # the closure has shown its loss to nobody
+                self.scale(torch.as_tensor(loss))
+            record = self._check(optimizer, Unscale.NONE)
+            if record.loss_non_finite is not None:
+                record.found_while_dividing = (
+                    record.loss_non_finite
+                )  # which stands, also where the gradients are finite
+                record.found_inf = torch.maximum(record.found_inf, record.loss_non_finite)
+            records[1:] = [record]
+            if not record.to_host(self.decided_steps + 1).applied:
+                raise _NonFiniteClosure
+            return loss
+
+        def checked(value: Any) -> Any:
+            return functools.partial(call, value) if callable(value) else value
+
+        result = None
+        try:
+            result = optimizer.step(*map(checked, args), **{name: checked(value) for name, value in kwargs.items()})
+            if not records:
+                call(lambda: None)
+        except _NonFiniteClosure:
+            with torch.no_grad():
+                torch._foreach_copy_(held, before)
+            if len(records) > 1:
+                optimizer.state.clear()
+            records[0] = records[-1]
+        self._pending.begin_step(records[-1])
+        self._pending.close(optimizer, records[-1])
+        self.decided_steps += 1
+        self._count(cast(StepOutcome, records[0].outcome), optimizer)
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -487,6 +554,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.applied_steps = counters.get("applied_steps", self.applied_steps)
         self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
         self.decided_steps = self.applied_steps + self.skipped_steps
+        self._pending.leave_over()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`, ours or the stock scaler's, before the first step or later.

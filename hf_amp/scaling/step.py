@@ -128,6 +128,8 @@ class GradientStep:
     """What a fused clip multiplies the unscaled gradients by."""
     max_norm: float = math.inf
     """What a fused clip limits the norm to."""
+    cleared: Tensor | None = None
+    """Whether they were all 0 before the first backward after them."""
     versions: int | None = None
     """Writes to the gradients, by autograd's own counter, until the first backward after them; None before it."""
 
@@ -448,12 +450,14 @@ class SeenLosses:
         reported: how many of them a step has reported.
         non_finite: how many held a non-finite value; shape [], float32. None before the first.
         ended: whether the next backward begins anew.
+        newest: the tensor that the newest goes into backward as; None where nobody holds it any more.
     """
 
     number: int = 0
     reported: int = 0
     non_finite: Tensor | None = None
     ended: bool = False
+    newest: Callable[[], Tensor | None] = lambda: None
 
     def take_unreported(self) -> int:
         """How many of them no step has reported yet; they are reported from now on."""
@@ -506,9 +510,9 @@ class PendingSteps:
         """Counts `optimizer` among those whose gradients can wait."""
         self._of(optimizer)
 
-    def begin_backward(self, next_scale: Tensor | None) -> None:
+    def begin_backward(self, next_scale: Tensor | None, discard_forwards: Callable[[], bool]) -> None:
         """Keeps what waits for its step apart from what the next backward, whose scale is given, makes."""
-        if self.losses.ended:
+        if self.losses.ended or (self._are_discarded() and discard_forwards()):
             self.losses = SeenLosses()
         for known, optimizer in self._alive():
             record = known.record
@@ -519,10 +523,22 @@ class PendingSteps:
             elif record.versions is None:  # as the caller has left them
                 record.gradients = collect(optimizer)
                 record.versions = _versions(record.gradients)
+                if record.state is StepState.CHECKED:
+                    record.cleared = total_amax(record.gradients, record.scale.device) == 0
+                    known.record = record if record.gradients else None
         self.backwards += 1
         former, several = self.scale, len(self._known) > 1
         if several and former is not None and next_scale is not None and next_scale is not former:
             self._rescale(next_scale * reciprocal(former))
+
+    def _are_discarded(self) -> bool:
+        """Whether gradients of the losses so far were set to None without a step. No GPU-CPU sync."""
+        if not self.losses.number or self.losses.newest() is not None:  # its backward may be still to come
+            return False
+        known = list(self._alive())
+        stepped = (each.record is not None and each.record.state is StepState.STEPPED for each, _ in known)
+        held = (p.grad is not None for _, it in known for group in it.param_groups for p in group["params"])
+        return bool(known) and not any(held) and not any(stepped)
 
     def note_loss(self, loss: Tensor, scale: Tensor) -> None:
         """A loss goes into backward, multiplied by `scale`. No GPU-CPU sync."""
@@ -563,13 +579,16 @@ class PendingSteps:
             return record
         if _is_untouched(record, optimizer):  # the backward passes since were another optimizer's
             return record
-        if record.state is StepState.LEFT_OVER:  # from before an update: the next backward made new gradients
+        cleared = record.cleared is not None and to_host({"cleared": record.cleared})["cleared"]
+        if (
+            cleared or record.state is StepState.LEFT_OVER
+        ):  # from before an update: the next backward made new gradients
             known.record = None
             return None
         raise ScalerError(
             "more gradients were accumulated onto ones that unscale_() or a clip had treated already: unscale or clip "
-            "only after the last backward of the accumulation window, and before that of another optimizer. A step that is "
-            "left out needs its update() all the same."
+            "only after the last backward of the accumulation window, and before that of another optimizer. Where a step is "
+            "left out, clear its gradients with zero_grad()."
         )
 
     def begin_step(self, record: GradientStep) -> None:
@@ -595,6 +614,12 @@ class PendingSteps:
             for key, known in self._known.items()
             if known.record is not None and known.record.state is not StepState.LEFT_OVER
         }
+
+    def leave_over(self) -> None:
+        """Gradients that wait for their step are from before a state that was loaded."""
+        for known in self._known.values():
+            if known.record is not None and known.record.state is StepState.CHECKED:
+                known.record.state = StepState.LEFT_OVER
 
     def end_update(self) -> None:
         """All records have been seen, and those whose step is over are forgotten."""

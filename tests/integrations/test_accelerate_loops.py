@@ -16,10 +16,11 @@ from torch import nn
 
 import hf_amp
 from hf_amp import AttachError, MixedPrecisionConfig, PrecisionMode
+from hf_amp.events import Cause, EventKind
 from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.report.reader import read_run
 from tests.each import for_each
-from tests.reference import OverflowInBackward, snapshot, tiny_mlp
+from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot, tiny_mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
@@ -110,6 +111,132 @@ def test_a_copied_optimizer_steps_its_own_parameters(copy_of: Any) -> None:
     other.step()
     assert copied.tolist() == [0.0, 0.0]
     assert parameter.tolist() == [1.0, 1.0]
+
+
+@for_each("interrupted_in", [None, 1])
+@for_each("set_to_none", [True, False])
+def test_a_step_left_out_after_clipping(set_to_none: bool, interrupted_in: int | None) -> None:
+    """A norm that is too large, or Ctrl-C in a notebook, between clip and step: zero_grad, and the loop goes on as alone."""
+    ends = []
+    for attached in (True, False):
+        accelerator = Accelerator(mixed_precision="fp16" if attached else "no", cpu=True)
+        session = hf_amp.attach(accelerator, init_scale=256.0, emulate=False) if attached else None
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(model.weight)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+        for step in range(4):
+            accelerator.backward(model(torch.full((1, 1), 64.0 if step == 1 else 0.5)).sum())
+            norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            if norm <= 8 and step != interrupted_in:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        ends.append(model.weight.item())
+        if session:
+            assert (session.scaler.applied_steps, session.metrics()["scale"]) == (3, 256.0)
+            session.detach()
+        accelerator.state._reset_state(reset_partial_state=True)
+    assert ends[0] == ends[1]
+
+
+def test_a_state_is_loaded_in_the_place_of_a_step(tmp_path: Path) -> None:
+    """Rolled back after clipping, where the loss has blown up: the next step is applied."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, init_scale=256.0)
+    model = tiny_mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.save_state(str(tmp_path / "good"))
+    for rolls_back in (True, False, False):
+        accelerator.backward(model(BATCH).square().mean())
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        if rolls_back:
+            accelerator.load_state(str(tmp_path / "good"))
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert session.scaler.applied_steps == 2
+
+
+def test_a_batch_whose_gradients_the_loop_throws_away_is_not_blamed() -> None:
+    """Its loss is NaN: zero_grad, continue. The next step overflows by the scale alone, and says so; the scale falls."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, init_scale=256.0)
+    model = tiny_mlp()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    for step in range(4):
+        loss = model(BATCH * torch.nan if step == 1 else BATCH).square().mean()
+        accelerator.backward(loss * 1e7 if step == 2 else loss)
+        if loss.isfinite():
+            optimizer.step()
+        optimizer.zero_grad()
+    (skip,) = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert (skip.cause, skip.figures["losses"], skip.figures["non_finite_losses"]) == (Cause.SCALE, 1, 0)
+    assert session.metrics()["scale"] == 128.0
+    assert session.monitor.non_finite_losses == 0
+
+
+@for_each("unscales", [True, False])
+def test_the_scaler_by_hand_divides_a_prepared_optimizer_once(unscales: bool) -> None:
+    """`accelerator.scaler.step(prepared)` and `unscale_(prepared)` followed by `prepared.step()`: as FP32 alone, to the bit."""
+    ends = []
+    for attached in (True, False):
+        accelerator = Accelerator(mixed_precision="fp16" if attached else "no", cpu=True)
+        session = hf_amp.attach(accelerator, init_scale=256.0, emulate=False) if attached else None
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(model.weight)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+        for _ in range(3):
+            loss = model(torch.full((1, 1), 0.5)).sum()
+            if session is None:
+                accelerator.backward(loss)
+                optimizer.step()
+            else:
+                session.scaler.scale(loss).backward()
+                if unscales:
+                    session.scaler.unscale_(optimizer)
+                    assert model.weight.grad.item() == 0.5
+                    optimizer.step()
+                else:
+                    session.scaler.step(optimizer)
+                    session.scaler.update()
+            optimizer.zero_grad()
+        ends.append(model.weight.item())
+        if session:
+            assert (session.scaler.applied_steps, session.scaler.skipped_steps) == (3, 0)
+            session.detach()
+        accelerator.state._reset_state(reset_partial_state=True)
+    assert ends[0] == ends[1]
+
+
+@for_each("precision", ["no", "bf16"])
+def test_lbfgs_through_an_accelerator(precision: str) -> None:
+    """As without hf_amp to the bit; a closure that gives NaN within the second step skips it, and the Accelerator says so."""
+    ends, told = {}, []
+    for attached, bad_call in ((False, None), (True, None), (True, 7)):
+        accelerator = Accelerator(mixed_precision=precision, cpu=True)
+        session = hf_amp.attach(accelerator) if attached else None
+        model = tiny_mlp()
+        model, optimizer = accelerator.prepare(model, torch.optim.LBFGS(model.parameters(), max_iter=4))
+        calls = 0
+
+        def closure(accelerator=accelerator, model=model, optimizer=optimizer, bad_call=bad_call) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            optimizer.zero_grad()
+            loss = model(BATCH).float().sub(1).square().mean() * (torch.nan if calls == bad_call else 1.0)
+            accelerator.backward(loss)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+            told.append(accelerator.optimizer_step_was_skipped)
+        ends[attached, bad_call] = [p.detach().clone() for p in model.parameters()]
+        if session:
+            assert session.metrics()["skipped_steps"] == (bad_call is not None)
+            session.detach()
+        accelerator.state._reset_state(reset_partial_state=True)
+    assert_bitwise_equal(ends[True, None], ends[False, None])
+    assert told == [False] * 6 + [False, True, False]
+    assert all(p.isfinite().all() for p in ends[True, 7])
 
 
 def test_clipping_by_value_sees_unscaled_gradients() -> None:
