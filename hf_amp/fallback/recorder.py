@@ -3,9 +3,10 @@ statistics were before it, so that they can be put back."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -101,6 +102,7 @@ class _Kept(NamedTuple):
     versions: tuple[int, ...]
     random_state: RandomState | None
     plan: PrecisionPlan
+    thread: int
 
 
 @dataclass
@@ -180,7 +182,7 @@ class ForwardRecorder:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
-        seen = _versions(tensors), _random_state(tensors), self._runner.plan
+        seen = _versions(tensors), _random_state(tensors), self._runner.plan, threading.get_ident()
         return _Kept(reference, arguments, options, *seen)
 
     def forwards_of(self, step: int) -> list[RecordedForward]:
@@ -215,7 +217,9 @@ class ForwardRecorder:
         self._by_step.clear()
 
 
-def _repeatable(calls: Iterable[_Kept]) -> list[RecordedForward]:
+def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
+    """Those of the thread that steps, where it has made any: another may serve the model meanwhile."""
+    own = [kept for kept in calls if kept.thread == threading.get_ident()]
     return [
         RecordedForward(
             model,
@@ -225,7 +229,7 @@ def _repeatable(calls: Iterable[_Kept]) -> list[RecordedForward]:
             random_state=kept.random_state,
             plan=kept.plan,
         )
-        for kept in calls
+        for kept in own or calls
         if (model := kept.model()) is not None
     ]
 

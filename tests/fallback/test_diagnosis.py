@@ -473,3 +473,29 @@ def test_an_overflow_that_hangs_on_dropout_is_found() -> None:
         loop.step({"x": torch.full((1, 64), 65504 / 64)})
     assert 4 <= len(loop.skips) <= 16
     assert {(skip.cause, skip.modules) for skip in loop.skips} == {(Cause.ACTIVATION, ("total",))}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.usefixtures("fresh_accelerator_state")
+def test_the_text_of_an_exception_is_cut_in_a_message() -> None:
+    """torch's on a nested tensor lists every backend, in thousands of characters: the message stays a paragraph."""
+
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return torch.stack([self.layer(row).mean() for row in batch.unbind()]).mean()
+
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    session = hf_amp.attach(accelerator)
+    model = Ragged()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    rows = [torch.full((3, 4), torch.nan), torch.ones(5, 4)]
+    accelerator.backward(model(torch.nested.nested_tensor(rows)))
+    optimizer.step()
+    (skip,) = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert "NotImplementedError" in skip.message
+    assert len(skip.message) < 400
+    assert "\n" not in skip.message
