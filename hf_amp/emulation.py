@@ -133,11 +133,20 @@ class EmulatedPrecision(TorchFunctionMode):
         self._innermost.mode = self._outer
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def is_entered(cls) -> bool:
+        """Whether this thread is inside of any."""
+        return getattr(cls._innermost, "mode", None) is not None
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         rounds, widens = func in _REDUCED_PRECISION_FUNCTIONS, func in _FULL_PRECISION_FUNCTIONS
         # `out=` is how compiled code, which rounds by itself, calls kernels.
-        if not (rounds or widens) or self._innermost.mode is not self or kwargs.get("out") is not None:
+        if (
+            not (rounds or widens)
+            or getattr(self._innermost, "mode", self) is not self
+            or kwargs.get("out") is not None
+        ):
             return func(*args, **kwargs)
         half = _holds_half(args) or _holds_half(tuple(kwargs.values()))
         rounds = rounds and self.number_format.dtype != torch.float32 and not self._is_switched_off()

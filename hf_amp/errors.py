@@ -40,3 +40,8 @@ class ScalerError(HfAmpError, RuntimeError):
 
 class StateError(HfAmpError, ValueError):
     """A checkpoint or event log does not hold what it should."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Type and text of any exception for a message, cut to 300 characters: torch's may hold a whole tensor."""
+    return " ".join(f"{type(error).__name__}: {error}"[:300].split())

@@ -11,6 +11,7 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 _ABSENT = object()
+_REASON = "hf_amp notes batches here; with fullgraph=True, compile by torch.compile(model) before accelerator.prepare"
 
 
 class PatchLog:
@@ -57,7 +58,7 @@ def compile_disabled(hook: Callable[P, R]) -> Callable[P, R]:
         # An attribute, not a cell: compiled code that meets it guards on it, and breaks its graph at the call.
         disabled = getattr(kept, "disabled", None)
         if disabled is None:
-            disabled = kept.disabled = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+            disabled = kept.disabled = torch.compiler.disable(hook, reason=_REASON)  # type: ignore[no-untyped-call]
         return cast(R, disabled(*args, **kwargs))
 
     return call

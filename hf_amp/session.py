@@ -30,7 +30,7 @@ from hf_amp.monitoring.sinks.console import Console
 from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.patch_log import PatchLog
-from hf_amp.precision import PrecisionMode
+from hf_amp.precision import HALF_DTYPES, PrecisionMode
 from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.optimizer_step import RefuseScaledStep
 from hf_amp.scaling.scaler import AdvancedGradScaler
@@ -144,7 +144,10 @@ class AmpSession(EventRecorder):
             inner = unwrapped(model)
             session.register_model(inner, entry_point=model)
             context = ForwardContext(session.current_precision)
-            session.patches.on_undo(context.install(inner, everywhere=session.emulates))
+            is_upcast = session.requested_mode is PrecisionMode.FP32 and any(
+                p.dtype in HALF_DTYPES for p in inner.parameters()
+            )
+            session.patches.on_undo(context.install(inner, everywhere=session.emulates or is_upcast))
             session.register_optimizer(model, optimizer)
             hook = optimizer.register_step_pre_hook(RefuseScaledStep(session.scaler.is_waiting))
             session.patches.on_undo(hook.remove)
@@ -271,6 +274,7 @@ class AmpSession(EventRecorder):
         """Reports a change of plan, and restores the scale where the whole model is back in FP16."""
         self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
         self._note_models()
+        uncompiled = change.after.modules and self._fallback.runner.fullgraph
         if change.scale_at_rest is not None:
             self.scaler.set_scale(min(change.scale_at_rest, self.scaler.get_scale()))
         self.record(
@@ -281,7 +285,7 @@ class AmpSession(EventRecorder):
                 before=change.before.precision_of(change.modules).value,
                 after=change.after.precision_of(change.modules).value,
                 modules=change.modules,
-                message=change.message,
+                message=change.message + (_WITHOUT_COMPILE if uncompiled else ""),
             )
         )
 
@@ -334,6 +338,8 @@ class AmpSession(EventRecorder):
         self._fallback.runner.register_model(model, is_trained)
         called = model if entry_point is None else entry_point
         self.patches.on_undo(self._fallback.recorder.watch(called, model))
+        if getattr(getattr(called, "dynamo_ctx", None), "fullgraph", False):
+            self._fallback.runner.fullgraph.add(called)
         if is_trained:
             self._note_trained(model)
 
@@ -537,6 +543,9 @@ class AmpSession(EventRecorder):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.detach()
+
+
+_WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.recorder import KEPT_FORWARDS, ForwardRecorder, RecordedForward
@@ -329,7 +330,7 @@ class Diagnoser:
         try:
             found = self._found(skip, scale_skips)
         except Exception as error:  # a rank that fails here must not keep the others waiting
-            why = f"looking for the cause failed ({type(error).__name__}: {error})."
+            why = f"looking for the cause failed ({in_one_line(error)})."
             found = Diagnosis(Cause.UNKNOWN, why, confirmed=False)
         return self._agreed(found) if agree and is_distributed() else found
 

@@ -116,9 +116,9 @@ class ForwardContext:
 class InnerForwardContext(ForwardContext):
     """The same for one module of a model that runs inside another context: this one is entered last and left first.
 
-    Half-precision arguments of the outermost call are cast to FP32 on the way in, as FP32 kernels want them. Compiled
-    code breaks its graph at these hooks: a context that is entered in one traced function and left in another would
-    be lost.
+    Half-precision arguments are cast to FP32 on the way in, as FP32 kernels want them; those of submodules too, as
+    gradient checkpointing calls these on their own. Compiled code breaks its graph at these hooks: a context that is
+    entered in one traced function and left in another would be lost.
     """
 
     def _hook(self, module: nn.Module) -> list[Any]:
@@ -131,16 +131,21 @@ class InnerForwardContext(ForwardContext):
     def _enter_with_float32(
         self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[Any, ...]:
-        outermost = not self._running()
         self._enter(module, arguments)
-        if not outermost:
-            return arguments, options
         # Lists and mappings stay the same objects: the module may add to them for its caller.
         return upcast_in_place(arguments), upcast_in_place(options)
 
     @compile_disabled
     def _leave_eagerly(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._leave(module, arguments, output)
+
+
+class RecomputationContext(ForwardContext):
+    """The same where the whole forward pass runs inside such a context: entered by what is called outside of that one."""
+
+    def _enter(self, module: nn.Module, arguments: Any) -> None:
+        if self._running() or not EmulatedPrecision.is_entered():
+            super()._enter(module, arguments)
 
 
 def to_float32(value: Any) -> Any:
@@ -214,6 +219,8 @@ class PlanRunner:
     Attributes:
         current: the context of the default, for whoever runs a forward pass.
         on_default_change: called with the new default.
+        fullgraph: compiled modules that allow no break in their graph: they run without their compiled code while the plan
+            names modules.
         fp32_parameters: `id` of the parameters that only modules which the plan names hold.
         plan: what the next forward passes follow.
     """
@@ -225,6 +232,8 @@ class PlanRunner:
         self._models: list[weakref.ref[nn.Module]] = []
         self._evaluated: list[weakref.ref[nn.Module]] = []
         self._inner: dict[str, Callable[[], None]] = {}
+        self._of_plan: list[Callable[[], None]] = []
+        self.fullgraph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.fp32_parameters: frozenset[int] = frozenset()
         self._asked_for = default
         self.plan = PrecisionPlan(default)
@@ -240,6 +249,7 @@ class PlanRunner:
         if self.evaluates(model):
             self._evaluated = [reference for reference in self._evaluated if reference() is not model]
             self._forget_contexts()  # those under the names that it leaves, and that others take
+        _forget_compiled_code()  # of steps before
         models = self._models if is_trained else self._evaluated
         for index, reference in enumerate(models):
             if reference() is None:
@@ -323,9 +333,22 @@ class PlanRunner:
             self.current.mode = plan.default
             for notify in self.on_default_change:
                 notify(plan.default)
+        self._install_contexts_of_plan()
         self.fp32_parameters = self._wide_parameters(plan)
         if changed:
             _forget_compiled_code()
+
+    def _install_contexts_of_plan(self) -> None:
+        """Checkpointing enters autocast again by itself, but not what FP32 does to half-precision parameters."""
+        for remove in self._of_plan:
+            remove()
+        is_fp32 = self.current.mode is PrecisionMode.FP32 is not self._asked_for
+        recomputed = [child for model in self.models() for child in model.children()] if is_fp32 else []
+        in_one_graph = self.fullgraph if self.plan.modules else ()
+        in_fp32 = RecomputationContext(self.current)
+        eager = ForwardContext(functools.partial(torch.compiler.set_stance, "force_eager"))
+        self._of_plan = [in_fp32.install(child) for child in recomputed]
+        self._of_plan += [eager.install(each, everywhere=False) for each in in_one_graph]
 
     def _wide_parameters(self, plan: PrecisionPlan) -> frozenset[int]:
         """`id` of the parameters that only modules in FP32 hold."""
@@ -341,6 +364,7 @@ class PlanRunner:
     def remove(self) -> None:
         """Takes every context back, and the default that the run asked for."""
         self.apply(PrecisionPlan(self._asked_for))
+        _forget_compiled_code()
 
 
 def _forget_compiled_code() -> None:

@@ -4,9 +4,10 @@ statistics were before it, so that they can be put back."""
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -106,6 +107,7 @@ class _Kept(NamedTuple):
     random_state: RandomState | None
     plan: PrecisionPlan
     backwards: int
+    thread: int
     output_gradients: dict[str, Tensor]
 
 
@@ -195,7 +197,13 @@ class ForwardRecorder:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
-        seen = _versions(tensors), _random_state(tensors), self._runner.plan, self._steps.backwards
+        seen = (
+            _versions(tensors),
+            _random_state(tensors),
+            self._runner.plan,
+            self._steps.backwards,
+            threading.get_ident(),
+        )
         return _Kept(reference, arguments, options, *seen, output_gradients={})
 
     def keep_output_gradients(self, keep: bool) -> None:
@@ -253,7 +261,9 @@ class ForwardRecorder:
         self._by_step.clear()
 
 
-def _repeatable(calls: Iterable[_Kept]) -> list[RecordedForward]:
+def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
+    """Those of the thread that steps, where it has made any: another may serve the model meanwhile."""
+    own = [kept for kept in calls if kept.thread == threading.get_ident()]
     return [
         RecordedForward(
             model,
@@ -264,7 +274,7 @@ def _repeatable(calls: Iterable[_Kept]) -> list[RecordedForward]:
             plan=kept.plan,
             output_gradients=kept.output_gradients,
         )
-        for kept in calls
+        for kept in own or calls
         if (model := kept.model()) is not None
     ]
 

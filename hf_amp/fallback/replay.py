@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.device import RandomState, devices_of
+from hf_amp.errors import in_one_line
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
@@ -64,7 +66,7 @@ def replay(forward: RecordedForward, current: CurrentPrecision) -> ReplayFinding
         with _nothing_changes(forward.model), current():
             _, watch.findings.draws = _repeat(forward)
     except Exception as error:  # out of memory, or whatever the model raises on this batch
-        watch.findings.error = f"{type(error).__name__}: {str(error)[:200]}"
+        watch.findings.error = in_one_line(error)
     finally:
         for handle in handles:
             handle.remove()
@@ -139,13 +141,17 @@ class _Replay:
         self._candidate: _Candidate | None = None
 
     def look_at(self, name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
-        """Forward hooks for the module of that name, one before and one after it has run."""
+        """Forward hooks for the module of that name, one before and one after it has run in this thread."""
+        thread = threading.get_ident()
         called_with: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            called_with.append(copy_containers((arguments, options)))
+            if threading.get_ident() == thread:
+                called_with.append(copy_containers((arguments, options)))
 
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
+            if threading.get_ident() != thread:
+                return None
             arguments, options = called_with.pop()  # what it was given may hold its output by now
             if self._repeats or self.findings.first_non_finite is not None:
                 return None

@@ -21,7 +21,8 @@ def prepared_models(accelerator: Accelerator) -> list[nn.Module]:
 
 def forward_before_autocast(model: nn.Module) -> Callable[..., Any]:
     """The function behind `model.forward` that accelerate has wrapped in autocast; takes the model as its first argument."""
-    forward = vars(model).get("_original_forward", model.forward)
+    own = vars(model)  # inside of a compiled module, which hands that name on to it, `forward` is not wrapped
+    forward = own.get("_original_forward", model.forward) if "forward" in own else model.forward
     return getattr(forward, "__func__", lambda model, *args, **kwargs: forward(*args, **kwargs))
 
 

@@ -221,6 +221,14 @@ def test_torch_compiled_modules_are_recognised(compiled: object) -> None:
     assert _can_be_watched(torch.nn.Linear(1, 1))
 
 
+def test_torch_says_which_compiled_modules_are_one_graph() -> None:
+    """By `dynamo_ctx.fullgraph` of what `torch.compile` makes of a module."""
+    layer = torch.nn.Linear(1, 1)
+    assert torch.compile(layer, fullgraph=True).dynamo_ctx.fullgraph
+    assert not torch.compile(layer).dynamo_ctx.fullgraph
+    assert not hasattr(layer, "dynamo_ctx")
+
+
 def test_accelerated_optimizers_are_recognised_without_accelerate() -> None:
     """They have `step_was_skipped`, and PyTorch's own have not."""
     assert hasattr(AcceleratedOptimizer, "step_was_skipped")

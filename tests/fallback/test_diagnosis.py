@@ -521,3 +521,29 @@ def test_a_loss_that_needs_a_scale_below_one_gets_it(strategy: str) -> None:
     assert "mean in place of a sum" in loop.skips[-1].message
     assert (loop.session.plan.default, dict(loop.session.plan.modules)) == (PrecisionMode.MIXED, {})
     assert loop.session.metrics()["applied_steps"] >= 15
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.usefixtures("fresh_accelerator_state")
+def test_the_text_of_an_exception_is_cut_in_a_message() -> None:
+    """torch's on a nested tensor lists every backend, in thousands of characters: the message stays a paragraph."""
+
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return torch.stack([self.layer(row).mean() for row in batch.unbind()]).mean()
+
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    session = hf_amp.attach(accelerator)
+    model = Ragged()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    rows = [torch.full((3, 4), torch.nan), torch.ones(5, 4)]
+    accelerator.backward(model(torch.nested.nested_tensor(rows)))
+    optimizer.step()
+    (skip,) = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert "NotImplementedError" in skip.message
+    assert len(skip.message) < 400
+    assert "\n" not in skip.message
