@@ -133,6 +133,17 @@ class Cause(str, enum.Enum):
         severity=90, severity_unconfirmed=9, moves_scale=False, moves_precision=False, retries=0,
         light="#a3182a", dark="#f0707f", marker="X",
     )  # fmt: skip
+    BUFFER = CauseFacts(
+        name="BUFFER",
+        in_words="a buffer was not finite",
+        metric="skipped because a buffer that forward uses was not finite before the step",
+        metric_remedy="go back to the last good checkpoint, or reset the buffer",
+        remedy="Go back to the last good checkpoint, or reset the buffers that the events name.",
+        elsewhere="a buffer there holds non-finite values, which no step can correct. Go back to a good checkpoint, or reset it.",
+        error="non_finite_buffer",
+        severity=86, severity_unconfirmed=6, moves_scale=False, moves_precision=False, retries=0,
+        light="#0f766e", dark="#4fc3b5", marker="h",
+    )  # fmt: skip
     DERIVATIVE = CauseFacts(
         name="DERIVATIVE",
         in_words="a derivative was not finite",
@@ -222,7 +233,7 @@ class EventKind(str, enum.Enum):
     DETACHED = "detached"
     STEP_SKIPPED = "step_skipped"
     BUFFERS_RESTORED = "buffers_restored"
-    """Running statistics of batch norms, which a skipped step had made non-finite, are what they were before it."""
+    """Buffers, of which a skipped step had made some non-finite, are what they were before it."""
     SCALE_AT_FLOOR = "scale_at_floor"
     PRECISION_CHANGED = "precision_changed"
     HALF_PARAMETERS = "half_parameters"
@@ -237,7 +248,9 @@ class EventKind(str, enum.Enum):
     EVALUATION_LOST_BATCHES = "evaluation_lost_batches"
     """The evaluation loss leaves out batches whose loss was not finite."""
     CHECKPOINT_WITHHELD = "checkpoint_withheld"
-    """A checkpoint with non-finite weights was not written."""
+    """A checkpoint with non-finite weights or buffers was not written."""
+    CHECKPOINT_NON_FINITE = "checkpoint_non_finite"
+    """`save_state` has written such a checkpoint, as it was told to."""
     STATE_LOADED = "state_loaded"
     TRAINING_STARTED = "training_started"
     TRAINING_ENDED = "training_ended"

@@ -21,7 +21,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
 from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, join_names
 from hf_amp.fallback.controller import FallbackController, PrecisionChange
-from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, non_finite_names
+from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
 from hf_amp.monitoring.modules import ModuleMonitor
@@ -228,20 +228,15 @@ class AmpSession(EventRecorder):
             self.scaler.forget_step(outcome)  # the scale was not to blame
         next_scale = self.scaler.get_scale()
         self.monitor.after_step(outcome, cause, next_scale)
-        names = ("inf_elements", "nan_elements", "losses", "non_finite_losses")
-        self.record(
-            AmpEvent(
-                step=self.newest_step,
-                kind=EventKind.STEP_SKIPPED,
-                cause=cause,
-                before=outcome.scale,
-                after=next_scale,
-                modules=diagnosis.modules,
-                message=diagnosis.message,
-                figures={name: getattr(outcome, name) for name in names},
-            )
-        )
-        self.record(_buffers_restored(self.newest_step, self._fallback.runner.names_of(restored)))
+        counts = ("inf_elements", "nan_elements", "losses", "non_finite_losses")
+        figures = {name: getattr(outcome, name) for name in counts}
+        seen = (cause, outcome.scale, next_scale, diagnosis.modules, diagnosis.message, figures)
+        self.record(AmpEvent(self.newest_step, EventKind.STEP_SKIPPED, *seen))
+        if restored:
+            names = self._fallback.runner.names_of(restored)
+            which = f"buffers of {join_names([name or 'the model itself' for name in names])} were not finite"
+            message = f"{which} after the skipped step: the model's buffers are again what they were before it."
+            self.record(AmpEvent(self.newest_step, EventKind.BUFFERS_RESTORED, modules=names, message=message))
         self._report_floor(outcome, next_scale)
         if finding.change and len(finding.optimizers) == 1:  # reported once for all of a backward
             self._report_change(finding.change, cause)
@@ -293,17 +288,12 @@ class AmpSession(EventRecorder):
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
             return
         self._at_floor = True
-        self.record(
-            AmpEvent(
-                step=self.newest_step,
-                kind=EventKind.SCALE_AT_FLOOR,
-                cause=Cause.UNKNOWN,
-                before=outcome.scale,
-                after=next_scale,
-                message="the gradients overflow even at the smallest scale, so the scale is not the cause; "
-                "train in BF16 or FP32 and look for activations beyond 65504.",
-            )
+        message = (
+            "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
+            "activations beyond 65504."
         )
+        seen = (Cause.UNKNOWN, outcome.scale, next_scale, (), message)
+        self.record(AmpEvent(self.newest_step, EventKind.SCALE_AT_FLOOR, *seen))
 
     def _module_statistics(self, record: GradientStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
         """A step hook of the scaler: what is to come to the host by module. No GPU-CPU sync."""
@@ -382,18 +372,23 @@ class AmpSession(EventRecorder):
         sizes = ((name, p.numel()) for name, p in self._fallback.runner.named_parameters())
         self.monitor.record_formats(self.plan.format_shares(sizes))
 
-    def non_finite_parameters(self, on_any_rank: bool = False) -> list[str]:
+    def non_finite_parameters(self, on_any_rank: bool = False, saved_buffers: bool = False) -> list[str]:
         """Qualified names of the parameters of registered models that hold non-finite values. One GPU-CPU sync.
 
         Args:
             on_any_rank: those of all ranks, which may hold shards and must all call it; one all-reduce and one more sync
                 where there are several.
+            saved_buffers: those of buffers that forward writes, too, as far as a checkpoint holds them; one more sync a model.
         """
         runner = self._fallback.runner
         here = non_finite_names(runner.named_parameters())
+        names = [name for name, _ in runner.named_parameters()]
+        for model in runner.models() if saved_buffers else ():
+            bad = self._fallback.recorder.non_finite_buffers(model)
+            here += [joined(runner.name_of(model), name) for name in bad if name in model.state_dict()]
+            names += [joined(runner.name_of(model), name) for name, _ in model.named_buffers()]
         if not (on_any_rank and self.scaler.ranks_agree and is_distributed()):
             return here
-        names = [name for name, _ in runner.named_parameters()]
         flags = torch.tensor([float(name in here) for name in names], device=runner.device)
         found = all_reduce_max_to_host(flags)
         return [name for name, flag in zip(names, found, strict=True) if flag]
@@ -554,15 +549,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
         inner: nn.Module = model.module
         return inner
     return model
-
-
-def _buffers_restored(step: int, modules: tuple[str, ...]) -> AmpEvent | None:
-    if not modules:
-        return None
-    return AmpEvent(
-        step=step,
-        kind=EventKind.BUFFERS_RESTORED,
-        modules=modules,
-        message=f"the running statistics of {join_names(modules)} were not finite after the skipped step: they are again "
-        "what they were before it.",
-    )

@@ -56,5 +56,14 @@ def test_causes_and_kinds_are_plain_strings(member):
 
 
 def test_the_causes_are_the_ones_of_the_design():
-    """Seven causes, no more."""
-    assert set(Cause.__members__) == {"SCALE", "ACTIVATION", "INPUT", "WEIGHTS", "LOSS", "DERIVATIVE", "UNKNOWN"}
+    """Eight causes, no more."""
+    assert set(Cause.__members__) == {
+        "SCALE",
+        "ACTIVATION",
+        "INPUT",
+        "WEIGHTS",
+        "BUFFER",
+        "LOSS",
+        "DERIVATIVE",
+        "UNKNOWN",
+    }

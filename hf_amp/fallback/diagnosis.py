@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -52,10 +53,8 @@ class Diagnosis(NamedTuple):
 
 _BY_SEVERITY = {
     found.severity: found
-    for cause in Cause
-    for confirmed in (True, False)
-    for fails_in_fp32 in (True, False)
-    for found in [Diagnosis(cause, "", (), confirmed, fails_in_fp32)]
+    for cause, *rest in product(Cause, (True, False), (True, False))
+    for found in [Diagnosis(cause, "", (), *rest)]
 }
 
 _ALREADY_FIXED = Diagnosis(
@@ -343,8 +342,10 @@ class Diagnoser:
         if source is None and skip.loss_finite:
             return self._in_backward(skip, forwards, scale_skips)
         found = diagnose(skip.loss_finite, forwards, self._runner)
+        if found.confirmed and found.cause in (Cause.LOSS, Cause.UNKNOWN):
+            found = self._in_buffers(forwards) or found
         if source is not None:
-            return found if found.cause is Cause.ACTIVATION else source._replace(confirmed=True)
+            return found if found.cause in (Cause.ACTIVATION, Cause.BUFFER) else source._replace(confirmed=True)
         if found.confirmed:
             return found
         found = self._in_evaluations(skip) or found
@@ -354,6 +355,20 @@ class Diagnoser:
         if not (found.confirmed or found.already_fixed) and forwards and self._recorder.has_let_go(skip.step):
             return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, confirmed=False)
         return found
+
+    def _in_buffers(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
+        """The diagnosis of buffers without whose NaN or inf forward, which is not finite, would be; None where it would not."""
+        by_model = {forward.model: self._recorder.non_finite_buffers(forward.model) for forward in forwards}
+        names = [joined(self._runner.name_of(model), name) for model, bad in by_model.items() for name in bad]
+        replays = (replay(forward, self._runner.current, by_model[forward.model]) for forward in forwards)
+        if not names or any(it.error or it.overflowing or it.first_non_finite is not None for it in replays):
+            return None
+        return Diagnosis(
+            Cause.BUFFER,
+            f"buffer {join_names(names)} already held inf or NaN before the step, and forward uses it; no step can correct "
+            "that. Go back to the last good checkpoint, or reset it.",
+            tuple(dict.fromkeys(name.rpartition(".")[0] for name in names)),
+        )
 
     def _in_evaluations(self, skip: SkippedStep) -> Diagnosis | None:
         """What models that only evaluate are seen to do to the loss; None where nothing is."""

@@ -1,5 +1,5 @@
-"""Keeps hold of the batches of the newest step, so that a step that went wrong can be looked at again, and of what running
-statistics were before it, so that they can be put back."""
+"""Keeps hold of the batches of the newest step, so that a step that went wrong can be looked at again, and of what
+buffers were before it, so that they can be put back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import functools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -22,51 +23,95 @@ from hf_amp.patch_log import compile_disabled
 from hf_amp.statistics import to_host_list
 from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
-_NAMES = ("running_mean", "running_var")
+ELEMENTS_COPIED_UNSEEN = 2**23
+"""Elements of one model's buffers that are copied before each step without a sign that anything writes into them."""
 
 
-def norms_of(model: nn.Module) -> list[weakref.ref[nn.Module]]:
-    """The modules of `model` that gather running statistics: batch norms, and whatever names its buffers as they do."""
-    return [weakref.ref(module) for module in model.modules() if next(_gathered_by(module), None) is not None]
+class _Buffer(NamedTuple):
+    """Where a model keeps a buffer, which a forward pass may replace by another tensor."""
+
+    path: str
+    module: weakref.ref[nn.Module]
+    name: str
+
+    def tensor(self) -> Tensor | None:
+        """The tensor there now; None where there is none, or none that `isfinite` is for, such as FP8."""
+        x = module._buffers.get(self.name) if (module := self.module()) is not None else None
+        usable = x is not None and x.is_floating_point() and x.element_size() > 1 and not (x.is_meta or x.is_sparse)
+        return x if usable else None
 
 
-class BufferSnapshot:
-    """What the norms of one model had gathered at one moment.
+_Copies = list[tuple[_Buffer, weakref.ref[Tensor], Tensor]]
 
-    A forward pass moves them before anybody knows whether its step will be applied. One NaN would stay in them for ever,
-    and be in every evaluation and checkpoint from then on. Copies, on their own devices; no GPU-CPU sync.
 
-    Args:
-        norms: what `norms_of` gave for the model.
+class ModelBuffers:
+    """The floating-point buffers of one model that forward writes into: running statistics, codebooks, amaxes.
+
+    Forward moves them before anybody knows whether its step will be applied. One NaN would stay in them for ever.
+
+    Version counters show too little: the first write only when it is too late, and none through `.data` or by PyTorch's own
+    batch norm. So the smallest buffers, `ELEMENTS_COPIED_UNSEEN` in all, are copied before every step. A larger one, mostly a
+    constant, is from when its counter has moved, or its tensor has been replaced, since the first step.
     """
 
-    def __init__(self, norms: Sequence[weakref.ref[nn.Module]]) -> None:
-        gathered = [(norm, name, x) for norm in norms if (module := norm()) for name, x in _gathered_by(module)]
-        self._held = [(norm, name) for norm, name, _ in gathered]
-        with torch.no_grad():
-            self._copies = torch._foreach_mul([x for _, _, x in gathered], 1.0) if gathered else ()
+    def __init__(self, model: nn.Module) -> None:
+        held = [(path, module, *item) for path, module in model.named_modules() for item in module._buffers.items()]
+        floats = [(path, module, name) for path, module, name, x in held if x is None or x.is_floating_point()]
+        self._all = [_Buffer(f"{path}.{name}".lstrip("."), weakref.ref(module), name) for path, module, name in floats]
+        self._at_start: dict[str, tuple[weakref.ref[Tensor], tuple[int, ...], Tensor]] = {}
+        self._large: set[str] = set()
+
+    def _now(self) -> list[tuple[_Buffer, Tensor]]:
+        return [(buffer, x) for buffer in self._all if (x := buffer.tensor()) is not None]
+
+    def _is_written(self, path: str, x: Tensor) -> bool:
+        tensor, versions, _ = self._at_start[path]
+        return tensor() is not x or versions != _versions([x])
 
     @torch.no_grad()
-    def put_back(self) -> list[nn.Module]:
-        """Restores what is not finite and was so before; returns the modules that had it. One GPU-CPU sync."""
-        pairs = [
-            (module, getattr(module, name), copy)
-            for (norm, name), copy in zip(self._held, self._copies, strict=True)
-            if (module := norm()) is not None
-        ]
-        if not pairs:
-            return []
-        lost = to_host_list([~now.isfinite().all() & copy.isfinite().all() for _, now, copy in pairs])
-        broken = [pair for pair, is_lost in zip(pairs, lost, strict=True) if is_lost]
-        for _, now, copy in broken:
-            now.copy_(copy)
-        return list(dict.fromkeys(module for module, _, _ in broken))
+    def snapshot(self) -> _Copies:
+        """Copies on their own devices, before a step; no GPU-CPU sync."""
+        now = self._now()
+        if not self._at_start:
+            self._at_start = {at.path: (weakref.ref(x), _versions([x]), x.isfinite().all()) for at, x in now}
+            by_size = sorted(now, key=lambda held: held[1].numel())
+            totals = accumulate(x.numel() for _, x in by_size)
+            self._large = {at.path for (at, _), n in zip(by_size, totals, strict=True) if n > ELEMENTS_COPIED_UNSEEN}
+        held = [(at, x) for at, x in now if at.path not in self._large or self._is_written(at.path, x)]
+        copies = torch._foreach_mul([x for _, x in held], 1.0) if held else ()
+        return [(at, weakref.ref(x), copy) for (at, x), copy in zip(held, copies, strict=True)]
+
+    @torch.no_grad()
+    def put_back(self, copies: _Copies) -> list[nn.Module]:
+        """If forward made one non-finite, gives all what they held before; returns the modules of such. One GPU-CPU sync.
+
+        More syncs in that case. What held NaN before stays, and what nothing wrote: a backward to come may check its version.
+        """
+        pairs = [(*former, now) for former in copies if (now := former[0].tensor()) is not None]
+        found = to_host_list([_badness(x) for _, _, *both in pairs for x in both]) if pairs else []
+        rows = list(zip(pairs, found[::2], found[1::2], strict=True))
+        lost = [module for (at, *_), was, bad in rows if was < 2 and bad > was and (module := at.module()) is not None]
+        for (at, tensor, old, now), was, _ in rows if lost else ():
+            if was < 2 and not torch.equal(now, old.to(now)) and (module := at.module()) is not None:
+                module._buffers[at.name] = now.copy_(old) if tensor() is now and now.shape == old.shape else old.clone()
+        return list(dict.fromkeys(lost))
+
+    def non_finite(self) -> list[str]:
+        """Paths of those with NaN or inf that were finite at the first step or have been written since. One GPU-CPU sync.
+
+        Not of constants that hold it by design; -inf may be a mask.
+        """
+        now = [(at.path, x, self._at_start[at.path][2]) for at, x in self._now() if at.path in self._at_start]
+        found = (
+            to_host_list([flag for _, x, was in now for flag in ((x.isnan() | x.isposinf()).any(), was)]) if now else []
+        )
+        rows = zip(now, found[::2], found[1::2], strict=True)
+        return [path for (path, x, _), bad, was in rows if bad and (was or self._is_written(path, x))]
 
 
-def _gathered_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, buffer in module.named_buffers(recurse=False):
-        if name in _NAMES and buffer.is_floating_point():
-            yield name, buffer
+def _badness(x: Tensor) -> Tensor:
+    """2 where `x` holds NaN, otherwise 1 where it holds inf, otherwise 0."""
+    return x.isnan().any().int() + (~x.isfinite()).any()
 
 
 KEPT_FORWARDS = 64
@@ -119,13 +164,13 @@ class _OfStep:
         calls: of models while gradients are on.
         has_let_go: whether there were more of them than are kept.
         evaluations: calls of models that only evaluate, without gradients.
-        statistics: what batch norms had gathered before it, by model.
+        buffers: what they were before it, by model.
     """
 
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
     has_let_go: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
-    statistics: dict[weakref.ref[nn.Module], BufferSnapshot] = field(default_factory=dict)
+    buffers: dict[weakref.ref[nn.Module], _Copies] = field(default_factory=dict)
 
 
 class CountsSteps(Protocol):
@@ -139,7 +184,7 @@ class ForwardRecorder:
     """Notes what models are called with while gradients are on: one forward hook on each outermost module.
 
     Of models that only evaluate, it notes calls without gradients. Before the first call of a training model in a step it
-    copies the model's running statistics, if it has any.
+    copies the model's buffers; see `ModelBuffers`.
 
     Args:
         steps: counts the optimizer steps decided; forward passes belong to the next.
@@ -150,15 +195,14 @@ class ForwardRecorder:
         self._steps = steps
         self._runner = runner
         self._by_step: dict[int, _OfStep] = {}
-        self._norms: dict[weakref.ref[nn.Module], list[weakref.ref[nn.Module]]] = {}
+        self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
         self._entry_points: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.gradient_hooks: list[RemovableHandle] = []
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
         reference = weakref.ref(model)
-        if norms := norms_of(model):
-            self._norms[reference] = norms
+        self._buffers[reference] = ModelBuffers(model)
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
         self._entry_points.add(entry_point)
 
@@ -172,8 +216,8 @@ class ForwardRecorder:
         model = reference()
         if model is None:
             return
-        if model.training and reference in self._norms:
-            self._gather(reference)
+        if model.training and reference not in (now := self._now()).buffers:
+            now.buffers[reference] = self._buffers[reference].snapshot()
         if torch.is_grad_enabled():
             now = self._now()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
@@ -187,11 +231,6 @@ class ForwardRecorder:
             kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
             self._by_step = {**kept, step: _OfStep()}
         return self._by_step[step]
-
-    def _gather(self, reference: weakref.ref[nn.Module]) -> None:
-        statistics = self._now().statistics
-        if reference not in statistics:
-            statistics[reference] = BufferSnapshot(self._norms[reference])
 
     def _kept(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> _Kept:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
@@ -238,12 +277,17 @@ class ForwardRecorder:
         return _repeatable(next((its.evaluations for its in self._back_from(step) if its.evaluations), ()))
 
     def restore_buffers(self, step: int) -> list[nn.Module]:
-        """Puts back running statistics that are not finite after optimizer step `step`, and were before it.
+        """Puts back buffers that are not finite after optimizer step `step`, and were before it; see `ModelBuffers.put_back`.
 
         Returns the modules that had them. One GPU-CPU sync for each model that has any.
         """
-        gathered = next((its.statistics for its in self._back_from(step) if its.statistics), {})
-        return [norm for statistics in gathered.values() for norm in statistics.put_back()]
+        held = next((its.buffers for its in self._back_from(step) if its.buffers), {})
+        return [module for model, copies in held.items() for module in self._buffers[model].put_back(copies)]
+
+    def non_finite_buffers(self, model: nn.Module) -> list[str]:
+        """Names in `model` of the buffers that forward writes and that hold NaN or inf by now; see `ModelBuffers.non_finite`."""
+        known = self._buffers.get(weakref.ref(model))
+        return [] if known is None else known.non_finite()
 
     def _back_from(self, step: int) -> list[_OfStep]:
         """Of `step` and the kept steps before it, the newest first."""

@@ -8,7 +8,7 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -47,13 +47,14 @@ class ReplayFindings:
     error: str | None = None
 
 
-def replay(forward: RecordedForward, current: CurrentPrecision) -> ReplayFindings:
+def replay(forward: RecordedForward, current: CurrentPrecision, without: Collection[str] = ()) -> ReplayFindings:
     """Repeats `forward` under the precision of the run and finds which modules leave its range.
 
     A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
     with the FP32 output, so that one pass finds every such module. Nothing of the run changes: no gradients, buffers
     and random state are put back, caches are not used. Dropout draws what it drew.
     Reads the host once a module: for steps that went wrong only. Never raises.
+    In the buffers named in `without`, 1 stands for whatever is not finite.
     """
     watch = _Replay(current)
     names = {module: name for name, module in forward.model.named_modules()}
@@ -64,6 +65,8 @@ def replay(forward: RecordedForward, current: CurrentPrecision) -> ReplayFinding
         handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         with _nothing_changes(forward.model), current():
+            for x in map(forward.model.get_buffer, without):
+                x.copy_(x.where(x.isfinite(), 1.0))
             _, watch.findings.draws = _repeat(forward)
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = in_one_line(error)
@@ -161,11 +164,8 @@ class _Replay:
                 self._clear(name, (arguments, options))
                 return None
             cured = self._cured(name, module, output, arguments, options)
-            if name == "" and cured is None and self._candidate:
-                self.findings.first_non_finite, self.findings.only_loss = (
-                    self._candidate.name,
-                    self._candidate.only_loss,
-                )
+            if name == "" and cured is None and (found := self._candidate):
+                self.findings.first_non_finite, self.findings.only_loss = found.name, found.only_loss
             return cured
 
         return before, after
@@ -264,22 +264,20 @@ def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[s
 
 @contextmanager
 def _nothing_changes(model: nn.Module) -> Iterator[None]:
-    """Buffers and random state are afterwards what they are now; nothing is recorded for backward or compiled.
+    """Buffers, with their versions, and random state are afterwards what they are now; nothing is recorded for backward or compiled.
 
     Raises:
         RuntimeError: the model would wait for other ranks, which need not take the same look.
     """
     if is_distributed() and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise RuntimeError("its SyncBatchNorm would wait for the other processes")
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    buffers = [(at, name, x, x.clone()) for at in model.modules() for name, x in at.named_buffers(recurse=False)]
     devices = [device for device in devices_of(model) if device.type == "cuda"]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.no_grad())
+        counted = tuple(x for _, _, x, _ in buffers if not x.is_inference())
+        stack.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(counted))
         if "torch._dynamo" in sys.modules:  # which takes seconds to import
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(warnings.catch_warnings())

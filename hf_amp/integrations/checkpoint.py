@@ -101,6 +101,9 @@ def saving_whole(
     @functools.wraps(save_state)
     def save_whole(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         def write(folder: Path) -> None:
+            if bad := session.non_finite_parameters(on_any_rank=True, saved_buffers=True):
+                which = f"{len(bad)} parameters or buffers of this checkpoint are not finite, {bad[0]} among them"
+                session.note(EventKind.CHECKPOINT_NON_FINITE, f"{which}: do not resume from it.")
             scaler = accelerator.scaler
             session.scaler.flush()  # where ranks agree on what still waits
             if not accelerator.is_local_main_process:
@@ -202,13 +205,8 @@ def loading_from_any_precision(
             accelerator.scaler = scaler
             watch.remove()
         session.begin_at(session.scaler.decided_steps)
-        session.note(
-            EventKind.STATE_LOADED,
-            reported[0],
-            scale=session.scaler.get_scale(),
-            applied_steps=session.scaler.applied_steps,
-            skipped_steps=session.scaler.skipped_steps,
-        )
+        counts = {name: getattr(session.scaler, name) for name in ("applied_steps", "skipped_steps")}
+        session.note(EventKind.STATE_LOADED, reported[0], scale=session.scaler.get_scale(), **counts)
 
     return load_any
 

@@ -182,22 +182,19 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         )
 
     def _without_bad_checkpoint(self, control: TrainerControl) -> TrainerControl:
-        """Lets no checkpoint with non-finite weights be written: it would rotate a good one out, and be resumed from."""
+        """Lets no checkpoint with non-finite weights or buffers be written: it would rotate a good one out, and be resumed from."""
         if control.should_save and self._are_weights_bad("this checkpoint is not written"):
             control.should_save = False
         return control
 
     def _are_weights_bad(self, so: str) -> bool:
-        """Whether a parameter is not finite, in which case what follows is reported. One GPU-CPU sync."""
+        """Whether a parameter or buffer is not finite, in which case what follows is reported. GPU-CPU syncs."""
         session = self.session
-        non_finite = session.non_finite_parameters(on_any_rank=True) if session is not None else []
+        non_finite = session.non_finite_parameters(on_any_rank=True, saved_buffers=True) if session is not None else []
         if session is None or not non_finite:
             return False
-        session.note(
-            EventKind.CHECKPOINT_WITHHELD,
-            f"{len(non_finite)} parameters are not finite, {non_finite[0]} among them: {so}, so that the last good checkpoint "
-            "stays.",
-        )
+        which = f"{len(non_finite)} parameters or buffers are not finite, {non_finite[0]} among them"
+        session.note(EventKind.CHECKPOINT_WITHHELD, f"{which}: {so}, so that the last good checkpoint stays.")
         return True
 
     def _attach_to(self, trainer: Trainer) -> AmpSession:

@@ -18,7 +18,7 @@ class StallDetector:
     """Counts steps in a row in which the model learned nothing. Reported once per row; a step in which it learns ends it.
 
     Args:
-        patience: steps in a row after which the run is stalled. Non-finite weights stall it at once.
+        patience: steps in a row after which the run is stalled. Non-finite weights or buffers stall it at once.
     """
 
     patience: int
@@ -30,8 +30,8 @@ class StallDetector:
     def after_skipped(self, cause: Cause, step: int) -> AmpEvent | None:
         """One skipped step; what it shows of the run, where that is new."""
         self.skipped_by_cause[cause.value] += 1
-        if cause is Cause.WEIGHTS:
-            return self.mark_stalled(step, cause, "no step can correct weights that are not finite")
+        if cause in (Cause.WEIGHTS, Cause.BUFFER):
+            return self.mark_stalled(step, cause, "no step can correct weights or buffers that are not finite")
         if not self._patience_is_over():
             return None
         main = Cause[self.skipped_by_cause.most_common(1)[0][0]]
