@@ -30,31 +30,12 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
-    "AdvancedGradScaler",
-    "AdvancedMixedPrecisionManager",
-    "AmpEvent",
-    "AmpSession",
-    "AttachError",
-    "BatchError",
-    "Cause",
-    "ConfigError",
-    "DynamicMixedPrecisionTrainer",
-    "EventKind",
-    "HfAmpError",
-    "MixedPrecisionCallback",
-    "MixedPrecisionConfig",
-    "NumberFormat",
-    "PerformanceOptimizedMixedPrecisionTrainer",
-    "PerformanceTracker",
-    "PrecisionMode",
-    "PrecisionMonitor",
-    "ScalerError",
-    "ScalingStrategy",
-    "StandardMixedPrecisionTrainer",
-    "StateError",
-    "UnknownOptionError",
-    "attach",
-]
+    "AdvancedGradScaler", "AdvancedMixedPrecisionManager", "AmpEvent", "AmpSession", "AttachError", "BatchError",
+    "Cause", "ConfigError", "DynamicMixedPrecisionTrainer", "EventKind", "HfAmpError", "MixedPrecisionCallback",
+    "MixedPrecisionConfig", "NumberFormat", "PerformanceOptimizedMixedPrecisionTrainer", "PerformanceTracker",
+    "PrecisionMode", "PrecisionMonitor", "ScalerError", "ScalingStrategy", "StandardMixedPrecisionTrainer",
+    "StateError", "UnknownOptionError", "attach",
+]  # fmt: skip
 
 _LAZY = {"MixedPrecisionCallback": "hf_amp.integrations.transformers", "attach": "hf_amp.integrations.accelerate"}
 

@@ -22,8 +22,6 @@ from hf_amp.precision import FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE, Precisi
 LARGEST_COUNT = torch.iinfo(torch.int32).max
 """Steps are counted in int32 on the device."""
 
-# ---- what values an option takes ----------------------------------------------------------------------------
-
 
 class Allowed(str):
     """The values that an option takes: in words for people, which the text is, and as a check."""
@@ -164,9 +162,6 @@ REMOVED_OPTIONS: Mapping[str, tuple[Any, str]] = {
     "clip_norm": (None, "pass clip_norm= to the trainer or manager"),
 }
 """Option of hf_amp 0.1 → its default, at which a saved config may hold it, and what to do instead."""
-
-
-# ---- the options --------------------------------------------------------------------------------------------
 
 
 @described_and_checked
@@ -456,9 +451,6 @@ def _hint(value: Any, default: Any) -> str:
     if isinstance(default, (int, float)) or value.replace(".", "", 1).isdigit():
         return " It is text: write numbers without quotes; YAML wants a point in 1.0e-6."
     return ""
-
-
-# ---- options that are right one by one and wrong together ---------------------------------------------------
 
 
 def _check_formats(config: MixedPrecisionConfig) -> None:

@@ -20,9 +20,6 @@ NAMES_IN_A_HEADLINE = 4
 """Modules that one headline names; the event has all."""
 
 
-# ---- causes -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class CauseFacts:
     """One row of the table of causes: all that the package knows of a cause, but for how it is found.
@@ -170,9 +167,6 @@ class Cause(str, enum.Enum):
     )  # fmt: skip
 
 
-# ---- one step -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class StepOutcome:
     """What became of one optimizer step, as known on the host.
@@ -221,9 +215,6 @@ class StepOutcome:
         if self.inf_elements is None or self.nan_elements is None or not elements:
             return 1.0
         return (self.inf_elements + self.nan_elements) / elements
-
-
-# ---- events -------------------------------------------------------------------------------------------------
 
 
 class EventKind(str, enum.Enum):
@@ -315,9 +306,6 @@ def join_names(names: Sequence[str], most: int = 3) -> str:
 def printable(text: str) -> str:
     """`text` from a run, with control characters and everything else that does not print shown as escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-# ---- the recorder -------------------------------------------------------------------------------------------
 
 
 class EventRecorder:

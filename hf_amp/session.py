@@ -166,8 +166,6 @@ class AmpSession(EventRecorder):
         hardware = probe(device)
         return cls(config, scaler, mode, common_to_ranks(hardware, device) if ranks_agree else hardware)
 
-    # ---- what people read -----------------------------------------------------------------------------------
-
     def __repr__(self) -> str:
         return f"<AmpSession {self.run_id}: {self.describe()}, step {self.newest_step}>"
 
@@ -199,8 +197,6 @@ class AmpSession(EventRecorder):
     def run_metadata(self) -> dict[str, Any]:
         """What a log begins with: the precision and the options in force, as plain data."""
         return {"precision": self.plan.default.value, "config": self.config.to_dict()}
-
-    # ---- one optimizer step ---------------------------------------------------------------------------------
 
     def on_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         """An observer of the scaler: what follows from the outcome of one step of `optimizer`."""
@@ -312,8 +308,6 @@ class AmpSession(EventRecorder):
         held = [p for group in optimizer.param_groups for p in group["params"]]
         return [(names.get(p, f"parameter {index} of the optimizer"), p) for index, p in enumerate(held)]
 
-    # ---- models and optimizers ------------------------------------------------------------------------------
-
     def register_model(self, model: nn.Module, entry_point: nn.Module | None = None, is_trained: bool = True) -> None:
         """Lets `model` follow the plan, and a skipped step of it be diagnosed, without keeping it alive.
 
@@ -393,8 +387,6 @@ class AmpSession(EventRecorder):
         found = all_reduce_max_to_host(flags)
         return [name for name, flag in zip(names, found, strict=True) if flag]
 
-    # ---- precision ------------------------------------------------------------------------------------------
-
     @property
     def current_precision(self) -> CurrentPrecision:
         """Gives, at every call, a new context of the plan's default as it is by then."""
@@ -434,8 +426,6 @@ class AmpSession(EventRecorder):
         self._report_change(withdrawn, cause=None)
         return True
 
-    # ---- logs -----------------------------------------------------------------------------------------------
-
     def log_to(self, folder: str | Path) -> None:
         """Writes events, and what `log_metrics` gives, into `folder`, for `hf-amp report`, until `detach`.
 
@@ -467,8 +457,6 @@ class AmpSession(EventRecorder):
         """
         known = {**figures, **self.metrics(), **self._modules.unlogged()}
         self.record(AmpEvent(self.newest_step if step is None else step, EventKind.METRICS, figures=known))
-
-    # ---- checkpoint -----------------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, Any]:
         """What a run in any precision goes on from: counters and figures, and the precision that they were made in."""
@@ -510,8 +498,6 @@ class AmpSession(EventRecorder):
         """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""
         self.first_step = completed_steps + 1 - self.scaler.decided_steps
         self.newest_step = completed_steps
-
-    # ---- the end --------------------------------------------------------------------------------------------
 
     @property
     def is_attached(self) -> bool:

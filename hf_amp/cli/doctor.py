@@ -1,4 +1,4 @@
-"""`hf-amp doctor`: what this machine can run, which precision to train in and why, and known bugs upstream."""
+"""`hf-amp doctor`: what this machine can run, and which precision to train in and why."""
 
 from __future__ import annotations
 
@@ -29,60 +29,11 @@ WORTHWHILE = 1.2
 """How many times as fast as FP32 a precision must be on a CPU to count; less is lost on casts."""
 
 
-class UpstreamBug(NamedTuple):
-    """A bug of a package that hf_amp stands on, in every version that it allows: no release is known to fix it.
-
-    Attributes:
-        package: whose it is.
-        symptom: what a user sees.
-        link: where it is discussed; "" where it is not.
-        with_hf_amp: what happens to it in a run with hf_amp.
-    """
-
-    package: str
-    symptom: str
-    link: str
-    with_hf_amp: str
-
-
-KNOWN = (
-    UpstreamBug(
-        "torch", "after about 144 overflows in a row the loss scale is so small that a clean step writes inf into the "
-        "parameters", "https://github.com/pytorch/pytorch/issues/99640", "fixed: the scale has a floor",
-    ),
-    UpstreamBug(
-        "torch", "ShardedGradScaler with a fused optimizer and no unscale_: one rank skips, another steps", "",
-        "fixed: all ranks skip together",
-    ),
-    UpstreamBug(
-        "accelerate", "with a fused optimizer (the Trainer's default) a skipped step is not noticed: the learning-rate "
-        "schedule runs on", "https://github.com/huggingface/accelerate/issues/4242", "fixed: a skipped optimizer is not called",
-    ),
-    UpstreamBug(
-        "accelerate", "several optimizers: clip_grad_norm_ unscales the second one's gradients twice",
-        "https://github.com/huggingface/accelerate/issues/439",
-        "fixed: gradients are divided once, by the scale of their backward",
-    ),
-    UpstreamBug(
-        "accelerate", "mixed_precision='fp16' on a CPU is FP32, without a word", "",
-        "fixed: FP16, emulated or real, and named",
-    ),
-    UpstreamBug(
-        "transformers", "one non-finite step puts a bare NaN into trainer_state.json, which is no JSON", "",
-        "fixed: a skipped step has no gradient norm",
-    ),
-    UpstreamBug(
-        "transformers", "logging_nan_inf_filter shows a loss of 0.0 while every weight is NaN", "",
-        "fixed: non-finite steps are skipped, counted and reported, in BF16 and FP32 as well",
-    ),
-)  # fmt: skip
-
-
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     measure: Annotated[bool, typer.Option(help="Time a matrix product in each precision; a second or two.")] = True,
 ) -> None:
-    """Say what this machine can run, which precision to train in and why, and which upstream bugs hf_amp fixes."""
+    """Say what this machine can run, and which precision to train in and why."""
     devices, system, versions = find_devices(measure), _system(), installed_versions()
     recommendation = recommend(devices[0])
     if as_json:
@@ -91,7 +42,6 @@ def doctor(
             "devices": [asdict(device) for device in devices],
             "versions": versions,
             "system": system,
-            "upstream_bugs": [bug._asdict() for bug in KNOWN],
         }
         typer.echo(json.dumps(plain, indent=2))
         return
@@ -106,8 +56,6 @@ def doctor(
     console.print(_table("Devices", columns, [device.cells() for device in devices]))
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     console.print(_table("Installed", ("", ""), [("packages", packages), *system.items()]))
-    bugs = [(bug.package, f"{bug.symptom} {bug.link}", bug.with_hf_amp) for bug in KNOWN]
-    console.print(_table("Known bugs upstream", ("package", "what happens", "with hf_amp"), bugs))
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:

@@ -1,4 +1,4 @@
-"""What precision will do to a model: its batch, its memory, and a training step in formats that this machine lacks."""
+"""What precision will do to a model: its batch, its dtypes, and a training step in formats that this machine lacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -135,44 +135,6 @@ def _labels(
         tokens = _tokens(config, rows, int(longest), generator)
         return {"labels" if "labels" in accepted else "decoder_input_ids": tokens}
     return {}
-
-
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, frozen) elements of all parameters; a tied one counts once."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters()) - trainable
-
-
-class Recipe(NamedTuple):
-    """What a trainable parameter takes with Adam, in bytes.
-
-    Attributes:
-        name: the precision, and what is meant by it.
-        weights: of the parameter, FP32 master weights included.
-        gradients: of its gradient.
-        optimizer: of Adam's two averages.
-        casts: of its half-precision copy, which autocast keeps for the length of a forward pass.
-    """
-
-    name: str
-    weights: int
-    gradients: int
-    optimizer: int
-    casts: int
-
-    def total_bytes(self, trainable: int, frozen: int) -> int:
-        """For so many parameters; a frozen one has weights and a cast, in the same formats, and nothing else."""
-        frozen_bytes = frozen * (min(self.weights, 4) + self.casts)
-        return trainable * (self.weights + self.gradients + self.optimizer + self.casts) + frozen_bytes
-
-
-RECIPES = (
-    Recipe("FP32", 4, 4, 8, 0),
-    Recipe("MIXED (fp16=True) or BF16 (bf16=True)", 4, 4, 8, 2),
-    Recipe("FP16 parameters, FP32 master weights", 2 + 4, 2, 8, 0),
-    Recipe("BF16 parameters alone (small updates are lost)", 2, 2, 4, 0),
-)
-"""Source: dtypes of the tensors that each keeps: autocast keeps parameters, gradients and Adam in FP32."""
 
 
 def half_parameter_warnings(model: nn.Module) -> list[str]:

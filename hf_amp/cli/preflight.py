@@ -31,7 +31,7 @@ def preflight(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what precision will do to a model: memory, dtypes that cause trouble, and, with --batch, what would overflow."""
+    """Say what precision will do to a model: dtypes that cause trouble, and, with --batch, what would overflow."""
     from rich.console import Console
 
     console = Console(highlight=False, stderr=as_json)
@@ -39,7 +39,7 @@ def preflight(
     if as_json:
         typer.echo(json.dumps({"model": model, **facts, "dry_runs": [run.to_dict() for run in runs]}, indent=2))
         return
-    console.print(_memory_table(model, facts))
+    console.print(f"{model}: {_parameters_in_words(facts)}", markup=False, highlight=False)
     for warning in facts["warnings"]:
         console.print(warning, style="yellow", markup=False)
     if not runs:
@@ -81,39 +81,24 @@ def _examine(
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
-    from hf_amp.cli.dry_run import RECIPES, half_parameter_warnings, parameter_counts
+    from hf_amp.cli.dry_run import half_parameter_warnings
 
-    trainable, frozen = parameter_counts(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     by_dtype: Counter[str] = Counter()
     for parameter in model.parameters():
         by_dtype[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return {
         "class": type(model).__name__,
         "trainable_parameters": trainable,
-        "frozen_parameters": frozen,
+        "frozen_parameters": model.num_parameters() - trainable,
         "parameters_by_dtype": dict(by_dtype),
         "warnings": half_parameter_warnings(model),
-        "memory": [{**recipe._asdict(), "total_bytes": recipe.total_bytes(trainable, frozen)} for recipe in RECIPES],
     }
 
 
-def _memory_table(name: str, facts: dict[str, Any]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
+def _parameters_in_words(facts: dict[str, Any]) -> str:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["parameters_by_dtype"].items())
-    table = Table(
-        "bytes a parameter",
-        title=Text(f"{name}: {facts['class']}, parameters: {dtypes}"), title_justify="left",
-        caption="With Adam. Activations come on top: they depend on the batch.", caption_justify="left",
-    )  # fmt: skip
-    parts = ("weights", "gradients", "optimizer", "casts")
-    for part in (*parts, "in all"):
-        table.add_column(part, justify="right")
-    for recipe in facts["memory"]:
-        total = f"{recipe['total_bytes'] / 2**30:,.3f} GiB"
-        table.add_row(recipe["name"], *(str(recipe[part]) for part in parts), total)
-    return table
+    return f"{facts['class']}, parameters: {dtypes}"
 
 
 def _dry_run_table(runs: list[DryRun]) -> Table:

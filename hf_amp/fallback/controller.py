@@ -357,7 +357,7 @@ class FallbackController:
         emulate = config.emulate and on_cpu_in_fp16
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(steps, self.runner)
-        self.diagnoser = Diagnoser(self.runner, self.recorder, config.hysteresis)
+        self.diagnoser = Diagnoser(self.runner, self.recorder)
         half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
         self._acts = config.automatic_fallback and not (half and hardware.device == "cpu" and not emulate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple, cast
@@ -261,7 +260,7 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 
 SCALE_SKIPS_BEFORE_A_DOUBT = 3
-"""Overflows in a row with a finite loss after which a scale that is no longer lowered is not to blame any more."""
+"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept to repeat the next."""
 TINY_SCALE = 2.0**-24
 """So small that no gradient of a loss of ordinary size overflows: FP16's smallest value."""
 _NOT_KEPT = (
@@ -300,16 +299,14 @@ class Diagnoser:
     Args:
         runner: the models.
         recorder: what they were called with.
-        hysteresis: overflows before the scale backs off.
 
     Attributes:
         repeats_forwards: whether a forward pass may be run again to see what it does.
     """
 
-    def __init__(self, runner: PlanRunner, recorder: ForwardRecorder, hysteresis: int) -> None:
+    def __init__(self, runner: PlanRunner, recorder: ForwardRecorder) -> None:
         self._runner = runner
         self._recorder = recorder
-        self._patience = SCALE_SKIPS_BEFORE_A_DOUBT + hysteresis
         self.repeats_forwards = True
 
     def explain(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
@@ -322,7 +319,10 @@ class Diagnoser:
             scale_skips: skips in a row before this one that were put down to the scale.
             agree: exchange what was found with the other ranks, which all call this for the same step.
         """
-        found = self._doubting_scale(skip, scale_skips, self._diagnose(skip, scale_skips, agree))
+        found = self._diagnose(skip, scale_skips, agree)
+        if found.cause is Cause.SCALE and not found.confirmed and skip.scale <= 1:
+            what = f"the loss was finite, but backward overflows at a scale of {skip.scale:g} as well, and could not be repeated."
+            found = Diagnosis(Cause.UNKNOWN, what, confirmed=False)
         return self._naming_gradient(skip, found)
 
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
@@ -423,17 +423,14 @@ class Diagnoser:
         return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
 
     def _too_large_a_loss(self, skip: SkippedStep, forward: RecordedForward) -> Diagnosis:
-        """A loss that needs a scale below 1: the largest power of two that serves is found by bisection."""
-        fits, fails = round(math.log2(TINY_SCALE)), 0
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            if replay_backward(forward, self._runner.current, 2.0**middle, skip.scale):
-                fails = middle
-            else:
-                fits = middle
+        """A loss that needs a scale below 1: the largest power of two that serves is tried out."""
+        scales = (2.0**-halvings for halvings in range(1, 24))
+        fits = next(
+            (s for s in scales if not replay_backward(forward, self._runner.current, s, skip.scale)), TINY_SCALE
+        )
         return Diagnosis(
             Cause.SCALE,
-            f"the loss is large: its gradients leave the range of FP16 even without a scale, and need one of {2.0**fits:g}, to "
+            f"the loss is large: its gradients leave the range of FP16 even without a scale, and need one of {fits:g}, to "
             "which it is lowered. A mean in place of a sum, or normalised targets, need none.",
         )
 
@@ -462,36 +459,18 @@ class Diagnoser:
             modules,
         )
 
-    def _backward_overflow(self, parameters: Iterable[str], scale: float) -> Diagnosis:
-        """What remains where backward could not be repeated, and the scale has been lowered in vain."""
-        first = self._first_in_backward(parameters)
-        where = f"The first gradient that is not finite is that of {first}: look" if first else "Look"
-        return Diagnosis(
-            Cause.UNKNOWN,
-            f"the loss was finite, but backward overflows at a scale of {scale:g} as well, and could not be repeated. "
-            f"{where} there for a root or a division at zero, whose derivative is infinite.",
-            (first,) if first in dict(self._runner.named_modules()) else (),
-        )
-
     def _first_in_backward(self, parameters: Iterable[str]) -> str | None:
         """The module that is last in order among those that own `parameters`; the parameter where it is the model's own."""
         owners = {name.rpartition(".")[0]: name for name in parameters}
         known = [owners[name] for name, _ in self._runner.named_modules() if name in owners]
         return known[-1].rpartition(".")[0] or known[-1] if known else None
 
-    def _doubting_scale(self, skip: SkippedStep, scale_skips: int, diagnosis: Diagnosis) -> Diagnosis:
-        """`diagnosis`, unless it is that of a scale which cures nothing: at most 1, or no longer being lowered."""
-        held = skip.next_scale >= skip.scale and scale_skips > self._patience
-        if diagnosis.cause is not Cause.SCALE or diagnosis.confirmed or not (skip.scale <= 1 or held):
-            return diagnosis
-        return self._backward_overflow(skip.bad_gradients(), skip.scale)
-
     def _naming_gradient(self, skip: SkippedStep, diagnosis: Diagnosis) -> Diagnosis:
         """`diagnosis`, with where backward overflowed where there is no scale to blame and nothing else to go by."""
-        if diagnosis.cause is not Cause.UNKNOWN or diagnosis.modules or skip.loss_finite is not None:
+        scaled = skip.loss_finite is False or (skip.loss_finite and skip.scale > 1)
+        if diagnosis.cause is not Cause.UNKNOWN or diagnosis.modules or scaled:
             return diagnosis
-        first = self._first_in_backward(skip.bad_gradients())
-        if first is None:
+        if (first := self._first_in_backward(skip.bad_gradients())) is None:
             return diagnosis
         return diagnosis._replace(
             message=f"{diagnosis.message} The first gradient that is not finite is that of {first}."

@@ -251,8 +251,6 @@ class AttachedAccelerator:
                     changed["autocast_handler"] = AutocastKwargs(enabled=False)
         return changed
 
-    # ---- losses and gradients -------------------------------------------------------------------------------
-
     def _scaler_that_goes_on(self) -> AdvancedGradScaler:
         """The session's scaler, which goes on where a used stock one was."""
         accelerator, scaler = self._accelerator, self._session.scaler
@@ -296,8 +294,6 @@ class AttachedAccelerator:
             )
         context: AbstractContextManager[None] = self._stock["join_uneven_inputs"](joinables, even_batches)
         return context
-
-    # ---- models and optimizers ------------------------------------------------------------------------------
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -435,9 +431,6 @@ def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:
     return convert_outputs_to_fp32(lambda: output)()
 
 
-# ---- prepared optimizers -------------------------------------------------------------------------------------
-
-
 class PreparedOptimizers:
     """The optimizers whose steps the session's scaler decides: all of them, prepared or to be. Keeps none alive.
 
@@ -536,9 +529,6 @@ def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., An
     return step
 
 
-# ---- what DistributedDataParallel sends ---------------------------------------------------------------------
-
-
 class _Compression:
     """State of a DistributedDataParallel's communication hook, which torch cannot take off again.
 
@@ -596,8 +586,6 @@ def _compression_hook(accelerator: Accelerator, session: AmpSession) -> Callable
     fp16 = precision is PrecisionMode.FP16
     return cast("Callable[..., Any]", default_hooks.fp16_compress_hook if fp16 else default_hooks.bf16_compress_hook)
 
-
-# ---- FP8, which accelerate has torchao or TransformerEngine run ---------------------------------------------
 
 _FLOAT8_RUNNERS = {FP8BackendType.AO: "torchao", FP8BackendType.TE: "TransformerEngine"}
 

@@ -227,8 +227,6 @@ class PrecisionMonitor:
         self._loss_mean = LossMean()
         self._newest_attempt = 0
 
-    # ---- what a run reports ---------------------------------------------------------------------------------
-
     def after_step(self, outcome: StepOutcome, cause: Cause | None = None, next_scale: float | None = None) -> None:
         """One step. What was not measured in it keeps its last value, but for the norm; a skipped step has none.
 
@@ -280,8 +278,6 @@ class PrecisionMonitor:
         """One numerical error of any kind at optimizer step `step`, such as ("gradient_overflow", 12)."""
         self.record.add_error(kind, step)
 
-    # ---- a loop of your own ---------------------------------------------------------------------------------
-
     def update_metrics(self, scaler: torch.amp.GradScaler, loss: Tensor | float, step: int) -> None:
         """Takes one step into account, after `scaler.update()`. No GPU-CPU sync with an `AdvancedGradScaler`.
 
@@ -316,8 +312,6 @@ class PrecisionMonitor:
     def _record_stock(self, scale: float) -> None:
         applied = self.scale is None or scale >= self.scale
         self.after_step(StepOutcome(0, applied, scale), None if applied else Cause.UNKNOWN)
-
-    # ---- what people read -----------------------------------------------------------------------------------
 
     @property
     def skipped_steps(self) -> int:
@@ -386,8 +380,6 @@ class PrecisionMonitor:
             "avg_loss": avg_loss,
             "non_finite_losses": non_finite_losses,
         }
-
-    # ---- checkpoint -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Every field, as numbers, strings, None, lists and mappings."""

@@ -99,8 +99,6 @@ class MasterWeights:
         self._former_dtypes.clear()
         self._masters.clear()
 
-    # ---- one step -------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def upcast_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes half-precision gradients FP32, exactly, so that they can be unscaled without rounding.
@@ -179,8 +177,6 @@ class MasterWeights:
                 same = former.to(parameter.dtype) == parameter
                 master.weight = torch.nn.Parameter(torch.where(same, former, parameter.to(_WIDE)))
                 master.agreed_with = _memory_of(parameter)
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------
 
     def _add_to_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         held = {i: p for i, p in enumerate(_parameters(optimizer)) if p in self._masters}
@@ -313,13 +309,11 @@ def convert_parameters(
         return _upcast(half, optimizers, fixed)
     if remedy == "master_weights":
         return _kept(half)
-    return AmpEvent(
-        0,
-        EventKind.HALF_PARAMETERS,
-        message=f"trainable in half precision: {_listed(half)}. Updates smaller than half a rounding step are lost, which "
-        'the metric lost_update_fraction measures; half_parameters="master_weights" or "upcast" keeps them.',
-        figures=_counted(half),
+    message = (
+        f"trainable in half precision: {_listed(half)}. Updates smaller than half a rounding step are lost, which the metric "
+        'lost_update_fraction measures; half_parameters="master_weights" or "upcast" keeps them.'
     )
+    return AmpEvent(0, EventKind.HALF_PARAMETERS, message=message, figures=_counted(half))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -328,12 +322,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _kept(half: Named) -> AmpEvent:
-    return AmpEvent(
-        0,
-        EventKind.MASTER_WEIGHTS_KEPT,
-        message=f"the optimizer moves FP32 master weights of {_listed(half)}.",
-        figures=_counted(half),
-    )
+    message = f"the optimizer moves FP32 master weights of {_listed(half)}."
+    return AmpEvent(0, EventKind.MASTER_WEIGHTS_KEPT, message=message, figures=_counted(half))
 
 
 def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: bool) -> AmpEvent:
@@ -346,15 +336,11 @@ def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: boo
         parameter.data = parameter.data.float()
     for optimizer in optimizers:
         upcast_state(optimizer, half.values())
-    return AmpEvent(
-        0,
-        EventKind.PARAMETERS_CONVERTED,
-        before=before,
-        after="FP32",
-        message=f"made FP32, also beyond detach, in twice the memory and without loss: {listed}. To load them so: "
-        'dtype=torch.float32 in from_pretrained. To keep them small: half_parameters="master_weights".',
-        figures=_counted(half),
+    message = (
+        f"made FP32, also beyond detach, in twice the memory and without loss: {listed}. To load them so: dtype=torch.float32 "
+        'in from_pretrained. To keep them small: half_parameters="master_weights".'
     )
+    return AmpEvent(0, EventKind.PARAMETERS_CONVERTED, None, before, "FP32", (), message, _counted(half))
 
 
 def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent | None:
@@ -368,14 +354,8 @@ def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent
     before = _formats(wide)
     listed = _listed(wide)
     masters.downcast_(wide.values())
-    return AmpEvent(
-        0,
-        EventKind.PARAMETERS_CONVERTED,
-        before=before,
-        after="FP16",
-        message=f"made FP16: {listed}. The optimizer moves FP32 master weights, which have their exact values.",
-        figures=_counted(wide),
-    )
+    message = f"made FP16: {listed}. The optimizer moves FP32 master weights, which have their exact values."
+    return AmpEvent(0, EventKind.PARAMETERS_CONVERTED, None, before, "FP16", (), message, _counted(wide))
 
 
 def _refuse_out_of_range(wide: Named) -> None:

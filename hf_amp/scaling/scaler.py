@@ -178,8 +178,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._deferred: deque[PendingOutcome] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
 
-    # ---- backward -------------------------------------------------------------------------------------------
-
     def scale(self, outputs: Any) -> Any:
         """`outputs` (a tensor, or lists and tuples of them) times the scale. Notes whether they are finite; no GPU-CPU sync.
 
@@ -212,8 +210,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         Only where a loop has several optimizers whose backward passes interleave; otherwise the first step is soon enough.
         """
         self._pending.watch(optimizer)
-
-    # ---- step boundary --------------------------------------------------------------------------------------
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides `optimizer`'s gradients by the scale of their backward, in place, so that they can be clipped.
@@ -442,8 +438,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     def _is_interval(self) -> bool:
         return self.decided_steps % self.config.monitoring_interval == 0
 
-    # ---- the scale ------------------------------------------------------------------------------------------
-
     def get_scale(self) -> float:
         """The scale that the next backward will use. One GPU-CPU sync."""
         if not self._enabled or self.no_scaling:
@@ -510,8 +504,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     def _first_scale(self) -> float:
         """What the stock class calls `_init_scale`, which may be set, or come from a checkpoint, before the first step."""
         return min(max(self._init_scale, self.config.min_scale), self.config.max_scale)
-
-    # ---- checkpoint -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and strings only: the stock scaler's entries, and ours under "hf_amp". One GPU-CPU sync.
@@ -626,8 +618,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.__init__(config, state["device"], policy=state.get("policy"))  # type: ignore[misc]
         if state["state"]:
             self.load_state_dict(state["state"])
-
-    # ---- attributes of the stock class, which others read and set ------------------------------------------------
 
     _growth_factor = _stock_option("growth_factor")
     _backoff_factor = _stock_option("backoff_factor")

@@ -41,9 +41,6 @@ EXTRA = "extra "
 """Stands before the names of what step hooks want read along."""
 
 
-# ---- the check, on the device -------------------------------------------------------------------------------
-
-
 class Unscale(enum.Enum):
     """How gradients are divided by the scale."""
 
@@ -403,8 +400,6 @@ def _agreed(*values: Tensor | None) -> list[Tensor | None]:
     return [None if value is None else next(agreed) for value in values]
 
 
-# ---- dividing by the scale ----------------------------------------------------------------------------------
-
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
@@ -436,9 +431,6 @@ def multiply_(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """Multiplies `gradients` in place by `factor`, shape []. No GPU-CPU sync."""
     for (device, _), group in by_device_and_dtype(gradients).items():
         torch._foreach_mul_(group, to_device(factor, device))
-
-
-# ---- losses, and the steps that wait ------------------------------------------------------------------------
 
 
 @dataclass

@@ -145,8 +145,6 @@ class AdvancedMixedPrecisionManager:
         self.epochs = 0
         self._cleaned_up = False
 
-    # ---- epochs ---------------------------------------------------------------------------------------------
-
     def train_epoch(
         self,
         dataloader: Iterable[Any],
@@ -242,8 +240,6 @@ class AdvancedMixedPrecisionManager:
         while window := list(islice(batches, self.trainer.accumulation_steps)):
             yield window
 
-    # ---- what became of it ----------------------------------------------------------------------------------
-
     def get_training_stats(self) -> dict[str, Any]:
         """The run so far, over all epochs; can be read after `cleanup` too. Waits for the device.
 
@@ -266,8 +262,6 @@ class AdvancedMixedPrecisionManager:
             "applied_steps": monitor.applied_steps,
             "skipped_steps": monitor.skipped_steps,
         }
-
-    # ---- checkpoint -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Scale, policy, plan, counters and statistics, between two steps; model and optimizer are yours to save.
@@ -308,8 +302,6 @@ class AdvancedMixedPrecisionManager:
             StateError: it cannot be read, or is something else.
         """
         self.load_state_dict(load_file(path))
-
-    # ---- the end --------------------------------------------------------------------------------------------
 
     def cleanup(self) -> None:
         """Gives model, optimizer and Accelerator their former state; statistics can still be read.

@@ -20,14 +20,12 @@ import hf_amp
 from hf_amp.cli import app
 from hf_amp.cli.dry_run import (
     FORMATS,
-    RECIPES,
     PreflightError,
     batch_for,
     dry_runs,
     half_parameter_warnings,
     load_model,
     made_up_batch,
-    parameter_counts,
 )
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.integrations.trainers import tiny_gpt2
@@ -170,7 +168,7 @@ def test_the_command_prints_it(folder: Path) -> None:
     result = preflight(folder, "--batch", folder / "batch.safetensors")
     assert result.exit_code == 0, result.output
     for words in (
-        "GPT2LMHeadModel", "64,896 float32", "Activations come on top",
+        "GPT2LMHeadModel", "64,896 float32",
         "FP16 overflow: transformer.h.0.attn.c_proj, transformer.h.0.mlp.c_proj, transformer.h.1.attn.c_proj",
         "4 modules in FP32: hf_amp does that",
     ):  # fmt: skip
@@ -183,7 +181,6 @@ def test_json_has_the_same(folder: Path) -> None:
     assert reported["trainable_parameters"] == 64_896
     assert [run["number_format"] for run in reported["dry_runs"]] == [f.name for f in FORMATS]
     assert len(reported["dry_runs"][0]["overflowing"]) == 4
-    assert reported["memory"][0]["total_bytes"] == 16 * 64_896
 
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
@@ -193,19 +190,6 @@ def test_a_batch_can_be_made_up_for_every_kind_of_model(entry: RescaledModel) ->
     batch = made_up_batch(model, 2, 12)
     assert all(len(value) == 2 for value in batch.values())
     assert model(**batch).loss.isfinite()
-
-
-def test_memory_is_counted_in_bytes_of_what_is_kept() -> None:
-    """FP32 with Adam is 16 bytes a parameter; frozen ones have their weights alone; measured on real tensors."""
-    model = nn.Linear(64, 64).requires_grad_(True)
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.ones(1, 64)).sum().backward()
-    optimizer.step()
-    state = [x for each in optimizer.state.values() for x in each.values() if x.dim()]
-    tensors = [*model.parameters(), *(p.grad for p in model.parameters()), *state]
-    assert RECIPES[0].total_bytes(*parameter_counts(model)) == sum(x.numel() * x.itemsize for x in tensors)
-    model.weight.requires_grad_(False)
-    assert RECIPES[0].total_bytes(*parameter_counts(model)) == 64 * 16 + 64 * 64 * 4
 
 
 @pytest.mark.parametrize(("dtype", "words"), [(torch.float16, "unscale FP16"), (torch.bfloat16, "1/256")])
