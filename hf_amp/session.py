@@ -268,17 +268,9 @@ class AmpSession(EventRecorder):
         uncompiled = change.after.modules and self._fallback.runner.fullgraph
         if change.scale_at_rest is not None:
             self.scaler.set_scale(min(change.scale_at_rest, self.scaler.get_scale()))
-        self.record(
-            AmpEvent(
-                step=self.newest_step,
-                kind=EventKind.PRECISION_CHANGED,
-                cause=cause,
-                before=change.before.precision_of(change.modules).value,
-                after=change.after.precision_of(change.modules).value,
-                modules=change.modules,
-                message=change.message + (_WITHOUT_COMPILE if uncompiled else ""),
-            )
-        )
+        before, after = (plan.precision_of(change.modules).value for plan in (change.before, change.after))
+        what = change.message + (_WITHOUT_COMPILE if uncompiled else "")
+        self.record(AmpEvent(self.newest_step, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, what))
 
     def _report_floor(self, outcome: StepOutcome, next_scale: float) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:

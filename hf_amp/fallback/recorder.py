@@ -313,10 +313,10 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
             model,
             kept.arguments,
             kept.options,
-            is_intact=kept.versions == _versions(tensors_of((kept.arguments, kept.options))),
-            random_state=kept.random_state,
-            plan=kept.plan,
-            output_gradients=kept.output_gradients,
+            kept.versions == _versions(tensors_of(kept[1:3])),
+            kept.random_state,
+            kept.plan,
+            kept.output_gradients,
         )
         for kept in own or calls
         if (model := kept.model()) is not None

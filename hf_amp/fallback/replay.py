@@ -87,7 +87,7 @@ def replay_backward(
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
     try:
-        with _nothing_changes(forward.model), torch.enable_grad():
+        with _nothing_changes(forward.model), torch.enable_grad(), hooks_silent([p for _, p in named]):
             if in_fp32:
                 with ForwardContext.suspended(), current.entry.context(PrecisionMode.FP32):
                     output, _ = _repeat(forward, in_fp32=True)
@@ -102,6 +102,19 @@ def replay_backward(
         return None
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
     return [name for name, g in known if non_finite_tensors(g)]
+
+
+@contextmanager
+def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks on `parameters` do not run inside: what a user's hook makes of a gradient is not the model's doing."""
+    former = [(p, hooks) for p in parameters if (hooks := p._backward_hooks)]
+    for p, _ in former:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in former:
+            p._backward_hooks = hooks
 
 
 def _backward(
@@ -264,7 +277,8 @@ def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[s
 
 @contextmanager
 def _nothing_changes(model: nn.Module) -> Iterator[None]:
-    """Buffers, with their versions, and random state are afterwards what they are now; nothing is recorded for backward or compiled.
+    """Buffers, with their versions, plain attributes (counters) and random state are afterwards what they are now; nothing is
+    recorded for backward or compiled.
 
     Raises:
         RuntimeError: the model would wait for other ranks, which need not take the same look.
@@ -272,9 +286,9 @@ def _nothing_changes(model: nn.Module) -> Iterator[None]:
     if is_distributed() and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise RuntimeError("its SyncBatchNorm would wait for the other processes")
     buffers = [(at, name, x, x.clone()) for at in model.modules() for name, x in at.named_buffers(recurse=False)]
-    devices = [device for device in devices_of(model) if device.type == "cuda"]
+    plain = [(vars(m), {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str))}) for m in model.modules()]
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.random.fork_rng(devices=[d for d in devices_of(model) if d.type == "cuda"]))
         stack.enter_context(torch.no_grad())
         counted = tuple(x for _, _, x, _ in buffers if not x.is_inference())
         stack.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(counted))
@@ -285,7 +299,9 @@ def _nothing_changes(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, name, buffer, former in buffers:
-                buffer.copy_(former)
+            for module, name, buffer, copied in buffers:
+                buffer.copy_(copied)
                 setattr(module, name, buffer)  # forward may have put another tensor in its place
+            for attributes, former in plain:
+                attributes.update(former)
             torch.clear_autocast_cache()  # it may hold casts that were made while gradients were off

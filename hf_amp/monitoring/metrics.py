@@ -63,5 +63,3 @@ BY_MODULE: tuple[Metric, ...] = (
 """Figures that every module has; in the log, the report and `session.module_metrics()`, not among a Trainer's scalars."""
 
 NAMES = frozenset(metric.name for metric in CATALOGUE)
-TIMINGS = frozenset(metric.name for metric in CATALOGUE if metric.unit in ("s", "samples/s", "B"))
-"""What the machine has a part in: not the same in two equal runs."""

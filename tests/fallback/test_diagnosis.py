@@ -547,3 +547,24 @@ def test_the_text_of_an_exception_is_cut_in_a_message() -> None:
     assert "NotImplementedError" in skip.message
     assert len(skip.message) < 400
     assert "\n" not in skip.message
+
+
+class Counting(nn.Linear):
+    """A model that counts its calls in a plain number, as schedules inside of a forward pass do."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 1)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x).square().mean() * 1e9
+
+
+def test_a_replay_leaves_no_trace_in_plain_attributes() -> None:
+    """Three skips for the scale, of which each is looked at closer: the model has counted three calls."""
+    loop = Loop(Counting(), "fp16")
+    for _ in range(3):
+        loop.step({"x": X})
+    assert [skip.cause for skip in loop.skips] == [Cause.SCALE] * 3
+    assert loop.plain.calls == 3
