@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_amp.monitoring.metrics import CATALOGUE
+
 StepPlan = Callable[[int], bool]
 
 
@@ -15,6 +17,10 @@ def tiny_mlp(seed: int = 0) -> nn.Module:
     """Two layers, 4 → 8 → 3; equal for equal seeds."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+TIMINGS = frozenset(metric.name for metric in CATALOGUE if metric.unit in ("s", "samples/s", "B"))
+"""Metrics that the machine has a part in: not the same in two equal runs."""
 
 
 class OverflowInBackward(torch.autograd.Function):

@@ -13,12 +13,11 @@ from torch import nn
 import hf_amp
 from hf_amp import Cause, EventKind, MixedPrecisionConfig, PrecisionMode
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.monitoring.metrics import TIMINGS
 from tests.fallback.range_reference import fp16_flop_share, modules_out_of_range
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.fallback.rescue_runs import BY_NAME, STEPS, final_loss_in_fp32, outermost, stock_skips, train
 from tests.host_reads import count_host_reads
-from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot
+from tests.reference import TIMINGS, OverflowInBackward, assert_bitwise_equal, snapshot
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 

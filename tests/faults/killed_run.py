@@ -22,10 +22,9 @@ import torch
 from transformers import TrainerCallback
 
 from hf_amp import MixedPrecisionCallback
-from hf_amp.monitoring.metrics import CATALOGUE
 from tests.integrations.checkpointed_run import begin
 from tests.integrations.trainers import OverflowAt, regression_trainer
-from tests.reference import snapshot
+from tests.reference import TIMINGS, snapshot
 
 STEPS, SAVED_EVERY = 200, 3
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -36,9 +35,6 @@ OPTIONS = {
 """How `save_state` names its checkpoints → options of that run."""
 RUNS = (*OPTIONS, "Trainer")
 TRAINER_STEPS = 100
-
-_TIMINGS = {metric.name for metric in CATALOGUE if metric.unit in ("s", "samples/s", "B")}
-"""What the machine has a part in: not the same in two equal runs."""
 
 
 def live(folder: Path, kind: str, saves: bool = True, mortal: bool = False) -> Any:
@@ -88,7 +84,7 @@ def live_in_a_trainer(folder: Path, saves: bool, *callbacks: TrainerCallback) ->
     assert callback.session is not None
     state = callback.state()
     del state["attributes"]["progress"]["stateful"]["throughput"]
-    figures = {name: v for name, v in callback.session.metrics().items() if name not in _TIMINGS}
+    figures = {name: v for name, v in callback.session.metrics().items() if name not in TIMINGS}
     return snapshot(trainer.model, trainer.optimizer), (state, figures)
 
 

@@ -15,11 +15,10 @@ from typer.testing import CliRunner
 from hf_amp import AdvancedMixedPrecisionManager, MixedPrecisionCallback
 from hf_amp.cli import app
 from hf_amp.events import LOG_FILE
-from hf_amp.monitoring.metrics import TIMINGS
 from hf_amp.report.reader import read_run
 from tests.faults.conftest import Tally
 from tests.integrations.trainers import OverflowAt, regression_trainer
-from tests.reference import adamw, tiny_mlp
+from tests.reference import TIMINGS, adamw, tiny_mlp
 from tests.training.loops import vectors
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")

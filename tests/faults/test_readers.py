@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from hf_amp import AmpEvent, AmpSession
-from hf_amp.monitoring.metrics import TIMINGS
 from tests.faults.conftest import Tally
 from tests.integrations.checkpointed_run import Run, begin
-from tests.reference import assert_bitwise_equal
+from tests.reference import TIMINGS, assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 

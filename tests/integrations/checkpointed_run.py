@@ -16,8 +16,7 @@ from torch import nn
 
 import hf_amp
 from hf_amp import AmpSession, MixedPrecisionConfig
-from hf_amp.monitoring.metrics import TIMINGS
-from tests.reference import OverflowInBackward, snapshot
+from tests.reference import TIMINGS, OverflowInBackward, snapshot
 
 OVERFLOWING = (1, 4, 7)
 LARGE = (2,)

@@ -19,13 +19,12 @@ from torch import nn
 import hf_amp
 from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
 from hf_amp.emulation import EmulatedPrecision
-from hf_amp.monitoring.metrics import TIMINGS
 from hf_amp.scaling.master_weights import STATE_KEY
 from tests.each import for_each
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.integrations.half_models import dtypes
 from tests.integrations.trainers import OverflowAt, trainer_with
-from tests.reference import OverflowInBackward, assert_bitwise_equal, tiny_mlp
+from tests.reference import TIMINGS, OverflowInBackward, assert_bitwise_equal, tiny_mlp
 
 STEPS, OVERFLOW, ACCUMULATION, MAX_NORM = 8, 3, 2, 0.05
 

@@ -15,8 +15,8 @@ from transformers import Trainer
 
 from hf_amp import EventKind, MixedPrecisionCallback, PrecisionMode
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.monitoring.metrics import TIMINGS
 from tests.integrations.trainers import OverflowAt, StockFP16OnCPU, parameters_of, regression_trainer, strict_json
+from tests.reference import TIMINGS
 
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
 SAVING = {"save_strategy": "steps", "save_steps": 4}

@@ -21,8 +21,9 @@ from hf_amp import (
     MixedPrecisionConfig,
     PrecisionMode,
 )
-from hf_amp.monitoring.metrics import NAMES, TIMINGS
+from hf_amp.monitoring.metrics import NAMES
 from tests.integrations.trainers import OverflowAt, StockFP16OnCPU, arguments, strict_json, trainer_with
+from tests.reference import TIMINGS
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
