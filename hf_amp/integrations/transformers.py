@@ -403,18 +403,18 @@ def _report_evaluation(session: AmpSession, prefix: str, lost: int, seen: int) -
 def save_valid_json(state: TrainerState, session: AmpSession) -> None:
     """Makes `state.save_to_json` write null where it writes NaN or Infinity, which no JSON parser but Python's reads."""
     if "save_to_json" not in vars(state):
-        save = functools.partial(_save_and_mend, state.save_to_json)
+        save = functools.partial(_save_as_json, state.save_to_json)
         session.patches.set_attribute(state, "save_to_json", save)
 
 
-def _save_and_mend(save_to_json: Any, json_path: str) -> None:
+def _save_as_json(save_to_json: Any, json_path: str) -> None:
     save_to_json(json_path)
     found: list[str] = []
     file = Path(json_path)
     content = json.loads(file.read_text(encoding="utf-8"), parse_constant=found.append)
     if found:
-        mended = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        file.write_text(mended, encoding="utf-8")
+        valid = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        file.write_text(valid, encoding="utf-8")
 
 
 # ---- private names of transformers, each read in one place; tests/contract fails by name if one goes -------------------
