@@ -23,7 +23,7 @@ from hf_amp import (
 )
 from hf_amp.monitoring.metrics import NAMES
 from tests.integrations.trainers import OverflowAt, StockFP16OnCPU, arguments, strict_json, trainer_with
-from tests.reference import TIMINGS
+from tests.reference import TIMINGS, assert_bitwise_equal
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
@@ -313,3 +313,18 @@ def test_fp16_loss_on_real_text_is_within_one_percent_of_fp32(tmp_path: Path) ->
     }
     assert last["fp16"] == pytest.approx(last["fp32"], rel=0.01)
     assert last["fp16"] != last["fp32"]
+
+
+def test_a_callback_with_keywords_joins_a_trainer_that_exists(tmp_path: Path) -> None:
+    """`trainer=` and options as keywords: the run is that of a callback which was passed on with a config."""
+    config = MixedPrecisionConfig(init_scale=512.0, growth_interval=2)
+    passed_on = MixedPrecisionCallback(config)
+    first, _ = trainer_with(tmp_path / "passed on", passed_on, fp16=True)
+    first.train()
+    second, _ = trainer_with(tmp_path / "joined", fp16=True)
+    joined = MixedPrecisionCallback(trainer=second, init_scale=512.0, growth_interval=2)
+    second.train()
+    assert joined.config == config
+    assert joined.session.metrics()["applied_steps"] == passed_on.session.metrics()["applied_steps"] > 0
+    assert joined.session.scaler.get_scale() == passed_on.session.scaler.get_scale() > 512.0
+    assert_bitwise_equal(list(second.model.parameters()), list(first.model.parameters()))

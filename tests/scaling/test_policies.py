@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_amp import MixedPrecisionConfig, ScalingStrategy
+from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalingStrategy
 from hf_amp.scaling.policies import Observation, ScalePolicy
 from hf_amp.scaling.policies import policy_of as policy_of_config
 from hf_amp.scaling.state import restored, state_to_host
@@ -129,3 +132,42 @@ def test_hysteresis_is_deepspeeds(hysteresis: int) -> None:
     for pattern in itertools.product([False, True], repeat=7):
         reference = DeepSpeedReference(256.0, 3, hysteresis, 8.0)
         assert scales_under(policy, pattern) == [reference.update(overflow) for overflow in pattern]
+
+
+class SquareState(NamedTuple):
+    """State of `Square`."""
+
+    scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Square:
+    """A rule of nobody's: an overflow takes the square root of the scale, a clean step changes nothing."""
+
+    needs_amax: ClassVar[bool] = False
+    needs_underflow: ClassVar[bool] = False
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+
+    def init_state(self, device: torch.device) -> SquareState:
+        return SquareState(torch.tensor(65536.0, device=device))
+
+    def next_state(self, state: SquareState, observation: Observation) -> SquareState:
+        return SquareState(torch.where(observation.found_inf > 0, state.scale.sqrt(), state.scale))
+
+
+def test_a_scaler_takes_anyones_policy() -> None:
+    """Two overflows: 65536, 256, 16; the scale is in its state, and a copy that was loaded goes on from there."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler, scales = AdvancedGradScaler(device="cpu", policy=Square()), []
+    for factor in (1.0, torch.inf, 1.0, torch.inf):
+        scaler.scale(parameter.sum()).backward()
+        parameter.grad.mul_(factor)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    assert scales == [65536.0, 256.0, 256.0, 16.0]
+    again = AdvancedGradScaler(device="cpu", policy=Square())
+    again.load_state_dict(scaler.state_dict())
+    assert again.get_scale() == 16.0
