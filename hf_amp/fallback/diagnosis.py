@@ -444,11 +444,14 @@ class Diagnoser:
             )
         first = self._first_in_backward(parameters)
         modules = (first,) if first in dict(self._runner.named_modules()) else ()
-        where = f"The first gradient that is not finite is that of {first}"
+        where, left = (
+            f"The first gradient that is not finite is that of {first}",
+            self._runner.current.mode.number_format.name,
+        )
         if cured:
             return Diagnosis(
                 Cause.ACTIVATION,
-                f"the loss was finite, but in backward a gradient leaves the range of FP16 at any scale, and in FP32 none "
+                f"the loss was finite, but in backward a gradient leaves the range of {left} at any scale, and in FP32 none "
                 f"does. {where}: it needs a wider range.",
                 modules or ("",),
             )

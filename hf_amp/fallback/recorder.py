@@ -236,14 +236,8 @@ class ForwardRecorder:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
-        seen = (
-            _versions(tensors),
-            _random_state(tensors),
-            self._runner.plan,
-            self._steps.backwards,
-            threading.get_ident(),
-        )
-        return _Kept(reference, arguments, options, *seen, output_gradients={})
+        seen = (_versions(tensors), _random_state(tensors), self._runner.plan, self._steps.backwards)
+        return _Kept(reference, arguments, options, *seen, threading.get_ident(), output_gradients={})
 
     def keep_output_gradients(self, keep: bool) -> None:
         """Whether what the loss gives to outputs is kept from now on, so that backward can be repeated from there.

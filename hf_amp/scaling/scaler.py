@@ -320,9 +320,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 self.scale(torch.as_tensor(loss))
             record = self._check(optimizer, Unscale.NONE)
             if record.loss_non_finite is not None:
-                record.found_while_dividing = (
-                    record.loss_non_finite
-                )  # which stands, also where the gradients are finite
+                # It stands, also where the gradients are finite.
+                record.found_while_dividing = record.loss_non_finite
                 record.found_inf = torch.maximum(record.found_inf, record.loss_non_finite)
             records[1:] = [record]
             if not record.to_host(self.decided_steps + 1).applied:
