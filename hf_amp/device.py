@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import random
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -186,15 +188,19 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
-    """The states of the CPU's generator and of those of some other devices. They lie on the host: no GPU-CPU sync.
+    """The states of torch's generators on the CPU and on some other devices, of Python's and of NumPy's. No GPU-CPU sync.
 
     Attributes:
         cpu: of the CPU's, shape [n], uint8.
         others: device → that of its generator, likewise.
+        python: of the module `random`.
+        numpy: of the module `numpy.random`; None where nothing has imported it.
     """
 
     cpu: Tensor
     others: Mapping[torch.device, Tensor]
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...] | None
 
     @classmethod
     def now(cls, devices: Iterable[torch.device]) -> RandomState:
@@ -202,6 +208,8 @@ class RandomState:
         return cls(
             torch.get_rng_state(),
             {device: _generator(device).get_state() for device in set(devices) if _has_generator(device)},
+            random.getstate(),
+            numpy.get_state() if (numpy := sys.modules.get("numpy.random")) else None,
         )
 
     def restore(self) -> None:
@@ -209,12 +217,16 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         for device, state in self.others.items():
             _generator(device).set_state(state)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy.random"].set_state(self.numpy)
 
     def has_moved(self) -> bool:
         """Whether anything was drawn since."""
         now = RandomState.now(self.others)
         same = (torch.equal(now.others[device], state) for device, state in self.others.items())
-        return not (torch.equal(now.cpu, self.cpu) and all(same))
+        plain = (repr((state.python, state.numpy)) for state in (now, self))
+        return not (torch.equal(now.cpu, self.cpu) and all(same) and next(plain) == next(plain))
 
 
 def _has_generator(device: torch.device) -> bool:

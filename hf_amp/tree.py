@@ -11,12 +11,21 @@ from typing import Any
 from torch import Tensor
 
 
-def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(dotted path, tensor) of every tensor in `value`. Other objects, such as caches, are not looked into."""
-    for path, item in _items(value):
-        yield from tensors_in(item, f"{name}.{path}" if name else path)
+def tensors_in(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """(dotted path, tensor) of every tensor in `value`.
+
+    Other objects, such as caches and batches of graphs, are looked into where `depth` says how many of them deep. Their private
+    attributes are left out of paths.
+    """
     if isinstance(value, Tensor):
         yield name, value
+        return
+    items, objects = list(_items(value)), 0
+    if not items and depth and hasattr(value, "__dict__") and not callable(value):
+        items, objects = list(vars(value).items()), 1
+    for path, item in items:
+        shown = () if objects and path.startswith("_") else (path,)
+        yield from tensors_in(item, ".".join(filter(None, (name, *shown))), depth - objects)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -56,7 +56,7 @@ def test_causes_and_kinds_are_plain_strings(member):
 
 
 def test_the_causes_are_the_ones_of_the_design():
-    """Eight causes, no more."""
+    """Ten causes, no more."""
     assert set(Cause.__members__) == {
         "SCALE",
         "ACTIVATION",
@@ -65,5 +65,7 @@ def test_the_causes_are_the_ones_of_the_design():
         "BUFFER",
         "LOSS",
         "DERIVATIVE",
+        "ROUNDING",
+        "MODEL",
         "UNKNOWN",
     }

@@ -234,7 +234,8 @@ class FallbackPolicy:
             return state
         if state.scale_at_rest is None:
             state = replace(state, scale_at_rest=facts.scale)
-        return self.changed(state, state.plan.with_default(self.order[level + 1]), [WHOLE_MODEL])
+        wider = self.order[-1 if facts.cause is Cause.ROUNDING else level + 1]  # BF16 rounds more
+        return self.changed(state, state.plan.with_default(wider), [WHOLE_MODEL])
 
     def _after_clean_step(self, state: FallbackState) -> FallbackState:
         plan = state.plan
@@ -405,7 +406,7 @@ class FallbackController:
 
     def after_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float, scale: float) -> PrecisionChange | None:
         """One skipped step; what is done about it. Nothing, where the plan has fixed it already, or none can."""
-        if diagnosis.already_fixed or diagnosis.fails_in_fp32:
+        if diagnosis.already_fixed:
             self._state = replace(self._state, scale_skips=0)
             return None
         facts = StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction, scale)

@@ -13,8 +13,9 @@ from torch import Tensor
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
-from hf_amp.fallback.recorder import KEPT_FORWARDS, ForwardRecorder, RecordedForward
-from hf_amp.fallback.replay import ReplayFindings, non_finite_tensors, replay, replay_backward
+from hf_amp.fallback.operators import BadOperator
+from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
+from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_tensors, replay, replay_backward
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, is_sharded, to_host
 from hf_amp.tree import tensors_in
 
@@ -29,20 +30,18 @@ class Diagnosis(NamedTuple):
         message: a sentence that says what to do.
         modules: qualified names of the modules to blame.
         confirmed: whether it was seen; otherwise it is what remains when nothing else is, which another rank may have seen.
-        fails_in_fp32: whether the whole model was seen to fail in FP32 as well, so that no change of precision cures it.
     """
 
     cause: Cause
     message: str
     modules: tuple[str, ...] = ()
     confirmed: bool = True
-    fails_in_fp32: bool = False
 
     @property
     def severity(self) -> int:
         """Where ranks find different causes the largest stands; different for whatever else a diagnosis can be."""
         facts = self.cause.facts
-        return (facts.severity if self.confirmed else facts.severity_unconfirmed) - self.fails_in_fp32
+        return facts.severity if self.confirmed else facts.severity_unconfirmed
 
     @property
     def already_fixed(self) -> bool:
@@ -52,8 +51,8 @@ class Diagnosis(NamedTuple):
 
 _BY_SEVERITY = {
     found.severity: found
-    for cause, *rest in product(Cause, (True, False), (True, False))
-    for found in [Diagnosis(cause, "", (), *rest)]
+    for cause, confirmed in product(Cause, (True, False))
+    for found in [Diagnosis(cause, "", (), confirmed)]
 }
 
 _ALREADY_FIXED = Diagnosis(
@@ -127,8 +126,7 @@ def diagnose(loss_finite: bool | None, forwards: Sequence[RecordedForward], runn
         found = replay(forward, runner.current)
         findings.append(found)
         if found.overflowing:
-            prefix = runner.name_of(forward.model)
-            return _activation(tuple(joined(prefix, name) for name in found.overflowing), runner.current)
+            return _left_format(found, runner.name_of(forward.model), runner.current)
         if found.first_non_finite is not None:
             return _non_finite_in_fp32(found, forward, runner.name_of(forward.model))
     ran_before = any(forward.plan not in (None, runner.plan) for forward in forwards)
@@ -140,7 +138,7 @@ def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision) -> str:
     if agreed.already_fixed:
         what = _ALREADY_FIXED.message
     elif agreed.cause is Cause.ACTIVATION:
-        what = _activation(agreed.modules, current).message
+        what = _overflow(agreed.modules, current).message
     else:
         what = agreed.cause.facts.elsewhere
     return f"found by another rank, whose console says more: {what}"
@@ -151,26 +149,54 @@ def joined(prefix: str, name: str) -> str:
     return ".".join(filter(None, (prefix, name)))
 
 
-def _activation(names: tuple[str, ...], current: CurrentPrecision) -> Diagnosis:
-    which = join_names([name or "the model's own forward" for name in names])
+def _overflow(names: tuple[str, ...], current: CurrentPrecision, operators: Sequence[BadOperator] = ()) -> Diagnosis:
     left = current.mode.number_format
     return Diagnosis(
         Cause.ACTIVATION,
-        f"a forward value left the range of {left.name} (±{left.largest:g}) in {which}, from finite inputs; no scale "
-        "can cure that, a wider range does.",
+        f"a forward value left the range of {left.name} (±{left.largest:g}) in {_which(names)}, from finite inputs"
+        f"{_first_of(operators)}; no scale can cure that, a wider range does.",
         names,
     )
 
 
-def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
-    if found.only_loss:
-        return Diagnosis(Cause.LOSS, f"the model's outputs are finite, its loss is not: {_why_loss(forward)}.")
-    where = joined(prefix, found.first_non_finite or "") or "the model's own forward"
+def _left_format(found: ReplayFindings, prefix: str, current: CurrentPrecision) -> Diagnosis:
+    """Modules whose output is not finite in the run's precision and is in FP32: for want of range, or of bits."""
+    names = tuple(joined(prefix, name) for name in found.overflowing)
+    operators = [op for name in found.overflowing if (op := found.operator_of(name))]
+    if not operators or any(op.left_range for op in operators):
+        return _overflow(names, current, [op for op in operators if op.left_range])
+    where = joined(prefix, operators[0].module)
     return Diagnosis(
-        Cause.UNKNOWN,
-        f"{where} gives non-finite values from finite ones in FP32 too, so precision is not to blame: look there for a "
-        "division by zero, a log or root of zero, or an empty mean; or everything has grown, as with too high a learning rate.",
-        fails_in_fp32=True,
+        Cause.ROUNDING,
+        f"rounding to {current.mode.number_format.name} makes inf or NaN in {_which([where])}, with no value beyond its "
+        f"range{_first_of(operators)}. In FP32, with more bits, it is finite; no scale cures it.",
+        names,
+    )
+
+
+def _which(names: Iterable[str]) -> str:
+    return join_names([name or "the model's own forward" for name in names])
+
+
+def _first_of(operators: Sequence[BadOperator]) -> str:
+    return f": {operators[0].what}" if operators else ""
+
+
+def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
+    operator = found.operator_of(found.first_non_finite or "") or found.operator_of("")
+    what = f" It arises in {operator.what}." if operator else ""
+    if found.only_loss:
+        why = (operator and operator.hint) or _why_loss(forward)
+        return Diagnosis(Cause.LOSS, f"the model's outputs are finite, its loss is not: {why}.{what}")
+    name = joined(prefix, found.first_non_finite or "")
+    why = (operator and operator.hint) or (
+        "look there for a division by zero, a log or root of zero, or an empty mean; or everything has grown, as with too "
+        "high a learning rate"
+    )
+    return Diagnosis(
+        Cause.MODEL,
+        f"{_which([name])} gives non-finite values from finite ones in FP32 too, so precision is not to blame: {why}.{what}",
+        (name,),
     )
 
 
@@ -238,7 +264,7 @@ def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:
 
     names = list(inspect.signature(type(forward.model).forward).parameters)[1:]
     positional: dict[str, Any] = dict(zip(names, forward.arguments, strict=False))
-    return list(tensors_in({**positional, **forward.options}))
+    return list(tensors_in({**positional, **forward.options}, depth=OBJECTS_DEEP))
 
 
 def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
@@ -293,6 +319,14 @@ class SkippedStep(NamedTuple):
         return non_finite_names((name, p.grad) for name, p in self.parameters if p.grad is not None)
 
 
+def _derivative_outside(outputs: Sequence[str]) -> Diagnosis:
+    return Diagnosis(
+        Cause.DERIVATIVE,
+        f"the loss was finite, but its derivative with respect to the model's output {join_names(outputs)} is not: "
+        "look outside of the model, where the loss is made, for a root or a division at zero.",
+    )
+
+
 class Diagnoser:
     """Finds the causes of skipped steps.
 
@@ -342,10 +376,14 @@ class Diagnoser:
         if source is None and skip.loss_finite:
             return self._in_backward(skip, forwards, scale_skips)
         found = diagnose(skip.loss_finite, forwards, self._runner)
-        if found.confirmed and found.cause in (Cause.LOSS, Cause.UNKNOWN):
+        if found.confirmed and found.cause in (Cause.LOSS, Cause.MODEL):
             found = self._in_buffers(forwards) or found
         if source is not None:
-            return found if found.cause in (Cause.ACTIVATION, Cause.BUFFER) else source._replace(confirmed=True)
+            return (
+                found
+                if found.cause in (Cause.ACTIVATION, Cause.ROUNDING, Cause.BUFFER)
+                else source._replace(confirmed=True)
+            )
         if found.confirmed:
             return found
         found = self._in_evaluations(skip) or found
@@ -407,60 +445,65 @@ class Diagnoser:
         for forward in forwards:
             bad = replay_backward(forward, current, 1.0, skip.scale)
             tried &= bad is not None
-            if not bad:
+            if not (bad and bad.parameters):
                 continue
             found = diagnose(True, [forward], self._runner)
-            if found.cause is Cause.ACTIVATION:  # an infinite activation, which a function that saturates has hidden
+            if found.cause in (
+                Cause.ACTIVATION,
+                Cause.ROUNDING,
+            ):  # an infinite activation, which a function that saturates has hidden
                 return found
-            if not replay_backward(forward, current, TINY_SCALE, skip.scale):
-                return self._too_large_a_loss(skip, forward)
-            prefix = self._runner.name_of(forward.model)
-            in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True)
             outside = [path for path, g in (forward.output_gradients or {}).items() if non_finite_tensors(g)]
-            return self._derivative([joined(prefix, name) for name in in_fp32 or bad], outside, cured=in_fp32 == [])
+            if outside:
+                return _derivative_outside(outside)
+            in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
+            if in_fp32 is None or in_fp32.parameters:
+                return self._derivative(forward, in_fp32 or bad)
+            tiny = replay_backward(forward, current, TINY_SCALE, skip.scale, by_operator=True)
+            if tiny and not tiny.parameters:
+                return self._too_large_a_loss(skip, forward)
+            return self._gradient_leaves_format(forward, tiny or bad)
         if not tried and forwards and (scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1):
             self._recorder.keep_output_gradients(True)
         return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
 
     def _too_large_a_loss(self, skip: SkippedStep, forward: RecordedForward) -> Diagnosis:
         """A loss that needs a scale below 1: the largest power of two that serves is tried out."""
-        scales = (2.0**-halvings for halvings in range(1, 24))
-        fits = next(
-            (s for s in scales if not replay_backward(forward, self._runner.current, s, skip.scale)), TINY_SCALE
-        )
+        fits, current = 0.5, self._runner.current
+        while fits > TINY_SCALE and (bad := replay_backward(forward, current, fits, skip.scale)) and bad.parameters:
+            fits /= 2
         return Diagnosis(
             Cause.SCALE,
             f"the loss is large: its gradients leave the range of FP16 even without a scale, and need one of {fits:g}, to "
             "which it is lowered. A mean in place of a sum, or normalised targets, need none.",
         )
 
-    def _derivative(self, parameters: Sequence[str], outside: Sequence[str], cured: bool) -> Diagnosis:
-        """Gradients that no scale makes finite: FP32 does, or they are not finite in FP32 either."""
-        if outside:
-            return Diagnosis(
-                Cause.DERIVATIVE,
-                f"the loss was finite, but its derivative with respect to the model's output {join_names(outside)} is not: "
-                "look outside of the model, where the loss is made, for a root or a division at zero.",
-            )
-        first = self._first_in_backward(parameters)
-        modules = (first,) if first in dict(self._runner.named_modules()) else ()
-        where, left = (
-            f"The first gradient that is not finite is that of {first}",
-            self._runner.current.mode.number_format.name,
-        )
-        if cured:
-            return Diagnosis(
-                Cause.ACTIVATION,
-                f"the loss was finite, but in backward a gradient leaves the range of {left} at any scale, and in FP32 none "
-                f"does. {where}: it needs a wider range.",
-                modules or ("",),
-            )
+    def _derivative(self, forward: RecordedForward, found: BackwardFindings) -> Diagnosis:
+        modules, where = self._where_in_backward(forward, found)
         return Diagnosis(
             Cause.DERIVATIVE,
-            f"the loss was finite, but its derivative is not, in FP32 either and at any scale. {where}: look behind it for a "
+            f"the loss was finite, but its derivative is not, in FP32 either and at any scale. {where}: look there for a "
             "root, a power or a norm at zero, or a division by zero, also in a branch that a mask hides.",
-            modules,
+            modules[:1],
         )
+
+    def _gradient_leaves_format(self, forward: RecordedForward, found: BackwardFindings) -> Diagnosis:
+        modules, where = self._where_in_backward(forward, found)
+        return Diagnosis(
+            Cause.ACTIVATION,
+            f"the loss was finite, but in backward a gradient leaves the range of {self._runner.current.mode.number_format.name} "
+            f"at any scale, and in FP32 none does. {where}: it needs a wider range.",
+            modules or ("",),
+        )
+
+    def _where_in_backward(self, forward: RecordedForward, found: BackwardFindings) -> tuple[tuple[str, ...], str]:
+        """The module of the operator, and the one before it, whose parameters get what it gives; and a phrase that says so."""
+        prefix, operator = self._runner.name_of(forward.model), found.operator
+        first = self._first_in_backward(joined(prefix, name) for name in found.parameters)
+        own = [joined(prefix, operator.module)] if operator and operator.module else []
+        modules = [name for name in (*own, first or "") if name in dict(self._runner.named_modules())]
+        where = f"The first gradient that is not finite is that of {first}"
+        return tuple(dict.fromkeys(modules)), f"{where}, made by {operator.what}" if operator else where
 
     def _first_in_backward(self, parameters: Iterable[str]) -> str | None:
         """The module that is last in order among those that own `parameters`; the parameter where it is the model's own."""

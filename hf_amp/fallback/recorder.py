@@ -118,6 +118,8 @@ KEPT_FORWARDS = 64
 """Forward passes of one step that are kept, the newest ones; references to the arguments only, never copies."""
 KEPT_EVALUATIONS = 8
 """The same of models that only evaluate, such as a reference model; few, because a long evaluation also runs them."""
+OBJECTS_DEEP = 3
+"""How many objects inside of each other are looked into for tensors of the batch, such as a graph's `data.x`; after a skip only."""
 KEPT_STEPS = 2
 """Steps kept: the newest, and the one before, whose verdict PERFORMANCE_OPTIMIZED learns one step late."""
 

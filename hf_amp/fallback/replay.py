@@ -8,8 +8,9 @@ import inspect
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import in_one_line
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
-from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.fallback.operators import BadOperator, OperatorTrace
+from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
 from hf_amp.statistics import is_distributed, to_host
 from hf_amp.tree import copy_containers, tensors_in
@@ -36,6 +38,7 @@ class ReplayFindings:
         only_loss: whether all that is not finite there is a single number, the loss.
         returns_loss: whether the model returns a single number among its outputs.
         draws: whether the model has drawn random numbers, so that the pass may not have been the same as the first.
+        operators: module → its first operator that gives what is not finite; where any module does.
         error: why the pass could not be repeated; None where it could.
     """
 
@@ -44,7 +47,14 @@ class ReplayFindings:
     only_loss: bool = False
     returns_loss: bool = False
     draws: bool = False
+    operators: Mapping[str, BadOperator] = field(default_factory=dict)
     error: str | None = None
+
+    def operator_of(self, module: str) -> BadOperator | None:
+        """The first operator to blame inside of the module of that name; None where none was seen."""
+        return next(
+            (op for name, op in self.operators.items() if f"{name}.".startswith(f"{module}." if module else "")), None
+        )
 
 
 def replay(forward: RecordedForward, current: CurrentPrecision, without: Collection[str] = ()) -> ReplayFindings:
@@ -53,18 +63,34 @@ def replay(forward: RecordedForward, current: CurrentPrecision, without: Collect
     A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
     with the FP32 output, so that one pass finds every such module. Nothing of the run changes: no gradients, buffers
     and random state are put back, caches are not used. Dropout draws what it drew.
-    Reads the host once a module: for steps that went wrong only. Never raises.
+    Where something is found, the pass is repeated once more, operator by operator. Models that differentiate in forward, as
+    force fields do, are repeated with gradients on. Reads the host once a module: for steps that went wrong only. Never raises.
     In the buffers named in `without`, 1 stands for whatever is not finite.
     """
+    found = _replay_modules(forward, current, without, gradients=False)
+    gradients = found.error is not None
+    if gradients:
+        again = _replay_modules(forward, current, without, gradients=True)
+        found = found if again.error else again
+    if found.overflowing or found.first_non_finite is not None:
+        trace = OperatorTrace(current)
+        with suppress(Exception), _nothing_changes(forward.model, gradients), current(), trace.watching(forward.model):
+            _repeat(forward)
+        found.operators = trace.found
+    return found
+
+
+def _replay_modules(
+    forward: RecordedForward, current: CurrentPrecision, without: Collection[str], gradients: bool
+) -> ReplayFindings:
     watch = _Replay(current)
-    names = {module: name for name, module in forward.model.named_modules()}
     handles = []
-    for module, name in names.items():
+    for name, module in forward.model.named_modules():
         before, after = watch.look_at(name)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
-        with _nothing_changes(forward.model), current():
+        with _nothing_changes(forward.model, gradients), current():
             for x in map(forward.model.get_buffer, without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             _, watch.findings.draws = _repeat(forward)
@@ -76,32 +102,51 @@ def replay(forward: RecordedForward, current: CurrentPrecision, without: Collect
     return watch.findings
 
 
+class BackwardFindings(NamedTuple):
+    """What a repeated backward was seen to do.
+
+    Attributes:
+        parameters: names of those whose gradients are not finite.
+        operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
+    """
+
+    parameters: list[str]
+    operator: BadOperator | None = None
+
+
 def replay_backward(
-    forward: RecordedForward, current: CurrentPrecision, factor: float, scale: float, in_fp32: bool = False
-) -> list[str] | None:
-    """Repeats `forward` and its backward from `factor` times the loss: names of the parameters whose gradients are not finite.
+    forward: RecordedForward,
+    current: CurrentPrecision,
+    factor: float,
+    scale: float,
+    in_fp32: bool = False,
+    by_operator: bool = False,
+) -> BackwardFindings | None:
+    """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite.
 
     Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
     the outputs, if they were kept. None where nothing is known: neither is there, or the repetition failed. Costs one
     step without its optimizer, and memory for the gradients; nothing of the run changes.
+    `by_operator` looks for the operator as well, with one GPU-CPU sync each.
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
+    trace = OperatorTrace(current) if by_operator else None
     try:
-        with _nothing_changes(forward.model), torch.enable_grad(), hooks_silent([p for _, p in named]):
+        with ExitStack() as stack:
+            stack.enter_context(_nothing_changes(forward.model, gradients=True))
+            stack.enter_context(hooks_silent([p for _, p in named]))
             if in_fp32:
-                with ForwardContext.suspended(), current.entry.context(PrecisionMode.FP32):
-                    output, _ = _repeat(forward, in_fp32=True)
-                    gradients = _backward(output, named, forward, factor, scale)
-            else:
-                with current():
-                    output, _ = _repeat(forward)
-                    gradients = _backward(output, named, forward, factor, scale)
+                stack.enter_context(ForwardContext.suspended())
+            stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
+            with trace.watching(forward.model) if trace else nullcontext():
+                output, _ = _repeat(forward, in_fp32)
+            gradients = _backward(output, named, forward, factor, scale, trace)
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
     if gradients is None:
         return None
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    return [name for name, g in known if non_finite_tensors(g)]
+    return BackwardFindings([name for name, g in known if non_finite_tensors(g)], trace.in_backward if trace else None)
 
 
 @contextmanager
@@ -118,7 +163,12 @@ def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _backward(
-    output: Any, named: Sequence[tuple[str, Tensor]], forward: RecordedForward, factor: float, scale: float
+    output: Any,
+    named: Sequence[tuple[str, Tensor]],
+    forward: RecordedForward,
+    factor: float,
+    scale: float,
+    trace: OperatorTrace | None,
 ) -> tuple[Tensor | None, ...] | None:
     outputs = {path: x for path, x in float_tensors(output) if x.requires_grad}
     starts = [(x, torch.full_like(x, factor)) for x in outputs.values() if x.dim() == 0][:1]
@@ -130,6 +180,8 @@ def _backward(
     if not starts:
         return None
     ends, seeds = zip(*starts, strict=True)
+    if trace is not None:
+        trace.watch_backward(ends)
     return torch.autograd.grad(ends, [p for _, p in named], seeds, allow_unused=True)
 
 
@@ -268,7 +320,7 @@ def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[s
     """
     if not forward.is_intact:
         raise RuntimeError("the batch was written into since, by the model or by what loads it")
-    kept = {id(x): x for _, x in tensors_in((forward.arguments, forward.options))}
+    kept = {id(x): x for _, x in tensors_in((forward.arguments, forward.options), depth=OBJECTS_DEEP)}
     arguments, options = copy.deepcopy((forward.arguments, forward.options), kept)
     if "use_cache" in inspect.signature(type(forward.model).forward).parameters:
         options["use_cache"] = False
@@ -276,9 +328,9 @@ def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[s
 
 
 @contextmanager
-def _nothing_changes(model: nn.Module) -> Iterator[None]:
-    """Buffers, with their versions, plain attributes (counters) and random state are afterwards what they are now; nothing is
-    recorded for backward or compiled.
+def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Buffers, with their versions, plain attributes (counters, caches) and random state are afterwards what they are now;
+    nothing is compiled, and nothing recorded for backward, but with `gradients`.
 
     Raises:
         RuntimeError: the model would wait for other ranks, which need not take the same look.
@@ -286,10 +338,10 @@ def _nothing_changes(model: nn.Module) -> Iterator[None]:
     if is_distributed() and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise RuntimeError("its SyncBatchNorm would wait for the other processes")
     buffers = [(at, name, x, x.clone()) for at in model.modules() for name, x in at.named_buffers(recurse=False)]
-    plain = [(vars(m), {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str))}) for m in model.modules()]
+    plain = [(vars(module), _plain_state(module)) for module in model.modules()]
+    random_state = RandomState.now(devices_of(model))
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[d for d in devices_of(model) if d.type == "cuda"]))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         counted = tuple(x for _, _, x, _ in buffers if not x.is_inference())
         stack.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(counted))
         if "torch._dynamo" in sys.modules:  # which takes seconds to import
@@ -299,9 +351,41 @@ def _nothing_changes(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, name, buffer, copied in buffers:
-                buffer.copy_(copied)
-                setattr(module, name, buffer)  # forward may have put another tensor in its place
-            for attributes, former in plain:
-                attributes.update(former)
+            with torch.no_grad():
+                for module, name, buffer, copied in buffers:
+                    buffer.copy_(copied)
+                    setattr(module, name, buffer)  # forward may have put another tensor in its place
+                for attributes, former in plain:
+                    _restore(attributes, former)
+            random_state.restore()
             torch.clear_autocast_cache()  # it may hold casts that were made while gradients were off
+
+
+_MACHINERY = frozenset(vars(nn.Module()))
+
+
+def _plain_state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Attribute → what it is and a copy of what it holds, for what is neither a module's own machinery nor a hook."""
+    return {name: (x, _contents(x)) for name, x in vars(module).items() if name not in _MACHINERY}
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, Tensor) and not value.is_meta:
+        return value.detach().clone()
+    return copy.copy(value) if isinstance(value, (list, dict, set, deque)) else None
+
+
+def _restore(attributes: dict[str, Any], former: dict[str, tuple[Any, Any]]) -> None:
+    """Gives attributes their former values, and containers and tensors among them their former contents."""
+    for name in [name for name in attributes if name not in _MACHINERY and name not in former]:
+        del attributes[name]
+    for name, (value, contents) in former.items():
+        attributes[name] = value
+        if contents is None:
+            continue
+        if isinstance(value, Tensor):
+            if not torch.equal(value, contents):
+                value.detach().copy_(contents)
+        else:
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(contents)

@@ -190,7 +190,7 @@ FAULTS: dict[Callable[[Trial, Batch], None], Cause] = {
     large_product: Cause.ACTIVATION,
     ignored_labels: Cause.LOSS,
     log_of_zero: Cause.LOSS,
-    division: Cause.UNKNOWN,
+    division: Cause.MODEL,
     infinite_derivative: Cause.DERIVATIVE,
     too_large_a_scale: Cause.SCALE,
 }

@@ -166,7 +166,7 @@ def test_a_bad_buffer_that_forward_does_not_use_is_not_to_blame(tmp_path: Path) 
     loop.plain[1][1].breaks = True
     loop.step(batch(4))
     causes = [skip.cause for skip in reported(loop, EventKind.STEP_SKIPPED)]
-    assert causes == [Cause.INPUT, Cause.LOSS, Cause.UNKNOWN]
+    assert causes == [Cause.INPUT, Cause.LOSS, Cause.MODEL]
     loop.accelerator.save_state(str(tmp_path / "it"))
     assert "1.0.running_mean" in reported(loop, EventKind.CHECKPOINT_NON_FINITE)[0].message
 

@@ -173,7 +173,7 @@ def test_whatever_happens_the_plan_stays_in_its_lattice_and_survives_a_checkpoin
         assert set(state.plan.modules.values()) <= {FP32}
         assert "" not in state.plan.modules
         rungs = [rule.order.index(each.plan.default) for each in (former, state)]
-        assert abs(rungs[1] - rungs[0]) <= 1
+        assert abs(rungs[1] - rungs[0]) <= 1 or (fact.cause is Cause.ROUNDING and state.plan.default is rule.order[-1])
         assert state.clean_steps < recovery << 60
 
 

@@ -235,12 +235,14 @@ def test_a_bare_parameter_is_named_where_no_module_owns_it(precision: str) -> No
 
 @EVERY_PRECISION
 def test_a_division_in_a_module_is_no_matter_of_precision(precision: str) -> None:
-    """UNKNOWN with the module that divides zero by zero, in FP32 as well."""
+    """MODEL with the module that divides zero by zero, in FP32 as well, the operator, and its line."""
     model = nn.Sequential(nn.Linear(8, 8), _Normalizes(), nn.Linear(8, 8))
     loop = Loop(model, precision)
     loop.step({"input": torch.zeros(3, 8)}, loss_of=lambda logits: logits.square().mean())
-    assert loop.skips[0].cause is Cause.UNKNOWN
+    assert (loop.skips[0].cause, loop.skips[0].modules) == (Cause.MODEL, ("1",))
     assert "1 gives non-finite values from finite ones in FP32 too" in loop.skips[0].message
+    assert "It arises in div at test_diagnosis.py:" in loop.skips[0].message
+    assert "`return (x - x) / (x - x).norm()`" in loop.skips[0].message
     loop.step({"input": torch.zeros(3, 8)}, loss_of=lambda logits: logits.square().mean())
     assert len(loop.skips) == 2
     assert loop.session.metrics()["precision_changes"] == 0  # twice is no pattern of what FP32 does not cure
@@ -254,7 +256,7 @@ def test_values_that_have_grown_beyond_fp32_are_told_to_come_from_the_learning_r
         for layer in model:
             layer.weight.fill_(1e25)
     loop.step({"input": torch.ones(3, 8)}, loss_of=lambda logits: logits.square().mean())
-    assert loop.skips[0].cause is Cause.UNKNOWN
+    assert loop.skips[0].cause is Cause.MODEL
     assert "1 gives non-finite values from finite ones" in loop.skips[0].message
     assert "too high a learning rate" in loop.skips[0].message
 

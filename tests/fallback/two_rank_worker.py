@@ -19,6 +19,8 @@ from tests.rank_end import leave_together
 
 FAULTS = ("activation", "NaN batch", "labels", "division", "failing look", "failing examination", "root", "none")
 FAULTY_STEP = 2
+SEEN: list[Tensor] = []
+"""The batches that the model was given, of which a repeated pass gets the newest again."""
 
 
 class Network(nn.Module):
@@ -30,13 +32,15 @@ class Network(nn.Module):
         self.first, self.last, self.fault = nn.Linear(8, 8), nn.Linear(8, 4), "none"
 
     def forward(self, x: Tensor, labels: Tensor) -> Any:
+        is_repeated = bool(SEEN) and x is SEEN[-1]
+        SEEN.append(x)
         x = self.first(x)
         if self.fault == "division":
             x = x * ((x - x) / (x - x))
         if self.fault == "root":
             x = x + (x - x.detach()).abs().sqrt()
         if self.fault == "failing look":
-            if not torch.is_grad_enabled():
+            if is_repeated:
                 raise ValueError("this pass cannot be repeated")
             x = x * torch.inf
         logits = self.last(nn.functional.softsign(x))

@@ -1,0 +1,225 @@
+"""Which operator of a replayed step gives inf or NaN, on which line of the model's source, from what, and why."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
+from hf_amp.precision import PrecisionMode
+from hf_amp.statistics import to_host
+from hf_amp.tree import map_tensors, tensors_in
+
+
+class BadOperator(NamedTuple):
+    """The first operator of a module that gives inf or NaN from inputs that hold neither NaN nor inf (-inf may be a mask).
+
+    Attributes:
+        module: name of the innermost module whose forward calls it; "" for the model itself.
+        what: the operator, its line, the range of its inputs and of its output, in the run's format and in FP32.
+        left_range: whether its output is finite in FP32 from the very same inputs: it leaves the format's range. Otherwise it
+            is not defined on these inputs, whatever the format.
+        hint: what that mostly means; "" where nothing more is known.
+    """
+
+    module: str
+    what: str
+    left_range: bool = False
+    hint: str = ""
+
+
+class OperatorTrace(TorchFunctionMode):
+    """Watches the operators of one forward pass, and of its backward. Goes on with FP32's result where a format is left.
+
+    Reads the host once an operator: for steps that went wrong only.
+
+    Args:
+        current: the precision of the run.
+
+    Attributes:
+        found: by module, its first operator that leaves the format, or else the first that is not defined on its inputs.
+        in_backward: the first operator whose derivative is not finite, from finite gradients; None where none.
+    """
+
+    def __init__(self, current: CurrentPrecision) -> None:
+        super().__init__()
+        self.found: dict[str, BadOperator] = {}
+        self.in_backward: BadOperator | None = None
+        self._current = current
+        self._modules = [""]
+        self._is_inside = False
+        self._thread = threading.get_ident()
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Entered in every module of `model` anew, as the innermost mode: contexts of the plan are entered there too."""
+        handles = []
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(functools.partial(self._enter_module, name)))
+            handles.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._modules.append(name)
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def _leave_module(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if threading.get_ident() == self._thread and len(self._modules) > 1:
+            self._modules.pop()
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._is_inside or getattr(func, "__name__", "__get__") in ("__get__", "detach", "requires_grad_"):
+            return func(*args, **kwargs)
+        self._is_inside = True
+        try:
+            return self._examined(func, args, kwargs)
+        finally:
+            self._is_inside = False
+
+    def _examined(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name, given = func.__name__, (args, kwargs)
+        writes = (name.endswith("_") and not name.startswith("__")) or name in _WRITES
+        if writes and not torch.is_grad_enabled():
+            given = map_tensors(Tensor.clone, given)
+        result = func(*args, **kwargs)
+        for _, x in tensors_in(result):
+            if x.grad_fn is not None:
+                at = (self._modules[-1], name, _source_line(), given)
+                cast(Any, x.grad_fn).metadata.setdefault(self, at)
+        if all(map(_is_finite, _floats(result))) or _is_told_to(given) or _spoilt(given):
+            return result
+        with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
+            again = map_tensors(Tensor.clone, given) if writes else given
+            exact = func(*to_float32(again[0]), **to_float32(again[1]))
+        pairs = zip(_floats(result), _floats(exact), strict=False)
+        left_range = any(bool((y.isfinite() & ~x.isfinite()).any()) for x, y in pairs if x.shape == y.shape)
+        if left_range or _spoilt(result):
+            self._note(name, given, result, exact if left_range else None)
+        return exact if left_range and not writes else result
+
+    def _note(self, name: str, given: Any, result: Any, exact: Any) -> None:
+        module = self._modules[-1]
+        if module in self.found and (self.found[module].left_range or exact is None):
+            return
+        output = _kinds_in(result)
+        if exact is not None:
+            output = f"{_range_of(exact)} in FP32 and {output} in {self._current.mode.number_format.name}"
+        what = f"{_described(name, _source_line(), given)}; its output is {output}"
+        self.found[module] = BadOperator(module, what, exact is not None, _hint(name, given))
+
+    def watch_backward(self, ends: Any) -> None:
+        """Looks at every node of the graph behind `ends` as backward runs it."""
+        queue: list[tuple[Any, Any]] = [(x.grad_fn, None) for x in ends]
+        seen = set()
+        while queue:
+            node, of_operator = queue.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            of_operator = node.metadata.get(self, of_operator)  # several nodes may make one operator
+            node.register_hook(functools.partial(self._after_node, node.name(), of_operator))
+            queue += [(behind, of_operator) for behind, _ in node.next_functions]
+
+    def _after_node(self, node: str, of_operator: Any, gradients: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+        if self.in_backward is not None or all(_is_finite(g) for g in _floats(gradients)):
+            return
+        if all(_is_finite(g) for g in _floats(given)):
+            module, name, line, inputs = of_operator or ("", node, "", ())
+            self.in_backward = BadOperator(module, f"{node}, the derivative of {_described(name, line, inputs)}")
+
+
+_WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+_OTHERS = tuple(str(Path(at).parent) for at in (torch.__file__, str(Path(__file__).parent)))
+
+
+def _source_line() -> str:
+    """The innermost line outside of torch and hf_amp, in transformers of a model's own file; "" where there is none."""
+    frame, lines = sys._getframe(1), []
+    while frame is not None and not frame.f_code.co_filename.endswith("fallback/replay.py"):
+        file = frame.f_code.co_filename
+        if not file.startswith(_OTHERS):
+            lines.append((file, frame.f_lineno))
+        frame = frame.f_back  # type: ignore[assignment]
+    own = [(file, line) for file, line in lines if "/transformers/" not in file or "/transformers/models/" in file]
+    for file, line in own or lines:
+        source = linecache.getline(file, line).strip()
+        return f"{Path(file).name}:{line}" + (f" (`{source[:80]}`)" if source else "")
+    return ""
+
+
+def _floats(value: Any) -> list[Tensor]:
+    return [x for _, x in tensors_in(value) if x.is_floating_point() and x.element_size() > 1]
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(x.detach().isfinite().all())
+
+
+def _spoilt(value: Any) -> bool:
+    """Whether a tensor holds NaN or inf; -inf may be a mask."""
+    return any(bool((x.isnan() | x.isposinf()).any()) for x in map(Tensor.detach, _floats(value)))
+
+
+def _is_told_to(value: Any) -> bool:
+    """Whether a plain number in it is inf or NaN: an operator that is given one writes it by design."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return any(_is_told_to(x) or (isinstance(x, float) and not math.isfinite(x)) for x in items)
+
+
+def _range_of(value: Any) -> str:
+    """From the least to the largest finite element; "" where none is."""
+    found = [y for x in _floats(value) if (y := x.detach().float()[x.detach().isfinite()]).numel()]
+    ends = to_host({"least": min(y.min() for y in found), "most": max(y.max() for y in found)}) if found else {}
+    return "from {least:.4g} to {most:.4g}".format(**ends) if ends else ""
+
+
+def _kinds_in(value: Any) -> str:
+    """Which of NaN, inf and -inf are in it."""
+    tests = {"NaN": Tensor.isnan, "inf": Tensor.isposinf, "-inf": Tensor.isneginf}
+    return " and ".join(kind for kind, test in tests.items() if any(test(x).any() for x in _floats(value))) or "finite"
+
+
+def _described(name: str, line: str, given: Any) -> str:
+    inputs = [x for x in _floats(given) if not isinstance(x, nn.Parameter)]
+    ranges = {
+        "inputs": _range_of(inputs),
+        "parameters": _range_of([x for x in _floats(given) if isinstance(x, nn.Parameter)]),
+    }
+    known = " and ".join(f"{of} range {values}" for of, values in ranges.items() if values)
+    return f"{name}{f' at {line}' if line else ''}{f', whose {known}' if known else ''}"
+
+
+def _hint(name: str, given: Any) -> str:
+    """What an operator that is not defined on its inputs was mostly given."""
+    args, options = given
+    first = next(iter(_floats(given)), None)
+    if name == "ctc_loss":
+        lengths = [*args[2:4], options.get("input_lengths"), options.get("target_lengths")]
+        frames, labels = [torch.as_tensor(each) for each in lengths if each is not None][:2]
+        return "labels are longer than inputs" if bool((labels > frames.to(labels.device)).any()) else ""
+    if name in ("cross_entropy", "nll_loss") and not bool((args[1] != options.get("ignore_index", -100)).any()):
+        return "every label of the batch is ignored (-100), and a mean over none is NaN"
+    if first is not None and "softmax" in name and bool(first.isneginf().all(-1).any()):
+        return "a row is fully masked (softmax over nothing but -inf)"
+    if first is not None and name in ("mean", "std", "var") and first.numel() == 0:
+        return f"{name} over no element"
+    return ""
