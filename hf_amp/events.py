@@ -246,6 +246,8 @@ class EventKind(str, enum.Enum):
     ATTACHED = "attached"
     DETACHED = "detached"
     STEP_SKIPPED = "step_skipped"
+    FORWARD_RAISED = "forward_raised"
+    """A forward pass, or the loss made from it, raised an exception because of values that are not finite."""
     BUFFERS_RESTORED = "buffers_restored"
     """Buffers, of which a skipped step had made some non-finite, are what they were before it."""
     SCALE_AT_FLOOR = "scale_at_floor"

@@ -101,7 +101,9 @@ class AmpSession(EventRecorder):
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
+        self._explained_error: int | None = None
         self._at_floor = False
+        self._fallback.recorder.on_error = self._explain_error
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
         scaler.discard_forwards = self._fallback.recorder.discard
@@ -261,7 +263,7 @@ class AmpSession(EventRecorder):
         self._finding = _Finding(diagnosis, change, outcome.backward, {id(optimizer)})
         return self._finding
 
-    def _report_change(self, change: PrecisionChange, cause: Cause | None) -> None:
+    def _report_change(self, change: PrecisionChange, cause: Cause | None, step: int | None = None) -> None:
         """Reports a change of plan, and restores the scale where the whole model is back in FP16."""
         self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
         self._note_models()
@@ -270,7 +272,8 @@ class AmpSession(EventRecorder):
             self.scaler.set_scale(min(change.scale_at_rest, self.scaler.get_scale()))
         before, after = (plan.precision_of(change.modules).value for plan in (change.before, change.after))
         what = change.message + (_WITHOUT_COMPILE if uncompiled else "")
-        self.record(AmpEvent(self.newest_step, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, what))
+        at = self.newest_step if step is None else step
+        self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, what))
 
     def _report_floor(self, outcome: StepOutcome, next_scale: float) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
@@ -402,21 +405,46 @@ class AmpSession(EventRecorder):
         self._fallback.diagnoser.repeats_forwards = False
 
     def recover(self, error: BaseException) -> bool:
-        """Whether the step that raised `error` can be tried again, because the plan that caused it is withdrawn.
+        """Whether the step that raised `error` can be tried again, because the plan that caused it has changed.
 
-        That is where memory ran out under a plan that had just widened precision: the former plan is in force again,
-        and the gradients of the registered models are cleared. Try again after the `except` clause, not in it: the
-        traceback of `error` keeps alive what has filled the memory. Several processes cannot recover so: the others wait in
-        backward for the one that failed.
+        That is where memory ran out under a plan that had just widened precision: the former plan is in force again. And
+        where forward, or a loss made from it, raised because an overflow made inf or NaN: the modules to blame run in FP32 now.
+        The gradients of the registered models are cleared. Try again after the `except` clause, not in it: the traceback of
+        `error` keeps alive what has filled the memory. Several processes cannot recover so: the others wait in backward for
+        the one that failed.
         """
         withdrawn = self._fallback.recover_from(error)
-        if withdrawn is None:
+        if withdrawn is not None:
+            self._report_change(withdrawn, cause=None)
+        elif not self._explain_error(error):
             return False
         self.scaler.abandon_step()
         for model in self._fallback.runner.models():
             model.zero_grad(set_to_none=True)
-        self._report_change(withdrawn, cause=None)
         return True
+
+    def _explain_error(self, error: BaseException) -> bool:
+        """Reports an exception that values which are not finite have caused; whether the plan has changed since, for a new try."""
+        if id(error) == self._explained_error:
+            return self._fallback.newest_change is not None
+        if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError):
+            return False
+        with self.lock:
+            ForwardContext.leave_interrupted()
+            parameters = self._fallback.runner.named_parameters()
+            diagnosis = self._fallback.diagnoser.explain_error(parameters)
+            if diagnosis is None:
+                return False
+            self._explained_error = id(error)
+            alone = not ((self.scaler.ranks_agree and is_distributed()) or self._fallback.runner.fullgraph)
+            change = self._fallback.after_skipped(diagnosis, 1.0, self.scaler.get_scale()) if alone else None
+            then = " The next try runs under another plan." if change else ""
+            message = f"{type(error).__name__} was raised: {diagnosis.message}{then}"
+            seen = (diagnosis.cause, None, None, diagnosis.modules, message)
+            self.record(AmpEvent(self.newest_step + 1, EventKind.FORWARD_RAISED, *seen))
+            if change:
+                self._report_change(change, diagnosis.cause, self.newest_step + 1)
+            return change is not None
 
     def log_to(self, folder: str | Path) -> None:
         """Writes events, and what `log_metrics` gives, into `folder`, for `hf-amp report`, until `detach`.

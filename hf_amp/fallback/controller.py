@@ -368,7 +368,7 @@ class FallbackController:
         self._state = self._policy.init_state()
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
         self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
-        self._newest: PrecisionChange | None = None
+        self.newest_change: PrecisionChange | None = None
 
     @property
     def plan(self) -> PrecisionPlan:
@@ -386,7 +386,7 @@ class FallbackController:
             step_seconds: wall-clock time since the step before; None where that is not known.
             agree: while precisions are timed, count the slowest rank's time. One all-reduce and one sync a timed step.
         """
-        self._newest = None
+        self.newest_change = None
         if self.recorder.gradient_hooks:
             self.recorder.keep_output_gradients(False)
         tuner = self._autotuner
@@ -428,7 +428,7 @@ class FallbackController:
             return None
         self.runner.apply(self.plan)
         change = describe_change(former, state, facts, self._policy)
-        self._newest = change if facts.cause is not None else None
+        self.newest_change = change if facts.cause is not None else None
         return change
 
     def _continue_tuning(self, tuner: PrecisionAutotuner) -> PrecisionChange | None:
@@ -454,9 +454,9 @@ class FallbackController:
 
         None where it is something else, or where a step was applied since: then the change was not to blame.
         """
-        if self._newest is None or not isinstance(error, torch.OutOfMemoryError):
+        if self.newest_change is None or not isinstance(error, torch.OutOfMemoryError):
             return None
-        failed, self._newest = self._newest, None
+        failed, self.newest_change = self.newest_change, None
         former, self._state = self._state, self._policy.withdrawn(self._state, failed.before)
         self.runner.apply(self.plan)
         return PrecisionChange(

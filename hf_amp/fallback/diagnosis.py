@@ -342,6 +342,7 @@ class Diagnoser:
         self._runner = runner
         self._recorder = recorder
         self.repeats_forwards = True
+        self._non_finite_since: tuple[int, int, Cause] | None = None
 
     def explain(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         """Why a step was skipped.
@@ -357,15 +358,45 @@ class Diagnoser:
         if found.cause is Cause.SCALE and not found.confirmed and skip.scale <= 1:
             what = f"the loss was finite, but backward overflows at a scale of {skip.scale:g} as well, and could not be repeated."
             found = Diagnosis(Cause.UNKNOWN, what, confirmed=False)
-        return self._naming_gradient(skip, found)
+        return self._naming_gradient(skip, self._naming_state(skip.step, found))
+
+    def _naming_state(self, step: int, found: Diagnosis) -> Diagnosis:
+        """`found`, with the skip since which batches are not finite: a state that the model returned may be among them."""
+        former = self._non_finite_since
+        follows = former is not None and former[0] == step - 1
+        if found.cause is Cause.INPUT and former and follows:
+            _, since, cause = former
+            self._non_finite_since = (step, since, cause)
+            return found._replace(
+                message=f"{found.message} It follows step {since}, which was skipped ({cause.value}): if that is a state which "
+                "the model returned there, such as a hidden state, reset it."
+            )
+        spoils_outputs = found.cause in (Cause.ACTIVATION, Cause.ROUNDING, Cause.MODEL)
+        self._non_finite_since = (step, step, found.cause) if spoils_outputs else None
+        return found
 
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         try:
+            self._recorder.is_paused = True
             found = self._found(skip, scale_skips)
         except Exception as error:  # a rank that fails here must not keep the others waiting
             why = f"looking for the cause failed ({in_one_line(error)})."
             found = Diagnosis(Cause.UNKNOWN, why, confirmed=False)
+        finally:
+            self._recorder.is_paused = False
         return self._agreed(found) if agree and is_distributed() else found
+
+    def explain_error(self, parameters: Iterable[tuple[str, Tensor]]) -> Diagnosis | None:
+        """What is not finite in the newest forward pass, in or after which something has raised; None where nothing is."""
+        forwards = self._recorder.newest()
+        try:
+            self._recorder.is_paused = True
+            found = non_finite_source(parameters, forwards)
+            if found is None and forwards and self.repeats_forwards:
+                found = diagnose(None, forwards, self._runner)
+        finally:
+            self._recorder.is_paused = False
+        return found if found is not None and found.confirmed else None
 
     def _found(self, skip: SkippedStep, scale_skips: int) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)

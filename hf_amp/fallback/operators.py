@@ -67,11 +67,13 @@ class OperatorTrace(TorchFunctionMode):
         handles = []
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(functools.partial(self._enter_module, name)))
-            handles.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))
+            if name:  # the model's own may be what torch goes through now, while it handles what forward has raised
+                handles.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))
         try:
-            with self:
-                yield
+            yield
         finally:
+            while len(self._modules) > 1:
+                self._leave_module(model, (), None)
             for handle in handles:
                 handle.remove()
 

@@ -4,6 +4,7 @@ buffers were before it, so that they can be put back."""
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections import deque
@@ -191,6 +192,10 @@ class ForwardRecorder:
     Args:
         steps: counts the optimizer steps decided; forward passes belong to the next.
         runner: the models; says which of them only evaluate, and which plan they run under.
+
+    Attributes:
+        is_paused: whether nothing is noted, because forward passes are repeated.
+        on_error: called with what a training model's forward pass has raised.
     """
 
     def __init__(self, steps: CountsSteps, runner: PlanRunner) -> None:
@@ -200,23 +205,27 @@ class ForwardRecorder:
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
         self._entry_points: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.gradient_hooks: list[RemovableHandle] = []
+        self.is_paused = False
+        self.on_error: Callable[[Exception], Any] = lambda error: None
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
         reference = weakref.ref(model)
         self._buffers[reference] = ModelBuffers(model)
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
+        on_error = entry_point.register_forward_hook(_Note(self._note_error, reference), always_call=True)
         self._entry_points.add(entry_point)
 
         def undo() -> None:
             handle.remove()
+            on_error.remove()
             self.keep_output_gradients(False)
 
         return undo
 
     def _note(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         model = reference()
-        if model is None:
+        if model is None or self.is_paused:
             return
         if model.training and reference not in (now := self._now()).buffers:
             now.buffers[reference] = self._buffers[reference].snapshot()
@@ -226,6 +235,16 @@ class ForwardRecorder:
             now.calls.append(self._kept(reference, arguments, options))
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
+
+    def _note_error(self, reference: weakref.ref[nn.Module], arguments: Any, output: Any) -> None:
+        """After every call: one that has raised has no output, and torch calls this while it handles the exception."""
+        known = output is not None or self.is_paused or reference() is None or not torch.is_grad_enabled()
+        if not known and isinstance(error := sys.exc_info()[1], Exception):
+            self.on_error(error)
+
+    def newest(self) -> list[RecordedForward]:
+        """The newest forward pass of the step to come, if there is one."""
+        return _repeatable(list(self._now().calls)[-1:])
 
     def _now(self) -> _OfStep:
         step = self._steps.decided_steps + 1

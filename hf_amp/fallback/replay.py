@@ -85,17 +85,22 @@ def _replay_modules(
 ) -> ReplayFindings:
     watch = _Replay(current)
     handles = []
-    for name, module in forward.model.named_modules():
+    for name, module in list(forward.model.named_modules())[1:]:
         before, after = watch.look_at(name)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
+    # Torch goes through the hooks of the model itself while it handles what its forward has raised: none may come or go.
+    begin, end = watch.look_at("")
     try:
         with _nothing_changes(forward.model, gradients), current():
             for x in map(forward.model.get_buffer, without):
                 x.copy_(x.where(x.isfinite(), 1.0))
-            _, watch.findings.draws = _repeat(forward)
+            begin(forward.model, forward.arguments, forward.options)
+            output, watch.findings.draws = _repeat(forward)
+            end(forward.model, (), {}, output)
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = in_one_line(error)
+        watch.blame_candidate()
     finally:
         for handle in handles:
             handle.remove()
@@ -229,11 +234,16 @@ class _Replay:
                 self._clear(name, (arguments, options))
                 return None
             cured = self._cured(name, module, output, arguments, options)
-            if name == "" and cured is None and (found := self._candidate):
-                self.findings.first_non_finite, self.findings.only_loss = found.name, found.only_loss
+            if name == "" and cured is None:
+                self.blame_candidate()
             return cured
 
         return before, after
+
+    def blame_candidate(self) -> None:
+        """The pass is over, and its end was not finite, or not reached."""
+        if (found := self._candidate) and (self.findings.error is None or not found.may_be_mask):
+            self.findings.first_non_finite, self.findings.only_loss = found.name, found.only_loss
 
     def _cured(self, name: str, module: nn.Module, output: Any, arguments: tuple[Any, ...], options: Any) -> Any:
         """The output in FP32 where that is finite, but for a mask of -inf with values of `output` beside it; None otherwise."""

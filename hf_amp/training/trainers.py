@@ -495,7 +495,7 @@ class StandardMixedPrecisionTrainer:
         loss: Tensor | None = None
         try:
             loss = self._run(window.batches[-1:], window, trained, steps)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
             if not self.session.recover(error):
                 raise
         # Outside of the handler, whose traceback keeps alive what has filled the memory.
