@@ -17,7 +17,7 @@ from torch import nn
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.patch_log import compile_disabled
-from hf_amp.precision import FP32_FORMAT, PrecisionMode, upcast
+from hf_amp.precision import FP32_FORMAT, HALF_DTYPES, PrecisionMode, upcast
 from hf_amp.tree import map_tensors, replace_tensors
 
 
@@ -140,11 +140,18 @@ class InnerForwardContext(ForwardContext):
         self._leave(module, arguments, output)
 
 
-class RecomputationContext(ForwardContext):
-    """The same where the whole forward pass runs inside such a context: entered by what is called outside of that one."""
+class ContextOutside(ForwardContext):
+    """The same where the whole forward pass runs inside such a context already: entered by what is called outside of that one.
+
+    That is what gradient checkpointing recomputes, and a model inside of adapters that generates.
+    """
+
+    def __init__(self, current: CurrentPrecision) -> None:
+        super().__init__(current)
+        self._current = current
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
-        if self._running() or not EmulatedPrecision.is_entered():
+        if self._running() or not self._current.is_entered():
             super()._enter(module, arguments)
 
 
@@ -204,6 +211,11 @@ class CurrentPrecision:
 
     def __call__(self) -> AbstractContextManager[Any]:
         return self.entry.context(self.mode)
+
+    def is_entered(self) -> bool:
+        """Whether this thread is inside of such a context."""
+        half = self.mode is not PrecisionMode.FP32 and torch.is_autocast_enabled(self.entry.device_type)
+        return half or EmulatedPrecision.is_entered()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentPrecision:
         return self
@@ -339,15 +351,16 @@ class PlanRunner:
             _forget_compiled_code()
 
     def _install_contexts_of_plan(self) -> None:
-        """Checkpointing enters autocast again by itself, but not what FP32 does to half-precision parameters."""
+        """Half-precision parameters meet FP32 values also in what is called outside of the model's own forward pass."""
         for remove in self._of_plan:
             remove()
         is_fp32 = self.current.mode is PrecisionMode.FP32 is not self._asked_for
-        recomputed = [child for model in self.models() for child in model.children()] if is_fp32 else []
+        half = self.plan.modules and any(p.dtype in HALF_DTYPES for model in self.models() for p in model.parameters())
+        children = [child for model in self.models() for child in model.children()] if is_fp32 or half else []
         in_one_graph = self.fullgraph if self.plan.modules else ()
-        in_fp32 = RecomputationContext(self.current)
+        outside = ContextOutside(self.current)
         eager = ForwardContext(functools.partial(torch.compiler.set_stance, "force_eager"))
-        self._of_plan = [in_fp32.install(child) for child in recomputed]
+        self._of_plan = [outside.install(child) for child in children]
         self._of_plan += [eager.install(each, everywhere=False) for each in in_one_graph]
 
     def _wide_parameters(self, plan: PrecisionPlan) -> frozenset[int]:
