@@ -299,11 +299,6 @@ class MixedPrecisionConfig:
             if field.name in names and value != field.default:
                 raise ConfigError(f"MixedPrecisionConfig({field.name}={value!r}): {why}; leave {field.name} out.")
 
-    def without_loop_options(self) -> MixedPrecisionConfig:
-        """The same, with the options that only the loops of `hf_amp.training` follow at their defaults."""
-        others = {name: value for name, value in self.to_dict().items() if name not in LOOP_OPTIONS}
-        return self.from_dict(others)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""
         plain = dataclasses.asdict(self)

@@ -12,7 +12,6 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -199,32 +198,18 @@ class RandomState:
     @classmethod
     def now(cls, devices: Iterable[torch.device]) -> RandomState:
         """The present one, of the CPU and of those of `devices` that have a generator."""
-        return cls(
-            torch.get_rng_state(),
-            {device: _generator(device).get_state() for device in set(devices) if _has_generator(device)},
-        )
+        others = {device for device in devices if device.type not in ("cpu", "meta")}
+        states = {device: torch.get_device_module(device).get_rng_state(device) for device in others}
+        return cls(torch.get_rng_state(), states)
 
     def restore(self) -> None:
         """Makes it the present one."""
         torch.set_rng_state(self.cpu)
         for device, state in self.others.items():
-            _generator(device).set_state(state)
+            torch.get_device_module(device).set_rng_state(state, device)
 
     def has_moved(self) -> bool:
         """Whether anything was drawn since."""
         now = RandomState.now(self.others)
         same = (torch.equal(now.others[device], state) for device, state in self.others.items())
         return not (torch.equal(now.cpu, self.cpu) and all(same))
-
-
-def _has_generator(device: torch.device) -> bool:
-    return device.type not in ("cpu", "meta")
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The default generator of `device`: CUDA, XPU and NPU have one for each device, MPS has one."""
-    module = torch.get_device_module(device)
-    if device.type == "mps":
-        return cast(torch.Generator, module._get_default_mps_generator())
-    index = device.index if device.index is not None else torch.accelerator.current_device_index()
-    return cast(torch.Generator, module.default_generators[index])

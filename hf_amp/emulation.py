@@ -27,8 +27,7 @@ from hf_amp.tree import map_tensors
 _REDUCED_PRECISION_FUNCTIONS = frozenset(
     [
         F.linear, F.bilinear, F.scaled_dot_product_attention, F.multi_head_attention_forward,
-        F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-        torch.conv1d, torch.conv2d, torch.conv3d,
+        torch.conv1d, torch.conv2d, torch.conv3d,  # those of torch.nn.functional are the same objects
         torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d, torch.convolution,
         torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.addmv, torch.addr, torch.addbmm,
         torch.baddbmm, torch.chain_matmul, torch.linalg.multi_dot, torch.einsum,

@@ -135,7 +135,9 @@ class AcceleratedStepping(Stepping):
         from hf_amp.integrations.accelerate import attach, session_of
 
         attached = session_of(accelerator)
-        self.session = attached or attach(accelerator, config.without_loop_options())
+        # The two options that this loop follows itself, and `attach` cannot.
+        followed = dataclasses.replace(config, memory_efficient=False, gradient_accumulation_friendly=False)
+        self.session = attached or attach(accelerator, followed)
         self.device = accelerator.device
         self._owns_session = attached is None
         self._accelerator = accelerator
