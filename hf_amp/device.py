@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,10 @@ class Hardware:
         return f"real FP16 on {self.name}{known}"
 
 
+_NVIDIA_UNITS = {"fp16": (7, 0), "bf16": (8, 0), "fp8": (8, 9), "tf32": (8, 0)}
+"""Format → compute capability since which there are tensor cores for it. Source: CUDA C++ Programming Guide, table of arithmetic
+instructions.
+"""
 _AMD_UNITS = {
     "fp16": ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"),
     "bf16": ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"),
@@ -74,26 +78,15 @@ _LIMITS_WITHOUT_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def probe(device: torch.device | str) -> Hardware:
-    """What `device` can run. Reads no tensor.
-
-    Source: CUDA C++ Programming Guide, table of arithmetic instructions: FP16 tensor cores since compute
-    capability 7.0, BF16 and TF32 since 8.0, FP8 since 8.9.
-    """
+    """What `device` can run. Reads no tensor."""
     device = torch.device(device)
     if device.type == "cuda" and torch.version.hip:
         architecture = torch.cuda.get_device_properties(device).gcnArchName
         return amd_gpu(torch.cuda.get_device_name(device), architecture)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        return Hardware(
-            device="cuda",
-            name=torch.cuda.get_device_name(device),
-            fp16="native" if capability >= (7, 0) else "slow",
-            bf16="native" if capability >= (8, 0) else "slow",
-            fp8="native" if capability >= (8, 9) else "none",
-            tf32="native" if capability >= (8, 0) else "none",
-            capability=capability,
-        )
+        name = torch.cuda.get_device_name(device)
+        return _gpu(name, lambda number_format: capability >= _NVIDIA_UNITS[number_format], capability)
     if device.type == "cpu":
         name = platform.processor() or platform.machine()
         return Hardware(device="cpu", name=name, fp16=_on_cpu("fp16"), bf16=_on_cpu("bf16"))
@@ -105,13 +98,14 @@ def amd_gpu(name: str, architecture: str) -> Hardware:
 
     The capability that ROCm gives is the number in that name: that of gfx90a is (9, 0), which is Hopper's.
     """
+    return _gpu(name, lambda number_format: architecture.startswith(_AMD_UNITS[number_format]))
 
-    def units(number_format: str, otherwise: str) -> str:
-        return "native" if architecture.startswith(_AMD_UNITS[number_format]) else otherwise
 
-    return Hardware(
-        "cuda", name, units("fp16", "slow"), units("bf16", "slow"), units("fp8", "none"), units("tf32", "none")
-    )
+def _gpu(name: str, has_units: Callable[[str], bool], capability: tuple[int, int] | None = None) -> Hardware:
+    """Without units a GPU has kernels for FP16 and BF16 all the same, and none for the others."""
+    fp16, bf16 = ("native" if has_units(number_format) else "slow" for number_format in ("fp16", "bf16"))
+    fp8, tf32 = ("native" if has_units(number_format) else "none" for number_format in ("fp8", "tf32"))
+    return Hardware("cuda", name, fp16, bf16, fp8, tf32, capability)
 
 
 def _on_cpu(number_format: str) -> str:
