@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -21,7 +21,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hf_amp.events import Cause, printable
@@ -38,24 +37,13 @@ _COLOR = {
 """Role → stand-in that pictures are drawn in: the style sheet of the page gives every role its colour."""
 
 
-class Drawn(NamedTuple):
-    """One picture of one run.
+def pictures_of(runs: Sequence[RunHistory]) -> Iterator[tuple[int, str, str, str]]:
+    """Every picture that there is something for, those of one kind after each other.
 
-    Attributes:
-        run: index of the run.
-        title: what people read above it.
-        description: what is to be seen, in a sentence or two.
-        svg: the picture as an `<svg>` element, whose ids no other picture of the page has.
+    Yields:
+        Index of the run, what people read above the picture, what is to be seen, and the picture as an `<svg>` element, whose
+        ids no other picture of the page has.
     """
-
-    run: int
-    title: str
-    description: str
-    svg: str
-
-
-def pictures_of(runs: Sequence[RunHistory]) -> Iterator[Drawn]:
-    """Every picture that there is something for, those of one kind after each other."""
     for picture in PICTURES:
         with _style():
             figures = [_drawn(picture, run) for run in runs]
@@ -63,9 +51,8 @@ def pictures_of(runs: Sequence[RunHistory]) -> Iterator[Drawn]:
                 _share_ranges([axes for figure, what in figures if what is not None for axes in figure.axes])
             for index, (figure, description) in enumerate(figures):
                 if description is not None:
-                    label = f"{picture.title}, {runs[index].name}. {description}"
-                    svg = _to_svg(figure, f"{picture.name}{index}", html.escape(printable(label)))
-                    yield Drawn(index, picture.title, description, svg)
+                    label = html.escape(printable(f"{picture.title}, {runs[index].name}. {description}"))
+                    yield index, picture.title, description, _to_svg(figure, f"{picture.name}{index}", label)
 
 
 @dataclass(frozen=True)
@@ -170,7 +157,8 @@ def draw_loss(axes: Axes, run: RunHistory) -> str | None:
 
 def draw_scale(axes: Axes, run: RunHistory) -> str | None:
     """The loss scale on a scale of doublings, with a mark for every skipped step at the scale that overflowed."""
-    points = _scale_points(run)
+    skipped = [point for series in run.skips.values() for point in series if math.isfinite(point[1])]
+    points = sorted({**dict(skipped), **dict(run.figures.get("scale", ()))}.items())
     if not points or all(scale == 1.0 for _, scale in points):
         return None
     steps, scales = zip(*points, strict=True)
@@ -185,12 +173,6 @@ def draw_scale(axes: Axes, run: RunHistory) -> str | None:
     _mark_changes(axes, run)
     _legend(axes)
     return f"Loss scale from {scales[0]:,.6g} to {scales[-1]:,.6g}; lowest {low:,.6g}, highest {high:,.6g}."
-
-
-def _scale_points(run: RunHistory) -> list[tuple[int, float]]:
-    """What every logging step and every skip says of the scale, in order of steps."""
-    skipped = [point for series in run.skips.values() for point in series if math.isfinite(point[1])]
-    return sorted({**dict(skipped), **dict(run.figures.get("scale", ()))}.items())
 
 
 def _power_of_two(value: float, _: object = None) -> str:
@@ -381,7 +363,10 @@ def draw_modules(
         extent=(first, last, len(shown) - 0.5, -0.5),
     )  # fmt: skip
     _name_rows(axes, shown)
-    _color_bar(axes, image, unit)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.035)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=LABEL_POINTS)
+    bar.set_label(unit, fontsize=LABEL_POINTS)
     few = f" The {len(shown)} nearest to trouble of {len(modules)} modules." if len(shown) < len(modules) else ""
     return f"Nearest to trouble: {shortened(by_trouble[0], 60)}.{few}"
 
@@ -390,13 +375,6 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     labels = [shortened(name, LONGEST_LABEL) for name in names]
     axes.set_yticks(range(len(labels)), labels, fontsize=LABEL_POINTS, parse_math=False)
     axes.grid(False)
-
-
-def _color_bar(axes: Axes, image: AxesImage, unit: str) -> None:
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.035)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=LABEL_POINTS)
-    bar.set_label(unit, fontsize=LABEL_POINTS)
 
 
 def shortened(name: str, longest: int) -> str:
