@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -132,12 +133,10 @@ def _product_seconds(device: torch.device) -> dict[str, float]:
     size = 4096 if device.type == "cuda" else 512  # enough for tensor cores; a second in all
     seconds = {}
     for name, dtype in {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}.items():
-        try:
+        with suppress(RuntimeError, TypeError):  # no kernel for it
             timer = Timer("x @ x", globals={"x": torch.randn(size, size).to(device, dtype)})
             with torch.accelerator.device_index(device.index):  # which the timer waits for
                 seconds[name] = min(timer.timeit(1).median for _ in range(5))
-        except (RuntimeError, TypeError):  # no kernel for it
-            continue
     return seconds
 
 
@@ -165,10 +164,8 @@ def installed_versions() -> dict[str, str]:
     """Version of every package of interest that is installed; none is imported."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 

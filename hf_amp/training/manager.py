@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -291,9 +290,7 @@ class AdvancedMixedPrecisionManager:
     def __enter__(self) -> AdvancedMixedPrecisionManager:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if not self._cleaned_up:
             self.cleanup()
 

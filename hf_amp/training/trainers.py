@@ -273,10 +273,8 @@ class MemoryCalibration:
         if not self._wanted:
             return nullcontext()
         self._wanted = False
-        if not _can_be_watched(model):
-            return nullcontext()
-        self._stored = StoredForBackward(model.parameters())
-        return self._stored
+        self._stored = StoredForBackward(model.parameters()) if _can_be_watched(model) else None
+        return self._stored or nullcontext()
 
     def report(self) -> dict[str, int] | None:
         """The newest estimate in bytes, and on CUDA the peak of the fullest device that the model is on; None before it."""
@@ -302,12 +300,8 @@ def _can_be_watched(model: nn.Module) -> bool:
         return False
     if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
         return False
-    return not any(_is_compiled(module) for module in model.modules())
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile(module)` or `module.compile()`."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    # Neither by torch.compile(module) nor by module.compile().
+    return not any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
 
 
 _LOOP_KEYWORDS = {"on_overflow": one_of("skip", "retry"), "accumulation_steps": COUNT, "clip_norm": or_none(POSITIVE)}
