@@ -7,12 +7,16 @@ import difflib
 import enum
 import functools
 import json
+import re
 import sys
 import textwrap
+import types
+import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar, cast
 
 import torch
 
@@ -32,20 +36,6 @@ class Allowed(str):
         allowed = super().__new__(cls, words)
         allowed.accepts = accepts
         return allowed
-
-
-class OptionHelp(str):
-    """What an option is for, as text. `allowed`: the values that it takes.
-
-    A text, because `transformers.HfArgumentParser` hands a field's metadata to argparse, which knows `help` alone.
-    """
-
-    allowed: Allowed
-
-    def __new__(cls, text: str, allowed: Allowed) -> OptionHelp:
-        described = super().__new__(cls, text)
-        described.allowed = allowed
-        return described
 
 
 def safe_repr(value: Any) -> str:
@@ -92,18 +82,6 @@ COUNT = Allowed(f"a whole number from 1 to {LARGEST_COUNT}", is_count)
 _COMMUNICATION = Allowed("FP16 or BF16", lambda v: v is PrecisionMode.FP16 or v is PrecisionMode.BF16)
 
 
-def option(default: Any, allowed: Allowed, text: str) -> Any:
-    """A field of the config.
-
-    Args:
-        default: its value where nobody says another.
-        allowed: the values that it takes.
-        text: what it is for, its unit, and the reason for its default.
-    """
-    text = " ".join(text.split())
-    return dataclasses.field(default=default, metadata={"help": OptionHelp(text, allowed)})
-
-
 def check_keywords(config: type[Any], names: Iterable[Any]) -> None:
     """Raises `UnknownOptionError`, which names the nearest option, where one of `names` is no field of `config`."""
     known = [field.name for field in dataclasses.fields(config)]
@@ -121,8 +99,18 @@ def check_keywords(config: type[Any], names: Iterable[Any]) -> None:
 _Config = TypeVar("_Config")
 
 
+@functools.cache
+def allowed_values(config: type[Any]) -> dict[str, Allowed]:
+    """Name of an option → the values that it takes, which its annotation holds."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    return {field.name: hints[field.name].__metadata__[0] for field in dataclasses.fields(config)}
+
+
 def described_and_checked(config: type[_Config]) -> type[_Config]:
-    """A dataclass whose docstring lists its options, and that answers an unknown keyword as `check_keywords` does."""
+    """A dataclass whose options are described as `OPTIONS.md` does, and that answers an unknown keyword as `check_keywords`.
+
+    The docstring lists them, and `transformers.HfArgumentParser` finds them in the fields' metadata.
+    """
     init = config.__init__
 
     @functools.wraps(init)
@@ -131,14 +119,14 @@ def described_and_checked(config: type[_Config]) -> type[_Config]:
         init(self, *arguments, **options)
 
     config.__init__ = checked_init  # type: ignore[assignment, method-assign]
-    listed = [
-        textwrap.fill(
-            f"{field.name}: {field.metadata['help']} Allowed: {field.metadata['help'].allowed}. "
-            f"Default: {shown_default(field)}.",
-            width=110, initial_indent="        ", subsequent_indent="            ",
-        )
-        for field in dataclasses.fields(config)  # type: ignore[arg-type]
-    ]  # fmt: skip
+    table = files("hf_amp").joinpath("OPTIONS.md").read_text(encoding="utf-8")
+    descriptions = dict(re.findall(r"^\| `(\w+)` \|.*?\|.*?\| (.*) \|$", table, re.MULTILINE))
+    listed, record = [], cast(Any, config)
+    for field in dataclasses.fields(record):
+        text = descriptions[field.name]
+        field.metadata = types.MappingProxyType({"help": text})
+        text = f"{field.name}: {text} Allowed: {allowed_values(record)[field.name]}. Default: {shown_default(field)}."
+        listed.append(textwrap.fill(text, width=110, initial_indent=" " * 8, subsequent_indent=" " * 12))
     config.__doc__ = f"{(config.__doc__ or '').rstrip()}\n\n    Args:\n" + "\n".join(listed) + "\n    "
     return config
 
@@ -170,149 +158,37 @@ class MixedPrecisionConfig:
     """Every option of hf_amp. Frozen; wrong names, values and combinations raise `ConfigError` here, not in step 1.
 
     All options are keyword arguments, and the defaults are what we would run in production. Names of members of an
-    enumeration are accepted as strings, in any case.
+    enumeration are accepted as strings, in any case. `OPTIONS.md` says what each is for.
     """
 
-    enabled: bool = option(
-        True, SWITCH, "Off: hf_amp attaches to nothing and changes nothing; a scaler passes losses and steps through."
-    )
-    precision_mode: PrecisionMode | None = option(
-        None, or_none(member_of(PrecisionMode)),
-        """What the run computes in. None follows the Trainer or Accelerator (fp16, bf16 or neither), and is MIXED where there
-        is none. DYNAMIC takes theirs as the narrowest of the precisions that it tries in the first steps (11 steps each: FP16,
-        BF16 where there are units for it and FP16 is not emulated, FP32) and then runs the fastest. Anything that contradicts
-        Trainer or Accelerator is an error at attach.""",
-    )  # fmt: skip
-    half_parameters: str | None = option(
-        None, or_none(one_of("error", "upcast", "master_weights")),
-        """What becomes of trainable FP16 and BF16 parameters, which from_pretrained makes by default (dtype="auto"), before the
-        first step. Frozen ones are always fine. error: refused, and named. upcast: made FP32 in place, which loses nothing and
-        doubles their memory; they stay FP32 after detach, because rounding trained weights back would lose what they learned.
-        master_weights: they stay as they are, and the optimizer moves FP32 copies of them. None: upcast in FP16 and DYNAMIC
-        runs, which could not train otherwise; a warning and the metric lost_update_fraction in BF16 and FP32 runs, which train
-        but lose updates; master_weights in precision_mode FP16, which allows nothing else. On a CPU's half kernels nothing
-        falls back to FP32 then.""",
-    )  # fmt: skip
-    scaling_strategy: ScalingStrategy = option(
-        ScalingStrategy.DYNAMIC, member_of(ScalingStrategy), "How the loss scale is chosen; used in FP16 only."
-    )
-    init_scale: float = option(
-        2.0**16, POSITIVE,
-        "Loss scale of the first step; powers of two scale without rounding. Source of the default: torch.amp.GradScaler.",
-    )  # fmt: skip
-    growth_factor: float = option(
-        2.0, ABOVE_ONE,
-        "DYNAMIC: what a growth multiplies the scale by; 2 is exact. Source of the default: torch.amp.GradScaler.",
-    )  # fmt: skip
-    backoff_factor: float = option(
-        0.5, FRACTION,
-        "DYNAMIC: what a backoff multiplies the scale by; 0.5 is exact. Source of the default: torch.amp.GradScaler.",
-    )  # fmt: skip
-    growth_interval: int = option(
-        2000, STEPS,
-        "DYNAMIC: clean optimizer steps in a row before a growth. Source of the default: torch.amp.GradScaler.",
-    )  # fmt: skip
-    hysteresis: int = option(
-        1, COUNT,
-        """DYNAMIC: overflowing steps before a backoff; a growth refills them. 1 as torch.amp.GradScaler; DeepSpeed and Megatron
-        use 2.""",
-    )  # fmt: skip
-    overflow_budget: float = option(
-        1e-3, FRACTION,
-        """ADAPTIVE and PERFORMANCE_OPTIMIZED: probability of an overflow in a step that the scale is chosen for. The default
-        allows one skipped step in a thousand.""",
-    )  # fmt: skip
-    outlier_headroom: float = option(
-        64.0, AT_LEAST_ONE,
-        """ADAPTIVE and PERFORMANCE_OPTIMIZED: multiple of the typical gradient amax that must stay in range, as far as
-        underflow allows. 64: a first outlier skips no step. Where an overflow loses no batch (a trainer with
-        on_overflow="retry"), 1 and a larger overflow_budget let less underflow.""",
-    )  # fmt: skip
-    min_scale: float = option(
-        SMALLEST_SCALE, POSITIVE,
-        """Floor of the scale. The default, 2^-24, is the smallest positive FP16 value: below it the gradient that backward
-        starts from is itself 0 in FP16, so no smaller scale can help.""",
-    )  # fmt: skip
-    max_scale: float = option(
-        LARGEST_SCALE, POSITIVE,
-        "Ceiling of the scale. The default is 2^127, the largest power of two in FP32, where the stock scaler stops too.",
-    )  # fmt: skip
-    fold_clipping: bool | None = option(
-        None, or_none(SWITCH),
-        """Whether clipping by norm through Trainer or Accelerator is fused into the optimizer step, which saves passes over the
-        gradients; until the step they are then still scaled and unclipped. None: where hf_amp can see that nobody looks at
-        them in between, which is a Trainer without a callback on on_pre_optimizer_step. True: your loop does not.""",
-    )  # fmt: skip
-    enable_monitoring: bool = option(
-        True, SWITCH, "Whether gradient statistics are taken. Off: counters, scale and events remain."
-    )
-    monitoring_interval: int = option(
-        10, STEPS,
-        """Optimizer steps between two sampled steps, which take what costs extra: the underflow fraction, and, where the
-        strategy does not need it at every step, the gradient amax.""",
-    )  # fmt: skip
-    monitor_modules: bool = option(
-        False, SWITCH,
-        """Whether headroom, underflow and the largest activation are also taken by module, every monitoring_interval steps: one
-        more pass over the gradients and a forward hook on every module in those steps, and a longer log.""",
-    )  # fmt: skip
-    emulate: bool = option(
-        True, SWITCH,
-        """FP16 on a CPU: emulate it (FP32 arithmetic rounded to FP16 around every matrix product, close to FP32's speed) or run
-        the CPU's half kernels (False: many times slower where it has no units for FP16). Other devices run real FP16.""",
-    )  # fmt: skip
-    automatic_fallback: bool = option(
-        True, SWITCH,
-        "Whether modules, then the whole model, leave FP16 where no scale can cure an overflow, and come back.",
-    )  # fmt: skip
-    fallback_threshold: float = option(
-        1e-6, FRACTION,
-        """Share of non-finite gradient elements over the last 128 steps, among the overflows that the scale does not cure, up to
-        which they only skip. 1e-6: one such step is enough, because a single one of 128 is 0.008.""",
-    )  # fmt: skip
-    recovery_steps: int = option(
-        1000, STEPS,
-        """Clean optimizer steps before what has left FP16 is tried there again; doubled by every relapse. At 1000 a relapse
-        costs a thousandth of the steps at first, and ever less.""",
-    )  # fmt: skip
-    patience: int = option(
-        50, STEPS,
-        """Optimizer steps in a row that are skipped, or have no gradient but zeros, after which the run is reported as stalled.
-        50 is more than the 40 halvings from the default scale to the floor. Non-finite weights stall a run at once.""",
-    )  # fmt: skip
-    stop_when_stalled: bool = option(
-        False,
-        SWITCH,
-        "Whether a stalled run is stopped, in a Trainer, at the end of the step. Off: it is reported only.",
-    )
-    memory_efficient: bool = option(
-        False, SWITCH,
-        """Loops of hf_amp.training: memory before speed. Gradients are freed right after the step, and no cast of a parameter is
-        kept for its next use: without it evaluation and gradient checkpointing hold up to 2 bytes a parameter more.""",
-    )  # fmt: skip
-    gradient_accumulation_friendly: bool = option(
-        False, SWITCH,
-        """Loops of hf_amp.training: work moves from the micro-batch to the step. Under DistributedDataParallel gradients are
-        reduced with the last micro-batch only, and in the manager and in train_window parameters are cast once for all
-        micro-batches, which holds up to 2 bytes a parameter in between.""",
-    )  # fmt: skip
-    distributed_amp: bool = option(
-        False, SWITCH,
-        """Whether several processes train together. Their verdicts are then agreed on as with sync_grad_scaler, and
-        communication_precision can be chosen. DataParallel is one process and needs neither.""",
-    )  # fmt: skip
-    communication_precision: PrecisionMode | None = option(
-        None, or_none(_COMMUNICATION),
-        """What DistributedDataParallel sends gradients in: None for as they are (FP32), FP16 or BF16 for half the bytes, by
-        torch's own communication hooks. Needs distributed_amp. Gradients travel scaled; one that leaves the range of FP16 is an
-        overflow like any other.""",
-    )  # fmt: skip
-    sync_grad_scaler: bool = option(
-        False, SWITCH,
-        """Whether the processes agree on every verdict and scale, by one small all-reduce a step. attach turns it on where there
-        are several; needed by hand with DistributedDataParallel or FSDP1 outside of accelerate, unless distributed_amp is
-        set.""",
-    )  # fmt: skip
+    enabled: Annotated[bool, SWITCH] = True
+    precision_mode: Annotated[PrecisionMode | None, or_none(member_of(PrecisionMode))] = None
+    half_parameters: Annotated[str | None, or_none(one_of("error", "upcast", "master_weights"))] = None
+    scaling_strategy: Annotated[ScalingStrategy, member_of(ScalingStrategy)] = ScalingStrategy.DYNAMIC
+    init_scale: Annotated[float, POSITIVE] = 2.0**16
+    growth_factor: Annotated[float, ABOVE_ONE] = 2.0
+    backoff_factor: Annotated[float, FRACTION] = 0.5
+    growth_interval: Annotated[int, STEPS] = 2000
+    hysteresis: Annotated[int, COUNT] = 1
+    overflow_budget: Annotated[float, FRACTION] = 1e-3
+    outlier_headroom: Annotated[float, AT_LEAST_ONE] = 64.0
+    min_scale: Annotated[float, POSITIVE] = SMALLEST_SCALE
+    max_scale: Annotated[float, POSITIVE] = LARGEST_SCALE
+    fold_clipping: Annotated[bool | None, or_none(SWITCH)] = None
+    enable_monitoring: Annotated[bool, SWITCH] = True
+    monitoring_interval: Annotated[int, STEPS] = 10
+    monitor_modules: Annotated[bool, SWITCH] = False
+    emulate: Annotated[bool, SWITCH] = True
+    automatic_fallback: Annotated[bool, SWITCH] = True
+    fallback_threshold: Annotated[float, FRACTION] = 1e-6
+    recovery_steps: Annotated[int, STEPS] = 1000
+    patience: Annotated[int, STEPS] = 50
+    stop_when_stalled: Annotated[bool, SWITCH] = False
+    memory_efficient: Annotated[bool, SWITCH] = False
+    gradient_accumulation_friendly: Annotated[bool, SWITCH] = False
+    distributed_amp: Annotated[bool, SWITCH] = False
+    communication_precision: Annotated[PrecisionMode | None, or_none(_COMMUNICATION)] = None
+    sync_grad_scaler: Annotated[bool, SWITCH] = False
 
     def __post_init__(self) -> None:
         for name, enumeration in (
@@ -329,7 +205,7 @@ class MixedPrecisionConfig:
         _check_scale(self)
 
     def _check_value(self, field: dataclasses.Field[Any]) -> None:
-        value, allowed = getattr(self, field.name), field.metadata["help"].allowed
+        value, allowed = getattr(self, field.name), allowed_values(MixedPrecisionConfig)[field.name]
         if not allowed.accepts(value):
             raise ConfigError(
                 f"MixedPrecisionConfig({field.name}={safe_repr(value)}): {field.name} must be {allowed}; "
@@ -422,11 +298,6 @@ class MixedPrecisionConfig:
             value = getattr(self, field.name)
             if field.name in names and value != field.default:
                 raise ConfigError(f"MixedPrecisionConfig({field.name}={value!r}): {why}; leave {field.name} out.")
-
-    def without_loop_options(self) -> MixedPrecisionConfig:
-        """The same, with the options that only the loops of `hf_amp.training` follow at their defaults."""
-        others = {name: value for name, value in self.to_dict().items() if name not in LOOP_OPTIONS}
-        return self.from_dict(others)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""

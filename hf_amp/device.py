@@ -12,9 +12,9 @@ import os
 import platform
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ class Hardware:
         return f"real FP16 on {self.name}{known}"
 
 
+_NVIDIA_UNITS = {"fp16": (7, 0), "bf16": (8, 0), "fp8": (8, 9), "tf32": (8, 0)}
+"""Format → compute capability since which there are tensor cores for it. Source: CUDA C++ Programming Guide, table of arithmetic
+instructions.
+"""
 _AMD_UNITS = {
     "fp16": ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"),
     "bf16": ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"),
@@ -77,26 +81,15 @@ _LIMITS_WITHOUT_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def probe(device: torch.device | str) -> Hardware:
-    """What `device` can run. Reads no tensor.
-
-    Source: CUDA C++ Programming Guide, table of arithmetic instructions: FP16 tensor cores since compute
-    capability 7.0, BF16 and TF32 since 8.0, FP8 since 8.9.
-    """
+    """What `device` can run. Reads no tensor."""
     device = torch.device(device)
     if device.type == "cuda" and torch.version.hip:
         architecture = torch.cuda.get_device_properties(device).gcnArchName
         return amd_gpu(torch.cuda.get_device_name(device), architecture)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        return Hardware(
-            device="cuda",
-            name=torch.cuda.get_device_name(device),
-            fp16="native" if capability >= (7, 0) else "slow",
-            bf16="native" if capability >= (8, 0) else "slow",
-            fp8="native" if capability >= (8, 9) else "none",
-            tf32="native" if capability >= (8, 0) else "none",
-            capability=capability,
-        )
+        name = torch.cuda.get_device_name(device)
+        return _gpu(name, lambda number_format: capability >= _NVIDIA_UNITS[number_format], capability)
     if device.type == "cpu":
         name = platform.processor() or platform.machine()
         return Hardware(device="cpu", name=name, fp16=_on_cpu("fp16"), bf16=_on_cpu("bf16"))
@@ -108,13 +101,14 @@ def amd_gpu(name: str, architecture: str) -> Hardware:
 
     The capability that ROCm gives is the number in that name: that of gfx90a is (9, 0), which is Hopper's.
     """
+    return _gpu(name, lambda number_format: architecture.startswith(_AMD_UNITS[number_format]))
 
-    def units(number_format: str, otherwise: str) -> str:
-        return "native" if architecture.startswith(_AMD_UNITS[number_format]) else otherwise
 
-    return Hardware(
-        "cuda", name, units("fp16", "slow"), units("bf16", "slow"), units("fp8", "none"), units("tf32", "none")
-    )
+def _gpu(name: str, has_units: Callable[[str], bool], capability: tuple[int, int] | None = None) -> Hardware:
+    """Without units a GPU has kernels for FP16 and BF16 all the same, and none for the others."""
+    fp16, bf16 = ("native" if has_units(number_format) else "slow" for number_format in ("fp16", "bf16"))
+    fp8, tf32 = ("native" if has_units(number_format) else "none" for number_format in ("fp8", "tf32"))
+    return Hardware("cuda", name, fp16, bf16, fp8, tf32, capability)
 
 
 def _on_cpu(number_format: str) -> str:
@@ -205,18 +199,16 @@ class RandomState:
     @classmethod
     def now(cls, devices: Iterable[torch.device]) -> RandomState:
         """The present one, of the CPU and of those of `devices` that have a generator."""
-        return cls(
-            torch.get_rng_state(),
-            {device: _generator(device).get_state() for device in set(devices) if _has_generator(device)},
-            random.getstate(),
-            numpy.get_state() if (numpy := sys.modules.get("numpy.random")) else None,
-        )
+        others = {device for device in devices if device.type not in ("cpu", "meta")}
+        states = {device: torch.get_device_module(device).get_rng_state(device) for device in others}
+        numpy = sys.modules.get("numpy.random")
+        return cls(torch.get_rng_state(), states, random.getstate(), numpy.get_state() if numpy else None)
 
     def restore(self) -> None:
         """Makes it the present one."""
         torch.set_rng_state(self.cpu)
         for device, state in self.others.items():
-            _generator(device).set_state(state)
+            torch.get_device_module(device).set_rng_state(state, device)
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy.random"].set_state(self.numpy)
@@ -225,18 +217,5 @@ class RandomState:
         """Whether anything was drawn since."""
         now = RandomState.now(self.others)
         same = (torch.equal(now.others[device], state) for device, state in self.others.items())
-        plain = (repr((state.python, state.numpy)) for state in (now, self))
-        return not (torch.equal(now.cpu, self.cpu) and all(same) and next(plain) == next(plain))
-
-
-def _has_generator(device: torch.device) -> bool:
-    return device.type not in ("cpu", "meta")
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The default generator of `device`: CUDA, XPU and NPU have one for each device, MPS has one."""
-    module = torch.get_device_module(device)
-    if device.type == "mps":
-        return cast(torch.Generator, module._get_default_mps_generator())
-    index = device.index if device.index is not None else torch.accelerator.current_device_index()
-    return cast(torch.Generator, module.default_generators[index])
+        plain = [repr((state.python, state.numpy)) for state in (now, self)]
+        return not (torch.equal(now.cpu, self.cpu) and all(same) and plain[0] == plain[1])

@@ -27,8 +27,7 @@ from hf_amp.tree import map_tensors
 _REDUCED_PRECISION_FUNCTIONS = frozenset(
     [
         F.linear, F.bilinear, F.scaled_dot_product_attention, F.multi_head_attention_forward,
-        F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-        torch.conv1d, torch.conv2d, torch.conv3d,
+        torch.conv1d, torch.conv2d, torch.conv3d,  # those of torch.nn.functional are the same objects
         torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d, torch.convolution,
         torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.addmv, torch.addr, torch.addbmm,
         torch.baddbmm, torch.chain_matmul, torch.linalg.multi_dot, torch.einsum,
@@ -83,28 +82,14 @@ torch.library.register_autograd(
 )
 
 
-class _RoundWithoutInfinity(torch.autograd.Function):
-    """The same rounding in eager mode, to a format whose casts are not their own derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = dtype
-        return _rounded(x, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _rounded(gradients[0], ctx.dtype), None
-
-
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x`, and in backward its gradient, rounded to the nearest value of `dtype`; shape and dtype stay.
 
-    Under `torch.compile` an opaque operator does it, because Inductor removes a cast to FP16 and back.
+    Under `torch.compile` an opaque operator does it, because Inductor removes a cast to FP16 and back; and to a format without
+    infinity, whose casts are not their own derivative.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or dtype in _WITHOUT_INFINITY:
         return cast(Tensor, torch.ops.hf_amp.round_to(x, dtype))
-    if dtype in _WITHOUT_INFINITY:
-        return cast(Tensor, _RoundWithoutInfinity.apply(x, dtype))  # type: ignore[no-untyped-call]
     return _rounded(x, dtype)  # autograd casts gradients there and back as well, also those of torch.func
 
 

@@ -18,7 +18,7 @@ from hf_amp.config import Allowed, is_real, safe_repr
 from hf_amp.errors import StateError
 
 LARGEST_EXACT = 2**53
-"""Whole numbers up to here are exact in FP64, which `snapshot.read` carries them in; no run takes as many steps."""
+"""Whole numbers up to here are exact in FP64, which `to_host` carries them in; no run takes as many steps."""
 
 _COUNT = Allowed(
     f"a whole number from 0 to {LARGEST_EXACT}",

@@ -40,15 +40,11 @@ def to_host(values: Mapping[str, Tensor]) -> dict[str, float]:
         name → value, in the same order; the elements of a tensor of shape [n] under `name[0]`, `name[1]` and so on.
         Booleans arrive as 0.0 and 1.0.
     """
-    if len({value.device for value in values.values()}) == 1:
-        return dict(zip(_labels(values, values), _packed(values, list(values)).tolist(), strict=True))
-    by_device: dict[torch.device, list[str]] = {}
-    for name, value in values.items():
-        by_device.setdefault(value.device, []).append(name)
     host: dict[str, float] = {}
-    for names in by_device.values():
-        host.update(zip(_labels(values, names), _packed(values, names).tolist(), strict=True))
-    return {label: host[label] for label in _labels(values, values)}
+    for device in {value.device for value in values.values()}:
+        there = {name: value for name, value in values.items() if value.device == device}
+        host.update(zip(_labels(there), _packed(there).tolist(), strict=True))
+    return {label: host[label] for label in _labels(values)}
 
 
 def elements_of(host: Mapping[str, float], name: str) -> list[float]:
@@ -80,8 +76,8 @@ class PendingTransfer:
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
-        self._labels = _labels(values, values)
-        packed = _packed(values, list(values)).detach()
+        self._labels = _labels(values)
+        packed = _packed(values).detach()
         self._event: torch.Event | None = None
         self._host = packed
         if copies_without_waiting(packed.device):
@@ -100,8 +96,8 @@ class PendingTransfer:
         return dict(zip(self._labels, self._host.tolist(), strict=True))
 
 
-def _packed(values: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    tensors = [values[name] for name in names]
+def _packed(values: Mapping[str, Tensor]) -> Tensor:
+    tensors = list(values.values())
     if all(tensor.dtype == torch.float32 for tensor in tensors):
         if not any(tensor.dim() for tensor in tensors):
             return torch.stack(tensors)
@@ -110,11 +106,10 @@ def _packed(values: Mapping[str, Tensor], names: list[str]) -> Tensor:
     return torch.cat([tensor.to(wide).reshape(-1) for tensor in tensors])
 
 
-def _labels(values: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+def _labels(values: Mapping[str, Tensor]) -> list[str]:
     """What the elements of `_packed` are called."""
     labels: list[str] = []
-    for name in names:
-        value = values[name]
+    for name, value in values.items():
         labels += [name] if value.dim() == 0 else [f"{name}[{i}]" for i in range(value.numel())]
     return labels
 

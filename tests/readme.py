@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from hf_amp.config import MixedPrecisionConfig, shown_default
+from hf_amp.config import MixedPrecisionConfig, allowed_values, shown_default
 from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX
 
 ROOT = Path(__file__).parent.parent
@@ -21,11 +21,11 @@ def metrics_table() -> str:
 
 
 def options_table() -> str:
-    """The options of `MixedPrecisionConfig`."""
+    """The options of `MixedPrecisionConfig`; what each is for stands in the table alone."""
     lines = ["| option | default | allowed | what it does |", "|---|---|---|---|"]
     for field in dataclasses.fields(MixedPrecisionConfig):
-        text = field.metadata["help"]
-        lines.append(f"| `{field.name}` | `{shown_default(field)}` | {text.allowed} | {text} |")
+        allowed, text = allowed_values(MixedPrecisionConfig)[field.name], field.metadata["help"]
+        lines.append(f"| `{field.name}` | `{shown_default(field)}` | {allowed} | {text} |")
     return "\n".join(lines)
 
 

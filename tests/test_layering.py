@@ -34,6 +34,7 @@ PLACES = {
     "typer": ("cli/",),
     "rich": ("cli/",),
     "matplotlib": ("report/",),
+    "jinja2": ("report/",),
 }
 
 

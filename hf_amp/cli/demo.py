@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -46,7 +46,7 @@ def demo(
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint="--config") from error
     folder = output_dir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    checkpoint = _train(Console(), _runs(precision, chosen, folder), steps, chosen.emulate)
+    checkpoint = _train(Console(), precision, chosen, folder, steps)
     load = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{checkpoint}'))"
     typer.echo(
         f"To see more:\n  hf-amp report {folder}\n  tensorboard --logdir {folder}\n  cat {folder / LOG_FILE}\n"
@@ -54,52 +54,45 @@ def demo(
     )
 
 
-class Run(NamedTuple):
-    """One of the runs.
-
-    Attributes:
-        heading: of its column.
-        precision: that it trains in.
-        config: of hf_amp; None trains without it.
-        folder: that it writes into.
-    """
-
-    heading: str
-    precision: Precision
-    config: MixedPrecisionConfig | None
-    folder: Path
+LONGEST_NAME = 27
+"""Characters of `transformer.h.0.attn.c_proj`, which is not to be broken on a terminal of 80 columns."""
 
 
-def _runs(precision: Precision, config: MixedPrecisionConfig, folder: Path) -> list[Run]:
-    """All runs; hf_amp's is the last."""
-    runs = [Run("FP32", Precision.FP32, None, folder / "fp32")]
-    if precision is not Precision.FP32:
-        runs.append(Run(f"stock {precision.name}", precision, None, folder / "stock"))
-    return [*runs, Run(f"hf_amp {precision.name}", precision, config, folder)]
-
-
-def _train(console: Console, runs: list[Run], steps: int, emulate: bool) -> Path:
-    """Does the runs with a bar for each, and prints the table; returns the last one's checkpoint."""
+def _train(console: Console, precision: Precision, config: MixedPrecisionConfig, folder: Path, steps: int) -> Path:
+    """Does the runs with a bar for each, and prints the table; returns the last one's checkpoint, which is hf_amp's."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
 
     with console.status("Loading PyTorch and Transformers ..."):
         from transformers.utils import logging
 
-        from hf_amp.cli.demo_training import table_of, train
+        from hf_amp.cli.demo_training import train
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    runs: dict[str, tuple[Precision, MixedPrecisionConfig | None, Path]] = {
+        "FP32": (Precision.FP32, None, folder / "fp32"),
+        f"stock {precision.name}": (precision, None, folder / "stock"),
+        f"hf_amp {precision.name}": (precision, config, folder),
+    }
+    if precision is Precision.FP32:
+        del runs["stock FP32"]
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[loss]}"),
     )  # fmt: skip
-    results = {}
+    results = []
     with Progress(*columns, console=console) as progress:
-        for run in runs:
-            bar = progress.add_task(run.heading, total=steps, loss="")
+        for heading, (runs_in, options, run_folder) in runs.items():
+            bar = progress.add_task(heading, total=steps, loss="")
 
             def on_step(step: int, loss: float | None, bar: TaskID = bar) -> None:
                 progress.update(bar, completed=step, loss="" if loss is None else f"loss {loss:.3f}")
 
-            results[run.heading] = train(run.precision.value, run.config, steps, 0, run.folder, on_step, emulate)
-    console.print(table_of(results, steps))
-    return results[runs[-1].heading].checkpoint
+            results.append(train(runs_in.value, options, steps, 0, run_folder, on_step, config.emulate))
+    table = Table("", title="hf-amp demo", show_lines=True)
+    for heading, result in zip(runs, results, strict=True):
+        table.add_column(heading, width=LONGEST_NAME if "." in result.facts["in FP32"] else None)
+    for fact in results[0].facts:
+        table.add_row(fact, *(result.facts[fact] for result in results))
+    console.print(table)
+    return results[-1].checkpoint

@@ -1,18 +1,16 @@
-"""The runs of `hf-amp demo`: a model that overflows FP16, a stock Trainer with hf_amp or without, and the table of results."""
+"""The runs of `hf-amp demo`: a model that overflows FP16, and a stock Trainer with hf_amp or without."""
 
 from __future__ import annotations
 
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import AutocastKwargs
-from rich.table import Table
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -31,39 +29,26 @@ from hf_amp.integrations.transformers import MixedPrecisionCallback, calling_tra
 from hf_amp.precision import PrecisionMode
 from hf_amp.session import AmpSession
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 BLOCK_BYTES = 128
 BATCH_SIZE = 8
 HELD_OUT_BLOCKS = 32
 LEARNING_RATE = 2e-3
 STREAM_FACTOR = 2.0**21
 """Large enough that all that writes to the stream leaves FP16's range (65504) at once; a power of two rounds nothing."""
+_MODES = {"fp16": PrecisionMode.MIXED, "bf16": PrecisionMode.BF16, "fp32": PrecisionMode.FP32}
 
 
-@dataclass(frozen=True)
-class DemoResult:
+class DemoResult(NamedTuple):
     """What a demo run gave.
 
     Attributes:
-        ran: one phrase: the precision, and what that means on this device.
         losses: (optimizer step, training loss) as the Trainer logged them.
-        held_out_losses: before and after training, on text that was not trained on, in FP32; nats a byte.
-        applied_steps: optimizer steps that the optimizer itself has counted.
-        scale: loss scale at the end; None where nothing is scaled.
-        step_seconds: mean wall-clock time of an optimizer step, the first excepted.
-        session: the session of the callback; None without hf_amp.
+        facts: name → what people read of it.
         checkpoint: folder of the last checkpoint.
     """
 
-    ran: str
     losses: list[tuple[int, float]]
-    held_out_losses: tuple[float, float]
-    applied_steps: int
-    scale: float | None
-    step_seconds: float
-    session: AmpSession | None
+    facts: dict[str, str]
     checkpoint: Path
 
 
@@ -81,32 +66,57 @@ def train(
     `on_step` gets the number of every optimizer step and the newest logged loss; `emulate` is for FP16 without hf_amp on a CPU.
     """
     set_seed(seed)
-    model, text = small_gpt2(), help_topics()
-    held_out = text.select(range(len(text) - HELD_OUT_BLOCKS, len(text)))
+    model, blocks = small_gpt2(), text_blocks()
+    text, held_out = blocks[:-HELD_OUT_BLOCKS], blocks[-HELD_OUT_BLOCKS:]
     untrained = held_out_loss(model, held_out)
     timer = StepTimer(on_step)
     ours = MixedPrecisionCallback(config) if config else None
     stock = [StockFP16OnCPU(emulate)] if precision == "fp16" and not torch.cuda.is_available() else []
-    callbacks = [timer, *([ours] if ours else stock)]
-    training_text = text.select(range(len(text) - HELD_OUT_BLOCKS))
-    trainer = _trainer(model.train(), training_text, _arguments(precision, steps, seed, output_dir), callbacks)
+    arguments = _arguments(precision, steps, seed, output_dir)
+    trainer = _trainer(model.train(), text, arguments, [timer, *([ours] if ours else stock)])
     trainer.train()
-    session = ours.session if ours else None
-    checkpoint = output_dir / f"checkpoint-{steps}"
-    return DemoResult(
-        ran=session.describe() if session else _what_ran(trainer, precision, emulate),
-        losses=[(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log],
-        held_out_losses=(untrained, held_out_loss(GPT2LMHeadModel.from_pretrained(checkpoint), held_out)),
-        applied_steps=_applied_steps(trainer),
-        scale=trainer.accelerator.scaler.get_scale() if precision == "fp16" else None,
-        step_seconds=timer.step_seconds,
-        session=session,
-        checkpoint=checkpoint,
-    )
+    session, checkpoint = ours.session if ours else None, output_dir / f"checkpoint-{steps}"
+    trained = held_out_loss(GPT2LMHeadModel.from_pretrained(checkpoint), held_out)
+    applied = _applied_steps(trainer)
+    hardware = probe(trainer.accelerator.device)
+    facts = {
+        "ran": session.describe() if session else hardware.describe(_MODES[precision], emulate),
+        "held-out loss": f"{untrained:.3f} → {trained:.3f}",
+        "applied steps": str(applied),
+        "skipped steps": _skipped_in_words(session, steps - applied),
+        "scale": _scale_in_words(session, trainer.accelerator.scaler if precision == "fp16" else None),
+        "in FP32": _plan_in_words(session),
+        "step time": f"{1000 * timer.step_seconds:.0f} ms" if steps > 1 else "not measured: one step only",
+    }
+    losses = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    return DemoResult(losses, facts, checkpoint)
+
+
+def _skipped_in_words(session: AmpSession | None, skipped: int) -> str:
+    if not skipped:
+        return "0"
+    if session is None:
+        return f"{skipped}, no cause given"
+    return ", ".join(f"{count} {cause}" for cause, count in session.monitor.skipped_by_cause.items())
+
+
+def _scale_in_words(session: AmpSession | None, scaler: Any) -> str:
+    strategy = f" ({session.config.scaling_strategy.value})" if session is not None else ""
+    if scaler is not None:
+        return f"{scaler.get_scale():g}{strategy}"
+    return "none: only FP16 is scaled; non-finite steps are skipped all the same" if strategy else "none"
+
+
+def _plan_in_words(session: AmpSession | None) -> str:
+    if session is None:
+        return "no plan"
+    if session.plan.default is PrecisionMode.FP32:
+        return "the whole model"
+    return "\n".join(name for name, mode in session.plan.modules.items() if mode is PrecisionMode.FP32) or "nothing"
 
 
 def _trainer(
-    model: GPT2LMHeadModel, text: Dataset, arguments: TrainingArguments, callbacks: list[TrainerCallback]
+    model: GPT2LMHeadModel, text: list[list[int]], arguments: TrainingArguments, callbacks: list[TrainerCallback]
 ) -> Trainer:
     # A parameter times c has gradients divided by c, and must move c times as far: the model learns what a plain one would.
     groups = [
@@ -117,7 +127,8 @@ def _trainer(
         for scaled, factor in ((False, 1.0), (True, STREAM_FACTOR))
     ]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, fused=True)
-    trainer = Trainer(model, arguments, train_dataset=text, callbacks=callbacks, optimizers=(optimizer, None))
+    dataset: Any = [{"input_ids": block, "labels": block} for block in text]
+    trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=callbacks, optimizers=(optimizer, None))
     trainer.pop_callback(PrinterCallback)
     return trainer
 
@@ -149,17 +160,10 @@ def _arguments(precision: str, steps: int, seed: int, output_dir: Path) -> Train
     )
 
 
-def _what_ran(trainer: Trainer, precision: str, emulate: bool) -> str:
-    hardware = probe(trainer.accelerator.device)
-    if precision == "fp16":
-        return hardware.describe_fp16(emulate)
-    return f"{precision.upper()} on {hardware.name}"
-
-
 @torch.no_grad()
-def held_out_loss(model: GPT2LMHeadModel, blocks: Dataset) -> float:
+def held_out_loss(model: GPT2LMHeadModel, blocks: list[list[int]]) -> float:
     """Mean loss on `blocks` in FP32 on the CPU, in nats a byte, whatever precision the model was trained in."""
-    ids = torch.tensor(blocks["input_ids"][:])
+    ids = torch.tensor(blocks)
     model.train(False)
     return float(model.cpu()(input_ids=ids, labels=ids).loss)
 
@@ -169,12 +173,8 @@ class StepTimer(TrainerCallback):
 
     def __init__(self, on_step: Callable[[int, float | None], None]) -> None:
         self._on_step = on_step
-        self._loss: float | None = None
         self._first_end = 0.0
         self.step_seconds = math.nan
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._loss = kwargs["logs"].get("loss", self._loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
@@ -182,7 +182,7 @@ class StepTimer(TrainerCallback):
             self._first_end = now
         else:
             self.step_seconds = (now - self._first_end) / (state.global_step - 1)
-        self._on_step(state.global_step, self._loss)
+        self._on_step(state.global_step, state.log_history[-1].get("loss") if state.log_history else None)
 
 
 class StockFP16OnCPU(TrainerCallback):
@@ -217,14 +217,6 @@ def text_blocks() -> list[list[int]]:
     return [list(text[i : i + BLOCK_BYTES]) for i in range(0, len(text) - BLOCK_BYTES, BLOCK_BYTES)]
 
 
-def help_topics() -> Dataset:
-    """The same as a data set: columns `input_ids` and `labels`, each a list of 128 ints."""
-    from datasets import Dataset
-
-    blocks = text_blocks()
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
-
-
 def small_gpt2(factor: float = STREAM_FACTOR) -> GPT2LMHeadModel:
     """A GPT-2 of 0.21M parameters over single bytes; its function is the same for every `factor` of its stream."""
     model = GPT2LMHeadModel(
@@ -243,61 +235,3 @@ def small_gpt2(factor: float = STREAM_FACTOR) -> GPT2LMHeadModel:
 def _writes_to_the_stream(name: str) -> bool:
     """Whether the GPT-2 parameter of this name writes to the residual stream; the norms that read it undo a factor on it."""
     return re.fullmatch(r"transformer\.w[tp]e\.weight|.*\.c_proj\.(weight|bias)", name) is not None
-
-
-LONGEST_NAME = 27
-"""Characters of `transformer.h.0.attn.c_proj`, which is not to be broken on a terminal of 80 columns."""
-
-
-def table_of(results: Mapping[str, DemoResult], steps: int) -> Table:
-    """Runs side by side.
-
-    Args:
-        results: heading → run.
-        steps: optimizer steps that each run was to make.
-    """
-    table = Table("", title="hf-amp demo", show_lines=True)
-    for heading, run in results.items():
-        names_modules = run.session is not None and run.session.plan.modules
-        table.add_column(heading, width=LONGEST_NAME if names_modules else None)
-    rows: dict[str, Callable[[DemoResult], str]] = {
-        "ran": lambda run: run.ran,
-        "held-out loss": lambda run: "{:.3f} → {:.3f}".format(*run.held_out_losses),
-        "applied steps": lambda run: str(run.applied_steps),
-        "skipped steps": lambda run: _skipped(run, steps),
-        "scale": _scale,
-        "in FP32": _in_fp32,
-        "step time": lambda run: f"{1000 * run.step_seconds:.0f} ms" if steps > 1 else "not measured: one step only",
-    }  # fmt: skip
-    for name, cell in rows.items():
-        table.add_row(name, *map(cell, results.values()))
-    return table
-
-
-def _skipped(run: DemoResult, steps: int) -> str:
-    if run.session is None:
-        skipped = steps - run.applied_steps
-        return f"{skipped}, no cause given" if skipped else "0"
-    causes = [
-        f"{value:g} {name.removeprefix('skipped_steps_').upper()}"
-        for name, value in run.session.metrics().items()
-        if name.startswith("skipped_steps_")
-    ]
-    return ", ".join(causes) or "0"
-
-
-def _scale(run: DemoResult) -> str:
-    strategy = f" ({run.session.config.scaling_strategy.value})" if run.session is not None else ""
-    if run.scale is not None:
-        return f"{run.scale:g}{strategy}"
-    return "none: only FP16 is scaled; non-finite steps are skipped all the same" if strategy else "none"
-
-
-def _in_fp32(run: DemoResult) -> str:
-    """What the plan says, where there is one."""
-    if run.session is None:
-        return "no plan"
-    plan = run.session.plan
-    if plan.default is PrecisionMode.FP32:
-        return "the whole model"
-    return "\n".join(name for name, mode in plan.modules.items() if mode is PrecisionMode.FP32) or "nothing"

@@ -7,19 +7,16 @@ import json
 import os
 import platform
 import shutil
-import time
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from torch.utils.benchmark import Timer
 
 from hf_amp.device import Hardware, probe
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 PACKAGES = (
     "hf_amp", "torch", "transformers", "accelerate", "datasets", "structlog", "tensorboard", "peft", "bitsandbytes",
@@ -47,25 +44,19 @@ def doctor(
         return
 
     from rich.console import Console
+    from rich.table import Table
 
     console = Console(highlight=False)
     flags = f"  [dim]TrainingArguments({recommendation.trainer})[/dim]" if recommendation.trainer else ""
-    console.print(f"[bold]Train in {recommendation.precision}[/bold]{flags}")
-    console.print(f"{recommendation.why}\n")
+    console.print(f"[bold]Train in {recommendation.precision}[/bold]{flags}\n{recommendation.why}\n")
     columns = ("device", "memory", "FP16", "BF16", "TF32", "FP8", "fused AdamW", "matrix product")
-    console.print(_table("Devices", columns, [device.cells() for device in devices]))
+    table = Table(*columns, title="Devices", title_justify="left")
+    for device in devices:
+        table.add_row(*device.cells())
+    console.print(table)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    console.print(_table("Installed", ("", ""), [("packages", packages), *system.items()]))
-
-
-def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, title=title, title_justify="left", show_header=any(columns))
-    for row in rows:
-        table.add_row(*(Text(cell, overflow="fold") for cell in row))
-    return table
+    for name, fact in {**system, "packages": packages}.items():
+        console.print(f"{name}: {fact}", markup=False)
 
 
 @dataclass(frozen=True)
@@ -138,28 +129,15 @@ def _memory_bytes(device: torch.device) -> int | None:
 
 
 def _product_seconds(device: torch.device) -> dict[str, float]:
-    """Precision → seconds of one square matrix product: the best of five, after one that warms up."""
+    """Precision → seconds of one square matrix product: the best of five, each after one that warms up."""
     size = 4096 if device.type == "cuda" else 512  # enough for tensor cores; a second in all
     seconds = {}
     for name, dtype in {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}.items():
-        try:
-            left = torch.randn(size, size).to(device, dtype)
-            seconds[name] = min([_seconds_of_product(left) for _ in range(6)][1:])
-        except (RuntimeError, TypeError):  # no kernel for it
-            continue
+        with suppress(RuntimeError, TypeError):  # no kernel for it
+            timer = Timer("x @ x", globals={"x": torch.randn(size, size).to(device, dtype)})
+            with torch.accelerator.device_index(device.index):  # which the timer waits for
+                seconds[name] = min(timer.timeit(1).median for _ in range(5))
     return seconds
-
-
-def _seconds_of_product(left: torch.Tensor) -> float:
-    def finish() -> None:
-        if left.device.type != "cpu":
-            torch.accelerator.synchronize(left.device)
-
-    finish()
-    start = time.perf_counter()
-    left @ left
-    finish()
-    return time.perf_counter() - start
 
 
 def _has_fused_adamw(device: torch.device) -> bool:
@@ -186,10 +164,8 @@ def installed_versions() -> dict[str, str]:
     """Version of every package of interest that is installed; none is imported."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -213,25 +189,23 @@ def recommend(device: Device) -> Recommendation:
     if hardware.device == "cpu":
         return _recommend_for_cpu(device)
     if hardware.device != "cuda":
-        why = f"{hardware.name} has FP16 and BF16, but hf_amp has not been measured there: begin with FP32."
-        return Recommendation("FP32", "", why)
+        why = "has FP16 and BF16, but hf_amp has not been measured there: begin with FP32."
+        return Recommendation("FP32", "", f"{hardware.name} {why}")
     if hardware.bf16 == "native":
-        return Recommendation(
-            "BF16",
-            "bf16=True",
-            f"{hardware.name} has units for BF16, which has the range of FP32: nothing to scale, nothing overflows that "
-            "FP32 would hold. FP16 (fp16=True) is as fast and has 3 more bits of precision, for models whose activations "
-            "stay below 65504: `hf-amp preflight` says which do.",
+        why = (
+            "has units for BF16, which has the range of FP32: nothing to scale, nothing overflows that FP32 would hold. FP16 "
+            "(fp16=True) is as fast and has 3 more bits of precision, for models whose activations stay below 65504: "
+            "`hf-amp preflight` says which do."
         )
+        return Recommendation("BF16", "bf16=True", f"{hardware.name} {why}")
     if hardware.fp16 == "native":
-        return Recommendation(
-            "FP16",
-            "fp16=True",
-            f"{hardware.name} has units for FP16 and none for BF16, which would be slow. hf_amp adjusts the scale, and runs "
-            "modules that leave the range in FP32.",
+        why = (
+            "has units for FP16 and none for BF16, which would be slow. hf_amp adjusts the scale, and runs modules that leave "
+            "the range in FP32."
         )
-    why = f"{hardware.name} has no units for half precision: FP16 saves memory there, but no time."
-    return Recommendation("FP32", "", why)
+        return Recommendation("FP16", "fp16=True", f"{hardware.name} {why}")
+    why = "has no units for half precision: FP16 saves memory there, but no time."
+    return Recommendation("FP32", "", f"{hardware.name} {why}")
 
 
 def _recommend_for_cpu(device: Device) -> Recommendation:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ class ObservedScaler(AdvancedGradScaler):
 
     def __init__(self, config: MixedPrecisionConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self._newest: _ObservedStep | None = None
+        self._newest: tuple[StepOutcome, torch.optim.Optimizer, PendingTransfer] | None = None
         self._next_scale = 1.0
 
     def note_loss(self, loss: Tensor) -> None:
@@ -61,57 +60,34 @@ class ObservedScaler(AdvancedGradScaler):
         self.flush()
         self._next_scale = next_scale
         self.decided_steps += 1
-        self._newest = self._observed(optimizer, applied, scale, grad_norm)
-        self._pending.losses = SeenLosses()
-        if not applied or self._newest.figures.ready():
-            self.flush()
-
-    def _observed(
-        self, optimizer: torch.optim.Optimizer, applied: bool, scale: float, grad_norm: Tensor | float | None
-    ) -> _ObservedStep:
-        bad = self._pending.losses.non_finite
-        bad = torch.zeros((), device=self._device) if bad is None else bad
+        seen, self._pending.losses = self._pending.losses, SeenLosses()
+        bad = torch.zeros((), device=self._device) if seen.non_finite is None else seen.non_finite
         if not applied and self.ranks_agree and is_distributed():
             (bad,) = all_reduce_max(bad)
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())
         figures = PendingTransfer({"bad": bad, "norm": to_device(norm, bad.device)})
-        return _ObservedStep(self.decided_steps, optimizer, applied, scale, self._pending.losses.number, figures)
+        attempt = self.decided_steps
+        self._newest = StepOutcome(attempt, applied, scale, attempt, losses=seen.number), optimizer, figures
+        if not applied or figures.ready():
+            self.flush()
 
     def flush(self) -> None:
         """Waits for the figures of the newest step, and delivers it, unless that has been done."""
         if self._newest is not None:
-            newest, self._newest = self._newest, None
-            self._count(newest.outcome(), newest.optimizer)
+            (outcome, optimizer, figures), self._newest = self._newest, None
+            host = figures.result()
+            outcome = dataclasses.replace(
+                outcome,
+                loss_finite=host["bad"] == 0 if outcome.losses else None,
+                non_finite_losses=int(host["bad"]),
+                grad_norm=host["norm"] if outcome.applied and math.isfinite(host["norm"]) else None,
+            )
+            self._count(outcome, optimizer)
         super().flush()
 
     def get_scale(self) -> float:
         """The scale that the next backward will use, as of the newest step. No GPU-CPU sync."""
         return self._next_scale
-
-
-@dataclass(frozen=True)
-class _ObservedStep:
-    """One step, with what is on its way to the host: "bad", how many losses were not finite, and "norm"."""
-
-    attempt: int
-    optimizer: torch.optim.Optimizer
-    applied: bool
-    scale: float
-    losses: int
-    figures: PendingTransfer
-
-    def outcome(self) -> StepOutcome:
-        host = self.figures.result()
-        return StepOutcome(
-            attempt=self.attempt,
-            applied=self.applied,
-            scale=self.scale,
-            backward=self.attempt,
-            loss_finite=host["bad"] == 0 if self.losses else None,
-            losses=self.losses,
-            non_finite_losses=int(host["bad"]),
-            grad_norm=host["norm"] if self.applied and math.isfinite(host["norm"]) else None,
-        )
 
 
 _MODES = {

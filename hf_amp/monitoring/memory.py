@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ class MemoryEstimate:
         return 1.0 - (self.resident + self.stored) / (self.fp32_resident + self.fp32_stored)
 
 
-class StoredForBackward:
+class StoredForBackward(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context around one forward pass that finds out what it stores for backward, and what FP32 would have stored.
 
     A cast between float formats copies; in FP32 there would be the original alone, with 4 bytes an element, and
@@ -55,63 +54,49 @@ class StoredForBackward:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stored_bytes = 0
         self.fp32_bytes = 0
-        self._casts = _Casts()
-        self._parameters = {self._casts.key(parameter) for parameter in parameters}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._bytes: dict[int, tuple[int, int]] = {}  # of a storage, as it is and in FP32
+        self._storages: list[StorageWeakRef] = []  # keeps addresses from being used again, not the memory
+        self._original: dict[int, int] = {}  # of a storage that is a cast of another
         self._saved: set[int] = set()
+        self._parameters = {self._storage_of(parameter) for parameter in parameters}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __enter__(self) -> StoredForBackward:
-        self._casts.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._hooks.__exit__(kind, error, traceback)
-        self._casts.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
-        originals = {self._casts.original.get(key, key) for key in self._saved}
-        self.stored_bytes = sum(self._casts.sizes[key].bytes for key in self._saved - self._parameters)
-        self.fp32_bytes = sum(self._casts.sizes[key].fp32_bytes for key in originals - self._parameters)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided:
-            self._saved.add(self._casts.key(tensor))
-        return tensor
-
-
-class _Size(NamedTuple):
-    bytes: int
-    fp32_bytes: int
-
-
-class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which storage is a cast of which, by watching the operator that casts."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.original: dict[int, int] = {}
-        self.sizes: dict[int, _Size] = {}
-        self._seen: list[StorageWeakRef] = []  # keeps addresses from being used again, not the memory
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        originals = {self._original.get(storage, storage) for storage in self._saved}
+        self.stored_bytes = sum(self._bytes[storage][0] for storage in self._saved - self._parameters)
+        self.fp32_bytes = sum(self._bytes[storage][1] for storage in originals - self._parameters)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and _is_reduced(args[0]) and _is_reduced(result):
-            source = self.key(args[0])
-            self.original[self.key(result)] = self.original.get(source, source)
+            source = self._storage_of(args[0])
+            self._original[self._storage_of(result)] = self._original.get(source, source)
         return result
 
-    def key(self, tensor: Tensor) -> int:
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.strided:
+            self._saved.add(self._storage_of(tensor))
+        return tensor
+
+    def _storage_of(self, tensor: Tensor) -> int:
         """Names the storage of `tensor`, for as long as this object lives."""
         storage = tensor.untyped_storage()
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        if reference.cdata not in self.sizes:
-            self._seen.append(reference)
+        if reference.cdata not in self._bytes:
+            self._storages.append(reference)
             size = storage.nbytes()
-            upcast = size // tensor.itemsize * _BYTES_OF_FP32
-            self.sizes[reference.cdata] = _Size(size, upcast if _is_reduced(tensor) else size)
+            in_fp32 = size // tensor.itemsize * _BYTES_OF_FP32 if _is_reduced(tensor) else size
+            self._bytes[reference.cdata] = size, in_fp32
         return int(reference.cdata)
 
 
@@ -128,15 +113,7 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
     """
     held = [*model.parameters(), *model.buffers()]
     held += [parameter for parameter in model.parameters() if parameter.requires_grad]  # their gradients
-    held += [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    ]  # fmt: skip
+    held += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
-    actual = sum(tensor.numel() * tensor.itemsize for tensor in local)
-    in_fp32 = sum(
-        tensor.numel() * (_BYTES_OF_FP32 if tensor.dtype.is_floating_point else tensor.itemsize) for tensor in local
-    )
-    return actual, in_fp32
+    sizes = [(x.itemsize, _BYTES_OF_FP32 if x.dtype.is_floating_point else x.itemsize, x.numel()) for x in local]
+    return sum(size * n for size, _, n in sizes), sum(size * n for _, size, n in sizes)

@@ -296,22 +296,15 @@ class PrecisionMonitor:
         if getattr(advanced, "stateful", {}).get("monitor") is self:
             return  # a session records the rest
         if hasattr(advanced, "last_outcome"):
-            self._record_newest_outcome(advanced)
+            outcome: StepOutcome | None = advanced.last_outcome
+            if outcome is not None and outcome.attempt != self._newest_attempt:
+                self._newest_attempt = outcome.attempt
+                skipped_for = Cause.SCALE if outcome.loss_finite else Cause.UNKNOWN
+                self.after_step(outcome, None if outcome.applied else skipped_for)
         elif scaler.is_enabled():
-            # It decays to 0, which has no logarithm.
-            self._record_stock(max(scaler.get_scale(), FP32_FORMAT.smallest_subnormal))
-
-    def _record_newest_outcome(self, scaler: Any) -> None:
-        outcome: StepOutcome | None = scaler.last_outcome
-        if outcome is None or outcome.attempt == self._newest_attempt:
-            return
-        self._newest_attempt = outcome.attempt
-        skipped_for = Cause.SCALE if outcome.loss_finite else Cause.UNKNOWN
-        self.after_step(outcome, None if outcome.applied else skipped_for)
-
-    def _record_stock(self, scale: float) -> None:
-        applied = self.scale is None or scale >= self.scale
-        self.after_step(StepOutcome(0, applied, scale), None if applied else Cause.UNKNOWN)
+            scale = max(scaler.get_scale(), FP32_FORMAT.smallest_subnormal)  # it decays to 0, which has no logarithm
+            applied = self.scale is None or scale >= self.scale
+            self.after_step(StepOutcome(0, applied, scale), None if applied else Cause.UNKNOWN)
 
     @property
     def skipped_steps(self) -> int:

@@ -68,7 +68,7 @@ class ThroughputMonitor:
         self.seconds_by_format: defaultdict[str, float] = defaultdict(float)
         self.newest_step_seconds = math.nan
         self._default = (config.precision_mode or PrecisionMode.MIXED).number_format.name
-        self._clock = clock or _host_seconds
+        self._clock = clock or time.perf_counter
         self._decided_at: float | None = None
         self._recent: deque[float] = deque(maxlen=STEPS_OF_PERCENTILES)
         self._steps = 0
@@ -202,10 +202,6 @@ class ThroughputMonitor:
 
 
 PerformanceTracker = ThroughputMonitor
-
-
-def _host_seconds() -> float:
-    return time.perf_counter()
 
 
 def _percentile(ordered: list[float], percent: int) -> float:

@@ -11,60 +11,39 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hf_amp.events import Cause, printable
 from hf_amp.monitoring.metrics import CATALOGUE
 from hf_amp.precision import FP16_FORMAT
-from hf_amp.report.reader import Incident, RunHistory, Series
+from hf_amp.report.reader import RunHistory, Series
 from hf_amp.report.verdict import formatted, verdict_on
 
-COLORS = {
-    "ink": ("#1d2733", "#e6e9ed"),
-    "muted": ("#66717e", "#97a2ae"),
-    "grid": ("#e4e7ea", "#2c343d"),
-    "surface": ("#ffffff", "#1a2027"),
-    "accent": ("#2b6f8f", "#6fb7d6"),
-    "second": ("#8a6d3b", "#d0b27a"),
-    "half": ("#9cc5d8", "#2f667d"),
-    "bf16": ("#a9c9a4", "#416b45"),
-    "fp32": ("#e9c46a", "#8f6f1c"),
-    **{f"cause-{cause.value.lower()}": (cause.facts.light, cause.facts.dark) for cause in Cause},
+ROLES = ("ink", "muted", "grid", "surface", "accent", "second", "half", "bf16", "fp32")
+_COLOR = {
+    role: f"#0101{index:02x}"
+    for index, role in enumerate([*ROLES, *(f"cause-{cause.value.lower()}" for cause in Cause)])
 }
-"""Role → colour on a light and on a dark ground. Source of the colour-blind-safe hues: Okabe and Ito, "Color Universal
-Design" (2008).
-"""
-_COLOR = {role: f"#0101{index:02x}" for index, role in enumerate(COLORS)}
 """Role → stand-in that pictures are drawn in: the style sheet of the page gives every role its colour."""
 
 
-class Drawn(NamedTuple):
-    """One picture of one run.
+def pictures_of(runs: Sequence[RunHistory]) -> Iterator[tuple[int, str, str, str]]:
+    """Every picture that there is something for, those of one kind after each other.
 
-    Attributes:
-        run: index of the run.
-        title: what people read above it.
-        description: what is to be seen, in a sentence or two.
-        svg: the picture as an `<svg>` element, whose ids no other picture of the page has.
+    Yields:
+        Index of the run, what people read above the picture, what is to be seen, and the picture as an `<svg>` element, whose
+        ids no other picture of the page has.
     """
-
-    run: int
-    title: str
-    description: str
-    svg: str
-
-
-def pictures_of(runs: Sequence[RunHistory]) -> Iterator[Drawn]:
-    """Every picture that there is something for, those of one kind after each other."""
     for picture in PICTURES:
         with _style():
             figures = [_drawn(picture, run) for run in runs]
@@ -72,9 +51,8 @@ def pictures_of(runs: Sequence[RunHistory]) -> Iterator[Drawn]:
                 _share_ranges([axes for figure, what in figures if what is not None for axes in figure.axes])
             for index, (figure, description) in enumerate(figures):
                 if description is not None:
-                    label = f"{picture.title}, {runs[index].name}. {description}"
-                    svg = _to_svg(figure, f"{picture.name}{index}", html.escape(printable(label)))
-                    yield Drawn(index, picture.title, description, svg)
+                    label = html.escape(printable(f"{picture.title}, {runs[index].name}. {description}"))
+                    yield index, picture.title, description, _to_svg(figure, f"{picture.name}{index}", label)
 
 
 @dataclass(frozen=True)
@@ -179,7 +157,8 @@ def draw_loss(axes: Axes, run: RunHistory) -> str | None:
 
 def draw_scale(axes: Axes, run: RunHistory) -> str | None:
     """The loss scale on a scale of doublings, with a mark for every skipped step at the scale that overflowed."""
-    points = _scale_points(run)
+    skipped = [point for series in run.skips.values() for point in series if math.isfinite(point[1])]
+    points = sorted({**dict(skipped), **dict(run.figures.get("scale", ()))}.items())
     if not points or all(scale == 1.0 for _, scale in points):
         return None
     steps, scales = zip(*points, strict=True)
@@ -194,12 +173,6 @@ def draw_scale(axes: Axes, run: RunHistory) -> str | None:
     _mark_changes(axes, run)
     _legend(axes)
     return f"Loss scale from {scales[0]:,.6g} to {scales[-1]:,.6g}; lowest {low:,.6g}, highest {high:,.6g}."
-
-
-def _scale_points(run: RunHistory) -> list[tuple[int, float]]:
-    """What every logging step and every skip says of the scale, in order of steps."""
-    skipped = [point for series in run.skips.values() for point in series if math.isfinite(point[1])]
-    return sorted({**dict(skipped), **dict(run.figures.get("scale", ()))}.items())
 
 
 def _power_of_two(value: float, _: object = None) -> str:
@@ -390,7 +363,10 @@ def draw_modules(
         extent=(first, last, len(shown) - 0.5, -0.5),
     )  # fmt: skip
     _name_rows(axes, shown)
-    _color_bar(axes, image, unit)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.035)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=LABEL_POINTS)
+    bar.set_label(unit, fontsize=LABEL_POINTS)
     few = f" The {len(shown)} nearest to trouble of {len(modules)} modules." if len(shown) < len(modules) else ""
     return f"Nearest to trouble: {shortened(by_trouble[0], 60)}.{few}"
 
@@ -399,13 +375,6 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     labels = [shortened(name, LONGEST_LABEL) for name in names]
     axes.set_yticks(range(len(labels)), labels, fontsize=LABEL_POINTS, parse_math=False)
     axes.grid(False)
-
-
-def _color_bar(axes: Axes, image: AxesImage, unit: str) -> None:
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.035)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=LABEL_POINTS)
-    bar.set_label(unit, fontsize=LABEL_POINTS)
 
 
 def shortened(name: str, longest: int) -> str:
@@ -471,213 +440,45 @@ PICTURES = (
 )  # fmt: skip
 
 
-CARDS = ("applied_steps", "skipped_steps", "scale", "headroom_bits", "underflow_fraction", "loss")
-INCIDENTS_SHOWN = 200
-MODULES_SHOWN = 12
-
-_STATES = {
-    "finished": "finished",
-    "unfinished": "no end in the log: still running, or killed",
-    "empty": "the log is empty",
-}
-_METRICS = {metric.name: metric for metric in CATALOGUE}
-_CATALOGUE_ORDER = {name: place for place, name in enumerate(_METRICS)}
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title>
-<style>
-{style}
-</style>
-</head>
-<body>
-<main class="{layout}" style="--runs: {count}">
-<header>
-<p class="kicker">hf_amp · mixed-precision report</p>
-{heads}
-</header>
-{pictures}
-{incidents}
-{figures}
-<footer>Made by hf_amp {version} from {logs}.</footer>
-</main>
-</body>
-</html>
-"""
-
-
 def page(runs: Sequence[RunHistory], version: str) -> str:
-    """The whole page for one run or several.
+    """The whole page for one run or several, by the template `page.html`.
 
     Args:
         version: of hf_amp, for the last line.
     """
-    return _PAGE.format(
-        title=_text("hf_amp report: " + ", ".join(run.name for run in runs)),
-        style=_style_sheet(),
-        layout="one" if len(runs) == 1 else "several",
-        count=len(runs),
-        heads="\n".join(map(_head, runs)),
-        pictures=_picture_section(runs),
-        incidents=_incident_section(runs),
-        figures=_figure_section(runs),
-        version=_text(version),
-        logs=_text(", ".join(str(run.path) for run in runs)),
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_harmless, trim_blocks=True,
+        undefined=StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"shown": _shown, "time": _time, "remarks": _remarks}
+    metrics, latest = {metric.name: metric for metric in CATALOGUE}, [run.latest for run in runs]
+    names = {name for figures in latest for name in figures}
+    in_order = [*filter(names.__contains__, metrics), *sorted(names - metrics.keys())]
+    return environment.get_template("page.html").render(
+        runs=runs,
+        version=version,
+        verdict_on=verdict_on,
+        causes=Cause,
+        pictures=list(pictures_of(runs)),
+        metrics=metrics,
+        figures=[(name, [figures.get(name) for figures in latest]) for name in in_order],
     )
 
 
-def _style_sheet() -> str:
-    """The style sheet, with the colours of both themes before it and those of the causes after it."""
-    light, dark = (" ".join(f"--{role}: {pair[theme]};" for role, pair in COLORS.items()) for theme in range(2))
-    causes = [role.removeprefix("cause-") for role in COLORS if role.startswith("cause-")]
-    return "\n".join([
-        f":root {{ {light} }}",
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}",
-        files("hf_amp.report").joinpath("page.css").read_text(encoding="utf-8"),
-        *(f".cause.{cause} {{ color: var(--cause-{cause}); }}" for cause in causes),
-    ])  # fmt: skip
+def _harmless(value: object) -> str:
+    """Control characters of a run's text made visible; markup stays, in which that has been done."""
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
-def _text(value: object) -> str:
-    """Text from a run, made harmless: markup escaped, control characters made visible."""
-    return html.escape(printable(str(value)))
-
-
-def _head(run: RunHistory) -> str:
-    """Verdict, facts and cards of one run."""
-    verdict = verdict_on(run)
-    resumed = ", ".join(f"{step:,}" for step in run.resumed_at)
-    facts = {
-        "Ran": run.what_ran,
-        "Steps": f"{run.newest_step:,}",
-        "State": _STATES[run.state],
-        "Scaling": run.config.get("scaling_strategy", ""),
-        "Resumed": f"after step {resumed}" if resumed else "",
-        "From": _time(run.started),
-        "To": _time(run.newest),
-        "Log": _remarks(run),
-    }
-    rows = "".join(_pair(name, _text(fact)) for name, fact in facts.items() if fact)
-    cards = "".join(_card(run, name) for name in CARDS if name in run.latest)
-    return (
-        f'<section class="run" aria-label="{_text(run.name)}">\n<h1>{_text(run.name)}</h1>\n'
-        f'<p class="verdict {verdict.level.value}"><span class="level" aria-hidden="true"></span>'
-        f'<span>{_text(verdict.sentence)}</span></p>\n<dl class="facts">{rows}</dl>\n'
-        + (f'<dl class="cards">{cards}</dl>\n' if cards else "")
-        + "</section>"
-    )
-
-
-def _pair(name: str, value: str) -> str:
-    return f"<div><dt>{name}</dt><dd>{value}</dd></div>"
-
-
-def _remarks(run: RunHistory) -> str:
-    torn = f"{run.torn_lines:,} line{'s were' if run.torn_lines > 1 else ' was'} cut off by a kill"
-    former = f"{run.former_runs:,} earlier run{'s' if run.former_runs > 1 else ''} in the same file left out"
-    return "; ".join([torn] * bool(run.torn_lines) + [former] * bool(run.former_runs))
+def _shown(value: object) -> str:
+    return formatted(value) if isinstance(value, (int, float)) else str(value)
 
 
 def _time(timestamp: str | None) -> str:
     return timestamp[:19].replace("T", " ") + " UTC" if timestamp else ""
 
 
-def _card(run: RunHistory, name: str) -> str:
-    unit = _METRICS[name].unit if name in _METRICS else "1"
-    shown = f"{run.latest[name]:.2%}" if name == "underflow_fraction" else _text(formatted(run.latest[name]))
-    return _pair(name.replace("_", " "), shown + (f" <small>{unit}</small>" if unit not in ("1", "steps") else ""))
-
-
-def _picture_section(runs: Sequence[RunHistory]) -> str:
-    figures = []
-    for drawn in pictures_of(runs):
-        whose, column = "", ""
-        if len(runs) > 1:
-            whose = f" <small>{_text(runs[drawn.run].name)}</small>"
-            column = f' style="--column: {drawn.run + 1}"'
-        figures.append(
-            f"<figure{column}>\n<h3>{_text(drawn.title)}{whose}</h3>\n{drawn.svg}\n"
-            f"<figcaption>{_text(drawn.description)}</figcaption>\n</figure>"
-        )
-    return _section("pictures", "Over the run", '<div class="pictures">', *figures, "</div>") if figures else ""
-
-
-def _incident_section(runs: Sequence[RunHistory]) -> str:
-    columns = ("Step", "What", "Cause", "Modules", "Change", "What to do")
-    parts = []
-    for run in runs:
-        if len(runs) > 1:
-            parts.append(f"<h3>{_text(run.name)}</h3>")
-        rows = [_incident_cells(incident) for incident in run.incidents]
-        if not rows:
-            parts.append("<p>Nothing that needs attention is in the log.</p>")
-            continue
-        parts.append(_table("incidents", columns, rows[:INCIDENTS_SHOWN]))
-        if len(rows) > INCIDENTS_SHOWN:
-            parts.append(f"<p>{len(rows) - INCIDENTS_SHOWN:,} more kinds of incidents are in the log.</p>")
-    return _section("incidents", "Incidents, and what to do", *parts)
-
-
-def _incident_cells(incident: Incident) -> list[str]:
-    steps = f"{incident.first_step:,}"
-    if incident.count > 1:
-        steps += f" to {incident.last_step:,}, {incident.count:,} times"
-    names = [f"<code>{_text(name or 'the model')}</code>" for name in incident.modules[:MODULES_SHOWN]]
-    if len(incident.modules) > MODULES_SHOWN:
-        names.append(f"and {len(incident.modules) - MODULES_SHOWN} more")
-    cause = _text(incident.cause)
-    change = "" if incident.before is None else f"{_value(incident.before)} → {_value(incident.after)}"
-    return [
-        steps,
-        _text(incident.event.replace("_", " ")),
-        f'<span class="cause {cause.lower()}">{cause}</span>' if cause else "",
-        "<br>".join(names),
-        change,
-        _text(incident.message),
-    ]
-
-
-def _value(value: object) -> str:
-    return _text(formatted(value) if isinstance(value, (int, float)) else value)
-
-
-def _figure_section(runs: Sequence[RunHistory]) -> str:
-    names = {name for run in runs for name in run.latest}
-    if not names:
-        return ""
-    columns = ("Figure", *(run.name for run in runs), "Unit", "Meaning", "When it is bad")
-    rows = []
-    for name in sorted(names, key=lambda name: (_CATALOGUE_ORDER.get(name, len(_CATALOGUE_ORDER)), name)):
-        metric = _METRICS.get(name)
-        values = [formatted(run.latest[name]) if name in run.latest else "" for run in runs]
-        about = (metric.unit, metric.meaning, metric.remedy) if metric else ("", "as the run logged it", "")
-        rows.append([f"<code>{_text(name)}</code>", *map(_text, (*values, *about))])
-    return _section("figures", "Newest figures", _table("figures", columns, rows))
-
-
-def _section(name: str, heading: str, *parts: str) -> str:
-    body = "\n".join(parts)
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n{body}\n</section>'
-
-
-def _table(kind: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; on a narrow screen every cell stands under the other, with its column's name before it."""
-    head = "".join(f'<th role="columnheader" scope="col">{_text(column)}</th>' for column in columns)
-    body = "".join(
-        '<tr role="row">'
-        + "".join(
-            f'<td role="cell" data-label="{_text(column)}">{cell}</td>'
-            for column, cell in zip(columns, row, strict=True)
-        )
-        + "</tr>\n"
-        for row in rows
-    )
-    return (
-        f'<table role="table" class="{kind}"><thead role="rowgroup"><tr role="row">{head}</tr></thead>\n'
-        f'<tbody role="rowgroup">\n{body}</tbody></table>'
-    )
+def _remarks(run: RunHistory) -> str:
+    torn = f"{run.torn_lines:,} line{'s were' if run.torn_lines > 1 else ' was'} cut off by a kill"
+    former = f"{run.former_runs:,} earlier run{'s' if run.former_runs > 1 else ''} in the same file left out"
+    return "; ".join([torn] * bool(run.torn_lines) + [former] * bool(run.former_runs))

@@ -221,17 +221,7 @@ class Series:
 
 @dataclass(frozen=True)
 class LoggedEvent:
-    """One event as a log has it: kinds and causes may be those of another version.
-
-    Attributes:
-        step: optimizer step at which it happened.
-        event: name of its kind.
-        cause: name of the cause; "" where there is none.
-        modules: qualified names of the modules concerned; empty for the whole model.
-        before: the value that it changed.
-        after: what it changed to.
-        message: its sentence, with what to do.
-    """
+    """One `AmpEvent` as a log has it: its kind (here `event`) and its cause ("" for none) may be those of another version."""
 
     step: int
     event: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -50,13 +49,15 @@ class OptimizerRunner:
                 gradients were found finite.
             sample_seed: takes the lost-update fraction, from a sample with this seed; None for not.
         """
-        low = self._moved_in_half(optimizer) if sample_seed is not None else []
-        if not low:
-            with self._on_masters(optimizer):
+        if self._masters is not None:
+            with self._masters.swap_in_master_weights(optimizer):
                 return _apply(optimizer, record, arguments, options, on_device)
-        before, weights = random_elements(low, cast(int, sample_seed))
+        low = [p.detach() for p in half_parameters(optimizer) if p.grad is not None] if sample_seed is not None else []
+        if sample_seed is None or not low:
+            return _apply(optimizer, record, arguments, options, on_device)
+        before, weights = random_elements(low, sample_seed)
         result = _apply(optimizer, record, arguments, options, on_device)
-        after, _ = random_elements(low, cast(int, sample_seed))
+        after, _ = random_elements(low, sample_seed)
         lost = to_device(((before == after) * weights).sum(), record.scale.device)
         # A step that the device has skipped changed nothing, and lost nothing.
         self._lost[id(optimizer)] = torch.where(record.found_inf > 0, torch.nan, lost)
@@ -76,14 +77,6 @@ class OptimizerRunner:
         """
         lost = self._lost.pop(id(optimizer), None)
         return {} if lost is None else {"lost_update_fraction": lost}
-
-    def _moved_in_half(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        if self._masters is not None:
-            return []
-        return [p.detach() for p in half_parameters(optimizer) if p.grad is not None]
-
-    def _on_masters(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        return nullcontext() if self._masters is None else self._masters.swap_in_master_weights(optimizer)
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_amp.errors import AttachError, BatchError
 from hf_amp.statistics import to_device
+from hf_amp.tree import copy_containers, replace_tensors, tensors_in
 
 LossFunction = Callable[[Any, Any], Tensor]
 """(outputs of the model, targets of the batch) → tensor of shape []."""
@@ -21,25 +22,13 @@ LABELS = "labels"
 
 def batch_to_device(batch: Any, device: torch.device) -> Any:
     """`batch` with every tensor in it on `device`. Tensors that are there already are not copied."""
-    if isinstance(batch, Tensor):
-        return to_device(batch, device)
-    if isinstance(batch, Mapping):
-        return {name: batch_to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        values = [batch_to_device(value, device) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
+    return replace_tensors(lambda tensor: to_device(tensor, device), copy_containers(batch))
 
 
 def samples_in(batch: Any) -> int:
     """Rows of the first tensor in `batch`; 1 where there is none, or it has no dimension."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    for value in values:
-        if isinstance(value, Tensor):
-            return samples_in(value)
-    return 1
+    first = next((tensor for _, tensor in tensors_in(batch)), None)
+    return 1 if first is None or not first.ndim else first.shape[0]
 
 
 def compute_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Tensor:

@@ -6,10 +6,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,7 +27,8 @@ from hf_amp.training.trainers import (
 )
 
 _STATE = "hf_amp_manager"
-_LOSSES_IN_ONE_TENSOR = 256
+_LOSSES_HELD = 256
+"""Tensors, which then become one."""
 _SECONDS_BETWEEN_LOSSES = 1.0
 
 
@@ -43,22 +43,19 @@ class EpochLosses:
         self.batches = 0
         self._samples: list[int] = []
         self._started = time.perf_counter()
-        self._whole: list[Tensor] = []
-        self._newest: list[Tensor] = []
+        self._losses: list[Tensor] = []
 
     def add(self, losses: Sequence[Tensor], batches: Sequence[Any]) -> None:
         """The losses of some batches, each of shape []; copied, because a CUDA graph writes the next ones there. No GPU-CPU sync."""
         self.batches += len(batches)
         self._samples += [samples_in(batch) for batch in batches]
-        self._newest += [loss.clone() for loss in losses]
-        if len(self._newest) >= _LOSSES_IN_ONE_TENSOR:
-            self._whole.append(torch.stack(self._newest))
-            self._newest = []
+        self._losses += [loss.reshape(1).clone() for loss in losses]
+        if len(self._losses) >= _LOSSES_HELD:
+            self._losses = [torch.cat(self._losses)]
 
     def figures(self) -> dict[str, Any]:
         """Losses, mean over the finite ones by samples, counts and speed. One GPU-CPU sync."""
-        newest = [torch.stack(self._newest)] if self._newest else []
-        losses = vector_to_host(torch.cat(self._whole + newest))
+        losses = vector_to_host(torch.cat(self._losses))
         seconds = time.perf_counter() - self._started
         pairs = zip(losses, self._samples, strict=True)
         finite = [(loss, samples) for loss, samples in pairs if math.isfinite(loss)]
@@ -73,31 +70,6 @@ class EpochLosses:
             "seconds": seconds,
             "samples_per_second": total / seconds,
         }
-
-
-class _Progress:
-    """A progress bar on stderr over a dataloader's batches, with the newest loss, which is read at most once a second.
-
-    `shown`: None for only where stderr is a terminal.
-    """
-
-    def __init__(self, batches: Iterable[Any], shown: bool | None, title: str) -> None:
-        from tqdm.auto import tqdm  # a dependency of transformers and datasets
-
-        total = len(batches) if isinstance(batches, Sized) else None
-        self.bar = tqdm(
-            total=total, desc=title, unit="batch", file=sys.stderr, disable=None if shown is None else not shown
-        )
-        self._read_at = -math.inf
-
-    def advance(self, result: dict[str, Any], batches: int) -> None:
-        """One optimizer step is over."""
-        now = time.monotonic()
-        if not self.bar.disable and now - self._read_at >= _SECONDS_BETWEEN_LOSSES:
-            self._read_at, loss = now, to_host({"loss": result["loss"]})["loss"]
-            scale = {} if result["scale"] is None else {"scale": f"{result['scale']:g}"}
-            self.bar.set_postfix(loss=f"{loss:.4f}", **scale, refresh=False)
-        self.bar.update(batches)
 
 
 class AdvancedMixedPrecisionManager:
@@ -175,18 +147,24 @@ class AdvancedMixedPrecisionManager:
             BatchError: the dataloader is empty, or a batch is wrong.
             AttachError: model and optimizer do not belong together, or the manager was cleaned up.
         """
+        from tqdm.auto import tqdm  # a dependency of transformers and datasets
+
         check_is_model(model)
         before = self._counters()
-        losses = EpochLosses()
+        losses, shown_at = EpochLosses(), -math.inf
         model.train()
-        progress_bar = _Progress(dataloader, progress, f"epoch {self.epochs + 1}")
-        with progress_bar.bar:
-            for window in self._windows(dataloader):
+        disable = None if progress is None else not progress
+        bar = tqdm(dataloader, desc=f"epoch {self.epochs + 1}", unit="batch", file=sys.stderr, disable=disable)
+        batches = iter(bar)
+        with bar:
+            while window := list(islice(batches, self.trainer.accumulation_steps)):
                 result = self.trainer.train_window(window, model, optimizer, loss_fn)
                 if scheduler is not None and result["stepped"] and not result["skipped"]:
                     scheduler.step()
                 losses.add(result["losses"], window)
-                progress_bar.advance(result, len(window))
+                if not bar.disable and time.monotonic() - shown_at >= _SECONDS_BETWEEN_LOSSES:
+                    shown_at = time.monotonic()
+                    bar.set_postfix_str(_newest(result), refresh=False)
         if not losses.batches:
             raise BatchError(
                 "the dataloader gave no batch: check its dataset, sampler and drop_last; a generator can be used once only."
@@ -217,7 +195,6 @@ class AdvancedMixedPrecisionManager:
             BatchError: the dataloader is empty, or a batch is wrong.
             AttachError: the model is no `torch.nn.Module`, or the manager was cleaned up.
         """
-        self._refuse_when_cleaned_up()
         check_is_model(model)
         modes = [(module, module.training) for module in model.modules()]
         losses = EpochLosses()
@@ -232,13 +209,6 @@ class AdvancedMixedPrecisionManager:
         if not losses.batches:
             raise BatchError("the dataloader gave no batch to validate on: check its dataset, sampler and drop_last.")
         return losses.figures()
-
-    def _windows(self, dataloader: Iterable[Any]) -> Iterator[list[Any]]:
-        """The batches of each optimizer step."""
-        self._refuse_when_cleaned_up()
-        batches = iter(dataloader)
-        while window := list(islice(batches, self.trainer.accumulation_steps)):
-            yield window
 
     def get_training_stats(self) -> dict[str, Any]:
         """The run so far, over all epochs; can be read after `cleanup` too. Waits for the device.
@@ -320,15 +290,15 @@ class AdvancedMixedPrecisionManager:
     def __enter__(self) -> AdvancedMixedPrecisionManager:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if not self._cleaned_up:
             self.cleanup()
 
-    def _refuse_when_cleaned_up(self) -> None:
-        if self._cleaned_up:
-            raise AttachError("this manager was cleaned up: make a new one to train or validate with.")
+
+def _newest(result: dict[str, Any]) -> str:
+    """What the progress bar shows of an optimizer step. One GPU-CPU sync."""
+    scale = "" if result["scale"] is None else f", scale={result['scale']:g}"
+    return f"loss={to_host({'loss': result['loss']})['loss']:.4f}{scale}"
 
 
 def _trainer_class(config: MixedPrecisionConfig) -> type[StandardMixedPrecisionTrainer]:

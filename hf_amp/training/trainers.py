@@ -1,10 +1,10 @@
-"""Puts a model and the random generators back to where a step began, so that it can be run again as if for the first time."""
+"""Three trainers of one step each, with PyTorch alone or with an Accelerator."""
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -47,12 +47,11 @@ class Stepping:
     """Whether other code decides where an accumulation window ends."""
 
     def __init__(self, config: MixedPrecisionConfig, fuses_clipping: bool) -> None:
-        if config.communication_precision is not None:
-            raise ConfigError(
-                f"MixedPrecisionConfig(communication_precision={config.communication_precision.value}): without an Accelerator "
-                "the communication of DistributedDataParallel is yours; leave it out and call "
-                "model.register_comm_hook(None, fp16_compress_hook), or pass accelerator=."
-            )
+        config.refuse(
+            {"communication_precision"},
+            "without an Accelerator the communication of DistributedDataParallel is yours: call "
+            "model.register_comm_hook(None, fp16_compress_hook), or pass accelerator=",
+        )
         self.device = default_device()
         self.session = AmpSession.on_device(config, self.device, ranks_agree=False)
         scaler = self.session.scaler
@@ -135,7 +134,9 @@ class AcceleratedStepping(Stepping):
         from hf_amp.integrations.accelerate import attach, session_of
 
         attached = session_of(accelerator)
-        self.session = attached or attach(accelerator, config.without_loop_options())
+        # The two options that this loop follows itself, and `attach` cannot.
+        followed = dataclasses.replace(config, memory_efficient=False, gradient_accumulation_friendly=False)
+        self.session = attached or attach(accelerator, followed)
         self.device = accelerator.device
         self._owns_session = attached is None
         self._accelerator = accelerator
@@ -183,25 +184,22 @@ def cast_region(device: torch.device, keeps_casts: bool) -> torch.autocast:
     return torch.autocast(device.type, enabled=False, cache_enabled=keeps_casts)
 
 
-class Rewind:
-    """What a forward pass changes: buffers (running statistics) and random generators (dropout).
+def rewinding(model: nn.Module) -> Callable[[], None]:
+    """Takes what a forward pass of `model` changes back to now, any number of times: buffers (running statistics) and random
+    generators (dropout).
 
     Copies the buffers, on their devices. No GPU-CPU sync.
-
-    Args:
-        model: about to be run.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        self._random_state = RandomState.now(devices_of(model))
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    random_state = RandomState.now(devices_of(model))
 
     @torch.no_grad()
-    def rewind(self) -> None:
-        """Back to the moment of construction; any number of times."""
-        for buffer, former in self._buffers:
+    def rewind() -> None:
+        for buffer, former in buffers:
             buffer.copy_(former)
-        self._random_state.restore()
+        random_state.restore()
+
+    return rewind
 
 
 class Trained(NamedTuple):
@@ -229,7 +227,7 @@ class Window:
         cause: of the newest skip; None after an applied step.
     """
 
-    rewind: Rewind | None
+    rewind: Callable[[], None] | None
     batches: list[Any] = field(default_factory=list)
     retries: int = 0
     norm: Tensor | None = None
@@ -275,10 +273,8 @@ class MemoryCalibration:
         if not self._wanted:
             return nullcontext()
         self._wanted = False
-        if not _can_be_watched(model):
-            return nullcontext()
-        self._stored = StoredForBackward(model.parameters())
-        return self._stored
+        self._stored = StoredForBackward(model.parameters()) if _can_be_watched(model) else None
+        return self._stored or nullcontext()
 
     def report(self) -> dict[str, int] | None:
         """The newest estimate in bytes, and on CUDA the peak of the fullest device that the model is on; None before it."""
@@ -304,12 +300,8 @@ def _can_be_watched(model: nn.Module) -> bool:
         return False
     if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
         return False
-    return not any(_is_compiled(module) for module in model.modules())
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile(module)` or `module.compile()`."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    # Neither by torch.compile(module) nor by module.compile().
+    return not any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
 
 
 _LOOP_KEYWORDS = {"on_overflow": one_of("skip", "retry"), "accumulation_steps": COUNT, "clip_norm": or_none(POSITIVE)}
@@ -472,7 +464,9 @@ class StandardMixedPrecisionTrainer:
     def _train(self, batch: Any, trained: Trained) -> dict[str, Any]:
         self._bind(trained.model, trained.optimizer)
         if self._window is None:
-            self._window = self._begin_window(trained)
+            self.performance_tracker.start_step()
+            trained.optimizer.zero_grad(set_to_none=True)
+            self._window = Window(rewinding(trained.model) if self.on_overflow == "retry" else None)
         window = self._window
         window.batches.append(batch)
         try:
@@ -500,16 +494,13 @@ class StandardMixedPrecisionTrainer:
                 raise
         # Outside of the handler, whose traceback keeps alive what has filled the memory.
         while loss is None or (steps and window.may_retry()):
-            loss = self._run_again(window, trained, steps)
+            # All of the window under the scale or plan that the failure has led to, as if for the first time.
+            window.retries += 1
+            if window.rewind is not None:
+                window.rewind()
+            trained.optimizer.zero_grad(set_to_none=True)
+            loss = self._run(window.batches, window, trained, steps)
         return loss
-
-    def _run_again(self, window: Window, trained: Trained, steps: bool) -> Tensor:
-        """All of the window under the scale or plan that the failure has led to, as if for the first time."""
-        window.retries += 1
-        if window.rewind is not None:
-            window.rewind.rewind()
-        trained.optimizer.zero_grad(set_to_none=True)
-        return self._run(window.batches, window, trained, steps)
 
     def _run(self, batches: Sequence[Any], window: Window, trained: Trained, steps: bool) -> Tensor:
         """Forward and backward of `batches`, and the optimizer's step where one is due; the last one's loss."""
@@ -524,11 +515,6 @@ class StandardMixedPrecisionTrainer:
                 window.norm = self._stepping.clip(trained.model, trained.optimizer, self.clip_norm)
             self._stepping.step(trained.optimizer)
         return loss.detach()
-
-    def _begin_window(self, trained: Trained) -> Window:
-        self.performance_tracker.start_step()
-        trained.optimizer.zero_grad(set_to_none=True)
-        return Window(Rewind(trained.model) if self.on_overflow == "retry" else None)
 
     def _end_window(self, window: Window, trained: Trained) -> None:
         self._window = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_amp.cli.demo_training import help_topics
+from hf_amp.cli.demo_training import text_blocks
 from tests.fallback.rescaled import ZOO
 
 Setup = tuple[nn.Module, Iterator[dict[str, Tensor]], torch.optim.Optimizer]
@@ -41,7 +41,7 @@ def text(seed: int) -> Setup:
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
-    blocks = torch.tensor(help_topics()["input_ids"][:])[:, :64]
+    blocks = torch.tensor(text_blocks())[:, :64]
     generator = torch.Generator().manual_seed(seed + 1)
 
     def batches() -> Iterator[dict[str, Tensor]]:

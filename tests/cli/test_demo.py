@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from hf_amp.cli import app
-from hf_amp.cli.demo_training import help_topics, small_gpt2
+from hf_amp.cli.demo_training import small_gpt2, text_blocks
 from hf_amp.device import probe
 from tests.fallback.range_reference import fp16_flop_share, modules_out_of_range
 
@@ -77,7 +77,7 @@ def test_the_demo_succeeds(run):
 
 def test_the_demo_model_overflows_in_what_writes_to_its_stream():
     """In FP64 exactly those modules are beyond FP16, three quarters of the work is not; plainly scaled, none is."""
-    ids = torch.tensor(help_topics()["input_ids"][:4])
+    ids = torch.tensor(text_blocks()[:4])
     batch = {"input_ids": ids, "labels": ids}
     torch.manual_seed(0)
     rescaled = small_gpt2().eval()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import hf_amp
 from hf_amp.cli import app
-from hf_amp.cli.dry_run import (
+from hf_amp.cli.preflight import (
     FORMATS,
     PreflightError,
     batch_for,

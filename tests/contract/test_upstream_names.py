@@ -209,7 +209,7 @@ def test_torch_casts_by_one_operator() -> None:
     for cast in (lambda: layer(torch.ones(1, 2)), lambda: layer.weight.to(torch.bfloat16)):
         with StoredForBackward([]) as watch, torch.autocast("cpu", torch.bfloat16):
             cast()
-        assert watch._casts.original
+        assert watch._original
 
 
 @pytest.mark.parametrize("compiled", [torch.compile, lambda module: module.compile() or module])
