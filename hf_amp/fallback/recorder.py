@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_amp.device import RandomState, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import compile_disabled
+from hf_amp.patch_log import UnpickledHook, compile_disabled
 from hf_amp.statistics import to_host_list
 from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
@@ -330,8 +330,8 @@ def _random_state(batch: list[Tensor]) -> RandomState | None:
     return RandomState.now(devices)
 
 
-class _Note:
-    """The hook that notes the calls of one model. Copies of the model, such as an EMA, carry one that notes nothing."""
+class _Note(UnpickledHook):
+    """The hook that notes the calls of one model, not those of its copies, such as an EMA."""
 
     def __init__(self, note: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
         self._note = note
@@ -340,14 +340,3 @@ class _Note:
     @compile_disabled
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._note(self._model, arguments, options)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _note_nothing, ()
-
-
-def _note_nothing() -> Callable[..., None]:
-    return _silent
-
-
-def _silent(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """What a copied model calls in place of the recorder."""

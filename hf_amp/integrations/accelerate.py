@@ -41,7 +41,7 @@ from hf_amp.integrations._compat import (
 )
 from hf_amp.integrations.checkpoint import loading_from_any_precision, saving_whole
 from hf_amp.integrations.trackers import logging_with_metrics
-from hf_amp.patch_log import PatchLog
+from hf_amp.patch_log import PatchLog, UnpickledHook
 from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.master_weights import convert_parameters, upcast_state
 from hf_amp.scaling.optimizer_step import RefuseScaledStep, has_closure
@@ -360,7 +360,7 @@ class AttachedAccelerator:
             return
         session.patches.on_undo(self._context.install(model))
         if not session.config.emulate or self._masters is not None:
-            session.patches.on_undo(model.register_forward_hook(_outputs_to_fp32).remove)
+            session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:
         session = self._session
@@ -426,9 +426,14 @@ def _changer_of_forward(reference: weakref.ref[nn.Module], session: AmpSession) 
     return change
 
 
-def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:
+class _OutputsToFloat32(UnpickledHook):
     """As accelerate does on other devices."""
-    return convert_outputs_to_fp32(lambda: output)()
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        return convert_outputs_to_fp32(lambda: output)()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OutputsToFloat32:
+        return self
 
 
 class PreparedOptimizers:
@@ -483,9 +488,22 @@ class PreparedOptimizers:
         ours = _step_reporting_skips(former)
         optimizer.step = MethodType(ours, optimizer)
         self._steps[optimizer] = _Steps(former, ours)
+        vars(optimizer)["__getstate__"] = functools.partial(self._state_without_session, weakref.ref(optimizer))
+
+    def _state_without_session(self, reference: weakref.ref[AcceleratedOptimizer]) -> dict[str, Any]:
+        """What copies and pickles of a prepared optimizer are made from."""
+        optimizer = cast(AcceleratedOptimizer, reference())
+        state = {**AcceleratedOptimizer.__getstate__(optimizer), "scaler": self._former_scaler}
+        del state["__getstate__"]
+        former, ours = self._steps[optimizer]
+        if getattr(state["step"], "__func__", None) is ours:  # a learning-rate scheduler may have wrapped it since
+            del state["step"]
+            state |= {} if former is None else {"step": former}
+        return state
 
     def _give_back(self) -> None:
         for optimizer in self.registered:
+            del vars(optimizer)["__getstate__"]
             replace_scaler(optimizer, self._former_scaler)
             forget_skip(optimizer)
             former, ours = self._steps[optimizer]
