@@ -105,6 +105,7 @@ class AmpSession(EventRecorder):
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
         scaler.discard_forwards = self._fallback.recorder.discard
+        scaler.note_loss = self._fallback.recorder.note_loss
         scaler.not_sampled = lambda: self._fallback.runner.fp32_parameters
         scaler.stateful.update(
             monitor=self.monitor, stall=self.stall, fallback=self._fallback, throughput=self.throughput

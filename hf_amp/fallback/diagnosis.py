@@ -335,6 +335,14 @@ class Diagnoser:
 
     def _found(self, skip: SkippedStep, scale_skips: int) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
+        used = self._recorder.forwards_of(skip.step, left_out=False)
+        if len(used) < len(forwards):
+            found = self._found_in(used, skip, scale_skips)
+            if found.confirmed or skip.loss_finite:
+                return found
+        return self._found_in(forwards, skip, scale_skips)
+
+    def _found_in(self, forwards: Sequence[RecordedForward], skip: SkippedStep, scale_skips: int) -> Diagnosis:
         source = non_finite_source(skip.parameters, forwards, skip.optimizer_state)
         if source is not None and source.confirmed:
             return source
