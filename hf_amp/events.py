@@ -225,6 +225,8 @@ class EventKind(str, enum.Enum):
     STEP_SKIPPED = "step_skipped"
     BUFFERS_RESTORED = "buffers_restored"
     """Buffers, of which a skipped step had made some non-finite, are what they were before it."""
+    SETUP = "setup"
+    """Something in how the run is set up that limits hf_amp, or that is most likely a mistake."""
     SCALE_AT_FLOOR = "scale_at_floor"
     PRECISION_CHANGED = "precision_changed"
     HALF_PARAMETERS = "half_parameters"

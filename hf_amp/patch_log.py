@@ -80,6 +80,11 @@ def unpickled(hook: R) -> R:
     return hook
 
 
+def takes_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks can be put on `module`: not on TorchScript's, which refuses them, and runs its code past Python."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 def compile_disabled(hook: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.disable`, put off to the first call: it loads torch's compiler, which takes a second."""
     kept: Any = hook

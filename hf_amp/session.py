@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
+from hf_amp.errors import AttachError
 from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, join_names
 from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
@@ -29,10 +30,10 @@ from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.sinks.console import Console
 from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
-from hf_amp.patch_log import PatchLog
+from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
 from hf_amp.scaling.master_weights import convert_parameters
-from hf_amp.scaling.optimizer_step import RefuseScaledStep
+from hf_amp.scaling.optimizer_step import install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
@@ -150,8 +151,7 @@ class AmpSession(EventRecorder):
             )
             session.patches.on_undo(context.install(inner, everywhere=session.emulates or is_upcast))
             session.register_optimizer(model, optimizer)
-            hook = optimizer.register_step_pre_hook(RefuseScaledStep(session.scaler.is_waiting))
-            session.patches.on_undo(hook.remove)
+            session.patches.on_undo(install_refusal(optimizer, session.scaler.is_waiting))
         session.note(EventKind.ATTACHED, f"hf_amp is attached: {session.describe()}.")
         return session
 
@@ -315,10 +315,21 @@ class AmpSession(EventRecorder):
         self._fallback.runner.register_model(model, is_trained)
         called = model if entry_point is None else entry_point
         self.patches.on_undo(self._fallback.recorder.watch(called, model))
+        if scripted := [name or "the model" for name, module in model.named_modules() if not takes_hooks(module)]:
+            self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
+        if isinstance(called, nn.parallel.DistributedDataParallel):
+            self.patches.set_attribute(called, "join_hook", self._refuse_join)
         if getattr(getattr(called, "dynamo_ctx", None), "fullgraph", False):
             self._fallback.runner.fullgraph.add(called)
         if is_trained:
             self._note_trained(model)
+
+    def _refuse_join(self, **options: Any) -> None:
+        raise AttachError(
+            "torch's Join lets ranks run out of batches one by one, and hf_amp's ranks agree on every step: the others would wait "
+            "for ever. Give all ranks the same number of batches (drop_last, or accelerate's even_batches=True), or detach "
+            "hf_amp."
+        )
 
     def detach_previous_session(self, model: nn.Module) -> None:
         """Detaches the session that has trained `model` so far: its plan would be in force under the one of this session."""
@@ -519,6 +530,10 @@ class AmpSession(EventRecorder):
         self.detach()
 
 
+_SCRIPTED = (
+    ": on a CPU its FP16 is not emulated, and nothing in it is replayed or put in FP32. Loss scaling and the finite check work; "
+    "for the rest train the nn.Module that it was made from."
+)
 _WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
 
 

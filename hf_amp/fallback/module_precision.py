@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import compile_disabled, unpickled
+from hf_amp.patch_log import compile_disabled, takes_hooks, unpickled
 from hf_amp.precision import FP32_FORMAT, PrecisionMode, upcast
 from hf_amp.tree import map_tensors, replace_tensors
 
@@ -47,7 +47,7 @@ class ForwardContext:
                 enters autocast again by itself.
         """
         modules = model.modules() if everywhere else [model]
-        return _removal([handle for module in modules for handle in self._hook(module)])
+        return _removal([handle for module in modules if takes_hooks(module) for handle in self._hook(module)])
 
     def _hook(self, module: nn.Module) -> list[Any]:
         return [
@@ -380,7 +380,6 @@ class PlanRunner:
     def remove(self) -> None:
         """Takes every context back, and the default that the run asked for."""
         self.apply(PrecisionPlan(self._asked_for))
-        self.current.is_over = True
         _forget_compiled_code()
 
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_amp.device import RandomState, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import UnpickledHook, compile_disabled
+from hf_amp.patch_log import UnpickledHook, compile_disabled, takes_hooks
 from hf_amp.statistics import to_host_list
 from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
@@ -228,6 +228,8 @@ class ForwardRecorder:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
         reference = weakref.ref(model)
         self._buffers[reference] = ModelBuffers(model)
+        if not takes_hooks(entry_point):
+            return lambda: None
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
         self._entry_points.add(entry_point)
 
@@ -265,7 +267,7 @@ class ForwardRecorder:
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
         seen = (_versions(tensors), _random_state(tensors), self._runner.plan, self._steps.backwards)
-        where = (threading.get_ident(), torch.autograd._get_sequence_nr())
+        where = (threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
         return _Kept(reference, arguments, options, *seen, *where, output_gradients={})
 
     def note_loss(self, loss: Tensor) -> None:
@@ -356,7 +358,8 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
 
 def _sequence_numbers(node: Any) -> list[int]:
     """Those of all operations behind `node`. Autograd numbers operations in the order in which a thread runs them."""
-    seen, waiting = {None}, [node]
+    seen: set[Any] = {None}
+    waiting = [node]
     while waiting:
         if (newest := waiting.pop()) not in seen:
             seen.add(newest)

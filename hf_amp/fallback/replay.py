@@ -20,6 +20,7 @@ from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import in_one_line
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
 from hf_amp.statistics import is_distributed, to_host
 from hf_amp.tree import copy_containers, tensors_in
@@ -57,7 +58,7 @@ def replay(forward: RecordedForward, current: CurrentPrecision, without: Collect
     In the buffers named in `without`, 1 stands for whatever is not finite.
     """
     watch = _Replay(current)
-    names = {module: name for name, module in forward.model.named_modules()}
+    names = {module: name for name, module in forward.model.named_modules() if takes_hooks(module)}
     handles = []
     for module, name in names.items():
         before, after = watch.look_at(name)
