@@ -234,6 +234,8 @@ class EventKind(str, enum.Enum):
     MASTER_WEIGHTS_KEPT = "master_weights_kept"
     ZERO_GRADIENTS = "zero_gradients"
     """An applied step whose gradients are all exactly zero; reported for the first of several in a row."""
+    LOSS_LOST = "loss_lost"
+    """An applied step whose loss was not finite; reported for the first of several in a row."""
     STALLED = "stalled"
     """Nothing can be learned any more."""
     TRAINING_STOPPED = "training_stopped"

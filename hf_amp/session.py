@@ -102,7 +102,9 @@ class AmpSession(EventRecorder):
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
-        self._at_floor = False
+        self._at_floor = self._loss_is_lost = False
+        self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
+        self._zeros_tried_at = 0.0
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
         scaler.discard_forwards = self._fallback.recorder.discard
@@ -212,10 +214,24 @@ class AmpSession(EventRecorder):
                 self._at_floor = False
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
                     self._report_change(change, cause=None)
-                if stalled := self.stall.after_applied(outcome, self.newest_step):
-                    self.record(stalled)
+                self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
+                is_lost = outcome.non_finite_losses > 0 and not outcome.zero_gradients
+                if is_lost and not self._loss_is_lost:
+                    bad = self.non_finite_parameters()
+                    what = _LOSS_LOST + (f" Parameters are not finite, {bad[0]} among them." if bad else "")
+                    cause = Cause.WEIGHTS if bad else Cause.LOSS
+                    self.record(AmpEvent(self.newest_step, EventKind.LOSS_LOST, cause, message=what))
+                self._loss_is_lost = is_lost if outcome.losses else self._loss_is_lost
+                self.record(self.stall.after_applied(outcome, self.newest_step, self._underflows(outcome)))
             else:
                 self._on_skipped(outcome, optimizer)
+
+    def _underflows(self, outcome: StepOutcome) -> bool:
+        """Whether gradients that are all 0 are seen not to be in FP32; tried once a scale."""
+        if not outcome.zero_gradients or self.scaler.no_scaling or outcome.scale == self._zeros_tried_at:
+            return False
+        self._zeros_tried_at = outcome.scale
+        return self._fallback.diagnoser.underflows(outcome.attempt, outcome.scale)
 
     def _on_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         restored = self._fallback.recorder.restore_buffers(outcome.attempt)
@@ -254,7 +270,11 @@ class AmpSession(EventRecorder):
         )
         # A finite loss shows that the scale is to blame, but only where there is one.
         loss_finite = None if self.scaler.no_scaling and outcome.loss_finite else outcome.loss_finite
-        skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, self.scaler.get_scale(), parameters, state)
+        applied, made = self._applied.get(id(optimizer)), ""
+        if applied:
+            made = f"Step {applied} was applied with finite gradients: {type(optimizer).__name__}{_MADE_THEM}"
+        scales = (outcome.scale, self.scaler.get_scale())
+        skip = SkippedStep(outcome.attempt, loss_finite, *scales, parameters, state, made)
         diagnosis = self._fallback.diagnose(skip, self.scaler.ranks_agree)
         elements = sum(p.grad.numel() for _, p in parameters if p.grad is not None)
         fraction = outcome.non_finite_fraction(elements)
@@ -530,6 +550,13 @@ class AmpSession(EventRecorder):
         self.detach()
 
 
+_MADE_THEM = (
+    " has made them (a division by a norm or root of 0, as with eps=0), or whatever has written to them since. "
+)
+_LOSS_LOST = (
+    "the loss was not finite, but every gradient is, and the step was applied: part of the loss reaches no parameter, or what is "
+    "not finite in it was masked. Look at the loss function, and at what is logged of it."
+)
 _SCRIPTED = (
     ": on a CPU its FP16 is not emulated, and nothing in it is replayed or put in FP32. Loss scaling and the finite check work; "
     "for the rest train the nn.Module that it was made from."

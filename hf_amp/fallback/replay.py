@@ -78,9 +78,16 @@ def replay(forward: RecordedForward, current: CurrentPrecision, without: Collect
 
 
 def replay_backward(
-    forward: RecordedForward, current: CurrentPrecision, factor: float, scale: float, in_fp32: bool = False
+    forward: RecordedForward,
+    current: CurrentPrecision,
+    factor: float,
+    scale: float,
+    in_fp32: bool = False,
+    found: Callable[[Tensor], Any] | None = None,
 ) -> list[str] | None:
     """Repeats `forward` and its backward from `factor` times the loss: names of the parameters whose gradients are not finite.
+
+    `found` says of a gradient whether its parameter is named, where it is asked for something else.
 
     Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
     the outputs, if they were kept. None where nothing is known: neither is there, or the repetition failed. Costs one
@@ -102,7 +109,7 @@ def replay_backward(
     if gradients is None:
         return None
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    return [name for name, g in known if non_finite_tensors(g)]
+    return [name for name, g in known if (found or non_finite_tensors)(g)]
 
 
 @contextmanager
