@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -15,10 +16,14 @@ _REASON = "hf_amp notes batches here; with fullgraph=True, compile by torch.comp
 
 
 class PatchLog:
-    """A log of changes to instances, undone in reverse order. Classes and modules are never touched."""
+    """A log of changes to instances, undone in reverse order. Classes and modules are never touched.
+
+    Copies and pickles of a changed instance are made from what it was before.
+    """
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self._changes: list[tuple[Any, str, Any, Any]] = []
 
     def set_attribute(self, instance: Any, name: str, value: Any) -> None:
         """Sets `instance.name`; undoing gives back the former value, or removes the attribute.
@@ -26,10 +31,15 @@ class PatchLog:
         Where somebody else has replaced the attribute in the meantime, theirs is left alone.
         """
         attributes = vars(instance)
+        if "__getstate__" not in attributes and name != "__getstate__":
+            self.set_attribute(instance, "__getstate__", functools.partial(self._unchanged_state, instance))
         former = attributes.get(name, _ABSENT)
         setattr(instance, name, value)
+        change = (instance, name, former, value)
+        self._changes.append(change)
 
         def undo() -> None:
+            self._changes.remove(change)
             if attributes.get(name, _ABSENT) is not value:
                 return
             if former is _ABSENT:
@@ -39,6 +49,14 @@ class PatchLog:
 
         self._undo.append(undo)
 
+    def _unchanged_state(self, instance: Any) -> dict[str, Any]:
+        """What `copy` and `pickle` ask `instance` for: its attributes as they were before the changes."""
+        state = dict(getattr(type(instance), "__getstate__", vars)(instance))
+        for changed, name, former, value in reversed(self._changes):
+            if changed is instance and state.get(name) is value:
+                state[name] = former
+        return {name: value for name, value in state.items() if value is not _ABSENT}
+
     def on_undo(self, undo: Callable[[], None]) -> None:
         """Registers what takes back a change that the caller has made, such as a hook handle's `remove`."""
         self._undo.append(undo)
@@ -47,6 +65,24 @@ class PatchLog:
         """Takes everything back, newest first. Harmless when called again."""
         while self._undo:
             self._undo.pop()()
+
+
+class UnpickledHook:
+    """A hook on a module that is none in a pickle, as a function of the standard library: no hf_amp is needed to load it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def unpickled(hook: R) -> R:
+    """The same for a method whose object is pickled as a `nullcontext`: pickles ask that for a method of the same name."""
+    cast(Any, hook).__name__ = "__exit__"
+    return hook
+
+
+def takes_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks can be put on `module`: not on TorchScript's, which refuses them, and runs its code past Python."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def compile_disabled(hook: Callable[P, R]) -> Callable[P, R]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
+from hf_amp.errors import AttachError
 from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, join_names
 from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
@@ -29,10 +30,10 @@ from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.sinks.console import Console
 from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
-from hf_amp.patch_log import PatchLog
+from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
 from hf_amp.scaling.master_weights import convert_parameters
-from hf_amp.scaling.optimizer_step import RefuseScaledStep
+from hf_amp.scaling.optimizer_step import install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
@@ -102,11 +103,14 @@ class AmpSession(EventRecorder):
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
-        self._at_floor = False
         self._fallback.recorder.on_error = self._explain_error
+        self._at_floor = self._loss_is_lost = False
+        self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
+        self._zeros_tried_at = 0.0
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
         scaler.discard_forwards = self._fallback.recorder.discard
+        scaler.note_loss = self._fallback.recorder.note_loss
         scaler.not_sampled = lambda: self._fallback.runner.fp32_parameters
         scaler.stateful.update(
             monitor=self.monitor, stall=self.stall, fallback=self._fallback, throughput=self.throughput
@@ -151,8 +155,7 @@ class AmpSession(EventRecorder):
             )
             session.patches.on_undo(context.install(inner, everywhere=session.emulates or is_upcast))
             session.register_optimizer(model, optimizer)
-            hook = optimizer.register_step_pre_hook(RefuseScaledStep(session.scaler.is_waiting))
-            session.patches.on_undo(hook.remove)
+            session.patches.on_undo(install_refusal(optimizer, session.scaler.is_waiting))
         session.note(EventKind.ATTACHED, f"hf_amp is attached: {session.describe()}.")
         return session
 
@@ -213,10 +216,24 @@ class AmpSession(EventRecorder):
                 self._at_floor = False
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
                     self._report_change(change, cause=None)
-                if stalled := self.stall.after_applied(outcome, self.newest_step):
-                    self.record(stalled)
+                self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
+                is_lost = outcome.non_finite_losses > 0 and not outcome.zero_gradients
+                if is_lost and not self._loss_is_lost:
+                    bad = self.non_finite_parameters()
+                    what = _LOSS_LOST + (f" Parameters are not finite, {bad[0]} among them." if bad else "")
+                    cause = Cause.WEIGHTS if bad else Cause.LOSS
+                    self.record(AmpEvent(self.newest_step, EventKind.LOSS_LOST, cause, message=what))
+                self._loss_is_lost = is_lost if outcome.losses else self._loss_is_lost
+                self.record(self.stall.after_applied(outcome, self.newest_step, self._underflows(outcome)))
             else:
                 self._on_skipped(outcome, optimizer)
+
+    def _underflows(self, outcome: StepOutcome) -> bool:
+        """Whether gradients that are all 0 are seen not to be in FP32; tried once a scale."""
+        if not outcome.zero_gradients or self.scaler.no_scaling or outcome.scale == self._zeros_tried_at:
+            return False
+        self._zeros_tried_at = outcome.scale
+        return self._fallback.diagnoser.underflows(outcome.attempt, outcome.scale)
 
     def _on_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         restored = self._fallback.recorder.restore_buffers(outcome.attempt)
@@ -255,7 +272,11 @@ class AmpSession(EventRecorder):
         )
         # A finite loss shows that the scale is to blame, but only where there is one.
         loss_finite = None if self.scaler.no_scaling and outcome.loss_finite else outcome.loss_finite
-        skip = SkippedStep(outcome.attempt, loss_finite, outcome.scale, self.scaler.get_scale(), parameters, state)
+        applied, made = self._applied.get(id(optimizer)), ""
+        if applied:
+            made = f"Step {applied} was applied with finite gradients: {type(optimizer).__name__}{_MADE_THEM}"
+        scales = (outcome.scale, self.scaler.get_scale())
+        skip = SkippedStep(outcome.attempt, loss_finite, *scales, parameters, state, made)
         diagnosis = self._fallback.diagnose(skip, self.scaler.ranks_agree)
         elements = sum(p.grad.numel() for _, p in parameters if p.grad is not None)
         fraction = outcome.non_finite_fraction(elements)
@@ -317,10 +338,21 @@ class AmpSession(EventRecorder):
         self._fallback.runner.register_model(model, is_trained)
         called = model if entry_point is None else entry_point
         self.patches.on_undo(self._fallback.recorder.watch(called, model))
+        if scripted := [name or "the model" for name, module in model.named_modules() if not takes_hooks(module)]:
+            self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
+        if isinstance(called, nn.parallel.DistributedDataParallel):
+            self.patches.set_attribute(called, "join_hook", self._refuse_join)
         if getattr(getattr(called, "dynamo_ctx", None), "fullgraph", False):
             self._fallback.runner.fullgraph.add(called)
         if is_trained:
             self._note_trained(model)
+
+    def _refuse_join(self, **options: Any) -> None:
+        raise AttachError(
+            "torch's Join lets ranks run out of batches one by one, and hf_amp's ranks agree on every step: the others would wait "
+            "for ever. Give all ranks the same number of batches (drop_last, or accelerate's even_batches=True), or detach "
+            "hf_amp."
+        )
 
     def detach_previous_session(self, model: nn.Module) -> None:
         """Detaches the session that has trained `model` so far: its plan would be in force under the one of this session."""
@@ -546,6 +578,17 @@ class AmpSession(EventRecorder):
         self.detach()
 
 
+_MADE_THEM = (
+    " has made them (a division by a norm or root of 0, as with eps=0), or whatever has written to them since. "
+)
+_LOSS_LOST = (
+    "the loss was not finite, but every gradient is, and the step was applied: part of the loss reaches no parameter, or what is "
+    "not finite in it was masked. Look at the loss function, and at what is logged of it."
+)
+_SCRIPTED = (
+    ": on a CPU its FP16 is not emulated, and nothing in it is replayed or put in FP32. Loss scaling and the finite check work; "
+    "for the rest train the nn.Module that it was made from."
+)
 _WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
 
 

@@ -471,6 +471,7 @@ class FallbackController:
     def remove(self) -> None:
         """Takes every context back and lets go of the batches."""
         self.runner.remove()
+        self.runner.current.is_over = True
         self.recorder.forget()
 
     def state_dict(self) -> dict[str, Any]:

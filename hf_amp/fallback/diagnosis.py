@@ -67,6 +67,7 @@ def non_finite_source(
     parameters: Iterable[tuple[str, Tensor]],
     forwards: Sequence[RecordedForward],
     optimizer_state: Iterable[tuple[str, Tensor]] = (),
+    applied_before: str = "",
 ) -> Diagnosis | None:
     """What was not finite before a step whose gradients were not: the parameters, or the batch. None where neither.
 
@@ -78,6 +79,7 @@ def non_finite_source(
         forwards: the forward passes behind the gradients.
         optimizer_state: (name, tensor) of its state, which is looked at only where the parameters are not finite: a
             state that was made non-finite, as by a damaged checkpoint, gets into them with the next step.
+        applied_before: a sentence on the newest step that moved the parameters; "" where there was none.
     """
     non_finite = non_finite_names(parameters)
     if non_finite:
@@ -86,7 +88,7 @@ def non_finite_source(
         return Diagnosis(
             Cause.WEIGHTS,
             f"{len(non_finite)} parameters already hold non-finite values, {non_finite[0]} among them{also}; no step can "
-            "correct that. Go back to the last good checkpoint.",
+            f"correct that. {applied_before}Go back to the last good checkpoint.",
         )
     for index, forward in enumerate(forwards):
         bad = _bad_input(forward) if forward.is_intact else None
@@ -305,6 +307,7 @@ class SkippedStep(NamedTuple):
         next_scale: what the policy has made of it.
         parameters: (qualified name, parameter) of what the optimizer holds.
         optimizer_state: (name, tensor) of its state; looked at only where parameters are not finite.
+        applied_before: as in `non_finite_source`.
     """
 
     step: int
@@ -313,6 +316,7 @@ class SkippedStep(NamedTuple):
     next_scale: float
     parameters: Sequence[tuple[str, Tensor]]
     optimizer_state: Iterable[tuple[str, Tensor]] = ()
+    applied_before: str = ""
 
     def bad_gradients(self) -> list[str]:
         """Names of the parameters whose gradients hold inf or NaN. One GPU-CPU sync."""
@@ -375,6 +379,15 @@ class Diagnoser:
         self._non_finite_since = (step, step, found.cause) if spoils_outputs else None
         return found
 
+    def underflows(self, step: int, scale: float) -> bool:
+        """Whether the gradients of `step`, which were all 0, are not in FP32: costs a step without its optimizer."""
+        forwards = self._recorder.forwards_of(step) if self.repeats_forwards else []
+        repeated = (
+            replay_backward(forward, self._runner.current, 1.0, scale, in_fp32=True, found=Tensor.any)
+            for forward in forwards
+        )
+        return any(each is not None and each.parameters for each in repeated)
+
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         try:
             self._recorder.is_paused = True
@@ -400,7 +413,15 @@ class Diagnoser:
 
     def _found(self, skip: SkippedStep, scale_skips: int) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
-        source = non_finite_source(skip.parameters, forwards, skip.optimizer_state)
+        used = self._recorder.forwards_of(skip.step, left_out=False)
+        if len(used) < len(forwards):
+            found = self._found_in(used, skip, scale_skips)
+            if found.confirmed or skip.loss_finite:
+                return found
+        return self._found_in(forwards, skip, scale_skips)
+
+    def _found_in(self, forwards: Sequence[RecordedForward], skip: SkippedStep, scale_skips: int) -> Diagnosis:
+        source = non_finite_source(skip.parameters, forwards, skip.optimizer_state, skip.applied_before)
         if source is not None and source.confirmed:
             return source
         forwards = forwards if self.repeats_forwards else []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import compile_disabled
+from hf_amp.patch_log import compile_disabled, takes_hooks, unpickled
 from hf_amp.precision import FP32_FORMAT, HALF_DTYPES, PrecisionMode, upcast
 from hf_amp.tree import map_tensors, replace_tensors
 
@@ -36,6 +37,7 @@ class ForwardContext:
     def __init__(self, make_context: Callable[[], AbstractContextManager[Any]]) -> None:
         self._make_context = make_context
         self._of_thread = threading.local()  # DataParallel calls replicas from several threads
+        self._is_copy = False
 
     def install(self, model: nn.Module, everywhere: bool = True) -> Callable[[], None]:
         """Puts `model` inside the context from now on; returns what undoes it.
@@ -45,7 +47,7 @@ class ForwardContext:
                 enters autocast again by itself.
         """
         modules = model.modules() if everywhere else [model]
-        return _removal([handle for module in modules for handle in self._hook(module)])
+        return _removal([handle for module in modules if takes_hooks(module) for handle in self._hook(module)])
 
     def _hook(self, module: nn.Module) -> list[Any]:
         return [
@@ -53,16 +55,20 @@ class ForwardContext:
             module.register_forward_hook(self._leave, always_call=True),
         ]
 
+    @unpickled
     def _enter(self, module: nn.Module, arguments: Any) -> None:
         if self._all_of_thread.__dict__.get("is_suspended"):
             return
         running = self._running()
         if not running:
+            if self._is_copy and self._entered():
+                return
             self._of_thread.context = self._make_context()
             self._of_thread.context.__enter__()
             self._entered().append(self)
         running.append(module)
 
+    @unpickled
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
         running = self._running()
         if not running or running[-1] is not module:
@@ -108,9 +114,15 @@ class ForwardContext:
         running: list[nn.Module] = self._of_thread.__dict__.setdefault("running", [])
         return running
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardContext:
+        """A copied model runs inside a context of its own, unless it is in a session by itself, which enters its own before."""
+        twin = type(self)(copy.deepcopy(self._make_context, memo))
+        twin._is_copy = type(self) is ForwardContext
+        return twin
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled model runs inside a context of its own."""
-        return type(self), (self._make_context,)
+        """A pickled model runs inside of none."""
+        return nullcontext, ()
 
 
 class InnerForwardContext(ForwardContext):
@@ -128,6 +140,7 @@ class InnerForwardContext(ForwardContext):
         ]
 
     @compile_disabled
+    @unpickled
     def _enter_with_float32(
         self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[Any, ...]:
@@ -136,6 +149,7 @@ class InnerForwardContext(ForwardContext):
         return upcast_in_place(arguments), upcast_in_place(options)
 
     @compile_disabled
+    @unpickled
     def _leave_eagerly(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._leave(module, arguments, output)
 
@@ -150,6 +164,7 @@ class ContextOutside(ForwardContext):
         super().__init__(current)
         self._current = current
 
+    @unpickled
     def _enter(self, module: nn.Module, arguments: Any) -> None:
         if self._running() or not self._current.is_entered():
             super()._enter(module, arguments)
@@ -203,14 +218,15 @@ def _float32_kernels(device_type: str) -> Iterator[None]:
 
 
 class CurrentPrecision:
-    """Gives the context of the plan's default, whatever that is by then. Copies of a model share it."""
+    """Gives the context of the plan's default, whatever that is by then; none when the run is over. Copies of a model share it."""
 
     def __init__(self, entry: PrecisionEntry, mode: PrecisionMode) -> None:
         self.entry = entry
         self.mode = mode
+        self.is_over = False
 
     def __call__(self) -> AbstractContextManager[Any]:
-        return self.entry.context(self.mode)
+        return nullcontext() if self.is_over else self.entry.context(self.mode)
 
     def is_entered(self) -> bool:
         """Whether this thread is inside of such a context."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
+from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import PrecisionMode
 from hf_amp.statistics import to_host
 from hf_amp.tree import map_tensors, tensors_in
@@ -66,6 +67,8 @@ class OperatorTrace(TorchFunctionMode):
         """Entered in every module of `model` anew, as the innermost mode: contexts of the plan are entered there too."""
         handles = []
         for name, module in model.named_modules():
+            if not takes_hooks(module):
+                continue
             handles.append(module.register_forward_pre_hook(functools.partial(self._enter_module, name)))
             if name:  # the model's own may be what torch goes through now, while it handles what forward has raised
                 handles.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))

@@ -4,6 +4,7 @@ buffers were before it, so that they can be put back."""
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 import weakref
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_amp.device import RandomState, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import compile_disabled
+from hf_amp.patch_log import UnpickledHook, compile_disabled, takes_hooks
 from hf_amp.statistics import to_host_list
 from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
@@ -156,6 +157,7 @@ class _Kept(NamedTuple):
     plan: PrecisionPlan
     backwards: int
     thread: int
+    sequence_number: int
     output_gradients: dict[str, Tensor]
 
 
@@ -168,12 +170,35 @@ class _OfStep:
         has_let_go: whether there were more of them than are kept.
         evaluations: calls of models that only evaluate, without gradients.
         buffers: what they were before it, by model.
+        may_leave_out: whether a call followed another without a backward in between: a loss may be made from both, or not.
+        graphs: from then on, number of a backward and where its graph begins; let go of when the next step begins.
     """
 
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
     has_let_go: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
     buffers: dict[weakref.ref[nn.Module], _Copies] = field(default_factory=dict)
+    may_leave_out: bool = False
+    graphs: deque[tuple[int, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
+
+    def used(self, backwards: int) -> list[_Kept]:
+        """`calls` but those that no loss of the `backwards` begun so far was made from: the loop has left theirs out.
+
+        Of such a call and what follows it until the next, no operation is in a graph. All calls of a model, where that is so
+        of each: what it made may have been given to another, detached.
+        """
+        calls = list(self.calls)
+        numbers = {number: _sequence_numbers(node) for number, node in self.graphs}
+        ends = [*(call.sequence_number for call in calls[1:]), math.inf]
+
+        def is_used(call: _Kept, end: float) -> bool:
+            since = range(call.backwards + 1, backwards + 1)
+            known = call.thread == threading.get_ident() and all(number in numbers for number in since)
+            return not known or any(call.sequence_number <= n < end for number in since for n in numbers[number])
+
+        used = [is_used(call, end) for call, end in zip(calls, ends, strict=True)]
+        models = {call.model for call, its in zip(calls, used, strict=True) if its}
+        return [call for call, its in zip(calls, used, strict=True) if its or call.model not in models]
 
 
 class CountsSteps(Protocol):
@@ -212,6 +237,8 @@ class ForwardRecorder:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
         reference = weakref.ref(model)
         self._buffers[reference] = ModelBuffers(model)
+        if not takes_hooks(entry_point):
+            return lambda: None
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
         on_error = entry_point.register_forward_hook(_Note(self._note_error, reference), always_call=True)
         self._entry_points.add(entry_point)
@@ -232,6 +259,7 @@ class ForwardRecorder:
         if torch.is_grad_enabled():
             now = self._now()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
+            now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
             now.calls.append(self._kept(reference, arguments, options))
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
@@ -250,6 +278,8 @@ class ForwardRecorder:
         step = self._steps.decided_steps + 1
         if step not in self._by_step:
             kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
+            for its in kept.values():
+                its.graphs.clear()
             self._by_step = {**kept, step: _OfStep()}
         return self._by_step[step]
 
@@ -258,7 +288,14 @@ class ForwardRecorder:
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
         seen = (_versions(tensors), _random_state(tensors), self._runner.plan, self._steps.backwards)
-        return _Kept(reference, arguments, options, *seen, threading.get_ident(), output_gradients={})
+        where = (threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
+        return _Kept(reference, arguments, options, *seen, *where, output_gradients={})
+
+    def note_loss(self, loss: Tensor) -> None:
+        """`loss` goes into backward: where it does not say by itself which calls it was made from, its graph will."""
+        now = self._by_step.get(self._steps.decided_steps + 1)
+        if now is not None and now.may_leave_out:
+            now.graphs.append((self._steps.backwards, loss.grad_fn))
 
     def keep_output_gradients(self, keep: bool) -> None:
         """Whether what the loss gives to outputs is kept from now on, so that backward can be repeated from there.
@@ -276,12 +313,13 @@ class ForwardRecorder:
             if x.requires_grad:
                 cast(Any, x).register_hook(functools.partial(calls[-1].output_gradients.__setitem__, path))
 
-    def forwards_of(self, step: int) -> list[RecordedForward]:
-        """The forward passes behind optimizer step `step`, oldest first.
+    def forwards_of(self, step: int, left_out: bool = True) -> list[RecordedForward]:
+        """The forward passes behind optimizer step `step`, oldest first. `left_out`: those too that no loss was made from.
 
         Where a step had none of its own, as the second of two optimizers, those of the step before.
         """
-        return _repeatable(next((its.calls for its in self._back_from(step) if its.calls), ()))
+        its = next((its for its in self._back_from(step) if its.calls), _OfStep())
+        return _repeatable(its.calls if left_out else its.used(self._steps.backwards))
 
     def has_let_go(self, step: int) -> bool:
         """Whether there were more forward passes behind optimizer step `step` than are kept."""
@@ -313,6 +351,7 @@ class ForwardRecorder:
         now = self._now()
         kept = [call for call in now.calls if call.backwards == self._steps.backwards]
         now.calls = deque(kept, KEPT_FORWARDS) if kept else now.calls
+        now.graphs.clear()
         return bool(kept)
 
     def forget(self) -> None:
@@ -338,6 +377,17 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
     ]
 
 
+def _sequence_numbers(node: Any) -> list[int]:
+    """Those of all operations behind `node`. Autograd numbers operations in the order in which a thread runs them."""
+    seen: set[Any] = {None}
+    waiting = [node]
+    while waiting:
+        if (newest := waiting.pop()) not in seen:
+            seen.add(newest)
+            waiting += [behind for behind, _ in newest.next_functions]
+    return [each._sequence_nr() for each in seen - {None}]
+
+
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
     """How often each tensor has been written into. Source: `torch.Tensor._version`, which autograd checks as well."""
     return tuple(0 if x.is_inference() else x._version for x in tensors)
@@ -351,8 +401,8 @@ def _random_state(batch: list[Tensor]) -> RandomState | None:
     return RandomState.now(devices)
 
 
-class _Note:
-    """The hook that notes the calls of one model. Copies of the model, such as an EMA, carry one that notes nothing."""
+class _Note(UnpickledHook):
+    """The hook that notes the calls of one model, not those of its copies, such as an EMA."""
 
     def __init__(self, note: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
         self._note = note
@@ -361,14 +411,3 @@ class _Note:
     @compile_disabled
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._note(self._model, arguments, options)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _note_nothing, ()
-
-
-def _note_nothing() -> Callable[..., None]:
-    return _silent
-
-
-def _silent(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """What a copied model calls in place of the recorder."""

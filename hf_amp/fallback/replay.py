@@ -22,6 +22,7 @@ from hf_amp.errors import in_one_line
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.fallback.operators import BadOperator, OperatorTrace
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
+from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
 from hf_amp.statistics import is_distributed, to_host
 from hf_amp.tree import copy_containers, tensors_in
@@ -85,7 +86,7 @@ def _replay_modules(
 ) -> ReplayFindings:
     watch = _Replay(current)
     handles = []
-    for name, module in list(forward.model.named_modules())[1:]:
+    for name, module in [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]:
         before, after = watch.look_at(name)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
@@ -126,8 +127,11 @@ def replay_backward(
     scale: float,
     in_fp32: bool = False,
     by_operator: bool = False,
+    found: Callable[[Tensor], Any] | None = None,
 ) -> BackwardFindings | None:
     """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite.
+
+    `found` says of a gradient whether its parameter is named, where it is asked for something else.
 
     Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
     the outputs, if they were kept. None where nothing is known: neither is there, or the repetition failed. Costs one
@@ -151,7 +155,8 @@ def replay_backward(
     if gradients is None:
         return None
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    return BackwardFindings([name for name, g in known if non_finite_tensors(g)], trace.in_backward if trace else None)
+    parameters = [name for name, g in known if (found or non_finite_tensors)(g)]
+    return BackwardFindings(parameters, trace.in_backward if trace else None)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def forget_skip(optimizer: AcceleratedOptimizer, was_skipped: bool = False) -> N
 
 def replace_scaler(optimizer: AcceleratedOptimizer, scaler: torch.amp.GradScaler | None) -> None:
     """Gives a prepared optimizer another scaler, by the way that it is unpickled, which sets up what it needs for it."""
-    optimizer.__setstate__({**optimizer.__getstate__(), "scaler": scaler})
+    optimizer.__setstate__({**AcceleratedOptimizer.__getstate__(optimizer), "scaler": scaler})
     if scaler is None:
         for name in ("_accelerate_step_called", "_optimizer_original_step_method", "_optimizer_patched_step_method"):
             vars(optimizer).pop(name, None)

@@ -41,10 +41,10 @@ from hf_amp.integrations._compat import (
 )
 from hf_amp.integrations.checkpoint import loading_from_any_precision, saving_whole
 from hf_amp.integrations.trackers import logging_with_metrics
-from hf_amp.patch_log import PatchLog
+from hf_amp.patch_log import PatchLog, UnpickledHook, takes_hooks
 from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.master_weights import convert_parameters, upcast_state
-from hf_amp.scaling.optimizer_step import RefuseScaledStep, has_closure
+from hf_amp.scaling.optimizer_step import RefuseScaledStep, has_closure, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 
@@ -292,8 +292,17 @@ class AttachedAccelerator:
                 "join_uneven_inputs without even_batches: hf_amp's ranks agree on every step, so that all of them need "
                 "the same number of batches; use even_batches=True (accelerate's default), or detach hf_amp."
             )
-        context: AbstractContextManager[None] = self._stock["join_uneven_inputs"](joinables, even_batches)
-        return context
+        return self._join_evenly(joinables, even_batches)
+
+    @contextmanager
+    def _join_evenly(self, joinables: Any, even_batches: bool | None) -> Iterator[None]:
+        """accelerate enters torch's Join, switched off, which asks the models for their hooks all the same."""
+        allowed = PatchLog()
+        for each in joinables:
+            allowed.set_attribute(each, "join_hook", functools.partial(type(each).join_hook, each))
+        with self._stock["join_uneven_inputs"](joinables, even_batches):
+            allowed.undo()
+            yield
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -359,8 +368,8 @@ class AttachedAccelerator:
             session.follow_default(_changer_of_forward(weakref.ref(model), session))
             return
         session.patches.on_undo(self._context.install(model))
-        if not session.config.emulate or self._masters is not None:
-            session.patches.on_undo(model.register_forward_hook(_outputs_to_fp32).remove)
+        if takes_hooks(model) and (not session.config.emulate or self._masters is not None):
+            session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:
         session = self._session
@@ -426,9 +435,14 @@ def _changer_of_forward(reference: weakref.ref[nn.Module], session: AmpSession) 
     return change
 
 
-def _outputs_to_fp32(module: nn.Module, arguments: Any, output: Any) -> Any:
+class _OutputsToFloat32(UnpickledHook):
     """As accelerate does on other devices."""
-    return convert_outputs_to_fp32(lambda: output)()
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        return convert_outputs_to_fp32(lambda: output)()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OutputsToFloat32:
+        return self
 
 
 class PreparedOptimizers:
@@ -446,7 +460,6 @@ class PreparedOptimizers:
         self.registered: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
         self._scaler = session.scaler
         self._former_scaler = accelerator.scaler
-        self._refuse_scaled_step = RefuseScaledStep(session.scaler.is_waiting)
         self._on_undo = session.patches.on_undo
         self._steps: weakref.WeakKeyDictionary[AcceleratedOptimizer, _Steps] = weakref.WeakKeyDictionary()
         session.patches.on_undo(self._give_back)
@@ -475,17 +488,29 @@ class PreparedOptimizers:
         self.registered.add(optimizer)
         self._scaler.watch(optimizer.optimizer)
         if not self._scaler.no_scaling:
-            handle = optimizer.optimizer.register_step_pre_hook(self._refuse_scaled_step)
-            self._on_undo(handle.remove)
+            self._on_undo(install_refusal(optimizer.optimizer, self._scaler.is_waiting))
         if optimizer.scaler is not self._scaler:
             replace_scaler(optimizer, self._scaler)
         former = vars(optimizer).get("step")
         ours = _step_reporting_skips(former)
         optimizer.step = MethodType(ours, optimizer)
         self._steps[optimizer] = _Steps(former, ours)
+        vars(optimizer)["__getstate__"] = functools.partial(self._state_without_session, weakref.ref(optimizer))
+
+    def _state_without_session(self, reference: weakref.ref[AcceleratedOptimizer]) -> dict[str, Any]:
+        """What copies and pickles of a prepared optimizer are made from."""
+        optimizer = cast(AcceleratedOptimizer, reference())
+        state = {**AcceleratedOptimizer.__getstate__(optimizer), "scaler": self._former_scaler}
+        del state["__getstate__"]
+        former, ours = self._steps[optimizer]
+        if getattr(state["step"], "__func__", None) is ours:  # a learning-rate scheduler may have wrapped it since
+            del state["step"]
+            state |= {} if former is None else {"step": former}
+        return state
 
     def _give_back(self) -> None:
         for optimizer in self.registered:
+            del vars(optimizer)["__getstate__"]
             replace_scaler(optimizer, self._former_scaler)
             forget_skip(optimizer)
             former, ours = self._steps[optimizer]

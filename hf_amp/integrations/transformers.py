@@ -69,10 +69,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self._trainer: Trainer | None = None
         self._accelerator: Accelerator | None = None
         self._sink: JsonLinesSink | None = None
+        self._is_copied = False
         if trainer is not None:
             trainer.add_callback(self)
             self._attach_to(trainer)
             self._save_valid_json(trainer.state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied Trainer has a copy of its callback, which makes a session of its own when that Trainer trains."""
+        self._is_copied = True
+        return {**vars(self), "session": None, "_trainer": None, "_accelerator": None, "_sink": None}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._attach_to(calling_trainer(self))
@@ -209,6 +215,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self._leave_run(self.session)
         elif getattr(trainer, _CALLBACK, None) is not None:
             raise AttachError("this Trainer has two MixedPrecisionCallbacks: leave one of them out.")
+        if self._is_copied and (other := session_of(accelerator)):
+            other.detach()  # deep copies of a Trainer have one Accelerator, and train in turn
         self.session = session = attach(accelerator, self.config)
         self._trainer, self._accelerator = trainer, accelerator
         session.patches.set_attribute(trainer, _CALLBACK, self)

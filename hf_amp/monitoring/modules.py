@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.monitoring.metrics import BY_MODULE
-from hf_amp.patch_log import compile_disabled
+from hf_amp.patch_log import compile_disabled, takes_hooks
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.statistics import amax, amax_of_each, elements_of, to_device, underflow_of_each
 
@@ -52,7 +52,7 @@ class ModuleMonitor:
         self.remove_hooks()
         for model in self._models:
             for name, module in model.named_modules():
-                if not any(True for _ in module.children()):
+                if takes_hooks(module) and not any(True for _ in module.children()):
                     self._handles.append(module.register_forward_hook(self._hook(name)))
 
     def remove_hooks(self) -> None:

@@ -26,6 +26,7 @@ class StallDetector:
     zero_steps: int = 0
     empty_steps: int = 0
     stalled: bool = False
+    underflows: bool = False
 
     def after_skipped(self, cause: Cause, step: int) -> AmpEvent | None:
         """One skipped step; what it shows of the run, where that is new."""
@@ -39,10 +40,13 @@ class StallDetector:
             step, main, f"all of the last {self.patience} steps were skipped, most for {main.value}"
         )
 
-    def after_applied(self, outcome: StepOutcome, step: int) -> AmpEvent | None:
+    def after_applied(self, outcome: StepOutcome, step: int, underflows: bool = False) -> AmpEvent | None:
         """One applied step; what it shows of the run, where that is new.
 
         One step without any gradient is nothing to report: it may be another optimizer's turn.
+
+        Args:
+            underflows: whether its gradients, which are all 0, were seen not to be in FP32.
         """
         if not outcome.has_gradients:
             self.empty_steps += 1
@@ -53,22 +57,20 @@ class StallDetector:
             self.skipped_by_cause.clear()
             self.zero_steps, self.empty_steps, self.stalled = 0, 0, False
             return None
+        self.underflows = underflows or (self.underflows and self.zero_steps > 0)
         self.zero_steps += 1
-        flushed = outcome.loss_finite is not False and outcome.scale < 1
+        flushed = self.underflows or (outcome.loss_finite is not False and outcome.scale < 1)
         cause = Cause.SCALE if flushed else Cause.LOSS
         if self._patience_is_over():
-            return self.mark_stalled(step, cause, f"for {self.zero_steps} steps every gradient was exactly zero")
+            reason = f"for {self.zero_steps} steps every gradient was exactly zero"
+            return self.mark_stalled(step, cause, reason, _UNDERFLOW if flushed else None)
         if self.zero_steps > 1:
             return None
         seen = _LABELS[outcome.loss_finite]
         if flushed:
-            seen = f"the scale of {outcome.scale:g} leaves nothing of them in FP16"
-        return AmpEvent(
-            step,
-            EventKind.ZERO_GRADIENTS,
-            cause,
-            message=f"every gradient is exactly zero, and nothing was learned from this step: {seen}.",
-        )
+            seen = f"the scale of {outcome.scale:g} leaves nothing of them in FP16. {_UNDERFLOW}"
+        message = f"every gradient is exactly zero, and nothing was learned from this step: {seen.rstrip('.')}."
+        return AmpEvent(step, EventKind.ZERO_GRADIENTS, cause, message=message)
 
     def _patience_is_over(self) -> bool:
         return sum(self.skipped_by_cause.values()) + self.zero_steps + self.empty_steps >= self.patience
@@ -100,6 +102,7 @@ class StallDetector:
         )
 
 
+_UNDERFLOW = "Raise init_scale, or take scaling_strategy ADAPTIVE, which does so by itself; or make the loss larger, or train in BF16."
 _MAYBE_LABELS = (
     "where the loss is 0.0 too, every label of the batch is ignored (-100): look at what the collator makes of them; "
     "where rewards are learned from, all of a group may be equal; otherwise look for frozen parameters"

@@ -22,6 +22,8 @@ DROP_BITS = 8.0
 """What the scale falls by on an overflow: half of what FP16 has between 1 and its limit."""
 STEP_BITS = 2.0
 """How far the scale rises in one step, and how far it stays below one that has overflowed."""
+UNSEEN_BITS = 24.0
+"""How far it rises while all gradients are 0: three overflows take that back, if it was for nothing."""
 MEMORY = 0.99
 """Weight of the past in the running moments. Source: OpenSeq2Seq, `LogMaxScaler` (beta 0.99)."""
 SMOOTHING = 0.2
@@ -71,7 +73,8 @@ class AdaptiveScale:
     what it teaches (activation gradients overflow first) is forgotten with the peak, and probing costs no more than
     the budget. The scale falls by `DROP_BITS` and climbs back, `STEP_BITS` a step. Where a clean step has x +
     log2(scale) above FP16's limit, the largest gradients are not held in FP16 (embeddings), and that is the limit
-    until the next overflow. A non-finite loss changes nothing: no scale cures it.
+    until the next overflow. A non-finite loss changes nothing: no scale cures it. Until a gradient other than 0 was seen, all may
+    have underflowed: the scale rises.
     """
 
     init_scale: float
@@ -107,6 +110,11 @@ class AdaptiveScale:
         clean = ~overflow & (observation.grad_amax > 0)
         otherwise = torch.where(at_fault, torch.stack(self._after_overflow(state)), torch.stack(state))
         after_clean = torch.stack(self._after_clean(state, observation))
+        begins = (state.rate == 1) & (observation.grad_amax == 0) & (observation.loss_non_finite == 0) & ~overflow
+        higher = torch.minimum(state.scale.log2() + STEP_BITS, state.limit - state.peak)
+        higher = higher.clamp(max=math.log2(self.init_scale) + UNSEEN_BITS)
+        grown = torch.stack(state._replace(scale=torch.maximum(state.scale, self._scale(higher.floor()))))
+        otherwise = torch.where(begins, grown, otherwise)
         return AdaptiveState(*torch.where(clean, after_clean, otherwise).unbind())
 
     def _after_clean(self, state: AdaptiveState, observation: Observation) -> AdaptiveState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -165,15 +166,39 @@ def _readable(record: GradientStep, figure: Tensor) -> Tensor:
 
 
 class RefuseScaledStep:
-    """A hook before an optimizer's step: it is an error to step it past the scaler, while its gradients are scaled."""
+    """A hook before the step of an optimizer, or of one inside of it: an error past the scaler, while gradients are scaled."""
 
-    def __init__(self, is_waiting: Callable[[torch.optim.Optimizer], bool]) -> None:
-        self._is_waiting = is_waiting
+    def __init__(self, is_waiting: Callable[[torch.optim.Optimizer], bool], outer: torch.optim.Optimizer) -> None:
+        self._is_waiting, self._outer = is_waiting, weakref.ref(outer)
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._is_waiting(optimizer):
-            raise ScalerError(
-                f"{type(optimizer).__name__}.step() was called on the optimizer itself, whose gradients are still multiplied by "
-                "the loss scale: step what accelerator.prepare(optimizer) has returned, in a loop without accelerate call "
-                "session.scaler.step(optimizer), or call session.detach() first."
+        outer = self._outer()
+        if outer is None or not self._is_waiting(outer):
+            return
+        whose = "the optimizer itself" if optimizer is outer else f"its own by {type(outer).__name__}"
+        raise ScalerError(
+            f"{type(optimizer).__name__}.step() was called on {whose}, and the gradients are still multiplied by the loss "
+            "scale: step what accelerator.prepare(optimizer) has returned, in a loop without accelerate call "
+            "session.scaler.step(optimizer), or call session.detach() first. An optimizer that steps in parts (SAM's first_step "
+            "and second_step) needs BF16 or FP32, where nothing is scaled."
+        )
+
+
+def install_refusal(
+    optimizer: torch.optim.Optimizer, is_waiting: Callable[[torch.optim.Optimizer], bool]
+) -> Callable[[], None]:
+    """Puts such a hook on `optimizer` and on those that it holds, as SAM and Lookahead do; returns what undoes it."""
+    hook, held = RefuseScaledStep(is_waiting, optimizer), [optimizer]
+    for each in held:
+        for value in _attributes_of(each).values():
+            items = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
             )
+            held += [x for x in items if isinstance(x, torch.optim.Optimizer) and not any(x is known for known in held)]
+    handles = [each.register_step_pre_hook(hook) for each in held if hasattr(each, "_optimizer_step_pre_hooks")]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove

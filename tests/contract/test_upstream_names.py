@@ -233,3 +233,11 @@ def test_accelerated_optimizers_are_recognised_without_accelerate() -> None:
     """They have `step_was_skipped`, and PyTorch's own have not."""
     assert hasattr(AcceleratedOptimizer, "step_was_skipped")
     assert not hasattr(torch.optim.Optimizer, "step_was_skipped")
+
+
+def test_torch_numbers_operations_in_order() -> None:
+    """`torch.autograd._get_sequence_nr()` and `grad_fn._sequence_nr()` count a thread's operations alike."""
+    x = torch.ones(1, requires_grad=True)
+    before = torch.autograd._get_sequence_nr()
+    y = x * 2
+    assert before <= y.grad_fn._sequence_nr() < torch.autograd._get_sequence_nr()

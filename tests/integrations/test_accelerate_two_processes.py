@@ -142,3 +142,11 @@ def test_fsdp2_through_accelerate_skips_on_both(ranks: Ranks, run: str) -> None:
         assert records["finite"]
         assert records["loaded"] == records["saved"]
         assert records["resumed weights"] == records["weights"]
+
+
+def test_join_is_refused_before_the_first_batch() -> None:
+    """torch's Join around the loop, and DistributedDataParallel's: an error on all ranks, nobody waits; after detach it works."""
+    printed = launch("cpu_2_processes.yaml", "-m", "tests.integrations.join_worker")
+    assert sorted(line for line in printed.splitlines() if line.startswith("rank")) == [
+        f"rank {rank}: 3 refused, 1 applied" for rank in range(2)
+    ]

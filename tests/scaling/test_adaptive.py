@@ -130,6 +130,10 @@ def test_largest_gradients_outside_of_fp16_raise_the_limit() -> None:
     policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig(init_scale=2.0**20))
     state = policy.next_state(policy.init_state(torch.device("cpu")), observed(amax=1.0, wanted=2.0**24))
     assert state.scale.item() == 2.0**20
+    state = policy.init_state(torch.device("cpu"))
+    for _ in range(99):
+        state = policy.next_state(state, observed(amax=0.0))
+    assert state.scale.item() == 2.0**40
     state = policy.next_state(state, observed(overflow=True))
     for _ in range(10):
         state = policy.next_state(state, observed(amax=1.0))
@@ -179,9 +183,25 @@ def test_a_noisy_sample_moves_the_scale_by_little_and_a_new_regime_at_once() -> 
 
 
 def test_no_gradients_hold_the_scale() -> None:
-    """Steps whose gradients are all zero say nothing about the scale."""
+    """Steps whose gradients are all zero say nothing about the scale, once others were seen."""
     policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig())
-    state = policy.init_state(torch.device("cpu"))
+    state = policy.next_state(policy.init_state(torch.device("cpu")), observed(amax=1.0))
+    scale = state.scale.item()
     for _ in range(10):
         state = policy.next_state(state, observed(amax=0.0))
-    assert state.scale.item() == 65536.0
+    assert state.scale.item() == scale
+
+
+def test_before_any_gradient_zeros_may_be_underflow() -> None:
+    """The scale rises by 2 bits a step, below one that has overflowed; not for a loss that is not finite."""
+    policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig())
+    state = policy.init_state(torch.device("cpu"))
+    for bits in (18, 20, 22):
+        state = policy.next_state(state, observed(amax=0.0))
+        assert state.scale.item() == 2.0**bits
+    assert policy.next_state(state, observed(amax=0.0, loss_finite=False)).scale.item() == 2.0**22
+    state = policy.next_state(state, observed(overflow=True))
+    assert state.scale.item() == 2.0**14
+    for _ in range(9):
+        state = policy.next_state(state, observed(amax=0.0))
+    assert state.scale.item() == 2.0**20
