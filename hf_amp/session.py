@@ -128,7 +128,8 @@ class AmpSession(EventRecorder):
             session.scaler.update()
 
         Args:
-            model: plain, or in DataParallel or DistributedDataParallel; on its device.
+            model: plain, sharded, or in DataParallel or DistributedDataParallel; on its device. Of a sharded one no forward
+                pass is repeated, because the other ranks would have to: causes are looked for in weights and batches.
             optimizer: of that model; before its first step.
             config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
             options: options as keywords, in place of a config.
@@ -192,7 +193,9 @@ class AmpSession(EventRecorder):
             return "without hf_amp, which the config disables"
         if self._description is not None:
             return self._description
-        return self.hardware.describe(self.plan.default, self.config.emulate)
+        limits = "; its parameters are sharded: no forward pass is repeated, modules do not fall back"
+        described = self.hardware.describe(self.plan.default, self.config.emulate)
+        return described + limits * self._fallback.runner.sharded
 
     def run_metadata(self) -> dict[str, Any]:
         """What a log begins with: the precision and the options in force, as plain data."""

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.precision import FP32_FORMAT
+from hf_amp.statistics import local_part
 
 _BYTES_OF_FP32 = FP32_FORMAT.dtype.itemsize
 
@@ -134,7 +135,7 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
         for value in state.values()
         if isinstance(value, Tensor)
     ]  # fmt: skip
-    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
+    local = [local_part(tensor) for tensor in held]
     actual = sum(tensor.numel() * tensor.itemsize for tensor in local)
     in_fp32 = sum(
         tensor.numel() * (_BYTES_OF_FP32 if tensor.dtype.is_floating_point else tensor.itemsize) for tensor in local
