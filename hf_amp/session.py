@@ -236,7 +236,7 @@ class AmpSession(EventRecorder):
             which = f"buffers of {join_names([name or 'the model itself' for name in names])} were not finite"
             message = f"{which} after the skipped step: the model's buffers are again what they were before it."
             self.record(AmpEvent(self.newest_step, EventKind.BUFFERS_RESTORED, modules=names, message=message))
-        self._report_floor(outcome, next_scale)
+        self._report_floor(outcome, next_scale, diagnosis)
         if finding.change and len(finding.optimizers) == 1:  # reported once for all of a backward
             self._report_change(finding.change, cause)
         self.record(self.stall.after_skipped(cause, self.newest_step))
@@ -275,15 +275,23 @@ class AmpSession(EventRecorder):
         what = change.message + (_WITHOUT_COMPILE if uncompiled else "")
         self.record(AmpEvent(self.newest_step, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, what))
 
-    def _report_floor(self, outcome: StepOutcome, next_scale: float) -> None:
+    def _report_floor(self, outcome: StepOutcome, next_scale: float, diagnosis: Diagnosis) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
             return
         self._at_floor = True
-        message = (
-            "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
-            "activations beyond 65504."
+        cause, message = (
+            Cause.UNKNOWN,
+            (
+                "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
+                "activations beyond 65504."
+            ),
         )
-        seen = (Cause.UNKNOWN, outcome.scale, next_scale, (), message)
+        if diagnosis.cause is Cause.SCALE and diagnosis.confirmed:
+            cause, message = (
+                diagnosis.cause,
+                "the scale may not become smaller: lower min_scale, or train in BF16 or FP32.",
+            )
+        seen = (cause, outcome.scale, next_scale, (), message)
         self.record(AmpEvent(self.newest_step, EventKind.SCALE_AT_FLOOR, *seen))
 
     def _module_statistics(self, record: GradientStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:

@@ -56,13 +56,14 @@ class StallDetector:
         self.zero_steps += 1
         flushed = outcome.loss_finite is not False and outcome.scale < 1
         cause = Cause.SCALE if flushed else Cause.LOSS
-        if self._patience_is_over():
-            return self.mark_stalled(step, cause, f"for {self.zero_steps} steps every gradient was exactly zero")
-        if self.zero_steps > 1:
-            return None
         seen = _LABELS[outcome.loss_finite]
         if flushed:
             seen = f"the scale of {outcome.scale:g} leaves nothing of them in FP16"
+        if self._patience_is_over():
+            reason = f"for {self.zero_steps} steps every gradient was exactly zero" + f": {seen}" * flushed
+            return self.mark_stalled(step, cause, reason, _DECAYED if flushed else None)
+        if self.zero_steps > 1:
+            return None
         return AmpEvent(
             step,
             EventKind.ZERO_GRADIENTS,
@@ -110,6 +111,10 @@ _LABELS = {
     False: "the loss is not a number, so most likely every label of the batch is ignored (-100): look at what the "
     "collator makes of them",
 }
+_DECAYED = (
+    "Raise init_scale and min_scale, or train in BF16 or FP32; where skipped steps have lowered the scale so far, the events "
+    "say why they were skipped."
+)
 _NO_GRADIENTS = (
     "Look whether the optimizer holds the parameters of the model that is trained (was it made before the model was wrapped, "
     "resized or replaced?), and whether any of them needs gradients."
