@@ -41,6 +41,7 @@ class CauseFacts:
         light: colour on a light page, `#rrggbb`. Source of the hues: Okabe and Ito, "Color Universal Design" (2008).
         dark: colour on a dark page.
         marker: its shape in pictures, for those who do not see colours, by matplotlib's name.
+        to_do: a phrase for what cures it, under which causes are counted together; "" where hf_amp does it by itself.
     """
 
     name: str
@@ -58,6 +59,7 @@ class CauseFacts:
     light: str
     dark: str
     marker: str
+    to_do: str = "look at the events"
 
 
 class Cause(str, enum.Enum):
@@ -82,7 +84,7 @@ class Cause(str, enum.Enum):
         remedy="Train in BF16 or FP32, or lower init_scale and min_scale.",
         elsewhere="the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in "
         "the first steps of a run; nothing to do.",
-        error="gradient_overflow",
+        error="gradient_overflow", to_do="",
         severity=20, severity_unconfirmed=2, moves_scale=True, moves_precision=False, retries=32,
         light="#c98300", dark="#f0b23e", marker="v",
     )  # fmt: skip
@@ -93,7 +95,7 @@ class Cause(str, enum.Enum):
         metric_remedy="nothing with automatic_fallback: the modules that the event names run in FP32",
         remedy="Train the modules that the events name, or all, in BF16 or FP32.",
         elsewhere="a forward value left the range of the format there; no scale can cure that, a wider range does.",
-        error="activation_overflow",
+        error="activation_overflow", to_do="a wider format",
         severity=70, severity_unconfirmed=30, moves_scale=False, moves_precision=True, retries=32,
         light="#c2410c", dark="#f58a5b", marker="D",
     )  # fmt: skip
@@ -127,7 +129,7 @@ class Cause(str, enum.Enum):
         metric_remedy="fix the data",
         remedy="Fix the data: batch after batch holds non-finite values.",
         elsewhere="the batch there holds inf or NaN; no precision can cure that. Fix the data, or drop such batches.",
-        error="non_finite_input",
+        error="non_finite_input", to_do="fix the data or the loss",
         severity=80, severity_unconfirmed=8, moves_scale=False, moves_precision=False, retries=0,
         light="#7a4fa3", dark="#b794e0", marker="s",
     )  # fmt: skip
@@ -138,7 +140,7 @@ class Cause(str, enum.Enum):
         metric_remedy="look at the loss function and the labels",
         remedy="Look at the labels (is every one ignored?), at rewards (are all of a group equal?) and at the loss function.",
         elsewhere="the model's outputs are finite there, its loss is not: look at the loss function and at the labels there.",
-        error="non_finite_loss",
+        error="non_finite_loss", to_do="fix the data or the loss",
         severity=60, severity_unconfirmed=0, moves_scale=False, moves_precision=False, retries=0,
         light="#b5527f", dark="#e28fb4", marker="^",
     )  # fmt: skip
@@ -149,7 +151,7 @@ class Cause(str, enum.Enum):
         metric_remedy="go back to the last good checkpoint",
         remedy="Go back to the last good checkpoint.",
         elsewhere="parameters there hold non-finite values; no step can correct that. Go back to the last good checkpoint.",
-        error="non_finite_weights",
+        error="non_finite_weights", to_do="go back to a good checkpoint",
         severity=90, severity_unconfirmed=9, moves_scale=False, moves_precision=False, retries=0,
         light="#a3182a", dark="#f0707f", marker="X",
     )  # fmt: skip
@@ -160,7 +162,7 @@ class Cause(str, enum.Enum):
         metric_remedy="go back to the last good checkpoint, or reset the buffer",
         remedy="Go back to the last good checkpoint, or reset the buffers that the events name.",
         elsewhere="a buffer there holds non-finite values, which no step can correct. Go back to a good checkpoint, or reset it.",
-        error="non_finite_buffer",
+        error="non_finite_buffer", to_do="go back to a good checkpoint",
         severity=86, severity_unconfirmed=6, moves_scale=False, moves_precision=False, retries=0,
         light="#0f766e", dark="#4fc3b5", marker="h",
     )  # fmt: skip
@@ -171,7 +173,7 @@ class Cause(str, enum.Enum):
         metric_remedy="look for a root, a norm or a division at zero where the event says",
         remedy="Keep roots, norms and divisions away from zero in what the events name: x.clamp(min=1e-6) before, not torch.where after.",
         elsewhere="the loss is finite there, its derivative is not, in FP32 either: look there for a root or a division at zero.",
-        error="non_finite_derivative",
+        error="non_finite_derivative", to_do="change the model",
         severity=65, severity_unconfirmed=4, moves_scale=False, moves_precision=False, retries=0,
         light="#2f7d6b", dark="#6cc9b2", marker="P",
     )  # fmt: skip

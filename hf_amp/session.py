@@ -134,7 +134,8 @@ class AmpSession(EventRecorder):
             session.scaler.update()
 
         Args:
-            model: plain, or in DataParallel or DistributedDataParallel; on its device.
+            model: plain, sharded, or in DataParallel or DistributedDataParallel; on its device. Of a sharded one no forward
+                pass is repeated, because the other ranks would have to: causes are looked for in weights and batches.
             optimizer: of that model; before its first step.
             config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
             options: options as keywords, in place of a config.
@@ -197,7 +198,9 @@ class AmpSession(EventRecorder):
             return "without hf_amp, which the config disables"
         if self._description is not None:
             return self._description
-        return self.hardware.describe(self.plan.default, self.config.emulate)
+        limits = "; its parameters are sharded: no forward pass is repeated, modules do not fall back"
+        described = self.hardware.describe(self.plan.default, self.config.emulate)
+        return described + limits * self._fallback.runner.sharded
 
     def run_metadata(self) -> dict[str, Any]:
         """What a log begins with: the precision and the options in force, as plain data."""
@@ -252,7 +255,7 @@ class AmpSession(EventRecorder):
             which = f"buffers of {join_names([name or 'the model itself' for name in names])} were not finite"
             message = f"{which} after the skipped step: the model's buffers are again what they were before it."
             self.record(AmpEvent(self.newest_step, EventKind.BUFFERS_RESTORED, modules=names, message=message))
-        self._report_floor(outcome, next_scale)
+        self._report_floor(outcome, next_scale, diagnosis)
         if finding.change and len(finding.optimizers) == 1:  # reported once for all of a backward
             self._report_change(finding.change, cause)
         self.record(self.stall.after_skipped(cause, self.newest_step))
@@ -296,15 +299,23 @@ class AmpSession(EventRecorder):
         at = self.newest_step if step is None else step
         self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, what))
 
-    def _report_floor(self, outcome: StepOutcome, next_scale: float) -> None:
+    def _report_floor(self, outcome: StepOutcome, next_scale: float, diagnosis: Diagnosis) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
             return
         self._at_floor = True
-        message = (
-            "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
-            "activations beyond 65504."
+        cause, message = (
+            Cause.UNKNOWN,
+            (
+                "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
+                "activations beyond 65504."
+            ),
         )
-        seen = (Cause.UNKNOWN, outcome.scale, next_scale, (), message)
+        if diagnosis.cause is Cause.SCALE and diagnosis.confirmed:
+            cause, message = (
+                diagnosis.cause,
+                "the scale may not become smaller: lower min_scale, or train in BF16 or FP32.",
+            )
+        seen = (cause, outcome.scale, next_scale, (), message)
         self.record(AmpEvent(self.newest_step, EventKind.SCALE_AT_FLOOR, *seen))
 
     def _module_statistics(self, record: GradientStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -151,8 +151,8 @@ def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> 
             gradient = parameter.grad
             if gradient is None or (without and id(parameter) in without):
                 continue
-            if type(gradient) is not Tensor and is_sharded(gradient):
-                gradient = gradient.to_local()
+            if type(gradient) is not Tensor:
+                gradient = local_part(gradient)
             if gradient.is_sparse:
                 if not gradient.is_coalesced():
                     parameter.grad = gradient = gradient.coalesce()
@@ -168,6 +168,11 @@ def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> 
 def is_sharded(gradient: Tensor) -> bool:
     """Whether `gradient` is a DTensor, of which this process holds a part."""
     return type(gradient) is not Tensor and hasattr(gradient, "to_local")
+
+
+def local_part(x: Tensor) -> Tensor:
+    """Of a DTensor this rank's part, which shares its memory; any other tensor itself. No communication."""
+    return cast(Tensor, cast(Any, x).to_local()) if is_sharded(x) else x
 
 
 def by_device_and_dtype(gradients: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:

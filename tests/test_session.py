@@ -50,6 +50,26 @@ def test_floor_is_told_once_until_a_step_applies() -> None:
     assert "BF16 or FP32" in floors[0].message
 
 
+def test_a_floor_above_the_scale_that_fits_is_to_be_lowered() -> None:
+    """A loss so large that it needs a scale below `min_scale`: the floor is the cause, and the message says so."""
+
+    class LargeLoss(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).square().mean() * 2e9
+
+    model = LargeLoss(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    session = AmpSession.for_model(model, optimizer, init_scale=2.0, min_scale=1.0)
+    for _ in range(3):
+        session.scaler.scale(model(torch.ones(2, 8))).backward()
+        session.scaler.step(optimizer)
+        session.scaler.update()
+        optimizer.zero_grad()
+    (floor,) = (event for event in session.events if event.kind is EventKind.SCALE_AT_FLOOR)
+    assert (floor.step, floor.cause) == (2, Cause.SCALE)
+    assert "lower min_scale" in floor.message
+
+
 def test_non_finite_losses_at_the_floor_do_not_blame_the_floor() -> None:
     """A NaN loss is never the scale's fault, at the floor neither."""
     run = Run(init_scale=1.0, min_scale=1.0)

@@ -420,7 +420,7 @@ class FallbackController:
     def _decide(self, facts: StepFacts) -> PrecisionChange | None:
         former = self._state
         state = self._policy.next_state(former, facts)
-        if not self._acts:  # only what it counts is kept
+        if not self._acts or self.runner.sharded:  # only what it counts is kept
             self._state = replace(former, scale_skips=state.scale_skips)
             return None
         self._state = state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_tensors, replay, replay_backward
-from hf_amp.statistics import all_reduce_max_to_host, is_distributed, is_sharded, to_host
+from hf_amp.statistics import all_reduce_max_to_host, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
 SCALE_WILL_FIX_IT = Cause.SCALE.facts.elsewhere
@@ -215,9 +215,10 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings],
         return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT)
     if failed is not None or not findings:
         why = f"failed ({failed})" if failed else "is not possible: no forward pass is there to repeat"
+        seen = "the loss was not finite, and " if loss_finite is False else ""
         return Diagnosis(
             Cause.UNKNOWN,
-            f"replaying the step {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "
+            f"{seen}replaying the step {why}. Look at this step's batch (NaN, empty inputs, every label ignored), at the loss "
             "function, and for activations beyond 65504.",
             confirmed=False,
         )
@@ -252,8 +253,7 @@ def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """
 
     def held(x: Tensor) -> Tensor:
-        if is_sharded(x):
-            return cast(Tensor, cast(Any, x).to_local())
+        x = local_part(x)
         return x._values() if x.is_sparse else x
 
     with torch.no_grad():
@@ -266,7 +266,8 @@ def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:
 
     names = list(inspect.signature(type(forward.model).forward).parameters)[1:]
     positional: dict[str, Any] = dict(zip(names, forward.arguments, strict=False))
-    return list(tensors_in({**positional, **forward.options}, depth=OBJECTS_DEEP))
+    found = tensors_in({**positional, **forward.options}, depth=OBJECTS_DEEP)
+    return [(name, local_part(x)) for name, x in found]
 
 
 def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:

@@ -19,6 +19,7 @@ from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.patch_log import compile_disabled, takes_hooks, unpickled
 from hf_amp.precision import FP32_FORMAT, HALF_DTYPES, PrecisionMode, upcast
+from hf_amp.statistics import is_sharded
 from hf_amp.tree import map_tensors, replace_tensors
 
 
@@ -247,6 +248,7 @@ class PlanRunner:
     Attributes:
         current: the context of the default, for whoever runs a forward pass.
         on_default_change: called with the new default.
+        sharded: whether a trained model's parameters are shards.
         fullgraph: compiled modules that allow no break in their graph: they run without their compiled code while the plan
             names modules.
         fp32_parameters: `id` of the parameters that only modules which the plan names hold.
@@ -261,6 +263,7 @@ class PlanRunner:
         self._evaluated: list[weakref.ref[nn.Module]] = []
         self._inner: dict[str, Callable[[], None]] = {}
         self._of_plan: list[Callable[[], None]] = []
+        self.sharded = False
         self.fullgraph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.fp32_parameters: frozenset[int] = frozenset()
         self._asked_for = default
@@ -278,6 +281,7 @@ class PlanRunner:
             self._evaluated = [reference for reference in self._evaluated if reference() is not model]
             self._forget_contexts()  # those under the names that it leaves, and that others take
         _forget_compiled_code()  # of steps before
+        self.sharded |= is_trained and holds_shards(model)
         models = self._models if is_trained else self._evaluated
         for index, reference in enumerate(models):
             if reference() is None:
@@ -394,6 +398,11 @@ class PlanRunner:
         """Takes every context back, and the default that the run asked for."""
         self.apply(PrecisionPlan(self._asked_for))
         _forget_compiled_code()
+
+
+def holds_shards(model: nn.Module) -> bool:
+    """Whether this process holds a part of `model`'s parameters only: DTensors of FSDP2 or tensor parallelism, or FSDP1."""
+    return any(map(is_sharded, model.parameters())) or any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules())
 
 
 def _forget_compiled_code() -> None:

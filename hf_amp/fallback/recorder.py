@@ -22,7 +22,7 @@ from hf_amp.device import RandomState, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.patch_log import UnpickledHook, compile_disabled, takes_hooks
-from hf_amp.statistics import to_host_list
+from hf_amp.statistics import is_sharded, to_host_list
 from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
 ELEMENTS_COPIED_UNSEEN = 2**23
@@ -37,10 +37,11 @@ class _Buffer(NamedTuple):
     name: str
 
     def tensor(self) -> Tensor | None:
-        """The tensor there now; None where there is none, or none that `isfinite` is for, such as FP8."""
+        """The tensor there now; None where there is none, or none that `isfinite` is for, such as FP8, or a DTensor."""
         x = module._buffers.get(self.name) if (module := self.module()) is not None else None
-        usable = x is not None and x.is_floating_point() and x.element_size() > 1 and not (x.is_meta or x.is_sparse)
-        return x if usable else None
+        if x is None or x.is_meta or x.is_sparse or is_sharded(x):
+            return None
+        return x if x.is_floating_point() and x.element_size() > 1 else None
 
 
 _Copies = list[tuple[_Buffer, weakref.ref[Tensor], Tensor]]

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import in_one_line
-from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
+from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, holds_shards, to_float32
 from hf_amp.fallback.operators import BadOperator, OperatorTrace
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.patch_log import takes_hooks
@@ -342,16 +343,27 @@ def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[s
     return arguments, options
 
 
+class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises where the model would wait for other ranks (SyncBatchNorm, a gathered loss), which need not take the same look."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in getattr(func, "namespace", ""):
+            raise RuntimeError(f"its {func} would wait for the other processes")
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """Buffers, with their versions, plain attributes (counters, caches) and random state are afterwards what they are now;
     nothing is compiled, and nothing recorded for backward, but with `gradients`.
 
     Raises:
-        RuntimeError: the model would wait for other ranks, which need not take the same look.
+        RuntimeError: the model would wait for other ranks, or keep gathered parameters, whose gradients `zero_grad` misses.
     """
-    if is_distributed() and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise RuntimeError("its SyncBatchNorm would wait for the other processes")
+    if holds_shards(model):
+        raise RuntimeError("its parameters are sharded, and gathering them would wait for the other processes")
     buffers = [(at, name, x, x.clone()) for at in model.modules() for name, x in at.named_buffers(recurse=False)]
     plain = [(vars(module), _plain_state(module)) for module in model.modules()]
     random_state = RandomState.now(devices_of(model))
@@ -364,7 +376,8 @@ def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
-            yield
+            with _NoCollectives() if is_distributed() else nullcontext():  # type: ignore[no-untyped-call]
+                yield
         finally:
             with torch.no_grad():
                 for module, name, buffer, copied in buffers:

@@ -71,7 +71,8 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
     Args:
         accelerator: with `mixed_precision` "fp16", "bf16", "fp8" or "no", which is followed; one process, or several with
             DistributedDataParallel or FSDP. Under FSDP modules do not fall back, and causes are looked for in weights
-            only: a forward pass of a shard cannot be repeated by one rank. FP8, which another library runs, is checked as
+            only: a forward pass of a shard cannot be repeated by one rank. The same, and batches, where the model itself is
+            sharded (`DistributedConfig` of transformers, tensor parallel). FP8, which another library runs, is checked as
             BF16 is, without fallback. DeepSpeed, which scales and skips by itself, is only observed.
         config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
         options: options as keywords, in place of a config.

@@ -27,6 +27,8 @@ from hf_amp.integrations.trackers import log_entry
 from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.monitoring.sinks.console import summarise
 from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
+from hf_amp.report.reader import RunHistory
+from hf_amp.report.verdict import verdict_on
 from hf_amp.session import AmpSession
 from hf_amp.statistics import to_host
 
@@ -153,7 +155,9 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         if state.is_local_process_zero:
             monitor = self.session.monitor
             happened = monitor.skipped_steps or monitor.precision_changes or monitor.non_finite_losses
-            summarise(f"training ended: {summary_of(self.session)}", bool(happened))
+            verdict = verdict_of(self.session, state)
+            judged = "" if verdict.startswith("Training") else f". {verdict}"
+            summarise(f"training ended: {summary_of(self.session)}{judged}", bool(happened or judged))
         self._leave_run(self.session)
 
     def state(self) -> dict[str, Any]:
@@ -306,6 +310,17 @@ def summary_of(session: AmpSession) -> str:
         *(f"{seconds:.1f} s in {name}" for name, seconds in sorted(session.throughput.seconds_by_format.items())),
     ]
     return ", ".join(parts)
+
+
+def verdict_of(session: AmpSession, state: TrainerState) -> str:
+    """The verdict on a run that has just ended, by its events and the losses that were logged: what the report says."""
+    run = RunHistory("", Path())
+    for event in session.events:
+        run.take(event)
+    for entry in state.log_history:
+        if isinstance(entry.get("loss"), (int, float)):
+            run.figures["loss"].add(int(entry["step"]), entry["loss"])
+    return verdict_on(run).sentence
 
 
 def _count(number: int, noun: str) -> str:

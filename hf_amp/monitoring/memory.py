@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.precision import FP32_FORMAT
+from hf_amp.statistics import local_part
 
 _BYTES_OF_FP32 = FP32_FORMAT.dtype.itemsize
 
@@ -114,6 +115,6 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
     held = [*model.parameters(), *model.buffers()]
     held += [parameter for parameter in model.parameters() if parameter.requires_grad]  # their gradients
     held += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
+    local = [local_part(tensor) for tensor in held]
     sizes = [(x.itemsize, _BYTES_OF_FP32 if x.dtype.is_floating_point else x.itemsize, x.numel()) for x in local]
     return sum(size * n for size, _, n in sizes), sum(size * n for _, size, n in sizes)

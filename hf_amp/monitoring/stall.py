@@ -61,16 +61,17 @@ class StallDetector:
         self.zero_steps += 1
         flushed = self.underflows or (outcome.loss_finite is not False and outcome.scale < 1)
         cause = Cause.SCALE if flushed else Cause.LOSS
-        if self._patience_is_over():
-            reason = f"for {self.zero_steps} steps every gradient was exactly zero"
-            return self.mark_stalled(step, cause, reason, _UNDERFLOW if flushed else None)
-        if self.zero_steps > 1:
-            return None
         seen = _LABELS[outcome.loss_finite]
         if flushed:
-            seen = f"the scale of {outcome.scale:g} leaves nothing of them in FP16. {_UNDERFLOW}"
-        message = f"every gradient is exactly zero, and nothing was learned from this step: {seen.rstrip('.')}."
-        return AmpEvent(step, EventKind.ZERO_GRADIENTS, cause, message=message)
+            seen = f"the scale of {outcome.scale:g} leaves nothing of them in FP16"
+        remedy = (_DECAYED if outcome.scale < 1 else _UNDERFLOW) if flushed else None
+        if self._patience_is_over():
+            reason = f"for {self.zero_steps} steps every gradient was exactly zero" + f": {seen}" * flushed
+            return self.mark_stalled(step, cause, reason, remedy)
+        if self.zero_steps > 1:
+            return None
+        message = f"every gradient is exactly zero, and nothing was learned from this step: {seen}."
+        return AmpEvent(step, EventKind.ZERO_GRADIENTS, cause, message=" ".join(filter(None, (message, remedy))))
 
     def _patience_is_over(self) -> bool:
         return sum(self.skipped_by_cause.values()) + self.zero_steps + self.empty_steps >= self.patience
@@ -113,6 +114,10 @@ _LABELS = {
     False: "the loss is not a number, so most likely every label of the batch is ignored (-100): look at what the "
     "collator makes of them",
 }
+_DECAYED = (
+    "Raise init_scale and min_scale, or train in BF16 or FP32; where skipped steps have lowered the scale so far, the events "
+    "say why they were skipped."
+)
 _NO_GRADIENTS = (
     "Look whether the optimizer holds the parameters of the model that is trained (was it made before the model was wrapped, "
     "resized or replaced?), and whether any of them needs gradients."

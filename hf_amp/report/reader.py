@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_amp.config import is_real
 from hf_amp.errors import StateError
-from hf_amp.events import LOG_FILE, EventKind
+from hf_amp.events import LOG_FILE, AmpEvent, EventKind
 from hf_amp.monitoring.metrics import BY_MODULE
 
 
@@ -369,6 +369,11 @@ class RunHistory:
                 first.setdefault(module, change.before)
                 newest[module] = change
         return {module: change for module, change in newest.items() if change.after != first[module]}
+
+    def take(self, event: AmpEvent) -> None:
+        """Takes in an event as a session has it."""
+        of_log = {"event": event.kind.value, "cause": event.cause and event.cause.value, "run_id": "", "timestamp": ""}
+        self._add({**event.figures, **vars(event), **of_log})
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Takes in one line of the log. Fields that it does not know are left alone.

@@ -19,6 +19,10 @@ FIRST_STEPS = 20
 """Skips up to here are the search for a scale: from 2^16 to 2^-4, smaller than a working model needs, takes as many."""
 LAST_STEPS = 20
 """As many skips at the end of a log, without an applied step between them, are no search for a scale."""
+STREAK = 5
+"""As many leave in doubt whether the run trains."""
+RECENT_STEPS = 100
+"""Of these most were applied in a run that trains, however many were before."""
 LAST_LOSSES = 3
 """As many logged losses in a row that are not finite are more than a bad batch."""
 HEADROOM_TO_WATCH_BITS = 1.0
@@ -54,6 +58,9 @@ def verdict_on(run: RunHistory) -> Verdict:
     failure = _failure(run, skipped, total, counted)
     if failure is not None:
         return Verdict(Level.BROKEN, failure)
+    doubt = _doubt(run)
+    if doubt is not None:
+        return Verdict(Level.WATCH, f"In doubt: {doubt}; {counted}.")
     remark = _remark(run, total)
     if remark is not None:
         return Verdict(Level.WATCH, f"Training, {remark}: {counted}.")
@@ -81,16 +88,26 @@ def _failure(run: RunHistory, skipped: int, total: int, counted: str) -> str | N
         return f"The gradients overflowed at the smallest scale, so FP16 is not enough for this model: {counted}."
     if 2 * skipped > total:
         return f"Hardly training: {counted}."
+    recent = _skips_after(run, run.newest_step - RECENT_STEPS)
+    if 2 * recent > RECENT_STEPS:
+        return f"Hardly training: {recent} of the newest {RECENT_STEPS} steps were skipped; {counted}."
     lost = _newest_losses_lost(run)
-    if lost and len(lost) in (LAST_LOSSES, len(run.figures["loss"])):
+    if lost and len(lost) in (LAST_LOSSES, len(_losses(run))):
         return f"Not training: no finite loss has been logged since step {lost[-1]:,}; {counted}."
+    return None
+
+
+def _doubt(run: RunHistory) -> str | None:
+    """Why it is not clear whether the run still trains, where it is not."""
+    if _newest_losses_lost(run):
+        return "the newest logged loss is not finite"
+    if _skips_since(run, run.newest_step - STREAK):
+        return f"the newest {STREAK} steps were all skipped"
     return None
 
 
 def _remark(run: RunHistory, total: int) -> str | None:
     """What to watch in a run that trains, where there is something."""
-    if _newest_losses_lost(run):
-        return "but the newest logged loss is not finite"
     if _skips_after(run, FIRST_STEPS) > max(1.0, SKIP_RATE_TO_WATCH * total):
         return "but with many skips"
     if run.changed_modules:
@@ -134,11 +151,15 @@ def _skipped(run: RunHistory) -> int:
 
 def _newest_losses_lost(run: RunHistory) -> list[int]:
     """Steps of the newest logged losses, the newest first, up to the first finite one; three at the most."""
-    if "loss" not in run.figures:
-        return []
-    losses = run.figures["loss"]
-    newest = list(zip(losses.steps[-LAST_LOSSES:], losses.values[-LAST_LOSSES:], strict=True))[::-1]
+    newest = _losses(run)[-LAST_LOSSES:][::-1]
     return [step for step, _ in itertools.takewhile(lambda point: not math.isfinite(point[1]), newest)]
+
+
+def _losses(run: RunHistory) -> list[tuple[int, float]]:
+    """(step, loss) as logged; NaN for what a loop that logs no loss has seen to be none but non-finite ones."""
+    if "loss" in run.figures:
+        return list(run.figures["loss"])
+    return [(s, math.nan if share == 1 else 0.0) for s, share in run.figures.get("non_finite_loss_fraction", ())]
 
 
 def _steps_in_words(run: RunHistory, skipped: int, total: int) -> str:
@@ -150,16 +171,17 @@ def _steps_in_words(run: RunHistory, skipped: int, total: int) -> str:
     return f"{skipped:,} of {_count(total, 'step')} ({share}) {'was' if skipped == 1 else 'were'} skipped{so_far}"
 
 
-def _in_words(cause: str) -> str:
-    known = Cause.__members__.get(cause)
-    return "a cause that this version does not know" if known is None else known.facts.in_words
-
-
 def _causes_in_words(run: RunHistory) -> str:
-    causes = [(_in_words(cause), count) for cause, count in run.skipped_by_cause.most_common()]
-    if len(causes) == 1:
-        return f" ({causes[0][0]})"
-    return f" ({', '.join(f'{words}: {count:,}' for words, count in causes)})" if causes else ""
+    """The causes, grouped by what to do about them."""
+    causes = run.skipped_by_cause
+    groups: dict[str, list[str]] = {}
+    for cause, count in causes.most_common():
+        known = Cause.__members__.get(cause)
+        words = "a cause that this version does not know" if known is None else known.facts.in_words
+        group = groups.setdefault("look at the events" if known is None else known.facts.to_do, [])
+        group.append(words if len(causes) == 1 else f"{words} {_count(count, 'time')}")
+    grouped = "; ".join(f"{to_do}: {', '.join(group)}".removeprefix(": ") for to_do, group in groups.items())
+    return f" ({grouped})" if grouped else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from hf_amp import EventKind, MixedPrecisionCallback, PrecisionMode
+from hf_amp.report.reader import read_run
+from hf_amp.report.verdict import verdict_on
 from tests.host_reads import count_host_reads
 from tests.integrations.trainers import (
     OverflowAt,
@@ -182,6 +185,41 @@ def test_summary_of_a_run_without_a_fault_is_there_for_who_asks(
     ended = next(e for e in callback.session.events if e.kind is EventKind.TRAINING_ENDED)
     assert ended.figures["applied_steps"] == steps
     assert ended.figures.get("fp32_seconds", 0) > 0 or steps == 1
+
+
+@pytest.mark.parametrize(
+    ("bad_steps", "lines", "said"),
+    [
+        (range(1, 11), 4, "Not training: all 10 steps were skipped (fix the data or the loss: "),
+        ((1, 2, 3, 5, 6, 8), 3, "Hardly training: 6 of 10 steps (60%) were skipped"),
+        ((6, 7, 8, 9, 10), 3, "In doubt: the newest logged loss is not finite; 5 of 10 steps (50%) were skipped"),
+    ],
+)
+def test_the_last_line_judges_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad_steps: Sequence[int], lines: int, said: str
+) -> None:
+    """It says what the report says, never "Training" of a run with NaN or with most steps skipped; a repeated skip has few lines."""
+    bad_rows = tuple(row for step in bad_steps for row in range(4 * step - 4, 4 * step))
+    callback = MixedPrecisionCallback()
+    regression_trainer(tmp_path, callback, nan_rows=bad_rows, bf16=True, max_steps=10, logging_steps=5).train()
+    shown = [r.getMessage() for r in caplog.records if r.name == "hf_amp" and r.levelno >= logging.WARNING]
+    assert shown[-1].startswith(f"training ended: {10 - len(bad_steps)} steps applied, {len(bad_steps)} skipped")
+    assert said in shown[-1]
+    assert shown[-1].endswith(f". {verdict_on(read_run(tmp_path)).sentence}")
+    assert "Training" not in shown[-1]
+    assert sum("step_skipped" in line for line in shown) == lines
+
+
+def test_the_last_line_judges_a_run_that_applies_nothing_but_zeros(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All steps are applied, and nothing is learned: the last line says so as well, as a warning."""
+    loss = {"compute_loss_func": lambda outputs, labels, **_: outputs["logits"].sum() * 0}
+    regression_trainer(tmp_path, MixedPrecisionCallback(patience=5), max_steps=10, **loss).train()
+    last = caplog.records[-1]
+    assert last.levelno == logging.WARNING
+    assert "10 steps applied, 0 skipped" in last.getMessage()
+    assert "Not training since step 5: this run learns nothing" in last.getMessage()
 
 
 def test_time_is_told_by_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -77,18 +77,28 @@ def test_a_newline_in_a_message_cannot_forge_a_line(caplog):
     assert r"a\nstep 2: all is well\x1b[2J" in caplog.messages[-1]
 
 
-def test_a_long_row_of_skips_is_told_ever_less_often(caplog):
-    """Of 40 skips alike the 1st, 2nd, 4th, … 32nd warn, with their number; another cause, or a step between, begins anew."""
+@for_each("every", [1, 10])
+def test_the_same_skip_again_and_again_is_told_ever_less_often(caplog, every):
+    """Of 40 skips alike, in a row or not, with logged figures in between, the 1st, 2nd, 4th, … 32nd warn, with their number."""
+    caplog.clear()
     console = Console()
-
-    def skip(step: int, cause: Cause) -> None:
-        console.write(AmpEvent(step, EventKind.STEP_SKIPPED, cause, message="read the cause"))
-
-    for step in range(1, 41):
-        skip(step, Cause.LOSS)
-    skip(41, Cause.INPUT)
-    skip(50, Cause.INPUT)
+    for step in range(every, 40 * every + 1, every):
+        console.write(AmpEvent(step, EventKind.STEP_SKIPPED, Cause.LOSS, message="read the cause"))
+        console.write(AmpEvent(step, EventKind.METRICS, figures={"loss": 1.0}))
     reported = [message.partition(":")[0] for message in caplog.messages]
-    assert reported == [f"step {step}" for step in (1, 2, 4, 8, 16, 32, 41, 50)]
-    assert caplog.messages[5].endswith("read the cause (32 like it in a row)")
-    assert "row" not in caplog.messages[7]
+    assert reported == [f"step {step * every}" for step in (1, 2, 4, 8, 16, 32)]
+    assert caplog.messages[0].endswith("read the cause")
+    assert caplog.messages[5].endswith("read the cause (32 like it so far)")
+
+
+def test_each_new_finding_has_its_line(caplog):
+    """Another cause, other modules, another precision, and what has no cause but says something else, are no repetition."""
+    console = Console()
+    for cause, modules in [(Cause.LOSS, ()), (Cause.INPUT, ()), (Cause.ACTIVATION, ("a",)), (Cause.ACTIVATION, ("b",))]:
+        for step in range(3):
+            console.write(AmpEvent(step, EventKind.STEP_SKIPPED, cause, modules=modules))
+    for after in ("BF16", "FP32"):
+        console.write(AmpEvent(4, EventKind.PRECISION_CHANGED, Cause.UNKNOWN, "MIXED", after))
+    for lost in (3, 4, 4, 4):
+        console.write(AmpEvent(5, EventKind.EVALUATION_LOST_BATCHES, message=f"{lost} lost"))
+    assert len(caplog.messages) == 4 * 2 + 2 + 3

@@ -85,6 +85,25 @@ def test_zero_gradients_blame_labels_as_far_as_shown(
     assert finding.cause is cause
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_scale_that_has_decayed_to_nothing_is_to_be_raised(before: int) -> None:
+    """Zeros that a tiny scale has made, also after skips: the advice is not to lower the scale still more."""
+    watch = StallDetector(patience=3)
+    findings = [watch.after_skipped(Cause.SCALE, 1) for _ in range(before)]
+    findings += [watch.after_applied(applied(True, True, 2.0**-20), 1) for _ in range(3 - before)]
+    stalled = findings[-1]
+    assert (stalled.kind, stalled.cause) == (EventKind.STALLED, Cause.SCALE)
+    assert f"for {3 - before} steps every gradient was exactly zero" in stalled.message
+    assert "the scale of 9.53674e-07 leaves nothing of them in FP16. Raise init_scale and min_scale" in stalled.message
+    assert "lower" not in stalled.message.replace("lowered", "")
+
+
+def test_a_scale_that_is_too_large_is_to_be_lowered() -> None:
+    """The other direction: gradients that overflow, step after step."""
+    watch = StallDetector(patience=3)
+    assert "lower init_scale" in [watch.after_skipped(Cause.SCALE, 1) for _ in range(3)][-1].message
+
+
 @pytest.mark.parametrize("steps", ["", "s", "zz", "sss", "ssssa"])
 def test_it_goes_on_from_a_checkpoint(steps: str) -> None:
     """State goes through JSON, and a resumed watch tells what the old one would have; patience is the new config's."""

@@ -1,0 +1,79 @@
+"""Two real processes over gloo whose models wait for each other in forward: none is repeated, and nobody waits in vain."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.each import for_each
+
+WORKER = Path(__file__).with_name("sharded_models_worker.py")
+SHARDED = [
+    "Trainer, FP16",
+    "Trainer, BF16",
+    "attach",
+    "tensor parallel",
+    "fully_shard, FP16",
+    "fully_shard, BF16",
+    "FSDP1",
+]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two ranks came to, run by run: one launch, on any free port."""
+    folder = tmp_path_factory.mktemp("sharded")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2]), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, str(WORKER), str(folder / "model")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+
+
+@for_each("run", [*SHARDED, "gathers"])
+@for_each(("fault", "skips"), [("none", 0), ("batch", 1), ("loss", 1)])
+def test_a_fault_of_one_rank_skips_one_step_on_both(
+    ranks: list[dict[str, Any]], run: str, fault: str, skips: int
+) -> None:
+    """The bad step alone is skipped, for one cause on both; the other four are applied, in the precision asked for."""
+    first, second = (results[f"{run}, {fault}"] for results in ranks)
+    assert first["skips"] == second["skips"]
+    assert [step for step, _ in first["skips"]] == [3] * skips
+    assert first["applied"] == second["applied"] == 5 - skips
+    assert first["plan"] == second["plan"]
+    assert not first["plan"]["modules"]
+    assert first["finite"]
+    assert second["finite"]
+
+
+@for_each("run", [*SHARDED, "gathers"])
+def test_a_bad_batch_is_named_on_both(ranks: list[dict[str, Any]], run: str) -> None:
+    """The rank that has it says where, the other that it is the other's."""
+    first, second = (results[f"{run}, batch"] for results in ranks)
+    assert [cause for _, cause in first["skips"]] == ["INPUT"]
+    assert "found by another rank" in first["messages"][0]
+    assert "the batch holds NaN in" in second["messages"][0]
+
+
+@for_each("run", SHARDED)
+def test_what_cannot_be_known_without_a_replay_is_said(ranks: list[dict[str, Any]], run: str) -> None:
+    """A loss of one rank that is not finite: UNKNOWN on both, with what was seen and why no forward pass was repeated."""
+    for results in ranks:
+        said = results[f"{run}, loss"]
+        assert [cause for _, cause in said["skips"]] == ["UNKNOWN"]
+        assert "the loss was not finite" in said["messages"][0]
+        assert "its parameters are sharded" in said["messages"][0]
+        assert said["describes"].endswith("no forward pass is repeated, modules do not fall back")
