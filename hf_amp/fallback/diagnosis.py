@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_amp.errors import in_one_line
@@ -55,6 +56,8 @@ _BY_SEVERITY = {
     for found in [Diagnosis(cause, "", (), confirmed)]
 }
 
+_RANKS = 2**16
+"""More than there are: a severity and a rank make one number."""
 _ALREADY_FIXED = Diagnosis(
     Cause.ACTIVATION,
     "a forward value left the range of its format before the newest change of precision took effect, under which the same "
@@ -135,7 +138,7 @@ def diagnose(loss_finite: bool | None, forwards: Sequence[RecordedForward], runn
     return _nothing_found(loss_finite, findings, ran_before)
 
 
-def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision) -> str:
+def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision, rank: int) -> str:
     """What a rank that has seen nothing of `agreed` says of it: its own batch, loss and labels may be fine."""
     if agreed.already_fixed:
         what = _ALREADY_FIXED.message
@@ -143,7 +146,7 @@ def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision) -> str:
         what = _overflow(agreed.modules, current).message
     else:
         what = agreed.cause.facts.elsewhere
-    return f"found by another rank, whose console says more: {what}"
+    return f"found by rank {rank}, whose console says more: {what}"
 
 
 def joined(prefix: str, name: str) -> str:
@@ -482,15 +485,17 @@ class Diagnoser:
     def _agreed(self, found: Diagnosis) -> Diagnosis:
         """The most severe cause, and all modules, that any rank has found. One all-reduce, one GPU-CPU sync."""
         names = [name for name, _ in self._runner.named_modules()]
-        local = [float(found.severity), *(float(name in found.modules) for name in names)]
+        by_rank = found.severity * _RANKS + dist.get_rank()  # exact in float32
+        local = [float(by_rank), *(float(name in found.modules) for name in names)]
         worst, *blamed = all_reduce_max_to_host(torch.tensor(local, device=self._runner.device))
+        severity, rank = divmod(int(worst), _RANKS)
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
-        agreed = _BY_SEVERITY[int(worst)]._replace(message=found.message, modules=modules)
+        agreed = _BY_SEVERITY[severity]._replace(message=found.message, modules=modules)
         if agreed._replace(modules=found.modules) == found and set(modules) == set(found.modules):
             return found
         if not found.confirmed:
-            return agreed._replace(message=message_elsewhere(agreed, self._runner.current))
-        return agreed._replace(message=f"another rank has found the cause. Here: {found.message}")
+            return agreed._replace(message=message_elsewhere(agreed, self._runner.current, rank))
+        return agreed._replace(message=f"rank {rank} has found the cause. Here: {found.message}")
 
     def _in_backward(self, skip: SkippedStep, forwards: Sequence[RecordedForward], scale_skips: int) -> Diagnosis:
         """Why gradients are not finite although the loss is: backward is repeated without a scale, with a tiny one, and in FP32."""

@@ -8,7 +8,7 @@ import math
 import sys
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -123,6 +123,8 @@ KEPT_EVALUATIONS = 8
 """The same of models that only evaluate, such as a reference model; few, because a long evaluation also runs them."""
 OBJECTS_DEEP = 3
 """How many objects inside of each other are looked into for tensors of the batch, such as a graph's `data.x`; after a skip only."""
+PASSES_TRIED = 3
+"""The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
 KEPT_STEPS = 2
 """Steps kept: the newest, and the one before, whose verdict PERFORMANCE_OPTIMIZED learns one step late."""
 
@@ -231,6 +233,8 @@ class ForwardRecorder:
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
         self._entry_points: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.gradient_hooks: list[RemovableHandle] = []
+        self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
+        self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
         self.on_error: Callable[[Exception], Any] = lambda error: None
 
@@ -241,12 +245,12 @@ class ForwardRecorder:
         if not takes_hooks(entry_point):
             return lambda: None
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
-        on_error = entry_point.register_forward_hook(_Note(self._note_error, reference), always_call=True)
+        end = entry_point.register_forward_hook(_Note(self._note_end, reference), always_call=True)
         self._entry_points.add(entry_point)
 
         def undo() -> None:
             handle.remove()
-            on_error.remove()
+            end.remove()
             self.keep_output_gradients(False)
 
         return undo
@@ -265,10 +269,15 @@ class ForwardRecorder:
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
 
-    def _note_error(self, reference: weakref.ref[nn.Module], arguments: Any, output: Any) -> None:
+    def _note_end(self, reference: weakref.ref[nn.Module], arguments: Any, output: Any) -> None:
         """After every call: one that has raised has no output, and torch calls this while it handles the exception."""
-        known = output is not None or self.is_paused or reference() is None or not torch.is_grad_enabled()
-        if not known and isinstance(error := sys.exc_info()[1], Exception):
+        if self.is_paused or reference() is None or not torch.is_grad_enabled():
+            return
+        if self._passes_tried[reference] < PASSES_TRIED and (calls := self._now().calls):
+            self._passes_tried[reference] += 1
+            if (before := calls[-1].random_state) and before.has_moved_outside_of_torch():
+                self._draws_outside.add(reference)
+        if output is None and isinstance(error := sys.exc_info()[1], Exception):
             self.on_error(error)
 
     def newest(self) -> list[RecordedForward]:
@@ -288,7 +297,8 @@ class ForwardRecorder:
         # A model may add its outputs to its batch: they are no data, and would be kept alive.
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
-        seen = (_versions(tensors), _random_state(tensors), self._runner.plan, self._steps.backwards)
+        only_torch = self._passes_tried[reference] >= PASSES_TRIED and reference not in self._draws_outside
+        seen = (_versions(tensors), _random_state(tensors, only_torch), self._runner.plan, self._steps.backwards)
         where = (threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
         return _Kept(reference, arguments, options, *seen, *where, output_gradients={})
 
@@ -394,12 +404,12 @@ def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
     return tuple(0 if x.is_inference() else x._version for x in tensors)
 
 
-def _random_state(batch: list[Tensor]) -> RandomState | None:
+def _random_state(batch: list[Tensor], only_torch: bool) -> RandomState | None:
     """What dropout will draw from; None while a CUDA graph is captured, when a generator may not be asked."""
     devices = {x.device for x in batch}
     if any(map(is_capturing, devices)):
         return None
-    return RandomState.now(devices)
+    return RandomState.now(devices, only_torch)
 
 
 class _Note(UnpickledHook):

@@ -72,7 +72,7 @@ def test_the_rank_without_the_fault_blames_nothing_of_its_own(
 ) -> None:
     """Rank 0, whose messages are in the log and the report, tells what the other has found, not what itself has not."""
     (message, *_) = ranks[0][fault]["messages"]
-    assert message.startswith("found by another rank, whose console says more: ")
+    assert message.startswith("found by rank 1, whose console says more: ")
     assert advice in message
     assert "this step's labels" not in message
 
