@@ -1,4 +1,15 @@
-"""Every error that hf_amp raises on purpose. A message says what was passed, what is allowed and what to do."""
+"""Every error that hf_amp raises on purpose.
+
+    HfAmpError
+    ├── ConfigError (ValueError)          an option's value, or a combination of options, is wrong
+    │   └── UnknownOptionError            no option has that name; names the nearest one
+    ├── AttachError (RuntimeError)        hf_amp cannot work on this Trainer, Accelerator, model or device
+    ├── BatchError (ValueError)           a batch, or the loss made from it, cannot be trained on
+    ├── ScalerError (RuntimeError)        a scaler method was called in an order that has no meaning
+    └── StateError (ValueError)           a checkpoint or event log does not hold what it should
+
+A message says what was passed, what is allowed and what to do.
+"""
 
 from __future__ import annotations
 

@@ -447,8 +447,8 @@ def page(runs: Sequence[RunHistory], version: str) -> str:
         version: of hf_amp, for the last line.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_harmless, trim_blocks=True,
-        undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_harmless, undefined=StrictUndefined,
+        trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"shown": _shown, "time": _time, "remarks": _remarks}
     metrics, latest = {metric.name: metric for metric in CATALOGUE}, [run.latest for run in runs]

@@ -117,25 +117,21 @@ class EventLogReader:
                     return
                 self._offset += len(raw)
                 self._lines += 1
-                line = self._parsed(raw.strip(_BLANK))
-                if line is not None:
-                    yield line
-
-    def _parsed(self, raw: bytes) -> dict[str, Any] | None:
-        if not raw:
-            return None
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            if not _may_become_ours(raw):
-                raise self._foreign(raw) from None
-            self.torn_lines += 1
-            return None
-        if not isinstance(line, dict) or any(name not in line for name in _NEEDED):
-            raise self._foreign(raw)
-        if type(line["step"]) is not int or not 0 <= line["step"] < 2**63:
-            raise self._foreign(raw)
-        return line
+                raw = raw.strip(_BLANK)
+                if not raw:
+                    continue
+                try:
+                    line = json.loads(raw)
+                except (ValueError, RecursionError):
+                    if not _may_become_ours(raw):
+                        raise self._foreign(raw) from None
+                    self.torn_lines += 1
+                    continue
+                if not isinstance(line, dict) or any(name not in line for name in _NEEDED):
+                    raise self._foreign(raw)
+                if type(line["step"]) is not int or not 0 <= line["step"] < 2**63:
+                    raise self._foreign(raw)
+                yield line
 
     def _foreign(self, raw: bytes) -> StateError:
         shown = ascii(raw[:60].decode("utf-8", "replace"))
@@ -206,11 +202,6 @@ class Series:
     def points(self) -> int:
         """How many points were added."""
         return self.counts[-1] if self.counts else 0
-
-    @property
-    def newest(self) -> float | None:
-        """The last value; None where there is none."""
-        return self.values[-1] if self.values else None
 
     def __len__(self) -> int:
         return len(self.steps)

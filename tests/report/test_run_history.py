@@ -179,6 +179,6 @@ def test_a_long_series_is_thinned_and_keeps_its_extremes() -> None:
         assert (len(series) == points) == (points < POINTS_KEPT)
         assert list(series.steps) == sorted(set(series.steps))
         assert (max(series.values), min(series.values)) == (1e6, -1e6)
-        assert (series.steps[-1], series.newest) == (points - 1, (points - 1) % 7)
+        assert (series.steps[-1], series.values[-1]) == (points - 1, (points - 1) % 7)
         series.cut_after(points // 2)
         assert series.points == points // 2 + 1
