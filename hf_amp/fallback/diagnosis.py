@@ -265,6 +265,10 @@ SCALE_SKIPS_BEFORE_A_DOUBT = 3
 """Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept to repeat the next."""
 TINY_SCALE = 2.0**-24
 """So small that no gradient of a loss of ordinary size overflows: FP16's smallest value."""
+_IN_AUTOCAST = (
+    "The loop enters autocast, where products outside of the model leave the range of half precision, too: make the loss in FP32, "
+    "outside of autocast and from .float() outputs."
+)
 _NOT_KEPT = (
     f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
     "step's batch and loss function, and for activations beyond 65504."
@@ -327,6 +331,8 @@ class Diagnoser:
         if found.cause is Cause.SCALE and not found.confirmed and skip.scale <= 1:
             what = f"the loss was finite, but backward overflows at a scale of {skip.scale:g} as well, and could not be repeated."
             found = Diagnosis(Cause.UNKNOWN, what, confirmed=False)
+        if found.cause is Cause.LOSS and not found.confirmed and self._runner.loop_autocasts:
+            found = found._replace(message=f"{found.message} {_IN_AUTOCAST}")
         return self._naming_gradient(skip, found)
 
     def underflows(self, step: int, scale: float) -> bool:

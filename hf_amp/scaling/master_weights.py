@@ -47,11 +47,13 @@ class MasterWeights:
     """The FP32 copies of all half-precision parameters of the optimizers that one scaler steps.
 
     Writes to a parameter between two steps (loading a checkpoint, clamping) are followed: elements that are no
-    longer the rounded master replace it. Writes through `.data`, which PyTorch does not count, are not seen.
+    longer the rounded master replace it. Writes through `.data`, which PyTorch does not count, are looked for in the first
+    steps and in sampled ones; once there was one, in all from then on (`follows_data`).
     No GPU-CPU sync anywhere here. Optimizers and parameters are not kept alive.
     """
 
     def __init__(self) -> None:
+        self.follows_data = False
         self._masters: MutableMapping[Tensor, _Master] = WeakTensorKeyDictionary()
         self._former_dtypes: MutableMapping[Tensor, torch.dtype] = WeakTensorKeyDictionary()
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]] = (
@@ -134,13 +136,17 @@ class MasterWeights:
                 parameter.grad = gradient
 
     @contextmanager
-    def swap_in_master_weights(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def swap_in_master_weights(
+        self, optimizer: torch.optim.Optimizer, found: list[Tensor] | None = None
+    ) -> Iterator[None]:
         """Inside, `optimizer` holds the masters with the FP32 gradients; afterwards the parameters, rounded from them.
+
+        `found`: where given, writes through `.data` are looked for, and each parameter adds whether there was one.
 
         The gradients are used up: `p.grad` of a half-precision parameter is None afterwards.
         """
         moved = [p for p in half_parameters(optimizer) if p.grad is not None]
-        self._follow(moved)
+        self._follow(moved, found)
         masters = {p: self._masters[p].weight for p in moved}
         for parameter, master in masters.items():
             master.grad, parameter.grad = parameter.grad, None
@@ -165,16 +171,18 @@ class MasterWeights:
             self._masters[parameter].agreed_with = _memory_of(parameter)
 
     @torch.no_grad()
-    def _follow(self, parameters: Iterable[Tensor]) -> None:
+    def _follow(self, parameters: Iterable[Tensor], found: list[Tensor] | None = None) -> None:
         """Gives every parameter a master, and brings those up to date whose parameter was written to."""
         for parameter in parameters:
             master = self._masters.get(parameter)
             if master is None:
                 weight = torch.nn.Parameter(parameter.detach().to(_WIDE, copy=True))
                 self._masters[parameter] = _Master(weight, _memory_of(parameter))
-            elif master.agreed_with != _memory_of(parameter):
+            elif self.follows_data or found is not None or master.agreed_with != _memory_of(parameter):
                 former = master.weight.to(parameter.device)
                 same = former.to(parameter.dtype) == parameter
+                if found is not None and master.agreed_with == _memory_of(parameter):
+                    found.append(~same.all())
                 master.weight = torch.nn.Parameter(torch.where(same, former, parameter.to(_WIDE)))
                 master.agreed_with = _memory_of(parameter)
 

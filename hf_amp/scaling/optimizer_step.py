@@ -6,16 +6,18 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hf_amp.errors import ScalerError
+from hf_amp.events import StepOutcome
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.statistics import random_elements, to_device
+
+WRITTEN = "written_through_data"
 
 
 class OptimizerRunner:
@@ -27,7 +29,7 @@ class OptimizerRunner:
 
     def __init__(self, masters: MasterWeights | None) -> None:
         self._masters = masters
-        self._lost: dict[int, Tensor] = {}
+        self._found: dict[int, dict[str, Tensor]] = {}
 
     def prepare_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Brings gradients into the precision that they are checked and applied in. No GPU-CPU sync."""
@@ -51,16 +53,22 @@ class OptimizerRunner:
                 gradients were found finite.
             sample_seed: takes the lost-update fraction, from a sample with this seed; None for not.
         """
+        if self._masters is not None:
+            found: list[Tensor] | None = None if sample_seed is None else []
+            with self._masters.swap_in_master_weights(optimizer, found):
+                result = _apply(optimizer, record, arguments, options, on_device)
+            if found:
+                self._found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
+            return result
         low = self._moved_in_half(optimizer) if sample_seed is not None else []
         if not low:
-            with self._on_masters(optimizer):
-                return _apply(optimizer, record, arguments, options, on_device)
+            return _apply(optimizer, record, arguments, options, on_device)
         before, weights = random_elements(low, cast(int, sample_seed))
         result = _apply(optimizer, record, arguments, options, on_device)
         after, _ = random_elements(low, cast(int, sample_seed))
         lost = to_device(((before == after) * weights).sum(), record.scale.device)
         # A step that the device has skipped changed nothing, and lost nothing.
-        self._lost[id(optimizer)] = torch.where(record.found_inf > 0, torch.nan, lost)
+        self._found[id(optimizer)] = {"lost_update_fraction": torch.where(record.found_inf > 0, torch.nan, lost)}
         return result
 
     def end_skipped(self, optimizer: torch.optim.Optimizer) -> None:
@@ -75,16 +83,15 @@ class OptimizerRunner:
             Tensor of shape [], float32, on the scale's device, by name: the share of low-precision elements that the step left
             as they were; NaN where the device skipped it. That step's own sync was before it moved anything.
         """
-        lost = self._lost.pop(id(optimizer), None)
-        return {} if lost is None else {"lost_update_fraction": lost}
+        return self._found.pop(id(optimizer), {})
+
+    def take_written(self, outcome: StepOutcome) -> None:
+        """Takes in whether parameters with master weights were written to through `.data`, as the host has read it."""
+        if self._masters is not None and outcome.extras.get(WRITTEN):
+            self._masters.follows_data = True
 
     def _moved_in_half(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        if self._masters is not None:
-            return []
         return [p.detach() for p in half_parameters(optimizer) if p.grad is not None]
-
-    def _on_masters(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        return nullcontext() if self._masters is None else self._masters.swap_in_master_weights(optimizer)
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:

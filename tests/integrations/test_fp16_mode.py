@@ -391,3 +391,23 @@ def test_architectures(kind: RescaledModel, emulate: bool) -> None:
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float16}
     assert losses["fp16"] == pytest.approx(losses["no"], rel=5e-3)
     assert losses["fp16"] != losses["no"]
+
+
+@pytest.mark.parametrize("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
+@pytest.mark.usefixtures("fresh_accelerator_state")
+def test_writes_through_data_move_master_weights_too(strategy: str) -> None:
+    """A WGAN's clamp after every step, from the first on: weights stay where it puts them, within one step."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    hf_amp.attach(accelerator, precision_mode="FP16", init_scale=256.0, scaling_strategy=strategy)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=strategy != "DYNAMIC")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(20):
+        accelerator.backward(-model(torch.randn(8, 4)).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        largest = max(p.abs().max().item() for p in model.parameters())
+        assert step == 0 or largest < 0.025, (step, largest)
+        for parameter in model.parameters():
+            parameter.data.clamp_(-0.01, 0.01)
