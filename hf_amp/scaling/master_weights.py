@@ -11,6 +11,7 @@ reference see what they saw before.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -83,16 +84,27 @@ class MasterWeights:
         if optimizer in self._hooks:
             return
         upcast_state(optimizer, half_parameters(optimizer))
+        for name in ("train", "eval"):  # in which those that are free of a schedule move their parameters
+            if callable(getattr(optimizer, name, None)):
+                vars(optimizer)[name] = functools.partial(self._call_on_masters, weakref.ref(optimizer), name)
         self._hooks[optimizer] = [
             optimizer.register_state_dict_post_hook(self._add_to_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._remember_loaded),
             optimizer.register_load_state_dict_post_hook(self._load_unrounded),
         ]
 
+    def _call_on_masters(self, reference: weakref.ref[torch.optim.Optimizer], name: str) -> None:
+        optimizer = cast(torch.optim.Optimizer, reference())
+        with self.swap_in_master_weights(optimizer, whole=True):
+            getattr(type(optimizer), name)(optimizer)
+
     def release(self, restore: bool = True) -> None:
         """Undoes `register_optimizer` and, where `restore`, `downcast_`: parameters get their former dtype and the master's value."""
         for handle in itertools.chain.from_iterable(self._hooks.values()):
             handle.remove()
+        for optimizer in self._hooks:
+            vars(optimizer).pop("train", None)
+            vars(optimizer).pop("eval", None)
         self._hooks.clear()
         for parameter, dtype in list(self._former_dtypes.items()) if restore else ():
             self._follow([parameter])
@@ -137,18 +149,19 @@ class MasterWeights:
 
     @contextmanager
     def swap_in_master_weights(
-        self, optimizer: torch.optim.Optimizer, found: list[Tensor] | None = None
+        self, optimizer: torch.optim.Optimizer, found: list[Tensor] | None = None, whole: bool = False
     ) -> Iterator[None]:
         """Inside, `optimizer` holds the masters with the FP32 gradients; afterwards the parameters, rounded from them.
 
-        `found`: where given, writes through `.data` are looked for, and each parameter adds whether there was one.
+        `found`: where given, writes through `.data` are looked for, and each parameter adds whether there was one. `whole`: all
+        masters, also without a gradient, and gradients stay.
 
         The gradients are used up: `p.grad` of a half-precision parameter is None afterwards.
         """
-        moved = [p for p in half_parameters(optimizer) if p.grad is not None]
+        moved = [p for p in half_parameters(optimizer) if whole or p.grad is not None]
         self._follow(moved, found)
         masters = {p: self._masters[p].weight for p in moved}
-        for parameter, master in masters.items():
+        for parameter, master in masters.items() if not whole else ():
             master.grad, parameter.grad = parameter.grad, None
         groups = [(group, group["params"]) for group in optimizer.param_groups]
         for group, parameters in groups:
@@ -352,7 +365,7 @@ def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: boo
 
 
 def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent | None:
-    normalizing = {id(p) for m in model.modules() if isinstance(m, _STAY_FP32) for p in m.parameters()}
+    normalizing = {id(p) for m in model.modules() if _stays_fp32(m) for p in m.parameters()}
     wide = {n: p for n, p in trainable(model).items() if p.dtype != FP16_FORMAT.dtype and id(p) not in normalizing}
     if not wide:
         return _kept(trainable(model))
@@ -364,6 +377,12 @@ def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent
     masters.downcast_(wide.values())
     message = f"made FP16: {listed}. The optimizer moves FP32 master weights, which have their exact values."
     return AmpEvent(0, EventKind.PARAMETERS_CONVERTED, None, before, "FP16", (), message, _counted(wide))
+
+
+def _stays_fp32(module: nn.Module) -> bool:
+    """Whether `module` needs FP32 parameters. What computes a weight from others does: spectral norms, orthogonal maps."""
+    by_hook = any(hasattr(hook, "n_power_iterations") for hook in module._forward_pre_hooks.values())
+    return isinstance(module, _STAY_FP32) or by_hook or nn.utils.parametrize.is_parametrized(module)
 
 
 def _refuse_out_of_range(wide: Named) -> None:
