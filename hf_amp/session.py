@@ -106,7 +106,7 @@ class AmpSession(EventRecorder):
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
         self._unheld: dict[str, tuple[Tensor, int]] | None = (
-            None  # trainable parameters of no known optimizer, their versions
+            None  # parameters of no known optimizer, and their versions
         )
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
@@ -579,9 +579,7 @@ _UNPREPARED = (
     " have moved although no optimizer that hf_amp knows holds them: one that was not prepared takes gradients for larger than "
     "they are by the loss scale. Pass it through accelerator.prepare; where they are an average of others (EMA), all is well."
 )
-_MADE_THEM = (
-    " has made them (a division by a norm or root of 0, as with eps=0), or whatever has written to them since. "
-)
+_MADE_THEM = " has made them (by a norm or a root of 0, as with eps=0), or whatever has written to them since. "
 _LOSS_LOST = (
     "the loss was not finite, but every gradient is, and the step was applied: part of the loss reaches no parameter, or what is "
     "not finite in it was masked. Look at the loss function, and at what is logged of it."

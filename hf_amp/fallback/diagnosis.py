@@ -338,11 +338,7 @@ class Diagnoser:
     def underflows(self, step: int, scale: float) -> bool:
         """Whether the gradients of `step`, which were all 0, are not in FP32: costs a step without its optimizer."""
         forwards = self._recorder.forwards_of(step) if self.repeats_forwards else []
-        repeated = (
-            replay_backward(forward, self._runner.current, 1.0, scale, in_fp32=True, found=Tensor.any)
-            for forward in forwards
-        )
-        return any(repeated)
+        return any(replay_backward(each, self._runner.current, 1.0, scale, True, Tensor.any) for each in forwards)
 
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         try:

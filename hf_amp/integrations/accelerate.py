@@ -56,14 +56,7 @@ _MODES = {
     "fp8": PrecisionMode.BF16,  # what modules run in that are not converted to FP8
     "no": PrecisionMode.FP32,
 }
-_SCALING_OPTIONS = (
-    "scaling_strategy",
-    "init_scale",
-    "growth_factor",
-    "backoff_factor",
-    "growth_interval",
-    "hysteresis",
-)
+_SCALING_OPTIONS = ("scaling_strategy", "init_scale", "growth_interval", "growth_factor", "backoff_factor")
 _SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -106,10 +99,7 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
         session, limits = _decide_steps(accelerator, config)
     given = [name for name in _SCALING_OPTIONS if getattr(config, name) != getattr(MixedPrecisionConfig(), name)]
     if given and session.requested_mode is PrecisionMode.FP32 and config.enabled:
-        session.note(
-            EventKind.SETUP,
-            f"{', '.join(given)}: nothing is scaled in FP32; fp16=True, or mixed_precision='fp16', does.",
-        )
+        session.note(EventKind.SETUP, f"{', '.join(given)}: nothing is scaled in FP32, only with fp16=True.")
     what = session.describe() + limits if config.enabled else "disabled by the config"
     session.note(
         EventKind.ATTACHED,

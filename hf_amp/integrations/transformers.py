@@ -404,9 +404,8 @@ def _report_evaluation(session: AmpSession, prefix: str, lost: int, seen: int, l
     session.monitor.eval_non_finite_batches = lost
     if not lost:
         return
-    what = (
-        "the mean of the others" if math.isfinite(loss) else f"{loss:g} for that"
-    )  # transformers from 5.23 on filters
+    # transformers leaves them out from 5.23 on.
+    what = "the mean of the others" if math.isfinite(loss) else f"{loss:g} for that"
     session.note(
         EventKind.EVALUATION_LOST_BATCHES,
         f"{lost} of {seen} batches had no finite loss, and {prefix}_loss is {what}: look at the data, or "

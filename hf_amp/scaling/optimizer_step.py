@@ -205,9 +205,8 @@ def install_refusal(
     hook, held = RefuseScaledStep(is_waiting, optimizer), [optimizer]
     for each in held:
         for value in _attributes_of(each).values():
-            items = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            )
+            inside = list(value.values()) if isinstance(value, dict) else value
+            items = inside if isinstance(inside, (list, tuple)) else [inside]
             held += [x for x in items if isinstance(x, torch.optim.Optimizer) and not any(x is known for known in held)]
     handles = [each.register_step_pre_hook(hook) for each in held if hasattr(each, "_optimizer_step_pre_hooks")]
 
