@@ -366,9 +366,8 @@ class AmpSession(EventRecorder):
 
     def _refuse_join(self, **options: Any) -> None:
         raise AttachError(
-            "torch's Join lets ranks run out of batches one by one, and hf_amp's ranks agree on every step: the others would wait "
-            "for ever. Give all ranks the same number of batches (drop_last, or accelerate's even_batches=True), or detach "
-            "hf_amp."
+            "torch's Join lets ranks run out of batches one by one, and the others would wait for their verdict: give all ranks "
+            "the same number of batches (drop_last, or accelerate's even_batches=True), or detach hf_amp."
         )
 
     def detach_previous_session(self, model: nn.Module) -> None:
@@ -571,23 +570,14 @@ class AmpSession(EventRecorder):
         self.detach()
 
 
-_UNKNOWN_MODEL = (
-    " belong to no model that hf_amp knows: what it computes is neither emulated, examined nor put in another precision. Pass "
-    "every model through accelerator.prepare."
-)
+_UNKNOWN_MODEL = " belong to no model that hf_amp knows, and follows: pass every model through accelerator.prepare."
 _UNPREPARED = (
-    " have moved although no optimizer that hf_amp knows holds them: one that was not prepared takes gradients for larger than "
-    "they are by the loss scale. Pass it through accelerator.prepare; where they are an average of others (EMA), all is well."
+    " have moved, and no optimizer that hf_amp knows holds them: one that was not prepared steps on gradients times the loss "
+    "scale. Pass it through accelerator.prepare; where they are an average of others (EMA), all is well."
 )
 _MADE_THEM = " has made them (by a norm or a root of 0, as with eps=0), or whatever has written to them since. "
-_LOSS_LOST = (
-    "the loss was not finite, but every gradient is, and the step was applied: part of the loss reaches no parameter, or what is "
-    "not finite in it was masked. Look at the loss function, and at what is logged of it."
-)
-_SCRIPTED = (
-    ": on a CPU its FP16 is not emulated, and nothing in it is replayed or put in FP32. Loss scaling and the finite check work; "
-    "for the rest train the nn.Module that it was made from."
-)
+_LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
+_SCRIPTED = ": nothing in it is emulated, replayed or put in FP32. Loss scaling and the finite check work."
 _WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
 
 

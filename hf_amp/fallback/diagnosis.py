@@ -266,8 +266,7 @@ SCALE_SKIPS_BEFORE_A_DOUBT = 3
 TINY_SCALE = 2.0**-24
 """So small that no gradient of a loss of ordinary size overflows: FP16's smallest value."""
 _IN_AUTOCAST = (
-    "The loop enters autocast, where products outside of the model leave the range of half precision, too: make the loss in FP32, "
-    "outside of autocast and from .float() outputs."
+    "The loop enters autocast, where products may leave the range of FP16: make the loss in FP32, outside of it."
 )
 _NOT_KEPT = (
     f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
