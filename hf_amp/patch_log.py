@@ -35,11 +35,9 @@ class PatchLog:
             self.set_attribute(instance, "__getstate__", functools.partial(self._unchanged_state, instance))
         former = attributes.get(name, _ABSENT)
         setattr(instance, name, value)
-        change = (instance, name, former, value)
-        self._changes.append(change)
+        self._changes.append((instance, name, former, value))
 
         def undo() -> None:
-            self._changes.remove(change)
             if attributes.get(name, _ABSENT) is not value:
                 return
             if former is _ABSENT:
@@ -65,6 +63,7 @@ class PatchLog:
         """Takes everything back, newest first. Harmless when called again."""
         while self._undo:
             self._undo.pop()()
+        self._changes.clear()
 
 
 class UnpickledHook:

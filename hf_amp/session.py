@@ -107,10 +107,13 @@ class AmpSession(EventRecorder):
         self._at_floor = self._loss_is_lost = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
+        self._unheld: dict[str, tuple[Tensor, int]] | None = (
+            None  # parameters of no known optimizer, and their versions
+        )
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
         scaler.discard_forwards = self._fallback.recorder.discard
-        scaler.note_loss = self._fallback.recorder.note_loss
+        scaler.note_loss = self._note_loss
         scaler.not_sampled = lambda: self._fallback.runner.fp32_parameters
         scaler.stateful.update(
             monitor=self.monitor, stall=self.stall, fallback=self._fallback, throughput=self.throughput
@@ -230,6 +233,23 @@ class AmpSession(EventRecorder):
                 self.record(self.stall.after_applied(outcome, self.newest_step, self._underflows(outcome)))
             else:
                 self._on_skipped(outcome, optimizer)
+
+    def _note_loss(self, loss: Tensor) -> None:
+        """Before a backward. In the first ones, looks whether models and optimizers belong together, and says where not."""
+        self._fallback.recorder.note_loss(loss)
+        if self._unheld is None and not self.scaler.no_scaling:
+            named, held = dict(self._fallback.runner.named_parameters()), self.scaler.watched_parameters()
+            own, theirs = {id(p) for p in named.values()}, {id(p) for p in held}
+            if own and (unknown := sum(id(p) not in own for p in held)):
+                self.note(EventKind.SETUP, f"{unknown} of {len(held)} parameters that optimizers hold{_UNKNOWN_MODEL}")
+            free = {name: p for name, p in named.items() if p.requires_grad and id(p) not in theirs}
+            self._unheld = {name: (p, p._version) for name, p in free.items()}
+        elif self._unheld:
+            moved = [name for name, (p, version) in self._unheld.items() if p._version != version]
+            if moved:
+                self.note(EventKind.SETUP, f"{len(moved)} parameters ({join_names(moved)}){_UNPREPARED}")
+            if moved or self.scaler.decided_steps > 1:
+                self._unheld = {}
 
     def _underflows(self, outcome: StepOutcome) -> bool:
         """Whether gradients that are all 0 are seen not to be in FP32; tried once a scale."""
@@ -360,9 +380,8 @@ class AmpSession(EventRecorder):
 
     def _refuse_join(self, **options: Any) -> None:
         raise AttachError(
-            "torch's Join lets ranks run out of batches one by one, and hf_amp's ranks agree on every step: the others would wait "
-            "for ever. Give all ranks the same number of batches (drop_last, or accelerate's even_batches=True), or detach "
-            "hf_amp."
+            "torch's Join lets ranks run out of batches one by one, and the others would wait for their verdict: give all ranks "
+            "the same number of batches (drop_last, or accelerate's even_batches=True), or detach hf_amp."
         )
 
     def detach_previous_session(self, model: nn.Module) -> None:
@@ -441,6 +460,7 @@ class AmpSession(EventRecorder):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which a forward pass runs in the plan's default precision, for loops without accelerate."""
+        self._fallback.runner.loop_autocasts = True
         return self.current_precision()
 
     def disable_replay(self) -> None:
@@ -589,17 +609,14 @@ class AmpSession(EventRecorder):
         self.detach()
 
 
-_MADE_THEM = (
-    " has made them (a division by a norm or root of 0, as with eps=0), or whatever has written to them since. "
+_UNKNOWN_MODEL = " belong to no model that hf_amp knows, and follows: pass every model through accelerator.prepare."
+_UNPREPARED = (
+    " have moved, and no optimizer that hf_amp knows holds them: one that was not prepared steps on gradients times the loss "
+    "scale. Pass it through accelerator.prepare; where they are an average of others (EMA), all is well."
 )
-_LOSS_LOST = (
-    "the loss was not finite, but every gradient is, and the step was applied: part of the loss reaches no parameter, or what is "
-    "not finite in it was masked. Look at the loss function, and at what is logged of it."
-)
-_SCRIPTED = (
-    ": on a CPU its FP16 is not emulated, and nothing in it is replayed or put in FP32. Loss scaling and the finite check work; "
-    "for the rest train the nn.Module that it was made from."
-)
+_MADE_THEM = " has made them (by a norm or a root of 0, as with eps=0), or whatever has written to them since. "
+_LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
+_SCRIPTED = ": nothing in it is emulated, replayed or put in FP32. Loss scaling and the finite check work."
 _WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
 
 

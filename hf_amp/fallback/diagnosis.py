@@ -295,6 +295,9 @@ SCALE_SKIPS_BEFORE_A_DOUBT = 3
 """Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept to repeat the next."""
 TINY_SCALE = 2.0**-24
 """So small that no gradient of a loss of ordinary size overflows: FP16's smallest value."""
+_IN_AUTOCAST = (
+    "The loop enters autocast, where products may leave the range of FP16: make the loss in FP32, outside of it."
+)
 _NOT_KEPT = (
     f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
     "step's batch and loss function, and for activations beyond 65504."
@@ -366,13 +369,14 @@ class Diagnoser:
         if found.cause is Cause.SCALE and not found.confirmed and skip.scale <= 1:
             what = f"the loss was finite, but backward overflows at a scale of {skip.scale:g} as well, and could not be repeated."
             found = Diagnosis(Cause.UNKNOWN, what, confirmed=False)
+        if found.cause is Cause.LOSS and not found.confirmed and self._runner.loop_autocasts:
+            found = found._replace(message=f"{found.message} {_IN_AUTOCAST}")
         return self._naming_gradient(skip, self._naming_state(skip.step, found))
 
     def _naming_state(self, step: int, found: Diagnosis) -> Diagnosis:
         """`found`, with the skip since which batches are not finite: a state that the model returned may be among them."""
         former = self._non_finite_since
-        follows = former is not None and former[0] == step - 1
-        if found.cause is Cause.INPUT and former and follows:
+        if found.cause is Cause.INPUT and former and former[0] == step - 1:
             _, since, cause = former
             self._non_finite_since = (step, since, cause)
             return found._replace(
@@ -386,10 +390,9 @@ class Diagnoser:
     def underflows(self, step: int, scale: float) -> bool:
         """Whether the gradients of `step`, which were all 0, are not in FP32: costs a step without its optimizer."""
         forwards = self._recorder.forwards_of(step) if self.repeats_forwards else []
-        repeated = (
-            replay_backward(forward, self._runner.current, 1.0, scale, in_fp32=True, found=Tensor.any)
-            for forward in forwards
-        )
+        repeated = [
+            replay_backward(each, self._runner.current, 1.0, scale, True, found=Tensor.any) for each in forwards
+        ]
         return any(each is not None and each.parameters for each in repeated)
 
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:

@@ -252,6 +252,7 @@ class PlanRunner:
         fullgraph: compiled modules that allow no break in their graph: they run without their compiled code while the plan
             names modules.
         fp32_parameters: `id` of the parameters that only modules which the plan names hold.
+        loop_autocasts: whether the loop itself, too, runs something in the default.
         plan: what the next forward passes follow.
     """
 
@@ -266,6 +267,7 @@ class PlanRunner:
         self.sharded = False
         self.fullgraph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.fp32_parameters: frozenset[int] = frozenset()
+        self.loop_autocasts = False
         self._asked_for = default
         self.plan = PrecisionPlan(default)
 

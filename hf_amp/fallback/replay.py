@@ -130,9 +130,8 @@ def replay_backward(
     by_operator: bool = False,
     found: Callable[[Tensor], Any] | None = None,
 ) -> BackwardFindings | None:
-    """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite.
-
-    `found` says of a gradient whether its parameter is named, where it is asked for something else.
+    """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite, or for which
+    `found` holds.
 
     Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
     the outputs, if they were kept. None where nothing is known: neither is there, or the repetition failed. Costs one

@@ -56,6 +56,7 @@ _MODES = {
     "fp8": PrecisionMode.BF16,  # what modules run in that are not converted to FP8
     "no": PrecisionMode.FP32,
 }
+_SCALING_OPTIONS = ("scaling_strategy", "init_scale", "growth_interval", "growth_factor", "backoff_factor")
 _SUPPORTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -97,6 +98,9 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
             session.patches.set_attribute(accelerator, _SESSION, session)
     else:
         session, limits = _decide_steps(accelerator, config)
+    given = [name for name in _SCALING_OPTIONS if getattr(config, name) != getattr(MixedPrecisionConfig(), name)]
+    if given and session.requested_mode is PrecisionMode.FP32 and config.enabled:
+        session.note(EventKind.SETUP, f"{', '.join(given)}: nothing is scaled in FP32, only with fp16=True.")
     what = session.describe() + limits if config.enabled else "disabled by the config"
     session.note(
         EventKind.ATTACHED,
@@ -341,8 +345,10 @@ class AttachedAccelerator:
         """Enters the plan's default where accelerate would enter another precision."""
         session = self._session
         is_wanted = autocast_handler is None or autocast_handler.enabled
-        if is_wanted and (self._fp16_on_cpu or session.plan.default is not session.requested_mode):
-            return session.autocast()
+        if is_wanted:
+            entered = session.autocast()  # which notes that the loop does
+            if self._fp16_on_cpu or session.plan.default is not session.requested_mode:
+                return entered
         return self._stock["autocast"](autocast_handler)
 
     def _join_prepared(self) -> None:
@@ -427,7 +433,7 @@ def _changer_of_forward(reference: weakref.ref[nn.Module], session: AmpSession) 
 
         @functools.wraps(plain)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with session.autocast():
+            with session.current_precision():
                 output = plain(self, *args, **kwargs)
             return convert_outputs_to_fp32(lambda: output)()
 

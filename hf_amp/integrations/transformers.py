@@ -118,6 +118,9 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.session is None and self._trainer is None:
+            self._trainer = calling_trainer(self)
+            _log.warning("MixedPrecisionCallback was added while training runs, and begins with the next train()")
         # A Trainer calls no `step` in micro-steps, in which a prepared optimizer would take back what it last said.
         if self.config.enabled and isinstance(kwargs["optimizer"], AcceleratedOptimizer):
             forget_skip(kwargs["optimizer"])
@@ -403,7 +406,8 @@ def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]
             count = to_host({"lost": lost, "seen": seen})
             prefix = kwargs.get("metric_key_prefix", "eval")
             lost_batches[prefix] = int(count["lost"])
-            _report_evaluation(session, prefix, int(count["lost"]), int(count["seen"]))
+            loss = (output.metrics or {}).get(f"{prefix}_loss", math.nan)
+            _report_evaluation(session, prefix, int(count["lost"]), int(count["seen"]), loss)
         return output
 
     session.patches.set_attribute(trainer, "prediction_step", note_loss)
@@ -411,14 +415,16 @@ def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]
     return lost_batches
 
 
-def _report_evaluation(session: AmpSession, prefix: str, lost: int, seen: int) -> None:
+def _report_evaluation(session: AmpSession, prefix: str, lost: int, seen: int, loss: float) -> None:
     session.monitor.eval_non_finite_batches = lost
     if not lost:
         return
+    # transformers leaves them out from 5.23 on.
+    what = "the mean of the others" if math.isfinite(loss) else f"{loss:g} for that"
     session.note(
         EventKind.EVALUATION_LOST_BATCHES,
-        f"{lost} of {seen} batches had no finite loss, and {prefix}_loss is the mean of the others, if any: look at "
-        "the data, or for activations beyond the range of the precision that was evaluated in.",
+        f"{lost} of {seen} batches had no finite loss, and {prefix}_loss is {what}: look at the data, or "
+        "for activations beyond the range of the precision that was evaluated in.",
         eval_non_finite_batches=lost,
     )
 

@@ -43,10 +43,8 @@ class StallDetector:
     def after_applied(self, outcome: StepOutcome, step: int, underflows: bool = False) -> AmpEvent | None:
         """One applied step; what it shows of the run, where that is new.
 
-        One step without any gradient is nothing to report: it may be another optimizer's turn.
-
-        Args:
-            underflows: whether its gradients, which are all 0, were seen not to be in FP32.
+        One step without any gradient is nothing to report: it may be another optimizer's turn. `underflows`: its gradients, which
+        are all 0, were seen not to be in FP32.
         """
         if not outcome.has_gradients:
             self.empty_steps += 1

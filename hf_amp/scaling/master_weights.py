@@ -11,6 +11,7 @@ reference see what they saw before.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -47,11 +48,13 @@ class MasterWeights:
     """The FP32 copies of all half-precision parameters of the optimizers that one scaler steps.
 
     Writes to a parameter between two steps (loading a checkpoint, clamping) are followed: elements that are no
-    longer the rounded master replace it. Writes through `.data`, which PyTorch does not count, are not seen.
+    longer the rounded master replace it. Writes through `.data`, which PyTorch does not count, are looked for in the first
+    steps and in sampled ones; once there was one, in all from then on (`follows_data`).
     No GPU-CPU sync anywhere here. Optimizers and parameters are not kept alive.
     """
 
     def __init__(self) -> None:
+        self.follows_data = False
         self._masters: MutableMapping[Tensor, _Master] = WeakTensorKeyDictionary()
         self._former_dtypes: MutableMapping[Tensor, torch.dtype] = WeakTensorKeyDictionary()
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]] = (
@@ -81,16 +84,27 @@ class MasterWeights:
         if optimizer in self._hooks:
             return
         upcast_state(optimizer, half_parameters(optimizer))
+        for name in ("train", "eval"):  # in which those that are free of a schedule move their parameters
+            if callable(getattr(optimizer, name, None)):
+                vars(optimizer)[name] = functools.partial(self._call_on_masters, weakref.ref(optimizer), name)
         self._hooks[optimizer] = [
             optimizer.register_state_dict_post_hook(self._add_to_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._remember_loaded),
             optimizer.register_load_state_dict_post_hook(self._load_unrounded),
         ]
 
+    def _call_on_masters(self, reference: weakref.ref[torch.optim.Optimizer], name: str) -> None:
+        optimizer = cast(torch.optim.Optimizer, reference())
+        with self.swap_in_master_weights(optimizer, whole=True):
+            getattr(type(optimizer), name)(optimizer)
+
     def release(self, restore: bool = True) -> None:
         """Undoes `register_optimizer` and, where `restore`, `downcast_`: parameters get their former dtype and the master's value."""
         for handle in itertools.chain.from_iterable(self._hooks.values()):
             handle.remove()
+        for optimizer in self._hooks:
+            vars(optimizer).pop("train", None)
+            vars(optimizer).pop("eval", None)
         self._hooks.clear()
         for parameter, dtype in list(self._former_dtypes.items()) if restore else ():
             self._follow([parameter])
@@ -134,15 +148,20 @@ class MasterWeights:
                 parameter.grad = gradient
 
     @contextmanager
-    def swap_in_master_weights(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def swap_in_master_weights(
+        self, optimizer: torch.optim.Optimizer, found: list[Tensor] | None = None, whole: bool = False
+    ) -> Iterator[None]:
         """Inside, `optimizer` holds the masters with the FP32 gradients; afterwards the parameters, rounded from them.
+
+        `found`: where given, writes through `.data` are looked for, and each parameter adds whether there was one. `whole`: all
+        masters, also without a gradient, and gradients stay.
 
         The gradients are used up: `p.grad` of a half-precision parameter is None afterwards.
         """
-        moved = [p for p in half_parameters(optimizer) if p.grad is not None]
-        self._follow(moved)
+        moved = [p for p in half_parameters(optimizer) if whole or p.grad is not None]
+        self._follow(moved, found)
         masters = {p: self._masters[p].weight for p in moved}
-        for parameter, master in masters.items():
+        for parameter, master in masters.items() if not whole else ():
             master.grad, parameter.grad = parameter.grad, None
         groups = [(group, group["params"]) for group in optimizer.param_groups]
         for group, parameters in groups:
@@ -165,16 +184,18 @@ class MasterWeights:
             self._masters[parameter].agreed_with = _memory_of(parameter)
 
     @torch.no_grad()
-    def _follow(self, parameters: Iterable[Tensor]) -> None:
+    def _follow(self, parameters: Iterable[Tensor], found: list[Tensor] | None = None) -> None:
         """Gives every parameter a master, and brings those up to date whose parameter was written to."""
         for parameter in parameters:
             master = self._masters.get(parameter)
             if master is None:
                 weight = torch.nn.Parameter(parameter.detach().to(_WIDE, copy=True))
                 self._masters[parameter] = _Master(weight, _memory_of(parameter))
-            elif master.agreed_with != _memory_of(parameter):
+            elif self.follows_data or found is not None or master.agreed_with != _memory_of(parameter):
                 former = master.weight.to(parameter.device)
                 same = former.to(parameter.dtype) == parameter
+                if found is not None and master.agreed_with == _memory_of(parameter):
+                    found.append(~same.all())
                 master.weight = torch.nn.Parameter(torch.where(same, former, parameter.to(_WIDE)))
                 master.agreed_with = _memory_of(parameter)
 
@@ -344,7 +365,7 @@ def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: boo
 
 
 def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent | None:
-    normalizing = {id(p) for m in model.modules() if isinstance(m, _STAY_FP32) for p in m.parameters()}
+    normalizing = {id(p) for m in model.modules() if _stays_fp32(m) for p in m.parameters()}
     wide = {n: p for n, p in trainable(model).items() if p.dtype != FP16_FORMAT.dtype and id(p) not in normalizing}
     if not wide:
         return _kept(trainable(model))
@@ -356,6 +377,12 @@ def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent
     masters.downcast_(wide.values())
     message = f"made FP16: {listed}. The optimizer moves FP32 master weights, which have their exact values."
     return AmpEvent(0, EventKind.PARAMETERS_CONVERTED, None, before, "FP16", (), message, _counted(wide))
+
+
+def _stays_fp32(module: nn.Module) -> bool:
+    """Whether `module` needs FP32 parameters. What computes a weight from others does: spectral norms, orthogonal maps."""
+    by_hook = any(hasattr(hook, "n_power_iterations") for hook in module._forward_pre_hooks.values())
+    return isinstance(module, _STAY_FP32) or by_hook or nn.utils.parametrize.is_parametrized(module)
 
 
 def _refuse_out_of_range(wide: Named) -> None:

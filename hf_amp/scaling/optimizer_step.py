@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from hf_amp.errors import ScalerError
+from hf_amp.events import StepOutcome
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.statistics import random_elements, to_device
+
+WRITTEN = "written_through_data"
 
 
 class OptimizerRunner:
@@ -26,7 +29,7 @@ class OptimizerRunner:
 
     def __init__(self, masters: MasterWeights | None) -> None:
         self._masters = masters
-        self._lost: dict[int, Tensor] = {}
+        self._found: dict[int, dict[str, Tensor]] = {}
 
     def prepare_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Brings gradients into the precision that they are checked and applied in. No GPU-CPU sync."""
@@ -51,8 +54,12 @@ class OptimizerRunner:
             sample_seed: takes the lost-update fraction, from a sample with this seed; None for not.
         """
         if self._masters is not None:
-            with self._masters.swap_in_master_weights(optimizer):
-                return _apply(optimizer, record, arguments, options, on_device)
+            found: list[Tensor] | None = None if sample_seed is None else []
+            with self._masters.swap_in_master_weights(optimizer, found):
+                result = _apply(optimizer, record, arguments, options, on_device)
+            if found:
+                self._found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
+            return result
         low = [p.detach() for p in half_parameters(optimizer) if p.grad is not None] if sample_seed is not None else []
         if sample_seed is None or not low:
             return _apply(optimizer, record, arguments, options, on_device)
@@ -61,7 +68,7 @@ class OptimizerRunner:
         after, _ = random_elements(low, sample_seed)
         lost = to_device(((before == after) * weights).sum(), record.scale.device)
         # A step that the device has skipped changed nothing, and lost nothing.
-        self._lost[id(optimizer)] = torch.where(record.found_inf > 0, torch.nan, lost)
+        self._found[id(optimizer)] = {"lost_update_fraction": torch.where(record.found_inf > 0, torch.nan, lost)}
         return result
 
     def end_skipped(self, optimizer: torch.optim.Optimizer) -> None:
@@ -76,8 +83,12 @@ class OptimizerRunner:
             Tensor of shape [], float32, on the scale's device, by name: the share of low-precision elements that the step left
             as they were; NaN where the device skipped it. That step's own sync was before it moved anything.
         """
-        lost = self._lost.pop(id(optimizer), None)
-        return {} if lost is None else {"lost_update_fraction": lost}
+        return self._found.pop(id(optimizer), {})
+
+    def take_written(self, outcome: StepOutcome) -> None:
+        """Takes in whether parameters with master weights were written to through `.data`, as the host has read it."""
+        if self._masters is not None and outcome.extras.get(WRITTEN):
+            self._masters.follows_data = True
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
@@ -191,9 +202,8 @@ def install_refusal(
     hook, held = RefuseScaledStep(is_waiting, optimizer), [optimizer]
     for each in held:
         for value in _attributes_of(each).values():
-            items = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            )
+            inside = list(value.values()) if isinstance(value, dict) else value
+            items = inside if isinstance(inside, (list, tuple)) else [inside]
             held += [x for x in items if isinstance(x, torch.optim.Optimizer) and not any(x is known for known in held)]
     handles = [each.register_step_pre_hook(hook) for each in held if hasattr(each, "_optimizer_step_pre_hooks")]
 

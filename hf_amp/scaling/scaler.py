@@ -214,6 +214,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """
         self._pending.watch(optimizer)
 
+    def watched_parameters(self) -> list[Tensor]:
+        """What the optimizers hold that are known so far."""
+        return [p for _, it in self._pending._alive() for group in it.param_groups for p in group["params"]]
+
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides `optimizer`'s gradients by the scale of their backward, in place, so that they can be clipped.
 
@@ -283,7 +287,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         elif record.state is StepState.STEPPED:
             raise ScalerError("step() was already called on this optimizer since the last update(): call update().")
         record.extras.update(lost_updates)
-        seed = self.decided_steps if samples else None
+        begins = self.master_weights is not None and 1 <= self.decided_steps <= 3
+        seed = self.decided_steps if samples or begins else None
         run = functools.partial(self._runner.run, optimizer, record, args, kwargs, sample_seed=seed)
         attempt, result, outcome = self.decided_steps + 1, None, None
         self._pending.begin_step(record)
@@ -393,6 +398,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.applied_steps += outcome.applied
         self.skipped_steps += not outcome.applied
         self.last_outcome = outcome
+        self._runner.take_written(outcome)
         self._undelivered.append((outcome, optimizer))
 
     def _deliver(self) -> None:

@@ -40,7 +40,7 @@ def compute_loss(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> 
     | (inputs, targets) | `loss_fn(model(inputs), targets)` | `model(inputs, targets)` returns a loss |
     | tensor | `loss_fn(model(batch), batch)` | `model(batch)` returns a loss |
 
-    A model returns a loss as a tensor, as `.loss`, or under "loss".
+    A model returns a loss as a tensor, as `.loss`, under "loss", or as a mapping of losses alone, which are added.
 
     Returns:
         Tensor of shape []; the mean over devices under DataParallel.
@@ -91,7 +91,7 @@ def _call_with_mapping(model: nn.Module, batch: Mapping[str, Any], loss_fn: Loss
     if LABELS not in batch:
         raise BatchError(
             f'the batch has no "{LABELS}" for loss_fn; its keys are {_names(batch)}. Add the targets under that key, '
-            "or pass pairs (inputs, targets)."
+            "or pass pairs (inputs, targets); where the model returns its losses, leave loss_fn out."
         )
     return model(**{name: value for name, value in batch.items() if name != LABELS}), batch[LABELS]
 
@@ -99,7 +99,9 @@ def _call_with_mapping(model: nn.Module, batch: Mapping[str, Any], loss_fn: Loss
 def _returned_loss(outputs: Any, batch: Any) -> Any:
     loss = outputs
     if isinstance(outputs, Mapping):
-        loss = outputs.get("loss")
+        numbers = [x for x in outputs.values() if isinstance(x, Tensor) and x.is_floating_point() and not x.dim()]
+        all_losses = bool(numbers) and len(numbers) == len(outputs)  # as detectors of torchvision return them
+        loss = sum(numbers) if "loss" not in outputs and all_losses else outputs.get("loss")
     elif not isinstance(outputs, Tensor):
         loss = getattr(outputs, "loss", None)
     if loss is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -570,3 +571,25 @@ def test_a_replay_leaves_no_trace_in_plain_attributes() -> None:
         loop.step({"x": X})
     assert [skip.cause for skip in loop.skips] == [Cause.SCALE] * 3
     assert loop.plain.calls == 3
+
+
+@pytest.mark.parametrize("how", ["accelerator.autocast", "session.autocast", "outside"])
+@pytest.mark.usefixtures("fresh_accelerator_state")
+def test_a_loss_made_in_half_precision_outside_of_the_model(how: str) -> None:
+    """Logits of finite embeddings leave FP16 under autocast: said, with the remedy, which cures it."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, init_scale=1.0)
+    model = nn.Linear(4, 64)
+    nn.init.constant_(model.weight, 20.0)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.0))
+    contexts = {"accelerator.autocast": accelerator.autocast, "session.autocast": session.autocast}
+    with contexts.get(how, nullcontext)():
+        embeddings = model(torch.ones(8, 4))
+        loss = nn.functional.cross_entropy(embeddings @ embeddings.T, torch.arange(8))
+    accelerator.backward(loss)
+    optimizer.step()
+    skips = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert len(skips) == (how != "outside")
+    for skip in skips:
+        assert skip.cause is Cause.LOSS
+        assert "make the loss in FP32" in skip.message

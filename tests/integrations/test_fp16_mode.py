@@ -20,6 +20,7 @@ import hf_amp
 from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.scaling.master_weights import STATE_KEY
+from tests.conftest import forget_accelerators
 from tests.each import for_each
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.integrations.half_models import dtypes
@@ -391,3 +392,88 @@ def test_architectures(kind: RescaledModel, emulate: bool) -> None:
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float16}
     assert losses["fp16"] == pytest.approx(losses["no"], rel=5e-3)
     assert losses["fp16"] != losses["no"]
+
+
+@pytest.mark.parametrize("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
+@pytest.mark.usefixtures("fresh_accelerator_state")
+def test_writes_through_data_move_master_weights_too(strategy: str) -> None:
+    """A WGAN's clamp after every step, from the first on: weights stay where it puts them, within one step."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    hf_amp.attach(accelerator, precision_mode="FP16", init_scale=256.0, scaling_strategy=strategy)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=strategy != "DYNAMIC")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(20):
+        accelerator.backward(-model(torch.randn(8, 4)).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        largest = max(p.abs().max().item() for p in model.parameters())
+        assert step == 0 or largest < 0.025, (step, largest)
+        for parameter in model.parameters():
+            parameter.data.clamp_(-0.01, 0.01)
+
+
+def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> list[float]:
+    """Evaluation losses of a few steps, in whatever mode the optimizer evaluates in."""
+    forget_accelerators()
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    with hf_amp.attach(accelerator, init_scale=256.0, **options) as session:
+        model, optimizer = accelerator.prepare(model, optimizer)
+        losses = []
+        for _ in range(4):
+            optimizer.train()
+            accelerator.backward(model(torch.ones(4, 4)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.eval()
+            losses.append(model(torch.ones(4, 4)).square().mean().item())
+        assert session.scaler.applied_steps == 4
+    assert not {"train", "eval"} & vars(optimizer.optimizer).keys()
+    return losses
+
+
+COMPUTED_WEIGHTS = {
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "spectral_norm by a hook": nn.utils.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "cayley": lambda layer: nn.utils.parametrizations.orthogonal(layer, orthogonal_map="cayley"),
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "none": lambda layer: layer,
+}
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Moves its parameters in `train` and `eval`, as schedulefree does: towards FP32 state, and back."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr, momentum=0.9)
+        self.evaluates = False
+
+    @torch.no_grad()
+    def move(self, evaluates: bool) -> None:
+        for group in self.param_groups if evaluates is not self.evaluates else ():
+            for parameter in group["params"]:
+                state = self.state[parameter].get("momentum_buffer")
+                if state is not None:
+                    parameter.lerp_(state, 0.01) if evaluates else parameter.lerp_(state, 1 - 1 / 0.99)
+        self.evaluates = evaluates
+
+    def train(self) -> None:
+        self.move(False)
+
+    def eval(self) -> None:
+        self.move(True)
+
+
+@pytest.mark.parametrize("kind", COMPUTED_WEIGHTS)
+@pytest.mark.usefixtures("fresh_accelerator_state")
+def test_weights_that_are_computed_and_optimizers_without_a_schedule(kind: str) -> None:
+    """FP16 mode trains them as FP16 autocast over FP32 parameters does."""
+    runs = []
+    for options in ({}, {"precision_mode": "FP16"}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), COMPUTED_WEIGHTS[kind](nn.Linear(8, 8)), nn.Linear(8, 1))
+        runs.append(losses_of(model, ScheduleFree(model.parameters(), 0.05), **options))
+    assert runs[1] == pytest.approx(runs[0], rel=0.05, abs=1e-4)
+    assert runs[0][-1] != runs[0][0]

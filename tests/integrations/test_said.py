@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import TrainerCallback
 
 import hf_amp
-from hf_amp import AmpSession, Cause, EventKind
+from hf_amp import AmpSession, Cause, EventKind, MixedPrecisionCallback
 from hf_amp.events import AmpEvent
+from hf_amp.integrations.transformers import _report_evaluation
+from tests.conftest import forget_accelerators
+from tests.integrations.trainers import regression_trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
@@ -133,3 +138,89 @@ def test_weights_whose_nan_backward_does_not_see() -> None:
     (event,) = of_kind(session, EventKind.LOSS_LOST)
     assert event.cause is Cause.WEIGHTS
     assert "0.bias among them" in event.message
+
+
+def set_ups(session: AmpSession) -> list[str]:
+    return [event.message for event in of_kind(session, EventKind.SETUP)]
+
+
+@pytest.mark.parametrize("other_is_prepared", [False, True])
+def test_an_optimizer_that_was_never_prepared(other_is_prepared: bool) -> None:
+    """Alone, or beside one that was: it moves its parameters by gradients times the scale, and that is said, once."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, init_scale=256.0)
+    model = WithDeadBranch()
+    optimizers = [torch.optim.SGD(layer.parameters(), 1e-9) for layer in (model.a, model.dead)]
+    model = accelerator.prepare(model)
+    if other_is_prepared:
+        optimizers[1] = accelerator.prepare(optimizers[1])
+    for _ in range(4):
+        accelerator.backward(model(torch.ones(2, 4)).square())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    (told,) = set_ups(session)
+    assert told.startswith(f"{2 if other_is_prepared else 4} parameters (a.weight, a.bias")
+
+
+def test_parameters_that_nobody_moves_are_fine() -> None:
+    """A head is trained, the body was not frozen: nothing to say; nor in accumulation, in which nothing moves."""
+    model = WithDeadBranch()
+    session = steps(model, torch.optim.SGD(model.a.parameters(), 1e-3), 4)
+    assert not set_ups(session)
+
+
+def test_a_model_that_hf_amp_does_not_know() -> None:
+    """One of two was not prepared, and its optimizer was."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, init_scale=256.0)
+    known, unknown = WithDeadBranch(), nn.Linear(4, 4)
+    optimizer = torch.optim.SGD([*known.parameters(), *unknown.parameters()], 1e-3)
+    known, optimizer = accelerator.prepare(known, optimizer)
+    accelerator.backward(known(unknown(torch.ones(2, 4))))
+    optimizer.step()
+    (told,) = set_ups(session)
+    assert told.startswith("2 of 6 parameters that optimizers hold belong to no model that hf_amp knows")
+
+
+def test_options_of_scaling_where_nothing_is_scaled() -> None:
+    """`fp16` was forgotten; not so in FP16, in BF16, or without such options."""
+    for precision, options in (("no", True), ("no", False), ("bf16", True), ("fp16", True)):
+        forget_accelerators()
+        session = hf_amp.attach(
+            Accelerator(mixed_precision=precision, cpu=True), **({"init_scale": 8.0} if options else {})
+        )
+        told = set_ups(session)
+        assert bool(told) is (precision == "no" and options)
+    assert all("init_scale: nothing is scaled in FP32" in each for each in told)
+
+
+class AddsLate(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.trainer.add_callback(MixedPrecisionCallback())
+
+
+def test_a_callback_that_is_added_during_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says once that it does nothing yet; in the next `train()` it works."""
+    adds = AddsLate()
+    trainer = regression_trainer(tmp_path, adds, fp16=False, max_steps=4)
+    adds.trainer = trainer
+    trainer.train()
+    assert [r.message for r in caplog.records if r.name == "hf_amp"].count(caplog.messages[-1]) == 1
+    assert "added while training runs" in caplog.text
+    trainer.remove_callback(adds)
+    trainer.args.max_steps = 6
+    trainer.train()
+    callback = trainer.callback_handler.callbacks[-1]
+    assert callback.session.scaler.decided_steps > 0
+
+
+@pytest.mark.parametrize("loss", [0.5, torch.nan])
+def test_eval_loss_is_called_the_mean_of_the_others_only_where_it_is(loss: float) -> None:
+    """transformers leaves out losses that are not finite from 5.23 on; before, the mean is not finite either."""
+    session = hf_amp.attach(Accelerator(mixed_precision="no", cpu=True))
+    _report_evaluation(session, "eval", 1, 4, loss)
+    message = session.events[-1].message
+    assert ("eval_loss is the mean of the others" in message) is (loss == 0.5)
+    assert ("eval_loss is nan for that" in message) is (loss != 0.5)

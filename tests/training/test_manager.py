@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -278,3 +279,32 @@ def test_a_disabled_manager_is_the_plain_loop():
     epoch = manager.train_epoch(vectors(3), model, optimizer)
     assert (epoch["steps"], epoch["precision_mode"]) == (3, PrecisionMode.FP32)
     assert manager.get_training_stats()["precision_stats"]["fp16_usage_rate"] == 0.0
+
+
+class Detector(nn.Module):
+    """Returns a mapping of its losses, as torchvision's detectors do."""
+
+    def __init__(self, **extra: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.extra = nn.Linear(4, 2), extra
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        a, b = (self.layer(images) - targets).square().mean(0)
+        return {"loss_classifier": a, "loss_box_reg": b, **self.extra}
+
+
+@pytest.mark.parametrize("as_mapping", [True, False])
+def test_a_mapping_of_losses_is_their_sum(as_mapping: bool) -> None:
+    """Trained on and validated; a mapping that holds something else too has no loss that can be told."""
+    x, y = torch.ones(2, 4), torch.zeros(2, 2)
+    batch = {"images": x, "targets": y} if as_mapping else (x, y)
+    model = Detector()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    expected = sum(model(x, y).values()).item()
+    with AdvancedMixedPrecisionManager(MixedPrecisionConfig(precision_mode="FP32")) as manager:
+        assert manager.train_epoch([batch], model, optimizer)["loss"] == pytest.approx(expected)
+        assert manager.validate_epoch([batch], model)["loss"] < expected
+    other = Detector(boxes=torch.ones(2, 4))
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    with AdvancedMixedPrecisionManager() as manager, pytest.raises(BatchError, match="returned no loss but a dict"):
+        manager.train_epoch([batch], other, optimizer)
