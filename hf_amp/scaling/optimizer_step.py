@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_amp.errors import ScalerError
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
-from hf_amp.statistics import random_elements, to_device
+from hf_amp.statistics import local_part, random_elements, to_device
 
 
 class OptimizerRunner:
@@ -80,7 +80,7 @@ class OptimizerRunner:
     def _moved_in_half(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         if self._masters is not None:
             return []
-        return [p.detach() for p in half_parameters(optimizer) if p.grad is not None]
+        return [local_part(p.detach()) for p in half_parameters(optimizer) if p.grad is not None]
 
     def _on_masters(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         return nullcontext() if self._masters is None else self._masters.swap_in_master_weights(optimizer)
