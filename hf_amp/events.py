@@ -106,7 +106,7 @@ class Cause(str, enum.Enum):
         metric_remedy="nothing with automatic_fallback: the modules that the event names, or all, run in FP32",
         remedy="Train the modules that the events name, or all, in FP32.",
         elsewhere="rounding to the format made inf or NaN there, within its range; FP32 cures that, no scale does.",
-        error="rounding",
+        error="rounding", to_do="a wider format",
         severity=68, severity_unconfirmed=28, moves_scale=False, moves_precision=True, retries=32,
         light="#8a6d1f", dark="#d8bf6a", marker="d",
     )  # fmt: skip
@@ -118,7 +118,7 @@ class Cause(str, enum.Enum):
         remedy="Look at the operators that the events name: a division by zero, a log or root of zero, a mean of nothing; or "
         "everything has grown, as with too high a learning rate.",
         elsewhere="the model computes inf or NaN from finite values there, in FP32 too, so that no precision cures it.",
-        error="non_finite_model",
+        error="non_finite_model", to_do="change the model",
         severity=62, severity_unconfirmed=3, moves_scale=False, moves_precision=False, retries=0,
         light="#1f6f9f", dark="#6db7e3", marker="p",
     )  # fmt: skip

@@ -320,6 +320,14 @@ def convert_parameters(
         return None
     needs_fp32 = mode is PrecisionMode.MIXED or config.precision_mode is PrecisionMode.DYNAMIC
     remedy = config.half_parameters or ("upcast" if needs_fp32 else "warn")
+    sharded = any(map(is_sharded, half.values()))
+    if remedy == "upcast" and sharded:
+        if config.half_parameters is not None:
+            raise AttachError(
+                f'half_parameters="upcast": {_listed(half)} are sharded, and FSDP gives gradients in the precision that it has '
+                "found. Load and shard them in FP32 (dtype=torch.float32 in from_pretrained)."
+            )
+        remedy = "warn"
     if remedy == "error":
         raise AttachError(
             f'half_parameters="error": trainable in half precision are {_listed(half)}, and {mode.value} trains FP32 '
@@ -330,9 +338,14 @@ def convert_parameters(
         return _upcast(half, optimizers, fixed)
     if remedy == "master_weights":
         return _kept(half)
+    cure = (
+        "shards of FP32 (dtype=torch.float32 in from_pretrained)"
+        if sharded
+        else 'half_parameters="master_weights" or "upcast"'
+    )
     message = (
         f"trainable in half precision: {_listed(half)}. Updates smaller than half a rounding step are lost, which the metric "
-        'lost_update_fraction measures; half_parameters="master_weights" or "upcast" keeps them.'
+        f"lost_update_fraction measures; {cure} keeps them."
     )
     return AmpEvent(0, EventKind.HALF_PARAMETERS, message=message, figures=_counted(half))
 

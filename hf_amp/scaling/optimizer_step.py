@@ -15,7 +15,7 @@ from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
-from hf_amp.statistics import random_elements, to_device
+from hf_amp.statistics import local_part, random_elements, to_device
 
 WRITTEN = "written_through_data"
 
@@ -60,7 +60,11 @@ class OptimizerRunner:
             if found:
                 self._found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
             return result
-        low = [p.detach() for p in half_parameters(optimizer) if p.grad is not None] if sample_seed is not None else []
+        low = (
+            [local_part(p.detach()) for p in half_parameters(optimizer) if p.grad is not None]
+            if sample_seed is not None
+            else []
+        )
         if sample_seed is None or not low:
             return _apply(optimizer, record, arguments, options, on_device)
         before, weights = random_elements(low, sample_seed)

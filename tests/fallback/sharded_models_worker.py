@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.distributed import DistributedConfig
 
 import hf_amp
-from hf_amp import AmpSession, EventKind, MixedPrecisionCallback
+from hf_amp import AmpSession, AttachError, EventKind, MixedPrecisionCallback
 from tests.rank_end import leave_together
 
 STEPS, FAULTY_STEP = 5, 3
@@ -43,6 +43,8 @@ def found(session: AmpSession, model: nn.Module) -> dict[str, Any]:
         "plan": session.plan.to_plain(),
         "finite": all(bool(p.isfinite().all()) for p in whole),
         "describes": session.describe(),
+        "parameters": next(model.parameters()).dtype.itemsize * 8,
+        "lost_updates": session.metrics().get("lost_update_fraction"),
     }
 
 
@@ -61,8 +63,8 @@ class Network(nn.Module):
         return x.square().mean()
 
 
-def sharded_by_hand() -> nn.Module:
-    model = Network()
+def sharded_by_hand(dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = Network().to(dtype)
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(model.first, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -86,8 +88,12 @@ def inputs(fault: str, step: int, rank: int, width: int) -> Tensor:
 
 def by_hand(model: nn.Module, fault: str, rank: int, mode: str, width: int = 8) -> dict[str, Any]:
     """A raw loop over `AmpSession.for_model`."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    session = AmpSession.for_model(model, optimizer, precision_mode=mode, init_scale=64.0)
+    half = next(model.parameters()).dtype is torch.bfloat16
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), fused=True) if half else torch.optim.SGD(model.parameters(), lr=0.05)
+    )
+    options = {"precision_mode": mode, "init_scale": 64.0, "monitoring_interval": 1}
+    session = AmpSession.for_model(model, optimizer, **options)
     for step in range(1, STEPS + 1):
         loss = loss_of(model, inputs(fault, step, rank, width))
         if fault == "loss" and step == FAULTY_STEP and rank == 1:
@@ -97,6 +103,16 @@ def by_hand(model: nn.Module, fault: str, rank: int, mode: str, width: int = 8) 
         session.scaler.update()
         optimizer.zero_grad()
     return found(session, model)
+
+
+def refusal() -> dict[str, str]:
+    """What an option that cannot be followed is answered with."""
+    model = sharded_by_hand(torch.bfloat16)
+    try:
+        AmpSession.for_model(model, torch.optim.SGD(model.parameters()), half_parameters="upcast")
+    except AttachError as error:
+        return {"refusal": str(error)}
+    return {}
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -166,6 +182,8 @@ def main(folder: str) -> None:
         "tensor parallel": lambda fault: by_hand(llama(folder, tp_size=2, tp_plan="auto"), fault, rank, "BF16", 32),
         "fully_shard, FP16": lambda fault: by_hand(sharded_by_hand(), fault, rank, "MIXED"),
         "fully_shard, BF16": lambda fault: by_hand(sharded_by_hand(), fault, rank, "BF16"),
+        "BF16 shards in FP16": lambda fault: by_hand(sharded_by_hand(torch.bfloat16), fault, rank, "MIXED"),
+        "BF16 shards in BF16": lambda fault: by_hand(sharded_by_hand(torch.bfloat16), fault, rank, "BF16"),
         "FSDP1": lambda fault: by_hand(sharded_by_fsdp1(), fault, rank, "BF16"),
         "gathers": lambda fault: by_hand(Network(gathers=True), fault, rank, "MIXED"),
     }
@@ -175,6 +193,7 @@ def main(folder: str) -> None:
             faulthandler.dump_traceback_later(SECONDS, exit=True)
             results[f"{name}, {fault}"] = run(fault)
             print(name, fault, file=sys.stderr, flush=True)
+    results["upcast"] = refusal()
     gathered: list[Any] = [None, None]
     dist.all_gather_object(gathered, results)
     if rank == 0:

@@ -21,6 +21,8 @@ SHARDED = [
     "tensor parallel",
     "fully_shard, FP16",
     "fully_shard, BF16",
+    "BF16 shards in FP16",
+    "BF16 shards in BF16",
     "FSDP1",
 ]
 
@@ -77,3 +79,16 @@ def test_what_cannot_be_known_without_a_replay_is_said(ranks: list[dict[str, Any
         assert "the loss was not finite" in said["messages"][0]
         assert "its parameters are sharded" in said["messages"][0]
         assert said["describes"].endswith("no forward pass is repeated, modules do not fall back")
+
+
+@for_each("run", ["BF16 shards in FP16", "BF16 shards in BF16"])
+def test_half_precision_shards_stay_what_they_are(ranks: list[dict[str, Any]], run: str) -> None:
+    """FSDP gives their gradients in the format that it has found; what rounding loses of the updates is measured."""
+    for results in ranks:
+        assert results[f"{run}, none"]["parameters"] == 16
+        assert 0 <= results[f"{run}, none"]["lost_updates"] <= 1
+
+
+def test_shards_are_not_upcast(ranks: list[dict[str, Any]]) -> None:
+    """Who asks for it hears what to do instead, before the first step."""
+    assert "dtype=torch.float32 in from_pretrained" in ranks[0]["upcast"]["refusal"]
