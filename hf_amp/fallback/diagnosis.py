@@ -20,7 +20,10 @@ from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
-SCALE_WILL_FIX_IT = Cause.SCALE.facts.elsewhere
+SCALE_WILL_FIX_IT = (
+    "the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in the first "
+    "steps of a run; nothing to do."
+)
 
 
 class Diagnosis(NamedTuple):
@@ -144,8 +147,10 @@ def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision, rank: int) -
         what = _ALREADY_FIXED.message
     elif agreed.cause is Cause.ACTIVATION:
         what = _overflow(agreed.modules, current).message
+    elif agreed.cause is Cause.SCALE:
+        what = SCALE_WILL_FIX_IT
     else:
-        what = agreed.cause.facts.elsewhere
+        what = f"{agreed.cause.facts.in_words}. {agreed.cause.facts.remedy}"
     return f"found by rank {rank}, whose console says more: {what}"
 
 
