@@ -37,7 +37,7 @@ from hf_amp.scaling.optimizer_step import install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
-from hf_amp.statistics import all_reduce_max_to_host, is_distributed
+from hf_amp.statistics import all_reduce_max_to_host, held_by, is_distributed
 
 _trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
 """The session that has trained a model last, weakly."""
@@ -352,8 +352,8 @@ class AmpSession(EventRecorder):
 
     def _named_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
         names = {p: name for name, p in self._fallback.runner.named_parameters()}
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        return [(names.get(p, f"parameter {index} of the optimizer"), p) for index, p in enumerate(held)]
+        held = enumerate(held_by(optimizer))
+        return [(names.get(p, f"parameter {index} of the optimizer"), p) for index, p in held]
 
     def register_model(self, model: nn.Module, entry_point: nn.Module | None = None, is_trained: bool = True) -> None:
         """Lets `model` follow the plan, and a skipped step of it be diagnosed, without keeping it alive.

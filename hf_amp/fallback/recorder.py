@@ -91,7 +91,7 @@ class ModelBuffers:
         More syncs in that case. What held NaN before stays, and what nothing wrote: a backward to come may check its version.
         """
         pairs = [(*former, now) for former in copies if (now := former[0].tensor()) is not None]
-        found = to_host_list([_badness(x) for _, _, *both in pairs for x in both]) if pairs else []
+        found = to_host_list(_badness(x) for _, _, *both in pairs for x in both)
         rows = list(zip(pairs, found[::2], found[1::2], strict=True))
         lost = [module for (at, *_), was, bad in rows if was < 2 and bad > was and (module := at.module()) is not None]
         for (at, tensor, old, now), was, _ in rows if lost else ():
@@ -105,9 +105,7 @@ class ModelBuffers:
         Not of constants that hold it by design; -inf may be a mask.
         """
         now = [(at.path, x, self._at_start[at.path][2]) for at, x in self._now() if at.path in self._at_start]
-        found = (
-            to_host_list([flag for _, x, was in now for flag in ((x.isnan() | x.isposinf()).any(), was)]) if now else []
-        )
+        found = to_host_list(flag for _, x, was in now for flag in ((x.isnan() | x.isposinf()).any(), was))
         rows = zip(now, found[::2], found[1::2], strict=True)
         return [path for (path, x, _), bad, was in rows if bad and (was or self._is_written(path, x))]
 

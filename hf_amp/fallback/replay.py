@@ -25,7 +25,7 @@ from hf_amp.fallback.operators import BadOperator, OperatorTrace
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
-from hf_amp.statistics import is_distributed, to_host
+from hf_amp.statistics import is_distributed, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
 
 
@@ -290,14 +290,12 @@ def _finite_only_in(exact: Any, output: Any) -> bool:
     """Whether an element is finite in `exact` alone: both hold a mask, and `output` more than that. One GPU-CPU sync."""
     ours = dict(float_tensors(output))
     pairs = [(x, ours[path]) for path, x in float_tensors(exact) if path in ours and ours[path].shape == x.shape]
-    found = {str(i): (x.isfinite() & ~y.isfinite()).any() for i, (x, y) in enumerate(pairs)}
-    return bool(found) and any(to_host(found).values())
+    return any(to_host_list((x.isfinite() & ~y.isfinite()).any() for x, y in pairs))
 
 
 def _holds_nan_or_inf(inputs: Any) -> bool:
     """Whether they hold NaN or inf; -inf may be a mask. One GPU-CPU sync."""
-    found = {str(i): (x.isnan() | x.isposinf()).any() for i, (_, x) in enumerate(float_tensors(inputs))}
-    return bool(found) and any(to_host(found).values())
+    return any(to_host_list((x.isnan() | x.isposinf()).any() for _, x in float_tensors(inputs)))
 
 
 def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
@@ -307,11 +305,9 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
 
 def non_finite_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors inside of `value` that hold inf or NaN. One GPU-CPU sync."""
-    found = float_tensors(value)
-    if not found:
-        return []
-    flags = to_host({str(i): x.detach().isfinite().all() for i, (_, x) in enumerate(found)})
-    return [x for i, (_, x) in enumerate(found) if not flags[str(i)]]
+    found = [x for _, x in float_tensors(value)]
+    finite = to_host_list(x.detach().isfinite().all() for x in found)
+    return [x for x, is_finite in zip(found, finite, strict=True) if not is_finite]
 
 
 def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:

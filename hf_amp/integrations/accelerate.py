@@ -47,6 +47,7 @@ from hf_amp.scaling.master_weights import convert_parameters, upcast_state
 from hf_amp.scaling.optimizer_step import RefuseScaledStep, has_closure, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
+from hf_amp.statistics import held_by
 
 _SESSION = "_hf_amp_session"
 _COMPRESSION = "_hf_amp_compression"
@@ -391,7 +392,7 @@ class AttachedAccelerator:
             self._upcast.add(model)
 
     def _register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for p in held_by(optimizer)}
         for model in [m for m in self._evaluating if any(id(p) in held for p in m.parameters())]:
             # A Trainer prepares so what it evaluates before it trains, and what transformers has distributed.
             self._evaluating.discard(model)
@@ -416,7 +417,7 @@ class AttachedAccelerator:
 
 def _holds_exactly(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> bool:
     """Whether the gradients of `parameters` are those that `optimizer` will apply, all of them and no other."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    held = {id(p) for p in held_by(optimizer) if p.grad is not None}
     return held == {id(p) for p in parameters if p.grad is not None}
 
 

@@ -28,7 +28,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ScalerError
 from hf_amp.events import AmpEvent, EventKind, join_names
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, PrecisionMode
-from hf_amp.statistics import is_sharded, to_host, total_amax
+from hf_amp.statistics import held_by, is_sharded, to_host, total_amax
 
 STATE_KEY = "hf_amp_master_weights"
 """Where the master weights stand in `optimizer.state_dict()`, by the parameter's index."""
@@ -200,7 +200,7 @@ class MasterWeights:
                 master.agreed_with = _memory_of(parameter)
 
     def _add_to_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        held = {i: p for i, p in enumerate(_parameters(optimizer)) if p in self._masters}
+        held = {i: p for i, p in enumerate(held_by(optimizer)) if p in self._masters}
         if not held:
             return
         self._follow(held.values())
@@ -214,7 +214,7 @@ class MasterWeights:
         saved = self._loading.pop(optimizer)
         masters = saved.get(STATE_KEY, {})
         indices = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
-        for index, parameter in zip(indices, _parameters(optimizer), strict=True):
+        for index, parameter in zip(indices, held_by(optimizer), strict=True):
             if parameter.dtype not in HALF_DTYPES:
                 continue
             for name, rounded in optimizer.state.get(parameter, {}).items():
@@ -228,7 +228,7 @@ class MasterWeights:
 
 def half_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """The FP16 and BF16 parameters that `optimizer` holds, in its order."""
-    return [p for p in _parameters(optimizer) if p.dtype in HALF_DTYPES]
+    return [p for p in held_by(optimizer) if p.dtype in HALF_DTYPES]
 
 
 def upcast_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
@@ -237,10 +237,6 @@ def upcast_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor])
         for name, value in optimizer.state.get(parameter, {}).items():
             if _is_float(value) and value.dtype in HALF_DTYPES:
                 optimizer.state[parameter][name] = value.to(_WIDE)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
-    return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 def _is_float(value: Any) -> bool:

@@ -15,7 +15,7 @@ from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
-from hf_amp.statistics import local_part, random_elements, to_device
+from hf_amp.statistics import held_by, local_part, random_elements, to_device
 
 WRITTEN = "written_through_data"
 
@@ -137,10 +137,7 @@ def refuse_closure(optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...],
 
 def device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
     """Where `optimizer`'s first parameter is; `default` where it has none."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            return cast(torch.device, parameter.device)
-    return torch.device(default)
+    return next((parameter.device for parameter in held_by(optimizer)), torch.device(default))
 
 
 def _apply(

@@ -39,7 +39,7 @@ from hf_amp.scaling.step import (
     observe,
 )
 from hf_amp.serialization import parse
-from hf_amp.statistics import to_device, to_host
+from hf_amp.statistics import held_by, to_device, to_host
 
 StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 StepHook = Callable[[GradientStep, torch.optim.Optimizer], Mapping[str, Tensor]]
@@ -216,7 +216,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     def watched_parameters(self) -> list[Tensor]:
         """What the optimizers hold that are known so far."""
-        return [p for _, it in self._pending._alive() for group in it.param_groups for p in group["params"]]
+        return [p for _, optimizer in self._pending._alive() for p in held_by(optimizer)]
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides `optimizer`'s gradients by the scale of their backward, in place, so that they can be clipped.
@@ -259,8 +259,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if record is None:
             record = self._check(optimizer, Unscale.FUSED, norm=True)
         if record.unscale is not Unscale.FUSED:
-            held = [p for group in optimizer.param_groups for p in group["params"]]
-            return torch.nn.utils.clip_grad_norm_(held, max_norm)
+            return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
         return record.clip(float(max_norm), host_decides)
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -318,7 +317,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         The first that gives a non-finite loss or gradient ends the step, which is skipped: parameters are what they were
         before it, and optimizer state that has followed them since begins anew.
         """
-        held = [p for group in optimizer.param_groups for p in group["params"]]
+        held: list[Tensor] = list(held_by(optimizer))
         before = [p.detach().clone() for p in held]
         records: list[GradientStep] = []  # of the first call, and of the newest
 

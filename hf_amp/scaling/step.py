@@ -28,6 +28,7 @@ from hf_amp.statistics import (
     collect,
     count_non_finite,
     exact_norm,
+    held_by,
     is_distributed,
     norm_and_amax,
     reciprocal,
@@ -387,7 +388,7 @@ def refuse_fp16(gradients: list[Tensor]) -> None:
 
 
 def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
-    kinds = {type(parameter.grad) for group in optimizer.param_groups for parameter in group["params"]}
+    kinds = {type(parameter.grad) for parameter in held_by(optimizer)}
     return any(hasattr(kind, "to_local") for kind in kinds)
 
 
@@ -529,7 +530,7 @@ class PendingSteps:
             return False
         known = list(self._alive())
         stepped = (each.record is not None and each.record.state is StepState.STEPPED for each, _ in known)
-        held = (p.grad is not None for _, it in known for group in it.param_groups for p in group["params"])
+        held = (p.grad is not None for _, it in known for p in held_by(it))
         return bool(known) and not any(held) and not any(stepped)
 
     def note_loss(self, loss: Tensor, scale: Tensor) -> None:
