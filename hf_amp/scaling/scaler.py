@@ -39,7 +39,7 @@ from hf_amp.scaling.step import (
     observe,
 )
 from hf_amp.serialization import parse
-from hf_amp.statistics import held_by, to_device, to_host
+from hf_amp.statistics import PendingTransfer, held_by, to_device, to_host
 
 StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 StepHook = Callable[[GradientStep, torch.optim.Optimizer], Mapping[str, Tensor]]
@@ -290,10 +290,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         seed = self.decided_steps if samples or begins else None
         run = functools.partial(self._runner.run, optimizer, record, args, kwargs, sample_seed=seed)
         attempt, result, outcome = self.decided_steps + 1, None, None
-        self._pending.begin_step(record)
+        record.state = StepState.STEPPED
         try:
             if defers:
-                deferred = PendingOutcome(attempt, record, optimizer)
+                deferred = PendingOutcome(attempt, record, optimizer, PendingTransfer(record.figures()))
                 result = run(on_device=True)
                 self._deferred.append(deferred)
             else:
@@ -303,7 +303,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 else:
                     self._runner.end_skipped(optimizer)
         except BaseException:  # such as an optimizer without memory for its state
-            self._pending.abort_step(record)
+            record.state = StepState.LEFT_OVER  # nothing was applied, and the next backward can follow
             raise
         self._pending.close(optimizer, record)
         self.decided_steps = attempt
@@ -349,7 +349,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             if len(records) > 1:
                 optimizer.state.clear()
             records[0] = records[-1]
-        self._pending.begin_step(records[-1])
+        records[-1].state = StepState.STEPPED
         self._pending.close(optimizer, records[-1])
         self.decided_steps += 1
         self._count(cast(StepOutcome, records[0].outcome), optimizer)
@@ -385,10 +385,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     def flush(self) -> None:
         """Waits for outcomes that are still on the device and delivers them; nothing to do unless steps are deferred."""
-        while self._deferred:
-            deferred = self._deferred.popleft()
-            self._count(deferred.outcome(), deferred.optimizer)
-        self._deliver()
+        self._deliver(waits=True)
 
     def _defers(self, optimizer: torch.optim.Optimizer) -> bool:
         return self.config.scaling_strategy.defers and is_fused(optimizer)
@@ -400,17 +397,19 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._runner.take_written(outcome)
         self._undelivered.append((outcome, optimizer))
 
-    def _deliver(self) -> None:
-        """Hands every outcome that is known to the observers; asks for deferred ones, but never waits for them.
+    def _deliver(self, waits: bool = False) -> None:
+        """Hands every outcome that is known to the observers; asks for deferred ones, but waits for them only as told.
 
         Among several ranks it does wait for the one of the step before: observers may exchange what they find, so all
         ranks must come to it at the same step.
         """
-        while self._deferred and self._deferred[0].age(self.decided_steps) >= 1:
-            if not (self.ranks_agree or self._deferred[0].ready()):
+        while self._deferred:
+            oldest = self._deferred[0]
+            is_due = oldest.attempt < self.decided_steps and (self.ranks_agree or oldest.transfer.ready())
+            if not (waits or is_due):
                 break
-            deferred = self._deferred.popleft()
-            self._count(deferred.outcome(), deferred.optimizer)
+            self._deferred.popleft()
+            self._count(oldest.outcome(), oldest.optimizer)
         delivered, self._undelivered = self._undelivered, []
         for outcome, optimizer in delivered:
             for observer in self.observers:
@@ -636,11 +635,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     @_scale.setter
     def _scale(self, value: Tensor | None) -> None:
-        if value is None:
-            return
-        if self._state is None:
-            self._lazy_init_scale_growth_tracker(value.device)
-        self.set_scale(value)
+        if value is not None:
+            if self._state is None:
+                self._lazy_init_scale_growth_tracker(value.device)
+            self.set_scale(value)
 
     @property
     def _growth_tracker(self) -> Tensor | None:
