@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
+from hf_amp.patch_log import removal
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.statistics import held_by, local_part, random_elements, to_device
@@ -40,8 +41,7 @@ class OptimizerRunner:
         self,
         optimizer: torch.optim.Optimizer,
         record: GradientStep,
-        arguments: tuple[Any, ...],
-        options: Mapping[str, Any],
+        step: Callable[[], float | None],
         *,
         on_device: bool = False,
         sample_seed: int | None = None,
@@ -49,26 +49,25 @@ class OptimizerRunner:
         """Runs the optimizer on `record`'s gradients. No GPU-CPU sync, unless some of several devices' are on the CPU.
 
         Args:
+            step: the optimizer's, with its arguments.
             on_device: the verdict is not known on the host: a fused optimizer reads it on the device. Otherwise the
                 gradients were found finite.
             sample_seed: takes the lost-update fraction, from a sample with this seed; None for not.
         """
+        apply = functools.partial(_apply, optimizer, record, step, on_device)
         if self._masters is not None:
             found: list[Tensor] | None = None if sample_seed is None else []
             with self._masters.swap_in_master_weights(optimizer, found):
-                result = _apply(optimizer, record, arguments, options, on_device)
+                result = apply()
             if found:
                 self._found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
             return result
-        low = (
-            [local_part(p.detach()) for p in half_parameters(optimizer) if p.grad is not None]
-            if sample_seed is not None
-            else []
-        )
+        half = [] if sample_seed is None else half_parameters(optimizer)
+        low = [local_part(p.detach()) for p in half if p.grad is not None]
         if sample_seed is None or not low:
-            return _apply(optimizer, record, arguments, options, on_device)
+            return apply()
         before, weights = random_elements(low, sample_seed)
-        result = _apply(optimizer, record, arguments, options, on_device)
+        result = apply()
         after, _ = random_elements(low, sample_seed)
         lost = to_device(((before == after) * weights).sum(), record.scale.device)
         # A step that the device has skipped changed nothing, and lost nothing.
@@ -141,17 +140,13 @@ def device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
 
 
 def _apply(
-    optimizer: torch.optim.Optimizer,
-    record: GradientStep,
-    arguments: tuple[Any, ...],
-    options: Mapping[str, Any],
-    on_device: bool,
+    optimizer: torch.optim.Optimizer, record: GradientStep, step: Callable[[], float | None], on_device: bool
 ) -> float | None:
     fused_in = record.unscale is Unscale.FUSED
     if not is_fused(optimizer) or not (fused_in or on_device):
         if fused_in:
             record.multiply_in()
-        return cast("float | None", optimizer.step(*arguments, **options))
+        return step()
     # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
     # where `found_inf` is not 0.
     fused = cast(Any, optimizer)
@@ -162,7 +157,7 @@ def _apply(
     if on_device:  # where it is known, asking costs a pass over counters
         fused.found_inf = _readable(record, record.found_inf)
     try:
-        return cast("float | None", optimizer.step(*arguments, **options))
+        return step()
     finally:
         del fused.grad_scale, fused.found_inf
 
@@ -206,10 +201,4 @@ def install_refusal(
             inside = list(value.values()) if isinstance(value, dict) else value
             items = inside if isinstance(inside, (list, tuple)) else [inside]
             held += [x for x in items if isinstance(x, torch.optim.Optimizer) and not any(x is known for known in held)]
-    handles = [each.register_step_pre_hook(hook) for each in held if hasattr(each, "_optimizer_step_pre_hooks")]
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return remove
+    return removal([each.register_step_pre_hook(hook) for each in held if hasattr(each, "_optimizer_step_pre_hooks")])

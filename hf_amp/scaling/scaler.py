@@ -288,7 +288,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         record.extras.update(lost_updates)
         begins = self.master_weights is not None and 1 <= self.decided_steps <= 3
         seed = self.decided_steps if samples or begins else None
-        run = functools.partial(self._runner.run, optimizer, record, args, kwargs, sample_seed=seed)
+        stock_step = functools.partial(optimizer.step, *args, **kwargs)
+        run = functools.partial(self._runner.run, optimizer, record, stock_step, sample_seed=seed)
         attempt, result, outcome = self.decided_steps + 1, None, None
         record.state = StepState.STEPPED
         try:
