@@ -24,7 +24,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_amp.config import LOOP_OPTIONS, MixedPrecisionConfig
-from hf_amp.device import Hardware, probe
+from hf_amp.device import probe
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
 from hf_amp.fallback.module_precision import ForwardContext
@@ -126,13 +126,17 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         config = dataclasses.replace(config, automatic_fallback=False)
         limits = "; under FSDP it scales and skips, and modules do not fall back"
     runner = _float8_runner(accelerator)
-    if runner is not None:
-        config, limits = _finite_check_only(config, runner), _float8_limits(runner)
+    if runner is not None:  # which owns the precision of the modules
+        options = ("precision_mode", "half_parameters", "communication_precision")
+        config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
+        config = dataclasses.replace(config, automatic_fallback=False)
+        limits = f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
     mode, device = _mode_of(accelerator, config), accelerator.device
     scaler = AdvancedGradScaler(dataclasses.replace(config, precision_mode=mode), device)
     scaler.ranks_agree = scaler.ranks_agree or accelerator.num_processes > 1
     hardware = common_to_ranks(probe(device), device)
-    described = _describe_float8(runner, hardware) if runner is not None else None
+    # accelerate runs everything that is not FP8 under BF16 autocast.
+    described = None if runner is None else f"FP8 by {runner} with BF16 around it on {hardware.name}"
     session = AmpSession(config, scaler, mode, hardware, described)
     session.folds_clipping = config.fold_clipping is True
     if runner is not None:
@@ -248,8 +252,7 @@ class AttachedAccelerator:
         if not scales and self._masters is not None:
             changed["unscale_gradients"] = self.unscale_gradients
         if not self._sharded:
-            changed["prepare_model"] = self.prepare_model
-            changed["autocast"] = self.autocast
+            changed |= {"prepare_model": self.prepare_model, "autocast": self.autocast}
             if self._fp16_on_cpu:
                 # With `native_amp` accelerate unscales before clipping; its own autocast is kept out, ours is entered by hooks.
                 changed["native_amp"] = True
@@ -345,8 +348,7 @@ class AttachedAccelerator:
     def autocast(self, autocast_handler: AutocastKwargs | None = None) -> Any:
         """Enters the plan's default where accelerate would enter another precision."""
         session = self._session
-        is_wanted = autocast_handler is None or autocast_handler.enabled
-        if is_wanted:
+        if autocast_handler is None or autocast_handler.enabled:
             entered = session.autocast()  # which notes that the loop does
             if self._fp16_on_cpu or session.plan.default is not session.requested_mode:
                 return entered
@@ -383,9 +385,8 @@ class AttachedAccelerator:
         session = self._session
         if model in self._converted:
             return
-        event = convert_parameters(
-            model, session.config, session.plan.default, self._known_optimizers, self._masters, fixed
-        )
+        optimizers, mode = self._known_optimizers, session.plan.default
+        event = convert_parameters(model, session.config, mode, optimizers, self._masters, fixed)
         self._converted.add(model)
         session.record(event)
         if event is not None and event.kind is EventKind.PARAMETERS_CONVERTED:
@@ -492,7 +493,12 @@ class PreparedOptimizers:
         """Has the session's scaler decide `optimizer`'s steps. Harmless when called again."""
         if optimizer in self.registered:
             return
-        _refuse_steps_in_backward(optimizer.optimizer)
+        if steps_in_backward(optimizer.optimizer):
+            raise AttachError(
+                f"{type(optimizer.optimizer).__name__} takes its steps inside of backward, where nothing can look at the "
+                "gradients first: hf_amp can neither scale, skip nor count them. Take an optimizer that steps after backward "
+                "(in a Trainer, optim='galore_adamw' for 'galore_adamw_layerwise'), or leave hf_amp out."
+            )
         self.registered.add(optimizer)
         self._scaler.watch(optimizer.optimizer)
         if not self._scaler.no_scaling:
@@ -529,15 +535,6 @@ class PreparedOptimizers:
                 optimizer.step = former
 
 
-def _refuse_steps_in_backward(optimizer: torch.optim.Optimizer) -> None:
-    if steps_in_backward(optimizer):
-        raise AttachError(
-            f"{type(optimizer).__name__} takes its steps inside of backward, where nothing can look at the gradients first: "
-            "hf_amp can neither scale, skip nor count them. Take an optimizer that steps after backward (in a Trainer, "
-            "optim='galore_adamw' for 'galore_adamw_layerwise'), or leave hf_amp out."
-        )
-
-
 class _Steps(NamedTuple):
     former: Callable[..., Any] | None
     """What a learning-rate scheduler has put in the place of the optimizer's own `step`; None for that one."""
@@ -562,15 +559,12 @@ def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., An
     return step
 
 
+@dataclasses.dataclass
 class _Compression:
-    """State of a DistributedDataParallel's communication hook, which torch cannot take off again.
+    """State of a DistributedDataParallel's communication hook, which torch cannot take off again."""
 
-    Attributes:
-        hook: torch's; after `detach` the one that averages gradients as they are.
-    """
-
-    def __init__(self) -> None:
-        self.hook: Callable[..., Any] = default_hooks.allreduce_hook
+    hook: Callable[..., Any] = default_hooks.allreduce_hook
+    """torch's; after `detach` this one, which averages gradients as they are."""
 
 
 def _compress(model: Any, hook: Callable[..., Any], patches: PatchLog) -> None:
@@ -637,24 +631,3 @@ def _float8_runner(accelerator: Accelerator) -> str | None:
             "(torchao) or TERecipeKwargs (TransformerEngine) in kwargs_handlers, or leave attach out."
         )
     return _FLOAT8_RUNNERS[accelerator.fp8_backend]
-
-
-def _finite_check_only(config: MixedPrecisionConfig, runner: str) -> MixedPrecisionConfig:
-    """`config` for a run in which `runner` owns the precision of the modules.
-
-    Raises:
-        ConfigError: an option would change what modules or parameters run in.
-    """
-    options = ("precision_mode", "half_parameters", "communication_precision")
-    config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
-    return dataclasses.replace(config, automatic_fallback=False)
-
-
-def _float8_limits(runner: str) -> str:
-    """What hf_amp leaves alone, to go on with after what runs."""
-    return f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
-
-
-def _describe_float8(runner: str, hardware: Hardware) -> str:
-    """One phrase for what runs. accelerate runs everything that is not FP8 under BF16 autocast."""
-    return f"FP8 by {runner} with BF16 around it on {hardware.name}"

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,14 +103,14 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
         former = f"; it was {precision_before} before" if precision_before != session.requested_mode.value else ""
         message = f"training {begins}: {session.describe()}{former}."
-        log = None
+        begin: Callable[..., None] = functools.partial(session.note, EventKind.TRAINING_STARTED)
         if state.is_world_process_zero and self._sink is None:
-            log = _opened_log(Path(args.output_dir or ".") / LOG_FILE, session.run_id)
-        if log is not None:
-            self._sink = log
-            session.begin_log(log.write, message, **session.run_metadata())
-        else:
-            session.note(EventKind.TRAINING_STARTED, message, **session.run_metadata())
+            try:
+                self._sink = JsonLinesSink(Path(args.output_dir or ".") / LOG_FILE, session.run_id, rank=0)
+                begin = functools.partial(session.begin_log, self._sink.write)
+            except OSError as error:  # a Trainer that saves nothing need not be able to write
+                _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
+        begin(message, **session.run_metadata())
         non_finite = session.non_finite_parameters(on_any_rank=True)
         if non_finite:
             reason = f"{len(non_finite)} parameters are not finite before the first step, {non_finite[0]} among them"
@@ -178,8 +179,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     def _go_on_from(self, state: TrainerState, session: AmpSession) -> str:
         """Restores the progress of the checkpoint that `state` is from; returns the precision that it was made in."""
         name = type(self).__name__
-        callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
-        saved = callbacks.setdefault(name, self.state())  # where it has none, saving fails with a KeyError
+        # where it has none, saving fails with a KeyError
+        saved = cast(Any, state.stateful_callbacks).setdefault(name, self.state())
         return session.load_progress(saved["attributes"]["progress"] if state.global_step else {})
 
     def _stop(self, session: AmpSession, args: TrainingArguments, control: TrainerControl) -> None:
@@ -242,23 +243,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             former.session.patches.set_attribute(trainer, _CALLBACK, self)
 
     def _save_valid_json(self, state: TrainerState) -> None:
-        if self.session is not None and self.config.enabled:
-            save_valid_json(state, self.session)
+        """Makes `state.save_to_json` write null for NaN and Infinity, which no JSON parser but Python's reads."""
+        if self.session is not None and self.config.enabled and "save_to_json" not in vars(state):
+            save = functools.partial(_save_as_json, state.save_to_json)
+            self.session.patches.set_attribute(state, "save_to_json", save)
 
     def _leave_run(self, session: AmpSession) -> None:
         if self._sink is not None:
             session.end_log(self._sink.write)
             self._sink.close()
             self._sink = None
-
-
-def _opened_log(path: Path, run_id: str) -> JsonLinesSink | None:
-    """The run's log; None, with a warning, where it cannot be written: a Trainer that saves nothing does not need to."""
-    try:
-        return JsonLinesSink(path, run_id, rank=0)
-    except OSError as error:
-        _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
-        return None
 
 
 def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:
@@ -361,7 +355,9 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
         for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
             ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)
         entry = {**logs, **ours}
-        if training and _newest_step_has_no_norm(session, entry):
+        newest = session.scaler.last_outcome
+        skipped = newest is not None and not newest.applied and newest.attempt == session.scaler.decided_steps
+        if training and (skipped or not math.isfinite(entry.get("grad_norm", 0.0))):
             entry.pop("grad_norm", None)
         log(entry, *args, **kwargs)
         # The Trainer adds to what it is given, callbacks take away, and the user gets it back, less our figures.
@@ -372,12 +368,6 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
             forget_logged_loss(trainer)
 
     session.patches.set_attribute(trainer, "log", log_with_metrics)
-
-
-def _newest_step_has_no_norm(session: AmpSession, entry: dict[str, float]) -> bool:
-    newest = session.scaler.last_outcome
-    skipped = newest is not None and not newest.applied and newest.attempt == session.scaler.decided_steps
-    return skipped or not math.isfinite(entry.get("grad_norm", 0.0))
 
 
 def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]:
@@ -427,13 +417,6 @@ def _report_evaluation(session: AmpSession, prefix: str, lost: int, seen: int, l
         "for activations beyond the range of the precision that was evaluated in.",
         eval_non_finite_batches=lost,
     )
-
-
-def save_valid_json(state: TrainerState, session: AmpSession) -> None:
-    """Makes `state.save_to_json` write null where it writes NaN or Infinity, which no JSON parser but Python's reads."""
-    if "save_to_json" not in vars(state):
-        save = functools.partial(_save_as_json, state.save_to_json)
-        session.patches.set_attribute(state, "save_to_json", save)
 
 
 def _save_as_json(save_to_json: Any, json_path: str) -> None:
