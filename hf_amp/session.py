@@ -45,19 +45,13 @@ _trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None
 
 @dataclass
 class _Finding:
-    """What was found of a skipped step, and done about it.
-
-    Attributes:
-        diagnosis: why it was skipped.
-        change: the change of plan that this has led to; None where it has led to none.
-        backward: number of the backward behind it, for whose other optimizers the same holds.
-        optimizers: `id` of those that it holds for so far.
-    """
+    """What was found of a skipped step, and done about it; the same for all optimizers of its backward."""
 
     diagnosis: Diagnosis
     change: PrecisionChange | None
     backward: int
     optimizers: set[int]
+    """`id` of those that it holds for so far."""
 
 
 class AmpSession(EventRecorder):
@@ -107,9 +101,8 @@ class AmpSession(EventRecorder):
         self._at_floor = self._loss_is_lost = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
-        self._unheld: dict[str, tuple[Tensor, int]] | None = (
-            None  # parameters of no known optimizer, and their versions
-        )
+        # parameters of no known optimizer, and their versions
+        self._unheld: dict[str, tuple[Tensor, int]] | None = None
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
         scaler.discard_forwards = self._fallback.recorder.discard
@@ -154,9 +147,8 @@ class AmpSession(EventRecorder):
             inner = unwrapped(model)
             session.register_model(inner, entry_point=model)
             context = ForwardContext(session.current_precision)
-            is_upcast = session.requested_mode is PrecisionMode.FP32 and any(
-                p.dtype in HALF_DTYPES for p in inner.parameters()
-            )
+            half = any(p.dtype in HALF_DTYPES for p in inner.parameters())
+            is_upcast = half and session.requested_mode is PrecisionMode.FP32
             session.patches.on_undo(context.install(inner, everywhere=session.emulates or is_upcast))
             session.register_optimizer(model, optimizer)
             session.patches.on_undo(install_refusal(optimizer, session.scaler.is_waiting))
@@ -186,9 +178,9 @@ class AmpSession(EventRecorder):
     def metrics(self) -> dict[str, float]:
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No GPU-CPU sync. From any thread."""
         with self.lock:
-            figures = {**self.monitor.metrics(), **self.throughput.metrics()}
             peak = peak_bytes(self._fallback.runner.devices())
-            return figures if peak is None else {**figures, "memory_bytes": float(peak)}
+            memory = {} if peak is None else {"memory_bytes": float(peak)}
+            return {**self.monitor.metrics(), **self.throughput.metrics(), **memory}
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No GPU-CPU sync."""
@@ -323,18 +315,9 @@ class AmpSession(EventRecorder):
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
             return
         self._at_floor = True
-        cause, message = (
-            Cause.UNKNOWN,
-            (
-                "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
-                "activations beyond 65504."
-            ),
-        )
+        cause, message = Cause.UNKNOWN, _AT_FLOOR
         if diagnosis.cause is Cause.SCALE and diagnosis.confirmed:
-            cause, message = (
-                diagnosis.cause,
-                "the scale may not become smaller: lower min_scale, or train in BF16 or FP32.",
-            )
+            cause, message = Cause.SCALE, "the scale may not become smaller: lower min_scale, or train in BF16 or FP32."
         seen = (cause, outcome.scale, next_scale, (), message)
         self.record(AmpEvent(self.newest_step, EventKind.SCALE_AT_FLOOR, *seen))
 
@@ -609,6 +592,10 @@ class AmpSession(EventRecorder):
         self.detach()
 
 
+_AT_FLOOR = (
+    "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
+    "activations beyond 65504."
+)
 _UNKNOWN_MODEL = " belong to no model that hf_amp knows, and follows: pass every model through accelerator.prepare."
 _UNPREPARED = (
     " have moved, and no optimizer that hf_amp knows holds them: one that was not prepared steps on gradients times the loss "

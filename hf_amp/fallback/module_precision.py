@@ -161,13 +161,11 @@ class ContextOutside(ForwardContext):
     That is what gradient checkpointing recomputes, and a model inside of adapters that generates.
     """
 
-    def __init__(self, current: CurrentPrecision) -> None:
-        super().__init__(current)
-        self._current = current
+    _make_context: CurrentPrecision
 
     @unpickled
     def _enter(self, module: nn.Module, arguments: Any) -> None:
-        if self._running() or not self._current.is_entered():
+        if self._running() or not self._make_context.is_entered():
             super()._enter(module, arguments)
 
 

@@ -296,7 +296,9 @@ class ForwardRecorder:
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
         only_torch = self._passes_tried[reference] >= PASSES_TRIED and reference not in self._draws_outside
-        seen = (_versions(tensors), _random_state(tensors, only_torch), self._runner.plan, self._steps.backwards)
+        devices = {x.device for x in tensors}  # while a CUDA graph is captured, no generator may be asked
+        random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
+        seen = (_versions(tensors), random_state, self._runner.plan, self._steps.backwards)
         where = (threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
         return _Kept(reference, arguments, options, *seen, *where, output_gradients={})
 
@@ -400,14 +402,6 @@ def _sequence_numbers(node: Any) -> list[int]:
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
     """How often each tensor has been written into. Source: `torch.Tensor._version`, which autograd checks as well."""
     return tuple(0 if x.is_inference() else x._version for x in tensors)
-
-
-def _random_state(batch: list[Tensor], only_torch: bool) -> RandomState | None:
-    """What dropout will draw from; None while a CUDA graph is captured, when a generator may not be asked."""
-    devices = {x.device for x in batch}
-    if any(map(is_capturing, devices)):
-        return None
-    return RandomState.now(devices, only_torch)
 
 
 class _Note(UnpickledHook):

@@ -58,9 +58,10 @@ def from_state_dict(
         StateError: it is no scaler's state, a newer version wrote it, or a number in it is not usable.
     """
     if not isinstance(saved, Mapping) or "scale" not in saved:
+        keys = f"a mapping with the keys {', '.join(map(str, saved)) or '(none)'}" if isinstance(saved, Mapping) else ""
         raise StateError(
             "not a gradient scaler's state: expected what state_dict() of torch.amp.GradScaler or AdvancedGradScaler "
-            f"gives, got {_shown(saved)}. A disabled scaler saves an empty one; start without loading it."
+            f"gives, got {keys or type(saved).__name__}. A disabled scaler saves an empty one; start without loading it."
         )
     stock: _Stock = parse(_Stock, saved, "the scaler state")
     if stock.hf_amp.version > _VERSION:
@@ -133,9 +134,3 @@ def restored(state: ScaleState, fields: Mapping[str, float]) -> Any:
     return state._replace(
         **{name: torch.full_like(tensor, fields[name]) for name, tensor in state._asdict().items() if name in fields}
     )
-
-
-def _shown(saved: Any) -> str:
-    if isinstance(saved, Mapping):
-        return "a mapping with the keys " + (", ".join(map(str, saved)) or "(none)")
-    return type(saved).__name__
