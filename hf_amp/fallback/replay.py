@@ -360,7 +360,10 @@ def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None
     if holds_shards(model):
         raise RuntimeError("its parameters are sharded, and gathering them would wait for the other processes")
     buffers = [(at, name, x, x.clone()) for at in model.modules() for name, x in at.named_buffers(recurse=False)]
-    plain = [(vars(module), _plain_state(module)) for module in model.modules()]
+    plain = [  # attribute → what it is and a copy of what it holds, for what is neither torch's own machinery nor a hook
+        (its, {name: (x, _contents(x)) for name, x in its.items() if name not in _MACHINERY})
+        for its in map(vars, model.modules())
+    ]
     random_state = RandomState.now(devices_of(model))
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
@@ -385,11 +388,6 @@ def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None
 
 
 _MACHINERY = frozenset(vars(nn.Module()))
-
-
-def _plain_state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Attribute → what it is and a copy of what it holds, for what is neither a module's own machinery nor a hook."""
-    return {name: (x, _contents(x)) for name, x in vars(module).items() if name not in _MACHINERY}
 
 
 def _contents(value: Any) -> Any:

@@ -157,7 +157,10 @@ def _check_supported(accelerator: Accelerator) -> None:
             "hf_amp.MixedPrecisionCallback() to its callbacks instead; in a loop without accelerate use "
             "hf_amp.AmpSession.for_model(model, optimizer)."
         )
-    if hasattr(accelerator, _SESSION) and not _end_released_session(accelerator):
+    former = session_of(accelerator)
+    if former is not None and former.scaler.decided_steps and not prepared_optimizers(accelerator):
+        former.detach()  # it has trained, and `free_memory()` has released its objects
+    elif former is not None:
         raise AttachError("this Accelerator has an hf_amp session already: use that one, or call its detach() first.")
     if accelerator.distributed_type not in _SUPPORTED:
         raise AttachError(
@@ -165,15 +168,6 @@ def _check_supported(accelerator: Accelerator) -> None:
             "steps by itself, and two scalers on one loss are wrong. Use one process, or several with "
             "DistributedDataParallel (MULTI_GPU, MULTI_CPU), FSDP or DeepSpeed, or leave attach out."
         )
-
-
-def _end_released_session(accelerator: Accelerator) -> bool:
-    """Detaches a session that has trained and whose objects `free_memory()` has released; says whether it did."""
-    session: AmpSession = getattr(accelerator, _SESSION)
-    if session.scaler.decided_steps == 0 or prepared_optimizers(accelerator):
-        return False
-    session.detach()
-    return True
 
 
 def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> PrecisionMode:
@@ -282,7 +276,9 @@ class AttachedAccelerator:
         if self._session.folds_clipping and norm_type == 2 and len(self._optimizers.registered) == 1:
             (optimizer,) = self._optimizers.registered
             inner = optimizer.optimizer
-            if _holds_exactly(inner, parameters) and not has_step_hooks(inner, besides=RefuseScaledStep):
+            # The norm is that of the gradients which the optimizer will apply, of all of them and of no other.
+            theirs, ours = ({id(p) for p in held if p.grad is not None} for held in (parameters, held_by(inner)))
+            if theirs == ours and not has_step_hooks(inner, besides=RefuseScaledStep):
                 return self._session.scaler.clip_grad_norm_(inner, max_norm)
         return self._stock["clip_grad_norm_"](parameters, max_norm, norm_type)
 
@@ -412,12 +408,6 @@ class AttachedAccelerator:
                 "parameters stay FP16 after detach, because DistributedDataParallel counts on it: to go on in FP32, convert "
                 "the model and wrap it again.",
             )
-
-
-def _holds_exactly(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> bool:
-    """Whether the gradients of `parameters` are those that `optimizer` will apply, all of them and no other."""
-    held = {id(p) for p in held_by(optimizer) if p.grad is not None}
-    return held == {id(p) for p in parameters if p.grad is not None}
 
 
 def _changer_of_forward(reference: weakref.ref[nn.Module], session: AmpSession) -> Callable[[PrecisionMode], None]:

@@ -94,12 +94,17 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         session = self._attach_to(trainer)
         session.scaler.abandon_step()
         self._save_valid_json(state)
-        precision_before = self._go_on_from(state, session)
+        # Where it has no entry of ours, saving fails with a KeyError.
+        saved = cast(Any, state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+        precision_before = session.load_progress(saved["attributes"]["progress"] if state.global_step else {})
         session.begin_at(state.global_step)
         session.throughput.pause()
         session.throughput.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.config.fold_clipping is None:
-            session.folds_clipping = not _others_look_at_gradients(trainer, self)
+            # Somebody who listens between clipping and the optimizer step would find gradients that are still scaled.
+            others = (type(each) for each in trainer.callback_handler.callbacks if each is not self)
+            silent = TrainerCallback.on_pre_optimizer_step
+            session.folds_clipping = all(other.on_pre_optimizer_step is silent for other in others)
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
         former = f"; it was {precision_before} before" if precision_before != session.requested_mode.value else ""
         message = f"training {begins}: {session.describe()}{former}."
@@ -134,10 +139,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self._stop(session, args, control)
         return self._without_bad_checkpoint(control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        return self._without_bad_checkpoint(control)
+    on_epoch_end = on_step_end
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # `save_strategy="best"` decides after this, and what a broken model scores can be the best so far.
@@ -175,13 +177,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self._attach_to(trainer)
         progress = {} if self.session is None else self.session.progress()
         return {"args": {"config": self.config.to_dict()}, "attributes": {"progress": progress}}
-
-    def _go_on_from(self, state: TrainerState, session: AmpSession) -> str:
-        """Restores the progress of the checkpoint that `state` is from; returns the precision that it was made in."""
-        name = type(self).__name__
-        # where it has none, saving fails with a KeyError
-        saved = cast(Any, state.stateful_callbacks).setdefault(name, self.state())
-        return session.load_progress(saved["attributes"]["progress"] if state.global_step else {})
 
     def _stop(self, session: AmpSession, args: TrainingArguments, control: TrainerControl) -> None:
         if control.should_training_stop:
@@ -253,16 +248,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             session.end_log(self._sink.write)
             self._sink.close()
             self._sink = None
-
-
-def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:
-    """Whether a callback listens between clipping and the optimizer step, where folded gradients are still scaled."""
-    silent = TrainerCallback.on_pre_optimizer_step
-    return any(
-        type(callback).on_pre_optimizer_step is not silent
-        for callback in trainer.callback_handler.callbacks
-        if callback is not ours
-    )
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer:

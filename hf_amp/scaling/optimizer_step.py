@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_amp.errors import ScalerError
-from hf_amp.events import StepOutcome
 from hf_amp.patch_log import removal
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.statistics import held_by, local_part, random_elements, to_device
 
 WRITTEN = "written_through_data"
+"""Among the extras of an outcome: whether parameters with master weights were written to so."""
 
 
 class OptimizerRunner:
@@ -31,11 +31,6 @@ class OptimizerRunner:
     def __init__(self, masters: MasterWeights | None) -> None:
         self._masters = masters
         self._found: dict[int, dict[str, Tensor]] = {}
-
-    def prepare_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Brings gradients into the precision that they are checked and applied in. No GPU-CPU sync."""
-        if self._masters is not None:
-            self._masters.upcast_gradients(optimizer)
 
     def run(
         self,
@@ -74,11 +69,6 @@ class OptimizerRunner:
         self._found[id(optimizer)] = {"lost_update_fraction": torch.where(record.found_inf > 0, torch.nan, lost)}
         return result
 
-    def end_skipped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Ends a step that is skipped."""
-        if self._masters is not None:
-            self._masters.downcast_gradients(optimizer)
-
     def take_lost_updates(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """`lost_update_fraction` of `optimizer`'s newest sampled step, to be read with this one; nothing the next time.
 
@@ -87,11 +77,6 @@ class OptimizerRunner:
             as they were; NaN where the device skipped it. That step's own sync was before it moved anything.
         """
         return self._found.pop(id(optimizer), {})
-
-    def take_written(self, outcome: StepOutcome) -> None:
-        """Takes in whether parameters with master weights were written to through `.data`, as the host has read it."""
-        if self._masters is not None and outcome.extras.get(WRITTEN):
-            self._masters.follows_data = True
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:

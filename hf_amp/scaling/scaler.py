@@ -26,7 +26,7 @@ from hf_amp.events import StepOutcome
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
-from hf_amp.scaling.optimizer_step import OptimizerRunner, device_of, has_closure, is_fused, refuse_closure
+from hf_amp.scaling.optimizer_step import WRITTEN, OptimizerRunner, device_of, has_closure, is_fused, refuse_closure
 from hf_amp.scaling.policies import ConstantScale, ScalePolicy, policy_of, scalar
 from hf_amp.scaling.state import from_state_dict, other_options, restored, state_to_host, to_state_dict, upgraded
 from hf_amp.scaling.step import (
@@ -231,7 +231,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return
         optimizer = _unwrapped(optimizer)
         if self.no_scaling:
-            self._runner.prepare_gradients(optimizer)
+            if self.master_weights is not None:
+                self.master_weights.upcast_gradients(optimizer)
             return
         record = self._pending.current(optimizer)
         if record is None:
@@ -301,8 +302,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 outcome = record.to_host(attempt)  # the one GPU-CPU sync
                 if outcome.applied:
                     result = run()
-                else:
-                    self._runner.end_skipped(optimizer)
+                elif self.master_weights is not None:
+                    self.master_weights.downcast_gradients(optimizer)
         except BaseException:  # such as an optimizer without memory for its state
             record.state = StepState.LEFT_OVER  # nothing was applied, and the next backward can follow
             raise
@@ -395,7 +396,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.applied_steps += outcome.applied
         self.skipped_steps += not outcome.applied
         self.last_outcome = outcome
-        self._runner.take_written(outcome)
+        if self.master_weights is not None and outcome.extras.get(WRITTEN):
+            self.master_weights.follows_data = True
         self._undelivered.append((outcome, optimizer))
 
     def _deliver(self, waits: bool = False) -> None:
@@ -436,7 +438,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             not_sampled=self.not_sampled() if samples else (),
         )
         if self.master_weights is not None:
-            self._runner.prepare_gradients(optimizer)
+            self.master_weights.upcast_gradients(optimizer)
         record = self._pending.check(optimizer, self._state.scale, unscale, request)
         for hook in self.step_hooks:
             record.extras.update(hook(record, optimizer))

@@ -280,7 +280,7 @@ def check(
     Raises:
         ScalerError: they are to be divided and one is FP16: that would round away what scaling has saved.
     """
-    sharded = _is_sharded(optimizer)
+    sharded = any(hasattr(kind, "to_local") for kind in {type(p.grad) for p in held_by(optimizer)})
     if sharded and unscale is Unscale.FUSED:
         unscale = Unscale.IN_PLACE
     gradients = collect(optimizer)
@@ -369,11 +369,6 @@ def refuse_fp16(gradients: list[Tensor]) -> None:
             "parameters in FP32 (model.float(), or dtype=torch.float32 in from_pretrained), which autocast casts, or "
             "keep FP32 master weights of them with MixedPrecisionConfig(half_parameters='master_weights')."
         )
-
-
-def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
-    kinds = {type(parameter.grad) for parameter in held_by(optimizer)}
-    return any(hasattr(kind, "to_local") for kind in kinds)
 
 
 def _agreed(*values: Tensor | None) -> list[Tensor | None]:
@@ -505,7 +500,10 @@ class PendingSteps:
         self.backwards += 1
         former, several = self.scale, len(self._known) > 1
         if several and former is not None and next_scale is not None and next_scale is not former:
-            self._rescale(next_scale * reciprocal(former))
+            factor = next_scale * reciprocal(former)  # exact, between powers of two
+            for known, optimizer in self._alive():
+                if known.record is None:
+                    multiply_(_added_to(collect(optimizer), known.applied), factor)
 
     def _are_discarded(self) -> bool:
         """Whether gradients of the losses so far were set to None without a step. No GPU-CPU sync."""
@@ -629,12 +627,6 @@ class PendingSteps:
         for known in list(self._known.values()):
             if (optimizer := known.optimizer()) is not None:
                 yield known, optimizer
-
-    def _rescale(self, factor: Tensor) -> None:
-        """Multiplies all gradients that wait and are scaled: exactly, between powers of two."""
-        for known, optimizer in self._alive():
-            if known.record is None:
-                multiply_(_added_to(collect(optimizer), known.applied), factor)
 
 
 def _is_untouched(record: GradientStep, optimizer: torch.optim.Optimizer) -> bool:
