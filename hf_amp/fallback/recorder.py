@@ -192,7 +192,7 @@ class _OfStep:
         """
         calls = list(self.calls)
         numbers = {number: _sequence_numbers(node) for number, node in self.graphs}
-        ends = [*(call.sequence_number for call in calls[1:]), math.inf]
+        ends = [*(call.sequence_number for call in calls), math.inf][1:]
 
         def is_used(call: _Kept, end: float) -> bool:
             since = range(call.backwards + 1, backwards + 1)
