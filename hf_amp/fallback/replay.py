@@ -108,10 +108,12 @@ class BackwardFindings(NamedTuple):
     Attributes:
         parameters: names of those whose gradients are not finite.
         operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
+        zero: names of the parameters whose gradients are zero throughout.
     """
 
     parameters: list[str]
     operator: BadOperator | None = None
+    zero: frozenset[str] = frozenset()
 
 
 def replay_backward(
@@ -146,7 +148,11 @@ def replay_backward(
     if gradients is None:
         return None
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    return BackwardFindings([name for name, g in known if non_finite_tensors(g)], trace.in_backward if trace else None)
+    bad, zero = (
+        [name for name, g in known if non_finite_tensors(g)],
+        frozenset(name for name, g in known if not g.any()),
+    )
+    return BackwardFindings(bad, trace.in_backward if trace else None, zero)
 
 
 @contextmanager

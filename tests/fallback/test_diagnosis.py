@@ -276,6 +276,25 @@ def test_gradients_made_infinite_in_backward_alone(precision: str) -> None:
         assert "no loss scale to blame" in loop.skips[0].message
 
 
+def test_a_gradient_that_no_scale_brings_into_the_format() -> None:
+    """A slope of 1e18: a scale small enough for it is too small for the gradients behind it. FP32 in that layer cures it."""
+    loop = Loop(Regression(between=lambda h: torch.sin(h * 1e18)), "fp16", init_scale=64.0)
+    for _ in range(3):
+        loop.step(SOUND)
+    assert [(skip.cause, skip.modules) for skip in loop.skips] == [(Cause.ACTIVATION, ("first",))]
+    assert "in backward a gradient leaves the range of FP16" in loop.skips[0].message
+    assert "derivative of linear at test_diagnosis.py" in loop.skips[0].message
+
+
+@EVERY_PRECISION
+def test_the_operator_that_made_minus_inf_is_named(precision: str) -> None:
+    """log(0) is -inf, which might be a mask; the product with it that makes NaN is not where to look."""
+    loop = Loop(Regression(lambda logits, y: -(torch.log((logits * 1e4).softmax(-1)) * y).mean()), precision)
+    loop.step(SOUND)
+    assert loop.skips[0].cause is Cause.LOSS
+    assert "It arises in log at test_diagnosis.py" in loop.skips[0].message
+
+
 @for_each("bad", ["x", "labels"])
 @for_each("at", [1, 2, 4])
 def test_a_verdict_that_is_one_step_late_looks_at_its_own_batch(bad: str, at: int) -> None:
