@@ -343,6 +343,7 @@ class Diagnoser:
         self._runner = runner
         self._recorder = recorder
         self.repeats_forwards = True
+        self._broke_in_forward = 0
 
     def explain(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         """Why a step was skipped.
@@ -358,6 +359,8 @@ class Diagnoser:
         if found.cause is Cause.SCALE and not found.confirmed and skip.scale <= 1:
             what = f"the loss was finite, but backward overflows at a scale of {skip.scale:g} as well, and could not be repeated."
             found = Diagnosis(Cause.UNKNOWN, what, confirmed=False)
+        if found.cause in (Cause.ACTIVATION, Cause.ROUNDING, Cause.MODEL):
+            self._broke_in_forward = skip.step
         return self._naming_gradient(skip, found)
 
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
@@ -372,7 +375,7 @@ class Diagnoser:
         forwards = self._recorder.forwards_of(skip.step)
         source = non_finite_source(skip.parameters, forwards, skip.optimizer_state)
         if source is not None and source.confirmed:
-            return source
+            return self._carried_over(skip, source)
         forwards = forwards if self.repeats_forwards else []
         if source is None and skip.loss_finite:
             return self._in_backward(skip, forwards, scale_skips)
@@ -394,6 +397,14 @@ class Diagnoser:
         if not (found.confirmed or found.already_fixed) and forwards and self._recorder.has_let_go(skip.step):
             return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, confirmed=False)
         return found
+
+    def _carried_over(self, skip: SkippedStep, source: Diagnosis) -> Diagnosis:
+        """Says of a bad input, where the step before made inf or NaN of finite inputs, that it may come from there."""
+        before = self._recorder.forwards_of(skip.step - 1)
+        if source.cause is not Cause.INPUT or self._broke_in_forward != skip.step - 1 or any(map(_bad_input, before)):
+            return source
+        why = "The step before made inf or NaN of a finite batch: if this is state that the loop carries on from there"
+        return source._replace(message=f"{source.message} {why}, reset it whenever a step is skipped.")
 
     def _in_buffers(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
         """The diagnosis of buffers without whose NaN or inf forward, which is not finite, would be; None where it would not."""

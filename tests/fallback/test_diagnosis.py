@@ -295,6 +295,32 @@ def test_the_operator_that_made_minus_inf_is_named(precision: str) -> None:
     assert "It arises in log at test_diagnosis.py" in loop.skips[0].message
 
 
+class Recurrent(nn.Module):
+    """Gives its state beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.step = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.relu(self.step(x) + h)
+        return h.square().mean(), h
+
+
+def test_state_that_the_loop_carries_on_is_not_only_bad_data() -> None:
+    """NaN in an input right after an overflow: it may be state, and the message says so, once."""
+    loop, h = Loop(Recurrent(), "fp16", init_scale=64.0), torch.zeros(3, 8)
+    for factor in (1.0, 1e7, 1.0, 1.0):
+        output = loop.model(X * factor, h)
+        loop.accelerator.backward(output[0])
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        h = output[1].detach()
+    assert [skip.cause for skip in loop.skips] == [Cause.ACTIVATION, Cause.INPUT, Cause.INPUT]
+    assert ["carries on" in skip.message for skip in loop.skips] == [False, True, False]
+
+
 @for_each("bad", ["x", "labels"])
 @for_each("at", [1, 2, 4])
 def test_a_verdict_that_is_one_step_late_looks_at_its_own_batch(bad: str, at: int) -> None:
