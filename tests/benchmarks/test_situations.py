@@ -16,14 +16,18 @@ Every contender runs the same loop over accelerate on the same models and batche
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import json
 import logging
 import math
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +115,10 @@ class Contender:
         """What was recorded since the last call."""
         return []
 
+    def found_offline(self) -> str:
+        """What a look at the files of the newest step shows; "" where nothing is not finite."""
+        return ""
+
     def recovers(self, error: Exception) -> bool:
         """Whether the step that raised `error` can be tried again."""
         return False
@@ -172,6 +180,69 @@ class AnomalyMode(Contender):
         return (RIGHT if right else HALF if half else WRONG), place, of_operator and at_line
 
 
+class MsProbe(Contender):
+    """msprobe's dump of a step's statistics, read afterwards: the first call that gives inf or NaN from what is finite.
+
+    Right where it shows the cause: inf from the right operator, or a derivative; half where the operator is right.
+    Written from its documentation; runs only where it is installed.
+    """
+
+    name = "msprobe"
+
+    def __init__(self) -> None:
+        from msprobe.pytorch import PrecisionDebugger  # type: ignore[import-not-found]
+
+        self._folder = Path(tempfile.mkdtemp(prefix="msprobe"))
+        self._debugger = PrecisionDebugger(task="statistics", level="L1", dump_path=str(self._folder))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self._debugger.start()
+        try:
+            yield
+        finally:
+            self._debugger.stop()
+            self._debugger.step()
+
+    def found_offline(self) -> str:
+        newest = max(self._folder.rglob("dump.json"), key=lambda file: file.stat().st_mtime, default=None)
+        if newest is None:
+            return ""
+        calls, stacks = (json.loads((newest.with_name(name)).read_text()) for name in ("dump.json", "stack.json"))
+        return first_bad_call(calls["data"], stacks)
+
+    def judged(self, situation: Situation, report: Report) -> tuple[float, float, bool]:
+        call = report.text.partition(":")[0]
+        of_operator = bool(situation.operator) and f".{situation.operator}." in call
+        at_line = bool(situation.line) and situation.line in report.text
+        backward = ".backward" in call
+        shows = (
+            situation.cause is Cause.DERIVATIVE
+            if backward
+            else situation.cause is Cause.ACTIVATION and "inf" in report.text
+        )
+        cause = RIGHT if of_operator and shows else HALF if of_operator else WRONG
+        return cause, RIGHT if at_line and situation.place else WRONG, of_operator and at_line
+
+
+def first_bad_call(calls: dict[str, Any], stacks: dict[str, Any]) -> str:
+    """The first call of a dump whose output is not finite and whose inputs are, with its lines of source; "" where none is."""
+
+    def is_bad(values: Any) -> bool:
+        if isinstance(values, dict) and "Max" in values:
+            return any(not math.isfinite(float(values[key])) for key in ("Max", "Min") if values.get(key) is not None)
+        inside = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+        return any(map(is_bad, inside))
+
+    for name, call in calls.items():
+        inputs = [call.get(key) for key in ("input", "input_args", "input_kwargs")]
+        if is_bad(call.get("output")) and not is_bad(inputs):
+            forward = name.replace(".backward", ".forward")
+            known = [lines for names, lines in stacks.values() if forward in names]
+            return f"{name}: {json.dumps(call['output'])} {known}"
+    return ""
+
+
 class HfAmp(Contender):
     """hf_amp in its default options, by its first event of the fault."""
 
@@ -213,7 +284,8 @@ class HfAmp(Contender):
         return (RIGHT if report.event.cause is situation.cause else half), place, operator
 
 
-CONTENDERS = (Contender, Debug, AnomalyMode, HfAmp)
+HAS_MSPROBE = importlib.util.find_spec("msprobe") is not None
+CONTENDERS = (Contender, Debug, AnomalyMode, *([MsProbe] if HAS_MSPROBE else []), HfAmp)
 CHECKED = (
     "overflow beside a mask of -inf",
     "overflow behind autograd.grad in forward",
@@ -324,8 +396,9 @@ def _heard(outcome: Outcome, step: int, contender: Contender) -> Iterator[list[s
     events = contender.events()
     outcome.reports += [Report(step, event.message, event) for event in events]
     about = [str(w.message) for w in warned if re.search(r"\b(nan|inf)\b|Backward", str(w.message))]
+    about += [found] if step >= FAULT and (found := contender.found_offline()) else []
     if (about or extra) and not events:
-        outcome.reports.append(Report(step, "\n".join([printed.getvalue(), *about, *extra])))
+        outcome.reports.append(Report(step, "\n".join([printed.getvalue(), *about, *extra]).strip()))
 
 
 def judge(situation: Situation, contender: Contender, outcome: Outcome) -> Verdict:
@@ -352,9 +425,7 @@ def situations(chosen: Sequence[Situation] = SITUATIONS) -> tuple[list[Row], lis
     }
     logging.disable(logging.NOTSET)
     totals: list[Row] = [_total(kind.name, chosen, found) for kind, found in by_contender.items()]
-    totals.insert(
-        -1, {"contender": "msprobe (mindstudio-probe)", **dict.fromkeys(list(totals[0])[1:], "not installed")}
-    )
+    totals.insert(-1, {"contender": "msprobe", **dict.fromkeys(list(totals[0])[1:], "not installed")})
     each: list[Row] = [
         {
             "situation": s.name,
@@ -427,6 +498,21 @@ def test_the_other_contenders_are_judged_by_what_they_print() -> None:
     assert (anomaly.survives, anomaly.told) == (False, True)
     assert "returned nan" in anomaly.said
     assert (debug.told, debug.cause, debug.place) == (True, RIGHT, RIGHT)
+
+
+def test_a_dump_of_msprobe_is_read_as_documented() -> None:
+    """The first call that gives NaN from finite inputs, with where it was made; not those that only pass it on."""
+    fine, bad = {"Max": 1.0, "Min": -1.0}, {"Max": math.nan, "Min": math.nan}
+    calls = {
+        "Functional.linear.0.forward": {"input_args": [fine], "input_kwargs": {}, "output": [fine]},
+        "Torch.acos.0.forward": {"input_args": [fine], "input_kwargs": {}, "output": [bad]},
+        "Tensor.__add__.0.forward": {"input_args": [fine, bad], "input_kwargs": {}, "output": [bad]},
+    }
+    stacks = {"0": [["Torch.acos.0.forward"], ["File model.py, line 3, in forward, \n return torch.acos(cosine)"]]}
+    found = first_bad_call(calls, stacks)
+    assert found.startswith("Torch.acos.0.forward: ")
+    assert "torch.acos(cosine)" in found
+    assert first_bad_call(dict(list(calls.items())[:1]), stacks) == ""
 
 
 if __name__ == "__main__":
