@@ -186,10 +186,11 @@ def _first_of(operators: Sequence[BadOperator]) -> str:
 def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
     operator = found.operator_of(found.first_non_finite or "") or found.operator_of("")
     what = f" It arises in {operator.what}." if operator else ""
-    if found.only_loss:
+    first = found.first_non_finite or (operator.module if operator else "")  # a -inf, which might have been a mask
+    if found.only_loss and first == found.first_non_finite:
         why = (operator and operator.hint) or _why_loss(forward)
         return Diagnosis(Cause.LOSS, f"the model's outputs are finite, its loss is not: {why}.{what}")
-    name = joined(prefix, found.first_non_finite or "")
+    name = joined(prefix, first)
     why = (operator and operator.hint) or (
         "look there for a division by zero, a log or root of zero, or an empty mean; or everything has grown, as with too "
         "high a learning rate"

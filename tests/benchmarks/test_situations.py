@@ -21,6 +21,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import tempfile
 import warnings
@@ -28,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -184,15 +185,16 @@ class MsProbe(Contender):
     """msprobe's dump of a step's statistics, read afterwards: the first call that gives inf or NaN from what is finite.
 
     Right where it shows the cause: inf from the right operator, or a derivative; half where the operator is right.
-    Written from its documentation; runs only where it is installed.
+    Written from its documentation; runs only where it is installed, and after all others, because it wraps torch for good.
     """
 
     name = "msprobe"
+    _folder: ClassVar = Path(tempfile.gettempdir()) / f"msprobe_{os.getpid()}"
+    """One for all runs: there is one debugger in a process."""
 
     def __init__(self) -> None:
         from msprobe.pytorch import PrecisionDebugger  # type: ignore[import-not-found]
 
-        self._folder = Path(tempfile.mkdtemp(prefix="msprobe"))
         self._debugger = PrecisionDebugger(task="statistics", level="L1", dump_path=str(self._folder))
 
     @contextmanager
@@ -285,7 +287,7 @@ class HfAmp(Contender):
 
 
 HAS_MSPROBE = importlib.util.find_spec("msprobe") is not None
-CONTENDERS = (Contender, Debug, AnomalyMode, *([MsProbe] if HAS_MSPROBE else []), HfAmp)
+CONTENDERS = (Contender, Debug, AnomalyMode, HfAmp, *([MsProbe] if HAS_MSPROBE else []))
 CHECKED = (
     "overflow beside a mask of -inf",
     "overflow behind autograd.grad in forward",
@@ -425,7 +427,7 @@ def situations(chosen: Sequence[Situation] = SITUATIONS) -> tuple[list[Row], lis
     }
     logging.disable(logging.NOTSET)
     totals: list[Row] = [_total(kind.name, chosen, found) for kind, found in by_contender.items()]
-    totals.insert(-1, {"contender": "msprobe", **dict.fromkeys(list(totals[0])[1:], "not installed")})
+    totals.append({"contender": "msprobe", **dict.fromkeys(list(totals[0])[1:], "not installed")})
     each: list[Row] = [
         {
             "situation": s.name,

@@ -295,6 +295,20 @@ def test_the_operator_that_made_minus_inf_is_named(precision: str) -> None:
     assert "It arises in log at test_diagnosis.py" in loop.skips[0].message
 
 
+class _LogOfZero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log1p(-torch.ones_like(x) * x.sign().abs())
+
+
+@EVERY_PRECISION
+def test_minus_inf_of_a_module_is_not_the_loss_functions_fault(precision: str) -> None:
+    """It might have been a mask, until a layer makes NaN of it: MODEL there, although only the loss is seen to be NaN."""
+    loop = Loop(Regression(between=_LogOfZero()), precision)
+    loop.step({"x": X, "labels": torch.zeros(3, 8)})
+    assert (loop.skips[0].cause, loop.skips[0].modules) == (Cause.MODEL, ("between",))
+    assert "It arises in log1p at test_diagnosis.py" in loop.skips[0].message
+
+
 class Recurrent(nn.Module):
     """Gives its state beside its output."""
 
