@@ -114,10 +114,12 @@ class BackwardFindings(NamedTuple):
 
     Attributes:
         parameters: names of those whose gradients are not finite.
+        moved: names of those whose gradients are not zero throughout.
         operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
     """
 
     parameters: list[str]
+    moved: frozenset[str]
     operator: BadOperator | None = None
 
 
@@ -128,10 +130,8 @@ def replay_backward(
     scale: float,
     in_fp32: bool = False,
     by_operator: bool = False,
-    found: Callable[[Tensor], Any] | None = None,
 ) -> BackwardFindings | None:
-    """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite, or for which
-    `found` holds.
+    """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite.
 
     Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
     the outputs, if they were kept. None where nothing is known: neither is there, or the repetition failed. Costs one
@@ -155,8 +155,9 @@ def replay_backward(
     if gradients is None:
         return None
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    parameters = [name for name, g in known if (found or non_finite_tensors)(g)]
-    return BackwardFindings(parameters, trace.in_backward if trace else None)
+    bad = [name for name, g in known if non_finite_tensors(g)]
+    moved = frozenset(name for name, g in known if g.any())
+    return BackwardFindings(bad, moved, trace.in_backward if trace else None)
 
 
 @contextmanager
