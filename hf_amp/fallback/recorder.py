@@ -203,6 +203,7 @@ class CountsSteps(Protocol):
 
     decided_steps: int
     backwards: int
+    note_loss: Callable[[Tensor], None] | None
 
 
 class ForwardRecorder:
@@ -249,6 +250,8 @@ class ForwardRecorder:
             now = self._now()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
+            if now.may_leave_out and self._steps.note_loss is None:
+                self._steps.note_loss = self.note_loss
             now.calls.append(self._kept(reference, arguments, options))
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))

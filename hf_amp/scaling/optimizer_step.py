@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from hf_amp.errors import ScalerError
-from hf_amp.events import StepOutcome
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.statistics import random_elements, to_device
 
 WRITTEN = "written_through_data"
+"""Name of the figure above 0 where parameters with master weights were written to through `.data`."""
 
 
 class OptimizerRunner:
@@ -84,11 +84,6 @@ class OptimizerRunner:
             as they were; NaN where the device skipped it. That step's own sync was before it moved anything.
         """
         return self._found.pop(id(optimizer), {})
-
-    def take_written(self, outcome: StepOutcome) -> None:
-        """Takes in whether parameters with master weights were written to through `.data`, as the host has read it."""
-        if self._masters is not None and outcome.extras.get(WRITTEN):
-            self._masters.follows_data = True
 
     def _moved_in_half(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         return [p.detach() for p in half_parameters(optimizer) if p.grad is not None]
