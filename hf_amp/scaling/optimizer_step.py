@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from hf_amp.errors import ScalerError
-from hf_amp.events import StepOutcome
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.statistics import local_part, random_elements, to_device
 
 WRITTEN = "written_through_data"
+"""Name of the figure above 0 where parameters with master weights were written to through `.data`."""
 
 
 class OptimizerRunner:
@@ -88,11 +88,6 @@ class OptimizerRunner:
             as they were; NaN where the device skipped it. That step's own sync was before it moved anything.
         """
         return self._found.pop(id(optimizer), {})
-
-    def take_written(self, outcome: StepOutcome) -> None:
-        """Takes in whether parameters with master weights were written to through `.data`, as the host has read it."""
-        if self._masters is not None and outcome.extras.get(WRITTEN):
-            self._masters.follows_data = True
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
