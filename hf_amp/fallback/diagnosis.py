@@ -245,8 +245,8 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings],
         )
     return Diagnosis(
         Cause.UNKNOWN,
-        "the loss was not finite, but the same batch gives finite values now: dropout may have drawn otherwise, or the loss "
-        "is made outside of the model. Look at the loss function and at this step's labels.",
+        "the loss was not finite, but the same batch gives finite values now: dropout may have drawn otherwise, the model "
+        "may go by a count of its calls, or the loss is made outside of it. Look at the loss function and at this step's labels.",
         confirmed=False,
     )
 

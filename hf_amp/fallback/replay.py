@@ -39,7 +39,8 @@ class ReplayFindings:
         first_non_finite: the first module whose output is not finite in FP32 either; None where none.
         only_loss: whether all that is not finite there is a single number, the loss.
         returns_loss: whether the model returns a single number among its outputs.
-        draws: whether the model has drawn random numbers, so that the pass may not have been the same as the first.
+        draws: whether the model has drawn random numbers or counts its calls, so that the pass may not have been the same
+            as the first.
         operators: module → its first operator that gives what is not finite; where any module does.
         error: why the pass could not be repeated; None where it could.
     """
@@ -98,7 +99,9 @@ def _replay_modules(
             for x in map(forward.model.get_buffer, without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
+            counters = _counters(forward.model)
             output, watch.findings.draws = _repeat(forward)
+            watch.findings.draws |= _counters(forward.model) != counters
             end(forward.model, (), {}, output)
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = in_one_line(error)
@@ -387,6 +390,10 @@ def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None
                     _restore(attributes, former)
             random_state.restore()
             torch.clear_autocast_cache()  # it may hold casts that were made while gradients were off
+
+
+def _counters(model: nn.Module) -> list[list[Any]]:
+    return [[x for x in vars(module).values() if isinstance(x, (int, float))] for module in model.modules()]
 
 
 _MACHINERY = frozenset(vars(nn.Module()))

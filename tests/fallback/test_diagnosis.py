@@ -310,6 +310,25 @@ def test_minus_inf_of_a_module_is_not_the_loss_functions_fault(precision: str) -
     assert "It arises in log1p at test_diagnosis.py" in loop.skips[0].message
 
 
+class _Scheduled(nn.Module):
+    """Overflows in its second call alone."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(x * 1e39) * torch.inf if self.calls == 2 else x
+
+
+def test_what_a_count_of_calls_has_done_is_not_put_down_to_the_loss() -> None:
+    """A replay is another call: it shows nothing, and UNKNOWN says why."""
+    loop = Loop(Regression(between=_Scheduled()), "fp16", init_scale=64.0)
+    for _ in range(3):
+        loop.step({"x": X, "labels": torch.zeros(3, 8)})
+    assert [(skip.step, skip.cause) for skip in loop.skips] == [(2, Cause.UNKNOWN)]
+    assert "a count of its calls" in loop.skips[0].message
+
+
 class Recurrent(nn.Module):
     """Gives its state beside its output."""
 

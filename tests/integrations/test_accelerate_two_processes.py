@@ -9,6 +9,7 @@ import pytest
 
 from tests.each import for_each
 from tests.forking import told_by_ranks
+from tests.integrations.launching import launch
 from tests.integrations.two_process_runs import FAULTS, FAULTY_STEP, STEPS, train
 
 Ranks = list[dict[str, Any]]
