@@ -222,30 +222,31 @@ class AmpSession(EventRecorder):
                     cause = Cause.WEIGHTS if bad else Cause.LOSS
                     self.record(AmpEvent(self.newest_step, EventKind.LOSS_LOST, cause, message=what))
                 self._loss_is_lost = is_lost if outcome.losses else self._loss_is_lost
-                self.record(self.stall.after_applied(outcome, self.newest_step, self._underflows(outcome)))
+                flushed = outcome.zero_gradients and self._underflows(outcome)
+                if stalled := self.stall.after_applied(outcome, self.newest_step, flushed):
+                    self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
 
     def _note_loss(self, loss: Tensor) -> None:
         """Before a backward. In the first ones, looks whether models and optimizers belong together, and says where not."""
         self._fallback.recorder.note_loss(loss)
-        if self._unheld is None and not self.scaler.no_scaling:
+        moved: list[str] = []
+        if self._unheld is None:
             named, held = dict(self._fallback.runner.named_parameters()), self.scaler.watched_parameters()
             own, theirs = {id(p) for p in named.values()}, {id(p) for p in held}
             if own and (unknown := sum(id(p) not in own for p in held)):
                 self.note(EventKind.SETUP, f"{unknown} of {len(held)} parameters that optimizers hold{_UNKNOWN_MODEL}")
             free = {name: p for name, p in named.items() if p.requires_grad and id(p) not in theirs}
-            self._unheld = {name: (p, p._version) for name, p in free.items()}
-        elif self._unheld:
-            moved = [name for name, (p, version) in self._unheld.items() if p._version != version]
-            if moved:
-                self.note(EventKind.SETUP, f"{len(moved)} parameters ({join_names(moved)}){_UNPREPARED}")
-            if moved or self.scaler.decided_steps > 1:
-                self._unheld = {}
+            self._unheld = {} if self.scaler.no_scaling else {name: (p, p._version) for name, p in free.items()}
+        elif moved := [name for name, (p, version) in self._unheld.items() if p._version != version]:
+            self.note(EventKind.SETUP, f"{len(moved)} parameters ({join_names(moved)}){_UNPREPARED}")
+        if moved or not self._unheld or self.scaler.decided_steps > 1:
+            self._unheld, self.scaler.note_loss = {}, None
 
     def _underflows(self, outcome: StepOutcome) -> bool:
         """Whether gradients that are all 0 are seen not to be in FP32; tried once a scale."""
-        if not outcome.zero_gradients or self.scaler.no_scaling or outcome.scale == self._zeros_tried_at:
+        if self.scaler.no_scaling or outcome.scale == self._zeros_tried_at:
             return False
         self._zeros_tried_at = outcome.scale
         return self._fallback.diagnoser.underflows(outcome.attempt, outcome.scale)

@@ -1,8 +1,9 @@
-"""The tables in Markdown that are made from the code. `python -m tests.readme` writes them into their files."""
+"""The tables in Markdown that are made from the code, which `python -m tests.readme` writes into their files; README's commands."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from hf_amp.config import MixedPrecisionConfig, allowed_values, shown_default
@@ -10,6 +11,12 @@ from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+
+
+def command(beginning: str) -> list[str]:
+    """The words of README's command that begins so."""
+    (line,) = (line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith(beginning))
+    return shlex.split(line)
 
 
 def metrics_table() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import inspect
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -195,10 +196,11 @@ def _first_of(operators: Sequence[BadOperator]) -> str:
 def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
     operator = found.operator_of(found.first_non_finite or "") or found.operator_of("")
     what = f" It arises in {operator.what}." if operator else ""
-    if found.only_loss:
+    first = found.first_non_finite or (operator.module if operator else "")  # a -inf, which might have been a mask
+    if found.only_loss and first == found.first_non_finite:
         why = (operator and operator.hint) or _why_loss(forward)
         return Diagnosis(Cause.LOSS, f"the model's outputs are finite, its loss is not: {why}.{what}")
-    name = joined(prefix, found.first_non_finite or "")
+    name = joined(prefix, first)
     why = (operator and operator.hint) or (
         "look there for a division by zero, a log or root of zero, or an empty mean; or everything has grown, as with too "
         "high a learning rate"
@@ -248,8 +250,8 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings],
         )
     return Diagnosis(
         Cause.UNKNOWN,
-        "the loss was not finite, but the same batch gives finite values now: dropout may have drawn otherwise, or the loss "
-        "is made outside of the model. Look at the loss function and at this step's labels.",
+        "the loss was not finite, but the same batch gives finite values now: dropout may have drawn otherwise, the model "
+        "may go by a count of its calls, or the loss is made outside of it. Look at the loss function and at this step's labels.",
         confirmed=False,
     )
 
@@ -298,8 +300,8 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 SCALE_SKIPS_BEFORE_A_DOUBT = 3
 """Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept to repeat the next."""
-TINY_SCALE = 2.0**-24
-"""So small that no gradient of a loss of ordinary size overflows: FP16's smallest value."""
+_POWERS = range(1, 25)
+"""Scales of 2^-n that are tried, down to FP16's smallest value."""
 _IN_AUTOCAST = (
     "The loop enters autocast, where products may leave the range of FP16: make the loss in FP32, outside of it."
 )
@@ -395,10 +397,8 @@ class Diagnoser:
     def underflows(self, step: int, scale: float) -> bool:
         """Whether the gradients of `step`, which were all 0, are not in FP32: costs a step without its optimizer."""
         forwards = self._recorder.forwards_of(step) if self.repeats_forwards else []
-        repeated = [
-            replay_backward(each, self._runner.current, 1.0, scale, True, found=Tensor.any) for each in forwards
-        ]
-        return any(each is not None and each.parameters for each in repeated)
+        repeated = [replay_backward(each, self._runner.current, 1.0, scale, in_fp32=True) for each in forwards]
+        return any(each is not None and each.moved for each in repeated)
 
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         try:
@@ -525,23 +525,31 @@ class Diagnoser:
             in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
             if in_fp32 is None or in_fp32.parameters:
                 return self._derivative(forward, in_fp32 or bad)
-            tiny = replay_backward(forward, current, TINY_SCALE, skip.scale, by_operator=True)
-            if tiny and not tiny.parameters:
-                return self._too_large_a_loss(skip, forward)
-            return self._gradient_leaves_format(forward, tiny or bad)
+            return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
         if not tried and forwards and (scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1):
             self._recorder.keep_output_gradients(True)
         return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
 
-    def _too_large_a_loss(self, skip: SkippedStep, forward: RecordedForward) -> Diagnosis:
-        """A loss that needs a scale below 1: the largest power of two that serves is tried out."""
-        fits, current = 0.5, self._runner.current
-        while fits > TINY_SCALE and (bad := replay_backward(forward, current, fits, skip.scale)) and bad.parameters:
-            fits /= 2
+    def _too_large_a_loss(
+        self, skip: SkippedStep, forward: RecordedForward, in_fp32: BackwardFindings
+    ) -> Diagnosis | None:
+        """A loss that needs a scale below 1: the largest power of two that serves is tried out.
+
+        None where none does: gradients overflow at each of them, or one that counts in FP32 is lost to zero.
+        """
+
+        def tried(power: int) -> BackwardFindings | None:
+            found = replay_backward(forward, self._runner.current, 2.0**-power, skip.scale)
+            return None if found is None or found.parameters else found
+
+        largest = bisect.bisect_left(_POWERS, True, key=lambda power: tried(power) is not None)
+        found = tried(_POWERS[largest]) if largest < len(_POWERS) else None
+        if found is None or in_fp32.moved - found.moved:
+            return None
         return Diagnosis(
             Cause.SCALE,
-            f"the loss is large: its gradients leave the range of FP16 even without a scale, and need one of {fits:g}, to "
-            "which it is lowered. A mean in place of a sum, or normalised targets, need none.",
+            f"the loss is large: its gradients leave the range of FP16 even without a scale, and need one of "
+            f"{2.0 ** -_POWERS[largest]:g}, to which it is lowered. A mean in place of a sum, or normalised targets, need none.",
         )
 
     def _derivative(self, forward: RecordedForward, found: BackwardFindings) -> Diagnosis:
@@ -553,8 +561,9 @@ class Diagnoser:
             modules[:1],
         )
 
-    def _gradient_leaves_format(self, forward: RecordedForward, found: BackwardFindings) -> Diagnosis:
-        modules, where = self._where_in_backward(forward, found)
+    def _gradient_leaves_format(self, skip: SkippedStep, forward: RecordedForward, bad: BackwardFindings) -> Diagnosis:
+        found = replay_backward(forward, self._runner.current, 1.0, skip.scale, by_operator=True)
+        modules, where = self._where_in_backward(forward, found or bad)
         return Diagnosis(
             Cause.ACTIVATION,
             f"the loss was finite, but in backward a gradient leaves the range of {self._runner.current.mode.number_format.name} "

@@ -58,6 +58,7 @@ class OperatorTrace(TorchFunctionMode):
         self.found: dict[str, BadOperator] = {}
         self.in_backward: BadOperator | None = None
         self._current = current
+        self._minus_inf: BadOperator | None = None
         self._modules = [""]
         self._is_inside = False
         self._thread = threading.get_ident()
@@ -117,19 +118,24 @@ class OperatorTrace(TorchFunctionMode):
             exact = func(*to_float32(again[0]), **to_float32(again[1]))
         pairs = zip(_floats(result), _floats(exact), strict=False)
         left_range = any(bool((y.isfinite() & ~x.isfinite()).any()) for x, y in pairs if x.shape == y.shape)
-        if left_range or _spoilt(result):
-            self._note(name, given, result, exact if left_range else None)
+        self._note(name, given, result, exact if left_range else None)
         return exact if left_range and not writes else result
 
     def _note(self, name: str, given: Any, result: Any, exact: Any) -> None:
-        module = self._modules[-1]
-        if module in self.found and (self.found[module].left_range or exact is None):
-            return
-        output = _kinds_in(result)
+        """`exact` is FP32's result where that is finite. Of a -inf that is no mask, what made it of finite values is to blame."""
+        module, output = self._modules[-1], _kinds_in(result)
         if exact is not None:
             output = f"{_range_of(exact)} in FP32 and {output} in {self._current.mode.number_format.name}"
         what = f"{_described(name, _source_line(), given)}; its output is {output}"
-        self.found[module] = BadOperator(module, what, exact is not None, _hint(name, given))
+        bad = BadOperator(module, what, exact is not None, _hint(name, given))
+        from_finite = all(map(_is_finite, _floats(given)))
+        if exact is None and not _spoilt(result):
+            self._minus_inf = bad if from_finite else self._minus_inf
+            return
+        if exact is None and self._minus_inf and not from_finite and not bad.hint:
+            bad = self._minus_inf
+        if module not in self.found or (bad.left_range and not self.found[module].left_range):
+            self.found[module] = bad
 
     def watch_backward(self, ends: Any) -> None:
         """Looks at every node of the graph behind `ends` as backward runs it."""

@@ -190,7 +190,7 @@ class _OfStep:
         """
         calls = list(self.calls)
         numbers = {number: _sequence_numbers(node) for number, node in self.graphs}
-        ends = [*(call.sequence_number for call in calls[1:]), math.inf]
+        ends = [*(call.sequence_number for call in calls), math.inf][1:]
 
         def is_used(call: _Kept, end: float) -> bool:
             since = range(call.backwards + 1, backwards + 1)
@@ -207,6 +207,7 @@ class CountsSteps(Protocol):
 
     decided_steps: int
     backwards: int
+    note_loss: Callable[[Tensor], None] | None
 
 
 class ForwardRecorder:
@@ -243,7 +244,7 @@ class ForwardRecorder:
         if not takes_hooks(entry_point):
             return lambda: None
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
-        end = entry_point.register_forward_hook(_Note(self._note_end, reference), always_call=True)
+        end = entry_point.register_forward_hook(_NoteEnd(self, reference), always_call=True)
         self._entry_points.add(entry_point)
 
         def undo() -> None:
@@ -263,20 +264,26 @@ class ForwardRecorder:
             now = self._now()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
+            if now.may_leave_out and self._steps.note_loss is None:
+                self._steps.note_loss = self.note_loss
             now.calls.append(self._kept(reference, arguments, options))
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
 
-    def _note_end(self, reference: weakref.ref[nn.Module], arguments: Any, output: Any) -> None:
-        """After every call: one that has raised has no output, and torch calls this while it handles the exception."""
-        if self.is_paused or reference() is None or not torch.is_grad_enabled():
-            return
-        if self._passes_tried[reference] < PASSES_TRIED and (calls := self._now().calls):
-            self._passes_tried[reference] += 1
-            if (before := calls[-1].random_state) and before.has_moved_outside_of_torch():
-                self._draws_outside.add(reference)
+    def note_end(self, reference: weakref.ref[nn.Module], output: Any) -> bool:
+        """After a call: one that has raised has no output, and torch calls this while it handles the exception.
+
+        Returns:
+            Whether it was a training model's pass.
+        """
+        if self.is_paused or reference() is None or not torch.is_grad_enabled() or not (calls := self._now().calls):
+            return False
+        if (before := calls[-1].random_state) and before.has_moved_outside_of_torch():
+            self._draws_outside.add(reference)
+        self._passes_tried[reference] += 1
         if output is None and isinstance(error := sys.exc_info()[1], Exception):
             self.on_error(error)
+        return True
 
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
@@ -414,3 +421,20 @@ class _Note(UnpickledHook):
     @compile_disabled
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._note(self._model, arguments, options)
+
+
+class _NoteEnd(UnpickledHook):
+    """The same after each call; compiled code sees that it does nothing but in the first passes and where forward raises."""
+
+    def __init__(self, recorder: ForwardRecorder, model: weakref.ref[nn.Module]) -> None:
+        self._recorder = recorder
+        self._model = model
+        self.passes_tried = 0
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if output is None or self.passes_tried < PASSES_TRIED:
+            self._note_end(output)
+
+    @compile_disabled
+    def _note_end(self, output: Any) -> None:
+        self.passes_tried += self._recorder.note_end(self._model, output)

@@ -39,7 +39,8 @@ class ReplayFindings:
         first_non_finite: the first module whose output is not finite in FP32 either; None where none.
         only_loss: whether all that is not finite there is a single number, the loss.
         returns_loss: whether the model returns a single number among its outputs.
-        draws: whether the model has drawn random numbers, so that the pass may not have been the same as the first.
+        draws: whether the model has drawn random numbers or counts its calls, so that the pass may not have been the same
+            as the first.
         operators: module → its first operator that gives what is not finite; where any module does.
         error: why the pass could not be repeated; None where it could.
     """
@@ -98,7 +99,9 @@ def _replay_modules(
             for x in map(forward.model.get_buffer, without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
+            counters = _counters(forward.model)
             output, watch.findings.draws = _repeat(forward)
+            watch.findings.draws |= _counters(forward.model) != counters
             end(forward.model, (), {}, output)
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = in_one_line(error)
@@ -114,10 +117,12 @@ class BackwardFindings(NamedTuple):
 
     Attributes:
         parameters: names of those whose gradients are not finite.
+        moved: names of those whose gradients are not zero throughout.
         operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
     """
 
     parameters: list[str]
+    moved: frozenset[str]
     operator: BadOperator | None = None
 
 
@@ -128,10 +133,8 @@ def replay_backward(
     scale: float,
     in_fp32: bool = False,
     by_operator: bool = False,
-    found: Callable[[Tensor], Any] | None = None,
 ) -> BackwardFindings | None:
-    """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite, or for which
-    `found` holds.
+    """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite.
 
     Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
     the outputs, if they were kept. None where nothing is known: neither is there, or the repetition failed. Costs one
@@ -155,8 +158,9 @@ def replay_backward(
     if gradients is None:
         return None
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    parameters = [name for name, g in known if (found or non_finite_tensors)(g)]
-    return BackwardFindings(parameters, trace.in_backward if trace else None)
+    bad = [name for name, g in known if non_finite_tensors(g)]
+    moved = frozenset(name for name, g in known if g.any())
+    return BackwardFindings(bad, moved, trace.in_backward if trace else None)
 
 
 @contextmanager
@@ -385,6 +389,10 @@ def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None
                     _restore(attributes, former)
             random_state.restore()
             torch.clear_autocast_cache()  # it may hold casts that were made while gradients were off
+
+
+def _counters(model: nn.Module) -> list[list[Any]]:
+    return [[x for x in vars(module).values() if isinstance(x, (int, float))] for module in model.modules()]
 
 
 _MACHINERY = frozenset(vars(nn.Module()))

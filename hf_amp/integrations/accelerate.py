@@ -367,12 +367,12 @@ class AttachedAccelerator:
         if model in self._registered:
             return
         self._registered.add(model)
+        if self._fp16_on_cpu:
+            session.patches.on_undo(self._context.install(model))
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if not self._fp16_on_cpu:
             session.follow_default(_changer_of_forward(weakref.ref(model), session))
-            return
-        session.patches.on_undo(self._context.install(model))
-        if takes_hooks(model) and (not session.config.emulate or self._masters is not None):
+        elif takes_hooks(model) and (not session.config.emulate or self._masters is not None):
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:

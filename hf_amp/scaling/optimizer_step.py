@@ -18,7 +18,7 @@ from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.statistics import held_by, local_part, random_elements, to_device
 
 WRITTEN = "written_through_data"
-"""Among the extras of an outcome: whether parameters with master weights were written to so."""
+"""Name of the figure above 0 where parameters with master weights were written to through `.data`."""
 
 
 class OptimizerRunner:

@@ -128,7 +128,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         stateful: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
         discard_forwards: called where gradients were cleared without a step, before the next backward; False where their
             losses are from the same forward pass as the next, and count on.
-        note_loss: called with every loss that goes into backward.
+        note_loss: called with every loss that goes into backward, where somebody wants to know.
         is_waiting: says of an optimizer whether its gradients may be scaled now: a backward has begun since its last step, and
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
@@ -169,7 +169,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.step_hooks: list[StepHook] = []
         self.stateful: dict[str, Stateful] = {}
         self.discard_forwards: Callable[[], bool] = lambda: True
-        self.note_loss: Callable[[Tensor], None] = lambda loss: None
+        self.note_loss: Callable[[Tensor], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
         keeps = config.precision_mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
         self.master_weights = MasterWeights() if config.enabled and keeps else None
@@ -202,7 +202,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._lazy_init_scale_growth_tracker(loss.device)
         scale = cast(Tensor, self._state.scale)
         self._pending.note_loss(loss, scale)
-        self.note_loss(loss)
+        if self.note_loss is not None:
+            self.note_loss(loss)
         scaled = loss if self.no_scaling else loss * to_device(scale, loss.device)
         self._pending.losses.newest = weakref.ref(scaled)
         return scaled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def section(benchmark: Benchmark, folder: Path) -> str:
     lines += [""] * bool(len(lines) > 2)
     if result is None:
         return "\n".join([*lines, "Not measured.\n"])
-    return "\n".join([*lines, table(benchmark, rows_of(result)), "", origin(result["circumstances"]), ""])
+    tables = [table(benchmark, rows_of(result))]
+    tables += [table(replace(benchmark, pivot=None), result["details"])] if "details" in result else []
+    return "\n".join([*lines, "\n\n".join(tables), "", origin(result["circumstances"]), ""])
 
 
 def read(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:

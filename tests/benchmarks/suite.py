@@ -36,6 +36,10 @@ def _is_late(row: Row) -> bool:
     return row["what"] == "PERFORMANCE_OPTIMIZED" and row["optimizer"].startswith("fused")
 
 
+def _is_hf_amp(row: Row) -> bool:
+    return row["contender"] == "hf_amp"
+
+
 SCALER_COST = Benchmark(
     "scaler_cost",
     _module("scaler_cost"),
@@ -130,6 +134,20 @@ CPU = (
         "200 random faults in random models, and what was told of each.",
         "what the fault was",
         (Target("none wrong", "wrong", 0),),
+        threads=1,
+    ),
+    Benchmark(
+        "situations",
+        _module("situations"),
+        "27 situations of users in which training goes wrong, one and the same loop for all contenders, in emulated FP16: which "
+        "runs go on, and what is said of cause, place, operator and line. Rules of judgement: `tests/benchmarks/test_situations.py`.",
+        "stock Accelerate with `torch.amp.GradScaler`, and the debugging tools of transformers and PyTorch, in the same run",
+        (
+            Target("26 of 27 causes right", "causes_missed", 1, _is_hf_amp),
+            Target("every place right", "places_missed", 0, _is_hf_amp),
+            Target("no run lost that could go on", "lost_though_it_could_survive", 0, _is_hf_amp),
+            Target("no false alarm", "false_alarms", 0, _is_hf_amp),
+        ),
         threads=1,
     ),
     Benchmark(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks.gpu import models
+from tests.benchmarks.gpu import measuring, models
 from tests.benchmarks.gpu.contenders import accelerated, contenders, modules_to_hold, products
 from tests.benchmarks.gpu.expectations import expectations
 from tests.benchmarks.gpu.measuring import estimated_saving, facts_of, timed_in_turn
@@ -136,8 +136,10 @@ def main() -> None:
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
 
-def test_everything_runs(tmp_path: Path) -> None:
+def test_everything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small and short, on whatever device there is: every way of every case has its figures, in a file."""
+    for steps in ("WARM_UP_STEPS", "COUNTED_STEPS"):
+        monkeypatch.setattr(measuring, steps, 1)
     arguments = ["--out", str(tmp_path), "--tiny", "--rounds", "2", "--seconds", "0", "--backend", "eager"]
     result = run(parser().parse_args(arguments))
     show(result)

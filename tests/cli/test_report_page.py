@@ -77,6 +77,11 @@ def document(runs: list[RunHistory]) -> str:
     return page(runs[:1], "0")
 
 
+@pytest.fixture(scope="module")
+def page_of_both(runs: list[RunHistory]) -> str:
+    return page(runs, "0")
+
+
 def test_the_page_has_nothing_that_acts_or_loads(document: str) -> None:
     """No script, frame, form or handler; every address is a part of the page or a picture inside of it."""
     parts = Parts(document)
@@ -95,9 +100,9 @@ def test_everything_from_the_run_is_text(document: str, runs: list[RunHistory]) 
     assert "名前" in document
 
 
-def test_parts_have_names_of_their_own(runs: list[RunHistory]) -> None:
+def test_parts_have_names_of_their_own(page_of_both: str) -> None:
     """Several pictures of several runs do not use each other's clip paths."""
-    ids = Parts(page(runs, "0")).ids
+    ids = Parts(page_of_both).ids
     assert len(ids) == len(set(ids))
 
 
@@ -106,11 +111,10 @@ def test_every_picture_has_words(document: str) -> None:
     assert document.count("<svg ") == document.count('role="img" aria-label="') == document.count("<figcaption>") == 12
 
 
-def test_several_runs_stand_beside_each_other(runs: list[RunHistory]) -> None:
+def test_several_runs_stand_beside_each_other(page_of_both: str) -> None:
     """Every kind of picture is there for each, in its column."""
-    text = page(runs, "0")
-    assert text.count("<svg ") == 24
-    assert text.count("--column: 1") == text.count("--column: 2") == 12
+    assert page_of_both.count("<svg ") == 24
+    assert page_of_both.count("--column: 1") == page_of_both.count("--column: 2") == 12
 
 
 @pytest.fixture(scope="module")

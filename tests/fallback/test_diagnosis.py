@@ -277,6 +277,84 @@ def test_gradients_made_infinite_in_backward_alone(precision: str) -> None:
         assert "no loss scale to blame" in loop.skips[0].message
 
 
+def test_a_gradient_that_no_scale_brings_into_the_format() -> None:
+    """A slope of 1e18: a scale small enough for it is too small for the gradients behind it. FP32 in that layer cures it."""
+    loop = Loop(Regression(between=lambda h: torch.sin(h * 1e18)), "fp16", init_scale=64.0)
+    for _ in range(3):
+        loop.step(SOUND)
+    assert [(skip.cause, skip.modules) for skip in loop.skips] == [(Cause.ACTIVATION, ("first",))]
+    assert "in backward a gradient leaves the range of FP16" in loop.skips[0].message
+    assert "derivative of linear at test_diagnosis.py" in loop.skips[0].message
+
+
+@EVERY_PRECISION
+def test_the_operator_that_made_minus_inf_is_named(precision: str) -> None:
+    """log(0) is -inf, which might be a mask; the product with it that makes NaN is not where to look."""
+    loop = Loop(Regression(lambda logits, y: -(torch.log((logits * 1e4).softmax(-1)) * y).mean()), precision)
+    loop.step(SOUND)
+    assert loop.skips[0].cause is Cause.LOSS
+    assert "It arises in log at test_diagnosis.py" in loop.skips[0].message
+
+
+class _LogOfZero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log1p(-torch.ones_like(x) * x.sign().abs())
+
+
+@EVERY_PRECISION
+def test_minus_inf_of_a_module_is_not_the_loss_functions_fault(precision: str) -> None:
+    """It might have been a mask, until a layer makes NaN of it: MODEL there, although only the loss is seen to be NaN."""
+    loop = Loop(Regression(between=_LogOfZero()), precision)
+    loop.step({"x": X, "labels": torch.zeros(3, 8)})
+    assert (loop.skips[0].cause, loop.skips[0].modules) == (Cause.MODEL, ("between",))
+    assert "It arises in log1p at test_diagnosis.py" in loop.skips[0].message
+
+
+class _Scheduled(nn.Module):
+    """Overflows in its second call alone."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(x * 1e39) * torch.inf if self.calls == 2 else x
+
+
+def test_what_a_count_of_calls_has_done_is_not_put_down_to_the_loss() -> None:
+    """A replay is another call: it shows nothing, and UNKNOWN says why."""
+    loop = Loop(Regression(between=_Scheduled()), "fp16", init_scale=64.0)
+    for _ in range(3):
+        loop.step({"x": X, "labels": torch.zeros(3, 8)})
+    assert [(skip.step, skip.cause) for skip in loop.skips] == [(2, Cause.UNKNOWN)]
+    assert "a count of its calls" in loop.skips[0].message
+
+
+class Recurrent(nn.Module):
+    """Gives its state beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.step = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.relu(self.step(x) + h)
+        return h.square().mean(), h
+
+
+def test_state_that_the_loop_carries_on_is_not_only_bad_data() -> None:
+    """NaN in an input right after an overflow: it may be state, and the message says so, once."""
+    loop, h = Loop(Recurrent(), "fp16", init_scale=64.0), torch.zeros(3, 8)
+    for factor in (1.0, 1e7, 1.0, 1.0):
+        output = loop.model(X * factor, h)
+        loop.accelerator.backward(output[0])
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        h = output[1].detach()
+    assert [skip.cause for skip in loop.skips] == [Cause.ACTIVATION, Cause.INPUT, Cause.INPUT]
+    assert ["carries on" in skip.message for skip in loop.skips] == [False, True, False]
+
+
 @for_each("bad", ["x", "labels"])
 @for_each("at", [1, 2, 4])
 def test_a_verdict_that_is_one_step_late_looks_at_its_own_batch(bad: str, at: int) -> None:

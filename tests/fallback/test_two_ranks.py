@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_amp import Cause
 from tests.each import for_each
-
-WORKER = Path(__file__).with_name("two_rank_worker.py")
+from tests.forking import told_by_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    """What each of the two ranks decided, fault by fault: one launch, on any free port."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2]), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(WORKER)], capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    """What each of the two ranks decided, fault by fault."""
+    return told_by_ranks("tests.fallback.two_rank_worker", ACCELERATE_USE_CPU="true")
 
 
 @for_each(

@@ -26,7 +26,7 @@ from tests.integrations.checkpointed_run import begin
 from tests.integrations.trainers import OverflowAt, regression_trainer
 from tests.reference import TIMINGS, snapshot
 
-STEPS, SAVED_EVERY = 200, 3
+SAVED_EVERY = 3
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 OPTIONS = {
     "automatic": {"scaling_strategy": "ADAPTIVE"},
@@ -34,21 +34,21 @@ OPTIONS = {
 }
 """How `save_state` names its checkpoints → options of that run."""
 RUNS = (*OPTIONS, "Trainer")
-TRAINER_STEPS = 100
 
 
-def live(folder: Path, kind: str, saves: bool = True, mortal: bool = False) -> Any:
+def live(folder: Path, kind: str, steps: int, saves: bool = True, mortal: bool = False) -> Any:
     """The run, from its newest checkpoint to its end; all that it came to, but for what a clock has measured.
 
     Args:
+        steps: of a whole run; a Trainer takes half as many.
         mortal: it is to be killed before its end, because a Trainer that goes on from its last step takes one more.
     """
     if kind != "Trainer":
-        return live_in_a_loop(folder, kind, saves)
-    return live_in_a_trainer(folder, saves, *([DiesInItsLastStep()] if mortal else []))
+        return live_in_a_loop(folder, kind, steps, saves)
+    return live_in_a_trainer(folder, steps // 2, saves, *([DiesInItsLastStep()] if mortal else []))
 
 
-def live_in_a_loop(folder: Path, naming: str, saves: bool) -> Any:
+def live_in_a_loop(folder: Path, naming: str, steps: int, saves: bool) -> Any:
     automatic = naming == "automatic"
     run = begin(folder=str(folder) if automatic else None, **OPTIONS[naming])
     run.period = 20
@@ -59,7 +59,7 @@ def live_in_a_loop(folder: Path, naming: str, saves: bool) -> Any:
     elif not automatic and (folder / "saved").is_dir():
         run.accelerator.load_state(str(folder / "saved"))
     assert run.session is not None
-    for step in range(run.session.scaler.decided_steps, STEPS):
+    for step in range(run.session.scaler.decided_steps, steps):
         run.train(step, step + 1)
         if saves and step % SAVED_EVERY == 0:
             run.accelerator.save_state(None if automatic else str(folder / "saved"))
@@ -68,14 +68,14 @@ def live_in_a_loop(folder: Path, naming: str, saves: bool) -> Any:
 
 class DiesInItsLastStep(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == TRAINER_STEPS - 1:
+        if state.global_step == args.max_steps - 1:
             die()
 
 
-def live_in_a_trainer(folder: Path, saves: bool, *callbacks: TrainerCallback) -> Any:
+def live_in_a_trainer(folder: Path, steps: int, saves: bool, *callbacks: TrainerCallback) -> Any:
     callback = MixedPrecisionCallback({"growth_interval": 3})
     trainer = regression_trainer(
-        folder, callback, *callbacks, OverflowAt(*range(2, TRAINER_STEPS, 7)), fp16=True, max_steps=TRAINER_STEPS,
+        folder, callback, *callbacks, OverflowAt(*range(2, steps, 7)), fp16=True, max_steps=steps,
         save_strategy="steps" if saves else "no", save_steps=SAVED_EVERY,
     )  # fmt: skip
     whole = [path for path in folder.glob("checkpoint-*") if is_whole(path)]
@@ -105,7 +105,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def live_until_a_file(folder: Path, kind: str, number: int) -> None:
+def live_until_a_file(folder: Path, kind: str, steps: int, number: int) -> None:
     """Lives up to the `number`th operation on the checkpoint's files; at the latest to the end."""
     seen = itertools.count(1)
 
@@ -114,12 +114,12 @@ def live_until_a_file(folder: Path, kind: str, number: int) -> None:
             die()
 
     sys.addaudithook(hook)
-    live(folder, kind, mortal=True)
+    live(folder, kind, steps, mortal=True)
     die()
 
 
-def live_until_killed(folder: Path, kind: str) -> None:
-    live(folder, kind, mortal=True)
+def live_until_killed(folder: Path, kind: str, steps: int) -> None:
+    live(folder, kind, steps, mortal=True)
     signal.pause()
 
 
@@ -141,7 +141,7 @@ def forked(life: Callable[..., Any], *arguments: Any, seconds: float | None = No
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def killed_and_unbroken(root: Path, kind: str, kills: int) -> dict[str, Any]:
+def killed_and_unbroken(root: Path, kind: str, kills: int, steps: int) -> dict[str, Any]:
     """How the lives ended, how many of them within a save, and how the last one did and a run without a break.
 
     Both leave all that they came to in a file of their name.
@@ -151,22 +151,22 @@ def killed_and_unbroken(root: Path, kind: str, kills: int) -> dict[str, Any]:
     endings, within_a_save = [], 0
     for number in range(kills):
         if number % 2:
-            endings.append(forked(live_until_a_file, run, kind, chance.randint(1, 60)))
+            endings.append(forked(live_until_a_file, run, kind, steps, chance.randint(1, 60)))
         else:
-            endings.append(forked(live_until_killed, run, kind, seconds=chance.uniform(0.02, 0.2)))
+            endings.append(forked(live_until_killed, run, kind, steps, seconds=chance.uniform(0.02, 0.2)))
         within_a_save += dies_within_a_save(root)
 
     def keep(place: Path, saves: bool) -> None:
-        torch.save(live(place, kind, saves), f"{place}.pt")
+        torch.save(live(place, kind, steps, saves), f"{place}.pt")
 
     ended = [forked(keep, run, True), forked(keep, root / "unbroken", False)]
     return {"endings": endings, "within a save": within_a_save, "ended": ended}
 
 
-def main(folder: str, kills: int) -> None:
+def main(folder: str, kills: int, steps: int) -> None:
     torch.set_num_threads(1)
-    print(json.dumps({kind: killed_and_unbroken(Path(folder) / kind, kind, kills) for kind in RUNS}))
+    print(json.dumps({kind: killed_and_unbroken(Path(folder) / kind, kind, kills, steps) for kind in RUNS}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

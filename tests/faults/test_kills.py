@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from tests.faults.conftest import Tally
+from tests.forking import printed_by
 from tests.reference import assert_bitwise_equal
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_runs_killed_again_and_again_end_as_those_that_were_not(tmp_path: Path, full_size: bool, tally: Tally) -> None:
     """Killed at random times and in random file operations of their saves, resumed each time: parameters, optimizer,
     schedule, scale, policy, plan and counters end equal to the bit to those of runs without a break."""
-    kills = 100 if full_size else 6
-    program = [sys.executable, "-m", "tests.faults.killed_run", str(tmp_path), str(kills)]
-    reported = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert reported.returncode == 0, reported.stderr[-4000:]
-    results = json.loads(reported.stdout.splitlines()[-1])
+    kills, steps = (100, 200) if full_size else (4, 60)
+    output = printed_by("tests.faults.killed_run", str(tmp_path), str(kills), str(steps), ranks=1)
+    results = json.loads(output.splitlines()[-1])
     assert sum(result["within a save"] for result in results.values()) > 0
     plan = torch.load(tmp_path / "same folder" / "unbroken.pt", weights_only=True)[1][1]["hf_amp"]["stateful"][
         "fallback"
     ]
     assert plan["demotions"], "the plan was never changed"
     for kind, result in results.items():
-        assert result["ended"] == [0, 0], reported.stderr[-4000:]
+        assert result["ended"] == [0, 0], output[-4000:]
         killed, unbroken = (
             torch.load(tmp_path / kind / f"{name}.pt", weights_only=True) for name in ("killed", "unbroken")
         )

@@ -8,7 +8,9 @@ from pathlib import Path
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from tests.each import for_each
+from tests.forking import printed_by
 from tests.integrations.launching import CONFIGS, ROOT, launch
+from tests.readme import command
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
 
@@ -33,11 +35,11 @@ def test_a_config_says_how_to_start_it(file: Path) -> None:
     """Its comment has a sentence, and a command that names the file itself and an example that is there."""
     comment = [line.removeprefix("#") for line in file.read_text().splitlines() if line.startswith("#")]
     assert comment[0].strip()[0].isupper()
-    commands = [line.strip() for line in comment if "accelerate launch" in line]
-    assert commands
-    for command in commands:
-        assert f"--config_file accelerate_configs/{file.name}" in command
-        for example in re.findall(r"examples/\S+", command):
+    lines = [line.strip() for line in comment if "accelerate launch" in line]
+    assert lines
+    for line in lines:
+        assert f"--config_file accelerate_configs/{file.name}" in line
+        for example in re.findall(r"examples/\S+", line):
             assert (ROOT / example).is_file()
 
 
@@ -47,10 +49,10 @@ def losses(output: str) -> list[float]:
 
 
 def test_the_loop_trains_on_two_processes() -> None:
-    """The issue's own command: one line a report, from one of the two, and a loss that falls on real text."""
-    reported = losses(
-        launch("cpu_2_processes.yaml", "examples/accelerate_loop.py", "--steps", "21", "--batch-size", "4")
-    )
+    """README's own command, for fewer steps: one line a report, from one of the two, and a loss that falls on real text."""
+    *_, option, config, example = command("accelerate launch")
+    assert option == "--config_file"
+    reported = losses(launch(ROOT / config, example, "--steps", "21", "--batch-size", "4"))
     assert len(reported) == 2
     assert reported[-1] < reported[0] - 1.0
 
@@ -64,7 +66,7 @@ def test_the_loop_trains_on_one() -> None:
 
 def test_the_gan_trains_on_two_processes() -> None:
     """Two models and two optimizers under DistributedDataParallel: all steps are applied or told, none is lost."""
-    output = launch("cpu_2_processes.yaml", "examples/accelerate_gan.py", "--epochs", "1")
+    output = printed_by("examples.accelerate_gan", "--epochs", "1")
     applied, skipped = (int(n) for n in re.search(r"applied (\d+)  skipped (\d+)", output).groups())
     assert applied + skipped == 2 * (1797 // 64 // 2)
     assert skipped <= 2

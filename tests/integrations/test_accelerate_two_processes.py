@@ -1,14 +1,14 @@
-"""Two real processes over gloo, started by `accelerate launch`: what one rank meets, both decide on alike."""
+"""Two real processes over gloo through Accelerate: what one rank meets, both decide on alike."""
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import pytest
 
 from tests.each import for_each
+from tests.forking import told_by_ranks
 from tests.integrations.launching import launch
 from tests.integrations.two_process_runs import FAULTS, FAULTY_STEP, STEPS, train
 
@@ -17,11 +17,9 @@ Ranks = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """What each of two ranks has recorded, of all runs: one launch."""
-    folder = tmp_path_factory.mktemp("two processes")
-    launch("cpu_2_processes.yaml", "-m", "tests.integrations.two_process_runs", str(folder))
-    results: Ranks = json.loads((folder / "results.json").read_text())
-    return results
+    """What each of two ranks has recorded, of all runs."""
+    folder = str(tmp_path_factory.mktemp("two processes"))
+    return told_by_ranks("tests.integrations.two_process_runs", folder, ACCELERATE_USE_CPU="true")
 
 
 def shared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

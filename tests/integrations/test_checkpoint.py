@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from hf_amp import EventKind
 from hf_amp.integrations.checkpoint import FINITE_CHECK_FILE, AtomicCheckpoint, finish_interrupted
 from tests.each import for_each
+from tests.forking import run_program
 from tests.integrations.checkpointed_run import KilledWhileSaved, begin
 from tests.reference import assert_bitwise_equal
 
@@ -24,10 +23,8 @@ def test_a_run_killed_while_it_saves_resumes_exactly(tmp_path: Path, naming: str
     """Saved at step 6, killed by SIGKILL in the middle of the next save, resumed: steps 6 to 12 are the same to the bit
     as without a break, in parameters, optimizer, schedule, scale, policy and counters."""
     folder = str(tmp_path / "checkpoints_of_a_killed_run")
-    program = [sys.executable, "-m", "tests.integrations.checkpointed_run", folder, naming, strategy]
-    root = Path(__file__).parents[2]
-    killed = subprocess.run(program, cwd=root, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    killed = run_program("tests.integrations.checkpointed_run", folder, naming, strategy)
+    assert killed.codes == [-signal.SIGKILL], killed.output[-2000:]
 
     resumed = begin(folder=folder if naming == "automatic" else None, scaling_strategy=strategy)
     resumed.accelerator.register_for_checkpointing(KilledWhileSaved())

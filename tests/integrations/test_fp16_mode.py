@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from hf_amp.scaling.master_weights import STATE_KEY
 from tests.conftest import forget_accelerators
 from tests.each import for_each
 from tests.fallback.rescaled import ZOO, RescaledModel
+from tests.forking import told_by_ranks
 from tests.integrations.half_models import dtypes
 from tests.integrations.trainers import OverflowAt, trainer_with
 from tests.reference import TIMINGS, OverflowInBackward, assert_bitwise_equal, tiny_mlp
@@ -345,14 +342,7 @@ def test_two_processes() -> None:
     So it is for each way of clearing gradients, and where they are views into DDP's buckets.
     After detach parameters stay FP16, because DDP counts on it; a conversion after DDP is refused.
     """
-    worker = Path(__file__).with_name("fp16_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2]), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(worker)], capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    first, second = told_by_ranks("tests.integrations.fp16_worker", ACCELERATE_USE_CPU="true")
     assert first == second
     assert list(first) == ["none copies", "none views", "zeros views"]
     for zeroing, seen in first.items():

@@ -1,18 +1,15 @@
-"""A Trainer in two real processes, started by `accelerate launch`."""
+"""A Trainer in two real processes."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-WORKER = Path(__file__).with_name("trainer_worker.py")
+from tests.forking import told_by_ranks
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """What each of the two ranks saw, by precision."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*command, "--main_process_port", "0", str(WORKER), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    return told_by_ranks("tests.integrations.trainer_worker", str(folder), ACCELERATE_USE_CPU="true")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])

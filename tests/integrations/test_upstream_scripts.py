@@ -7,23 +7,16 @@
 from __future__ import annotations
 
 from tests.each import for_each
-from tests.integrations.launching import launch
+from tests.forking import printed_by
 
 
-@for_each(
-    ("config", "script", "accelerators"),
-    [
-        ("single_cpu_fp16.yaml", "test_sync", 3),
-        ("cpu_2_processes.yaml", "test_sync", 3),
-        ("cpu_2_processes.yaml", "test_script", 16),
-    ],
-)
-def test_an_upstream_script_passes(config: str, script: str, accelerators: int) -> None:
+@for_each(("ranks", "script", "accelerators"), [(1, "test_sync", 3), (2, "test_sync", 3), (2, "test_script", 16)])
+def test_an_upstream_script_passes(ranks: int, script: str, accelerators: int) -> None:
     """It ends without an error, hf_amp was attached throughout, and it did decide optimizer steps.
 
     One process group a process: gloo now and then waits for ever in the second one.
     """
-    output = launch(config, "--mixed_precision", "no", "-m", "tests.integrations.upstream_script", script)
+    output = printed_by("tests.integrations.upstream_script", script, ranks=ranks, ACCELERATE_USE_CPU="true")
     (reported,) = (line for line in output.splitlines() if line.startswith("attached to"))
     attached, steps = (int(word) for word in reported.split() if word.isdigit())
     assert attached >= accelerators

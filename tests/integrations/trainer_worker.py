@@ -1,4 +1,4 @@
-"""One of two processes under `accelerate launch`: a Trainer whose rank 1 alone meets NaN, or has it in a weight. Rank 0
+"""One of two processes: a Trainer whose rank 1 alone meets NaN, or has it in a weight. Rank 0
 prints what both saw."""
 
 from __future__ import annotations

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.each import for_each
-
-WORKER = Path(__file__).with_name("sharded_worker.py")
+from tests.forking import told_by_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    """What each of the two ranks decided, run by run: one launch."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(WORKER)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    """What each of the two ranks decided, run by run."""
+    return told_by_ranks("tests.scaling.sharded_worker")
 
 
 @for_each("kind", ["FSDP2", "FSDP1", "FSDP1 original parameters"])

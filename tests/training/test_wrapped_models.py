@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,25 +20,15 @@ from hf_amp import (
     MixedPrecisionConfig,
     StandardMixedPrecisionTrainer,
 )
+from tests.forking import told_by_ranks
 from tests.reference import assert_bitwise_equal
 from tests.training.loops import FaultyMlp, parameters_of, vectors
-
-WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    """What each of two processes saw, by run: one launch."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(WORKER)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    """What each of two processes saw, by run."""
+    return told_by_ranks("tests.training.ddp_worker")
 
 
 def test_two_ranks_stay_one(ranks):

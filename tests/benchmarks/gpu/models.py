@@ -94,5 +94,5 @@ SHALLOW = [
     vit("ViT", 256, 2, 4, 64, 10, 4),
 ]
 """The same kinds with two layers, for what takes long and says yes or no."""
-TINY = [gpt2("GPT-2", 16, 2, 2, 64, 8, 2), vit("ViT", 16, 1, 2, 32, 4, 2)]
+TINY = [gpt2("GPT-2", 16, 1, 2, 64, 8, 2), vit("ViT", 16, 1, 2, 32, 4, 2)]
 """To see on a CPU that everything runs."""
