@@ -303,9 +303,10 @@ class ForwardRecorder:
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
         only_torch = self._passes_tried[reference] >= PASSES_TRIED and reference not in self._draws_outside
-        devices = {x.device for x in tensors}  # while a CUDA graph is captured, no generator may be asked
+        versions, devices = _versions(tensors), {x.device for x in tensors}
+        # While a CUDA graph is captured, no generator may be asked.
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
-        seen = (_versions(tensors), random_state, self._runner.plan, self._steps.backwards)
+        seen = (versions, random_state, self._runner.plan, self._steps.backwards)
         where = (threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
         return _Kept(reference, arguments, options, *seen, *where, output_gradients={})
 

@@ -277,8 +277,9 @@ class AttachedAccelerator:
             (optimizer,) = self._optimizers.registered
             inner = optimizer.optimizer
             # The norm is that of the gradients which the optimizer will apply, of all of them and of no other.
-            theirs, ours = ({id(p) for p in held if p.grad is not None} for held in (parameters, held_by(inner)))
-            if theirs == ours and not has_step_hooks(inner, besides=RefuseScaledStep):
+            held = {id(p) for group in inner.param_groups for p in group["params"] if p.grad is not None}
+            holds_exactly = held == {id(p) for p in parameters if p.grad is not None}
+            if holds_exactly and not has_step_hooks(inner, besides=RefuseScaledStep):
                 return self._session.scaler.clip_grad_norm_(inner, max_norm)
         return self._stock["clip_grad_norm_"](parameters, max_norm, norm_type)
 

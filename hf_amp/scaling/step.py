@@ -280,7 +280,8 @@ def check(
     Raises:
         ScalerError: they are to be divided and one is FP16: that would round away what scaling has saved.
     """
-    sharded = any(hasattr(kind, "to_local") for kind in {type(p.grad) for p in held_by(optimizer)})
+    kinds = {type(p.grad) for group in optimizer.param_groups for p in group["params"]}
+    sharded = any(hasattr(kind, "to_local") for kind in kinds)
     if sharded and unscale is Unscale.FUSED:
         unscale = Unscale.IN_PLACE
     gradients = collect(optimizer)
