@@ -131,20 +131,20 @@ class RecordedForward(NamedTuple):
     """One forward pass of a whole model: which, and on what.
 
     Attributes:
-        is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
-            written into it since.
         random_state: what dropout drew from on the CPU and on the batch's devices; None where that is not known.
         plan: what it ran under; None where that is not known.
         output_gradients: what the loss gave to each output, by its path, times the scale; where they were kept.
+        is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
+            written into it since.
     """
 
     model: nn.Module
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    is_intact: bool = True
     random_state: RandomState | None = None
     plan: PrecisionPlan | None = None
     output_gradients: dict[str, Tensor] | None = None
+    is_intact: bool = True
 
 
 class _Kept(NamedTuple):
@@ -153,13 +153,13 @@ class _Kept(NamedTuple):
     model: weakref.ref[nn.Module]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    versions: tuple[int, ...]
     random_state: RandomState | None
     plan: PrecisionPlan
+    output_gradients: dict[str, Tensor]
+    versions: tuple[int, ...]
     backwards: int
     thread: int
     sequence_number: int
-    output_gradients: dict[str, Tensor]
 
 
 @dataclass
@@ -306,9 +306,9 @@ class ForwardRecorder:
         versions, devices = _versions(tensors), {x.device for x in tensors}
         # While a CUDA graph is captured, no generator may be asked.
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
-        seen = (versions, random_state, self._runner.plan, self._steps.backwards)
-        where = (threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
-        return _Kept(reference, arguments, options, *seen, *where, output_gradients={})
+        seen = (random_state, self._runner.plan, dict[str, Tensor](), versions)
+        where = (self._steps.backwards, threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
+        return _Kept(reference, arguments, options, *seen, *where)
 
     def note_loss(self, loss: Tensor) -> None:
         """`loss` goes into backward: where it does not say by itself which calls it was made from, its graph will."""
@@ -382,15 +382,7 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
     """Those of the thread that steps, where it has made any: another may serve the model meanwhile."""
     own = [kept for kept in calls if kept.thread == threading.get_ident()]
     return [
-        RecordedForward(
-            model,
-            kept.arguments,
-            kept.options,
-            kept.versions == _versions(tensors_of(kept[1:3])),
-            kept.random_state,
-            kept.plan,
-            kept.output_gradients,
-        )
+        RecordedForward(model, *kept[1:6], is_intact=kept.versions == _versions(tensors_of(kept[1:3])))
         for kept in own or calls
         if (model := kept.model()) is not None
     ]

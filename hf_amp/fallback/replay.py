@@ -200,13 +200,7 @@ def _backward(
 
 
 class _Candidate(NamedTuple):
-    """A module whose output is not finite in FP32 either.
-
-    Attributes:
-        name: its name.
-        only_loss: whether all that is not finite there is a single number.
-        may_be_mask: whether all that is not finite there is -inf.
-    """
+    """A module whose output is not finite in FP32 either: whether all of that is a single number, or -inf."""
 
     name: str
     only_loss: bool

@@ -12,7 +12,6 @@ import torch
 
 from hf_amp.config import Allowed, MixedPrecisionConfig, is_real, safe_repr
 from hf_amp.errors import ConfigError, StateError
-from hf_amp.scaling.policies import ScaleState
 from hf_amp.serialization import parse
 from hf_amp.statistics import to_host
 
@@ -124,12 +123,12 @@ def upgraded(progress: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in progress.items() if name != "companions"}, "stateful": renamed}
 
 
-def state_to_host(state: ScaleState) -> dict[str, float]:
+def state_to_host(state: Any) -> dict[str, float]:
     """A policy state's fields as numbers. One GPU-CPU sync."""
     return to_host(state._asdict())
 
 
-def restored(state: ScaleState, fields: Mapping[str, float]) -> Any:
+def restored(state: Any, fields: Mapping[str, float]) -> Any:
     """`state` with those of its fields replaced that `fields` names; dtype and device stay."""
     return state._replace(
         **{name: torch.full_like(tensor, fields[name]) for name, tensor in state._asdict().items() if name in fields}
