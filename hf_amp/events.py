@@ -93,43 +93,37 @@ class Cause(str, enum.Enum):
         in_words="the model computed non-finite values in FP32 too",
         remedy="Look at the operators that the events name: a division by zero, a log or root of zero, a mean of nothing; or "
         "everything has grown, as with too high a learning rate.",
-        to_do="change the model",
-        error="non_finite_model", severity=62, severity_unconfirmed=3,
+        to_do="change the model", error="non_finite_model", severity=62, severity_unconfirmed=3,
         light="#1f6f9f", dark="#6db7e3", marker="p",
     )  # fmt: skip
     INPUT = "INPUT", CauseFacts(
         in_words="the batch held non-finite values",
         remedy="Fix the data, or drop batches that hold non-finite values.",
-        to_do="fix the data or the loss",
-        error="non_finite_input", severity=80, severity_unconfirmed=8,
+        to_do="fix the data or the loss", error="non_finite_input", severity=80, severity_unconfirmed=8,
         light="#7a4fa3", dark="#b794e0", marker="s",
     )  # fmt: skip
     LOSS = "LOSS", CauseFacts(
         in_words="the loss was not finite",
         remedy="Look at the labels (is every one ignored?), at rewards (are all of a group equal?) and at the loss function.",
-        to_do="fix the data or the loss",
-        error="non_finite_loss", severity=60, severity_unconfirmed=0,
+        to_do="fix the data or the loss", error="non_finite_loss", severity=60, severity_unconfirmed=0,
         light="#b5527f", dark="#e28fb4", marker="^",
     )  # fmt: skip
     WEIGHTS = "WEIGHTS", CauseFacts(
         in_words="parameters were not finite",
         remedy="Go back to the last good checkpoint.",
-        to_do="go back to a good checkpoint",
-        error="non_finite_weights", severity=90, severity_unconfirmed=9,
+        to_do="go back to a good checkpoint", error="non_finite_weights", severity=90, severity_unconfirmed=9,
         light="#a3182a", dark="#f0707f", marker="X",
     )  # fmt: skip
     BUFFER = "BUFFER", CauseFacts(
         in_words="a buffer was not finite",
         remedy="Go back to the last good checkpoint, or reset the buffers that the events name.",
-        to_do="go back to a good checkpoint",
-        error="non_finite_buffer", severity=86, severity_unconfirmed=6,
+        to_do="go back to a good checkpoint", error="non_finite_buffer", severity=86, severity_unconfirmed=6,
         light="#0f766e", dark="#4fc3b5", marker="h",
     )  # fmt: skip
     DERIVATIVE = "DERIVATIVE", CauseFacts(
         in_words="a derivative was not finite",
         remedy="Keep roots, norms and divisions away from zero in what the events name: x.clamp(min=1e-6) before, not torch.where after.",
-        to_do="change the model",
-        error="non_finite_derivative", severity=65, severity_unconfirmed=4,
+        to_do="change the model", error="non_finite_derivative", severity=65, severity_unconfirmed=4,
         light="#2f7d6b", dark="#6cc9b2", marker="P",
     )  # fmt: skip
     UNKNOWN = "UNKNOWN", CauseFacts(

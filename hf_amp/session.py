@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -372,7 +371,7 @@ class AmpSession(EventRecorder):
         """Detaches the session that has trained `model` so far: its plan would be in force under the one of this session."""
         former = _trained_by.get(model, lambda: None)()
         if former is not None and former is not self:
-            former._detach(f"another session trains this {type(model).__name__} from now on: hf_amp is detached here")
+            former.detach(f"another session trains this {type(model).__name__} from now on: hf_amp is detached here")
         _trained_by[model] = weakref.ref(self)
 
     def mark_trainable(self, model: nn.Module) -> None:
@@ -571,11 +570,8 @@ class AmpSession(EventRecorder):
         """Whether neither `detach` nor another session on a model of this one has ended it."""
         return self.on_step in self.scaler.observers
 
-    def detach(self) -> None:
-        """Gives everything that was attached to its former state. Harmless when called again."""
-        self._detach("hf_amp is detached")
-
-    def _detach(self, why: str) -> None:
+    def detach(self, why: str = "hf_amp is detached") -> None:
+        """Gives everything that was attached to its former state; `why` is for the event. Harmless when called again."""
         if self.is_attached:
             self.scaler.observers.remove(self.on_step)
             hooks, ours = self.scaler.step_hooks, self._module_statistics
@@ -587,9 +583,7 @@ class AmpSession(EventRecorder):
     def __enter__(self) -> AmpSession:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.detach()
 
 

@@ -275,13 +275,10 @@ class PlanRunner:
         _forget_compiled_code()  # of steps before
         self.sharded |= is_trained and holds_shards(model)
         models = self._models if is_trained else self._evaluated
-        for index, reference in enumerate(models):
-            if reference() is None:
-                models[index] = weakref.ref(model)
-                self._forget_contexts()  # those under these names were of the model that is gone
-                break
-        else:
-            models.append(weakref.ref(model))
+        free = next((index for index, reference in enumerate(models) if reference() is None), len(models))
+        if free < len(models):
+            self._forget_contexts()  # those under its names were of the model that is gone
+        models[free : free + 1] = [weakref.ref(model)]
         self.apply(self.plan)
 
     def evaluates(self, model: nn.Module) -> bool:

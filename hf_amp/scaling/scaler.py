@@ -257,9 +257,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             raise ScalerError("clip_grad_norm_ is part of loss scaling, and this scaler scales nothing.")
         optimizer = _unwrapped(optimizer)
         host_decides = not self._defers(optimizer)
-        record = self._pending.current(optimizer)
-        if record is None:
-            record = self._check(optimizer, Unscale.FUSED, norm=True)
+        record = self._pending.current(optimizer) or self._check(optimizer, Unscale.FUSED, norm=True)
         if record.unscale is not Unscale.FUSED:
             return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
         return record.clip(float(max_norm), host_decides)
@@ -280,14 +278,13 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return self._step_with_closure(optimizer, args, kwargs)
         samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
-        lost_updates = self._runner.take_lost_updates(optimizer)
         record = self._pending.current(optimizer)
         if record is None:
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
             record = self._check(optimizer, Unscale.NONE if self.no_scaling else fused)
         elif record.state is StepState.STEPPED:
             raise ScalerError("step() was already called on this optimizer since the last update(): call update().")
-        record.extras.update(lost_updates)
+        record.extras.update(self._runner.take_lost_updates(optimizer))
         begins = self.master_weights is not None and 1 <= self.decided_steps <= 3
         seed = self.decided_steps if samples or begins else None
         stock_step = functools.partial(optimizer.step, *args, **kwargs)
@@ -429,8 +426,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 )
             self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
         monitors = self.config.enable_monitoring
-        wanted = monitors or self._policy.needs_underflow
-        samples = wanted and not self.no_scaling and self._is_interval()
+        samples = (monitors or self._policy.needs_underflow) and not self.no_scaling and self._is_interval()
         request = StatisticsRequest(
             norm=norm or (monitors and not self.no_scaling),
             amax=self._policy.needs_amax or samples or self._defers(optimizer),
