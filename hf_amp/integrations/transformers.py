@@ -137,7 +137,10 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         session = self.session
         if session is not None and session.stall.stalled and self.config.stop_when_stalled:
             self._stop(session, args, control)
-        return self._without_bad_checkpoint(control)
+        # One with non-finite weights or buffers would rotate a good one out, and be resumed from.
+        if control.should_save and self._are_weights_bad("this checkpoint is not written"):
+            control.should_save = False
+        return control
 
     on_epoch_end = on_step_end
 
@@ -152,19 +155,17 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session is None:
+        if (session := self.session) is None:
             return
-        self.session.scaler.flush()
-        self.session.note(
-            EventKind.TRAINING_ENDED, f"training ends: {summary_of(self.session)}.", **self.session.metrics()
-        )
+        session.scaler.flush()
+        summary, monitor = summary_of(session), session.monitor
+        session.note(EventKind.TRAINING_ENDED, f"training ends: {summary}.", **session.metrics())
         if state.is_local_process_zero:
-            monitor = self.session.monitor
             happened = monitor.skipped_steps or monitor.precision_changes or monitor.non_finite_losses
-            verdict = verdict_of(self.session, state)
+            verdict = verdict_of(session, state)
             judged = "" if verdict.startswith("Training") else f". {verdict}"
-            summarise(f"training ended: {summary_of(self.session)}{judged}", bool(happened or judged))
-        self._leave_run(self.session)
+            summarise(f"training ended: {summary}{judged}", bool(happened or judged))
+        self._leave_run(session)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, fit for JSON: its options, and the progress that `on_train_begin` goes on from.
@@ -189,12 +190,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             "the run is stalled and stop_when_stalled is set; "
             + (f"the last good checkpoint is {checkpoint}." if checkpoint else "there is no checkpoint."),
         )
-
-    def _without_bad_checkpoint(self, control: TrainerControl) -> TrainerControl:
-        """Lets no checkpoint with non-finite weights or buffers be written: it would rotate a good one out, and be resumed from."""
-        if control.should_save and self._are_weights_bad("this checkpoint is not written"):
-            control.should_save = False
-        return control
 
     def _are_weights_bad(self, so: str) -> bool:
         """Whether a parameter or buffer is not finite, in which case what follows is reported. GPU-CPU syncs."""
