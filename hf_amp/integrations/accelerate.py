@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -459,7 +459,8 @@ class PreparedOptimizers:
         self._scaler = session.scaler
         self._former_scaler = accelerator.scaler
         self._on_undo = session.patches.on_undo
-        self._steps: weakref.WeakKeyDictionary[AcceleratedOptimizer, _Steps] = weakref.WeakKeyDictionary()
+        # what a learning-rate scheduler has put in the place of an optimizer's own `step`, None for that one; and ours
+        self._steps: weakref.WeakKeyDictionary[AcceleratedOptimizer, tuple[Any, Any]] = weakref.WeakKeyDictionary()
         session.patches.on_undo(self._give_back)
         for prepared in prepared_optimizers(accelerator):
             self.register(prepared)
@@ -497,7 +498,7 @@ class PreparedOptimizers:
         former = vars(optimizer).get("step")
         ours = _step_reporting_skips(former)
         optimizer.step = MethodType(ours, optimizer)
-        self._steps[optimizer] = _Steps(former, ours)
+        self._steps[optimizer] = (former, ours)
         vars(optimizer)["__getstate__"] = functools.partial(self._state_without_session, weakref.ref(optimizer))
 
     def _state_without_session(self, reference: weakref.ref[AcceleratedOptimizer]) -> dict[str, Any]:
@@ -522,12 +523,6 @@ class PreparedOptimizers:
             del optimizer.step
             if former is not None:
                 optimizer.step = former
-
-
-class _Steps(NamedTuple):
-    former: Callable[..., Any] | None
-    """What a learning-rate scheduler has put in the place of the optimizer's own `step`; None for that one."""
-    ours: Callable[..., Any]
 
 
 def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., Any]:
