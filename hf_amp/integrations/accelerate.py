@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, cast
 
@@ -289,8 +289,7 @@ class AttachedAccelerator:
             self._session.scaler.unscale_(each.optimizer)
         self._stock["unscale_gradients"](optimizer)
 
-    @contextmanager
-    def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Iterator[None]:
+    def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> AbstractContextManager[None]:
         """An error where it would let ranks run out of batches one by one: the others would wait for their verdict."""
         accelerator = self._accelerator
         even = accelerator.even_batches if even_batches is None else even_batches
@@ -299,9 +298,12 @@ class AttachedAccelerator:
                 "join_uneven_inputs without even_batches: hf_amp's ranks agree on every step, so that all of them need "
                 "the same number of batches; use even_batches=True (accelerate's default), or detach hf_amp."
             )
-        allowed = (
-            PatchLog()
-        )  # accelerate enters torch's Join, switched off, which asks models for their hooks all the same
+        return self._join_evenly(joinables, even_batches)
+
+    @contextmanager
+    def _join_evenly(self, joinables: Any, even_batches: bool | None) -> Iterator[None]:
+        """accelerate enters torch's Join, switched off, which asks the models for their hooks all the same."""
+        allowed = PatchLog()
         for each in joinables:
             allowed.set_attribute(each, "join_hook", functools.partial(type(each).join_hook, each))
         with self._stock["join_uneven_inputs"](joinables, even_batches):
