@@ -294,7 +294,8 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 
 SCALE_SKIPS_BEFORE_A_DOUBT = 3
-"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept to repeat the next."""
+"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept whatever their size."""
+_OUTSIDE = "Not confirmed: backward could not be repeated, as the loss is made outside of the model; the next such step can be."
 _POWERS = range(1, 25)
 """Scales of 2^-n that are tried, down to FP16's smallest value."""
 _IN_AUTOCAST = (
@@ -521,9 +522,11 @@ class Diagnoser:
             if in_fp32 is None or in_fp32.parameters:
                 return self._derivative(forward, in_fp32 or bad)
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
-        if not tried and forwards and (scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1):
-            self._recorder.keep_output_gradients(True)
-        return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
+        if tried or not forwards:
+            return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
+        in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
+        self._recorder.keep_output_gradients(True, large=in_doubt)
+        return Diagnosis(Cause.SCALE, f"{SCALE_WILL_FIX_IT} {_OUTSIDE}", confirmed=False)
 
     def _too_large_a_loss(
         self, skip: SkippedStep, forward: RecordedForward, in_fp32: BackwardFindings

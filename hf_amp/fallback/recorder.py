@@ -123,6 +123,10 @@ KEPT_EVALUATIONS = 8
 """The same of models that only evaluate, such as a reference model; few, because a long evaluation also runs them."""
 OBJECTS_DEEP = 3
 """How many objects inside of each other are looked into for tensors of the batch, such as a graph's `data.x`; after a skip only."""
+LARGE_GRADIENTS = 64 * 2**20
+"""Bytes of gradients of one pass's outputs that are kept only where step after step goes wrong, as those of a vocabulary."""
+STEPS_WITH_GRADIENTS = 512
+"""Applied steps after a skip that could not be explained in which outputs' gradients are kept: a bad row comes again."""
 PASSES_TRIED = 3
 """The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
 KEPT_STEPS = 2
@@ -234,6 +238,7 @@ class ForwardRecorder:
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
         self._entry_points: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.gradient_hooks: list[RemovableHandle] = []
+        self._steps_kept, self._keeps_large = 0, False
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
@@ -315,20 +320,29 @@ class ForwardRecorder:
         if now is not None and now.may_leave_out:
             now.graphs.append((self._steps.backwards, loss.grad_fn))
 
-    def keep_output_gradients(self, keep: bool) -> None:
+    def keep_output_gradients(self, keep: bool, large: bool = False) -> None:
         """Whether what the loss gives to outputs is kept from now on, so that backward can be repeated from there.
 
-        For steps that go wrong again and again with a loss that is made outside of the model. Takes as much memory.
+        For steps that go wrong with a loss that is made outside of the model. Takes as much memory: `large` says whether that may
+        be more than 64 MiB a forward pass. Without such a skip it ends after 512 applied steps.
         """
+        self._steps_kept, self._keeps_large = STEPS_WITH_GRADIENTS, large
         while not keep and self.gradient_hooks:
             self.gradient_hooks.pop().remove()
         if keep and not self.gradient_hooks:
             self.gradient_hooks = [entry.register_forward_hook(self._keep_gradients_of) for entry in self._entry_points]
 
+    def after_applied(self) -> None:
+        """A step was applied: nothing goes wrong again and again."""
+        self._steps_kept, self._keeps_large = self._steps_kept - 1, False
+        if not self._steps_kept:
+            self.keep_output_gradients(False)
+
     def _keep_gradients_of(self, entry_point: nn.Module, arguments: Any, output: Any) -> None:
         calls = self._now().calls
-        for path, x in tensors_in(output) if calls else ():
-            if x.requires_grad:
+        found = [(path, x) for path, x in tensors_in(output) if x.requires_grad and calls and not self.is_paused]
+        if self._keeps_large or sum(x.nbytes for _, x in found) <= LARGE_GRADIENTS:
+            for path, x in found:
                 cast(Any, x).register_hook(functools.partial(calls[-1].output_gradients.__setitem__, path))
 
     def forwards_of(self, step: int, left_out: bool = True) -> list[RecordedForward]:
