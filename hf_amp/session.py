@@ -187,7 +187,7 @@ class AmpSession(EventRecorder):
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No GPU-CPU sync. From any thread."""
         with self.lock:
             figures = {**self.monitor.metrics(), **self.throughput.metrics()}
-            peak = peak_bytes(self._fallback.runner.devices())
+            peak = peak_bytes(self._devices)
             return figures if peak is None else {**figures, "memory_bytes": float(peak)}
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
@@ -423,6 +423,7 @@ class AmpSession(EventRecorder):
         """A model has come, or the plan has changed: what share of the parameters runs in which format."""
         sizes = ((name, p.numel()) for name, p in self._fallback.runner.named_parameters())
         self.monitor.record_formats(self.plan.format_shares(sizes))
+        self._devices = self._fallback.runner.devices()
 
     def non_finite_parameters(self, on_any_rank: bool = False, saved_buffers: bool = False) -> list[str]:
         """Qualified names of the parameters of registered models that hold non-finite values. One GPU-CPU sync.
@@ -434,13 +435,13 @@ class AmpSession(EventRecorder):
         """
         runner = self._fallback.runner
         here = non_finite_names(runner.named_parameters())
-        names = [name for name, _ in runner.named_parameters()]
         for model in runner.models() if saved_buffers else ():
             bad = self._fallback.recorder.non_finite_buffers(model)
             here += [joined(runner.name_of(model), name) for name in bad if name in model.state_dict()]
-            names += [joined(runner.name_of(model), name) for name, _ in model.named_buffers()]
         if not (on_any_rank and self.scaler.ranks_agree and is_distributed()):
             return here
+        names = [name for name, _ in runner.named_parameters()]
+        names += [joined(runner.name_of(model), name) for model in runner.models() for name, _ in model.named_buffers()]
         flags = torch.tensor([float(name in here) for name in names], device=runner.device)
         found = all_reduce_max_to_host(flags)
         return [name for name, flag in zip(names, found, strict=True) if flag]
