@@ -101,7 +101,7 @@ class AmpSession(EventRecorder):
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
-        self._at_floor = False
+        self._at_floor = self._was_skipped = False
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
         scaler.discard_forwards = self._fallback.recorder.discard
@@ -208,7 +208,7 @@ class AmpSession(EventRecorder):
                 self._modules.take(id(optimizer), outcome.extras)
             if outcome.applied:
                 self.monitor.after_step(outcome)
-                self._at_floor = False
+                self._at_floor = self._was_skipped = False
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
                     self._report_change(change, cause=None)
                 if stalled := self.stall.after_applied(outcome, self.newest_step):
@@ -220,7 +220,12 @@ class AmpSession(EventRecorder):
         restored = self._fallback.recorder.restore_buffers(outcome.attempt)
         finding = self._find_cause(outcome, optimizer)
         diagnosis, cause = finding.diagnosis, finding.diagnosis.cause
-        if finding.change or diagnosis.already_fixed or (diagnosis.confirmed and not cause.facts.moves_scale):
+        # A loss may be the scale's trace, as after an adversarial step by scaled gradients. Then the next step shows it too.
+        is_trace = cause.facts.moves_scale or not (
+            diagnosis.confirmed or (cause is Cause.LOSS and not self._was_skipped)
+        )
+        self._was_skipped = True
+        if finding.change or diagnosis.already_fixed or not is_trace:
             self.scaler.forget_step(outcome)  # the scale was not to blame
         next_scale = self.scaler.get_scale()
         self.monitor.after_step(outcome, cause, next_scale)

@@ -15,7 +15,14 @@ from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
-from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_tensors, replay, replay_backward
+from hf_amp.fallback.replay import (
+    TINY_SCALE,
+    BackwardFindings,
+    ReplayFindings,
+    non_finite_tensors,
+    replay,
+    replay_backward,
+)
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, is_sharded, to_host
 from hf_amp.tree import tensors_in
 
@@ -287,8 +294,6 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 SCALE_SKIPS_BEFORE_A_DOUBT = 3
 """Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept to repeat the next."""
-TINY_SCALE = 2.0**-24
-"""So small that no gradient of a loss of ordinary size overflows: FP16's smallest value."""
 _NOT_KEPT = (
     f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
     "step's batch and loss function, and for activations beyond 65504."
@@ -396,7 +401,9 @@ class Diagnoser:
 
     def _in_buffers(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
         """The diagnosis of buffers without whose NaN or inf forward, which is not finite, would be; None where it would not."""
-        by_model = {forward.model: self._recorder.non_finite_buffers(forward.model) for forward in forwards}
+        by_model = {
+            forward.model: self._recorder.non_finite_buffers(forward.model, suspects=True) for forward in forwards
+        }
         names = [joined(self._runner.name_of(model), name) for model, bad in by_model.items() for name in bad]
         replays = (replay(forward, self._runner.current, by_model[forward.model]) for forward in forwards)
         if not names or any(it.error or it.overflowing or it.first_non_finite is not None for it in replays):
@@ -444,7 +451,7 @@ class Diagnoser:
         current, tried = self._runner.current, bool(forwards)
         for forward in forwards:
             bad = replay_backward(forward, current, 1.0, skip.scale)
-            tried &= bad is not None
+            tried &= bad is not None and not bad.is_probe
             if not (bad and bad.parameters):
                 continue
             found = diagnose(True, [forward], self._runner)
@@ -461,17 +468,24 @@ class Diagnoser:
                 return self._derivative(forward, in_fp32 or bad)
             tiny = replay_backward(forward, current, TINY_SCALE, skip.scale, by_operator=True)
             if tiny and not tiny.parameters:
-                return self._too_large_a_loss(skip, forward)
+                if too_large := self._too_large_a_loss(skip, forward, in_fp32.zero):
+                    return too_large
+                tiny = replay_backward(forward, current, 1.0, skip.scale, by_operator=True)
             return self._gradient_leaves_format(forward, tiny or bad)
         if not tried and forwards and (scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1):
             self._recorder.keep_output_gradients(True)
         return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
 
-    def _too_large_a_loss(self, skip: SkippedStep, forward: RecordedForward) -> Diagnosis:
-        """A loss that needs a scale below 1: the largest power of two that serves is tried out."""
+    def _too_large_a_loss(self, skip: SkippedStep, forward: RecordedForward, zero: frozenset[str]) -> Diagnosis | None:
+        """A loss that needs a scale below 1: the largest power of two that serves is tried out.
+
+        None where it serves only because gradients vanish that do not in FP32, where those of the names `zero` alone are zero.
+        """
         fits, current = 0.5, self._runner.current
-        while fits > TINY_SCALE and (bad := replay_backward(forward, current, fits, skip.scale)) and bad.parameters:
+        while (there := replay_backward(forward, current, fits, skip.scale)) and there.parameters and fits > TINY_SCALE:
             fits /= 2
+        if there and there.zero - zero:
+            return None
         return Diagnosis(
             Cause.SCALE,
             f"the loss is large: its gradients leave the range of FP16 even without a scale, and need one of {fits:g}, to "
