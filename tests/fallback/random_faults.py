@@ -444,6 +444,8 @@ def _harm(fault: Fault, skips: list[AmpEvent], ran: Ran) -> list[str]:
     harm = []
     # Where the verdict is late, the scale may have grown since.
     moved = [e for e in skips if (e.after < e.before if ran.is_late else e.after != e.before)]
+    if ran.told_late:  # until there is more to go by, the scale is suspected, and moves
+        moved = [e for e in moved if e.cause is not Cause.SCALE]
     if fault.cause is not Cause.SCALE and moved:
         harm.append(f"scale moved by {len(moved)} skips")
     if ran.plan_changed and fault.cause not in (Cause.ACTIVATION, Cause.ROUNDING):
