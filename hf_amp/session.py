@@ -104,7 +104,7 @@ class AmpSession(EventRecorder):
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
         self._fallback.recorder.on_error = self._explain_error
-        self._at_floor = self._loss_is_lost = False
+        self._at_floor = self._loss_is_lost = self._was_skipped = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
         self._unheld: dict[str, tuple[Tensor, int]] | None = (
@@ -219,7 +219,7 @@ class AmpSession(EventRecorder):
                 self._modules.take(id(optimizer), outcome.extras)
             if outcome.applied:
                 self.monitor.after_step(outcome)
-                self._at_floor = False
+                self._at_floor = self._was_skipped = False
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
@@ -263,7 +263,12 @@ class AmpSession(EventRecorder):
         restored = self._fallback.recorder.restore_buffers(outcome.attempt)
         finding = self._find_cause(outcome, optimizer)
         diagnosis, cause = finding.diagnosis, finding.diagnosis.cause
-        if finding.change or diagnosis.already_fixed or (diagnosis.confirmed and not cause.facts.moves_scale):
+        # A loss may be the scale's trace, as after an adversarial step by scaled gradients. Then the next step shows it too.
+        is_trace = cause.facts.moves_scale or not (
+            diagnosis.confirmed or (cause is Cause.LOSS and not self._was_skipped)
+        )
+        self._was_skipped = True
+        if finding.change or diagnosis.already_fixed or not is_trace:
             self.scaler.forget_step(outcome)  # the scale was not to blame
         next_scale = self.scaler.get_scale()
         self.monitor.after_step(outcome, cause, next_scale)

@@ -394,7 +394,7 @@ class Diagnoser:
         """Whether the gradients of `step`, which were all 0, are not in FP32: costs a step without its optimizer."""
         forwards = self._recorder.forwards_of(step) if self.repeats_forwards else []
         repeated = [replay_backward(each, self._runner.current, 1.0, scale, in_fp32=True) for each in forwards]
-        return any(each is not None and each.moved for each in repeated)
+        return any(each is not None and each.moved and not each.is_probe for each in repeated)
 
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         try:
@@ -456,7 +456,9 @@ class Diagnoser:
 
     def _in_buffers(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
         """The diagnosis of buffers without whose NaN or inf forward, which is not finite, would be; None where it would not."""
-        by_model = {forward.model: self._recorder.non_finite_buffers(forward.model) for forward in forwards}
+        by_model = {
+            forward.model: self._recorder.non_finite_buffers(forward.model, suspects=True) for forward in forwards
+        }
         names = [joined(self._runner.name_of(model), name) for model, bad in by_model.items() for name in bad]
         replays = (replay(forward, self._runner.current, by_model[forward.model]) for forward in forwards)
         if not names or any(it.error or it.overflowing or it.first_non_finite is not None for it in replays):
@@ -506,15 +508,12 @@ class Diagnoser:
         current, tried = self._runner.current, bool(forwards)
         for forward in forwards:
             bad = replay_backward(forward, current, 1.0, skip.scale)
-            tried &= bad is not None
+            tried &= bad is not None and not bad.is_probe
             if not (bad and bad.parameters):
                 continue
             found = diagnose(True, [forward], self._runner)
-            if found.cause in (
-                Cause.ACTIVATION,
-                Cause.ROUNDING,
-            ):  # an infinite activation, which a function that saturates has hidden
-                return found
+            if found.cause in (Cause.ACTIVATION, Cause.ROUNDING):
+                return found  # an infinite activation, which a function that saturates has hidden
             outside = [path for path, g in (forward.output_gradients or {}).items() if non_finite_tensors(g)]
             if outside:
                 return _derivative_outside(outside)

@@ -99,17 +99,21 @@ class ModelBuffers:
                 module._buffers[at.name] = now.copy_(old) if tensor() is now and now.shape == old.shape else old.clone()
         return list(dict.fromkeys(lost))
 
-    def non_finite(self) -> list[str]:
+    def non_finite(self, suspects: bool = False) -> list[str]:
         """Paths of those with NaN or inf that were finite at the first step or have been written since. One GPU-CPU sync.
 
-        Not of constants that hold it by design; -inf may be a mask.
+        Not of constants that hold it by design; -inf may be a mask. With `suspects` those too that may be bad all the same:
+        NaN or inf that was there from the start, and -inf that was not.
         """
         now = [(at.path, x, self._at_start[at.path][2]) for at, x in self._now() if at.path in self._at_start]
-        found = (
-            to_host_list([flag for _, x, was in now for flag in ((x.isnan() | x.isposinf()).any(), was)]) if now else []
-        )
-        rows = zip(now, found[::2], found[1::2], strict=True)
-        return [path for (path, x, _), bad, was in rows if bad and (was or self._is_written(path, x))]
+        flags = [f for _, x, was in now for f in ((x.isnan() | x.isposinf()).any(), (~x.isfinite()).any(), was)]
+        found = to_host_list(flags) if now else []
+        rows = zip(now, found[::3], found[1::3], found[2::3], strict=True)
+        return [
+            path
+            for (path, x, _), bad, masked, was in rows
+            if (bad and (suspects or was or self._is_written(path, x))) or (suspects and masked and was)
+        ]
 
 
 def _badness(x: Tensor) -> Tensor:
@@ -369,10 +373,10 @@ class ForwardRecorder:
         held = next((its.buffers for its in self._back_from(step) if its.buffers), {})
         return [module for model, copies in held.items() for module in self._buffers[model].put_back(copies)]
 
-    def non_finite_buffers(self, model: nn.Module) -> list[str]:
+    def non_finite_buffers(self, model: nn.Module, suspects: bool = False) -> list[str]:
         """Names in `model` of the buffers that forward writes and that hold NaN or inf by now; see `ModelBuffers.non_finite`."""
         known = self._buffers.get(weakref.ref(model))
-        return [] if known is None else known.non_finite()
+        return [] if known is None else known.non_finite(suspects)
 
     def _back_from(self, step: int) -> list[_OfStep]:
         """Of `step` and the kept steps before it, the newest first."""

@@ -473,7 +473,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if outcome.attempt == self.decided_steps:
             self._state = self._former_state
         else:
-            self.set_scale(outcome.scale)
+            self.set_scale(self._state.scale.clamp(min=outcome.scale))  # the step's own may be low for one before it
 
     def _checked_scale(self, new_scale: float | Tensor) -> Tensor:
         current: Tensor = self._state.scale
