@@ -75,7 +75,8 @@ class OperatorTrace(TorchFunctionMode):
             if name:  # the model's own may be what torch goes through now, while it handles what forward has raised
                 handles.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))
         try:
-            yield
+            with self:
+                yield
         finally:
             while len(self._modules) > 1:
                 self._leave_module(model, (), None)

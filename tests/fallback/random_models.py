@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ class Scores(nn.Module):
 
 
 class Site(nn.Module):
-    """A layer of a model after which a fault can be switched on. Every forward writes its buffer `running`."""
+    """A layer of a model after which a fault can be switched on. Every forward writes its buffer `running`, and draws from
+    NumPy and Python, as augmentations do."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -96,6 +98,7 @@ class Site(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
+        self.drawn = {"numpy": np.random.random(), "python": random.random()}
         if self.fault is not None:
             y = self.fault(y).to(y.dtype)
         self.running.lerp_(y.detach().float().mean(), 0.1)

@@ -304,29 +304,6 @@ def test_a_loop_of_ours_tries_the_step_again(is_outside: bool) -> None:
     assert list(trainer.session.plan.modules) == (["0"] if is_outside else ["big"])
 
 
-def test_a_state_that_an_overflow_has_spoilt_is_not_called_bad_data_alone() -> None:
-    """Truncated backpropagation through time: INPUT in `h` says which skipped step it follows."""
-
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inp, self.rec = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x: Tensor, h: Tensor) -> Any:
-            h = torch.relu(self.inp(x) + self.rec(h))
-            return h.mean(), h
-
-    loop = Loop(Recurrent(), "fp16", init_scale=64.0)
-    h = torch.zeros(3, 8)
-    for step in range(1, 5):
-        loss, h = loop.model(x=X.abs() * (1e7 if step == 2 else 1), h=h.detach())
-        loop.accelerator.backward(loss)
-        loop.optimizer.step()
-        loop.optimizer.zero_grad()
-    assert [skip.cause for skip in loop.skips] == [Cause.ACTIVATION, Cause.INPUT, Cause.INPUT]
-    assert "It follows step 2, which was skipped (ACTIVATION)" in loop.skips[-1].message
-
-
 def test_a_replay_is_no_forward_pass_of_the_next_step() -> None:
     """After skips whose backward was repeated, a step still has only its own batch to be examined."""
     loop = Loop(Regression(), "fp16", init_scale=2.0**40)
