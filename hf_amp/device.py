@@ -131,17 +131,11 @@ def default_device() -> torch.device:
     return torch.device("cpu") if found is None else found
 
 
-def has_float64(device: torch.device) -> bool:
-    """Whether `device` computes in FP64: MPS and some XPUs do not."""
-    if device.type == "xpu":
-        return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return device.type != "mps"
-
-
 @functools.cache
 def widest_float(device: torch.device) -> torch.dtype:
-    """FP64 where `device` has it, else FP32."""
-    return torch.float64 if has_float64(device) else torch.float32
+    """FP64 where `device` has it, else FP32, as on MPS and some XPUs."""
+    lacks_it = device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
+    return torch.float32 if lacks_it else torch.float64
 
 
 def is_capturing(device: torch.device) -> bool:

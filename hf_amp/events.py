@@ -25,41 +25,33 @@ class CauseFacts:
     """One row of the table of causes: all that the package knows of a cause, but for how it is found.
 
     Attributes:
-        name: as in events and logs.
         in_words: what was seen, in the past tense, to go on with after "skipped because".
-        metric: the meaning of `skipped_steps_<name>`.
-        metric_remedy: what to do where that grows.
-        remedy: a sentence, for people, that says what to do where nothing is learned for it.
-        elsewhere: what a rank says that has not seen it itself.
+        remedy: a sentence, for people, that says what to do where such skips go on.
         error: its name among `numerical_errors`.
         severity: where ranks find different causes the largest stands, because the others only see its traces.
         severity_unconfirmed: the same where it is only what remains when nothing else was seen.
-        moves_scale: whether a smaller scale may cure it.
-        moves_precision: whether a wider format may cure it.
-        retries: how often loops of hf_amp's own run the same data again: as long as a new scale or plan may help. Source of
-            the 2 where nothing was confirmed: fairseq's AMP trainer.
         light: colour on a light page, `#rrggbb`. Source of the hues: Okabe and Ito, "Color Universal Design" (2008).
         dark: colour on a dark page.
         marker: its shape in pictures, for those who do not see colours, by matplotlib's name.
         to_do: a phrase for what cures it, under which causes are counted together; "" where hf_amp does it by itself.
+        moves_scale: whether a smaller scale may cure it.
+        moves_precision: whether a wider format may cure it.
+        retries: how often loops of hf_amp's own run the same data again: as long as a new scale or plan may help. Source of
+            the 2 where nothing was confirmed: fairseq's AMP trainer.
     """
 
-    name: str
     in_words: str
-    metric: str
-    metric_remedy: str
     remedy: str
-    elsewhere: str
     error: str
     severity: int
     severity_unconfirmed: int
-    moves_scale: bool
-    moves_precision: bool
-    retries: int
     light: str
     dark: str
     marker: str
     to_do: str = "look at the events"
+    moves_scale: bool = False
+    moves_precision: bool = False
+    retries: int = 0
 
 
 class Cause(str, enum.Enum):
@@ -70,124 +62,76 @@ class Cause(str, enum.Enum):
 
     facts: CauseFacts
 
-    def __new__(cls, facts: CauseFacts) -> Cause:
-        cause = str.__new__(cls, facts.name)
-        cause._value_ = facts.name
+    def __new__(cls, name: str, facts: CauseFacts) -> Cause:
+        cause = str.__new__(cls, name)
+        cause._value_ = name
         cause.facts = facts
         return cause
 
-    SCALE = CauseFacts(
-        name="SCALE",
+    SCALE = "SCALE", CauseFacts(
         in_words="the scale was too large",
-        metric="skipped with a finite loss: the scale was too large",
-        metric_remedy="grows for ever: lower init_scale or raise growth_interval",
         remedy="Train in BF16 or FP32, or lower init_scale and min_scale.",
-        elsewhere="the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in "
-        "the first steps of a run; nothing to do.",
-        error="gradient_overflow", to_do="",
-        severity=20, severity_unconfirmed=2, moves_scale=True, moves_precision=False, retries=32,
+        to_do="", moves_scale=True, retries=32,
+        error="gradient_overflow", severity=20, severity_unconfirmed=2,
         light="#c98300", dark="#f0b23e", marker="v",
     )  # fmt: skip
-    ACTIVATION = CauseFacts(
-        name="ACTIVATION",
+    ACTIVATION = "ACTIVATION", CauseFacts(
         in_words="an activation left the range",
-        metric="skipped because a forward value left the format's range",
-        metric_remedy="nothing with automatic_fallback: the modules that the event names run in FP32",
         remedy="Train the modules that the events name, or all, in BF16 or FP32.",
-        elsewhere="a forward value left the range of the format there; no scale can cure that, a wider range does.",
-        error="activation_overflow", to_do="a wider format",
-        severity=70, severity_unconfirmed=30, moves_scale=False, moves_precision=True, retries=32,
+        to_do="a wider format", moves_precision=True, retries=32,
+        error="activation_overflow", severity=70, severity_unconfirmed=30,
         light="#c2410c", dark="#f58a5b", marker="D",
     )  # fmt: skip
-    ROUNDING = CauseFacts(
-        name="ROUNDING",
+    ROUNDING = "ROUNDING", CauseFacts(
         in_words="rounding made a value that is not finite",
-        metric="skipped because rounding to the format made inf or NaN within its range",
-        metric_remedy="nothing with automatic_fallback: the modules that the event names, or all, run in FP32",
         remedy="Train the modules that the events name, or all, in FP32.",
-        elsewhere="rounding to the format made inf or NaN there, within its range; FP32 cures that, no scale does.",
-        error="rounding", to_do="a wider format",
-        severity=68, severity_unconfirmed=28, moves_scale=False, moves_precision=True, retries=32,
+        to_do="a wider format", moves_precision=True, retries=32,
+        error="rounding", severity=68, severity_unconfirmed=28,
         light="#8a6d1f", dark="#d8bf6a", marker="d",
     )  # fmt: skip
-    MODEL = CauseFacts(
-        name="MODEL",
+    MODEL = "MODEL", CauseFacts(
         in_words="the model computed non-finite values in FP32 too",
-        metric="skipped because the model computes inf or NaN from finite values, in FP32 too",
-        metric_remedy="look at the operator that the event names",
         remedy="Look at the operators that the events name: a division by zero, a log or root of zero, a mean of nothing; or "
         "everything has grown, as with too high a learning rate.",
-        elsewhere="the model computes inf or NaN from finite values there, in FP32 too, so that no precision cures it.",
-        error="non_finite_model", to_do="change the model",
-        severity=62, severity_unconfirmed=3, moves_scale=False, moves_precision=False, retries=0,
+        to_do="change the model", error="non_finite_model", severity=62, severity_unconfirmed=3,
         light="#1f6f9f", dark="#6db7e3", marker="p",
     )  # fmt: skip
-    INPUT = CauseFacts(
-        name="INPUT",
+    INPUT = "INPUT", CauseFacts(
         in_words="the batch held non-finite values",
-        metric="skipped because the batch holds non-finite values",
-        metric_remedy="fix the data",
-        remedy="Fix the data: batch after batch holds non-finite values.",
-        elsewhere="the batch there holds inf or NaN; no precision can cure that. Fix the data, or drop such batches.",
-        error="non_finite_input", to_do="fix the data or the loss",
-        severity=80, severity_unconfirmed=8, moves_scale=False, moves_precision=False, retries=0,
+        remedy="Fix the data, or drop batches that hold non-finite values.",
+        to_do="fix the data or the loss", error="non_finite_input", severity=80, severity_unconfirmed=8,
         light="#7a4fa3", dark="#b794e0", marker="s",
     )  # fmt: skip
-    LOSS = CauseFacts(
-        name="LOSS",
+    LOSS = "LOSS", CauseFacts(
         in_words="the loss was not finite",
-        metric="skipped with finite outputs and a non-finite loss",
-        metric_remedy="look at the loss function and the labels",
         remedy="Look at the labels (is every one ignored?), at rewards (are all of a group equal?) and at the loss function.",
-        elsewhere="the model's outputs are finite there, its loss is not: look at the loss function and at the labels there.",
-        error="non_finite_loss", to_do="fix the data or the loss",
-        severity=60, severity_unconfirmed=0, moves_scale=False, moves_precision=False, retries=0,
+        to_do="fix the data or the loss", error="non_finite_loss", severity=60, severity_unconfirmed=0,
         light="#b5527f", dark="#e28fb4", marker="^",
     )  # fmt: skip
-    WEIGHTS = CauseFacts(
-        name="WEIGHTS",
+    WEIGHTS = "WEIGHTS", CauseFacts(
         in_words="parameters were not finite",
-        metric="skipped because parameters are not finite",
-        metric_remedy="go back to the last good checkpoint",
         remedy="Go back to the last good checkpoint.",
-        elsewhere="parameters there hold non-finite values; no step can correct that. Go back to the last good checkpoint.",
-        error="non_finite_weights", to_do="go back to a good checkpoint",
-        severity=90, severity_unconfirmed=9, moves_scale=False, moves_precision=False, retries=0,
+        to_do="go back to a good checkpoint", error="non_finite_weights", severity=90, severity_unconfirmed=9,
         light="#a3182a", dark="#f0707f", marker="X",
     )  # fmt: skip
-    BUFFER = CauseFacts(
-        name="BUFFER",
+    BUFFER = "BUFFER", CauseFacts(
         in_words="a buffer was not finite",
-        metric="skipped because a buffer that forward uses was not finite before the step",
-        metric_remedy="go back to the last good checkpoint, or reset the buffer",
         remedy="Go back to the last good checkpoint, or reset the buffers that the events name.",
-        elsewhere="a buffer there holds non-finite values, which no step can correct. Go back to a good checkpoint, or reset it.",
-        error="non_finite_buffer", to_do="go back to a good checkpoint",
-        severity=86, severity_unconfirmed=6, moves_scale=False, moves_precision=False, retries=0,
+        to_do="go back to a good checkpoint", error="non_finite_buffer", severity=86, severity_unconfirmed=6,
         light="#0f766e", dark="#4fc3b5", marker="h",
     )  # fmt: skip
-    DERIVATIVE = CauseFacts(
-        name="DERIVATIVE",
+    DERIVATIVE = "DERIVATIVE", CauseFacts(
         in_words="a derivative was not finite",
-        metric="skipped with a finite loss whose derivative is infinite or undefined, in FP32 too",
-        metric_remedy="look for a root, a norm or a division at zero where the event says",
         remedy="Keep roots, norms and divisions away from zero in what the events name: x.clamp(min=1e-6) before, not torch.where after.",
-        elsewhere="the loss is finite there, its derivative is not, in FP32 either: look there for a root or a division at zero.",
-        error="non_finite_derivative", to_do="change the model",
-        severity=65, severity_unconfirmed=4, moves_scale=False, moves_precision=False, retries=0,
+        to_do="change the model", error="non_finite_derivative", severity=65, severity_unconfirmed=4,
         light="#2f7d6b", dark="#6cc9b2", marker="P",
     )  # fmt: skip
-    UNKNOWN = CauseFacts(
-        name="UNKNOWN",
+    UNKNOWN = "UNKNOWN", CauseFacts(
         in_words="no cause could be confirmed",
-        metric="skipped without a cause that could be confirmed",
-        metric_remedy="look at the batch, the loss function and activations",
         remedy="Look at the learning rate, the data, the labels and the loss function, or train in FP32 to see whether it is "
         "precision.",
-        elsewhere="no cause could be confirmed there. Look at the batch there and at the loss function, and for activations "
-        "beyond 65504.",
-        error="unknown",
-        severity=50, severity_unconfirmed=10, moves_scale=True, moves_precision=True, retries=2,
+        moves_scale=True, moves_precision=True, retries=2,
+        error="unknown", severity=50, severity_unconfirmed=10,
         light="#66717e", dark="#97a2ae", marker="o",
     )  # fmt: skip
 

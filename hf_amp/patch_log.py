@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -77,6 +77,16 @@ def unpickled(hook: R) -> R:
     """The same for a method whose object is pickled as a `nullcontext`: pickles ask that for a method of the same name."""
     cast(Any, hook).__name__ = "__exit__"
     return hook
+
+
+def removal(handles: Iterable[Any]) -> Callable[[], None]:
+    """What takes back the hooks that torch has given `handles` for."""
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
 
 
 def takes_hooks(module: torch.nn.Module) -> bool:

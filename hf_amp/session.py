@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from hf_amp.scaling.optimizer_step import install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
-from hf_amp.statistics import all_reduce_max_to_host, is_distributed
+from hf_amp.statistics import all_reduce_max_to_host, held_by, is_distributed
 
 _trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
 """The session that has trained a model last, weakly."""
@@ -45,19 +44,13 @@ _trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None
 
 @dataclass
 class _Finding:
-    """What was found of a skipped step, and done about it.
-
-    Attributes:
-        diagnosis: why it was skipped.
-        change: the change of plan that this has led to; None where it has led to none.
-        backward: number of the backward behind it, for whose other optimizers the same holds.
-        optimizers: `id` of those that it holds for so far.
-    """
+    """What was found of a skipped step, and done about it; the same for all optimizers of its backward."""
 
     diagnosis: Diagnosis
     change: PrecisionChange | None
     backward: int
     optimizers: set[int]
+    """`id` of those that it holds for so far."""
 
 
 class AmpSession(EventRecorder):
@@ -107,9 +100,8 @@ class AmpSession(EventRecorder):
         self._at_floor = self._loss_is_lost = self._was_skipped = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
-        self._unheld: dict[str, tuple[Tensor, int]] | None = (
-            None  # parameters of no known optimizer, and their versions
-        )
+        # parameters of no known optimizer, and their versions
+        self._unheld: dict[str, tuple[Tensor, int]] | None = None
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
         scaler.discard_forwards = self._fallback.recorder.discard
@@ -154,9 +146,8 @@ class AmpSession(EventRecorder):
             inner = unwrapped(model)
             session.register_model(inner, entry_point=model)
             context = ForwardContext(session.current_precision)
-            is_upcast = session.requested_mode is PrecisionMode.FP32 and any(
-                p.dtype in HALF_DTYPES for p in inner.parameters()
-            )
+            half = any(p.dtype in HALF_DTYPES for p in inner.parameters())
+            is_upcast = half and session.requested_mode is PrecisionMode.FP32
             session.patches.on_undo(context.install(inner, everywhere=session.emulates or is_upcast))
             session.register_optimizer(model, optimizer)
             session.patches.on_undo(install_refusal(optimizer, session.scaler.is_waiting))
@@ -186,9 +177,9 @@ class AmpSession(EventRecorder):
     def metrics(self) -> dict[str, float]:
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No GPU-CPU sync. From any thread."""
         with self.lock:
-            figures = {**self.monitor.metrics(), **self.throughput.metrics()}
             peak = peak_bytes(self._devices)
-            return figures if peak is None else {**figures, "memory_bytes": float(peak)}
+            memory = {} if peak is None else {"memory_bytes": float(peak)}
+            return {**self.monitor.metrics(), **self.throughput.metrics(), **memory}
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No GPU-CPU sync."""
@@ -329,18 +320,9 @@ class AmpSession(EventRecorder):
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
             return
         self._at_floor = True
-        cause, message = (
-            Cause.UNKNOWN,
-            (
-                "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
-                "activations beyond 65504."
-            ),
-        )
+        cause, message = Cause.UNKNOWN, _AT_FLOOR
         if diagnosis.cause is Cause.SCALE and diagnosis.confirmed:
-            cause, message = (
-                diagnosis.cause,
-                "the scale may not become smaller: lower min_scale, or train in BF16 or FP32.",
-            )
+            cause, message = Cause.SCALE, "the scale may not become smaller: lower min_scale, or train in BF16 or FP32."
         seen = (cause, outcome.scale, next_scale, (), message)
         self.record(AmpEvent(self.newest_step, EventKind.SCALE_AT_FLOOR, *seen))
 
@@ -358,8 +340,8 @@ class AmpSession(EventRecorder):
 
     def _named_parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
         names = {p: name for name, p in self._fallback.runner.named_parameters()}
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        return [(names.get(p, f"parameter {index} of the optimizer"), p) for index, p in enumerate(held)]
+        held = enumerate(held_by(optimizer))
+        return [(names.get(p, f"parameter {index} of the optimizer"), p) for index, p in held]
 
     def register_model(self, model: nn.Module, entry_point: nn.Module | None = None, is_trained: bool = True) -> None:
         """Lets `model` follow the plan, and a skipped step of it be diagnosed, without keeping it alive.
@@ -394,7 +376,7 @@ class AmpSession(EventRecorder):
         """Detaches the session that has trained `model` so far: its plan would be in force under the one of this session."""
         former = _trained_by.get(model, lambda: None)()
         if former is not None and former is not self:
-            former._detach(f"another session trains this {type(model).__name__} from now on: hf_amp is detached here")
+            former.detach(f"another session trains this {type(model).__name__} from now on: hf_amp is detached here")
         _trained_by[model] = weakref.ref(self)
 
     def mark_trainable(self, model: nn.Module) -> None:
@@ -594,11 +576,8 @@ class AmpSession(EventRecorder):
         """Whether neither `detach` nor another session on a model of this one has ended it."""
         return self.on_step in self.scaler.observers
 
-    def detach(self) -> None:
-        """Gives everything that was attached to its former state. Harmless when called again."""
-        self._detach("hf_amp is detached")
-
-    def _detach(self, why: str) -> None:
+    def detach(self, why: str = "hf_amp is detached") -> None:
+        """Gives everything that was attached to its former state; `why` is for the event. Harmless when called again."""
         if self.is_attached:
             self.scaler.observers.remove(self.on_step)
             hooks, ours = self.scaler.step_hooks, self._module_statistics
@@ -610,12 +589,14 @@ class AmpSession(EventRecorder):
     def __enter__(self) -> AmpSession:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.detach()
 
 
+_AT_FLOOR = (
+    "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
+    "activations beyond 65504."
+)
 _UNKNOWN_MODEL = " belong to no model that hf_amp knows, and follows: pass every model through accelerator.prepare."
 _UNPREPARED = (
     " have moved, and no optimizer that hf_amp knows holds them: one that was not prepared steps on gradients times the loss "

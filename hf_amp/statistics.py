@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_amp.device import copies_without_waiting, new_event, widest_float
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat
@@ -55,15 +55,9 @@ def elements_of(host: Mapping[str, float], name: str) -> list[float]:
     return found
 
 
-def to_host_list(values: Sequence[Tensor]) -> list[float]:
-    """The same for 0-d tensors without names."""
-    named = to_host({str(index): value for index, value in enumerate(values)})
-    return list(named.values())
-
-
-def vector_to_host(values: Tensor) -> list[float]:
-    """Brings a tensor of shape [n] to the host in one transfer, which waits for the device."""
-    return [float(value) for value in values.tolist()]
+def to_host_list(values: Iterable[Tensor]) -> list[float]:
+    """The same without names: all elements, one after the other."""
+    return list(to_host({str(index): value for index, value in enumerate(values)}).values())
 
 
 class PendingTransfer:
@@ -133,7 +127,7 @@ def all_reduce_max_to_host(values: Tensor) -> list[float]:
     """The element-wise maximum over all ranks of a tensor of shape [n], float32, finite, in one all-reduce and one GPU-CPU sync."""
     agreed = values.clone()
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-    return vector_to_host(agreed)
+    return to_host_list([agreed])
 
 
 def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> list[Tensor]:
@@ -146,23 +140,27 @@ def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> 
         without: `id` of the parameters whose gradients are left out.
     """
     gradients = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None or (without and id(parameter) in without):
-                continue
-            if type(gradient) is not Tensor:
-                gradient = local_part(gradient)
-            if gradient.is_sparse:
-                if not gradient.is_coalesced():
-                    parameter.grad = gradient = gradient.coalesce()
-                gradient = gradient._values()
-            if gradient.is_complex():
-                if gradient.is_conj():
-                    parameter.grad = gradient = gradient.resolve_conj()
-                gradient = torch.view_as_real(gradient)
-            gradients.append(gradient)
+    for parameter in held_by(optimizer):
+        gradient = parameter.grad
+        if gradient is None or (without and id(parameter) in without):
+            continue
+        if type(gradient) is not Tensor:
+            gradient = local_part(gradient)
+        if gradient.is_sparse:
+            if not gradient.is_coalesced():
+                parameter.grad = gradient = gradient.coalesce()
+            gradient = gradient._values()
+        if gradient.is_complex():
+            if gradient.is_conj():
+                parameter.grad = gradient = gradient.resolve_conj()
+            gradient = torch.view_as_real(gradient)
+        gradients.append(gradient)
     return gradients
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """The parameters that `optimizer` holds, in its order."""
+    return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 def is_sharded(gradient: Tensor) -> bool:
@@ -274,15 +272,8 @@ def _combined(figures: list[Tensor], device: torch.device, combine: Callable[[Te
 @torch.no_grad()
 def count_non_finite(gradients: Sequence[Tensor]) -> tuple[int, int]:
     """How many elements are infinite, and how many NaN. One GPU-CPU sync: for overflowing steps only."""
-    if not gradients:
-        return 0, 0
-    counts: dict[str, Tensor] = {}
-    for index, gradient in enumerate(gradients):
-        counts[f"inf {index}"] = gradient.isinf().sum()
-        counts[f"nan {index}"] = gradient.isnan().sum()
-    host = to_host(counts)
-    infinite = sum(value for name, value in host.items() if name.startswith("inf"))
-    return int(infinite), int(sum(host.values()) - infinite)
+    counts = to_host_list(count(g).sum() for g in gradients for count in (torch.isinf, torch.isnan))
+    return int(sum(counts[::2])), int(sum(counts[1::2]))
 
 
 SAMPLES_PER_TENSOR = 1024

@@ -34,7 +34,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def map_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with every tensor in its tuples, lists and mappings converted; their types stay.
+    """`value` with every tensor converted, in tuples, lists and mappings of its own; their types stay.
 
     Dataclasses, and objects of which nothing is known, are passed on as they are.
     """
@@ -44,9 +44,12 @@ def map_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
         return type(value)(*(map_tensors(convert, item) for item in value))
     if type(value) in (list, tuple):
         return type(value)(map_tensors(convert, item) for item in value)
-    if type(value) is dict:
-        return {key: map_tensors(convert, item) for key, item in value.items()}
-    return value
+    if not isinstance(value, (dict, UserDict)):
+        return value
+    own = copy.copy(value)
+    for key, item in value.items():
+        own[key] = map_tensors(convert, item)
+    return own
 
 
 def replace_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:

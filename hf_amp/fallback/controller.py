@@ -30,6 +30,7 @@ WARMUP_STEPS = 3
 """Steps of a candidate that are not timed: kernels are chosen, caches filled, code compiled."""
 TIMED_STEPS = 8
 """Steps of a candidate whose median counts, which a slow batch or an evaluation in between does not move."""
+_TRIAL_STEPS = WARMUP_STEPS + TIMED_STEPS
 
 
 class PrecisionAutotuner:
@@ -46,10 +47,8 @@ class PrecisionAutotuner:
     @property
     def running(self) -> PrecisionMode | None:
         """The candidate that is being timed; None when the trial is over."""
-        for mode, seconds in self._seconds.items():
-            if mode not in self._unstable and len(seconds) < WARMUP_STEPS + TIMED_STEPS:
-                return mode
-        return None
+        stable = (mode for mode in self._seconds if mode not in self._unstable)
+        return next((mode for mode in stable if len(self._seconds[mode]) < _TRIAL_STEPS), None)
 
     def note(self, step_seconds: float) -> None:
         """One applied step of the running candidate, as seconds of wall-clock time."""
@@ -63,11 +62,10 @@ class PrecisionAutotuner:
 
     def step_seconds(self) -> dict[PrecisionMode, float]:
         """Candidate → median seconds a step, of those that were stable and are through."""
-        full = WARMUP_STEPS + TIMED_STEPS
         return {
             mode: median(seconds[WARMUP_STEPS:])
             for mode, seconds in self._seconds.items()
-            if mode not in self._unstable and len(seconds) >= full
+            if mode not in self._unstable and len(seconds) >= _TRIAL_STEPS
         }
 
     def fastest(self) -> PrecisionMode:
@@ -239,11 +237,9 @@ class FallbackPolicy:
 
     def _after_clean_step(self, state: FallbackState) -> FallbackState:
         plan = state.plan
-        level = self.order.index(plan.default)
-        if level > 0:
-            if state.clean_steps >= self.patience(state, WHOLE_MODEL):
-                return self.changed(state, plan.with_default(self.order[level - 1]), [])
-            return state
+        if level := self.order.index(plan.default):
+            is_due = state.clean_steps >= self.patience(state, WHOLE_MODEL)
+            return self.changed(state, plan.with_default(self.order[level - 1]), []) if is_due else state
         due = [name for name in plan.modules if state.clean_steps >= self.patience(state, name)]
         return self.changed(state, plan.without_modules(due), []) if due else state
 
@@ -283,13 +279,12 @@ class FallbackPolicy:
         Raises:
             StateError: a module is in another precision than the one that modules leave theirs for.
         """
-        elsewhere = {name: mode for name, mode in state.plan.modules.items() if mode is not PrecisionMode.FP32}
-        if elsewhere:
-            name, mode = next(iter(elsewhere.items()))
-            raise StateError(
-                f"the saved plan has module {name!r} in {mode.value}, where modules only go to FP32: the state is damaged; "
-                "load another one."
-            )
+        for name, mode in state.plan.modules.items():
+            if mode is not PrecisionMode.FP32:
+                raise StateError(
+                    f"the saved plan has module {name!r} in {mode.value}, where modules only go to FP32: the state is damaged; "
+                    "load another one."
+                )
         if state.plan.default in self.order:
             return state
         return replace(state, plan=state.plan.with_default(self.order[0]))
@@ -320,12 +315,12 @@ def describe_change(
     """What the step with these `facts` has changed, in words."""
     before, after = former.plan, state.plan
     names: tuple[str, ...] = ()
-    who, leaves, goes = "the model", "leaves its", "goes"
     if before.default is after.default:
         order = [*before.modules, *after.modules]
         names = tuple(sorted(set(before.modules) ^ set(after.modules), key=order.index))
-        who = f"{len(names)} module{'s' if len(names) > 1 else ''} ({join_names(names)})"
-        leaves, goes = ("leaves its", "goes") if len(names) == 1 else ("leave their", "go")
+    several = len(names) > 1
+    who = f"{len(names)} module{'s' if several else ''} ({join_names(names)})" if names else "the model"
+    leaves, goes = ("leave their", "go") if several else ("leaves its", "goes")
     change = f"{before.describe()} → {after.describe()}"
     if facts.cause is None:
         message = f"after {former.clean_steps + 1} clean steps {who} {goes} back: {change}."
@@ -393,16 +388,12 @@ class FallbackController:
         if tuner is None or tuner.running is None:
             return self._decide(StepFacts())
         if agree and is_distributed():
-            step_seconds = self._slowest(step_seconds)
+            local = torch.tensor([step_seconds or 0.0, float(step_seconds is None)], device=self.runner.device)
+            longest, is_unknown = all_reduce_max_to_host(local)  # where one rank does not know its own
+            step_seconds = None if is_unknown else longest
         if step_seconds is not None:
             tuner.note(step_seconds)
         return self._continue_tuning(tuner)
-
-    def _slowest(self, step_seconds: float | None) -> float | None:
-        """The longest time of any rank; None where one does not know its own."""
-        local = torch.tensor([step_seconds or 0.0, float(step_seconds is None)], device=self.runner.device)
-        longest, is_unknown = all_reduce_max_to_host(local)
-        return None if is_unknown else longest
 
     def after_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float, scale: float) -> PrecisionChange | None:
         """One skipped step; what is done about it. Nothing, where the plan has fixed it already, or none can."""

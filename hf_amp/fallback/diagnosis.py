@@ -21,7 +21,10 @@ from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
-SCALE_WILL_FIX_IT = Cause.SCALE.facts.elsewhere
+SCALE_WILL_FIX_IT = (
+    "the gradients left the range of FP16 although the loss was finite; a smaller scale cures that. Normal in the first "
+    "steps of a run; nothing to do."
+)
 
 
 class Diagnosis(NamedTuple):
@@ -145,8 +148,10 @@ def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision, rank: int) -
         what = _ALREADY_FIXED.message
     elif agreed.cause is Cause.ACTIVATION:
         what = _overflow(agreed.modules, current).message
+    elif agreed.cause is Cause.SCALE:
+        what = SCALE_WILL_FIX_IT
     else:
-        what = agreed.cause.facts.elsewhere
+        what = f"{agreed.cause.facts.in_words}. {agreed.cause.facts.remedy}"
     return f"found by rank {rank}, whose console says more: {what}"
 
 
@@ -328,18 +333,6 @@ class SkippedStep(NamedTuple):
     optimizer_state: Iterable[tuple[str, Tensor]] = ()
     applied_before: str = ""
 
-    def bad_gradients(self) -> list[str]:
-        """Names of the parameters whose gradients hold inf or NaN. One GPU-CPU sync."""
-        return non_finite_names((name, p.grad) for name, p in self.parameters if p.grad is not None)
-
-
-def _derivative_outside(outputs: Sequence[str]) -> Diagnosis:
-    return Diagnosis(
-        Cause.DERIVATIVE,
-        f"the loss was finite, but its derivative with respect to the model's output {join_names(outputs)} is not: "
-        "look outside of the model, where the loss is made, for a root or a division at zero.",
-    )
-
 
 class Diagnoser:
     """Finds the causes of skipped steps.
@@ -516,7 +509,11 @@ class Diagnoser:
                 return found  # an infinite activation, which a function that saturates has hidden
             outside = [path for path, g in (forward.output_gradients or {}).items() if non_finite_tensors(g)]
             if outside:
-                return _derivative_outside(outside)
+                return Diagnosis(
+                    Cause.DERIVATIVE,
+                    f"the loss was finite, but its derivative with respect to the model's output {join_names(outside)} is not: "
+                    "look outside of the model, where the loss is made, for a root or a division at zero.",
+                )
             in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
             if in_fp32 is None or in_fp32.parameters:
                 return self._derivative(forward, in_fp32 or bad)
@@ -588,7 +585,8 @@ class Diagnoser:
         scaled = skip.loss_finite is False or (skip.loss_finite and skip.scale > 1)
         if diagnosis.cause is not Cause.UNKNOWN or diagnosis.modules or scaled:
             return diagnosis
-        if (first := self._first_in_backward(skip.bad_gradients())) is None:
+        bad = non_finite_names((name, p.grad) for name, p in skip.parameters if p.grad is not None)
+        if (first := self._first_in_backward(bad)) is None:
             return diagnosis
         return diagnosis._replace(
             message=f"{diagnosis.message} The first gradient that is not finite is that of {first}."

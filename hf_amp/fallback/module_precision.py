@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import compile_disabled, takes_hooks, unpickled
+from hf_amp.patch_log import compile_disabled, removal, takes_hooks, unpickled
 from hf_amp.precision import FP32_FORMAT, HALF_DTYPES, PrecisionMode, upcast
 from hf_amp.statistics import is_sharded
 from hf_amp.tree import map_tensors, replace_tensors
@@ -48,7 +48,7 @@ class ForwardContext:
                 enters autocast again by itself.
         """
         modules = model.modules() if everywhere else [model]
-        return _removal([handle for module in modules if takes_hooks(module) for handle in self._hook(module)])
+        return removal([handle for module in modules if takes_hooks(module) for handle in self._hook(module)])
 
     def _hook(self, module: nn.Module) -> list[Any]:
         return [
@@ -161,13 +161,11 @@ class ContextOutside(ForwardContext):
     That is what gradient checkpointing recomputes, and a model inside of adapters that generates.
     """
 
-    def __init__(self, current: CurrentPrecision) -> None:
-        super().__init__(current)
-        self._current = current
+    _make_context: CurrentPrecision
 
     @unpickled
     def _enter(self, module: nn.Module, arguments: Any) -> None:
-        if self._running() or not self._current.is_entered():
+        if self._running() or not self._make_context.is_entered():
             super()._enter(module, arguments)
 
 
@@ -179,14 +177,6 @@ def to_float32(value: Any) -> Any:
 def upcast_in_place(value: Any) -> Any:
     """The same, in the very lists, mappings and dataclasses of `value`; tuples are new ones where something changes."""
     return replace_tensors(upcast, value)
-
-
-def _removal(handles: list[Any]) -> Callable[[], None]:
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return remove
 
 
 @dataclass(frozen=True)
@@ -285,13 +275,10 @@ class PlanRunner:
         _forget_compiled_code()  # of steps before
         self.sharded |= is_trained and holds_shards(model)
         models = self._models if is_trained else self._evaluated
-        for index, reference in enumerate(models):
-            if reference() is None:
-                models[index] = weakref.ref(model)
-                self._forget_contexts()  # those under these names were of the model that is gone
-                break
-        else:
-            models.append(weakref.ref(model))
+        free = next((index for index, reference in enumerate(models) if reference() is None), len(models))
+        if free < len(models):
+            self._forget_contexts()  # those under its names were of the model that is gone
+        models[free : free + 1] = [weakref.ref(model)]
         self.apply(self.plan)
 
     def evaluates(self, model: nn.Module) -> bool:
@@ -337,18 +324,13 @@ class PlanRunner:
         """What stands before the names of `model`'s modules."""
         return next(prefix for prefix, known in self._prefixed() if known is model)
 
-    def _prefixed(self) -> Iterator[tuple[str, nn.Module]]:
-        yield from self._trained()
-        for index, reference in enumerate(self._evaluated):
-            model = reference()
-            if model is not None:
-                yield f"eval_model_{index + 1}", model
+    def _prefixed(self) -> list[tuple[str, nn.Module]]:
+        evaluated = enumerate(reference() for reference in self._evaluated)
+        return self._trained() + [(f"eval_model_{index + 1}", model) for index, model in evaluated if model is not None]
 
-    def _trained(self) -> Iterator[tuple[str, nn.Module]]:
-        for index, reference in enumerate(self._models):
-            model = reference()
-            if model is not None:
-                yield f"model_{index + 1}" if index else "", model
+    def _trained(self) -> list[tuple[str, nn.Module]]:
+        models = enumerate(reference() for reference in self._models)
+        return [(f"model_{index + 1}" if index else "", model) for index, model in models if model is not None]
 
     def apply(self, plan: PrecisionPlan) -> None:
         """Makes the next forward passes follow `plan`. Modules that it names but nobody has are left out."""

@@ -222,11 +222,8 @@ def _kinds_in(value: Any) -> str:
 
 
 def _described(name: str, line: str, given: Any) -> str:
-    inputs = [x for x in _floats(given) if not isinstance(x, nn.Parameter)]
-    ranges = {
-        "inputs": _range_of(inputs),
-        "parameters": _range_of([x for x in _floats(given) if isinstance(x, nn.Parameter)]),
-    }
+    floats, kinds = _floats(given), {"inputs": False, "parameters": True}
+    ranges = {of: _range_of([x for x in floats if isinstance(x, nn.Parameter) is held]) for of, held in kinds.items()}
     known = " and ".join(f"{of} range {values}" for of, values in ranges.items() if values)
     return f"{name}{f' at {line}' if line else ''}{f', whose {known}' if known else ''}"
 

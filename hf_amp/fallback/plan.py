@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -54,13 +55,11 @@ class PrecisionPlan:
         Args:
             sizes: (qualified name, elements) of every parameter; none are taken for one parameter of the whole model.
         """
-        elements: dict[str, int] = {}
+        elements: Counter[str] = Counter()
         for name, count in list(sizes) or [("", 1)]:
             held = next((m for m in self.modules if name.startswith(f"{m}.")), None)
-            used_in = (self.default if held is None else self.modules[held]).number_format.name
-            elements[used_in] = elements.get(used_in, 0) + count
-        total = sum(elements.values())
-        return {used_in: count / total for used_in, count in elements.items()}
+            elements[(self.default if held is None else self.modules[held]).number_format.name] += count
+        return {used_in: count / elements.total() for used_in, count in elements.items()}
 
     def describe(self) -> str:
         """One phrase."""
@@ -69,10 +68,8 @@ class PrecisionPlan:
 
     def to_plain(self) -> dict[str, Any]:
         """Strings only, for checkpoints."""
-        return {
-            "default": self.default.value,
-            "modules": {name: precision.value for name, precision in self.modules.items()},
-        }
+        modules = {name: precision.value for name, precision in self.modules.items()}
+        return {"default": self.default.value, "modules": modules}
 
 
 def precision_order(mode: PrecisionMode, hardware: Hardware, emulate: bool) -> tuple[PrecisionMode, ...]:

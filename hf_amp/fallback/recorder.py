@@ -91,7 +91,7 @@ class ModelBuffers:
         More syncs in that case. What held NaN before stays, and what nothing wrote: a backward to come may check its version.
         """
         pairs = [(*former, now) for former in copies if (now := former[0].tensor()) is not None]
-        found = to_host_list([_badness(x) for _, _, *both in pairs for x in both]) if pairs else []
+        found = to_host_list(_badness(x) for _, _, *both in pairs for x in both)
         rows = list(zip(pairs, found[::2], found[1::2], strict=True))
         lost = [module for (at, *_), was, bad in rows if was < 2 and bad > was and (module := at.module()) is not None]
         for (at, tensor, old, now), was, _ in rows if lost else ():
@@ -106,8 +106,9 @@ class ModelBuffers:
         NaN or inf that was there from the start, and -inf that was not.
         """
         now = [(at.path, x, self._at_start[at.path][2]) for at, x in self._now() if at.path in self._at_start]
-        flags = [f for _, x, was in now for f in ((x.isnan() | x.isposinf()).any(), (~x.isfinite()).any(), was)]
-        found = to_host_list(flags) if now else []
+        found = to_host_list(
+            f for _, x, was in now for f in ((x.isnan() | x.isposinf()).any(), (~x.isfinite()).any(), was)
+        )
         rows = zip(now, found[::3], found[1::3], found[2::3], strict=True)
         return [
             path
@@ -141,20 +142,20 @@ class RecordedForward(NamedTuple):
     """One forward pass of a whole model: which, and on what.
 
     Attributes:
-        is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
-            written into it since.
         random_state: what dropout drew from on the CPU and on the batch's devices; None where that is not known.
         plan: what it ran under; None where that is not known.
         output_gradients: what the loss gave to each output, by its path, times the scale; where they were kept.
+        is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
+            written into it since.
     """
 
     model: nn.Module
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    is_intact: bool = True
     random_state: RandomState | None = None
     plan: PrecisionPlan | None = None
     output_gradients: dict[str, Tensor] | None = None
+    is_intact: bool = True
 
 
 class _Kept(NamedTuple):
@@ -163,13 +164,13 @@ class _Kept(NamedTuple):
     model: weakref.ref[nn.Module]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    versions: tuple[int, ...]
     random_state: RandomState | None
     plan: PrecisionPlan
+    output_gradients: dict[str, Tensor]
+    versions: tuple[int, ...]
     backwards: int
     thread: int
     sequence_number: int
-    output_gradients: dict[str, Tensor]
 
 
 @dataclass
@@ -314,9 +315,12 @@ class ForwardRecorder:
         arguments, options = copy_containers((arguments, options))
         tensors = tensors_of((arguments, options))
         only_torch = self._passes_tried[reference] >= PASSES_TRIED and reference not in self._draws_outside
-        seen = (_versions(tensors), _random_state(tensors, only_torch), self._runner.plan, self._steps.backwards)
-        where = (threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
-        return _Kept(reference, arguments, options, *seen, *where, output_gradients={})
+        versions, devices = _versions(tensors), {x.device for x in tensors}
+        # While a CUDA graph is captured, no generator may be asked.
+        random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
+        seen = (random_state, self._runner.plan, dict[str, Tensor](), versions)
+        where = (self._steps.backwards, threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
+        return _Kept(reference, arguments, options, *seen, *where)
 
     def note_loss(self, loss: Tensor) -> None:
         """`loss` goes into backward: where it does not say by itself which calls it was made from, its graph will."""
@@ -399,15 +403,7 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
     """Those of the thread that steps, where it has made any: another may serve the model meanwhile."""
     own = [kept for kept in calls if kept.thread == threading.get_ident()]
     return [
-        RecordedForward(
-            model,
-            kept.arguments,
-            kept.options,
-            kept.versions == _versions(tensors_of(kept[1:3])),
-            kept.random_state,
-            kept.plan,
-            kept.output_gradients,
-        )
+        RecordedForward(model, *kept[1:6], is_intact=kept.versions == _versions(tensors_of(kept[1:3])))
         for kept in own or calls
         if (model := kept.model()) is not None
     ]
@@ -427,14 +423,6 @@ def _sequence_numbers(node: Any) -> list[int]:
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
     """How often each tensor has been written into. Source: `torch.Tensor._version`, which autograd checks as well."""
     return tuple(0 if x.is_inference() else x._version for x in tensors)
-
-
-def _random_state(batch: list[Tensor], only_torch: bool) -> RandomState | None:
-    """What dropout will draw from; None while a CUDA graph is captured, when a generator may not be asked."""
-    devices = {x.device for x in batch}
-    if any(map(is_capturing, devices)):
-        return None
-    return RandomState.now(devices, only_torch)
 
 
 class _Note(UnpickledHook):

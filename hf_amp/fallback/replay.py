@@ -25,7 +25,7 @@ from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
-from hf_amp.statistics import is_distributed, to_host
+from hf_amp.statistics import is_distributed, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
 
 
@@ -223,13 +223,7 @@ def _backward(
 
 
 class _Candidate(NamedTuple):
-    """A module whose output is not finite in FP32 either.
-
-    Attributes:
-        name: its name.
-        only_loss: whether all that is not finite there is a single number.
-        may_be_mask: whether all that is not finite there is -inf.
-    """
+    """A module whose output is not finite in FP32 either: whether all of that is a single number, or -inf."""
 
     name: str
     only_loss: bool
@@ -317,14 +311,12 @@ def _finite_only_in(exact: Any, output: Any) -> bool:
     """Whether an element is finite in `exact` alone: both hold a mask, and `output` more than that. One GPU-CPU sync."""
     ours = dict(float_tensors(output))
     pairs = [(x, ours[path]) for path, x in float_tensors(exact) if path in ours and ours[path].shape == x.shape]
-    found = {str(i): (x.isfinite() & ~y.isfinite()).any() for i, (x, y) in enumerate(pairs)}
-    return bool(found) and any(to_host(found).values())
+    return any(to_host_list((x.isfinite() & ~y.isfinite()).any() for x, y in pairs))
 
 
 def _holds_nan_or_inf(inputs: Any) -> bool:
     """Whether they hold NaN or inf; -inf may be a mask. One GPU-CPU sync."""
-    found = {str(i): (x.isnan() | x.isposinf()).any() for i, (_, x) in enumerate(float_tensors(inputs))}
-    return bool(found) and any(to_host(found).values())
+    return any(to_host_list((x.isnan() | x.isposinf()).any() for _, x in float_tensors(inputs)))
 
 
 def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
@@ -334,11 +326,9 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
 
 def non_finite_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors inside of `value` that hold inf or NaN. One GPU-CPU sync."""
-    found = float_tensors(value)
-    if not found:
-        return []
-    flags = to_host({str(i): x.detach().isfinite().all() for i, (_, x) in enumerate(found)})
-    return [x for i, (_, x) in enumerate(found) if not flags[str(i)]]
+    found = [x for _, x in float_tensors(value)]
+    finite = to_host_list(x.detach().isfinite().all() for x in found)
+    return [x for x, is_finite in zip(found, finite, strict=True) if not is_finite]
 
 
 def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
@@ -391,7 +381,10 @@ def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None
     if holds_shards(model):
         raise RuntimeError("its parameters are sharded, and gathering them would wait for the other processes")
     buffers = [(at, name, x, x.clone()) for at in model.modules() for name, x in at.named_buffers(recurse=False)]
-    plain = [(vars(module), _plain_state(module)) for module in model.modules()]
+    plain = [  # attribute → what it is and a copy of what it holds, for what is neither torch's own machinery nor a hook
+        (its, {name: (x, _contents(x)) for name, x in its.items() if name not in _MACHINERY})
+        for its in map(vars, model.modules())
+    ]
     random_state = RandomState.now(devices_of(model))
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
@@ -420,11 +413,6 @@ def _counters(model: nn.Module) -> list[list[Any]]:
 
 
 _MACHINERY = frozenset(vars(nn.Module()))
-
-
-def _plain_state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Attribute → what it is and a copy of what it holds, for what is neither a module's own machinery nor a hook."""
-    return {name: (x, _contents(x)) for name, x in vars(module).items() if name not in _MACHINERY}
 
 
 def _contents(value: Any) -> Any:

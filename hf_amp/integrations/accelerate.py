@@ -10,9 +10,9 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import MethodType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_amp.config import LOOP_OPTIONS, MixedPrecisionConfig
-from hf_amp.device import Hardware, probe
+from hf_amp.device import probe
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
 from hf_amp.fallback.module_precision import ForwardContext
@@ -47,6 +47,7 @@ from hf_amp.scaling.master_weights import convert_parameters, upcast_state
 from hf_amp.scaling.optimizer_step import RefuseScaledStep, has_closure, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
+from hf_amp.statistics import held_by
 
 _SESSION = "_hf_amp_session"
 _COMPRESSION = "_hf_amp_compression"
@@ -125,13 +126,17 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         config = dataclasses.replace(config, automatic_fallback=False)
         limits = "; under FSDP it scales and skips, and modules do not fall back"
     runner = _float8_runner(accelerator)
-    if runner is not None:
-        config, limits = _finite_check_only(config, runner), _float8_limits(runner)
+    if runner is not None:  # which owns the precision of the modules
+        options = ("precision_mode", "half_parameters", "communication_precision")
+        config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
+        config = dataclasses.replace(config, automatic_fallback=False)
+        limits = f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
     mode, device = _mode_of(accelerator, config), accelerator.device
     scaler = AdvancedGradScaler(dataclasses.replace(config, precision_mode=mode), device)
     scaler.ranks_agree = scaler.ranks_agree or accelerator.num_processes > 1
     hardware = common_to_ranks(probe(device), device)
-    described = _describe_float8(runner, hardware) if runner is not None else None
+    # accelerate runs everything that is not FP8 under BF16 autocast.
+    described = None if runner is None else f"FP8 by {runner} with BF16 around it on {hardware.name}"
     session = AmpSession(config, scaler, mode, hardware, described)
     session.folds_clipping = config.fold_clipping is True
     if runner is not None:
@@ -152,7 +157,10 @@ def _check_supported(accelerator: Accelerator) -> None:
             "hf_amp.MixedPrecisionCallback() to its callbacks instead; in a loop without accelerate use "
             "hf_amp.AmpSession.for_model(model, optimizer)."
         )
-    if hasattr(accelerator, _SESSION) and not _end_released_session(accelerator):
+    former = session_of(accelerator)
+    if former is not None and former.scaler.decided_steps and not prepared_optimizers(accelerator):
+        former.detach()  # it has trained, and `free_memory()` has released its objects
+    elif former is not None:
         raise AttachError("this Accelerator has an hf_amp session already: use that one, or call its detach() first.")
     if accelerator.distributed_type not in _SUPPORTED:
         raise AttachError(
@@ -160,15 +168,6 @@ def _check_supported(accelerator: Accelerator) -> None:
             "steps by itself, and two scalers on one loss are wrong. Use one process, or several with "
             "DistributedDataParallel (MULTI_GPU, MULTI_CPU), FSDP or DeepSpeed, or leave attach out."
         )
-
-
-def _end_released_session(accelerator: Accelerator) -> bool:
-    """Detaches a session that has trained and whose objects `free_memory()` has released; says whether it did."""
-    session: AmpSession = getattr(accelerator, _SESSION)
-    if session.scaler.decided_steps == 0 or prepared_optimizers(accelerator):
-        return False
-    session.detach()
-    return True
 
 
 def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> PrecisionMode:
@@ -247,8 +246,7 @@ class AttachedAccelerator:
         if not scales and self._masters is not None:
             changed["unscale_gradients"] = self.unscale_gradients
         if not self._sharded:
-            changed["prepare_model"] = self.prepare_model
-            changed["autocast"] = self.autocast
+            changed |= {"prepare_model": self.prepare_model, "autocast": self.autocast}
             if self._fp16_on_cpu:
                 # With `native_amp` accelerate unscales before clipping; its own autocast is kept out, ours is entered by hooks.
                 changed["native_amp"] = True
@@ -278,7 +276,10 @@ class AttachedAccelerator:
         if self._session.folds_clipping and norm_type == 2 and len(self._optimizers.registered) == 1:
             (optimizer,) = self._optimizers.registered
             inner = optimizer.optimizer
-            if _holds_exactly(inner, parameters) and not has_step_hooks(inner, besides=RefuseScaledStep):
+            # The norm is that of the gradients which the optimizer will apply, of all of them and of no other.
+            held = {id(p) for group in inner.param_groups for p in group["params"] if p.grad is not None}
+            holds_exactly = held == {id(p) for p in parameters if p.grad is not None}
+            if holds_exactly and not has_step_hooks(inner, besides=RefuseScaledStep):
                 return self._session.scaler.clip_grad_norm_(inner, max_norm)
         return self._stock["clip_grad_norm_"](parameters, max_norm, norm_type)
 
@@ -288,7 +289,8 @@ class AttachedAccelerator:
             self._session.scaler.unscale_(each.optimizer)
         self._stock["unscale_gradients"](optimizer)
 
-    def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> AbstractContextManager[None]:
+    @contextmanager
+    def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Iterator[None]:
         """An error where it would let ranks run out of batches one by one: the others would wait for their verdict."""
         accelerator = self._accelerator
         even = accelerator.even_batches if even_batches is None else even_batches
@@ -297,12 +299,9 @@ class AttachedAccelerator:
                 "join_uneven_inputs without even_batches: hf_amp's ranks agree on every step, so that all of them need "
                 "the same number of batches; use even_batches=True (accelerate's default), or detach hf_amp."
             )
-        return self._join_evenly(joinables, even_batches)
-
-    @contextmanager
-    def _join_evenly(self, joinables: Any, even_batches: bool | None) -> Iterator[None]:
-        """accelerate enters torch's Join, switched off, which asks the models for their hooks all the same."""
-        allowed = PatchLog()
+        allowed = (
+            PatchLog()
+        )  # accelerate enters torch's Join, switched off, which asks models for their hooks all the same
         for each in joinables:
             allowed.set_attribute(each, "join_hook", functools.partial(type(each).join_hook, each))
         with self._stock["join_uneven_inputs"](joinables, even_batches):
@@ -344,8 +343,7 @@ class AttachedAccelerator:
     def autocast(self, autocast_handler: AutocastKwargs | None = None) -> Any:
         """Enters the plan's default where accelerate would enter another precision."""
         session = self._session
-        is_wanted = autocast_handler is None or autocast_handler.enabled
-        if is_wanted:
+        if autocast_handler is None or autocast_handler.enabled:
             entered = session.autocast()  # which notes that the loop does
             if self._fp16_on_cpu or session.plan.default is not session.requested_mode:
                 return entered
@@ -382,16 +380,15 @@ class AttachedAccelerator:
         session = self._session
         if model in self._converted:
             return
-        event = convert_parameters(
-            model, session.config, session.plan.default, self._known_optimizers, self._masters, fixed
-        )
+        optimizers, mode = self._known_optimizers, session.plan.default
+        event = convert_parameters(model, session.config, mode, optimizers, self._masters, fixed)
         self._converted.add(model)
         session.record(event)
         if event is not None and event.kind is EventKind.PARAMETERS_CONVERTED:
             self._upcast.add(model)
 
     def _register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for p in held_by(optimizer)}
         for model in [m for m in self._evaluating if any(id(p) in held for p in m.parameters())]:
             # A Trainer prepares so what it evaluates before it trains, and what transformers has distributed.
             self._evaluating.discard(model)
@@ -412,12 +409,6 @@ class AttachedAccelerator:
                 "parameters stay FP16 after detach, because DistributedDataParallel counts on it: to go on in FP32, convert "
                 "the model and wrap it again.",
             )
-
-
-def _holds_exactly(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> bool:
-    """Whether the gradients of `parameters` are those that `optimizer` will apply, all of them and no other."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-    return held == {id(p) for p in parameters if p.grad is not None}
 
 
 def _changer_of_forward(reference: weakref.ref[nn.Module], session: AmpSession) -> Callable[[PrecisionMode], None]:
@@ -468,7 +459,8 @@ class PreparedOptimizers:
         self._scaler = session.scaler
         self._former_scaler = accelerator.scaler
         self._on_undo = session.patches.on_undo
-        self._steps: weakref.WeakKeyDictionary[AcceleratedOptimizer, _Steps] = weakref.WeakKeyDictionary()
+        # what a learning-rate scheduler has put in the place of an optimizer's own `step`, None for that one; and ours
+        self._steps: weakref.WeakKeyDictionary[AcceleratedOptimizer, tuple[Any, Any]] = weakref.WeakKeyDictionary()
         session.patches.on_undo(self._give_back)
         for prepared in prepared_optimizers(accelerator):
             self.register(prepared)
@@ -491,7 +483,12 @@ class PreparedOptimizers:
         """Has the session's scaler decide `optimizer`'s steps. Harmless when called again."""
         if optimizer in self.registered:
             return
-        _refuse_steps_in_backward(optimizer.optimizer)
+        if steps_in_backward(optimizer.optimizer):
+            raise AttachError(
+                f"{type(optimizer.optimizer).__name__} takes its steps inside of backward, where nothing can look at the "
+                "gradients first: hf_amp can neither scale, skip nor count them. Take an optimizer that steps after backward "
+                "(in a Trainer, optim='galore_adamw' for 'galore_adamw_layerwise'), or leave hf_amp out."
+            )
         self.registered.add(optimizer)
         self._scaler.watch(optimizer.optimizer)
         if not self._scaler.no_scaling:
@@ -501,7 +498,7 @@ class PreparedOptimizers:
         former = vars(optimizer).get("step")
         ours = _step_reporting_skips(former)
         optimizer.step = MethodType(ours, optimizer)
-        self._steps[optimizer] = _Steps(former, ours)
+        self._steps[optimizer] = (former, ours)
         vars(optimizer)["__getstate__"] = functools.partial(self._state_without_session, weakref.ref(optimizer))
 
     def _state_without_session(self, reference: weakref.ref[AcceleratedOptimizer]) -> dict[str, Any]:
@@ -528,21 +525,6 @@ class PreparedOptimizers:
                 optimizer.step = former
 
 
-def _refuse_steps_in_backward(optimizer: torch.optim.Optimizer) -> None:
-    if steps_in_backward(optimizer):
-        raise AttachError(
-            f"{type(optimizer).__name__} takes its steps inside of backward, where nothing can look at the gradients first: "
-            "hf_amp can neither scale, skip nor count them. Take an optimizer that steps after backward (in a Trainer, "
-            "optim='galore_adamw' for 'galore_adamw_layerwise'), or leave hf_amp out."
-        )
-
-
-class _Steps(NamedTuple):
-    former: Callable[..., Any] | None
-    """What a learning-rate scheduler has put in the place of the optimizer's own `step`; None for that one."""
-    ours: Callable[..., Any]
-
-
 def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., Any]:
     """A `step` for a prepared optimizer, for which a micro-step that ends no accumulation window is not a skipped one.
 
@@ -561,15 +543,12 @@ def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., An
     return step
 
 
+@dataclasses.dataclass
 class _Compression:
-    """State of a DistributedDataParallel's communication hook, which torch cannot take off again.
+    """State of a DistributedDataParallel's communication hook, which torch cannot take off again."""
 
-    Attributes:
-        hook: torch's; after `detach` the one that averages gradients as they are.
-    """
-
-    def __init__(self) -> None:
-        self.hook: Callable[..., Any] = default_hooks.allreduce_hook
+    hook: Callable[..., Any] = default_hooks.allreduce_hook
+    """torch's; after `detach` this one, which averages gradients as they are."""
 
 
 def _compress(model: Any, hook: Callable[..., Any], patches: PatchLog) -> None:
@@ -636,24 +615,3 @@ def _float8_runner(accelerator: Accelerator) -> str | None:
             "(torchao) or TERecipeKwargs (TransformerEngine) in kwargs_handlers, or leave attach out."
         )
     return _FLOAT8_RUNNERS[accelerator.fp8_backend]
-
-
-def _finite_check_only(config: MixedPrecisionConfig, runner: str) -> MixedPrecisionConfig:
-    """`config` for a run in which `runner` owns the precision of the modules.
-
-    Raises:
-        ConfigError: an option would change what modules or parameters run in.
-    """
-    options = ("precision_mode", "half_parameters", "communication_precision")
-    config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
-    return dataclasses.replace(config, automatic_fallback=False)
-
-
-def _float8_limits(runner: str) -> str:
-    """What hf_amp leaves alone, to go on with after what runs."""
-    return f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
-
-
-def _describe_float8(runner: str, hardware: Hardware) -> str:
-    """One phrase for what runs. accelerate runs everything that is not FP8 under BF16 autocast."""
-    return f"FP8 by {runner} with BF16 around it on {hardware.name}"

@@ -148,7 +148,13 @@ def _watch_steps(accelerator: Accelerator, session: AmpSession, scaler: Observed
         norm = engine.get_global_grad_norm() if session.config.enable_monitoring else None
         scaler.note_step(engine.optimizer, applied, scale, next_scale, norm)
         if next_scale < scale and next_scale <= floor:
-            session.record(_floor_reached(session.newest_step, scale, next_scale))
+            message = (
+                f"DeepSpeed's loss scale has come down to its floor, min_loss_scale={next_scale:g}: one more overflow and ZeRO "
+                "ends the run. A scale is no cure for what overflows there: train in BF16 (the bf16 section of the DeepSpeed "
+                "config), and let `hf-amp preflight` name the modules that leave FP16."
+            )
+            seen = (Cause.UNKNOWN, scale, next_scale, (), message)
+            session.record(AmpEvent(session.newest_step, EventKind.SCALE_AT_FLOOR, *seen))
 
     session.patches.set_attribute(accelerator, "backward", run_and_watch)
 
@@ -159,19 +165,6 @@ def loss_scale(engine: Any) -> float:
     `engine.loss_scale()` is the configured one, 0 for a dynamic scale.
     """
     return float(getattr(engine.optimizer, "loss_scale", 1.0))
-
-
-def _floor_reached(step: int, before: float, after: float) -> AmpEvent:
-    return AmpEvent(
-        step,
-        EventKind.SCALE_AT_FLOOR,
-        Cause.UNKNOWN,
-        before,
-        after,
-        message=f"DeepSpeed's loss scale has come down to its floor, min_loss_scale={after:g}: one more overflow and ZeRO ends "
-        "the run. A scale is no cure for what overflows there: train in BF16 (the bf16 section of the DeepSpeed config), "
-        "and let `hf-amp preflight` name the modules that leave FP16.",
-    )
 
 
 def _keep_progress_in_checkpoints(accelerator: Accelerator, session: AmpSession) -> None:

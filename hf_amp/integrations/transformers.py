@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,23 +94,28 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         session = self._attach_to(trainer)
         session.scaler.abandon_step()
         self._save_valid_json(state)
-        precision_before = self._go_on_from(state, session)
+        # Where it has no entry of ours, saving fails with a KeyError.
+        saved = cast(Any, state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+        precision_before = session.load_progress(saved["attributes"]["progress"] if state.global_step else {})
         session.begin_at(state.global_step)
         session.throughput.pause()
         session.throughput.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.config.fold_clipping is None:
-            session.folds_clipping = not _others_look_at_gradients(trainer, self)
+            # Somebody who listens between clipping and the optimizer step would find gradients that are still scaled.
+            others = (type(each) for each in trainer.callback_handler.callbacks if each is not self)
+            silent = TrainerCallback.on_pre_optimizer_step
+            session.folds_clipping = all(other.on_pre_optimizer_step is silent for other in others)
         begins = f"resumes after step {state.global_step}" if state.global_step else "starts"
         former = f"; it was {precision_before} before" if precision_before != session.requested_mode.value else ""
         message = f"training {begins}: {session.describe()}{former}."
-        log = None
+        begin: Callable[..., None] = functools.partial(session.note, EventKind.TRAINING_STARTED)
         if state.is_world_process_zero and self._sink is None:
-            log = _opened_log(Path(args.output_dir or ".") / LOG_FILE, session.run_id)
-        if log is not None:
-            self._sink = log
-            session.begin_log(log.write, message, **session.run_metadata())
-        else:
-            session.note(EventKind.TRAINING_STARTED, message, **session.run_metadata())
+            try:
+                self._sink = JsonLinesSink(Path(args.output_dir or ".") / LOG_FILE, session.run_id, rank=0)
+                begin = functools.partial(session.begin_log, self._sink.write)
+            except OSError as error:  # a Trainer that saves nothing need not be able to write
+                _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
+        begin(message, **session.run_metadata())
         non_finite = session.non_finite_parameters(on_any_rank=True)
         if non_finite:
             reason = f"{len(non_finite)} parameters are not finite before the first step, {non_finite[0]} among them"
@@ -131,12 +137,12 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         session = self.session
         if session is not None and session.stall.stalled and self.config.stop_when_stalled:
             self._stop(session, args, control)
-        return self._without_bad_checkpoint(control)
+        # One with non-finite weights or buffers would rotate a good one out, and be resumed from.
+        if control.should_save and self._are_weights_bad("this checkpoint is not written"):
+            control.should_save = False
+        return control
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        return self._without_bad_checkpoint(control)
+    on_epoch_end = on_step_end
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # `save_strategy="best"` decides after this, and what a broken model scores can be the best so far.
@@ -149,19 +155,17 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session is None:
+        if (session := self.session) is None:
             return
-        self.session.scaler.flush()
-        self.session.note(
-            EventKind.TRAINING_ENDED, f"training ends: {summary_of(self.session)}.", **self.session.metrics()
-        )
+        session.scaler.flush()
+        summary, monitor = summary_of(session), session.monitor
+        session.note(EventKind.TRAINING_ENDED, f"training ends: {summary}.", **session.metrics())
         if state.is_local_process_zero:
-            monitor = self.session.monitor
             happened = monitor.skipped_steps or monitor.precision_changes or monitor.non_finite_losses
-            verdict = verdict_of(self.session, state)
+            verdict = verdict_of(session, state)
             judged = "" if verdict.startswith("Training") else f". {verdict}"
-            summarise(f"training ended: {summary_of(self.session)}{judged}", bool(happened or judged))
-        self._leave_run(self.session)
+            summarise(f"training ended: {summary}{judged}", bool(happened or judged))
+        self._leave_run(session)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, fit for JSON: its options, and the progress that `on_train_begin` goes on from.
@@ -175,13 +179,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         progress = {} if self.session is None else self.session.progress()
         return {"args": {"config": self.config.to_dict()}, "attributes": {"progress": progress}}
 
-    def _go_on_from(self, state: TrainerState, session: AmpSession) -> str:
-        """Restores the progress of the checkpoint that `state` is from; returns the precision that it was made in."""
-        name = type(self).__name__
-        callbacks = cast("dict[str, dict[str, Any]]", state.stateful_callbacks)
-        saved = callbacks.setdefault(name, self.state())  # where it has none, saving fails with a KeyError
-        return session.load_progress(saved["attributes"]["progress"] if state.global_step else {})
-
     def _stop(self, session: AmpSession, args: TrainingArguments, control: TrainerControl) -> None:
         if control.should_training_stop:
             return
@@ -193,12 +190,6 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             "the run is stalled and stop_when_stalled is set; "
             + (f"the last good checkpoint is {checkpoint}." if checkpoint else "there is no checkpoint."),
         )
-
-    def _without_bad_checkpoint(self, control: TrainerControl) -> TrainerControl:
-        """Lets no checkpoint with non-finite weights or buffers be written: it would rotate a good one out, and be resumed from."""
-        if control.should_save and self._are_weights_bad("this checkpoint is not written"):
-            control.should_save = False
-        return control
 
     def _are_weights_bad(self, so: str) -> bool:
         """Whether a parameter or buffer is not finite, in which case what follows is reported. GPU-CPU syncs."""
@@ -242,33 +233,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             former.session.patches.set_attribute(trainer, _CALLBACK, self)
 
     def _save_valid_json(self, state: TrainerState) -> None:
-        if self.session is not None and self.config.enabled:
-            save_valid_json(state, self.session)
+        """Makes `state.save_to_json` write null for NaN and Infinity, which no JSON parser but Python's reads."""
+        if self.session is not None and self.config.enabled and "save_to_json" not in vars(state):
+            save = functools.partial(_save_as_json, state.save_to_json)
+            self.session.patches.set_attribute(state, "save_to_json", save)
 
     def _leave_run(self, session: AmpSession) -> None:
         if self._sink is not None:
             session.end_log(self._sink.write)
             self._sink.close()
             self._sink = None
-
-
-def _opened_log(path: Path, run_id: str) -> JsonLinesSink | None:
-    """The run's log; None, with a warning, where it cannot be written: a Trainer that saves nothing does not need to."""
-    try:
-        return JsonLinesSink(path, run_id, rank=0)
-    except OSError as error:
-        _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
-        return None
-
-
-def _others_look_at_gradients(trainer: Trainer, ours: TrainerCallback) -> bool:
-    """Whether a callback listens between clipping and the optimizer step, where folded gradients are still scaled."""
-    silent = TrainerCallback.on_pre_optimizer_step
-    return any(
-        type(callback).on_pre_optimizer_step is not silent
-        for callback in trainer.callback_handler.callbacks
-        if callback is not ours
-    )
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer:
@@ -361,7 +335,9 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
         for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
             ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)
         entry = {**logs, **ours}
-        if training and _newest_step_has_no_norm(session, entry):
+        newest = session.scaler.last_outcome
+        skipped = newest is not None and not newest.applied and newest.attempt == session.scaler.decided_steps
+        if training and (skipped or not math.isfinite(entry.get("grad_norm", 0.0))):
             entry.pop("grad_norm", None)
         log(entry, *args, **kwargs)
         # The Trainer adds to what it is given, callbacks take away, and the user gets it back, less our figures.
@@ -372,12 +348,6 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
             forget_logged_loss(trainer)
 
     session.patches.set_attribute(trainer, "log", log_with_metrics)
-
-
-def _newest_step_has_no_norm(session: AmpSession, entry: dict[str, float]) -> bool:
-    newest = session.scaler.last_outcome
-    skipped = newest is not None and not newest.applied and newest.attempt == session.scaler.decided_steps
-    return skipped or not math.isfinite(entry.get("grad_norm", 0.0))
 
 
 def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]:
@@ -427,13 +397,6 @@ def _report_evaluation(session: AmpSession, prefix: str, lost: int, seen: int, l
         "for activations beyond the range of the precision that was evaluated in.",
         eval_non_finite_batches=lost,
     )
-
-
-def save_valid_json(state: TrainerState, session: AmpSession) -> None:
-    """Makes `state.save_to_json` write null where it writes NaN or Infinity, which no JSON parser but Python's reads."""
-    if "save_to_json" not in vars(state):
-        save = functools.partial(_save_as_json, state.save_to_json)
-        session.patches.set_attribute(state, "save_to_json", save)
 
 
 def _save_as_json(save_to_json: Any, json_path: str) -> None:

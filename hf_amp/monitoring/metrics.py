@@ -30,7 +30,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("applied_steps", "steps", "optimizer steps applied since the run began", "stands still: read the cause"),
     Metric("skipped_steps", "steps", "optimizer steps skipped since the run began", "more than a few: read the cause"),
     *(
-        Metric(f"skipped_steps_{cause.value.lower()}", "steps", cause.facts.metric, cause.facts.metric_remedy)
+        Metric(f"skipped_steps_{cause.lower()}", "steps", f"skipped because {cause.facts.in_words}", cause.facts.remedy)
         for cause in Cause
     ),
     Metric("skip_rate", "1", "skipped share of all optimizer steps", "above 0.01 after the first steps: read the cause"),

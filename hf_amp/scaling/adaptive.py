@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import NormalDist
 from typing import ClassVar, NamedTuple
 
@@ -124,9 +123,9 @@ class AdaptiveScale:
         limit = torch.maximum(state.limit, x + bits)  # proven, where it is above FP16's own
         wanted = _wanted_with(observation.wanted_scale, state.wanted)
 
-        usual = torch.add(mean, variance.sqrt(), alpha=self._normal_quantile)
+        usual = torch.add(mean, variance.sqrt(), alpha=NormalDist().inv_cdf(1 - self.overflow_budget))
         ceiling = limit - torch.maximum(torch.maximum(peak, state.former_peak), usual)
-        room = limit - mean - self._outlier_bits
+        room = limit - mean - math.log2(self.outlier_headroom)
         target = torch.minimum(ceiling, torch.maximum(room, wanted)).floor_()
         target = torch.minimum(target, bits + STEP_BITS)
 
@@ -150,14 +149,6 @@ class AdaptiveScale:
         return state._replace(
             scale=self._scale(bits - DROP_BITS), peak=torch.maximum(state.peak, limit + STEP_BITS - bits), limit=limit
         )
-
-    @cached_property
-    def _normal_quantile(self) -> float:
-        return NormalDist().inv_cdf(1 - self.overflow_budget)
-
-    @cached_property
-    def _outlier_bits(self) -> float:
-        return math.log2(self.outlier_headroom)
 
     def _scale(self, bits: Tensor) -> Tensor:
         return bits.exp2().clamp_(self.min_scale, self.max_scale)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,7 +28,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, ScalerError
 from hf_amp.events import AmpEvent, EventKind, join_names
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, PrecisionMode
-from hf_amp.statistics import is_sharded, to_host, total_amax
+from hf_amp.statistics import held_by, is_sharded, to_host, total_amax
 
 STATE_KEY = "hf_amp_master_weights"
 """Where the master weights stand in `optimizer.state_dict()`, by the parameter's index."""
@@ -89,7 +89,7 @@ class MasterWeights:
                 vars(optimizer)[name] = functools.partial(self._call_on_masters, weakref.ref(optimizer), name)
         self._hooks[optimizer] = [
             optimizer.register_state_dict_post_hook(self._add_to_state_dict),
-            optimizer.register_load_state_dict_pre_hook(self._remember_loaded),
+            optimizer.register_load_state_dict_pre_hook(self._loading.__setitem__),
             optimizer.register_load_state_dict_post_hook(self._load_unrounded),
         ]
 
@@ -127,9 +127,20 @@ class MasterWeights:
         if not narrow:
             return
         if optimizer not in self._hooks:
-            _refuse_half_state(optimizer, narrow)
+            if any(_is_half(value) for p in narrow for value in optimizer.state.get(p, {}).values()):
+                raise ScalerError(
+                    f"{type(optimizer).__name__} has half-precision state from before its first step with master weights, so "
+                    "a checkpoint was rounded when it was loaded: call scaler.keep_master_weights(optimizer) before "
+                    "optimizer.load_state_dict(...), or, if the state is as you want it, before the first step."
+                )
             self.register_optimizer(optimizer)
-        gradients = [_checked(p) for p in narrow]
+        gradients = [cast(Tensor, p.grad) for p in narrow]
+        if any(map(is_sharded, gradients)):
+            raise ScalerError(
+                f"sharded parameters are {narrow[0].dtype}: master weights are for parameters that are "
+                "whole. Shard them in FP32 and let FSDP cast (MixedPrecisionPolicy(param_dtype=torch.float16)), which makes "
+                "the FP32 shards the master weights."
+            )
         wide = [g.to(_WIDE).coalesce() if g.is_sparse else torch.empty_like(g, dtype=_WIDE) for g in gradients]
         dense = [index for index, g in enumerate(gradients) if not g.is_sparse]
         if dense:
@@ -200,25 +211,22 @@ class MasterWeights:
                 master.agreed_with = _memory_of(parameter)
 
     def _add_to_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        held = {i: p for i, p in enumerate(_parameters(optimizer)) if p in self._masters}
+        held = {i: p for i, p in enumerate(held_by(optimizer)) if p in self._masters}
         if not held:
             return
         self._follow(held.values())
         state_dict[STATE_KEY] = {i: self._masters[p].weight.detach() for i, p in held.items()}
-
-    def _remember_loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        self._loading[optimizer] = state_dict
 
     def _load_unrounded(self, optimizer: torch.optim.Optimizer) -> None:
         """Loads again, in FP32, what `Optimizer.load_state_dict` has rounded to its parameters' dtype."""
         saved = self._loading.pop(optimizer)
         masters = saved.get(STATE_KEY, {})
         indices = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
-        for index, parameter in zip(indices, _parameters(optimizer), strict=True):
+        for index, parameter in zip(indices, held_by(optimizer), strict=True):
             if parameter.dtype not in HALF_DTYPES:
                 continue
             for name, rounded in optimizer.state.get(parameter, {}).items():
-                if _is_float(rounded) and rounded.dtype in HALF_DTYPES:
+                if _is_half(rounded):
                     unrounded = saved["state"][index][name]
                     optimizer.state[parameter][name] = unrounded.to(parameter.device, _WIDE)
             if index in masters:
@@ -228,23 +236,19 @@ class MasterWeights:
 
 def half_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """The FP16 and BF16 parameters that `optimizer` holds, in its order."""
-    return [p for p in _parameters(optimizer) if p.dtype in HALF_DTYPES]
+    return [p for p in held_by(optimizer) if p.dtype in HALF_DTYPES]
 
 
 def upcast_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
     """Makes the half-precision state that `optimizer` has for `parameters` FP32, in place of the old."""
     for parameter in parameters:
         for name, value in optimizer.state.get(parameter, {}).items():
-            if _is_float(value) and value.dtype in HALF_DTYPES:
+            if _is_half(value):
                 optimizer.state[parameter][name] = value.to(_WIDE)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
-    return itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in HALF_DTYPES
 
 
 def _rename_state(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, torch.nn.Parameter]) -> None:
@@ -256,28 +260,6 @@ def _rename_state(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Para
 def _memory_of(parameter: Tensor) -> tuple[int, int]:
     """Changes whenever a parameter is written to, or given other memory. `_version` is autograd's own counter."""
     return parameter._version, parameter.data_ptr()
-
-
-def _checked(parameter: torch.nn.Parameter) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None
-    if is_sharded(gradient):
-        raise ScalerError(
-            f"a sharded parameter is {parameter.dtype}: master weights are for parameters "
-            "that are whole. Shard them in FP32 and let FSDP cast (MixedPrecisionPolicy(param_dtype=torch.float16)), "
-            "which makes the FP32 shards the master weights."
-        )
-    return gradient
-
-
-def _refuse_half_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    values = itertools.chain.from_iterable(optimizer.state.get(p, {}).values() for p in parameters)
-    if any(_is_float(value) and value.dtype in HALF_DTYPES for value in values):
-        raise ScalerError(
-            f"{type(optimizer).__name__} has half-precision state from before its first step with master weights, so a "
-            "checkpoint was rounded when it was loaded: call scaler.keep_master_weights(optimizer) before "
-            "optimizer.load_state_dict(...), or, if the state is as you want it, before the first step."
-        )
 
 
 _STAY_FP32 = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -363,18 +345,17 @@ def _kept(half: Named) -> AmpEvent:
 def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: bool) -> AmpEvent:
     if fixed:
         raise _too_late(half, "FP32")
-    before = _formats(half)
-    listed = _listed(half)
+    message = (
+        f"made FP32, also beyond detach, in twice the memory and without loss: {_listed(half)}. To load them so: "
+        'dtype=torch.float32 in from_pretrained. To keep them small: half_parameters="master_weights".'
+    )
+    event = AmpEvent(0, EventKind.PARAMETERS_CONVERTED, None, _formats(half), "FP32", (), message, _counted(half))
     for parameter in half.values():
         parameter.grad = None
         parameter.data = parameter.data.float()
     for optimizer in optimizers:
         upcast_state(optimizer, half.values())
-    message = (
-        f"made FP32, also beyond detach, in twice the memory and without loss: {listed}. To load them so: dtype=torch.float32 "
-        'in from_pretrained. To keep them small: half_parameters="master_weights".'
-    )
-    return AmpEvent(0, EventKind.PARAMETERS_CONVERTED, None, before, "FP32", (), message, _counted(half))
+    return event
 
 
 def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent | None:
@@ -384,28 +365,22 @@ def _downcast(model: nn.Module, masters: MasterWeights, fixed: bool) -> AmpEvent
         return _kept(trainable(model))
     if fixed:
         raise _too_late(wide, "FP16")
-    _refuse_out_of_range(wide)
-    before = _formats(wide)
-    listed = _listed(wide)
+    peaks = to_host({n: total_amax([p.detach()], p.device) for n, p in wide.items()})
+    if beyond := {n: wide[n] for n, peak in peaks.items() if not peak <= FP16_FORMAT.largest}:
+        raise AttachError(
+            f"precision_mode=FP16: values beyond {FP16_FORMAT.largest:g}, or NaN, are in {_listed(beyond)}, and FP16 cannot "
+            "hold them: train with precision_mode=MIXED or in BF16."
+        )
+    message = f"made FP16: {_listed(wide)}. The optimizer moves FP32 master weights, which have their exact values."
+    event = AmpEvent(0, EventKind.PARAMETERS_CONVERTED, None, _formats(wide), "FP16", (), message, _counted(wide))
     masters.downcast_(wide.values())
-    message = f"made FP16: {listed}. The optimizer moves FP32 master weights, which have their exact values."
-    return AmpEvent(0, EventKind.PARAMETERS_CONVERTED, None, before, "FP16", (), message, _counted(wide))
+    return event
 
 
 def _stays_fp32(module: nn.Module) -> bool:
     """Whether `module` needs FP32 parameters. What computes a weight from others does: spectral norms, orthogonal maps."""
     by_hook = any(hasattr(hook, "n_power_iterations") for hook in module._forward_pre_hooks.values())
     return isinstance(module, _STAY_FP32) or by_hook or nn.utils.parametrize.is_parametrized(module)
-
-
-def _refuse_out_of_range(wide: Named) -> None:
-    peaks = to_host({n: total_amax([p.detach()], p.device) for n, p in wide.items()})
-    beyond = {n: wide[n] for n, peak in peaks.items() if not peak <= FP16_FORMAT.largest}
-    if beyond:
-        raise AttachError(
-            f"precision_mode=FP16: values beyond {FP16_FORMAT.largest:g}, or NaN, are in {_listed(beyond)}, and FP16 cannot "
-            "hold them: train with precision_mode=MIXED or in BF16."
-        )
 
 
 def _too_late(parameters: Named, wanted: str) -> AttachError:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hf_amp.errors import ScalerError
+from hf_amp.patch_log import removal
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
-from hf_amp.statistics import local_part, random_elements, to_device
+from hf_amp.statistics import held_by, local_part, random_elements, to_device
 
 WRITTEN = "written_through_data"
 """Name of the figure above 0 where parameters with master weights were written to through `.data`."""
@@ -31,17 +32,11 @@ class OptimizerRunner:
         self._masters = masters
         self._found: dict[int, dict[str, Tensor]] = {}
 
-    def prepare_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Brings gradients into the precision that they are checked and applied in. No GPU-CPU sync."""
-        if self._masters is not None:
-            self._masters.upcast_gradients(optimizer)
-
     def run(
         self,
         optimizer: torch.optim.Optimizer,
         record: GradientStep,
-        arguments: tuple[Any, ...],
-        options: Mapping[str, Any],
+        step: Callable[[], float | None],
         *,
         on_device: bool = False,
         sample_seed: int | None = None,
@@ -49,36 +44,30 @@ class OptimizerRunner:
         """Runs the optimizer on `record`'s gradients. No GPU-CPU sync, unless some of several devices' are on the CPU.
 
         Args:
+            step: the optimizer's, with its arguments.
             on_device: the verdict is not known on the host: a fused optimizer reads it on the device. Otherwise the
                 gradients were found finite.
             sample_seed: takes the lost-update fraction, from a sample with this seed; None for not.
         """
+        apply = functools.partial(_apply, optimizer, record, step, on_device)
         if self._masters is not None:
             found: list[Tensor] | None = None if sample_seed is None else []
             with self._masters.swap_in_master_weights(optimizer, found):
-                result = _apply(optimizer, record, arguments, options, on_device)
+                result = apply()
             if found:
                 self._found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
             return result
-        low = (
-            [local_part(p.detach()) for p in half_parameters(optimizer) if p.grad is not None]
-            if sample_seed is not None
-            else []
-        )
+        half = [] if sample_seed is None else half_parameters(optimizer)
+        low = [local_part(p.detach()) for p in half if p.grad is not None]
         if sample_seed is None or not low:
-            return _apply(optimizer, record, arguments, options, on_device)
+            return apply()
         before, weights = random_elements(low, sample_seed)
-        result = _apply(optimizer, record, arguments, options, on_device)
+        result = apply()
         after, _ = random_elements(low, sample_seed)
         lost = to_device(((before == after) * weights).sum(), record.scale.device)
         # A step that the device has skipped changed nothing, and lost nothing.
         self._found[id(optimizer)] = {"lost_update_fraction": torch.where(record.found_inf > 0, torch.nan, lost)}
         return result
-
-    def end_skipped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Ends a step that is skipped."""
-        if self._masters is not None:
-            self._masters.downcast_gradients(optimizer)
 
     def take_lost_updates(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """`lost_update_fraction` of `optimizer`'s newest sampled step, to be read with this one; nothing the next time.
@@ -132,24 +121,17 @@ def refuse_closure(optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...],
 
 def device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
     """Where `optimizer`'s first parameter is; `default` where it has none."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            return cast(torch.device, parameter.device)
-    return torch.device(default)
+    return next((parameter.device for parameter in held_by(optimizer)), torch.device(default))
 
 
 def _apply(
-    optimizer: torch.optim.Optimizer,
-    record: GradientStep,
-    arguments: tuple[Any, ...],
-    options: Mapping[str, Any],
-    on_device: bool,
+    optimizer: torch.optim.Optimizer, record: GradientStep, step: Callable[[], float | None], on_device: bool
 ) -> float | None:
     fused_in = record.unscale is Unscale.FUSED
     if not is_fused(optimizer) or not (fused_in or on_device):
         if fused_in:
             record.multiply_in()
-        return cast("float | None", optimizer.step(*arguments, **options))
+        return step()
     # The contract between fused optimizers and torch.amp.GradScaler: they divide by `grad_scale` and do nothing
     # where `found_inf` is not 0.
     fused = cast(Any, optimizer)
@@ -160,7 +142,7 @@ def _apply(
     if on_device:  # where it is known, asking costs a pass over counters
         fused.found_inf = _readable(record, record.found_inf)
     try:
-        return cast("float | None", optimizer.step(*arguments, **options))
+        return step()
     finally:
         del fused.grad_scale, fused.found_inf
 
@@ -204,10 +186,4 @@ def install_refusal(
             inside = list(value.values()) if isinstance(value, dict) else value
             items = inside if isinstance(inside, (list, tuple)) else [inside]
             held += [x for x in items if isinstance(x, torch.optim.Optimizer) and not any(x is known for known in held)]
-    handles = [each.register_step_pre_hook(hook) for each in held if hasattr(each, "_optimizer_step_pre_hooks")]
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return remove
+    return removal([each.register_step_pre_hook(hook) for each in held if hasattr(each, "_optimizer_step_pre_hooks")])

@@ -34,17 +34,6 @@ class Observation(NamedTuple):
     """Whether the host knows already that nothing was wrong and `grad_amax` is above 0, which spares work."""
 
 
-class ScaleState(Protocol):
-    """A policy's memory: a NamedTuple of tensors of shape [], of which `scale` (float32) is one."""
-
-    @property
-    def scale(self) -> Tensor: ...
-
-    def _asdict(self) -> dict[str, Any]: ...
-
-    def _replace(self, **fields: Any) -> Any: ...
-
-
 class ScalePolicy(Protocol):
     """Chooses the next scale. Implementations are pure, never wait for the device, and keep the scale finite and in bounds."""
 
@@ -56,7 +45,7 @@ class ScalePolicy(Protocol):
     """Field of the state other than `scale` → what it can be, both ends included; nothing else is loaded."""
 
     def init_state(self, device: torch.device) -> Any:
-        """The state before the first step, on `device`."""
+        """The state before the first step, on `device`: a NamedTuple of tensors of shape [], of which `scale` (float32) is one."""
 
     def next_state(self, state: Any, observation: Observation) -> Any:
         """The state after one step boundary; a new object, never the old one changed in place."""

@@ -39,7 +39,7 @@ from hf_amp.scaling.step import (
     observe,
 )
 from hf_amp.serialization import parse
-from hf_amp.statistics import to_device, to_host
+from hf_amp.statistics import PendingTransfer, held_by, to_device, to_host
 
 StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 StepHook = Callable[[GradientStep, torch.optim.Optimizer], Mapping[str, Tensor]]
@@ -217,7 +217,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     def watched_parameters(self) -> list[Tensor]:
         """What the optimizers hold that are known so far."""
-        return [p for _, it in self._pending._alive() for group in it.param_groups for p in group["params"]]
+        return [p for _, optimizer in self._pending._alive() for p in held_by(optimizer)]
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides `optimizer`'s gradients by the scale of their backward, in place, so that they can be clipped.
@@ -232,7 +232,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return
         optimizer = _unwrapped(optimizer)
         if self.no_scaling:
-            self._runner.prepare_gradients(optimizer)
+            if self.master_weights is not None:
+                self.master_weights.upcast_gradients(optimizer)
             return
         record = self._pending.current(optimizer)
         if record is None:
@@ -256,12 +257,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             raise ScalerError("clip_grad_norm_ is part of loss scaling, and this scaler scales nothing.")
         optimizer = _unwrapped(optimizer)
         host_decides = not self._defers(optimizer)
-        record = self._pending.current(optimizer)
-        if record is None:
-            record = self._check(optimizer, Unscale.FUSED, norm=True)
+        record = self._pending.current(optimizer) or self._check(optimizer, Unscale.FUSED, norm=True)
         if record.unscale is not Unscale.FUSED:
-            held = [p for group in optimizer.param_groups for p in group["params"]]
-            return torch.nn.utils.clip_grad_norm_(held, max_norm)
+            return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
         return record.clip(float(max_norm), host_decides)
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -280,32 +278,32 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return self._step_with_closure(optimizer, args, kwargs)
         samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
-        lost_updates = self._runner.take_lost_updates(optimizer)
         record = self._pending.current(optimizer)
         if record is None:
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
             record = self._check(optimizer, Unscale.NONE if self.no_scaling else fused)
         elif record.state is StepState.STEPPED:
             raise ScalerError("step() was already called on this optimizer since the last update(): call update().")
-        record.extras.update(lost_updates)
+        record.extras.update(self._runner.take_lost_updates(optimizer))
         begins = self.master_weights is not None and 1 <= self.decided_steps <= 3
         seed = self.decided_steps if samples or begins else None
-        run = functools.partial(self._runner.run, optimizer, record, args, kwargs, sample_seed=seed)
+        stock_step = functools.partial(optimizer.step, *args, **kwargs)
+        run = functools.partial(self._runner.run, optimizer, record, stock_step, sample_seed=seed)
         attempt, result, outcome = self.decided_steps + 1, None, None
-        self._pending.begin_step(record)
+        record.state = StepState.STEPPED
         try:
             if defers:
-                deferred = PendingOutcome(attempt, record, optimizer)
+                deferred = PendingOutcome(attempt, record, optimizer, PendingTransfer(record.figures()))
                 result = run(on_device=True)
                 self._deferred.append(deferred)
             else:
                 outcome = record.to_host(attempt)  # the one GPU-CPU sync
                 if outcome.applied:
                     result = run()
-                else:
-                    self._runner.end_skipped(optimizer)
+                elif self.master_weights is not None:
+                    self.master_weights.downcast_gradients(optimizer)
         except BaseException:  # such as an optimizer without memory for its state
-            self._pending.abort_step(record)
+            record.state = StepState.LEFT_OVER  # nothing was applied, and the next backward can follow
             raise
         self._pending.close(optimizer, record)
         self.decided_steps = attempt
@@ -319,7 +317,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         The first that gives a non-finite loss or gradient ends the step, which is skipped: parameters are what they were
         before it, and optimizer state that has followed them since begins anew.
         """
-        held = [p for group in optimizer.param_groups for p in group["params"]]
+        held: list[Tensor] = list(held_by(optimizer))
         before = [p.detach().clone() for p in held]
         records: list[GradientStep] = []  # of the first call, and of the newest
 
@@ -351,7 +349,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             if len(records) > 1:
                 optimizer.state.clear()
             records[0] = records[-1]
-        self._pending.begin_step(records[-1])
+        records[-1].state = StepState.STEPPED
         self._pending.close(optimizer, records[-1])
         self.decided_steps += 1
         self._count(cast(StepOutcome, records[0].outcome), optimizer)
@@ -387,10 +385,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     def flush(self) -> None:
         """Waits for outcomes that are still on the device and delivers them; nothing to do unless steps are deferred."""
-        while self._deferred:
-            deferred = self._deferred.popleft()
-            self._count(deferred.outcome(), deferred.optimizer)
-        self._deliver()
+        self._deliver(waits=True)
 
     def _defers(self, optimizer: torch.optim.Optimizer) -> bool:
         return self.config.scaling_strategy.defers and is_fused(optimizer)
@@ -403,17 +398,19 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self.master_weights.follows_data = True
         self._undelivered.append((outcome, optimizer))
 
-    def _deliver(self) -> None:
-        """Hands every outcome that is known to the observers; asks for deferred ones, but never waits for them.
+    def _deliver(self, waits: bool = False) -> None:
+        """Hands every outcome that is known to the observers; asks for deferred ones, but waits for them only as told.
 
         Among several ranks it does wait for the one of the step before: observers may exchange what they find, so all
         ranks must come to it at the same step.
         """
-        while self._deferred and self._deferred[0].age(self.decided_steps) >= 1:
-            if not (self.ranks_agree or self._deferred[0].ready()):
+        while self._deferred:
+            oldest = self._deferred[0]
+            is_due = oldest.attempt < self.decided_steps and (self.ranks_agree or oldest.transfer.ready())
+            if not (waits or is_due):
                 break
-            deferred = self._deferred.popleft()
-            self._count(deferred.outcome(), deferred.optimizer)
+            self._deferred.popleft()
+            self._count(oldest.outcome(), oldest.optimizer)
         delivered, self._undelivered = self._undelivered, []
         for outcome, optimizer in delivered:
             for observer in self.observers:
@@ -429,8 +426,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 )
             self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
         monitors = self.config.enable_monitoring
-        wanted = monitors or self._policy.needs_underflow
-        samples = wanted and not self.no_scaling and self._is_interval()
+        samples = (monitors or self._policy.needs_underflow) and not self.no_scaling and self._is_interval()
         request = StatisticsRequest(
             norm=norm or (monitors and not self.no_scaling),
             amax=self._policy.needs_amax or samples or self._defers(optimizer),
@@ -439,7 +435,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             not_sampled=self.not_sampled() if samples else (),
         )
         if self.master_weights is not None:
-            self._runner.prepare_gradients(optimizer)
+            self.master_weights.upcast_gradients(optimizer)
         record = self._pending.check(optimizer, self._state.scale, unscale, request)
         for hook in self.step_hooks:
             record.extras.update(hook(record, optimizer))
@@ -639,11 +635,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     @_scale.setter
     def _scale(self, value: Tensor | None) -> None:
-        if value is None:
-            return
-        if self._state is None:
-            self._lazy_init_scale_growth_tracker(value.device)
-        self.set_scale(value)
+        if value is not None:
+            if self._state is None:
+                self._lazy_init_scale_growth_tracker(value.device)
+            self.set_scale(value)
 
     @property
     def _growth_tracker(self) -> Tensor | None:

@@ -12,7 +12,6 @@ import torch
 
 from hf_amp.config import Allowed, MixedPrecisionConfig, is_real, safe_repr
 from hf_amp.errors import ConfigError, StateError
-from hf_amp.scaling.policies import ScaleState
 from hf_amp.serialization import parse
 from hf_amp.statistics import to_host
 
@@ -58,9 +57,10 @@ def from_state_dict(
         StateError: it is no scaler's state, a newer version wrote it, or a number in it is not usable.
     """
     if not isinstance(saved, Mapping) or "scale" not in saved:
+        keys = f"a mapping with the keys {', '.join(map(str, saved)) or '(none)'}" if isinstance(saved, Mapping) else ""
         raise StateError(
             "not a gradient scaler's state: expected what state_dict() of torch.amp.GradScaler or AdvancedGradScaler "
-            f"gives, got {_shown(saved)}. A disabled scaler saves an empty one; start without loading it."
+            f"gives, got {keys or type(saved).__name__}. A disabled scaler saves an empty one; start without loading it."
         )
     stock: _Stock = parse(_Stock, saved, "the scaler state")
     if stock.hf_amp.version > _VERSION:
@@ -123,19 +123,13 @@ def upgraded(progress: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in progress.items() if name != "companions"}, "stateful": renamed}
 
 
-def state_to_host(state: ScaleState) -> dict[str, float]:
+def state_to_host(state: Any) -> dict[str, float]:
     """A policy state's fields as numbers. One GPU-CPU sync."""
     return to_host(state._asdict())
 
 
-def restored(state: ScaleState, fields: Mapping[str, float]) -> Any:
+def restored(state: Any, fields: Mapping[str, float]) -> Any:
     """`state` with those of its fields replaced that `fields` names; dtype and device stay."""
     return state._replace(
         **{name: torch.full_like(tensor, fields[name]) for name, tensor in state._asdict().items() if name in fields}
     )
-
-
-def _shown(saved: Any) -> str:
-    if isinstance(saved, Mapping):
-        return "a mapping with the keys " + (", ".join(map(str, saved)) or "(none)")
-    return type(saved).__name__

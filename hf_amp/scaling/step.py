@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from hf_amp.statistics import (
     collect,
     count_non_finite,
     exact_norm,
+    held_by,
     is_distributed,
     norm_and_amax,
     reciprocal,
@@ -53,7 +54,7 @@ class Unscale(enum.Enum):
 
 
 class StepState(enum.Enum):
-    """How far a `GradientStep` has come. `PendingSteps` alone changes it."""
+    """How far a `GradientStep` has come."""
 
     CHECKED = "checked"
     """Its optimizer has not stepped, and no update has seen it."""
@@ -138,16 +139,9 @@ class GradientStep:
 
     def figures(self) -> dict[str, Tensor]:
         """What the host wants to know, by name."""
-        named = {
-            "found_inf": self.found_inf,
-            "scale": self.scale,
-            "loss_non_finite": self.loss_non_finite,
-            "norm": self.norm,
-            "amax": self.amax,
-            "underflow_fraction": self.underflow_fraction,
-        }
+        names = ("found_inf", "scale", "loss_non_finite", "norm", "amax", "underflow_fraction")
         extras = {EXTRA + name: value for name, value in self.extras.items()}
-        return {**{name: value for name, value in named.items() if value is not None}, **extras}
+        return {**{name: value for name in names if (value := getattr(self, name)) is not None}, **extras}
 
     def to_host(self, attempt: int) -> StepOutcome:
         """What is to become of the step. One GPU-CPU sync; more where it overflowed, to look closer."""
@@ -256,26 +250,17 @@ class GradientStep:
             self.clip(self.max_norm, host_decides=True)
 
 
-class PendingOutcome:
+class PendingOutcome(NamedTuple):
     """The outcome of a step whose optimizer decides on the device, on its way to the host."""
 
-    def __init__(self, attempt: int, record: GradientStep, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self._attempt = attempt
-        self._record = record
-        self._transfer = PendingTransfer(record.figures())
-
-    def age(self, attempts: int) -> int:
-        """Steps decided since."""
-        return attempts - self._attempt
-
-    def ready(self) -> bool:
-        """Whether `outcome` would not wait for the device."""
-        return self._transfer.ready()
+    attempt: int
+    record: GradientStep
+    optimizer: torch.optim.Optimizer
+    transfer: PendingTransfer
 
     def outcome(self) -> StepOutcome:
-        """The outcome; waits for the device where `ready` is False. What was not finite has not been counted."""
-        return self._record.outcome_from(self._attempt, self._transfer.result(), None)
+        """The outcome; waits for the device where it has not arrived. What was not finite has not been counted."""
+        return self.record.outcome_from(self.attempt, self.transfer.result(), None)
 
 
 def check(
@@ -295,7 +280,8 @@ def check(
     Raises:
         ScalerError: they are to be divided and one is FP16: that would round away what scaling has saved.
     """
-    sharded = _is_sharded(optimizer)
+    kinds = {type(p.grad) for group in optimizer.param_groups for p in group["params"]}
+    sharded = any(hasattr(kind, "to_local") for kind in kinds)
     if sharded and unscale is Unscale.FUSED:
         unscale = Unscale.IN_PLACE
     gradients = collect(optimizer)
@@ -386,17 +372,11 @@ def refuse_fp16(gradients: list[Tensor]) -> None:
         )
 
 
-def _is_sharded(optimizer: torch.optim.Optimizer) -> bool:
-    kinds = {type(parameter.grad) for group in optimizer.param_groups for parameter in group["params"]}
-    return any(hasattr(kind, "to_local") for kind in kinds)
-
-
 def _agreed(*values: Tensor | None) -> list[Tensor | None]:
     """The largest over all ranks of each; None stays, which all ranks have in the same places."""
-    known = [value for value in values if value is not None]
     if not is_distributed():
         return list(values)
-    agreed = iter(all_reduce_max(*known))
+    agreed = iter(all_reduce_max(*(value for value in values if value is not None)))
     return [None if value is None else next(agreed) for value in values]
 
 
@@ -521,7 +501,10 @@ class PendingSteps:
         self.backwards += 1
         former, several = self.scale, len(self._known) > 1
         if several and former is not None and next_scale is not None and next_scale is not former:
-            self._rescale(next_scale * reciprocal(former))
+            factor = next_scale * reciprocal(former)  # exact, between powers of two
+            for known, optimizer in self._alive():
+                if known.record is None:
+                    multiply_(_added_to(collect(optimizer), known.applied), factor)
 
     def _are_discarded(self) -> bool:
         """Whether gradients of the losses so far were set to None without a step. No GPU-CPU sync."""
@@ -529,7 +512,7 @@ class PendingSteps:
             return False
         known = list(self._alive())
         stepped = (each.record is not None and each.record.state is StepState.STEPPED for each, _ in known)
-        held = (p.grad is not None for _, it in known for group in it.param_groups for p in group["params"])
+        held = (p.grad is not None for _, it in known for p in held_by(it))
         return bool(known) and not any(held) and not any(stepped)
 
     def note_loss(self, loss: Tensor, scale: Tensor) -> None:
@@ -542,10 +525,10 @@ class PendingSteps:
     ) -> GradientStep:
         """Opens a record of `optimizer`'s gradients, which are new.
 
-        Losses and scale are those of the newest backward passes, which may have been other optimizers' too; where its caller
-        scales by hand, there are no losses, and the scale is `scale`, the present one.
+        Losses and scale are those of the newest backward passes, which may have been other optimizers' too. Where none has
+        begun since its last step, its caller multiplies by `get_scale()`: there are no losses, and `scale` is the present one.
         """
-        by_hand = self.is_scaled_by_hand(optimizer)
+        by_hand = self._of(optimizer).closed_after == self.backwards
         losses = SeenLosses() if by_hand else self.losses
         record = check(
             optimizer,
@@ -583,14 +566,6 @@ class PendingSteps:
             "left out, clear its gradients with zero_grad()."
         )
 
-    def begin_step(self, record: GradientStep) -> None:
-        """`record`'s step is being decided."""
-        record.state = StepState.STEPPED
-
-    def abort_step(self, record: GradientStep) -> None:
-        """The optimizer has raised: nothing was applied, and the next backward can follow."""
-        record.state = StepState.LEFT_OVER
-
     def close(self, optimizer: torch.optim.Optimizer, record: GradientStep) -> None:
         """`record`'s step is over, applied or not: until something is added to its gradients, they do not wait."""
         several = len(self._known) > 1
@@ -609,9 +584,9 @@ class PendingSteps:
 
     def leave_over(self) -> None:
         """Gradients that wait for their step are from before a state that was loaded."""
-        for known in self._known.values():
-            if known.record is not None and known.record.state is StepState.CHECKED:
-                known.record.state = StepState.LEFT_OVER
+        for record in self.unobserved().values():
+            if record.state is StepState.CHECKED:
+                record.state = StepState.LEFT_OVER
 
     def end_update(self) -> None:
         """All records have been seen, and those whose step is over are forgotten."""
@@ -619,13 +594,8 @@ class PendingSteps:
         for known in self._known.values():
             if known.record is not None and known.record.state is StepState.STEPPED:
                 known.record = None
-            elif known.record is not None:
-                known.record.state = StepState.LEFT_OVER
-                self.losses.ended = False
-
-    def is_scaled_by_hand(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether no backward has begun here since `optimizer`'s last step: its caller multiplies by `get_scale()`."""
-        return self._of(optimizer).closed_after == self.backwards
+            self.losses.ended &= known.record is None
+        self.leave_over()
 
     def is_waiting(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a backward has begun since `optimizer`'s last step, and none of its steps is running."""
@@ -658,12 +628,6 @@ class PendingSteps:
         for known in list(self._known.values()):
             if (optimizer := known.optimizer()) is not None:
                 yield known, optimizer
-
-    def _rescale(self, factor: Tensor) -> None:
-        """Multiplies all gradients that wait and are scaled: exactly, between powers of two."""
-        for known, optimizer in self._alive():
-            if known.record is None:
-                multiply_(_added_to(collect(optimizer), known.applied), factor)
 
 
 def _is_untouched(record: GradientStep, optimizer: torch.optim.Optimizer) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.errors import AttachError, BatchError
-from hf_amp.statistics import to_device
+from hf_amp.statistics import held_by, to_device
 from hf_amp.tree import copy_containers, replace_tensors, tensors_in
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -167,7 +167,7 @@ def check_belongs_together(model: Any, optimizer: Any, accelerated: bool) -> Non
             else "the optimizer was not prepared by the Accelerator: pass it through accelerator.prepare() first."
         )
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = list(held_by(optimizer))
     if not any(id(parameter) in trainable for parameter in held):
         raise AttachError(
             f"the optimizer holds {len(held)} parameters, and none is among the {len(trainable)} trainable ones of this "

@@ -18,7 +18,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, BatchError, StateError
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.serialization import load_file, parse
-from hf_amp.statistics import to_host, vector_to_host
+from hf_amp.statistics import to_host, to_host_list
 from hf_amp.training.batch import LossFunction, check_is_model, samples_in
 from hf_amp.training.trainers import (
     DynamicMixedPrecisionTrainer,
@@ -55,7 +55,7 @@ class EpochLosses:
 
     def figures(self) -> dict[str, Any]:
         """Losses, mean over the finite ones by samples, counts and speed. One GPU-CPU sync."""
-        losses = vector_to_host(torch.cat(self._losses))
+        losses = to_host_list(self._losses)
         seconds = time.perf_counter() - self._started
         pairs = zip(losses, self._samples, strict=True)
         finite = [(loss, samples) for loss, samples in pairs if math.isfinite(loss)]

@@ -24,6 +24,7 @@ from hf_amp.monitoring.throughput import PerformanceTracker
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession, unwrapped
+from hf_amp.statistics import held_by
 from hf_amp.training.batch import LossFunction, batch_to_device, check_belongs_together, compute_loss, samples_in
 
 
@@ -109,8 +110,7 @@ class Stepping:
         if self._fuses_clipping:
             return scaler.clip_grad_norm_(optimizer, max_norm)
         scaler.unscale_(optimizer)
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        return nn.utils.clip_grad_norm_(held, max_norm)
+        return nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Applies the gradients, or skips them, and chooses the next scale."""

@@ -50,9 +50,9 @@ def test_the_rank_with_the_fault_says_what_failed(ranks: list[dict[str, Any]]) -
     ("fault", "advice"),
     [
         ("activation", "a forward value left the range of FP16 (±65504) in first"),
-        ("NaN batch", "the batch there holds inf or NaN"),
-        ("labels", "the labels there"),
-        ("division", "the model computes inf or NaN from finite values there, in FP32 too"),
+        ("NaN batch", "the batch held non-finite values"),
+        ("labels", "Look at the labels"),
+        ("division", "the model computed non-finite values in FP32 too"),
     ],
 )
 def test_the_rank_without_the_fault_blames_nothing_of_its_own(
