@@ -104,6 +104,8 @@ class OperatorTrace(TorchFunctionMode):
             self._is_inside = False
 
     def _examined(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch.autograd.grad:
+            return self._inner_gradient(args, kwargs)
         name, given = func.__name__, (args, kwargs)
         writes = (name.endswith("_") and not name.startswith("__")) or name in _WRITES
         if writes and not torch.is_grad_enabled():
@@ -124,6 +126,20 @@ class OperatorTrace(TorchFunctionMode):
         left_range = any(bool((y.isfinite() & ~x.isfinite()).any()) for x, y in pairs if x.shape == y.shape)
         self._note(name, given, result, exact if left_range else None)
         return exact if left_range and not writes else result
+
+    def _inner_gradient(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A gradient that forward asks for: its first derivative that is not finite; it leaves the format if a tiny start cures it."""
+        self.watch_backward(args[0])
+        kwargs = {**kwargs, "retain_graph": True}
+        result = torch.autograd.grad(*args, **kwargs)
+        if (bad := self.in_backward) is not None:
+            starts = kwargs["grad_outputs"]
+            starts = tuple(map(torch.ones_like, args[0])) if starts is None else starts
+            kwargs["grad_outputs"] = map_tensors(lambda g: g * 2.0**-24, starts)
+            left_range = all(map(_is_finite, _floats(torch.autograd.grad(*args, **kwargs))))
+            self.found.setdefault(bad.module, bad._replace(left_range=left_range))
+            self.in_backward = None
+        return result
 
     def _note(self, name: str, given: Any, result: Any, exact: Any) -> None:
         """`exact` is FP32's result where that is finite. Of a -inf that is no mask, what made it of finite values is to blame."""

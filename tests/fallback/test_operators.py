@@ -245,6 +245,40 @@ def test_a_model_that_differentiates_in_forward_is_examined() -> None:
     assert list(loop.session.plan.modules) == ["after"]
 
 
+class AngularForces(nn.Module):
+    """The force of an angle between unit vectors, which is not defined at 0, as rounding makes it; or of a steep energy."""
+
+    def __init__(self, is_steep: bool) -> None:
+        super().__init__()
+        self.frame, self.out = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
+        self.is_steep = is_steep
+        with torch.no_grad():
+            nn.init.eye_(self.frame.weight).mul_(3e3 if is_steep else 1.0)
+
+    def forward(self, u: Tensor) -> Tensor:
+        u = u.detach().requires_grad_()
+        energy = self.frame(u * 1e-3) * 1e3 if self.is_steep else torch.acos(self.frame(u).float())
+        (force,) = torch.autograd.grad(energy.sum(), u, None if self.is_steep else torch.tensor(2.0), create_graph=True)
+        return self.out(force)
+
+
+@for_each(
+    ("is_steep", "cause", "derivative"),
+    [
+        (False, Cause.ROUNDING, "AcosBackward0, the derivative of acos"),
+        (True, Cause.ACTIVATION, "the derivative of linear"),
+    ],
+)
+def test_a_derivative_that_forward_takes_gives_its_operator(is_steep: bool, cause: Cause, derivative: str) -> None:
+    """Rounding is told from overflow there too, although no output of a module shows either."""
+    loop = Loop(AngularForces(is_steep), "fp16", init_scale=1.0)
+    for _ in range(3):
+        loop.step({"u": torch.eye(3) * (1 - 1e-5)}, loss_of=square)
+    assert [skip.cause for skip in loop.skips] == [cause]
+    assert f"{derivative} at test_operators.py:" in loop.skips[0].message
+    assert loop.session.plan.default is PrecisionMode.FP32
+
+
 class Draws(nn.Module):
     """A policy: torch checks the probabilities that it draws from, and raises."""
 
