@@ -278,13 +278,14 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return self._step_with_closure(optimizer, args, kwargs)
         samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
+        lost = self._runner.take_lost_updates(optimizer)
         record = self._pending.current(optimizer)
         if record is None:
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
             record = self._check(optimizer, Unscale.NONE if self.no_scaling else fused)
         elif record.state is StepState.STEPPED:
             raise ScalerError("step() was already called on this optimizer since the last update(): call update().")
-        record.extras.update(self._runner.take_lost_updates(optimizer))
+        record.extras.update(lost)
         begins = self.master_weights is not None and 1 <= self.decided_steps <= 3
         seed = self.decided_steps if samples or begins else None
         stock_step = functools.partial(optimizer.step, *args, **kwargs)
