@@ -97,7 +97,7 @@ class AmpSession(EventRecorder):
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
         self._fallback.recorder.on_error = self._explain_error
-        self._at_floor = self._loss_is_lost = False
+        self._at_floor = self._loss_is_lost = self._was_skipped = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
         # parameters of no known optimizer, and their versions
@@ -177,7 +177,7 @@ class AmpSession(EventRecorder):
     def metrics(self) -> dict[str, float]:
         """The catalogue's names and their newest values; see `monitoring/metrics.py`. No GPU-CPU sync. From any thread."""
         with self.lock:
-            peak = peak_bytes(self._fallback.runner.devices())
+            peak = peak_bytes(self._devices)
             memory = {} if peak is None else {"memory_bytes": float(peak)}
             return {**self.monitor.metrics(), **self.throughput.metrics(), **memory}
 
@@ -210,7 +210,7 @@ class AmpSession(EventRecorder):
                 self._modules.take(id(optimizer), outcome.extras)
             if outcome.applied:
                 self.monitor.after_step(outcome)
-                self._at_floor = False
+                self._at_floor = self._was_skipped = False
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
@@ -254,7 +254,12 @@ class AmpSession(EventRecorder):
         restored = self._fallback.recorder.restore_buffers(outcome.attempt)
         finding = self._find_cause(outcome, optimizer)
         diagnosis, cause = finding.diagnosis, finding.diagnosis.cause
-        if finding.change or diagnosis.already_fixed or (diagnosis.confirmed and not cause.facts.moves_scale):
+        # A loss may be the scale's trace, as after an adversarial step by scaled gradients. Then the next step shows it too.
+        is_trace = cause.facts.moves_scale or not (
+            diagnosis.confirmed or (cause is Cause.LOSS and not self._was_skipped)
+        )
+        self._was_skipped = True
+        if finding.change or diagnosis.already_fixed or not is_trace:
             self.scaler.forget_step(outcome)  # the scale was not to blame
         next_scale = self.scaler.get_scale()
         self.monitor.after_step(outcome, cause, next_scale)
@@ -405,6 +410,7 @@ class AmpSession(EventRecorder):
         """A model has come, or the plan has changed: what share of the parameters runs in which format."""
         sizes = ((name, p.numel()) for name, p in self._fallback.runner.named_parameters())
         self.monitor.record_formats(self.plan.format_shares(sizes))
+        self._devices = self._fallback.runner.devices()
 
     def non_finite_parameters(self, on_any_rank: bool = False, saved_buffers: bool = False) -> list[str]:
         """Qualified names of the parameters of registered models that hold non-finite values. One GPU-CPU sync.
@@ -416,13 +422,13 @@ class AmpSession(EventRecorder):
         """
         runner = self._fallback.runner
         here = non_finite_names(runner.named_parameters())
-        names = [name for name, _ in runner.named_parameters()]
         for model in runner.models() if saved_buffers else ():
             bad = self._fallback.recorder.non_finite_buffers(model)
             here += [joined(runner.name_of(model), name) for name in bad if name in model.state_dict()]
-            names += [joined(runner.name_of(model), name) for name, _ in model.named_buffers()]
         if not (on_any_rank and self.scaler.ranks_agree and is_distributed()):
             return here
+        names = [name for name, _ in runner.named_parameters()]
+        names += [joined(runner.name_of(model), name) for model in runner.models() for name, _ in model.named_buffers()]
         flags = torch.tensor([float(name in here) for name in names], device=runner.device)
         found = all_reduce_max_to_host(flags)
         return [name for name, flag in zip(names, found, strict=True) if flag]

@@ -78,12 +78,26 @@ def replace_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def copy_containers(value: Any) -> Any:
+def copy_containers(value: Any, depth: int = 0) -> Any:
     """`value` in tuples, lists and mappings of its own, which what others add to theirs does not reach.
 
-    Tensors, dataclasses, and objects of which nothing is known, are shared.
+    Tensors are shared; so are dataclasses and other objects, such as caches, but where `depth` says how many of them deep
+    they are copied too.
     """
-    return map_tensors(lambda x: x, value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(copy_containers(item, depth) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(copy_containers(item, depth) for item in value)
+    if isinstance(value, (dict, UserDict)):
+        own = copy.copy(value)
+        for key, item in value.items():
+            own[key] = copy_containers(item, depth)
+        return own
+    if not depth or isinstance(value, Tensor) or not hasattr(value, "__dict__") or callable(value):
+        return value
+    own = copy.copy(value)
+    vars(own).update({name: copy_containers(item, depth - 1) for name, item in vars(value).items()})
+    return own
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:

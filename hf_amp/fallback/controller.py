@@ -383,7 +383,7 @@ class FallbackController:
         """
         self.newest_change = None
         if self.recorder.gradient_hooks:
-            self.recorder.keep_output_gradients(False)
+            self.recorder.after_applied()
         tuner = self._autotuner
         if tuner is None or tuner.running is None:
             return self._decide(StepFacts())

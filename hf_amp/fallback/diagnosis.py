@@ -299,7 +299,8 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 
 SCALE_SKIPS_BEFORE_A_DOUBT = 3
-"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept to repeat the next."""
+"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept whatever their size."""
+_OUTSIDE = "Not confirmed: backward could not be repeated, as the loss is made outside of the model; the next such step can be."
 _POWERS = range(1, 25)
 """Scales of 2^-n that are tried, down to FP16's smallest value."""
 _IN_AUTOCAST = (
@@ -386,7 +387,7 @@ class Diagnoser:
         """Whether the gradients of `step`, which were all 0, are not in FP32: costs a step without its optimizer."""
         forwards = self._recorder.forwards_of(step) if self.repeats_forwards else []
         repeated = [replay_backward(each, self._runner.current, 1.0, scale, in_fp32=True) for each in forwards]
-        return any(each is not None and each.moved for each in repeated)
+        return any(each is not None and each.moved and not each.is_probe for each in repeated)
 
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         try:
@@ -448,7 +449,9 @@ class Diagnoser:
 
     def _in_buffers(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
         """The diagnosis of buffers without whose NaN or inf forward, which is not finite, would be; None where it would not."""
-        by_model = {forward.model: self._recorder.non_finite_buffers(forward.model) for forward in forwards}
+        by_model = {
+            forward.model: self._recorder.non_finite_buffers(forward.model, suspects=True) for forward in forwards
+        }
         names = [joined(self._runner.name_of(model), name) for model, bad in by_model.items() for name in bad]
         replays = (replay(forward, self._runner.current, by_model[forward.model]) for forward in forwards)
         if not names or any(it.error or it.overflowing or it.first_non_finite is not None for it in replays):
@@ -498,15 +501,12 @@ class Diagnoser:
         current, tried = self._runner.current, bool(forwards)
         for forward in forwards:
             bad = replay_backward(forward, current, 1.0, skip.scale)
-            tried &= bad is not None
+            tried &= bad is not None and not bad.is_probe
             if not (bad and bad.parameters):
                 continue
             found = diagnose(True, [forward], self._runner)
-            if found.cause in (
-                Cause.ACTIVATION,
-                Cause.ROUNDING,
-            ):  # an infinite activation, which a function that saturates has hidden
-                return found
+            if found.cause in (Cause.ACTIVATION, Cause.ROUNDING):
+                return found  # an infinite activation, which a function that saturates has hidden
             outside = [path for path, g in (forward.output_gradients or {}).items() if non_finite_tensors(g)]
             if outside:
                 return Diagnosis(
@@ -518,9 +518,11 @@ class Diagnoser:
             if in_fp32 is None or in_fp32.parameters:
                 return self._derivative(forward, in_fp32 or bad)
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
-        if not tried and forwards and (scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1):
-            self._recorder.keep_output_gradients(True)
-        return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
+        if tried or not forwards:
+            return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
+        in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
+        self._recorder.keep_output_gradients(True, large=in_doubt)
+        return Diagnosis(Cause.SCALE, f"{SCALE_WILL_FIX_IT} {_OUTSIDE}", confirmed=False)
 
     def _too_large_a_loss(
         self, skip: SkippedStep, forward: RecordedForward, in_fp32: BackwardFindings

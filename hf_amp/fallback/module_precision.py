@@ -98,11 +98,11 @@ class ForwardContext:
     def suspended(cls) -> Iterator[None]:
         """Inside of it, forward passes of this thread enter no context: they run in what is around them."""
         of_thread = cls._all_of_thread.__dict__
-        of_thread["is_suspended"] = True
+        former, of_thread["is_suspended"] = of_thread.get("is_suspended", False), True
         try:
             yield
         finally:
-            of_thread["is_suspended"] = False
+            of_thread["is_suspended"] = former
 
     @classmethod
     def _entered(cls) -> list[ForwardContext]:

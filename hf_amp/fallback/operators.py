@@ -62,6 +62,7 @@ class OperatorTrace(TorchFunctionMode):
         self._modules = [""]
         self._is_inside = False
         self._thread = threading.get_ident()
+        self._watched: set[Any] = set()
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -74,7 +75,8 @@ class OperatorTrace(TorchFunctionMode):
             if name:  # the model's own may be what torch goes through now, while it handles what forward has raised
                 handles.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))
         try:
-            yield
+            with self:
+                yield
         finally:
             while len(self._modules) > 1:
                 self._leave_module(model, (), None)
@@ -93,7 +95,7 @@ class OperatorTrace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if self._is_inside or getattr(func, "__name__", "__get__") in ("__get__", "detach", "requires_grad_"):
+        if self._is_inside or getattr(func, "__name__", "__get__") in _NOT_EXAMINED:
             return func(*args, **kwargs)
         self._is_inside = True
         try:
@@ -102,6 +104,8 @@ class OperatorTrace(TorchFunctionMode):
             self._is_inside = False
 
     def _examined(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch.autograd.grad:
+            return self._inner_gradient(args, kwargs)
         name, given = func.__name__, (args, kwargs)
         writes = (name.endswith("_") and not name.startswith("__")) or name in _WRITES
         if writes and not torch.is_grad_enabled():
@@ -111,6 +115,8 @@ class OperatorTrace(TorchFunctionMode):
             if x.grad_fn is not None:
                 at = (self._modules[-1], name, _source_line(), given)
                 cast(Any, x.grad_fn).metadata.setdefault(self, at)
+                if self._watched:  # backward recomputes what was checkpointed
+                    self.watch_backward([x])
         if all(map(_is_finite, _floats(result))) or _is_told_to(given) or _spoilt(given):
             return result
         with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
@@ -120,6 +126,20 @@ class OperatorTrace(TorchFunctionMode):
         left_range = any(bool((y.isfinite() & ~x.isfinite()).any()) for x, y in pairs if x.shape == y.shape)
         self._note(name, given, result, exact if left_range else None)
         return exact if left_range and not writes else result
+
+    def _inner_gradient(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A gradient that forward asks for: its first derivative that is not finite; it leaves the format if a tiny start cures it."""
+        self.watch_backward(args[0])
+        kwargs = {**kwargs, "retain_graph": True}
+        result = torch.autograd.grad(*args, **kwargs)
+        if (bad := self.in_backward) is not None:
+            starts = kwargs["grad_outputs"]
+            starts = tuple(map(torch.ones_like, args[0])) if starts is None else starts
+            kwargs["grad_outputs"] = map_tensors(lambda g: g * 2.0**-24, starts)
+            left_range = all(map(_is_finite, _floats(torch.autograd.grad(*args, **kwargs))))
+            self.found.setdefault(bad.module, bad._replace(left_range=left_range))
+            self.in_backward = None
+        return result
 
     def _note(self, name: str, given: Any, result: Any, exact: Any) -> None:
         """`exact` is FP32's result where that is finite. Of a -inf that is no mask, what made it of finite values is to blame."""
@@ -139,16 +159,10 @@ class OperatorTrace(TorchFunctionMode):
 
     def watch_backward(self, ends: Any) -> None:
         """Looks at every node of the graph behind `ends` as backward runs it."""
-        queue: list[tuple[Any, Any]] = [(x.grad_fn, None) for x in ends]
-        seen = set()
-        while queue:
-            node, of_operator = queue.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            of_operator = node.metadata.get(self, of_operator)  # several nodes may make one operator
-            node.register_hook(functools.partial(self._after_node, node.name(), of_operator))
-            queue += [(behind, of_operator) for behind, _ in node.next_functions]
+        for node, of_operator in graph_of(ends, self):
+            if node not in self._watched:
+                self._watched.add(node)
+                node.register_hook(functools.partial(self._after_node, node.name(), of_operator))
 
     def _after_node(self, node: str, of_operator: Any, gradients: tuple[Any, ...], given: tuple[Any, ...]) -> None:
         if self.in_backward is not None or all(_is_finite(g) for g in _floats(gradients)):
@@ -158,6 +172,20 @@ class OperatorTrace(TorchFunctionMode):
             self.in_backward = BadOperator(module, f"{node}, the derivative of {_described(name, line, inputs)}")
 
 
+def graph_of(ends: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Every node of the graph behind the tensors `ends`, with its metadata of that key, or those of the node before it."""
+    queue: list[tuple[Any, Any]] = [(x.grad_fn, None) for x in ends]
+    seen = set()
+    while queue:
+        node, data = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            data = node.metadata.get(key, data)  # several nodes may make one operator
+            yield node, data
+            queue += [(behind, data) for behind, _ in node.next_functions]
+
+
+_NOT_EXAMINED = ("__get__", "detach", "requires_grad_", "grad", "backward")  # the last run operators of their own
 _WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 _OTHERS = tuple(str(Path(at).parent) for at in (torch.__file__, str(Path(__file__).parent)))
 

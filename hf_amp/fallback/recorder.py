@@ -99,15 +99,22 @@ class ModelBuffers:
                 module._buffers[at.name] = now.copy_(old) if tensor() is now and now.shape == old.shape else old.clone()
         return list(dict.fromkeys(lost))
 
-    def non_finite(self) -> list[str]:
+    def non_finite(self, suspects: bool = False) -> list[str]:
         """Paths of those with NaN or inf that were finite at the first step or have been written since. One GPU-CPU sync.
 
-        Not of constants that hold it by design; -inf may be a mask.
+        Not of constants that hold it by design; -inf may be a mask. With `suspects` those too that may be bad all the same:
+        NaN or inf that was there from the start, and -inf that was not.
         """
         now = [(at.path, x, self._at_start[at.path][2]) for at, x in self._now() if at.path in self._at_start]
-        found = to_host_list(flag for _, x, was in now for flag in ((x.isnan() | x.isposinf()).any(), was))
-        rows = zip(now, found[::2], found[1::2], strict=True)
-        return [path for (path, x, _), bad, was in rows if bad and (was or self._is_written(path, x))]
+        found = to_host_list(
+            f for _, x, was in now for f in ((x.isnan() | x.isposinf()).any(), (~x.isfinite()).any(), was)
+        )
+        rows = zip(now, found[::3], found[1::3], found[2::3], strict=True)
+        return [
+            path
+            for (path, x, _), bad, masked, was in rows
+            if (bad and (suspects or was or self._is_written(path, x))) or (suspects and masked and was)
+        ]
 
 
 def _badness(x: Tensor) -> Tensor:
@@ -121,6 +128,10 @@ KEPT_EVALUATIONS = 8
 """The same of models that only evaluate, such as a reference model; few, because a long evaluation also runs them."""
 OBJECTS_DEEP = 3
 """How many objects inside of each other are looked into for tensors of the batch, such as a graph's `data.x`; after a skip only."""
+LARGE_GRADIENTS = 64 * 2**20
+"""Bytes of gradients of one pass's outputs that are kept only where step after step goes wrong, as those of a vocabulary."""
+STEPS_WITH_GRADIENTS = 512
+"""Applied steps after a skip that could not be explained in which outputs' gradients are kept: a bad row comes again."""
 PASSES_TRIED = 3
 """The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
 KEPT_STEPS = 2
@@ -232,6 +243,7 @@ class ForwardRecorder:
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
         self._entry_points: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.gradient_hooks: list[RemovableHandle] = []
+        self._steps_kept, self._keeps_large = 0, False
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
@@ -316,20 +328,29 @@ class ForwardRecorder:
         if now is not None and now.may_leave_out:
             now.graphs.append((self._steps.backwards, loss.grad_fn))
 
-    def keep_output_gradients(self, keep: bool) -> None:
+    def keep_output_gradients(self, keep: bool, large: bool = False) -> None:
         """Whether what the loss gives to outputs is kept from now on, so that backward can be repeated from there.
 
-        For steps that go wrong again and again with a loss that is made outside of the model. Takes as much memory.
+        For steps that go wrong with a loss that is made outside of the model. Takes as much memory: `large` says whether that may
+        be more than 64 MiB a forward pass. Without such a skip it ends after 512 applied steps.
         """
+        self._steps_kept, self._keeps_large = STEPS_WITH_GRADIENTS, large
         while not keep and self.gradient_hooks:
             self.gradient_hooks.pop().remove()
         if keep and not self.gradient_hooks:
             self.gradient_hooks = [entry.register_forward_hook(self._keep_gradients_of) for entry in self._entry_points]
 
+    def after_applied(self) -> None:
+        """A step was applied: nothing goes wrong again and again."""
+        self._steps_kept, self._keeps_large = self._steps_kept - 1, False
+        if not self._steps_kept:
+            self.keep_output_gradients(False)
+
     def _keep_gradients_of(self, entry_point: nn.Module, arguments: Any, output: Any) -> None:
         calls = self._now().calls
-        for path, x in tensors_in(output) if calls else ():
-            if x.requires_grad:
+        found = [(path, x) for path, x in tensors_in(output) if x.requires_grad and calls and not self.is_paused]
+        if self._keeps_large or sum(x.nbytes for _, x in found) <= LARGE_GRADIENTS:
+            for path, x in found:
                 cast(Any, x).register_hook(functools.partial(calls[-1].output_gradients.__setitem__, path))
 
     def forwards_of(self, step: int, left_out: bool = True) -> list[RecordedForward]:
@@ -356,10 +377,10 @@ class ForwardRecorder:
         held = next((its.buffers for its in self._back_from(step) if its.buffers), {})
         return [module for model, copies in held.items() for module in self._buffers[model].put_back(copies)]
 
-    def non_finite_buffers(self, model: nn.Module) -> list[str]:
+    def non_finite_buffers(self, model: nn.Module, suspects: bool = False) -> list[str]:
         """Names in `model` of the buffers that forward writes and that hold NaN or inf by now; see `ModelBuffers.non_finite`."""
         known = self._buffers.get(weakref.ref(model))
-        return [] if known is None else known.non_finite()
+        return [] if known is None else known.non_finite(suspects)
 
     def _back_from(self, step: int) -> list[_OfStep]:
         """Of `step` and the kept steps before it, the newest first."""

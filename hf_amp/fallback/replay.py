@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import in_one_line
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, holds_shards, to_float32
-from hf_amp.fallback.operators import BadOperator, OperatorTrace
+from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
@@ -112,6 +112,10 @@ def _replay_modules(
     return watch.findings
 
 
+TINY_SCALE = 2.0**-24
+"""So small that no gradient of a loss of ordinary size overflows: FP16's smallest value."""
+
+
 class BackwardFindings(NamedTuple):
     """What a repeated backward was seen to do.
 
@@ -119,11 +123,13 @@ class BackwardFindings(NamedTuple):
         parameters: names of those whose gradients are not finite.
         moved: names of those whose gradients are not zero throughout.
         operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
+        is_probe: whether small random numbers stood for what the loss gives to the output.
     """
 
     parameters: list[str]
     moved: frozenset[str]
     operator: BadOperator | None = None
+    is_probe: bool = False
 
 
 def replay_backward(
@@ -137,8 +143,9 @@ def replay_backward(
     """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite.
 
     Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
-    the outputs, if they were kept. None where nothing is known: neither is there, or the repetition failed. Costs one
-    step without its optimizer, and memory for the gradients; nothing of the run changes.
+    the outputs, if they were kept, otherwise from small random numbers at its single output, on which a loss must depend.
+    None where nothing is known: there are several, or the repetition failed. Costs one step without its optimizer, and
+    memory for the gradients; nothing of the run changes.
     `by_operator` looks for the operator as well, with one GPU-CPU sync each.
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
@@ -152,7 +159,8 @@ def replay_backward(
             stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
             with trace.watching(forward.model) if trace else nullcontext():
                 output, _ = _repeat(forward, in_fp32)
-            gradients = _backward(output, named, forward, factor, scale, trace)
+                starts, is_probe = _starts(output, forward, factor, scale)
+                gradients = _backward(starts, [p for _, p in named], trace) if starts else None
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
     if gradients is None:
@@ -160,43 +168,58 @@ def replay_backward(
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
     bad = [name for name, g in known if non_finite_tensors(g)]
     moved = frozenset(name for name, g in known if g.any())
-    return BackwardFindings(bad, moved, trace.in_backward if trace else None)
+    return BackwardFindings(bad, moved, trace.in_backward if trace else None, is_probe)
 
 
 @contextmanager
 def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Hooks on `parameters` do not run inside: what a user's hook makes of a gradient is not the model's doing."""
-    former = [(p, hooks) for p in parameters if (hooks := p._backward_hooks)]
-    for p, _ in former:
-        p._backward_hooks = None
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    former = [(p, kind, hooks) for p in parameters for kind in kinds if (hooks := getattr(p, kind))]
+    for p, kind, _ in former:
+        setattr(p, kind, None)
     try:
         yield
     finally:
-        for p, hooks in former:
-            p._backward_hooks = hooks
+        for p, kind, hooks in former:
+            setattr(p, kind, hooks)
+
+
+def _starts(
+    output: Any, forward: RecordedForward, factor: float, scale: float
+) -> tuple[list[tuple[Tensor, Tensor]], bool]:
+    """(output, its gradient) of those that backward starts from, none where nothing is known; and whether that is a probe."""
+    outputs = {path: x for path, x in float_tensors(output) if x.requires_grad}
+    losses = [(x, torch.full_like(x, factor)) for x in outputs.values() if x.dim() == 0][:1]
+    given = forward.output_gradients or {}
+    if losses or (scale > 1 and any(non_finite_tensors(g) and g.dtype in HALF_DTYPES for g in given.values())):
+        return losses, False  # the latter may be the scale's doing
+    starts = [(x, (given[path] * (factor / scale)).to(x.dtype)) for path, x in outputs.items() if path in given]
+    if starts or len(outputs) != 1:
+        return starts, False
+    return [(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], True
 
 
 def _backward(
-    output: Any,
-    named: Sequence[tuple[str, Tensor]],
-    forward: RecordedForward,
-    factor: float,
-    scale: float,
-    trace: OperatorTrace | None,
-) -> tuple[Tensor | None, ...] | None:
-    outputs = {path: x for path, x in float_tensors(output) if x.requires_grad}
-    starts = [(x, torch.full_like(x, factor)) for x in outputs.values() if x.dim() == 0][:1]
-    if not starts:
-        given = forward.output_gradients or {}
-        if scale > 1 and any(non_finite_tensors(g) and g.dtype in HALF_DTYPES for g in given.values()):
-            return None  # that may be the scale's doing
-        starts = [(x, (given[path] * (factor / scale)).to(x.dtype)) for path, x in outputs.items() if path in given]
-    if not starts:
-        return None
+    starts: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Tensor], trace: OperatorTrace | None
+) -> Sequence[Tensor | None] | None:
     ends, seeds = zip(*starts, strict=True)
     if trace is not None:
         trace.watch_backward(ends)
-    return torch.autograd.grad(ends, [p for _, p in named], seeds, allow_unused=True)
+    if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of(ends)):
+        return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
+    if is_distributed():
+        return None  # what waits for the other ranks hangs on the gradients' accumulation
+    # Reentrant checkpointing refuses `autograd.grad`.
+    former = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+        torch.autograd.backward(ends, seeds)
+        return [p.grad for p in parameters]
+    finally:
+        for p, gradient in zip(parameters, former, strict=True):
+            p.grad = gradient
 
 
 class _Candidate(NamedTuple):
@@ -223,7 +246,7 @@ class _Replay:
 
         def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
             if threading.get_ident() == thread:
-                called_with.append(copy_containers((arguments, options)))
+                called_with.append(copy_containers((arguments, options), OBJECTS_DEEP))
 
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
             if threading.get_ident() != thread:
@@ -298,7 +321,7 @@ def _holds_nan_or_inf(inputs: Any) -> bool:
 
 def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
     """(path, tensor) of the floating-point tensors inside of `value`."""
-    return [(path, x) for path, x in tensors_in(value) if x.is_floating_point()]
+    return [(path, x) for path, x in tensors_in(value, depth=OBJECTS_DEEP) if x.is_floating_point()]
 
 
 def non_finite_tensors(value: Any) -> list[Tensor]:

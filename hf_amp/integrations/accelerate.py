@@ -315,13 +315,13 @@ class AttachedAccelerator:
     ) -> Any:
         """Prepares a model that follows the session's plan. On a CPU this makes "fp16" mean FP16."""
         accelerator = self._accelerator
-        inner = accelerator.unwrap_model(model)
+        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
         if evaluation_mode:
             self._evaluating.add(inner)
         else:
             self._convert_model(inner, fixed=isinstance(model, DistributedDataParallel))
             # before accelerate wraps what the former session has put into `forward`
-            self._session.detach_previous_session(accelerator.unwrap_model(model, keep_torch_compile=False))
+            self._session.detach_previous_session(inner)
         native_amp = accelerator.native_amp
         accelerator.native_amp = native_amp and not self._fp16_on_cpu
         try:
@@ -330,7 +330,7 @@ class AttachedAccelerator:
             accelerator.native_amp = native_amp
         if self._compression is not None:
             _compress(prepared, self._compression, self._session.patches)
-        self._register_model(prepared, is_trained=not evaluation_mode)
+        self._register_model(prepared, inner, is_trained=not evaluation_mode)
         return prepared
 
     def prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -357,16 +357,16 @@ class AttachedAccelerator:
             return
         if self._masters is not None:
             self._session.patches.on_undo(self._release_masters)
+        unwrap = functools.partial(self._accelerator.unwrap_model, keep_torch_compile=False)
         for prepared in prepared_models(self._accelerator):
-            self._register_model(prepared)
+            self._register_model(prepared, unwrap(prepared))
         for optimizer in prepared_optimizers(self._accelerator):
             self._register_optimizer(optimizer.optimizer)
         for model in prepared_models(self._accelerator):
-            self._convert_model(self._accelerator.unwrap_model(model), fixed=self._in_ddp)
+            self._convert_model(unwrap(model), fixed=self._in_ddp)
 
-    def _register_model(self, prepared: nn.Module, is_trained: bool = True) -> None:
+    def _register_model(self, prepared: nn.Module, model: nn.Module, is_trained: bool = True) -> None:
         session = self._session
-        model = self._accelerator.unwrap_model(prepared, keep_torch_compile=False)
         if model in self._registered:
             return
         self._registered.add(model)

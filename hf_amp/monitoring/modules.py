@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_amp.monitoring.metrics import BY_MODULE
 from hf_amp.patch_log import compile_disabled, takes_hooks
 from hf_amp.precision import FP16_FORMAT
-from hf_amp.statistics import amax, amax_of_each, elements_of, to_device, underflow_of_each
+from hf_amp.statistics import amax_of_each, elements_of, to_device, total_amax, underflow_of_each
 
 HEADROOM, UNDERFLOW, ACTIVATION = (metric.name for metric in BY_MODULE)
 
@@ -67,7 +67,7 @@ class ModuleMonitor:
             if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
                 return
             if torch.is_grad_enabled():
-                peak = amax(output.detach()).float()
+                peak = total_amax([output.detach()], output.device)
                 former = self._activations.get(name)
                 if former is not None:  # of another device under DataParallel
                     peak = torch.maximum(former, to_device(peak, former.device))

@@ -278,14 +278,14 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return self._step_with_closure(optimizer, args, kwargs)
         samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
-        lost_updates = self._runner.take_lost_updates(optimizer)
+        lost = self._runner.take_lost_updates(optimizer)
         record = self._pending.current(optimizer)
         if record is None:
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
             record = self._check(optimizer, Unscale.NONE if self.no_scaling else fused)
         elif record.state is StepState.STEPPED:
             raise ScalerError("step() was already called on this optimizer since the last update(): call update().")
-        record.extras.update(lost_updates)
+        record.extras.update(lost)
         begins = self.master_weights is not None and 1 <= self.decided_steps <= 3
         seed = self.decided_steps if samples or begins else None
         stock_step = functools.partial(optimizer.step, *args, **kwargs)
@@ -470,7 +470,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if outcome.attempt == self.decided_steps:
             self._state = self._former_state
         else:
-            self.set_scale(outcome.scale)
+            self.set_scale(self._state.scale.clamp(min=outcome.scale))  # the step's own may be low for one before it
 
     def _checked_scale(self, new_scale: float | Tensor) -> Tensor:
         current: Tensor = self._state.scale

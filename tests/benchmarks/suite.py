@@ -131,9 +131,10 @@ CPU = (
     Benchmark(
         "causes",
         _module("causes"),
-        "200 random faults in random models, and what was told of each.",
+        "420 random faults of 27 kinds, in random stacks and in 13 families of transformers: what was told of each, and how many "
+        "runs had their scale, plan, buffers or end changed for a fault that this does not cure.",
         "what the fault was",
-        (Target("none wrong", "wrong", 0),),
+        (Target("none wrong", "wrong", 0), Target("no run harmed", "harmed", 0)),
         threads=1,
     ),
     Benchmark(

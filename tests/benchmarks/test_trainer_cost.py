@@ -8,9 +8,13 @@ is one call of `train`, at whose beginning the callback looks once whether the p
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer
@@ -65,6 +69,39 @@ def main() -> None:
 def test_both_contenders_run() -> None:
     """The benchmark itself is sound: both train, and there is a ratio."""
     assert measure("tiny", rounds=2, steps=1)[0]["ratio"]["median"] > 0
+
+
+def calls_of(train: Callable[[], None]) -> Counter[str]:
+    """How many functions of Python ("call") and of C ("c_call") one more `train` calls, after two that warm up."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        calls[event] += 1
+
+    train()
+    train()
+    sys.setprofile(count)
+    try:
+        train()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_a_healthy_step_and_a_run_make_few_calls_more_than_stock(tmp_path: Path) -> None:
+    """In a step 160 more of each kind at most, of 2,700 in all; once in a call of `train` 5,000 and 7,500.
+
+    Counted, because no clock tells so little apart. What is done once is what 16 steps do not double.
+    """
+    counted = {
+        (ours, steps): calls_of(training("tiny", tmp_path / f"{ours} {steps}", ours, steps))
+        for ours in (False, True)
+        for steps in (8, 16)
+    }
+    for kind, once_at_most in (("call", 5000), ("c_call", 7500)):
+        extra = {steps: counted[True, steps][kind] - counted[False, steps][kind] for steps in (8, 16)}
+        assert extra[16] - extra[8] <= 8 * 160, (kind, extra)
+        assert 2 * extra[8] - extra[16] <= once_at_most, (kind, extra)
 
 
 if __name__ == "__main__":

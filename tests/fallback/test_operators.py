@@ -245,6 +245,40 @@ def test_a_model_that_differentiates_in_forward_is_examined() -> None:
     assert list(loop.session.plan.modules) == ["after"]
 
 
+class AngularForces(nn.Module):
+    """The force of an angle between unit vectors, which is not defined at 0, as rounding makes it; or of a steep energy."""
+
+    def __init__(self, is_steep: bool) -> None:
+        super().__init__()
+        self.frame, self.out = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
+        self.is_steep = is_steep
+        with torch.no_grad():
+            nn.init.eye_(self.frame.weight).mul_(3e3 if is_steep else 1.0)
+
+    def forward(self, u: Tensor) -> Tensor:
+        u = u.detach().requires_grad_()
+        energy = self.frame(u * 1e-3) * 1e3 if self.is_steep else torch.acos(self.frame(u).float())
+        (force,) = torch.autograd.grad(energy.sum(), u, None if self.is_steep else torch.tensor(2.0), create_graph=True)
+        return self.out(force)
+
+
+@for_each(
+    ("is_steep", "cause", "derivative"),
+    [
+        (False, Cause.ROUNDING, "AcosBackward0, the derivative of acos"),
+        (True, Cause.ACTIVATION, "the derivative of linear"),
+    ],
+)
+def test_a_derivative_that_forward_takes_gives_its_operator(is_steep: bool, cause: Cause, derivative: str) -> None:
+    """Rounding is told from overflow there too, although no output of a module shows either."""
+    loop = Loop(AngularForces(is_steep), "fp16", init_scale=1.0)
+    for _ in range(3):
+        loop.step({"u": torch.eye(3) * (1 - 1e-5)}, loss_of=square)
+    assert [skip.cause for skip in loop.skips] == [cause]
+    assert f"{derivative} at test_operators.py:" in loop.skips[0].message
+    assert loop.session.plan.default is PrecisionMode.FP32
+
+
 class Draws(nn.Module):
     """A policy: torch checks the probabilities that it draws from, and raises."""
 
@@ -302,29 +336,6 @@ def test_a_loop_of_ours_tries_the_step_again(is_outside: bool) -> None:
         trainer.train_step(batch, model, optimizer, loss_fn)
     assert trainer.session.metrics()["applied_steps"] == 2
     assert list(trainer.session.plan.modules) == (["0"] if is_outside else ["big"])
-
-
-def test_a_state_that_an_overflow_has_spoilt_is_not_called_bad_data_alone() -> None:
-    """Truncated backpropagation through time: INPUT in `h` says which skipped step it follows."""
-
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inp, self.rec = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x: Tensor, h: Tensor) -> Any:
-            h = torch.relu(self.inp(x) + self.rec(h))
-            return h.mean(), h
-
-    loop = Loop(Recurrent(), "fp16", init_scale=64.0)
-    h = torch.zeros(3, 8)
-    for step in range(1, 5):
-        loss, h = loop.model(x=X.abs() * (1e7 if step == 2 else 1), h=h.detach())
-        loop.accelerator.backward(loss)
-        loop.optimizer.step()
-        loop.optimizer.zero_grad()
-    assert [skip.cause for skip in loop.skips] == [Cause.ACTIVATION, Cause.INPUT, Cause.INPUT]
-    assert "It follows step 2, which was skipped (ACTIVATION)" in loop.skips[-1].message
 
 
 def test_a_replay_is_no_forward_pass_of_the_next_step() -> None:

@@ -464,8 +464,9 @@ def test_compiled_by_accelerate_names_are_those_of_the_model() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 @pytest.mark.usefixtures("fresh_accelerator_state")
-def test_a_healthy_model_has_no_hook_but_one_at_its_door(precision: str) -> None:
-    """Where nothing is emulated there is one hook on what is called, and none on submodules, before and after a fault."""
+def test_a_healthy_model_has_hooks_at_its_door_alone(precision: str) -> None:
+    """Where nothing is emulated there are two hooks on what is called (its batch; what it raises), and none on submodules, before
+    and after a fault."""
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
     hf_amp.attach(accelerator)
     model = network(Halves(), nn.Linear(8, 8))
@@ -476,8 +477,8 @@ def test_a_healthy_model_has_no_hook_but_one_at_its_door(precision: str) -> None
         return {name: number for name, number in count.items() if number}
 
     for value in (1.0, torch.nan, 1.0):
-        assert hooks() == {"": 1}
+        assert hooks() == {"": 2}
         accelerator.backward(model(X * value).square().mean())
         optimizer.step()
         optimizer.zero_grad()
-    assert hooks() == {"": 1}
+    assert hooks() == {"": 2}

@@ -66,7 +66,7 @@ def test_a_bad_batch_is_named_on_both(ranks: list[dict[str, Any]], run: str) -> 
     """The rank that has it says where, the other that it is the other's."""
     first, second = (results[f"{run}, batch"] for results in ranks)
     assert [cause for _, cause in first["skips"]] == ["INPUT"]
-    assert "found by another rank" in first["messages"][0]
+    assert "found by rank 1" in first["messages"][0]
     assert "the batch holds NaN in" in second["messages"][0]
 
 

@@ -43,8 +43,10 @@ CLEAN, OVERFLOW, NAN = 1.0, 1e10, math.nan
 
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
-    """What a launcher sets, for a group of this process alone, and as it was afterwards."""
+    """What a launcher sets, for a group of this process alone, and as it was afterwards, PyTorch too: ZeRO 3 leaves a
+    `linear` of its own there."""
     compile_nothing()
+    linear = nn.functional.linear
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
@@ -55,6 +57,7 @@ def one_process() -> Iterator[None]:
         for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"):  # which accelerate sets by itself
             environment.setenv(name, "false" if name.endswith("DEEPSPEED") else "no")
         yield
+        nn.functional.linear = linear
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

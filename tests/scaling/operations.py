@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalingStrategy, statistics
-from hf_amp.statistics import _amax_by_foreach
+from hf_amp.statistics import _read_by_foreach
 from tests.reference import adamw, tiny_mlp
 
 
@@ -37,7 +37,7 @@ def steps_of(
 
     The second step's squares leave the range of FP32, so that its norm is taken again.
     """
-    monkeypatch.setattr(statistics, "_amax_on_cpu", _amax_by_foreach)
+    monkeypatch.setattr(statistics, "_read_on_cpu", _read_by_foreach)
     model = tiny_mlp().append(torch.nn.Linear(3, 2000))  # large enough to be sampled
     scaler = AdvancedGradScaler(
         MixedPrecisionConfig(scaling_strategy=strategy, monitoring_interval=1, init_scale=8.0), "cpu"

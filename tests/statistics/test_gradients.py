@@ -277,13 +277,22 @@ def large_and_small(seed: int, dtype: torch.dtype) -> list[Tensor]:
 @for_each("dtype", [torch.float32, torch.float64])
 @for_each("seed", range(3))
 def test_small_tensors_are_read_together_and_none_is_missed(seed, dtype):
-    """Beside a large tensor, norm and amax are those of all; taken at once they are what each is alone."""
+    """Beside a large tensor, norm and amax are those of all; taken at once as well."""
     gradients = large_and_small(seed, dtype)
     measured = measure(gradients, CPU)
     assert measured.norm.item() == pytest.approx(norm_of(gradients), rel=1e-5)
     assert measured.amax.item() == pytest.approx(amax_of(gradients), rel=1e-7)
-    assert norm_and_amax(gradients, CPU) == (pytest.approx(measured.norm.item(), rel=1e-6), measured.amax)
+    assert norm_and_amax(gradients, CPU) == (pytest.approx(norm_of(gradients), rel=1e-5), measured.amax)
     assert norm_and_amax(gradients, CPU, norm=False, amax=False) == (None, None)
+
+
+@for_each("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_at_once_in_fp32(dtype):
+    """Taken with the amax, the norm is as exact as one of FP32."""
+    gradients = [g * 100 for g in large_and_small(0, dtype)]
+    norm, amax = norm_and_amax(gradients, CPU)
+    assert norm.item() == pytest.approx(norm_of(gradients), rel=1e-5)
+    assert amax.item() == amax_of(gradients)
 
 
 @for_each("bad", NON_FINITE)
