@@ -51,12 +51,14 @@ class OperatorTrace(TorchFunctionMode):
     Attributes:
         found: by module, its first operator that leaves the format, or else the first that is not defined on its inputs.
         in_backward: the first operator whose derivative is not finite, from finite gradients; None where none.
+        repeats_backward: whether `autograd.grad` is called from outside of the model, and not by its forward.
     """
 
     def __init__(self, current: CurrentPrecision) -> None:
         super().__init__()
         self.found: dict[str, BadOperator] = {}
         self.in_backward: BadOperator | None = None
+        self.repeats_backward = False
         self._current = current
         self._minus_inf: BadOperator | None = None
         self._modules = [""]
@@ -95,7 +97,8 @@ class OperatorTrace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if self._is_inside or getattr(func, "__name__", "__get__") in _NOT_EXAMINED:
+        outer = func is torch.autograd.grad and self.repeats_backward
+        if self._is_inside or outer or getattr(func, "__name__", "__get__") in _NOT_EXAMINED:
             return func(*args, **kwargs)
         self._is_inside = True
         try:
@@ -185,7 +188,7 @@ def graph_of(ends: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
             queue += [(behind, data) for behind, _ in node.next_functions]
 
 
-_NOT_EXAMINED = ("__get__", "detach", "requires_grad_", "grad", "backward")  # the last run operators of their own
+_NOT_EXAMINED = ("__get__", "detach", "requires_grad_", "backward")  # the last runs operators of its own
 _WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 _OTHERS = tuple(str(Path(at).parent) for at in (torch.__file__, str(Path(__file__).parent)))
 

@@ -205,6 +205,7 @@ def _backward(
 ) -> Sequence[Tensor | None] | None:
     ends, seeds = zip(*starts, strict=True)
     if trace is not None:
+        trace.repeats_backward = True
         trace.watch_backward(ends)
     if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of(ends)):
         return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)

@@ -33,6 +33,7 @@ class Perceptron(nn.Module):
     """4 → `width` → 3. With `looks_fail` an attempt to repeat its forward pass, to find a cause, raises."""
 
     looks_fail = False
+    newest: Tensor | None = None
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -40,8 +41,9 @@ class Perceptron(nn.Module):
         self.first, self.second = nn.Linear(4, width), nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.looks_fail and not torch.is_grad_enabled():
+        if self.looks_fail and x is self.newest:
             raise RuntimeError("nothing is to be seen here")
+        type(self).newest = x
         return self.second(torch.relu(self.first(x)))
 
 
