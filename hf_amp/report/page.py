@@ -44,15 +44,15 @@ def pictures_of(runs: Sequence[RunHistory]) -> Iterator[tuple[int, str, str, str
         Index of the run, what people read above the picture, what is to be seen, and the picture as an `<svg>` element, whose
         ids no other picture of the page has.
     """
-    for picture in PICTURES:
+    for kind, picture in enumerate(PICTURES):
         with _style():
             figures = [_drawn(picture, run) for run in runs]
-            if picture.shared:
+            if picture.rows is None:
                 _share_ranges([axes for figure, what in figures if what is not None for axes in figure.axes])
             for index, (figure, description) in enumerate(figures):
                 if description is not None:
                     label = html.escape(printable(f"{picture.title}, {runs[index].name}. {description}"))
-                    yield index, picture.title, description, _to_svg(figure, f"{picture.name}{index}", label)
+                    yield index, picture.title, description, _to_svg(figure, f"picture{kind}-{index}", label)
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,22 @@ class Picture:
     """One kind of picture.
 
     Attributes:
-        name: letters, for ids.
         title: what people read above it.
         draw: draws a run on axes and returns a sentence that says what is to be seen; None where there is nothing.
-        rows: rows that it needs, for its height; 0 for the usual height.
-        shared: whether the pictures of several runs have the same ranges.
+        rows: rows that it needs, for its height, where it has a row for each module; None where it has the usual height, and
+            the pictures of several runs have the same ranges.
     """
 
-    name: str
     title: str
     draw: Callable[[Axes, RunHistory], str | None]
-    rows: Callable[[RunHistory], int] = lambda run: 0
-    shared: bool = True
+    rows: Callable[[RunHistory], int] | None = None
 
 
 WIDTH_INCHES, HEIGHT_INCHES, ROW_INCHES = 5.2, 2.3, 0.17
 
 
 def _drawn(picture: Picture, run: RunHistory) -> tuple[Figure, str | None]:
-    height = max(HEIGHT_INCHES, 0.65 + ROW_INCHES * picture.rows(run))
+    height = max(HEIGHT_INCHES, 0.65 + ROW_INCHES * (picture.rows(run) if picture.rows else 0))
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -405,27 +402,25 @@ def _bits_below_largest(amax: float) -> float:
     return max(0.0, math.log2(FP16_FORMAT.largest) - math.log2(amax))
 
 
-def _of_figure(name: str, title: str, figure: str, **options: Any) -> Picture:
-    return Picture(name, title, partial(draw_figure, figure=figure, title=title, **options))
+def _of_figure(figure: str, title: str, **options: Any) -> Picture:
+    return Picture(title, partial(draw_figure, figure=figure, title=title, **options))
 
 
 def _of_modules(figure: str, title: str, **options: Any) -> Picture:
     draw_it = partial(draw_modules, figure=figure, **options)
-    return Picture(figure, title, draw_it, lambda run: min(ROWS_SHOWN, len(run.modules.get(figure, ()))), False)
+    return Picture(title, draw_it, lambda run: min(ROWS_SHOWN, len(run.modules.get(figure, ()))))
 
 
 PICTURES = (
-    Picture("loss", "Loss", draw_loss),
-    Picture("scale", "Loss scale", draw_scale),
-    Picture("skips", "Skipped steps, added up", draw_skips),
-    Picture(
-        "timeline", "Which precision ran where", draw_timeline, lambda run: min(ROWS_SHOWN, len(precision_bars(run))), False
-    ),
-    _of_figure("headroom", "Headroom", "headroom_bits", shown=lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
-    _of_figure("underflow", "Underflow", "underflow_fraction", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
-    _of_figure("norm", "Gradient norm before clipping", "grad_norm", shown=lambda norm: f"{norm:.3g}", log=True),
-    _of_figure("speed", "Step time", "step_seconds", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
-    _of_figure("memory", "Memory", "memory_bytes", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
+    Picture("Loss", draw_loss),
+    Picture("Loss scale", draw_scale),
+    Picture("Skipped steps, added up", draw_skips),
+    Picture("Which precision ran where", draw_timeline, lambda run: min(ROWS_SHOWN, len(precision_bars(run)))),
+    _of_figure("headroom_bits", "Headroom", shown=lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
+    _of_figure("underflow_fraction", "Underflow", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
+    _of_figure("grad_norm", "Gradient norm before clipping", shown=lambda norm: f"{norm:.3g}", log=True),
+    _of_figure("step_seconds", "Step time", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
+    _of_figure("memory_bytes", "Memory", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
     _of_modules(
         "module_headroom_bits", "Headroom by module", worst=lambda s: min(s.values), limits=(0, 16), unit="bits"
     ),
