@@ -64,7 +64,9 @@ def train(
     trainer.train()
     session = ours.session if ours else None
     trained = held_out_loss(GPT2LMHeadModel.from_pretrained(output_dir / f"checkpoint-{steps}"), held_out)
-    applied = _applied_steps(trainer)
+    # AdamW counts the steps that it applies; one that was skipped on the device is taken back there.
+    assert trainer.optimizer is not None
+    applied = max((int(state["step"]) for state in trainer.optimizer.state.values()), default=0)
     hardware = probe(trainer.accelerator.device)
     return {
         "ran": session.describe() if session else hardware.describe(_MODES[precision], emulate),
@@ -116,12 +118,6 @@ def _trainer(
     trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=callbacks, optimizers=(optimizer, None))
     trainer.pop_callback(PrinterCallback)
     return trainer
-
-
-def _applied_steps(trainer: Trainer) -> int:
-    """AdamW counts the steps that it applies; one that was skipped on the device is taken back there."""
-    assert trainer.optimizer is not None
-    return max((int(state["step"]) for state in trainer.optimizer.state.values()), default=0)
 
 
 def _arguments(precision: str, steps: int, output_dir: Path) -> TrainingArguments:

@@ -445,7 +445,7 @@ def page(runs: Sequence[RunHistory], version: str) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_harmless, undefined=StrictUndefined,
         trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"shown": _shown, "time": _time, "remarks": _remarks}
+    environment.filters |= {"shown": formatted, "time": _time, "remarks": _remarks}
     metrics, latest = {metric.name: metric for metric in CATALOGUE}, [run.latest for run in runs]
     names = {name for figures in latest for name in figures}
     in_order = [*filter(names.__contains__, metrics), *sorted(names - metrics.keys())]
@@ -463,10 +463,6 @@ def page(runs: Sequence[RunHistory], version: str) -> str:
 def _harmless(value: object) -> str:
     """Control characters of a run's text made visible; markup stays, in which that has been done."""
     return value if isinstance(value, Markup) else printable(str(value))
-
-
-def _shown(value: object) -> str:
-    return formatted(value) if isinstance(value, (int, float)) else str(value)
 
 
 def _time(timestamp: str | None) -> str:

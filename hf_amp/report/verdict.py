@@ -166,9 +166,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def formatted(value: float) -> str:
-    """A figure for people: whole numbers with separators, others with four digits."""
-    if not math.isfinite(value):
+def formatted(value: object) -> str:
+    """A figure for people: whole numbers with separators, others with four digits; what is no number as it is."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 2**53:
         return f"{int(value):,}"
