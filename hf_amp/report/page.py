@@ -140,11 +140,7 @@ def draw_loss(axes: Axes, run: RunHistory) -> str | None:
         return None
     _plot(axes, run.figures["loss"], _COLOR["accent"])
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    for cause in _causes(run):
-        steps = [step for step, _ in _spread(run.skips[cause])]
-        _scatter(axes, steps, [0.0] * len(steps), cause, transform=axes.get_xaxis_transform(), clip_on=False)
-    _mark_changes(axes, run)
-    _legend(axes)
+    _mark_steps(axes, run, at_bottom=True)
     marked = "Marks at the bottom are skipped steps." if run.skipped_by_cause else "No step was skipped."
     finite = _finite(run, "loss")
     if not finite:
@@ -164,11 +160,7 @@ def draw_scale(axes: Axes, run: RunHistory) -> str | None:
     axes.yaxis.set_major_formatter(FuncFormatter(_power_of_two))
     low, high = min(scales), max(scales)
     axes.set_ylim(low / 4, high * 4)
-    for cause in _causes(run):
-        shown = [point for point in _spread(run.skips[cause]) if math.isfinite(point[1])]
-        _scatter(axes, [step for step, _ in shown], [scale for _, scale in shown], cause)
-    _mark_changes(axes, run)
-    _legend(axes)
+    _mark_steps(axes, run)
     return f"Loss scale from {scales[0]:,.6g} to {scales[-1]:,.6g}; lowest {low:,.6g}, highest {high:,.6g}."
 
 
@@ -265,19 +257,20 @@ def _color(cause: str) -> str:
     return _COLOR.get(f"cause-{cause.lower()}", _COLOR["cause-unknown"])
 
 
-def _scatter(axes: Axes, steps: list[int], values: list[float], cause: str, **options: Any) -> None:
-    marker = Cause.__members__.get(cause, Cause.UNKNOWN).facts.marker
-    axes.scatter(
-        steps, values, s=20, marker=marker, color=_color(cause), label=f"skipped: {cause}", zorder=3, linewidths=0,
-        **options,
-    )  # fmt: skip
-
-
-def _mark_changes(axes: Axes, run: RunHistory) -> None:
+def _mark_steps(axes: Axes, run: RunHistory, at_bottom: bool = False) -> None:
+    """A mark for every skipped step, at its scale or at the bottom; a line where precision changed or the run was resumed."""
+    options: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False} if at_bottom else {}
+    for cause in _causes(run):
+        steps, scales = zip(*_spread(run.skips[cause]), strict=True)
+        axes.scatter(
+            steps, [0.0] * len(steps) if at_bottom else scales, s=20, zorder=3, linewidths=0, color=_color(cause),
+            marker=Cause.__members__.get(cause, Cause.UNKNOWN).facts.marker, label=f"skipped: {cause}", **options,
+        )  # fmt: skip
     for change in run.precision_changes[:MARKS_SHOWN]:
         axes.axvline(change.step, color=_COLOR["muted"], linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
     for step in run.resumed_at[:MARKS_SHOWN]:
         axes.axvline(step, color=_COLOR["grid"], linewidth=1.2, zorder=0)
+    _legend(axes)
 
 
 def _legend(axes: Axes) -> None:
