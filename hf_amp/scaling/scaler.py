@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
 from hf_amp.scaling.optimizer_step import WRITTEN, OptimizerRunner, device_of, has_closure, is_fused, refuse_closure
 from hf_amp.scaling.policies import ConstantScale, ScalePolicy, policy_of, scalar
-from hf_amp.scaling.state import from_state_dict, other_options, restored, state_to_host, to_state_dict, upgraded
+from hf_amp.scaling.state import from_state_dict, other_options, restored, to_state_dict, upgraded
 from hf_amp.scaling.step import (
     GradientStep,
     PendingOutcome,
@@ -41,18 +41,13 @@ from hf_amp.scaling.step import (
 from hf_amp.serialization import parse
 from hf_amp.statistics import PendingTransfer, held_by, to_device, to_host
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
+
 StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 StepHook = Callable[[GradientStep, torch.optim.Optimizer], Mapping[str, Tensor]]
 
 _log = logging.getLogger("hf_amp")
-
-
-class Stateful(Protocol):
-    """What is saved within the scaler's checkpoint, because Trainer and Accelerator save no other file for us."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
@@ -125,7 +120,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         observers: called with (outcome, optimizer) for every step, in the update that follows it.
         step_hooks: called with (gradient step, optimizer) once gradients are checked, before they are clipped; what they
             return, by name, as tensors of shape [] or [n], comes with the step's one sync, in `StepOutcome.extras`.
-        stateful: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
+        stateful: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name,
+            because Trainer and Accelerator save no other file for us.
         discard_forwards: called where gradients were cleared without a step, before the next backward; False where their
             losses are from the same forward pass as the next, and count on.
         note_loss: called with every loss that goes into backward, where somebody wants to know.
@@ -521,7 +517,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return {}
         self.flush()
         state = self._first_state("cpu") if self._state is None else self._state
-        plain = to_state_dict(self.config, state_to_host(state))
+        plain = to_state_dict(self.config, to_host(state._asdict()))
         plain["hf_amp"].update(self.progress())
         return plain
 
