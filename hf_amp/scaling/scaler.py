@@ -26,7 +26,7 @@ from hf_amp.events import StepOutcome
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
-from hf_amp.scaling.optimizer_step import WRITTEN, OptimizerRunner, device_of, has_closure, is_fused, refuse_closure
+from hf_amp.scaling.optimizer_step import WRITTEN, OptimizerRunner, has_closure, is_fused, refuse_closure
 from hf_amp.scaling.policies import ConstantScale, ScalePolicy, policy_of, scalar
 from hf_amp.scaling.state import from_state_dict, other_options, restored, to_state_dict, upgraded
 from hf_amp.scaling.step import (
@@ -274,7 +274,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return self._step_with_closure(optimizer, args, kwargs)
         samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
-        lost = self._runner.take_lost_updates(optimizer)
+        lost = self._runner.found.pop(id(optimizer), {})
         record = self._pending.current(optimizer)
         if record is None:
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
@@ -421,7 +421,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                     "no loss was scaled before the optimizer's step: call scaler.scale(loss).backward(), or "
                     "accelerator.backward(loss)."
                 )
-            self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
+            first = next((parameter.device for parameter in held_by(optimizer)), self._device)
+            self._lazy_init_scale_growth_tracker(first)
         monitors = self.config.enable_monitoring
         samples = (monitors or self._policy.needs_underflow) and not self.no_scaling and self._is_interval()
         request = StatisticsRequest(

@@ -431,11 +431,6 @@ class SeenLosses:
     ended: bool = False
     newest: Callable[[], Tensor | None] = lambda: None
 
-    def take_unreported(self) -> int:
-        """How many of them no step has reported yet; they are reported from now on."""
-        number, self.reported = self.number - self.reported, self.number
-        return number
-
     def note(self, loss: Tensor, device: torch.device) -> None:
         """Counts `loss`, on `device`. No GPU-CPU sync."""
         known = loss.detach()
@@ -530,12 +525,13 @@ class PendingSteps:
         """
         by_hand = self._of(optimizer).closed_after == self.backwards
         losses = SeenLosses() if by_hand else self.losses
+        unreported, losses.reported = losses.number - losses.reported, losses.number
         record = check(
             optimizer,
             backward=self.backwards,
             scale=scale if by_hand or self.scale is None else self.scale,
             unscale=unscale,
-            losses=losses.take_unreported(),
+            losses=unreported,
             loss_non_finite=losses.non_finite,
             request=request,
         )
