@@ -196,8 +196,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             )
         if self._state is None:
             self._lazy_init_scale_growth_tracker(loss.device)
-        scale = cast(Tensor, self._state.scale)
-        self._pending.note_loss(loss, scale)
+        scale = self._pending.scale = cast(Tensor, self._state.scale)
+        self._pending.losses.note(loss, scale.device)
         if self.note_loss is not None:
             self.note_loss(loss)
         scaled = loss if self.no_scaling else loss * to_device(scale, loss.device)

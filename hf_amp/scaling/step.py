@@ -510,11 +510,6 @@ class PendingSteps:
         held = (p.grad is not None for _, it in known for p in held_by(it))
         return bool(known) and not any(held) and not any(stepped)
 
-    def note_loss(self, loss: Tensor, scale: Tensor) -> None:
-        """A loss goes into backward, multiplied by `scale`. No GPU-CPU sync."""
-        self.scale = scale
-        self.losses.note(loss, scale.device)
-
     def check(
         self, optimizer: torch.optim.Optimizer, scale: Tensor, unscale: Unscale, request: StatisticsRequest
     ) -> GradientStep:
