@@ -52,11 +52,6 @@ def is_real(value: Any) -> TypeGuard[float]:
     return is_number and -sys.float_info.max <= value <= sys.float_info.max
 
 
-def is_count(value: Any) -> bool:
-    """Whether `value` is a whole number from 1 on that int32 holds; a switch is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
-
-
 def one_of(*values: str) -> Allowed:
     """One of these texts."""
     return Allowed(f"one of {', '.join(map(repr, values))}", lambda v: isinstance(v, str) and v in values)
@@ -77,8 +72,11 @@ POSITIVE = Allowed("a positive finite number", lambda v: is_real(v) and v > 0)
 AT_LEAST_ONE = Allowed("a finite number of at least 1", lambda v: is_real(v) and v >= 1)
 ABOVE_ONE = Allowed("a finite number above 1", lambda v: is_real(v) and v > 1)
 FRACTION = Allowed("a number above 0 and below 1", lambda v: is_real(v) and 0 < v < 1)
-STEPS = Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", is_count)
-COUNT = Allowed(f"a whole number from 1 to {LARGEST_COUNT}", is_count)
+COUNT = Allowed(
+    f"a whole number from 1 to {LARGEST_COUNT}",
+    lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= LARGEST_COUNT,
+)
+STEPS = Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", COUNT.accepts)
 _COMMUNICATION = Allowed("FP16 or BF16", lambda v: v is PrecisionMode.FP16 or v is PrecisionMode.BF16)
 
 
@@ -200,17 +198,14 @@ class MixedPrecisionConfig:
             if isinstance(value, str) and value.upper() in enumeration.__members__:
                 object.__setattr__(self, name, enumeration[value.upper()])
         for field in dataclasses.fields(self):
-            self._check_value(field)
+            value, allowed = getattr(self, field.name), allowed_values(MixedPrecisionConfig)[field.name]
+            if not allowed.accepts(value):
+                raise ConfigError(
+                    f"MixedPrecisionConfig({field.name}={safe_repr(value)}): {field.name} must be {allowed}; "
+                    f"leave it out for the default ({shown_default(field)}).{_hint(value, field.default)}"
+                )
         _check_formats(self)
         _check_scale(self)
-
-    def _check_value(self, field: dataclasses.Field[Any]) -> None:
-        value, allowed = getattr(self, field.name), allowed_values(MixedPrecisionConfig)[field.name]
-        if not allowed.accepts(value):
-            raise ConfigError(
-                f"MixedPrecisionConfig({field.name}={safe_repr(value)}): {field.name} must be {allowed}; "
-                f"leave it out for the default ({shown_default(field)}).{_hint(value, field.default)}"
-            )
 
     @classmethod
     def or_default(cls, config: Any, whose: str, besides: str = "") -> MixedPrecisionConfig:
@@ -277,8 +272,11 @@ class MixedPrecisionConfig:
         path = Path(path)
         if path.suffix not in (".json", ".yaml", ".yml"):
             raise ConfigError(f"{path}: a config file must end in .json, .yaml or .yml.")
+        import yaml  # a dependency of accelerate and transformers; not needed to import hf_amp
+
         try:
-            options = _parsed(path.read_text(encoding="utf-8"), path.suffix)
+            text = path.read_text(encoding="utf-8")
+            options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); pass the path of a readable config file.") from error
         except Exception as error:  # json and yaml raise unrelated trees
@@ -303,14 +301,6 @@ class MixedPrecisionConfig:
         """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""
         plain = dataclasses.asdict(self)
         return {name: value.value if isinstance(value, enum.Enum) else value for name, value in plain.items()}
-
-
-def _parsed(text: str, suffix: str) -> Any:
-    if suffix == ".json":
-        return json.loads(text)
-    import yaml  # a dependency of accelerate and transformers; not needed to import hf_amp
-
-    return yaml.safe_load(text)
 
 
 def _hint(value: Any, default: Any) -> str:

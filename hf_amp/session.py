@@ -148,7 +148,8 @@ class AmpSession(EventRecorder):
             context = ForwardContext(session.current_precision)
             half = any(p.dtype in HALF_DTYPES for p in inner.parameters())
             is_upcast = half and session.requested_mode is PrecisionMode.FP32
-            session.patches.on_undo(context.install(inner, everywhere=session.emulates or is_upcast))
+            everywhere = session._fallback.runner.entry.emulate or is_upcast
+            session.patches.on_undo(context.install(inner, everywhere=everywhere))
             session.register_optimizer(model, optimizer)
             session.patches.on_undo(install_refusal(optimizer, session.scaler.is_waiting))
         session.note(EventKind.ATTACHED, f"hf_amp is attached: {session.describe()}.")
@@ -437,11 +438,6 @@ class AmpSession(EventRecorder):
     def current_precision(self) -> CurrentPrecision:
         """Gives, at every call, a new context of the plan's default as it is by then."""
         return self._fallback.runner.current
-
-    @property
-    def emulates(self) -> bool:
-        """Whether FP16 is FP32 arithmetic rounded to FP16."""
-        return self._fallback.runner.entry.emulate
 
     def follow_default(self, change: Callable[[PrecisionMode], None]) -> None:
         """Has `change` called with every new default of the plan, for models that do not enter it by themselves."""

@@ -114,7 +114,7 @@ def is_distributed() -> bool:
 
 
 def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
-    """The element-wise maximum over all ranks of tensors of shape [], float32, in one all-reduce. No GPU-CPU sync.
+    """The element-wise maximum over all ranks of tensors of one shape, float32, in one all-reduce. No GPU-CPU sync.
 
     NaN, of which MAX loses track on some backends, travels as inf.
     """
@@ -125,9 +125,7 @@ def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
 
 def all_reduce_max_to_host(values: Tensor) -> list[float]:
     """The element-wise maximum over all ranks of a tensor of shape [n], float32, finite, in one all-reduce and one GPU-CPU sync."""
-    agreed = values.clone()
-    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-    return to_host_list([agreed])
+    return to_host_list(all_reduce_max(values))
 
 
 def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> list[Tensor]:
@@ -326,12 +324,6 @@ def sample_underflow(gradients: Sequence[Tensor], number_format: NumberFormat, s
     return Underflow(fraction=shares[:edge].sum(), cure=cure)
 
 
-def drawn_on_cpu(seed: int) -> Tensor:
-    """What, modulo the size of a tensor, chooses its random elements: shape [1024], int64, whatever the default device is."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator, device="cpu")
-
-
 def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[Tensor, float]]:
     """At most 1024 random elements of each of `tensors`, the same for the same sizes and seed. No GPU-CPU sync.
 
@@ -340,8 +332,9 @@ def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[
         than `most` or of one tensor; and the share of all elements that each of them stands for.
     """
     total = sum(tensor.numel() for tensor in tensors)
+    drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=torch.Generator().manual_seed(seed), device="cpu")
     for group in filled_groups(tensors):
-        drawn_here = to_device(drawn_on_cpu(seed), group[0].device)  # 8 KB, which CUDA does not wait for
+        drawn_here = to_device(drawn, group[0].device)  # 8 KB, which CUDA does not wait for
         for size, alike in itertools.groupby(sorted(group, key=Tensor.numel), Tensor.numel):
             taken = min(size, SAMPLES_PER_TENSOR)
             positions = drawn_here % size if size > taken else None
@@ -376,9 +369,7 @@ def random_elements(tensors: Sequence[Tensor], seed: int) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Largest magnitude of each tensor: shape [n], float32, on `device`; 0 for an empty one. No GPU-CPU sync."""
-    if not tensors:
-        return torch.zeros(0, device=device)
-    return torch.stack([total_amax([x], device) for x in tensors])
+    return torch.cat([torch.zeros(0, device=device), *(total_amax([x], device).reshape(1) for x in tensors)])
 
 
 @torch.no_grad()
@@ -393,16 +384,9 @@ def underflow_of_each(tensors: Sequence[Tensor], number_format: NumberFormat, fa
     Returns:
         Shape [n], float32, on `factor`'s device.
     """
-    if not tensors:
-        return torch.zeros(0, device=factor.device)
-    drawn = drawn_on_cpu(seed)
-    drawn_there = {device: to_device(drawn, device) for device in {tensor.device for tensor in tensors}}
-    shares = []
+    shares = [torch.zeros(0, device=factor.device)]
     for tensor in tensors:
-        sample = tensor.reshape(-1)
-        if sample.numel() > SAMPLES_PER_TENSOR:
-            sample = sample[drawn_there[sample.device] % sample.numel()]
-        sample = to_device(sample, factor.device, torch.float32) * factor
-        small = sample.abs_() < number_format.smallest_normal
-        shares.append(small.float().mean() if sample.numel() else factor.new_zeros((), dtype=torch.float32))
-    return torch.stack(shares)
+        sample = to_device(random_elements([tensor], seed)[0], factor.device) * factor
+        small = (sample.abs_() < number_format.smallest_normal).float()
+        shares.append(small.mean(0, keepdim=True) if tensor.numel() else factor.new_zeros(1))
+    return torch.cat(shares)

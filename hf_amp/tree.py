@@ -33,22 +33,27 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [x for _, x in tensors_in(value)]
 
 
-def map_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(convert: Callable[[Tensor], Tensor], value: Any, depth: int = 0) -> Any:
     """`value` with every tensor converted, in tuples, lists and mappings of its own; their types stay.
 
-    Dataclasses, and objects of which nothing is known, are passed on as they are.
+    Dataclasses and other objects, such as caches, are passed on as they are, but where `depth` says how many of them deep they
+    are copied too.
     """
     if isinstance(value, Tensor):
         return convert(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(convert, item) for item in value))
+        return type(value)(*(map_tensors(convert, item, depth) for item in value))
     if type(value) in (list, tuple):
-        return type(value)(map_tensors(convert, item) for item in value)
-    if not isinstance(value, (dict, UserDict)):
+        return type(value)(map_tensors(convert, item, depth) for item in value)
+    if isinstance(value, (dict, UserDict)):
+        own = copy.copy(value)
+        for key, item in value.items():
+            own[key] = map_tensors(convert, item, depth)
+        return own
+    if not depth or not hasattr(value, "__dict__") or callable(value):
         return value
     own = copy.copy(value)
-    for key, item in value.items():
-        own[key] = map_tensors(convert, item)
+    vars(own).update({name: map_tensors(convert, item, depth - 1) for name, item in vars(value).items()})
     return own
 
 
@@ -79,25 +84,11 @@ def replace_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def copy_containers(value: Any, depth: int = 0) -> Any:
-    """`value` in tuples, lists and mappings of its own, which what others add to theirs does not reach.
+    """`value` in containers of its own, as `map_tensors` makes them, which what others add to theirs does not reach.
 
-    Tensors are shared; so are dataclasses and other objects, such as caches, but where `depth` says how many of them deep
-    they are copied too.
+    Tensors are shared.
     """
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(copy_containers(item, depth) for item in value))
-    if type(value) in (list, tuple):
-        return type(value)(copy_containers(item, depth) for item in value)
-    if isinstance(value, (dict, UserDict)):
-        own = copy.copy(value)
-        for key, item in value.items():
-            own[key] = copy_containers(item, depth)
-        return own
-    if not depth or isinstance(value, Tensor) or not hasattr(value, "__dict__") or callable(value):
-        return value
-    own = copy.copy(value)
-    vars(own).update({name: copy_containers(item, depth - 1) for name, item in vars(value).items()})
-    return own
+    return map_tensors(lambda tensor: tensor, value, depth)
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:

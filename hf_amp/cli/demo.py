@@ -46,7 +46,8 @@ def demo(
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint="--config") from error
     folder = output_dir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    checkpoint = _train(Console(), precision, chosen, folder, steps)
+    _train(Console(), precision, chosen, folder, steps)
+    checkpoint = folder / f"checkpoint-{steps}"
     load = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{checkpoint}'))"
     typer.echo(
         f"To see more:\n  hf-amp report {folder}\n  tensorboard --logdir {folder}\n  cat {folder / LOG_FILE}\n"
@@ -58,8 +59,8 @@ LONGEST_NAME = 27
 """Characters of `transformer.h.0.attn.c_proj`, which is not to be broken on a terminal of 80 columns."""
 
 
-def _train(console: Console, precision: Precision, config: MixedPrecisionConfig, folder: Path, steps: int) -> Path:
-    """Does the runs with a bar for each, and prints the table; returns the last one's checkpoint, which is hf_amp's."""
+def _train(console: Console, precision: Precision, config: MixedPrecisionConfig, folder: Path, steps: int) -> None:
+    """Does the runs with a bar for each, and prints the table."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
@@ -88,11 +89,10 @@ def _train(console: Console, precision: Precision, config: MixedPrecisionConfig,
             def on_step(step: int, loss: float | None, bar: TaskID = bar) -> None:
                 progress.update(bar, completed=step, loss="" if loss is None else f"loss {loss:.3f}")
 
-            results.append(train(runs_in.value, options, steps, 0, run_folder, on_step, config.emulate))
+            results.append(train(runs_in.value, options, steps, run_folder, on_step, config.emulate))
     table = Table("", title="hf-amp demo", show_lines=True)
     for heading, result in zip(runs, results, strict=True):
-        table.add_column(heading, width=LONGEST_NAME if "." in result.facts["in FP32"] else None)
-    for fact in results[0].facts:
-        table.add_row(fact, *(result.facts[fact] for result in results))
+        table.add_column(heading, width=LONGEST_NAME if "." in result["in FP32"] else None)
+    for fact in results[0]:
+        table.add_row(fact, *(result[fact] for result in results))
     console.print(table)
-    return results[-1].checkpoint

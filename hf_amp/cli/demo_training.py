@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs
@@ -33,53 +33,42 @@ BLOCK_BYTES = 128
 BATCH_SIZE = 8
 HELD_OUT_BLOCKS = 32
 LEARNING_RATE = 2e-3
+SEED = 0
 STREAM_FACTOR = 2.0**21
 """Large enough that all that writes to the stream leaves FP16's range (65504) at once; a power of two rounds nothing."""
 _MODES = {"fp16": PrecisionMode.MIXED, "bf16": PrecisionMode.BF16, "fp32": PrecisionMode.FP32}
-
-
-class DemoResult(NamedTuple):
-    """What a demo run gave.
-
-    Attributes:
-        losses: (optimizer step, training loss) as the Trainer logged them.
-        facts: name → what people read of it.
-        checkpoint: folder of the last checkpoint.
-    """
-
-    losses: list[tuple[int, float]]
-    facts: dict[str, str]
-    checkpoint: Path
 
 
 def train(
     precision: str,
     config: MixedPrecisionConfig | None,
     steps: int,
-    seed: int,
     output_dir: Path,
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     emulate: bool = True,
-) -> DemoResult:
+) -> dict[str, str]:
     """One run of a stock Trainer in `precision` ("fp16", "bf16" or "fp32"), with hf_amp where there is a `config`.
 
-    `on_step` gets the number of every optimizer step and the newest logged loss; `emulate` is for FP16 without hf_amp on a CPU.
+    Returns facts for the table by name. `on_step` gets the number of every optimizer step and the newest logged loss;
+    `emulate` is for FP16 without hf_amp on a CPU.
     """
-    set_seed(seed)
+    set_seed(SEED)
     model, blocks = small_gpt2(), text_blocks()
     text, held_out = blocks[:-HELD_OUT_BLOCKS], blocks[-HELD_OUT_BLOCKS:]
     untrained = held_out_loss(model, held_out)
     timer = StepTimer(on_step)
     ours = MixedPrecisionCallback(config) if config else None
     stock = [StockFP16OnCPU(emulate)] if precision == "fp16" and not torch.cuda.is_available() else []
-    arguments = _arguments(precision, steps, seed, output_dir)
+    arguments = _arguments(precision, steps, output_dir)
     trainer = _trainer(model.train(), text, arguments, [timer, *([ours] if ours else stock)])
     trainer.train()
-    session, checkpoint = ours.session if ours else None, output_dir / f"checkpoint-{steps}"
-    trained = held_out_loss(GPT2LMHeadModel.from_pretrained(checkpoint), held_out)
-    applied = _applied_steps(trainer)
+    session = ours.session if ours else None
+    trained = held_out_loss(GPT2LMHeadModel.from_pretrained(output_dir / f"checkpoint-{steps}"), held_out)
+    # AdamW counts the steps that it applies; one that was skipped on the device is taken back there.
+    assert trainer.optimizer is not None
+    applied = max((int(state["step"]) for state in trainer.optimizer.state.values()), default=0)
     hardware = probe(trainer.accelerator.device)
-    facts = {
+    return {
         "ran": session.describe() if session else hardware.describe(_MODES[precision], emulate),
         "held-out loss": f"{untrained:.3f} → {trained:.3f}",
         "applied steps": str(applied),
@@ -88,8 +77,6 @@ def train(
         "in FP32": _plan_in_words(session),
         "step time": f"{1000 * timer.step_seconds:.0f} ms" if steps > 1 else "not measured: one step only",
     }
-    losses = [(int(log["step"]), log["loss"]) for log in trainer.state.log_history if "loss" in log]
-    return DemoResult(losses, facts, checkpoint)
 
 
 def _skipped_in_words(session: AmpSession | None, skipped: int) -> str:
@@ -133,13 +120,7 @@ def _trainer(
     return trainer
 
 
-def _applied_steps(trainer: Trainer) -> int:
-    """AdamW counts the steps that it applies; one that was skipped on the device is taken back there."""
-    assert trainer.optimizer is not None
-    return max((int(state["step"]) for state in trainer.optimizer.state.values()), default=0)
-
-
-def _arguments(precision: str, steps: int, seed: int, output_dir: Path) -> TrainingArguments:
+def _arguments(precision: str, steps: int, output_dir: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,
@@ -156,7 +137,7 @@ def _arguments(precision: str, steps: int, seed: int, output_dir: Path) -> Train
         report_to="tensorboard",
         disable_tqdm=True,
         log_level="error",
-        seed=seed,
+        seed=SEED,
     )
 
 

@@ -19,7 +19,6 @@ import typer
 from torch import Tensor, nn
 
 from hf_amp.emulation import EmulatedPrecision
-from hf_amp.errors import HfAmpError
 from hf_amp.events import join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan
@@ -55,11 +54,8 @@ def preflight(
 
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            loaded = load_model(model, trust_remote_code=trust_remote_code)
-            inputs = batch_for(loaded, batch, length) if batch is not None else None
-        except PreflightError as error:
-            raise typer.BadParameter(str(error)) from error
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
+        inputs = batch_for(loaded, batch, length) if batch is not None else None
     facts = _facts(loaded)  # before the model is cast to FP32
     runs = [] if inputs is None else _dry_runs(console, loaded, inputs)
     if as_json:
@@ -127,26 +123,22 @@ def _print_modules(console: Console, run: DryRun) -> None:
         console.print(f"{run.number_format.name} {line}", markup=False, soft_wrap=True)
 
 
-class PreflightError(HfAmpError, ValueError):
-    """The model or the batch cannot be used."""
-
-
 def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a folder or hub name, of the class that its configuration names, in the dtypes that it was saved in.
 
     Weights come from safetensors, or from a pickle that holds tensors only, which is how transformers loads.
 
     Raises:
-        PreflightError: it cannot be loaded.
+        typer.BadParameter: it cannot be loaded.
     """
     import transformers
     from transformers import AutoConfig, AutoModel
 
     folder = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not folder.is_dir():
-        raise PreflightError(f"{name}: no such folder; pass a folder that save_pretrained wrote, or a hub name.")
+        raise typer.BadParameter(f"{name}: no such folder; pass a folder that save_pretrained wrote, or a hub name.")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise PreflightError(
+        raise typer.BadParameter(
             f"{name}: an adapter of peft, without the model under it; pass that model, or what merge_and_unload() gave to "
             "save_pretrained."
         )
@@ -158,7 +150,7 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
             name, dtype="auto", trust_remote_code=trust_remote_code, weights_only=True
         )
     except Exception as error:  # transformers raises of many kinds
-        raise PreflightError(
+        raise typer.BadParameter(
             f"{name}: cannot be loaded ({type(error).__name__}: {str(error)[:400]}); pass a folder that save_pretrained wrote, or "
             "a hub name."
         ) from error
@@ -174,11 +166,11 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
         length: tokens a row of what is made up.
 
     Raises:
-        PreflightError: neither a number nor such a file, or nothing can be made up for this model.
+        typer.BadParameter: neither a number nor such a file, or nothing can be made up for this model.
     """
     if batch.lstrip("-").isdecimal():
         if int(batch) < 1:
-            raise PreflightError(f"--batch {batch}: pass a number of rows from 1 on.")
+            raise typer.BadParameter(f"--batch {batch}: pass a number of rows from 1 on.")
         return made_up_batch(model, int(batch), length)
     path = Path(batch)
     try:
@@ -188,12 +180,12 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
             return dict(load_file(path))
         loaded = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # safetensors, pickle and the system raise of many kinds
-        raise PreflightError(
+        raise typer.BadParameter(
             f"--batch {batch}: cannot be read ({type(error).__name__}: {str(error)[:200]}); pass a number of rows, or a "
             ".safetensors or .pt file with the arguments of the model by name."
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise PreflightError(f"--batch {batch}: must hold a mapping of argument names to tensors.")
+        raise typer.BadParameter(f"--batch {batch}: must hold a mapping of argument names to tensors.")
     return loaded
 
 
@@ -207,7 +199,7 @@ def made_up_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, T
     elif name in ("pixel_values", "input_features", "input_values"):
         batch = {name: torch.randn(rows, *_shape_of_a_row(config, name), generator=generator)}
     else:
-        raise PreflightError(
+        raise typer.BadParameter(
             f"no batch can be made up for {type(model).__name__}, whose input is {name}: save one as .safetensors and pass it "
             "as --batch."
         )

@@ -118,13 +118,12 @@ class ModuleMonitor:
     def take(self, optimizer: int, host: Mapping[str, float]) -> None:
         """Takes in what `collect` asked for, as the host has read it; nothing where this step did not ask."""
         for name, modules in self._asked.get(optimizer, {}).items():
-            largest = _largest_by_module(modules, elements_of(host, name))
+            values, largest = elements_of(host, name), dict[str, float]()
+            for module, value in zip(modules, values, strict=True) if len(modules) == len(values) else ():
+                largest[module] = max(value, largest.get(module, value))  # a module's worst parameter speaks for it
             if name == HEADROOM:
-                largest = {
-                    module: math.log2(FP16_FORMAT.largest / peak)
-                    for module, peak in largest.items()
-                    if 0 < peak < math.inf
-                }
+                bounded = {module: peak for module, peak in largest.items() if 0 < peak < math.inf}
+                largest = {module: math.log2(FP16_FORMAT.largest / peak) for module, peak in bounded.items()}
             self._newest[name].update(largest)
             self._fresh = self._fresh or bool(largest)
 
@@ -136,12 +135,3 @@ class ModuleMonitor:
         """The same if it is newer than at the last call, else nothing."""
         fresh, self._fresh = self._fresh, False
         return self.by_module() if fresh else {}
-
-
-def _largest_by_module(modules: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    """A module's worst parameter speaks for it. Nothing where the values are not those of the modules."""
-    largest: dict[str, float] = {}
-    if len(modules) == len(values):
-        for module, value in zip(modules, values, strict=True):
-            largest[module] = max(value, largest.get(module, value))
-    return largest

@@ -151,17 +151,9 @@ class PrecisionRecord:
             self.scale = scale
             self.scale_history.add(self.steps, scale)
 
-    def add_error(self, kind: str, step: int) -> None:
-        """One numerical error."""
-        if kind not in self.error_counts and len(self.error_counts) >= KINDS_KEPT:
-            kind = "other"
-        self.error_counts[kind] = self.error_counts.get(kind, 0) + 1
-        self.newest_errors.append((kind, step))
-        if len(self.newest_errors) > ERRORS_KEPT:
-            del self.newest_errors[0]
-
     def stats(self) -> dict[str, Any]:
         """The part of `PrecisionMonitor.get_precision_stats` that is summed up here."""
+        seen = self.log2_scale
         usage = {name: share / max(1, self.steps) for name, share in self.steps_by_format.items()}
         newest = math.nan if self.memory_savings is None else self.memory_savings
         return {
@@ -171,19 +163,15 @@ class PrecisionRecord:
             "numerical_errors": list(self.newest_errors),
             "numerical_error_counts": dict(self.error_counts),
             "fallback_count": self.fallback_count,
-            "gradient_scale": self._scale_stats(),
-        }
-
-    def _scale_stats(self) -> dict[str, Any]:
-        seen = self.log2_scale
-        return {
-            "current": self.scale,
-            "min": None if seen.smallest is None else 2.0**seen.smallest,
-            "max": None if seen.largest is None else 2.0**seen.largest,
-            "geometric_mean": 2.0**seen.mean if seen.count else None,
-            "volatility_bits": seen.deviation,
-            "changes": max(0, self.scale_history.changes - 1),
-            "history": list(self.scale_history.points),
+            "gradient_scale": {
+                "current": self.scale,
+                "min": None if seen.smallest is None else 2.0**seen.smallest,
+                "max": None if seen.largest is None else 2.0**seen.largest,
+                "geometric_mean": 2.0**seen.mean if seen.count else None,
+                "volatility_bits": seen.deviation,
+                "changes": max(0, self.scale_history.changes - 1),
+                "history": list(self.scale_history.points),
+            },
         }
 
 
@@ -276,7 +264,11 @@ class PrecisionMonitor:
 
     def record_numerical_error(self, kind: str, step: int) -> None:
         """One numerical error of any kind at optimizer step `step`, such as ("gradient_overflow", 12)."""
-        self.record.add_error(kind, step)
+        record = self.record
+        if kind not in record.error_counts and len(record.error_counts) >= KINDS_KEPT:
+            kind = "other"
+        record.error_counts[kind] = record.error_counts.get(kind, 0) + 1
+        record.newest_errors = [*record.newest_errors[1 - ERRORS_KEPT :], (kind, step)]
 
     def update_metrics(self, scaler: torch.amp.GradScaler, loss: Tensor | float, step: int) -> None:
         """Takes one step into account, after `scaler.update()`. No GPU-CPU sync with an `AdvancedGradScaler`.

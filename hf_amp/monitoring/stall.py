@@ -59,7 +59,7 @@ class StallDetector:
         self.zero_steps += 1
         flushed = self.underflows or (outcome.loss_finite is not False and outcome.scale < 1)
         cause = Cause.SCALE if flushed else Cause.LOSS
-        seen = _LABELS[outcome.loss_finite]
+        seen = _LOSS_IS_NAN if outcome.loss_finite is False else _ALL_ZERO
         if flushed:
             seen = f"the scale of {outcome.scale:g} leaves nothing of them in FP16"
         remedy = (_DECAYED if outcome.scale < 1 else _UNDERFLOW) if flushed else None
@@ -94,24 +94,16 @@ class StallDetector:
         Raises:
             StateError: it is no such state; nothing has changed then.
         """
-        vars(self).update(
-            parse_fields(
-                StallDetector, {**parse(dict[str, Any], state_dict, "stall"), "patience": self.patience}, "stall"
-            )
-        )
+        saved = {**parse(dict[str, Any], state_dict, "stall"), "patience": self.patience}
+        vars(self).update(parse_fields(StallDetector, saved, "stall"))
 
 
 _UNDERFLOW = "Raise init_scale, or take scaling_strategy ADAPTIVE, which does so by itself; or make the loss larger, or train in BF16."
-_MAYBE_LABELS = (
+_ALL_ZERO = (
     "where the loss is 0.0 too, every label of the batch is ignored (-100): look at what the collator makes of them; "
     "where rewards are learned from, all of a group may be equal; otherwise look for frozen parameters"
 )
-_LABELS = {
-    None: _MAYBE_LABELS,
-    True: _MAYBE_LABELS,
-    False: "the loss is not a number, so most likely every label of the batch is ignored (-100): look at what the "
-    "collator makes of them",
-}
+_LOSS_IS_NAN = "the loss is not a number, so most likely every label of the batch is ignored (-100): look at what the collator makes of them"
 _DECAYED = (
     "Raise init_scale and min_scale, or train in BF16 or FP32; where skipped steps have lowered the scale so far, the events "
     "say why they were skipped."

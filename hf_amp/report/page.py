@@ -44,15 +44,15 @@ def pictures_of(runs: Sequence[RunHistory]) -> Iterator[tuple[int, str, str, str
         Index of the run, what people read above the picture, what is to be seen, and the picture as an `<svg>` element, whose
         ids no other picture of the page has.
     """
-    for picture in PICTURES:
+    for kind, picture in enumerate(PICTURES):
         with _style():
             figures = [_drawn(picture, run) for run in runs]
-            if picture.shared:
+            if picture.rows is None:
                 _share_ranges([axes for figure, what in figures if what is not None for axes in figure.axes])
             for index, (figure, description) in enumerate(figures):
                 if description is not None:
                     label = html.escape(printable(f"{picture.title}, {runs[index].name}. {description}"))
-                    yield index, picture.title, description, _to_svg(figure, f"{picture.name}{index}", label)
+                    yield index, picture.title, description, _to_svg(figure, f"picture{kind}-{index}", label)
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,22 @@ class Picture:
     """One kind of picture.
 
     Attributes:
-        name: letters, for ids.
         title: what people read above it.
         draw: draws a run on axes and returns a sentence that says what is to be seen; None where there is nothing.
-        rows: rows that it needs, for its height; 0 for the usual height.
-        shared: whether the pictures of several runs have the same ranges.
+        rows: rows that it needs, for its height, where it has a row for each module; None where it has the usual height, and
+            the pictures of several runs have the same ranges.
     """
 
-    name: str
     title: str
     draw: Callable[[Axes, RunHistory], str | None]
-    rows: Callable[[RunHistory], int] = lambda run: 0
-    shared: bool = True
+    rows: Callable[[RunHistory], int] | None = None
 
 
 WIDTH_INCHES, HEIGHT_INCHES, ROW_INCHES = 5.2, 2.3, 0.17
 
 
 def _drawn(picture: Picture, run: RunHistory) -> tuple[Figure, str | None]:
-    height = max(HEIGHT_INCHES, 0.65 + ROW_INCHES * picture.rows(run))
+    height = max(HEIGHT_INCHES, 0.65 + ROW_INCHES * (picture.rows(run) if picture.rows else 0))
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -143,11 +140,7 @@ def draw_loss(axes: Axes, run: RunHistory) -> str | None:
         return None
     _plot(axes, run.figures["loss"], _COLOR["accent"])
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    for cause in _causes(run):
-        steps = [step for step, _ in _spread(run.skips[cause])]
-        _scatter(axes, steps, [0.0] * len(steps), cause, transform=axes.get_xaxis_transform(), clip_on=False)
-    _mark_changes(axes, run)
-    _legend(axes)
+    _mark_steps(axes, run, at_bottom=True)
     marked = "Marks at the bottom are skipped steps." if run.skipped_by_cause else "No step was skipped."
     finite = _finite(run, "loss")
     if not finite:
@@ -167,11 +160,7 @@ def draw_scale(axes: Axes, run: RunHistory) -> str | None:
     axes.yaxis.set_major_formatter(FuncFormatter(_power_of_two))
     low, high = min(scales), max(scales)
     axes.set_ylim(low / 4, high * 4)
-    for cause in _causes(run):
-        shown = [point for point in _spread(run.skips[cause]) if math.isfinite(point[1])]
-        _scatter(axes, [step for step, _ in shown], [scale for _, scale in shown], cause)
-    _mark_changes(axes, run)
-    _legend(axes)
+    _mark_steps(axes, run)
     return f"Loss scale from {scales[0]:,.6g} to {scales[-1]:,.6g}; lowest {low:,.6g}, highest {high:,.6g}."
 
 
@@ -268,19 +257,20 @@ def _color(cause: str) -> str:
     return _COLOR.get(f"cause-{cause.lower()}", _COLOR["cause-unknown"])
 
 
-def _scatter(axes: Axes, steps: list[int], values: list[float], cause: str, **options: Any) -> None:
-    marker = Cause.__members__.get(cause, Cause.UNKNOWN).facts.marker
-    axes.scatter(
-        steps, values, s=20, marker=marker, color=_color(cause), label=f"skipped: {cause}", zorder=3, linewidths=0,
-        **options,
-    )  # fmt: skip
-
-
-def _mark_changes(axes: Axes, run: RunHistory) -> None:
+def _mark_steps(axes: Axes, run: RunHistory, at_bottom: bool = False) -> None:
+    """A mark for every skipped step, at its scale or at the bottom; a line where precision changed or the run was resumed."""
+    options: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False} if at_bottom else {}
+    for cause in _causes(run):
+        steps, scales = zip(*_spread(run.skips[cause]), strict=True)
+        axes.scatter(
+            steps, [0.0] * len(steps) if at_bottom else scales, s=20, zorder=3, linewidths=0, color=_color(cause),
+            marker=Cause.__members__.get(cause, Cause.UNKNOWN).facts.marker, label=f"skipped: {cause}", **options,
+        )  # fmt: skip
     for change in run.precision_changes[:MARKS_SHOWN]:
         axes.axvline(change.step, color=_COLOR["muted"], linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
     for step in run.resumed_at[:MARKS_SHOWN]:
         axes.axvline(step, color=_COLOR["grid"], linewidth=1.2, zorder=0)
+    _legend(axes)
 
 
 def _legend(axes: Axes) -> None:
@@ -405,27 +395,25 @@ def _bits_below_largest(amax: float) -> float:
     return max(0.0, math.log2(FP16_FORMAT.largest) - math.log2(amax))
 
 
-def _of_figure(name: str, title: str, figure: str, **options: Any) -> Picture:
-    return Picture(name, title, partial(draw_figure, figure=figure, title=title, **options))
+def _of_figure(figure: str, title: str, **options: Any) -> Picture:
+    return Picture(title, partial(draw_figure, figure=figure, title=title, **options))
 
 
 def _of_modules(figure: str, title: str, **options: Any) -> Picture:
     draw_it = partial(draw_modules, figure=figure, **options)
-    return Picture(figure, title, draw_it, lambda run: min(ROWS_SHOWN, len(run.modules.get(figure, ()))), False)
+    return Picture(title, draw_it, lambda run: min(ROWS_SHOWN, len(run.modules.get(figure, ()))))
 
 
 PICTURES = (
-    Picture("loss", "Loss", draw_loss),
-    Picture("scale", "Loss scale", draw_scale),
-    Picture("skips", "Skipped steps, added up", draw_skips),
-    Picture(
-        "timeline", "Which precision ran where", draw_timeline, lambda run: min(ROWS_SHOWN, len(precision_bars(run))), False
-    ),
-    _of_figure("headroom", "Headroom", "headroom_bits", shown=lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
-    _of_figure("underflow", "Underflow", "underflow_fraction", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
-    _of_figure("norm", "Gradient norm before clipping", "grad_norm", shown=lambda norm: f"{norm:.3g}", log=True),
-    _of_figure("speed", "Step time", "step_seconds", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
-    _of_figure("memory", "Memory", "memory_bytes", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
+    Picture("Loss", draw_loss),
+    Picture("Loss scale", draw_scale),
+    Picture("Skipped steps, added up", draw_skips),
+    Picture("Which precision ran where", draw_timeline, lambda run: min(ROWS_SHOWN, len(precision_bars(run)))),
+    _of_figure("headroom_bits", "Headroom", shown=lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
+    _of_figure("underflow_fraction", "Underflow", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
+    _of_figure("grad_norm", "Gradient norm before clipping", shown=lambda norm: f"{norm:.3g}", log=True),
+    _of_figure("step_seconds", "Step time", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
+    _of_figure("memory_bytes", "Memory", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
     _of_modules(
         "module_headroom_bits", "Headroom by module", worst=lambda s: min(s.values), limits=(0, 16), unit="bits"
     ),
@@ -450,7 +438,7 @@ def page(runs: Sequence[RunHistory], version: str) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_harmless, undefined=StrictUndefined,
         trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"shown": _shown, "time": _time, "remarks": _remarks}
+    environment.filters |= {"shown": formatted, "time": _time, "remarks": _remarks}
     metrics, latest = {metric.name: metric for metric in CATALOGUE}, [run.latest for run in runs]
     names = {name for figures in latest for name in figures}
     in_order = [*filter(names.__contains__, metrics), *sorted(names - metrics.keys())]
@@ -468,10 +456,6 @@ def page(runs: Sequence[RunHistory], version: str) -> str:
 def _harmless(value: object) -> str:
     """Control characters of a run's text made visible; markup stays, in which that has been done."""
     return value if isinstance(value, Markup) else printable(str(value))
-
-
-def _shown(value: object) -> str:
-    return formatted(value) if isinstance(value, (int, float)) else str(value)
 
 
 def _time(timestamp: str | None) -> str:

@@ -50,7 +50,7 @@ class Verdict:
 
 def verdict_on(run: RunHistory) -> Verdict:
     """The verdict on a run, finished or not: the worst that holds."""
-    skipped = _skipped(run)
+    skipped = max(int(run.latest.get("skipped_steps", 0)), run.skipped_by_cause.total())
     total = max(skipped, sum(int(run.latest.get(name, 0)) for name in ("applied_steps", "skipped_steps")))
     if total <= 0:
         return Verdict(Level.EMPTY, "Nothing has been trained here yet: no optimizer step is in the log.")
@@ -58,14 +58,19 @@ def verdict_on(run: RunHistory) -> Verdict:
     failure = _failure(run, skipped, total, counted)
     if failure is not None:
         return Verdict(Level.BROKEN, failure)
-    doubt = _doubt(run)
-    if doubt is not None:
-        return Verdict(Level.WATCH, f"In doubt: {doubt}; {counted}.")
-    remark = _remark(run, total)
-    if remark is not None:
-        return Verdict(Level.WATCH, f"Training, {remark}: {counted}.")
+    if _newest_losses_lost(run):
+        return Verdict(Level.WATCH, f"In doubt: the newest logged loss is not finite; {counted}.")
+    if _skips_since(run, run.newest_step - STREAK):
+        return Verdict(Level.WATCH, f"In doubt: the newest {STREAK} steps were all skipped; {counted}.")
+    late_skips = _skips_after(run, FIRST_STEPS)
+    if late_skips > max(1.0, SKIP_RATE_TO_WATCH * total):
+        return Verdict(Level.WATCH, f"Training, but with many skips: {counted}.")
+    if changed := run.changed_modules:
+        return Verdict(Level.WATCH, f"Training, {_precision_in_words(changed)}: {counted}.")
+    if set(run.skipped_by_cause) - {Cause.SCALE.value}:
+        return Verdict(Level.WATCH, f"Training, but not every skip came from the scale: {counted}.")
     headroom = run.latest.get("headroom_bits", math.inf)
-    if headroom < HEADROOM_TO_WATCH_BITS and not _skips_after(run, FIRST_STEPS):
+    if headroom < HEADROOM_TO_WATCH_BITS and not late_skips:
         left = f"{max(headroom, 0):.1f} bits of headroom are left"
         return Verdict(Level.SOUND, f"Training, with an overflow near: {counted}; {left}.")
     return Verdict(Level.SOUND, f"Training: {counted}.")
@@ -79,7 +84,8 @@ def _failure(run: RunHistory, skipped: int, total: int, counted: str) -> str | N
             "step can fix; go back to the last good checkpoint."
         )
     stalled = _newest(run, EventKind.STALLED)
-    if stalled is not None and skipped < total and _still_stalled(run, stalled.last_step):
+    moves_nothing = run.latest.get("grad_norm") == 0
+    if stalled and skipped < total and (moves_nothing or _skips_since(run, stalled.last_step)):
         return f"Not training since step {stalled.last_step:,}: {stalled.message}"
     if skipped >= total or _skips_since(run, run.newest_step - LAST_STEPS):
         newest = "" if skipped >= total else f"the newest {LAST_STEPS} steps were all skipped; "
@@ -94,26 +100,6 @@ def _failure(run: RunHistory, skipped: int, total: int, counted: str) -> str | N
     lost = _newest_losses_lost(run)
     if lost and len(lost) in (LAST_LOSSES, len(_losses(run))):
         return f"Not training: no finite loss has been logged since step {lost[-1]:,}; {counted}."
-    return None
-
-
-def _doubt(run: RunHistory) -> str | None:
-    """Why it is not clear whether the run still trains, where it is not."""
-    if _newest_losses_lost(run):
-        return "the newest logged loss is not finite"
-    if _skips_since(run, run.newest_step - STREAK):
-        return f"the newest {STREAK} steps were all skipped"
-    return None
-
-
-def _remark(run: RunHistory, total: int) -> str | None:
-    """What to watch in a run that trains, where there is something."""
-    if _skips_after(run, FIRST_STEPS) > max(1.0, SKIP_RATE_TO_WATCH * total):
-        return "but with many skips"
-    if run.changed_modules:
-        return _precision_in_words(run.changed_modules)
-    if set(run.skipped_by_cause) - {Cause.SCALE.value}:
-        return "but not every skip came from the scale"
     return None
 
 
@@ -139,14 +125,6 @@ def _skips_after(run: RunHistory, step: int) -> int:
 def _skips_since(run: RunHistory, step: int) -> bool:
     """Whether every step after this one was skipped."""
     return _skips_after(run, step) >= run.newest_step - step
-
-
-def _still_stalled(run: RunHistory, step: int) -> bool:
-    return _skips_since(run, step) or run.latest.get("grad_norm") == 0
-
-
-def _skipped(run: RunHistory) -> int:
-    return max(int(run.latest.get("skipped_steps", 0)), run.skipped_by_cause.total())
 
 
 def _newest_losses_lost(run: RunHistory) -> list[int]:
@@ -188,9 +166,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def formatted(value: float) -> str:
-    """A figure for people: whole numbers with separators, others with four digits."""
-    if not math.isfinite(value):
+def formatted(value: object) -> str:
+    """A figure for people: whole numbers with separators, others with four digits; what is no number as it is."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 2**53:
         return f"{int(value):,}"

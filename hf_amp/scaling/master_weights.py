@@ -69,12 +69,11 @@ class MasterWeights:
         DistributedDataParallel does.
         """
         for parameter in parameters:
-            master = _Master(torch.nn.Parameter(parameter.detach().to(_WIDE, copy=True)), None)
+            self._follow([parameter])
             self._former_dtypes[parameter] = parameter.dtype
             parameter.grad = None
             parameter.data = parameter.data.to(FP16_FORMAT.dtype)
-            master.agreed_with = _memory_of(parameter)
-            self._masters[parameter] = master
+            self._masters[parameter].agreed_with = _memory_of(parameter)
 
     def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets `optimizer`'s checkpoints carry the master weights from now on. Harmless when called again.

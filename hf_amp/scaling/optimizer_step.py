@@ -15,7 +15,7 @@ from hf_amp.errors import ScalerError
 from hf_amp.patch_log import removal
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
-from hf_amp.statistics import held_by, local_part, random_elements, to_device
+from hf_amp.statistics import local_part, random_elements, to_device
 
 WRITTEN = "written_through_data"
 """Name of the figure above 0 where parameters with master weights were written to through `.data`."""
@@ -26,11 +26,16 @@ class OptimizerRunner:
 
     Args:
         masters: FP32 copies of their half-precision parameters; None where none are kept.
+
+    Attributes:
+        found: `id` of an optimizer → what its newest sampled step has found, to be read with the next one, because a step's own
+            sync is before it moves anything. "lost_update_fraction", the share of low-precision elements that it left as they
+            were, NaN where the device skipped it; `WRITTEN`. Shape [], float32, on the scale's device.
     """
 
     def __init__(self, masters: MasterWeights | None) -> None:
         self._masters = masters
-        self._found: dict[int, dict[str, Tensor]] = {}
+        self.found: dict[int, dict[str, Tensor]] = {}
 
     def run(
         self,
@@ -55,7 +60,7 @@ class OptimizerRunner:
             with self._masters.swap_in_master_weights(optimizer, found):
                 result = apply()
             if found:
-                self._found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
+                self.found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
             return result
         half = [] if sample_seed is None else half_parameters(optimizer)
         low = [local_part(p.detach()) for p in half if p.grad is not None]
@@ -66,17 +71,8 @@ class OptimizerRunner:
         after, _ = random_elements(low, sample_seed)
         lost = to_device(((before == after) * weights).sum(), record.scale.device)
         # A step that the device has skipped changed nothing, and lost nothing.
-        self._found[id(optimizer)] = {"lost_update_fraction": torch.where(record.found_inf > 0, torch.nan, lost)}
+        self.found[id(optimizer)] = {"lost_update_fraction": torch.where(record.found_inf > 0, torch.nan, lost)}
         return result
-
-    def take_lost_updates(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """`lost_update_fraction` of `optimizer`'s newest sampled step, to be read with this one; nothing the next time.
-
-        Returns:
-            Tensor of shape [], float32, on the scale's device, by name: the share of low-precision elements that the step left
-            as they were; NaN where the device skipped it. That step's own sync was before it moved anything.
-        """
-        return self._found.pop(id(optimizer), {})
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
@@ -117,11 +113,6 @@ def refuse_closure(optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...],
             f"{type(optimizer).__name__}.step with a closure cannot be loss-scaled, because the closure runs backward "
             "several times within one step; use an optimizer without a closure, or FP32 or BF16, without master weights."
         )
-
-
-def device_of(optimizer: torch.optim.Optimizer, default: str) -> torch.device:
-    """Where `optimizer`'s first parameter is; `default` where it has none."""
-    return next((parameter.device for parameter in held_by(optimizer)), torch.device(default))
 
 
 def _apply(

@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from hf_amp.events import StepOutcome
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
-from hf_amp.scaling.optimizer_step import WRITTEN, OptimizerRunner, device_of, has_closure, is_fused, refuse_closure
+from hf_amp.scaling.optimizer_step import WRITTEN, OptimizerRunner, has_closure, is_fused, refuse_closure
 from hf_amp.scaling.policies import ConstantScale, ScalePolicy, policy_of, scalar
-from hf_amp.scaling.state import from_state_dict, other_options, restored, state_to_host, to_state_dict, upgraded
+from hf_amp.scaling.state import from_state_dict, other_options, restored, to_state_dict, upgraded
 from hf_amp.scaling.step import (
     GradientStep,
     PendingOutcome,
@@ -41,18 +41,13 @@ from hf_amp.scaling.step import (
 from hf_amp.serialization import parse
 from hf_amp.statistics import PendingTransfer, held_by, to_device, to_host
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
+
 StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 StepHook = Callable[[GradientStep, torch.optim.Optimizer], Mapping[str, Tensor]]
 
 _log = logging.getLogger("hf_amp")
-
-
-class Stateful(Protocol):
-    """What is saved within the scaler's checkpoint, because Trainer and Accelerator save no other file for us."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
@@ -125,7 +120,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         observers: called with (outcome, optimizer) for every step, in the update that follows it.
         step_hooks: called with (gradient step, optimizer) once gradients are checked, before they are clipped; what they
             return, by name, as tensors of shape [] or [n], comes with the step's one sync, in `StepOutcome.extras`.
-        stateful: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name.
+        stateful: objects with `state_dict` and `load_state_dict` whose state is saved within the scaler's, by name,
+            because Trainer and Accelerator save no other file for us.
         discard_forwards: called where gradients were cleared without a step, before the next backward; False where their
             losses are from the same forward pass as the next, and count on.
         note_loss: called with every loss that goes into backward, where somebody wants to know.
@@ -200,8 +196,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             )
         if self._state is None:
             self._lazy_init_scale_growth_tracker(loss.device)
-        scale = cast(Tensor, self._state.scale)
-        self._pending.note_loss(loss, scale)
+        scale = self._pending.scale = cast(Tensor, self._state.scale)
+        self._pending.losses.note(loss, scale.device)
         if self.note_loss is not None:
             self.note_loss(loss)
         scaled = loss if self.no_scaling else loss * to_device(scale, loss.device)
@@ -278,7 +274,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return self._step_with_closure(optimizer, args, kwargs)
         samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
-        lost = self._runner.take_lost_updates(optimizer)
+        lost = self._runner.found.pop(id(optimizer), {})
         record = self._pending.current(optimizer)
         if record is None:
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
@@ -425,7 +421,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                     "no loss was scaled before the optimizer's step: call scaler.scale(loss).backward(), or "
                     "accelerator.backward(loss)."
                 )
-            self._lazy_init_scale_growth_tracker(device_of(optimizer, self._device))
+            first = next((parameter.device for parameter in held_by(optimizer)), self._device)
+            self._lazy_init_scale_growth_tracker(first)
         monitors = self.config.enable_monitoring
         samples = (monitors or self._policy.needs_underflow) and not self.no_scaling and self._is_interval()
         request = StatisticsRequest(
@@ -521,7 +518,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return {}
         self.flush()
         state = self._first_state("cpu") if self._state is None else self._state
-        plain = to_state_dict(self.config, state_to_host(state))
+        plain = to_state_dict(self.config, to_host(state._asdict()))
         plain["hf_amp"].update(self.progress())
         return plain
 

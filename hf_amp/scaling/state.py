@@ -13,7 +13,6 @@ import torch
 from hf_amp.config import Allowed, MixedPrecisionConfig, is_real, safe_repr
 from hf_amp.errors import ConfigError, StateError
 from hf_amp.serialization import parse
-from hf_amp.statistics import to_host
 
 STOCK_OPTIONS = ("growth_factor", "backoff_factor", "growth_interval")
 _VERSION = 2
@@ -121,11 +120,6 @@ def upgraded(progress: dict[str, Any]) -> dict[str, Any]:
         for part, fields in parts.items()
     }
     return {**{name: value for name, value in progress.items() if name != "companions"}, "stateful": renamed}
-
-
-def state_to_host(state: Any) -> dict[str, float]:
-    """A policy state's fields as numbers. One GPU-CPU sync."""
-    return to_host(state._asdict())
 
 
 def restored(state: Any, fields: Mapping[str, float]) -> Any:

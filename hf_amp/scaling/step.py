@@ -431,11 +431,6 @@ class SeenLosses:
     ended: bool = False
     newest: Callable[[], Tensor | None] = lambda: None
 
-    def take_unreported(self) -> int:
-        """How many of them no step has reported yet; they are reported from now on."""
-        number, self.reported = self.number - self.reported, self.number
-        return number
-
     def note(self, loss: Tensor, device: torch.device) -> None:
         """Counts `loss`, on `device`. No GPU-CPU sync."""
         known = loss.detach()
@@ -515,11 +510,6 @@ class PendingSteps:
         held = (p.grad is not None for _, it in known for p in held_by(it))
         return bool(known) and not any(held) and not any(stepped)
 
-    def note_loss(self, loss: Tensor, scale: Tensor) -> None:
-        """A loss goes into backward, multiplied by `scale`. No GPU-CPU sync."""
-        self.scale = scale
-        self.losses.note(loss, scale.device)
-
     def check(
         self, optimizer: torch.optim.Optimizer, scale: Tensor, unscale: Unscale, request: StatisticsRequest
     ) -> GradientStep:
@@ -530,12 +520,13 @@ class PendingSteps:
         """
         by_hand = self._of(optimizer).closed_after == self.backwards
         losses = SeenLosses() if by_hand else self.losses
+        unreported, losses.reported = losses.number - losses.reported, losses.number
         record = check(
             optimizer,
             backward=self.backwards,
             scale=scale if by_hand or self.scale is None else self.scale,
             unscale=unscale,
-            losses=losses.take_unreported(),
+            losses=unreported,
             loss_non_finite=losses.non_finite,
             request=request,
         )

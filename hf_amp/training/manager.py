@@ -150,7 +150,7 @@ class AdvancedMixedPrecisionManager:
         from tqdm.auto import tqdm  # a dependency of transformers and datasets
 
         check_is_model(model)
-        before = self._counters()
+        applied_before, skipped_before = self._counters()
         losses, shown_at = EpochLosses(), -math.inf
         model.train()
         disable = None if progress is None else not progress
@@ -171,10 +171,12 @@ class AdvancedMixedPrecisionManager:
             )
         self.trainer.scaler.flush()
         self.epochs += 1
-        after = self._counters()
+        applied, skipped = self._counters()
         return {
             **losses.figures(),
-            **{name: after[name] - before[name] for name in after},
+            "steps": applied + skipped - applied_before - skipped_before,
+            "applied_steps": applied - applied_before,
+            "skipped_steps": skipped - skipped_before,
             "scale": result["scale"],
             "precision_mode": self.trainer.session.plan.default,
             "epoch": self.epochs,
@@ -225,13 +227,10 @@ class AdvancedMixedPrecisionManager:
             "description": self.trainer.session.describe(),
         }
 
-    def _counters(self) -> dict[str, float]:
+    def _counters(self) -> tuple[int, int]:
+        """Applied and skipped steps so far."""
         monitor = self.trainer.precision_monitor
-        return {
-            "steps": monitor.applied_steps + monitor.skipped_steps,
-            "applied_steps": monitor.applied_steps,
-            "skipped_steps": monitor.skipped_steps,
-        }
+        return monitor.applied_steps, monitor.skipped_steps
 
     def state_dict(self) -> dict[str, Any]:
         """Scale, policy, plan, counters and statistics, between two steps; model and optimizer are yours to save.

@@ -44,9 +44,6 @@ class Stepping:
         ConfigError: an option needs an Accelerator.
     """
 
-    accumulates_itself = False
-    """Whether other code decides where an accumulation window ends."""
-
     def __init__(self, config: MixedPrecisionConfig, fuses_clipping: bool) -> None:
         config.refuse(
             {"communication_precision"},
@@ -127,8 +124,6 @@ class AcceleratedStepping(Stepping):
 
     Gradient accumulation is the Accelerator's: its number of steps, its synchronisation.
     """
-
-    accumulates_itself = True
 
     def __init__(self, config: MixedPrecisionConfig, accelerator: Any) -> None:
         from hf_amp.integrations.accelerate import attach, session_of
@@ -233,11 +228,6 @@ class Window:
     norm: Tensor | None = None
     cause: Cause | None = None
 
-    @property
-    def samples(self) -> int:
-        """Rows of all batches."""
-        return sum(map(samples_in, self.batches))
-
     def may_retry(self) -> bool:
         """Whether another run of the same data may succeed where the newest was skipped."""
         if self.rewind is None or self.cause is None:
@@ -291,7 +281,7 @@ class MemoryCalibration:
         resident, fp32_resident = resident_bytes(model, optimizer)
         self.estimate = MemoryEstimate(resident, self._stored.stored_bytes, fp32_resident, self._stored.fp32_bytes)
         self._stored = None
-        self._devices = {parameter.device for parameter in model.parameters()}
+        self._devices = devices_of(model)
         monitor.record_memory(self.estimate.savings)
 
 
@@ -442,7 +432,7 @@ class StandardMixedPrecisionTrainer:
         if not batches:
             raise BatchError("train_window got no batch: pass those of one optimizer step.")
         self._bind(model, optimizer)
-        if self._window is not None and not self._stepping.accumulates_itself:
+        if self._window is not None and not isinstance(self._stepping, AcceleratedStepping):
             raise BatchError(
                 f"train_window, but {_unfinished(self._window)}: pass the rest to train_step, or use train_window alone."
             )
@@ -524,7 +514,8 @@ class StandardMixedPrecisionTrainer:
             self.memory.finish(trained.model, trained.optimizer, self.precision_monitor)
         if self.config.memory_efficient:
             trained.optimizer.zero_grad(set_to_none=True)
-        self.performance_tracker.end_step(window.samples, self.session.plan.default.number_format.name)
+        samples = sum(map(samples_in, window.batches))
+        self.performance_tracker.end_step(samples, self.session.plan.default.number_format.name)
 
     def _result(self, loss: Tensor, window: Window | None) -> dict[str, Any]:
         outcome = self.scaler.last_outcome

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
@@ -18,15 +19,7 @@ from typer.testing import CliRunner
 
 import hf_amp
 from hf_amp.cli import app
-from hf_amp.cli.preflight import (
-    FORMATS,
-    PreflightError,
-    batch_for,
-    dry_runs,
-    half_parameter_warnings,
-    load_model,
-    made_up_batch,
-)
+from hf_amp.cli.preflight import FORMATS, batch_for, dry_runs, half_parameter_warnings, load_model, made_up_batch
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.integrations.trainers import tiny_gpt2
 
@@ -216,9 +209,9 @@ def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
 
     for name in ("pytorch_model.bin", "batch.pt"):
         (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(PreflightError):
+    with pytest.raises(typer.BadParameter):
         load_model(str(tmp_path), trust_remote_code=False)
-    with pytest.raises(PreflightError, match=r"batch\.pt: cannot be read"):
+    with pytest.raises(typer.BadParameter, match=r"batch\.pt: cannot be read"):
         batch_for(model, str(tmp_path / "batch.pt"), 4)
     assert not (tmp_path / "exploded").exists()
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalingStrategy
 from hf_amp.scaling.policies import Observation, ScalePolicy
 from hf_amp.scaling.policies import policy_of as policy_of_config
-from hf_amp.scaling.state import restored, state_to_host
+from hf_amp.scaling.state import restored
+from hf_amp.statistics import to_host
 from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.scaling.observations import observed, scales_under
@@ -61,7 +62,7 @@ def test_state_round_trips_and_ranks_agree(strategy: ScalingStrategy, steps: lis
     policy = policy_of(strategy, growth_interval=3)
     whole = run(policy, steps + steps)[-1]
     middle = run(policy, steps)[-1]
-    resumed = restored(policy.init_state(torch.device("cpu")), state_to_host(middle))
+    resumed = restored(policy.init_state(torch.device("cpu")), to_host(middle._asdict()))
     for observation in steps:
         resumed = policy.next_state(resumed, observation)
     for a, b, c in zip(whole, resumed, run(policy, steps + steps)[-1], strict=True):
