@@ -97,7 +97,7 @@ class AmpSession(EventRecorder):
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
         self._fallback.recorder.on_error = self._explain_error
-        self._at_floor = self._loss_is_lost = self._was_skipped = False
+        self._at_floor = self._loss_is_lost = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
         # parameters of no known optimizer, and their versions
@@ -211,7 +211,7 @@ class AmpSession(EventRecorder):
                 self._modules.take(id(optimizer), outcome.extras)
             if outcome.applied:
                 self.monitor.after_step(outcome)
-                self._at_floor = self._was_skipped = False
+                self._at_floor = False
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
@@ -253,13 +253,11 @@ class AmpSession(EventRecorder):
 
     def _on_skipped(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         restored = self._fallback.recorder.restore_buffers(outcome.attempt)
+        was_skipped = self._fallback.was_skipped
         finding = self._find_cause(outcome, optimizer)
         diagnosis, cause = finding.diagnosis, finding.diagnosis.cause
         # A loss may be the scale's trace, as after an adversarial step by scaled gradients. Then the next step shows it too.
-        is_trace = cause.facts.moves_scale or not (
-            diagnosis.confirmed or (cause is Cause.LOSS and not self._was_skipped)
-        )
-        self._was_skipped = True
+        is_trace = cause.facts.moves_scale or not (diagnosis.confirmed or (cause is Cause.LOSS and not was_skipped))
         if finding.change or diagnosis.already_fixed or not is_trace:
             self.scaler.forget_step(outcome)  # the scale was not to blame
         next_scale = self.scaler.get_scale()

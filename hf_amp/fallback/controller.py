@@ -142,6 +142,8 @@ class FallbackState:
         scale_skips: skips in a row that were put down to the scale.
         scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is there.
             What the scale has grown to meanwhile says nothing about FP16.
+        was_skipped: in a saved state, as of the controller.
+        gradient_steps: in a saved state, as of its recorder.
     """
 
     plan: PrecisionPlan
@@ -153,6 +155,8 @@ class FallbackState:
     no_room_until: int = 0
     scale_skips: int = 0
     scale_at_rest: Positive | None = None
+    was_skipped: bool = False
+    gradient_steps: int = 0
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, strings, lists and mappings of them."""
@@ -344,6 +348,7 @@ class FallbackController:
         runner: the models, and the plan that they follow.
         recorder: what they were called with.
         diagnoser: finds the causes.
+        was_skipped: whether the newest step was.
     """
 
     def __init__(
@@ -364,6 +369,7 @@ class FallbackController:
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
         self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
         self.newest_change: PrecisionChange | None = None
+        self.was_skipped = False
 
     @property
     def plan(self) -> PrecisionPlan:
@@ -382,8 +388,8 @@ class FallbackController:
             agree: while precisions are timed, count the slowest rank's time. One all-reduce and one sync a timed step.
         """
         self.newest_change = None
-        if self.recorder.gradient_hooks:
-            self.recorder.after_applied()
+        self.was_skipped = False
+        self.recorder.after_applied()
         tuner = self._autotuner
         if tuner is None or tuner.running is None:
             return self._decide(StepFacts())
@@ -397,6 +403,7 @@ class FallbackController:
 
     def after_skipped(self, diagnosis: Diagnosis, non_finite_fraction: float, scale: float) -> PrecisionChange | None:
         """One skipped step; what is done about it. Nothing, where the plan has fixed it already, or none can."""
+        self.was_skipped = True
         if diagnosis.already_fixed:
             self._state = replace(self._state, scale_skips=0)
             return None
@@ -468,7 +475,8 @@ class FallbackController:
     def state_dict(self) -> dict[str, Any]:
         """The controller's state: numbers, strings, lists and mappings of them."""
         tuner = self._autotuner
-        return {**self._state.to_plain(), "autotuner": None if tuner is None else tuner.state_dict()}
+        state = replace(self._state, was_skipped=self.was_skipped, gradient_steps=self.recorder.gradient_steps)
+        return {**state.to_plain(), "autotuner": None if tuner is None else tuner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from `state_dict`, plan included. A default that this run cannot have is left behind.
@@ -483,4 +491,6 @@ class FallbackController:
             self._autotuner.load_state_dict(saved)
             self._policy = replace(self._policy, order=self._autotuner.choices())
         self._state = self._policy.restored(state)
+        self.was_skipped = state.was_skipped
+        self.recorder.keep_output_gradients(state.gradient_steps)
         self.runner.apply(self.plan)

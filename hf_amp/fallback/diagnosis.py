@@ -16,7 +16,7 @@ from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
-from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
+from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, STEPS_WITH_GRADIENTS, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_tensors, replay, replay_backward
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
@@ -384,10 +384,14 @@ class Diagnoser:
         return found
 
     def underflows(self, step: int, scale: float) -> bool:
-        """Whether the gradients of `step`, which were all 0, are not in FP32: costs a step without its optimizer."""
+        """Whether the gradients of `step` are all 0 in a replay as well, and not in FP32: costs two steps without optimizer."""
         forwards = self._recorder.forwards_of(step) if self.repeats_forwards else []
-        repeated = [replay_backward(each, self._runner.current, 1.0, scale, in_fp32=True) for each in forwards]
-        return any(each is not None and each.moved and not each.is_probe for each in repeated)
+
+        def moved(in_fp32: bool) -> list[bool]:
+            found = [replay_backward(each, self._runner.current, scale, scale, in_fp32) for each in forwards]
+            return [bool(each.moved) for each in found if each is not None and not each.is_probe]
+
+        return any(moved(in_fp32=True)) and not any(moved(in_fp32=False))
 
     def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
         try:
@@ -430,7 +434,7 @@ class Diagnoser:
             return self._in_backward(skip, forwards, scale_skips)
         found = diagnose(skip.loss_finite, forwards, self._runner)
         if found.confirmed and found.cause in (Cause.LOSS, Cause.MODEL):
-            found = self._in_buffers(forwards) or found
+            found = self._in_fixed_parameters(forwards) or self._in_buffers(forwards) or found
         if source is not None:
             return (
                 found
@@ -446,6 +450,12 @@ class Diagnoser:
         if not (found.confirmed or found.already_fixed) and forwards and self._recorder.has_let_go(skip.step):
             return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, confirmed=False)
         return found
+
+    def _in_fixed_parameters(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
+        """The diagnosis of parameters that hold inf or NaN and that this optimizer does not hold; None where none does."""
+        models = dict.fromkeys(forward.model for forward in forwards)
+        named = ((joined(self._runner.name_of(m), name), p) for m in models for name, p in m.named_parameters())
+        return non_finite_source(named, ())
 
     def _in_buffers(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
         """The diagnosis of buffers without whose NaN or inf forward, which is not finite, would be; None where it would not."""
@@ -509,9 +519,10 @@ class Diagnoser:
                 return found  # an infinite activation, which a function that saturates has hidden
             outside = [path for path, g in (forward.output_gradients or {}).items() if non_finite_tensors(g)]
             if outside:
+                named = join_names([f"output {path}".strip() for path in outside])
                 return Diagnosis(
                     Cause.DERIVATIVE,
-                    f"the loss was finite, but its derivative with respect to the model's output {join_names(outside)} is not: "
+                    f"the loss was finite, but its derivative with respect to the model's {named} is not: "
                     "look outside of the model, where the loss is made, for a root or a division at zero.",
                 )
             in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
@@ -521,7 +532,7 @@ class Diagnoser:
         if tried or not forwards:
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
         in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
-        self._recorder.keep_output_gradients(True, large=in_doubt)
+        self._recorder.keep_output_gradients(STEPS_WITH_GRADIENTS, large=in_doubt)
         return Diagnosis(Cause.SCALE, f"{SCALE_WILL_FIX_IT} {_OUTSIDE}", confirmed=False)
 
     def _too_large_a_loss(

@@ -233,6 +233,7 @@ class ForwardRecorder:
 
     Attributes:
         is_paused: whether nothing is noted, because forward passes are repeated.
+        gradient_steps: applied steps for which what the loss gives to outputs is still kept.
         on_error: called with what a training model's forward pass has raised.
     """
 
@@ -243,7 +244,7 @@ class ForwardRecorder:
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
         self._entry_points: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.gradient_hooks: list[RemovableHandle] = []
-        self._steps_kept, self._keeps_large = 0, False
+        self.gradient_steps, self._keeps_large = 0, False
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
@@ -258,11 +259,12 @@ class ForwardRecorder:
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
         end = entry_point.register_forward_hook(_NoteEnd(self, reference), always_call=True)
         self._entry_points.add(entry_point)
+        self.keep_output_gradients(self.gradient_steps)  # as a state that was loaded before asks for
 
         def undo() -> None:
             handle.remove()
             end.remove()
-            self.keep_output_gradients(False)
+            self.keep_output_gradients(0)
 
         return undo
 
@@ -328,25 +330,25 @@ class ForwardRecorder:
         if now is not None and now.may_leave_out:
             now.graphs.append((self._steps.backwards, loss.grad_fn))
 
-    def keep_output_gradients(self, keep: bool, large: bool = False) -> None:
-        """Whether what the loss gives to outputs is kept from now on, so that backward can be repeated from there.
+    def keep_output_gradients(self, steps: int, large: bool = False) -> None:
+        """Keeps what the loss gives to outputs during the next `steps` applied steps, so that backward can be repeated from there.
 
         For steps that go wrong with a loss that is made outside of the model. Takes as much memory: `large` says whether that may
-        be more than 64 MiB a forward pass. Without such a skip it ends after 512 applied steps.
+        be more than 64 MiB a forward pass, until a step is applied.
         """
-        self._steps_kept, self._keeps_large = STEPS_WITH_GRADIENTS, large
-        while not keep and self.gradient_hooks:
+        self.gradient_steps, self._keeps_large = steps, large
+        while not steps and self.gradient_hooks:
             self.gradient_hooks.pop().remove()
-        if keep and not self.gradient_hooks:
-            self.gradient_hooks = [entry.register_forward_hook(self._keep_gradients_of) for entry in self._entry_points]
+        for entry in self._entry_points if steps and not self.gradient_hooks else ():
+            hook = _Note(self._keep_gradients_of, weakref.ref(entry))
+            self.gradient_hooks.append(entry.register_forward_hook(hook))
 
     def after_applied(self) -> None:
         """A step was applied: nothing goes wrong again and again."""
-        self._steps_kept, self._keeps_large = self._steps_kept - 1, False
-        if not self._steps_kept:
-            self.keep_output_gradients(False)
+        if self.gradient_steps:
+            self.keep_output_gradients(self.gradient_steps - 1)
 
-    def _keep_gradients_of(self, entry_point: nn.Module, arguments: Any, output: Any) -> None:
+    def _keep_gradients_of(self, entry_point: weakref.ref[nn.Module], arguments: Any, output: Any) -> None:
         calls = self._now().calls
         found = [(path, x) for path, x in tensors_in(output) if x.requires_grad and calls and not self.is_paused]
         if self._keeps_large or sum(x.nbytes for _, x in found) <= LARGE_GRADIENTS:

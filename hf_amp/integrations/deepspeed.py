@@ -38,7 +38,7 @@ class ObservedScaler(AdvancedGradScaler):
         self._newest: tuple[StepOutcome, torch.optim.Optimizer, PendingTransfer] | None = None
         self._next_scale = 1.0
 
-    def note_loss(self, loss: Tensor) -> None:
+    def observe_loss(self, loss: Tensor) -> None:
         """Sees an unscaled loss on its way into backward. No GPU-CPU sync."""
         self._pending.losses.note(loss, loss.device)
 
@@ -139,7 +139,7 @@ def _watch_steps(accelerator: Accelerator, session: AmpSession, scaler: Observed
     @functools.wraps(backward)
     def run_and_watch(loss: torch.Tensor, **kwargs: Any) -> None:
         engine: Any = accelerator.deepspeed_engine_wrapped.engine
-        scaler.note_loss(loss)
+        scaler.observe_loss(loss)
         steps, scale = engine.global_steps, loss_scale(engine)
         backward(loss, **kwargs)
         if engine.global_steps == steps:

@@ -290,7 +290,7 @@ class Draws(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         logits = self.head(torch.tanh(self.big(x) * 1e-6))
-        return -torch.distributions.Categorical(logits=logits).log_prob(labels).mean()
+        return -torch.distributions.Categorical(logits=logits, validate_args=True).log_prob(labels).mean()
 
 
 LABELS = torch.tensor([0, 1, 2])

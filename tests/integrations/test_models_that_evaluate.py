@@ -127,7 +127,7 @@ def test_a_reference_that_is_not_finite_in_fp32_either_is_named(precision: str) 
     loop = Distillation(precision, Network(), nn.Sequential(nn.Linear(8, 4), DividedByZero()))
     loop.step()
     (skip,) = loop.reported(EventKind.STEP_SKIPPED)
-    assert skip.cause is Cause.UNKNOWN
+    assert skip.cause is Cause.MODEL
     assert "eval_model_1.1 gives non-finite values" in skip.message
 
 

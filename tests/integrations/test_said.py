@@ -134,7 +134,9 @@ def test_weights_whose_nan_backward_does_not_see() -> None:
     """A rectifier passes the gradient of NaN on: steps are applied, and the parameter is named."""
     model = nn.Linear(4, 1)
     nn.init.constant_(model.bias, torch.nan)
-    session = steps(nn.Sequential(model, nn.ReLU(), nn.Flatten(0)), torch.optim.SGD([model.weight], 1e-3), 2)
+    session = steps(
+        nn.Sequential(model, nn.ReLU(), nn.Flatten(0)), torch.optim.SGD([model.weight], 1e-3), 2, init_scale=256.0
+    )
     (event,) = of_kind(session, EventKind.LOSS_LOST)
     assert event.cause is Cause.WEIGHTS
     assert "0.bias among them" in event.message
