@@ -389,7 +389,8 @@ class FallbackController:
         """
         self.newest_change = None
         self.was_skipped = False
-        self.recorder.after_applied()
+        if self.recorder.gradient_steps:
+            self.recorder.after_applied()
         tuner = self._autotuner
         if tuner is None or tuner.running is None:
             return self._decide(StepFacts())

@@ -345,8 +345,7 @@ class ForwardRecorder:
 
     def after_applied(self) -> None:
         """A step was applied: nothing goes wrong again and again."""
-        if self.gradient_steps:
-            self.keep_output_gradients(self.gradient_steps - 1)
+        self.keep_output_gradients(self.gradient_steps - 1)
 
     def _keep_gradients_of(self, entry_point: weakref.ref[nn.Module], arguments: Any, output: Any) -> None:
         calls = self._now().calls
