@@ -72,7 +72,7 @@ def learned(strategy: str, bad: str, steps: int, every: int) -> Learned:
 @for_each("strategy", ["DYNAMIC", "ADAPTIVE"])
 def test_bad_rows_cost_their_batches_alone(strategy: str, bad: str, full_size: bool) -> None:
     """NaN in a row, also in labels of a loss that the loop makes: scale, underflow and loss are as without that row."""
-    steps, every = (1500, 50) if full_size else (400, 50)
+    steps, every = (1500, 50) if full_size else (200, 50)
     without, with_them = learned(strategy, "left out", steps, every), learned(strategy, bad, steps, every)
     print(f"\n{strategy} {bad}: {with_them} against {without}")
     assert with_them.skipped - without.skipped == steps // every
