@@ -596,7 +596,9 @@ _UNPREPARED = (
     " have moved, and no optimizer that hf_amp knows holds them: one that was not prepared steps on gradients times the loss "
     "scale. Pass it through accelerator.prepare; where they are an average of others (EMA), all is well."
 )
-_MADE_THEM = " has made them (by a norm or a root of 0, as with eps=0), or whatever has written to them since. "
+_MADE_THEM = (
+    ", the optimizer, has made them (by a norm or a root of 0, as with eps=0), or whatever has written to them since. "
+)
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
 _SCRIPTED = ": nothing in it is emulated, replayed or put in FP32. Loss scaling and the finite check work."
 _WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
