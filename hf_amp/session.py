@@ -211,7 +211,7 @@ class AmpSession(EventRecorder):
                 self._modules.take(id(optimizer), outcome.extras)
             if outcome.applied:
                 self.monitor.after_step(outcome)
-                self._at_floor = False
+                self._at_floor, self._explained_error = False, None
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step

@@ -526,8 +526,13 @@ class Diagnoser:
                     "look outside of the model, where the loss is made, for a root or a division at zero.",
                 )
             in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
-            if in_fp32 is None or in_fp32.parameters:
-                return self._derivative(forward, in_fp32 or bad)
+            if in_fp32 is None:
+                what = (
+                    "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
+                )
+                return Diagnosis(Cause.UNKNOWN, what, confirmed=False)
+            if in_fp32.parameters:
+                return self._derivative(forward, in_fp32)
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
         if tried or not forwards:
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)

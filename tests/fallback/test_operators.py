@@ -345,3 +345,20 @@ def test_a_replay_is_no_forward_pass_of_the_next_step() -> None:
         loop.step(SOUND)
         assert len(loop.session._fallback.recorder.forwards_of(loop.session.scaler.decided_steps)) == 1
     assert len(loop.skips) == 4
+
+
+def test_what_could_not_be_tried_in_fp32_is_not_claimed() -> None:
+    """UNKNOWN, not DERIVATIVE "in FP32 either", where the pass in FP32 raises, as for want of memory."""
+    passes = []
+
+    def root(x: Tensor) -> Tensor:
+        passes.append(x)
+        if len(passes) == 4:  # the step's own, its backward again, its forward again, and then FP32
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.sqrt((x - x.detach()).float())
+
+    loop = Loop(Regression(between=root), "fp16")
+    loop.step(SOUND)
+    assert len(passes) >= 4
+    assert loop.skips[0].cause is Cause.UNKNOWN
+    assert "could not be repeated in FP32" in loop.skips[0].message
