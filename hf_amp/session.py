@@ -36,7 +36,7 @@ from hf_amp.scaling.optimizer_step import install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
-from hf_amp.statistics import all_reduce_max_to_host, held_by, is_distributed
+from hf_amp.statistics import all_reduce_max_to_host, held_by, is_distributed, to_device
 
 _trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
 """The session that has trained a model last, weakly."""
@@ -331,7 +331,7 @@ class AmpSession(EventRecorder):
             id(optimizer),
             lambda: [name for name, p in self._named_parameters(optimizer) if p.grad is not None],
             record.gradients,
-            record.scale,
+            to_device(record.scale, record.device),
             scaled=record.unscale is Unscale.FUSED,
             no_scaling=record.unscale is Unscale.NONE,
             decided_steps=self.scaler.decided_steps,

@@ -18,7 +18,7 @@ from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, STEPS_WITH_GRADIENTS, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_tensors, replay, replay_backward
-from hf_amp.statistics import all_reduce_max_to_host, is_distributed, local_part, to_host
+from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
 SCALE_WILL_FIX_IT = (
@@ -257,18 +257,10 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings],
 
 
 def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One GPU-CPU sync.
-
-    FP8, which knows no `isfinite`, is passed over.
-    """
-
-    def held(x: Tensor) -> Tensor:
-        x = local_part(x)
-        return x._values() if x.is_sparse else x
-
+    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One GPU-CPU sync."""
     with torch.no_grad():
-        flags = {name: ~held(x).isfinite().all() for name, x in tensors if x.element_size() > 1}
-    return [name for name, flag in to_host(flags).items() if flag] if flags else []
+        held = {name: x._values() if (x := local_part(tensor.detach())).is_sparse else x for name, tensor in tensors}
+    return [name for name, finite in zip(held, are_finite(list(held.values())), strict=True) if not finite]
 
 
 def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from hf_amp.errors import ScalerError
 from hf_amp.patch_log import removal
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
-from hf_amp.statistics import local_part, random_elements, to_device
+from hf_amp.statistics import SAMPLES, local_part, random_elements, to_device
 
 WRITTEN = "written_through_data"
 """Name of the figure above 0 where parameters with master weights were written to through `.data`."""
@@ -29,8 +29,8 @@ class OptimizerRunner:
 
     Attributes:
         found: `id` of an optimizer → what its newest sampled step has found, to be read with the next one, because a step's own
-            sync is before it moves anything. "lost_update_fraction", the share of low-precision elements that it left as they
-            were, NaN where the device skipped it; `WRITTEN`. Shape [], float32, on the scale's device.
+            figures are taken before it moves anything. "lost_update_fraction", the share of low-precision elements that it left as they
+            were, NaN where the device skipped it; `WRITTEN`. Shape [], float32, where the figures are.
     """
 
     def __init__(self, masters: MasterWeights | None) -> None:
@@ -60,16 +60,15 @@ class OptimizerRunner:
             with self._masters.swap_in_master_weights(optimizer, found):
                 result = apply()
             if found:
-                self.found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
+                self.found[id(optimizer)] = {WRITTEN: torch.stack([to_device(f, record.device) for f in found]).amax()}
             return result
         half = [] if sample_seed is None else half_parameters(optimizer)
         low = [local_part(p.detach()) for p in half if p.grad is not None]
         if sample_seed is None or not low:
             return apply()
-        before, weights = random_elements(low, sample_seed)
+        before = random_elements(low, sample_seed, SAMPLES)
         result = apply()
-        after, _ = random_elements(low, sample_seed)
-        lost = to_device(((before == after) * weights).sum(), record.scale.device)
+        lost = to_device((before == random_elements(low, sample_seed, SAMPLES)).float().mean(), record.device)
         # A step that the device has skipped changed nothing, and lost nothing.
         self.found[id(optimizer)] = {"lost_update_fraction": torch.where(record.found_inf > 0, torch.nan, lost)}
         return result
@@ -129,7 +128,7 @@ def _apply(
     fused.grad_scale = fused.found_inf = None
     if fused_in:
         scale, clip = record.scale, record.clip_coefficient
-        fused.grad_scale = _readable(record, scale if clip is None else scale / clip)
+        fused.grad_scale = _readable(record, to_device(scale, record.device) if clip is None else scale / clip)
     if on_device:  # where it is known, asking costs a pass over counters
         fused.found_inf = _readable(record, record.found_inf)
     try:
