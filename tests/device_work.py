@@ -197,10 +197,10 @@ def _moved(func: Any, args: Sequence[Any], kwargs: Any, result: Any) -> int:
     outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     read = sum(map(_bytes, outputs if base in _READ_BY_INDEX else given))
-    if base.startswith("_fused_ada"):
-        parameters, gradients, *_ = args
-        scaled = (kwargs or {}).get("grad_scale") is not None
-        return 6 * sum(map(_bytes, parameters)) + (1 + scaled) * sum(map(_bytes, gradients))
+    if base.startswith("_fused"):  # which write gradients back only where they divide them
+        parameters, gradients, *states = (value for value in args if isinstance(value, (list, tuple)))
+        moved = sum(map(_bytes, [*parameters, *(x for state in states for x in state if x.dim())]))
+        return 2 * moved + (2 if kwargs.get("grad_scale") is not None else 1) * sum(map(_bytes, gradients))
     if not func._schema.is_mutable:
         return read + sum(map(_bytes, outputs))
     written = [x for argument, x in zip(func._schema.arguments, args, strict=False) if argument.alias_info is not None]
