@@ -97,6 +97,8 @@ class AmpSession(EventRecorder):
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
         self._fallback.recorder.on_error = self._explain_error
+        self._fallback.on_withdrawn = lambda change: self._report_change(change, cause=None)
+        self._queued_in: dict[int, PrecisionMode] = {}  # attempt → the plan's default when its forward pass began
         self._at_floor = self._loss_is_lost = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
@@ -206,13 +208,15 @@ class AmpSession(EventRecorder):
         ForwardContext.leave_interrupted()
         with self.lock:
             self.newest_step = self.first_step + outcome.attempt - 1
-            step_seconds = self.throughput.step_decided(self._fallback.runner.plan.default.number_format.name)
+            # A verdict that comes late is of a step that was queued before the newest change.
+            ran_in = self._queued_in.pop(outcome.attempt, self.plan.default)
+            step_seconds = self.throughput.step_decided(ran_in.number_format.name)
             if outcome.extras:
                 self._modules.take(id(optimizer), outcome.extras)
             if outcome.applied:
                 self.monitor.after_step(outcome)
                 self._at_floor, self._explained_error = False, None
-                if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
+                if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree, ran_in):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
                 is_lost = outcome.non_finite_losses > 0 and not outcome.zero_gradients
@@ -227,6 +231,7 @@ class AmpSession(EventRecorder):
                     self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
+            self._queued_in[self.scaler.decided_steps + 1] = self.plan.default
 
     def _note_loss(self, loss: Tensor) -> None:
         """Before a backward. In the first ones, looks whether models and optimizers belong together, and says where not."""

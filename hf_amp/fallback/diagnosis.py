@@ -16,7 +16,14 @@ from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
-from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, STEPS_WITH_GRADIENTS, ForwardRecorder, RecordedForward
+from hf_amp.fallback.recorder import (
+    KEPT_BYTES,
+    KEPT_FORWARDS,
+    OBJECTS_DEEP,
+    STEPS_WITH_GRADIENTS,
+    ForwardRecorder,
+    RecordedForward,
+)
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_tensors, replay, replay_backward
 from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
@@ -299,7 +306,8 @@ _IN_AUTOCAST = (
     "The loop enters autocast, where products may leave the range of FP16: make the loss in FP32, outside of it."
 )
 _NOT_KEPT = (
-    f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
+    f"the newest forward passes of the step are finite, and those before them are not kept (at most {KEPT_FORWARDS} are, and "
+    f"{KEPT_BYTES // 2**30} GiB of batches). Look at this "
     "step's batch and loss function, and for activations beyond 65504."
 )
 

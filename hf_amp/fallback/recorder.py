@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_amp.device import RandomState, is_capturing
+from hf_amp.device import RandomState, devices_of, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.patch_log import UnpickledHook, compile_disabled, takes_hooks
@@ -134,8 +134,8 @@ STEPS_WITH_GRADIENTS = 512
 """Applied steps after a skip that could not be explained in which outputs' gradients are kept: a bad row comes again."""
 PASSES_TRIED = 3
 """The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
-KEPT_STEPS = 2
-"""Steps kept: the newest, and the one before, whose verdict PERFORMANCE_OPTIMIZED learns one step late."""
+KEPT_BYTES = 2**30
+"""What the batches of one step that are kept may take on their devices; the newest one is kept in any case."""
 
 
 class RecordedForward(NamedTuple):
@@ -179,6 +179,7 @@ class _OfStep:
 
     Attributes:
         calls: of models while gradients are on.
+        bytes_kept: what their batches take.
         has_let_go: whether there were more of them than are kept.
         evaluations: calls of models that only evaluate, without gradients.
         buffers: what they were before it, by model.
@@ -187,6 +188,7 @@ class _OfStep:
     """
 
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
+    bytes_kept: int = 0
     has_let_go: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
     buffers: dict[weakref.ref[nn.Module], _Copies] = field(default_factory=dict)
@@ -214,11 +216,14 @@ class _OfStep:
 
 
 class CountsSteps(Protocol):
-    """Whoever counts the optimizer steps decided, and the backward passes begun."""
+    """Whoever counts the optimizer steps decided, those whose outcome is known, and the backward passes begun."""
 
     decided_steps: int
     backwards: int
     note_loss: Callable[[Tensor], None] | None
+
+    @property
+    def known_steps(self) -> int: ...
 
 
 class ForwardRecorder:
@@ -246,6 +251,7 @@ class ForwardRecorder:
         self.gradient_hooks: list[RemovableHandle] = []
         self.gradient_steps, self._keeps_large = 0, False
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
+        self._devices: dict[weakref.ref[nn.Module], set[torch.device]] = {}
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
         self.on_error: Callable[[Exception], Any] = lambda error: None
@@ -276,11 +282,16 @@ class ForwardRecorder:
             now.buffers[reference] = self._buffers[reference].snapshot()
         if torch.is_grad_enabled():
             now = self._now()
+            self._let_go_of_known_steps()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
             if now.may_leave_out and self._steps.note_loss is None:
                 self._steps.note_loss = self.note_loss
-            now.calls.append(self._kept(reference, arguments, options))
+            now.calls.append(kept := self._kept(reference, arguments, options))
+            now.bytes_kept += _bytes_of(kept)
+            while now.bytes_kept > KEPT_BYTES and len(now.calls) > 1:
+                now.bytes_kept -= _bytes_of(now.calls.popleft())
+                now.has_let_go = True
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
 
@@ -299,6 +310,11 @@ class ForwardRecorder:
             self.on_error(error)
         return True
 
+    def _let_go_of_known_steps(self) -> None:
+        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on."""
+        newest = self._steps.decided_steps + 1
+        self._by_step = {n: its for n, its in self._by_step.items() if n == newest or n > self._steps.known_steps}
+
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
         return _repeatable(list(self._now().calls)[-1:])
@@ -306,7 +322,7 @@ class ForwardRecorder:
     def _now(self) -> _OfStep:
         step = self._steps.decided_steps + 1
         if step not in self._by_step:
-            kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
+            kept = {old: its for old, its in self._by_step.items() if step - 2 < old < step}
             for its in kept.values():
                 its.graphs.clear()
             self._by_step = {**kept, step: _OfStep()}
@@ -318,6 +334,10 @@ class ForwardRecorder:
         tensors = tensors_of((arguments, options))
         only_torch = self._passes_tried[reference] >= PASSES_TRIED and reference not in self._draws_outside
         versions, devices = _versions(tensors), {x.device for x in tensors}
+        if (model := reference()) is not None:  # one that is spread over several draws on all of them
+            if self._passes_tried[reference] < PASSES_TRIED:
+                self._devices[reference] = devices_of(model)
+            devices |= self._devices[reference]
         # While a CUDA graph is captured, no generator may be asked.
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
         seen = (random_state, self._runner.plan, dict[str, Tensor](), versions)
@@ -408,6 +428,10 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
         for kept in own or calls
         if (model := kept.model()) is not None
     ]
+
+
+def _bytes_of(kept: _Kept) -> int:
+    return sum(x.nbytes for x in tensors_of((kept.arguments, kept.options)))
 
 
 def _sequence_numbers(node: Any) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
@@ -116,6 +116,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             except OSError as error:  # a Trainer that saves nothing need not be able to write
                 _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
         begin(message, **session.run_metadata())
+        if isinstance(trainer.model_wrapped, nn.DataParallel) or args.n_gpu > 1:
+            session.note(EventKind.SETUP, _DATA_PARALLEL)
         non_finite = session.non_finite_parameters(on_any_rank=True)
         if non_finite:
             reason = f"{len(non_finite)} parameters are not finite before the first step, {non_finite[0]} among them"
@@ -243,6 +245,12 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             session.end_log(self._sink.write)
             self._sink.close()
             self._sink = None
+
+
+_DATA_PARALLEL = (
+    "this Trainer runs nn.DataParallel, which it does not pass through accelerator.prepare: hf_amp scales and skips, but repeats no "
+    "forward pass to find a cause, and puts no module in FP32. Start it with torchrun or accelerate launch for that, or let it see one GPU."
+)
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer:

@@ -428,6 +428,12 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             made_with = self._state._replace(scale=late.records[0].scale)
             self._state = self._policy.next_state(made_with, observe(late.records))
 
+    @property
+    def known_steps(self) -> int:
+        """Steps decided whose outcome the host knows and observers have been told of; they come in order."""
+        late = self._late.pending if self._late is not None else []
+        return self.decided_steps - len(late) - len(self._queued) - len(self._undelivered)
+
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
         self._pending.abandon()
