@@ -174,12 +174,15 @@ def devices_of(model: nn.Module) -> set[torch.device]:
     return {parameter.device for parameter in model.parameters()}
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """What PyTorch could still allocate on `device`, its own reserve included; None where it cannot say. No GPU-CPU sync."""
+def room_on(device: torch.device) -> tuple[int, int] | None:
+    """Between steps: bytes that PyTorch could still allocate on `device`, its own reserve included, and the most that a step has
+    taken so far beyond what is there now; None where it cannot say. No GPU-CPU sync."""
     if device.type not in ("cuda", "xpu"):
         return None
     module = torch.get_device_module(device)
-    return int(module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device))
+    held = module.memory_allocated(device)
+    free = module.mem_get_info(device)[0] + module.memory_reserved(device) - held
+    return int(free), int(module.max_memory_allocated(device) - held)
 
 
 def _generator_of(device: torch.device) -> tuple[Any, tuple[torch.device, ...]]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_amp.config import MixedPrecisionConfig
-from hf_amp.device import Hardware
+from hf_amp.device import Hardware, room_on
 from hf_amp.errors import StateError
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
@@ -432,10 +432,13 @@ class FallbackController:
         self._state = state
         if self.plan == former.plan:
             return None
+        in_one_process = not (is_distributed() or compiles())
         self.runner.apply(self.plan)
         change = describe_change(former, state, facts, self._policy)
+        if facts.cause is not None and self.plan.default is not former.plan.default:
+            change = change._replace(message=change.message + self._lack_of_room())
         self.newest_change = change if facts.cause is not None else None
-        if self.newest_change:
+        if self.newest_change and in_one_process:
             self._try_out()
         return change
 
@@ -482,6 +485,18 @@ class FallbackController:
         scale = former.scale_at_rest if self._state.scale_at_rest is None else None
         return PrecisionChange(failed.after, failed.before, failed.modules, message, scale)
 
+    def _lack_of_room(self) -> str:
+        """A sentence where the whole model is widened and memory may not suffice: FP32 stores up to twice of what FP16 does."""
+        rooms = [room for device in self.runner.devices() if (room := room_on(device)) is not None]
+        short = next(((free, step) for free, step in rooms if 2 * step > free), None)
+        if short is None:
+            return ""
+        free, step = (amount / 2**30 for amount in short)
+        return (
+            f" Memory may not suffice: a step has taken {step:.1f} GiB so far, a wider one takes up to twice as much, and "
+            f"{free:.1f} GiB are free."
+        )
+
     def _try_out(self) -> None:
         """Has the next forward pass run again under the former plan where it raises under the new one: for want of memory, or of
         kernels for FP32, as in FlashAttention.
@@ -507,7 +522,7 @@ class FallbackController:
             self.on_withdrawn(withdrawn)
             return output
 
-        for model in [] if is_distributed() or compiles() else self.runner.models():
+        for model in self.runner.models():
             if takes_hooks(model):
                 patches.set_attribute(model, "forward", functools.partial(tried, model.forward))
 

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -27,11 +27,13 @@ from hf_amp.integrations.accelerate import attach, session_of
 from hf_amp.integrations.trackers import log_entry
 from hf_amp.monitoring.metrics import LOG_PREFIX
 from hf_amp.monitoring.sinks.console import summarise
-from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
 from hf_amp.report.reader import RunHistory
 from hf_amp.report.verdict import verdict_on
 from hf_amp.session import AmpSession
 from hf_amp.statistics import to_host
+
+if TYPE_CHECKING:
+    from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
 
 _CALLBACK = "_hf_amp_callback"
 _log = logging.getLogger("hf_amp")
@@ -111,9 +113,11 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         begin: Callable[..., None] = functools.partial(session.note, EventKind.TRAINING_STARTED)
         if state.is_world_process_zero and self._sink is None:
             try:
+                from hf_amp.monitoring.sinks.jsonl import JsonLinesSink  # loads structlog
+
                 self._sink = JsonLinesSink(Path(args.output_dir or ".") / LOG_FILE, session.run_id, rank=0)
                 begin = functools.partial(session.begin_log, self._sink.write)
-            except OSError as error:  # a Trainer that saves nothing need not be able to write
+            except (OSError, ImportError) as error:  # a Trainer that saves nothing need not be able to write
                 _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
         begin(message, **session.run_metadata())
         if isinstance(trainer.model_wrapped, nn.DataParallel) or args.n_gpu > 1:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
+from hf_amp.fallback import controller
 from hf_amp.fallback.diagnosis import Diagnosis
 from hf_amp.fallback.plan import PrecisionPlan
 
@@ -98,3 +99,18 @@ def test_an_error_that_comes_again_is_the_users() -> None:
         model(torch.randn(4, 8))
     assert session.recover(caught.value)
     assert session.plan == PrecisionPlan(PrecisionMode.MIXED)
+
+
+def test_a_lack_of_memory_is_said_before_the_whole_model_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what a step took, and what is free; nothing where there is room, or the device does not say."""
+    messages = []
+    for room in (None, (4 * 2**30, 2**30), (2**30, 3 * 2**30)):
+        monkeypatch.setattr(controller, "room_on", lambda device, room=room: room)
+        session = hf_amp.attach(Accelerator(mixed_precision="fp16", cpu=True), MixedPrecisionConfig(init_scale=8.0))
+        session._fallback.runner.register_model(Model(ERRORS[0]))
+        change = session._fallback.after_skipped(Diagnosis(Cause.ROUNDING, "made up"), 1.0, 8.0)
+        messages.append(change.message.partition(" Memory may not suffice: ")[2])
+    assert messages[:2] == ["", ""]
+    assert (
+        messages[2] == "a step has taken 3.0 GiB so far, a wider one takes up to twice as much, and 1.0 GiB are free."
+    )

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_amp.fallback.diagnosis import non_finite_names
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
 from hf_amp.statistics import (
     SAMPLES,
+    are_finite,
     by_device_and_dtype,
     collect,
     count_non_finite,
@@ -19,6 +21,7 @@ from hf_amp.statistics import (
     total_amax,
     underflow_of_each,
 )
+from tests.device_work import OnDevice, pretended_device
 from tests.each import for_each
 from tests.host_reads import count_host_reads
 
@@ -492,3 +495,24 @@ def test_counting_nothing_reads_nothing():
     with count_host_reads() as reads:
         assert count_non_finite([]) == (0, 0)
     assert reads.count == 0
+
+
+def test_finite_tensors_are_told_from_others() -> None:
+    """One by one, in one read, whatever device and dtype; offloaded ones on `meta`, integers and empty ones count as finite."""
+    bad = torch.tensor([1.0, math.inf])
+    held = [
+        torch.ones(3),
+        bad,
+        bad.half(),
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.zeros(0),
+        torch.ones(2, dtype=torch.int8),
+    ]
+    held += [torch.ones(2, device=META), torch.tensor([complex(0, math.nan)]), torch.tensor(math.nan)]
+    with count_host_reads() as reads:
+        found = are_finite(held)
+    assert found == [True, False, False, True, True, True, True, False, False]
+    assert reads.count == 1
+    with pretended_device():
+        assert are_finite([OnDevice(x) for x in held if not x.is_meta]) == found[:6] + found[7:]
+    assert non_finite_names([("offloaded", torch.ones(2, device=META)), ("bad", bad)]) == ["bad"]
