@@ -171,6 +171,7 @@ class _Kept(NamedTuple):
     backwards: int
     thread: int
     sequence_number: int
+    size: int
 
 
 @dataclass
@@ -219,11 +220,9 @@ class CountsSteps(Protocol):
     """Whoever counts the optimizer steps decided, those whose outcome is known, and the backward passes begun."""
 
     decided_steps: int
+    known_steps: int
     backwards: int
     note_loss: Callable[[Tensor], None] | None
-
-    @property
-    def known_steps(self) -> int: ...
 
 
 class ForwardRecorder:
@@ -288,9 +287,9 @@ class ForwardRecorder:
             if now.may_leave_out and self._steps.note_loss is None:
                 self._steps.note_loss = self.note_loss
             now.calls.append(kept := self._kept(reference, arguments, options))
-            now.bytes_kept += _bytes_of(kept)
+            now.bytes_kept += kept.size
             while now.bytes_kept > KEPT_BYTES and len(now.calls) > 1:
-                now.bytes_kept -= _bytes_of(now.calls.popleft())
+                now.bytes_kept -= now.calls.popleft().size
                 now.has_let_go = True
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
@@ -311,9 +310,14 @@ class ForwardRecorder:
         return True
 
     def _let_go_of_known_steps(self) -> None:
-        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on."""
-        newest = self._steps.decided_steps + 1
-        self._by_step = {n: its for n, its in self._by_step.items() if n == newest or n > self._steps.known_steps}
+        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on.
+
+        But for those of models that only evaluate, whose outputs may be used for several steps.
+        """
+        for number, its in self._by_step.items():
+            if number <= self._steps.known_steps:
+                its.calls.clear()
+                its.buffers.clear()
 
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
@@ -342,7 +346,7 @@ class ForwardRecorder:
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
         seen = (random_state, self._runner.plan, dict[str, Tensor](), versions)
         where = (self._steps.backwards, threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
-        return _Kept(reference, arguments, options, *seen, *where)
+        return _Kept(reference, arguments, options, *seen, *where, sum([x.nbytes for x in tensors]))
 
     def note_loss(self, loss: Tensor) -> None:
         """`loss` goes into backward: where it does not say by itself which calls it was made from, its graph will."""
@@ -428,10 +432,6 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
         for kept in own or calls
         if (model := kept.model()) is not None
     ]
-
-
-def _bytes_of(kept: _Kept) -> int:
-    return sum(x.nbytes for x in tensors_of((kept.arguments, kept.options)))
 
 
 def _sequence_numbers(node: Any) -> list[int]:

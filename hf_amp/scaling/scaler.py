@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -115,6 +115,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         no_scaling: whether it is the finite check alone.
         backwards: backward passes begun.
         decided_steps: optimizer steps decided, on the host or on the device.
+        known_steps: number of the newest whose outcome observers were told of.
         applied_steps: optimizer steps that were applied.
         skipped_steps: optimizer steps that were skipped.
         last_outcome: the newest step that is known on the host; None before the first.
@@ -160,7 +161,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             enabled=config.enabled,
         )
         self.no_scaling = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
-        self.backwards = self.decided_steps = 0
+        self.backwards = self.decided_steps = self.known_steps = 0
         self.applied_steps = 0
         self.skipped_steps = 0
         self.last_outcome: StepOutcome | None = None
@@ -247,7 +248,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 "unscale_() after step() on the same optimizer: call update() first, then scale(loss).backward()."
             )
 
-    def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float, *, in_place: bool = False) -> Tensor:
+    def clip_grad_norm_(
+        self, optimizer: torch.optim.Optimizer, max_norm: float, *, in_place: bool = False, order: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Clips all gradients of `optimizer` to `max_norm` without touching them: `step` divides and clips in one.
 
         Until then they stay scaled: nobody may look at them or change them in between. Where somebody does, call
@@ -256,6 +259,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         Args:
             in_place: divide and clip now, in one, so that the gradients can be looked at: the same to the last bit as `unscale_`
                 and `torch.nn.utils.clip_grad_norm_` where the scale is a power of two.
+            order: the optimizer's parameters in the order that the norm sums them in; empty for its own.
 
         Returns:
             The norm before clipping, unscaled: tensor of shape [], float32. Squares are summed in FP32; a sum that
@@ -270,7 +274,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         record = self._pending.current(optimizer)
         if record is None:
             unscale = Unscale.NONE if self.no_scaling else Unscale.FUSED
-            record = self._check(optimizer, unscale, norm=True)
+            record = self._check(optimizer, unscale, norm=True, order=order)
             if in_place and record.norm is not None:
                 return record.clip_in_place(float(max_norm))
         if record.unscale is not Unscale.FUSED:
@@ -437,12 +441,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             made_with = self._state._replace(scale=late.records[0].scale)
             self._state = self._policy.next_state(made_with, seen)
 
-    @property
-    def known_steps(self) -> int:
-        """Steps decided whose outcome the host knows and observers have been told of; they come in order."""
-        late = self._late.pending if self._late is not None else []
-        return self.decided_steps - len(late) - len(self._queued) - len(self._undelivered)
-
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
         self._pending.abandon()
@@ -473,11 +471,14 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     def _deliver(self) -> None:
         """Hands every outcome that is known to the observers, on all ranks at the same step: they may exchange what they find."""
         delivered, self._undelivered = self._undelivered, []
+        self.known_steps = delivered[-1][0].attempt if delivered else self.known_steps
         for outcome, optimizer in delivered:
             for observer in self.observers:
                 observer(outcome, optimizer)
 
-    def _check(self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False) -> GradientStep:
+    def _check(
+        self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False, order: Sequence[Tensor] = ()
+    ) -> GradientStep:
         """Checks `optimizer`'s gradients, which are new, in one pass on their device."""
         self._learn()
         if self._state is None:
@@ -496,6 +497,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             sample_seed=self.decided_steps if samples else None,
             agree=self.ranks_agree,
             not_sampled=self.not_sampled() if samples else (),
+            order=order,
         )
         if self.master_weights is not None:
             self.master_weights.upcast_gradients(optimizer)
@@ -616,7 +618,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                     self.stateful[name].load_state_dict(state)
         self.applied_steps = counters.get("applied_steps", self.applied_steps)
         self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
-        self.decided_steps = self.applied_steps + self.skipped_steps
+        self.decided_steps = self.known_steps = self.applied_steps + self.skipped_steps
         self._pending.leave_over()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
