@@ -10,10 +10,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, room_on
@@ -372,6 +373,7 @@ class FallbackController:
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
         self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
         self.newest_change: PrecisionChange | None = None
+        self._trial = PatchLog()
         self.on_withdrawn: Callable[[PrecisionChange], None] = lambda change: None
         self.was_skipped = False
 
@@ -433,6 +435,7 @@ class FallbackController:
         if self.plan == former.plan:
             return None
         in_one_process = not (is_distributed() or compiles())
+        self._trial.undo()
         self.runner.apply(self.plan)
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:
@@ -503,10 +506,10 @@ class FallbackController:
 
         Not with several processes, which would part, nor in compiled code, which is traced anew.
         """
-        patches = PatchLog()
+        trial = self._trial
 
-        def tried(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            patches.undo()
+        def tried(forward: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            trial.undo()
             failed = self.newest_change
             try:
                 return forward(*args, **kwargs)
@@ -524,10 +527,12 @@ class FallbackController:
 
         for model in self.runner.models():
             if takes_hooks(model):
-                patches.set_attribute(model, "forward", functools.partial(tried, model.forward))
+                once = functools.wraps(model.forward)(functools.partial(tried, model.forward))
+                trial.set_attribute(model, "forward", MethodType(once, model))
 
     def remove(self) -> None:
         """Takes every context back and lets go of the batches."""
+        self._trial.undo()
         self.runner.remove()
         self.runner.current.is_over = True
         self.recorder.forget()

@@ -433,13 +433,16 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         for pending in late.pending:
             self._count(pending.outcome(), pending.optimizer)
         seen = observe(late.records)
+        skipped = any(record.host["found_inf"] for record in late.records)
         if self._pending.scale is late.scale:
-            skipped = any(record.host["found_inf"] for record in late.records)
             self._pending.scale = late.after_overflow if skipped else late.after_clean
         if not self.no_scaling:
             self._former_state, self._observed = self._state, late.pending[-1].attempt
             made_with = self._state._replace(scale=late.records[0].scale)
             self._state = self._policy.next_state(made_with, seen)
+            if not skipped:  # the scale may have been restored since these gradients were made with a lower one
+                goes_on = self._policy.next_state(self._former_state, seen)
+                self._state = self._state._replace(scale=goes_on.scale)
 
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback
 
+from hf_amp.fallback.module_precision import compiles
 from hf_amp.integrations._compat import (
     forget_skip,
     forward_before_autocast,
@@ -29,15 +30,17 @@ def test_torch_has_the_unscale_kernel() -> None:
 
 
 def test_torch_tells_whether_anything_was_compiled() -> None:
-    """`torch._dynamo.eval_frame.cached_backends` is empty until something compiled is called, and after a reset."""
+    """`torch._dynamo.eval_frame.cached_backends` has none but None until something is compiled, and after a reset."""
     import torch._dynamo
 
     torch.compiler.reset()
-    assert not torch._dynamo.eval_frame.cached_backends
+    assert not compiles()
+    torch.compiler.disable(lambda x: x + 1)(torch.ones(1))
+    assert not compiles()
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
-    assert torch._dynamo.eval_frame.cached_backends
+    assert compiles()
     torch.compiler.reset()
-    assert not torch._dynamo.eval_frame.cached_backends
+    assert not compiles()
 
 
 @pytest.mark.parametrize("number_format", ["fp16", "bf16"])
