@@ -21,10 +21,10 @@ from hf_amp.device import Hardware, room_on
 from hf_amp.errors import StateError
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
-from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, compiles
+from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
 from hf_amp.fallback.recorder import CountsSteps, ForwardRecorder
-from hf_amp.patch_log import PatchLog, takes_hooks
+from hf_amp.patch_log import PatchLog, compile_disabled, takes_hooks
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import NotNegative, Positive, parse
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
@@ -434,14 +434,13 @@ class FallbackController:
         self._state = state
         if self.plan == former.plan:
             return None
-        in_one_process = not (is_distributed() or compiles())
         self._trial.undo()
         self.runner.apply(self.plan)
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:
             change = change._replace(message=change.message + self._lack_of_room())
         self.newest_change = change if facts.cause is not None else None
-        if self.newest_change and in_one_process:
+        if self.newest_change and not (is_distributed() or self.runner.fullgraph):
             self._try_out()
         return change
 
@@ -504,10 +503,11 @@ class FallbackController:
         """Has the next forward pass run again under the former plan where it raises under the new one: for want of memory, or of
         kernels for FP32, as in FlashAttention.
 
-        Not with several processes, which would part, nor in compiled code, which is traced anew.
+        Not with several processes, which would part, nor in compiled code that allows no break.
         """
         trial = self._trial
 
+        @compile_disabled
         def tried(forward: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             trial.undo()
             failed = self.newest_change
