@@ -5,13 +5,19 @@ Reading order: `on_step` is what follows from one optimizer step; `register_mode
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import importlib.metadata
+import logging
+import platform
+import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +32,21 @@ from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
 from hf_amp.monitoring.modules import ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
-from hf_amp.monitoring.sinks.console import Console
+from hf_amp.monitoring.sinks.console import Console, say
 from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
+from hf_amp.report.reader import RunHistory, this_process
+from hf_amp.report.verdict import LAST_LOSSES, verdict_on
 from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.optimizer_step import install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
-from hf_amp.statistics import all_reduce_max_to_host, held_by, is_distributed
+from hf_amp.statistics import all_reduce_max_to_host, held_by, is_distributed, is_main_process
 
+_log = logging.getLogger("hf_amp")
 _trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
 """The session that has trained a model last, weakly."""
 
@@ -100,6 +109,10 @@ class AmpSession(EventRecorder):
         self._at_floor = self._loss_is_lost = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
+        self._runs = self._at_exit = False
+        self._losses: deque[tuple[int, float]] = deque(maxlen=LAST_LOSSES + 1)
+        self._close_log: Callable[[], None] | None = None
+        self._warned_of_no_log = False
         # parameters of no known optimizer, and their versions
         self._unheld: dict[str, tuple[Tensor, int]] | None = None
         self.patches.on_undo(self._fallback.remove)
@@ -198,8 +211,21 @@ class AmpSession(EventRecorder):
         return described + limits * self._fallback.runner.sharded
 
     def run_metadata(self) -> dict[str, Any]:
-        """What a log begins with: the precision and the options in force, as plain data."""
-        return {"precision": self.plan.default.value, "config": self.config.to_dict()}
+        """What a log begins with: the precision, the options in force, the model, and what it runs on, as plain data."""
+        sizes = [(type(m).__name__, sum(p.numel() for p in m.parameters())) for m in self._fallback.runner.models()]
+        known = [(name, sys.modules.get(name)) for name in ("torch", "transformers", "accelerate")]
+        return {
+            "precision": self.plan.default.value,
+            "config": self.config.to_dict(),
+            "model": ", ".join(f"{name} with {counted(size, 'parameter')}" for name, size in sizes),
+            "device": f"{self.hardware.device}: {self.hardware.name}",
+            "versions": {
+                "hf_amp": importlib.metadata.version("hf_amp"),
+                "python": platform.python_version(),
+                **{name: str(cast(Any, module).__version__) for name, module in known if module},
+            },
+            "process": this_process(),
+        }
 
     def on_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         """An observer of the scaler: what follows from the outcome of one step of `optimizer`."""
@@ -228,8 +254,67 @@ class AmpSession(EventRecorder):
             else:
                 self._on_skipped(outcome, optimizer)
 
+    def begin_run(self, log: Path | None = None) -> None:
+        """One console line that says what runs and where the log is. A session does it by itself before its first step."""
+        if self._runs:
+            return
+        self._runs = True
+        if not self._at_exit:
+            self._at_exit = True
+            atexit.register(_end_at_exit, weakref.ref(self))
+        if is_main_process():
+            scaled = self.config.enabled and not self.scaler.no_scaling
+            scaling = f", {self.config.scaling_strategy.value}" if scaled else ""
+            where = "no log: session.log_to(folder) opens one" if log is None else f"log in {log}"
+            say(f"{self.describe()}{scaling}, {where}.")
+
+    def end_run(self, why: str = "training ended") -> None:
+        """Says once how the run went, on the console of the main process and in the log. Harmless where none has begun.
+
+        `detach` and the end of the process do it where a Trainer does not.
+        """
+        if not self._runs:
+            return
+        self._runs = False
+        self.scaler.flush()
+        summary = self.summary() if self.config.enabled else "hf_amp, which the config disables, counted nothing"
+        self.note(EventKind.TRAINING_ENDED, f"{why}: {summary}.", **self.metrics())
+        if self.config.enabled and is_main_process():
+            say(f"{why}. Verdict: {self.verdict()} At the end: {self._figures_in_words()}.")
+
+    def verdict(self) -> str:
+        """What the report would say of the run now, in a sentence."""
+        run = RunHistory("", Path())
+        for event in self.events:
+            run.take(event)
+        for step, loss in self._losses:
+            run.figures["loss"].add(step, loss)
+        for name, value in self.metrics().items():
+            run.figures[name].add(self.newest_step, value)
+        return verdict_on(run).sentence
+
+    def summary(self) -> str:
+        """Steps applied and skipped by cause, changes of precision, final scale, time in each precision: a phrase."""
+        monitor = self.monitor
+        causes = ", ".join(f"{n} {cause}" for cause, n in sorted(monitor.skipped_by_cause.items()))
+        skipped = f"{monitor.skipped_steps:,} skipped" + (f" ({causes})" if causes else "")
+        changes = counted(monitor.precision_changes, "change") + " of precision"
+        return ", ".join(
+            [f"{counted(monitor.applied_steps, 'step')} applied", skipped, changes, self._figures_in_words()]
+        )
+
+    def _figures_in_words(self) -> str:
+        modules, scale = self.monitor.modules_in_fp32, self.monitor.scale
+        parts = [
+            *([f"{counted(modules, 'module')} in FP32"] if modules else []),
+            *([] if self.scaler.no_scaling or scale is None else [f"scale {scale:g}"]),
+            *(f"{seconds:.1f} s in {name}" for name, seconds in sorted(self.throughput.seconds_by_format.items())),
+        ]
+        return ", ".join(parts)
+
     def _note_loss(self, loss: Tensor) -> None:
         """Before a backward. In the first ones, looks whether models and optimizers belong together, and says where not."""
+        self.begin_run()
         self._fallback.recorder.note_loss(loss)
         moved: list[str] = []
         if self._unheld is None:
@@ -504,25 +589,41 @@ class AmpSession(EventRecorder):
 
         sink = JsonLinesSink(Path(folder) / LOG_FILE, self.run_id, rank=0)
         self.begin_log(sink.write, f"training starts: {self.describe()}.", **self.run_metadata())
+        self.begin_run(sink.path)
 
-        def end() -> None:
-            self.note(EventKind.TRAINING_ENDED, "training ends.", **self.metrics())
+        def close() -> None:
+            self.end_run()
             self.end_log(sink.write)
             sink.close()
 
-        self.patches.on_undo(end)
+        self._close_log = close
 
-    def log_metrics(self, step: int | None = None, **figures: float) -> None:
+    def log_metrics(self, step: int | None = None, **figures: Any) -> None:
         """Writes the newest metrics into the log, with `figures` of the caller's beside them, such as the loss.
 
-        Called at every logging step by the Trainer integration; a loop of your own calls it as often as it logs. No
-        GPU-CPU sync.
+        A loop of your own calls it as often as it logs, after `log_to`. A tensor on a device is a GPU-CPU sync; numbers are none.
 
         Args:
             step: optimizer step that they are of; None for the newest that is known.
+            figures: numbers, or tensors and NumPy scalars with one element; text is kept as it is.
+
+        Raises:
+            TypeError: a figure is something else.
         """
+        if self._unwritten is not None and not self._warned_of_no_log:
+            self._warned_of_no_log = True
+            _log.warning(
+                "hf_amp: log_metrics before log_to: figures are kept, and written once session.log_to(folder) is called."
+            )
+        self.record_metrics(step, {name: _figure(name, value) for name, value in figures.items()})
+
+    def record_metrics(self, step: int | None, figures: Mapping[str, Any]) -> None:
+        """`log_metrics` for integrations: whether there is a log is not the caller's business."""
+        at = self.newest_step if step is None else step
+        if isinstance(loss := figures.get("loss"), (int, float)):
+            self._losses.append((at, float(loss)))
         known = {**figures, **self.metrics(), **self._modules.unlogged()}
-        self.record(AmpEvent(self.newest_step if step is None else step, EventKind.METRICS, figures=known))
+        self.record(AmpEvent(at, EventKind.METRICS, figures=known))
 
     def progress(self) -> dict[str, Any]:
         """What a run in any precision goes on from: counters and figures, and the precision that they were made in."""
@@ -577,7 +678,11 @@ class AmpSession(EventRecorder):
             hooks, ours = self.scaler.step_hooks, self._module_statistics
             hooks[:] = [hook for hook in hooks if hook != ours]
             ForwardContext.leave_interrupted()
+            self.end_run()
             self.patches.undo()
+            if self._close_log is not None:
+                self._close_log()
+                self._close_log = None
             self.note(EventKind.DETACHED, f"{why}; what it had changed is as before, upcast parameters excepted.")
 
     def __enter__(self) -> AmpSession:
@@ -602,6 +707,33 @@ _MADE_THEM = (
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
 _SCRIPTED = ": nothing in it is emulated, replayed or put in FP32. Loss scaling and the finite check work."
 _WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """ "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def _figure(name: str, value: Any) -> float | str:
+    """A figure of a loop's own as a log has it."""
+    if isinstance(value, (str, bool, int, float)):
+        return value
+    if getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1):
+        number = value.item()  # of a tensor, or of NumPy
+        if isinstance(number, (bool, int, float)):
+            return number
+    raise TypeError(
+        f"log_metrics({name}=...) got {type(value).__name__}: pass a number, text, or a tensor or NumPy scalar with one element."
+    )
+
+
+def _end_at_exit(session: Callable[[], AmpSession | None]) -> None:
+    """At the end of the process: a run that nobody has ended ends here."""
+    run = session()
+    if run is not None and run.is_attached:
+        run.end_run("the process ended")
+        if run._close_log is not None:
+            run._close_log()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

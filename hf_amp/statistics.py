@@ -113,6 +113,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks for a run: the only one, or that of rank 0."""
+    return not is_distributed() or dist.get_rank() == 0
+
+
 def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
     """The element-wise maximum over all ranks of tensors of one shape, float32, in one all-reduce. No GPU-CPU sync.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from hf_amp.events import Cause
@@ -61,5 +62,21 @@ BY_MODULE: tuple[Metric, ...] = (
     Metric("module_activation_amax", "1", "largest magnitude in the module's output, likewise; modules without children", "near 65504: it will leave FP16's range", "every monitoring_interval steps"),
 )  # fmt: skip
 """Figures that every module has; in the log, the report and `session.module_metrics()`, not among a Trainer's scalars."""
+
+BRIEF = ("scale", "skipped_steps", "grad_norm", "headroom_bits", "underflow_fraction")
+"""What an entry of `log_history` holds, where known, and as much of the next as makes it six, of what is not zero."""
+BRIEF_WHERE_NOT_ZERO = (
+    "modules_in_fp32", "non_finite_loss_fraction", "lost_update_fraction", "precision_changes",
+    *(f"skipped_steps_{cause.lower()}" for cause in Cause), "eval_non_finite_batches",
+)  # fmt: skip
+MOST_IN_BRIEF = 6
+
+
+def in_brief(figures: Mapping[str, float]) -> dict[str, float]:
+    """At most six of the catalogue's `figures`: how the run is."""
+    shown = [name for name in BRIEF if name in figures]
+    shown += [name for name in BRIEF_WHERE_NOT_ZERO if figures.get(name)]
+    return {name: figures[name] for name in shown[:MOST_IN_BRIEF]}
+
 
 NAMES = frozenset(metric.name for metric in CATALOGUE)

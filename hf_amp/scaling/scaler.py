@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -39,7 +40,7 @@ from hf_amp.scaling.step import (
     observe,
 )
 from hf_amp.serialization import parse
-from hf_amp.statistics import PendingTransfer, held_by, to_device, to_host
+from hf_amp.statistics import PendingTransfer, held_by, is_main_process, to_device, to_host
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -48,6 +49,7 @@ StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 StepHook = Callable[[GradientStep, torch.optim.Optimizer], Mapping[str, Tensor]]
 
 _log = logging.getLogger("hf_amp")
+_WHERE_CAUSES_ARE = "A scaler alone does not look for causes: hf_amp.attach and AmpSession.for_model do."
 
 
 def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
@@ -175,6 +177,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._loaded_state: dict[str, float] = {}
         self._deferred: deque[PendingOutcome] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
+        self._said = (0, -math.inf)  # skips by the newest line about them, and its time
 
     def scale(self, outputs: Any) -> Any:
         """`outputs` (a tensor, or lists and tuples of them) times the scale. Notes whether they are finite; no GPU-CPU sync.
@@ -412,6 +415,22 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         for outcome, optimizer in delivered:
             for observer in self.observers:
                 observer(outcome, optimizer)
+            if not (outcome.applied or self.observers):
+                self._say_skipped(outcome)
+
+    def _say_skipped(self, outcome: StepOutcome) -> None:
+        """One console line for the first skip, and then each time that their number has doubled and ten seconds have passed."""
+        count, since = self._said
+        if self.skipped_steps < 2 * count or time.monotonic() < since + 10.0 or not is_main_process():
+            return
+        self._said = (self.skipped_steps, time.monotonic())
+        why = "the loss was not finite" if outcome.loss_finite is False else "the gradients overflowed"
+        floor = ", the smallest that min_scale allows" * (
+            outcome.scale <= self.config.min_scale and not self.no_scaling
+        )
+        at = "" if self.no_scaling else f" at scale {outcome.scale:g}{floor}"
+        so_far = f" ({self.skipped_steps} so far)" if self.skipped_steps > 1 else ""
+        _log.warning("hf_amp: step %d was skipped: %s%s%s. %s", outcome.attempt, why, at, so_far, _WHERE_CAUSES_ARE)
 
     def _check(self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False) -> GradientStep:
         """Checks `optimizer`'s gradients, which are new, in one pass on their device."""
