@@ -467,10 +467,10 @@ def page(runs: Sequence[RunHistory], version: str) -> str:
     )
 
 
-def _common_first(pictures: list[tuple[int, str, str, str]], runs: int) -> list[tuple[int, str, str, str]]:
-    """Those first of which every run has one, side by side; what single runs have has no hole beside it then."""
+def _common_first(pictures: list[tuple[int, str, str, str]], runs: int) -> list[tuple[bool, int, str, str, str]]:
+    """Those first of which every run has one, side by side; those of single runs follow each other. Told apart by the flag."""
     having = Counter(title for _, title, _, _ in pictures)
-    return sorted(pictures, key=lambda picture: having[picture[1]] < runs)
+    return sorted(((having[each[1]] == runs, *each) for each in pictures), key=lambda each: not each[0])
 
 
 def _harmless(value: object) -> str:

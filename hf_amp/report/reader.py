@@ -478,6 +478,8 @@ class RunHistory:
             event = dataclasses.replace(event, modules=("and others",))
             key = (event.event, event.cause, event.modules)
         alike = self._groups.get(key)
+        if alike and is_real(alike.before):
+            event = dataclasses.replace(event, before=alike.before)  # a row shows the first value and the newest
         occurrences = alike.occurrences if alike else Series(STEPS_KEPT_BY_INCIDENT)
         occurrences.add(event.step)
         self._groups[key] = Incident(**vars(event), occurrences=occurrences)
