@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
-from hf_amp.errors import AttachError
+from hf_amp.errors import AttachError, StateError
 from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, join_names
 from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
@@ -37,7 +37,7 @@ from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
-from hf_amp.report.reader import RunHistory, this_process
+from hf_amp.report.reader import RunHistory, read_run, this_process
 from hf_amp.report.verdict import LAST_LOSSES, verdict_on
 from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.optimizer_step import install_refusal
@@ -110,6 +110,7 @@ class AmpSession(EventRecorder):
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
         self._runs = self._at_exit = False
+        self._log: Path | None = None
         self._losses: deque[tuple[int, float]] = deque(maxlen=LAST_LOSSES + 1)
         self._close_log: Callable[[], None] | None = None
         self._warned_of_no_log = False
@@ -258,7 +259,7 @@ class AmpSession(EventRecorder):
         """One console line that says what runs and where the log is. A session does it by itself before its first step."""
         if self._runs:
             return
-        self._runs = True
+        self._runs, self._log = True, log
         if not self._at_exit:
             self._at_exit = True
             atexit.register(_end_at_exit, weakref.ref(self))
@@ -281,6 +282,18 @@ class AmpSession(EventRecorder):
         self.note(EventKind.TRAINING_ENDED, f"{why}: {summary}.", **self.metrics())
         if self.config.enabled and is_main_process():
             say(f"{why}. Verdict: {self.verdict()} At the end: {self._figures_in_words()}.")
+
+    def show(self) -> Any:
+        """The report of the run so far, which a notebook shows where a cell ends with it.
+
+        Raises:
+            StateError: the run writes no log.
+        """
+        from hf_amp.report.page import InlinePage  # loads matplotlib
+
+        if self._log is None:
+            raise StateError("this run writes no log to make a report of: call session.log_to(folder) before training.")
+        return InlinePage(read_run(self._log))
 
     def verdict(self) -> str:
         """What the report would say of the run now, in a sentence."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -442,11 +443,11 @@ PICTURES = (
 )  # fmt: skip
 
 
-def page(runs: Sequence[RunHistory], version: str) -> str:
+def page(runs: Sequence[RunHistory], made_by: str) -> str:
     """The whole page for one run or several, by the template `page.html`.
 
     Args:
-        version: of hf_amp, for the last line.
+        made_by: version of hf_amp, for the last line.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_harmless, undefined=StrictUndefined,
@@ -458,13 +459,23 @@ def page(runs: Sequence[RunHistory], version: str) -> str:
     in_order = [*filter(names.__contains__, metrics), *sorted(names - metrics.keys())]
     return environment.get_template("page.html").render(
         runs=runs,
-        version=version,
+        version=made_by,
         verdict_on=verdict_on,
         causes=Cause,
         pictures=_common_first(list(pictures_of(runs)), len(runs)),
         metrics=metrics,
         figures=[(name, [figures.get(name) for figures in latest]) for name in in_order],
     )
+
+
+class InlinePage:
+    """The page of one run, in a frame of its own, for notebooks."""
+
+    def __init__(self, run: RunHistory) -> None:
+        self.page = page([run], version("hf_amp"))
+
+    def _repr_html_(self) -> str:
+        return f'<iframe sandbox srcdoc="{html.escape(self.page)}" style="width:100%;height:60rem;border:0"></iframe>'
 
 
 def _common_first(pictures: list[tuple[int, str, str, str]], runs: int) -> list[tuple[bool, int, str, str, str]]:
