@@ -242,7 +242,7 @@ class AmpSession(EventRecorder):
         elif moved := [name for name, (p, version) in self._unheld.items() if p._version != version]:
             self.note(EventKind.SETUP, f"{len(moved)} parameters ({join_names(moved)}){_UNPREPARED}")
         if moved or not self._unheld or self.scaler.decided_steps > 1:
-            self._unheld, self.scaler.note_loss = {}, None
+            self._unheld, self.scaler.note_loss = {}, self._fallback.recorder.note_loss
 
     def _underflows(self, outcome: StepOutcome) -> bool:
         """Whether gradients that are all 0 are seen not to be in FP32; tried once a scale."""

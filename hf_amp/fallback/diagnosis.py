@@ -17,7 +17,7 @@ from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, STEPS_WITH_GRADIENTS, ForwardRecorder, RecordedForward
-from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_tensors, replay, replay_backward
+from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
@@ -299,7 +299,8 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 
 SCALE_SKIPS_BEFORE_A_DOUBT = 3
-"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept whatever their size."""
+"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept whatever their size, and are
+believed whatever they came through."""
 _OUTSIDE = "Not confirmed: backward could not be repeated, as the loss is made outside of the model; the next such step can be."
 _POWERS = range(1, 25)
 """Scales of 2^-n that are tried, down to FP16's smallest value."""
@@ -509,7 +510,8 @@ class Diagnoser:
     def _in_backward(self, skip: SkippedStep, forwards: Sequence[RecordedForward], scale_skips: int) -> Diagnosis:
         """Why gradients are not finite although the loss is: backward is repeated without a scale, with a tiny one, and in FP32."""
         current, tried = self._runner.current, bool(forwards)
-        for forward in forwards:
+        in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
+        for forward in reversed(forwards):  # what a call is given may have come through the next one
             bad = replay_backward(forward, current, 1.0, skip.scale)
             tried &= bad is not None and not bad.is_probe
             if not (bad and bad.parameters):
@@ -517,9 +519,11 @@ class Diagnoser:
             found = diagnose(True, [forward], self._runner)
             if found.cause in (Cause.ACTIVATION, Cause.ROUNDING):
                 return found  # an infinite activation, which a function that saturates has hidden
-            outside = [path for path, g in (forward.output_gradients or {}).items() if non_finite_tensors(g)]
-            if outside:
-                named = join_names([f"output {path}".strip() for path in outside])
+            if bad.outside:
+                if skip.scale > 1 and not in_doubt and self._recorder.scale_may_overflow_outside(skip.step):
+                    tried = False
+                    continue
+                named = join_names([f"output {path}".strip() for path in bad.outside])
                 return Diagnosis(
                     Cause.DERIVATIVE,
                     f"the loss was finite, but its derivative with respect to the model's {named} is not: "
@@ -536,7 +540,6 @@ class Diagnoser:
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
         if tried or not forwards:
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
-        in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
         self._recorder.keep_output_gradients(STEPS_WITH_GRADIENTS, large=in_doubt)
         return Diagnosis(Cause.SCALE, f"{SCALE_WILL_FIX_IT} {_OUTSIDE}", confirmed=False)
 

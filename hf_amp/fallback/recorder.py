@@ -9,19 +9,21 @@ import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_amp.device import RandomState, is_capturing
+from hf_amp.events import StepOutcome
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import UnpickledHook, compile_disabled, takes_hooks
+from hf_amp.patch_log import UnpickledHook, compile_disabled, removal, takes_hooks
+from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import is_sharded, to_host_list
 from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
@@ -128,10 +130,12 @@ KEPT_EVALUATIONS = 8
 """The same of models that only evaluate, such as a reference model; few, because a long evaluation also runs them."""
 OBJECTS_DEEP = 3
 """How many objects inside of each other are looked into for tensors of the batch, such as a graph's `data.x`; after a skip only."""
+KEPT_GRADIENTS = 16 * 2**20
+"""Bytes of gradients of outputs that are kept in every step, until the next one begins."""
 LARGE_GRADIENTS = 64 * 2**20
-"""Bytes of gradients of one pass's outputs that are kept only where step after step goes wrong, as those of a vocabulary."""
+"""Bytes of one pass's that are kept after a skip that could not be explained. More, as of a vocabulary, where one follows another."""
 STEPS_WITH_GRADIENTS = 512
-"""Applied steps after a skip that could not be explained in which outputs' gradients are kept: a bad row comes again."""
+"""Applied steps after such a skip in which that many are kept: a bad row comes again."""
 PASSES_TRIED = 3
 """The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
 KEPT_STEPS = 2
@@ -144,7 +148,8 @@ class RecordedForward(NamedTuple):
     Attributes:
         random_state: what dropout drew from on the CPU and on the batch's devices; None where that is not known.
         plan: what it ran under; None where that is not known.
-        output_gradients: what the loss gave to each output, by its path, times the scale; where they were kept.
+        output_gradients: what the loss gave to each output, by its path, times the scale; None where it gave nothing. Outputs
+            that are not in it were not watched.
         is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
             written into it since.
     """
@@ -154,7 +159,7 @@ class RecordedForward(NamedTuple):
     options: dict[str, Any]
     random_state: RandomState | None = None
     plan: PrecisionPlan | None = None
-    output_gradients: dict[str, Tensor] | None = None
+    output_gradients: Mapping[str, Tensor | None] = MappingProxyType({})
     is_intact: bool = True
 
 
@@ -166,7 +171,7 @@ class _Kept(NamedTuple):
     options: dict[str, Any]
     random_state: RandomState | None
     plan: PrecisionPlan
-    output_gradients: dict[str, Tensor]
+    output_gradients: dict[str, list[Tensor]]
     versions: tuple[int, ...]
     backwards: int
     thread: int
@@ -182,14 +187,19 @@ class _OfStep:
         has_let_go: whether there were more of them than are kept.
         evaluations: calls of models that only evaluate, without gradients.
         buffers: what they were before it, by model.
+        gradient_bytes: of the outputs whose gradients are kept.
+        end_of_forward: number of the operation that followed its newest call.
         may_leave_out: whether a call followed another without a backward in between: a loss may be made from both, or not.
-        graphs: from then on, number of a backward and where its graph begins; let go of when the next step begins.
+        graphs: number of the newest backward, and where its graph begins; from then on, of all. Let go of when the next step
+            begins.
     """
 
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
     has_let_go: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
     buffers: dict[weakref.ref[nn.Module], _Copies] = field(default_factory=dict)
+    gradient_bytes: int = 0
+    end_of_forward: int = 0
     may_leave_out: bool = False
     graphs: deque[tuple[int, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
 
@@ -200,7 +210,7 @@ class _OfStep:
         of each: what it made may have been given to another, detached.
         """
         calls = list(self.calls)
-        numbers = {number: _sequence_numbers(node) for number, node in self.graphs}
+        numbers = {number: [each._sequence_nr() for each in _nodes(node)] for number, node in self.graphs}
         ends = [*(call.sequence_number for call in calls), math.inf][1:]
 
         def is_used(call: _Kept, end: float) -> bool:
@@ -218,7 +228,7 @@ class CountsSteps(Protocol):
 
     decided_steps: int
     backwards: int
-    note_loss: Callable[[Tensor], None] | None
+    last_outcome: StepOutcome | None
 
 
 class ForwardRecorder:
@@ -233,7 +243,7 @@ class ForwardRecorder:
 
     Attributes:
         is_paused: whether nothing is noted, because forward passes are repeated.
-        gradient_steps: applied steps for which what the loss gives to outputs is still kept.
+        gradient_steps: applied steps for which more of what the loss gives to outputs is still kept.
         on_error: called with what a training model's forward pass has raised.
     """
 
@@ -242,9 +252,7 @@ class ForwardRecorder:
         self._runner = runner
         self._by_step: dict[int, _OfStep] = {}
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
-        self._entry_points: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self.gradient_hooks: list[RemovableHandle] = []
-        self.gradient_steps, self._keeps_large = 0, False
+        self.gradient_steps, self._keeps_large, self._watches_all = 0, False, False
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
@@ -258,15 +266,7 @@ class ForwardRecorder:
             return lambda: None
         handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
         end = entry_point.register_forward_hook(_NoteEnd(self, reference), always_call=True)
-        self._entry_points.add(entry_point)
-        self.keep_output_gradients(self.gradient_steps)  # as a state that was loaded before asks for
-
-        def undo() -> None:
-            handle.remove()
-            end.remove()
-            self.keep_output_gradients(0)
-
-        return undo
+        return removal([handle, end])
 
     def _note(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         model = reference()
@@ -278,8 +278,6 @@ class ForwardRecorder:
             now = self._now()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
-            if now.may_leave_out and self._steps.note_loss is None:
-                self._steps.note_loss = self.note_loss
             now.calls.append(self._kept(reference, arguments, options))
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
@@ -295,9 +293,35 @@ class ForwardRecorder:
         if (before := calls[-1].random_state) and before.has_moved_outside_of_torch():
             self._draws_outside.add(reference)
         self._passes_tried[reference] += 1
+        self._now().end_of_forward = cast(Any, torch.autograd)._get_sequence_nr()
         if output is None and isinstance(error := sys.exc_info()[1], Exception):
             self.on_error(error)
+        self._watch_gradients(calls[-1], output)
         return True
+
+    def _watch_gradients(self, call: _Kept, output: Any) -> None:
+        """Keeps what the loss will give to the tensors of `output`, so that backward can be repeated from there.
+
+        Of a model that returns a loss that is one number, unless the loop goes by another. A hook on a tensor: no kernel, no sync.
+        """
+        found = [(path, x) for path, x in tensors_in(output) if x.requires_grad and x.is_floating_point()]
+        everything = self.gradient_steps or self._watches_all
+        numbers = [] if everything else [(path, x) for path, x in found if x.dim() == 0]
+        found = numbers or found
+        now, size = self._now(), sum(x.nbytes for _, x in found)
+        if not (
+            self._keeps_large
+            or size <= (LARGE_GRADIENTS if self.gradient_steps else KEPT_GRADIENTS - now.gradient_bytes)
+        ):
+            return
+        now.gradient_bytes += size
+        for path, x in found:
+            call.output_gradients[path] = []
+            cast(Any, x).register_hook(functools.partial(self._keep_gradient, call, path))
+
+    def _keep_gradient(self, call: _Kept, path: str, gradient: Tensor) -> None:
+        if self._steps.backwards > call.backwards:  # not what the loop differentiates before its loss is made
+            call.output_gradients[path].append(gradient.detach())
 
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
@@ -307,8 +331,12 @@ class ForwardRecorder:
         step = self._steps.decided_steps + 1
         if step not in self._by_step:
             kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
-            for its in kept.values():
+            known = 0 if (newest := self._steps.last_outcome) is None else newest.attempt
+            for its in (its for old, its in kept.items() if old <= known):
                 its.graphs.clear()
+                for call in its.calls:
+                    self._watches_all |= bool(call.output_gradients) and not any(call.output_gradients.values())
+                    call.output_gradients.clear()
             self._by_step = {**kept, step: _OfStep()}
         return self._by_step[step]
 
@@ -320,39 +348,36 @@ class ForwardRecorder:
         versions, devices = _versions(tensors), {x.device for x in tensors}
         # While a CUDA graph is captured, no generator may be asked.
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
-        seen = (random_state, self._runner.plan, dict[str, Tensor](), versions)
+        seen = (random_state, self._runner.plan, dict[str, list[Tensor]](), versions)
         where = (self._steps.backwards, threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
         return _Kept(reference, arguments, options, *seen, *where)
 
     def note_loss(self, loss: Tensor) -> None:
-        """`loss` goes into backward: where it does not say by itself which calls it was made from, its graph will."""
-        now = self._by_step.get(self._steps.decided_steps + 1)
-        if now is not None and now.may_leave_out:
+        """`loss` goes into backward: its graph will say which calls it was made from, and how."""
+        if (now := self._by_step.get(self._steps.decided_steps + 1)) is not None:
+            if not now.may_leave_out:
+                now.graphs.clear()
             now.graphs.append((self._steps.backwards, loss.grad_fn))
 
-    def keep_output_gradients(self, steps: int, large: bool = False) -> None:
-        """Keeps what the loss gives to outputs during the next `steps` applied steps, so that backward can be repeated from there.
+    def scale_may_overflow_outside(self, step: int) -> bool:
+        """Whether half precision, or an operator in Python, took part in the loss outside of the model: what that makes of the
+        scale cannot be repeated."""
+        its = self._by_step.get(step, _OfStep())
+        nodes = [node for _, graph in its.graphs for node in _nodes(graph, its.end_of_forward)]
+        half = (held.dtype in HALF_DTYPES for node in nodes for held in node._input_metadata)
+        return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes) or any(half)
 
-        For steps that go wrong with a loss that is made outside of the model. Takes as much memory: `large` says whether that may
-        be more than 64 MiB a forward pass, until a step is applied.
+    def keep_output_gradients(self, steps: int, large: bool = False) -> None:
+        """Keeps what the loss gives to all outputs during the next `steps` applied steps, also where that is more.
+
+        For steps that go wrong with a loss that is made outside of the model. `large` says whether it may be more than 64 MiB a
+        forward pass, until a step is applied.
         """
         self.gradient_steps, self._keeps_large = steps, large
-        while not steps and self.gradient_hooks:
-            self.gradient_hooks.pop().remove()
-        for entry in self._entry_points if steps and not self.gradient_hooks else ():
-            hook = _Note(self._keep_gradients_of, weakref.ref(entry))
-            self.gradient_hooks.append(entry.register_forward_hook(hook))
 
     def after_applied(self) -> None:
         """A step was applied: nothing goes wrong again and again."""
         self.keep_output_gradients(self.gradient_steps - 1)
-
-    def _keep_gradients_of(self, entry_point: weakref.ref[nn.Module], arguments: Any, output: Any) -> None:
-        calls = self._now().calls
-        found = [(path, x) for path, x in tensors_in(output) if x.requires_grad and calls and not self.is_paused]
-        if self._keeps_large or sum(x.nbytes for _, x in found) <= LARGE_GRADIENTS:
-            for path, x in found:
-                cast(Any, x).register_hook(functools.partial(calls[-1].output_gradients.__setitem__, path))
 
     def forwards_of(self, step: int, left_out: bool = True) -> list[RecordedForward]:
         """The forward passes behind optimizer step `step`, oldest first. `left_out`: those too that no loss was made from.
@@ -404,21 +429,29 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
     """Those of the thread that steps, where it has made any: another may serve the model meanwhile."""
     own = [kept for kept in calls if kept.thread == threading.get_ident()]
     return [
-        RecordedForward(model, *kept[1:6], is_intact=kept.versions == _versions(tensors_of(kept[1:3])))
+        RecordedForward(
+            model, *kept[1:5], _sums(kept.output_gradients), kept.versions == _versions(tensors_of(kept[1:3]))
+        )
         for kept in own or calls
         if (model := kept.model()) is not None
     ]
 
 
-def _sequence_numbers(node: Any) -> list[int]:
-    """Those of all operations behind `node`. Autograd numbers operations in the order in which a thread runs them."""
+def _sums(kept: Mapping[str, list[Tensor]]) -> dict[str, Tensor | None]:
+    """Of what each backward through an output gave to it."""
+    with torch.no_grad():
+        return {path: functools.reduce(torch.add, given) if given else None for path, given in kept.items()}
+
+
+def _nodes(node: Any, since: int = 0) -> list[Any]:
+    """All operations behind `node` from the number `since` on. Autograd numbers them in the order in which a thread runs them."""
     seen: set[Any] = {None}
     waiting = [node]
     while waiting:
-        if (newest := waiting.pop()) not in seen:
+        if (newest := waiting.pop()) not in seen and newest._sequence_nr() >= since:
             seen.add(newest)
             waiting += [behind for behind, _ in newest.next_functions]
-    return [each._sequence_nr() for each in seen - {None}]
+    return list(seen - {None})
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
@@ -447,7 +480,9 @@ class _NoteEnd(UnpickledHook):
         self.passes_tried = 0
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if output is None or self.passes_tried < PASSES_TRIED:
+        if not torch.compiler.is_compiling():
+            self._recorder.note_end(self._model, output)
+        elif output is None or self.passes_tried < PASSES_TRIED:
             self._note_end(output)
 
     @compile_disabled
