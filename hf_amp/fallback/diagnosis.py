@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, STEPS_WITH_GRADIENTS, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward
+from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
@@ -313,6 +315,31 @@ _NOT_KEPT = (
 )
 
 
+_SINGULAR = "(R?[Ss]qrt|Log(1P|2|10)?|Acos|Asin|Reciprocal|.*Norm|.*Svd|.*Eigh?)Backward"
+"""Operators whose derivative is infinite or undefined somewhere."""
+
+
+def _derivative_outside(outputs: Sequence[str], operations: Iterable[Any]) -> Diagnosis:
+    names = join_names(sorted({node.name() for node in operations if re.match(_SINGULAR, node.name())}))
+    return Diagnosis(
+        Cause.DERIVATIVE,
+        f"the loss was finite, but its derivative with respect to the model's "
+        f"{join_names([f'output {path}'.strip() for path in outputs])} is not: look outside of the model, where the loss is made, "
+        f"for a root or a division at zero{f'; {names} is there' if names else ''}.",
+    )
+
+
+def _takes_gradients_back(forward: RecordedForward) -> bool:
+    """Whether it was given what the loop had computed before, with gradients: they go back through it."""
+    return any(x.grad_fn is not None for _, x in _named_inputs(forward))
+
+
+def _may_overflow_by_scale(node: Any) -> bool:
+    """Whether what this operation outside of the model makes of the scale is not seen: in half precision, or by Python code."""
+    half = any(held.dtype in HALF_DTYPES for held in node._input_metadata)
+    return half or isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 class SkippedStep(NamedTuple):
     """What is known of a skipped step before anybody looks closer.
 
@@ -511,24 +538,21 @@ class Diagnoser:
         """Why gradients are not finite although the loss is: backward is repeated without a scale, with a tiny one, and in FP32."""
         current, tried = self._runner.current, bool(forwards)
         in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
-        for forward in reversed(forwards):  # what a call is given may have come through the next one
+        for index, forward in reversed(list(enumerate(forwards))):
             bad = replay_backward(forward, current, 1.0, skip.scale)
             tried &= bad is not None and not bad.is_probe
-            if not (bad and bad.parameters):
+            if bad is None or not (bad.parameters or bad.outside):
                 continue
             found = diagnose(True, [forward], self._runner)
             if found.cause in (Cause.ACTIVATION, Cause.ROUNDING):
                 return found  # an infinite activation, which a function that saturates has hidden
-            if bad.outside:
-                if skip.scale > 1 and not in_doubt and self._recorder.scale_may_overflow_outside(skip.step):
+            if bad.outside and (bad.is_from_outside or not bad.parameters):
+                operations = self._recorder.operations_outside(skip.step)
+                through_others = not bad.is_from_outside or any(map(_takes_gradients_back, forwards[index + 1 :]))
+                if skip.scale > 1 and not in_doubt and (through_others or any(map(_may_overflow_by_scale, operations))):
                     tried = False
                     continue
-                named = join_names([f"output {path}".strip() for path in bad.outside])
-                return Diagnosis(
-                    Cause.DERIVATIVE,
-                    f"the loss was finite, but its derivative with respect to the model's {named} is not: "
-                    "look outside of the model, where the loss is made, for a root or a division at zero.",
-                )
+                return _derivative_outside(bad.outside, operations)
             in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
             if in_fp32 is None:
                 what = (

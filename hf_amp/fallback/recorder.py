@@ -23,7 +23,6 @@ from hf_amp.events import StepOutcome
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.patch_log import UnpickledHook, compile_disabled, removal, takes_hooks
-from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import is_sharded, to_host_list
 from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
@@ -359,13 +358,10 @@ class ForwardRecorder:
                 now.graphs.clear()
             now.graphs.append((self._steps.backwards, loss.grad_fn))
 
-    def scale_may_overflow_outside(self, step: int) -> bool:
-        """Whether half precision, or an operator in Python, took part in the loss outside of the model: what that makes of the
-        scale cannot be repeated."""
+    def operations_outside(self, step: int) -> list[Any]:
+        """The nodes of the graph by which the loss of `step` was made after the model had returned; of its newest backward."""
         its = self._by_step.get(step, _OfStep())
-        nodes = [node for _, graph in its.graphs for node in _nodes(graph, its.end_of_forward)]
-        half = (held.dtype in HALF_DTYPES for node in nodes for held in node._input_metadata)
-        return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes) or any(half)
+        return [node for _, graph in its.graphs for node in _nodes(graph, its.end_of_forward)]
 
     def keep_output_gradients(self, steps: int, large: bool = False) -> None:
         """Keeps what the loss gives to all outputs during the next `steps` applied steps, also where that is more.

@@ -124,7 +124,8 @@ class BackwardFindings(NamedTuple):
         moved: names of those whose gradients are not zero throughout.
         operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
         is_probe: whether small random numbers stood for what the loss gives to the output.
-        outside: paths of outputs to which something that is not finite came from outside of the model.
+        outside: paths of outputs to which something that is not finite came.
+        is_from_outside: whether all of that came from outside of the model, and not in part through another output.
     """
 
     parameters: list[str]
@@ -132,6 +133,7 @@ class BackwardFindings(NamedTuple):
     operator: BadOperator | None = None
     is_probe: bool = False
     outside: Sequence[str] = ()
+    is_from_outside: bool = True
 
 
 def replay_backward(
@@ -161,8 +163,8 @@ def replay_backward(
             stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
             with trace.watching(forward.model) if trace else nullcontext():
                 output, _ = _repeat(forward, in_fp32)
-                starts, is_probe, outside = _starts(output, forward, factor, scale)
-                gradients = _backward(starts, [p for _, p in named], trace) if starts else None
+                starts = _starts(output, forward, factor, scale)
+                gradients = _backward(starts.pairs, [p for _, p in named], trace) if starts.pairs else None
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
     if gradients is None:
@@ -170,7 +172,7 @@ def replay_backward(
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
     bad = [name for name, g in known if non_finite_tensors(g)]
     moved = frozenset(name for name, g in known if g.any())
-    return BackwardFindings(bad, moved, trace.in_backward if trace else None, is_probe, outside)
+    return BackwardFindings(bad, moved, trace.in_backward if trace else None, *starts[1:])
 
 
 @contextmanager
@@ -187,12 +189,16 @@ def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
             setattr(p, kind, hooks)
 
 
-def _starts(
-    output: Any, forward: RecordedForward, factor: float, scale: float
-) -> tuple[list[tuple[Tensor, Tensor]], bool, list[str]]:
-    """(output, its gradient) of those that backward starts from, none where nothing is known; whether that is a probe; and the
-    paths of outputs to which something that is not finite came from outside of the model.
-    """
+class _Starts(NamedTuple):
+    """What backward starts from: (output, its gradient), none where nothing is known; the rest as in `BackwardFindings`."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    is_probe: bool = False
+    outside: Sequence[str] = ()
+    is_from_outside: bool = True
+
+
+def _starts(output: Any, forward: RecordedForward, factor: float, scale: float) -> _Starts:
     outputs = {path: x for path, x in float_tensors(output) if x.requires_grad}
     watched = {path: g for path, g in forward.output_gradients.items() if path in outputs}
     given = {path: g for path, g in watched.items() if g is not None and g.shape == outputs[path].shape}
@@ -201,19 +207,16 @@ def _starts(
         ends = [
             path for path in given if not _feeds(outputs[path], [outputs[other] for other in given if other != path])
         ]
+        pairs = [(outputs[path], (upcast(given[path]) * (factor / scale)).to(outputs[path])) for path in ends]
         bad = [path for path in given if non_finite_tensors(given[path])]
-        outside = [path for path in ends if path in bad] or bad
-        return (
-            [(outputs[path], (upcast(given[path]) * (factor / scale)).to(outputs[path])) for path in ends],
-            False,
-            outside,
-        )
+        bad_ends = [path for path in ends if path in bad]
+        return _Starts(pairs, False, bad_ends or bad, bool(bad_ends))
     losses = [(x, torch.full_like(x, factor)) for path, x in outputs.items() if x.dim() == 0 and path not in watched][
         :1
     ]
     if losses or len(outputs) != 1:
-        return losses, False, []
-    return [(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], True, []
+        return _Starts(losses)
+    return _Starts([(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], is_probe=True)
 
 
 def _feeds(x: Tensor, others: list[Tensor]) -> bool:
