@@ -547,7 +547,7 @@ class Diagnoser:
             if found.cause in (Cause.ACTIVATION, Cause.ROUNDING):
                 return found  # an infinite activation, which a function that saturates has hidden
             if bad.outside and (bad.is_from_outside or not bad.parameters):
-                operations = self._recorder.operations_outside(skip.step)
+                operations = self._recorder.operations_outside()
                 through_others = not bad.is_from_outside or any(map(_takes_gradients_back, forwards[index + 1 :]))
                 if skip.scale > 1 and not in_doubt and (through_others or any(map(_may_overflow_by_scale, operations))):
                     tried = False

@@ -3,7 +3,6 @@ buffers were before it, so that they can be put back."""
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import threading
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from hf_amp.device import RandomState, is_capturing
 from hf_amp.events import StepOutcome
 from hf_amp.fallback.module_precision import PlanRunner
+from hf_amp.fallback.operators import graph_of
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import UnpickledHook, compile_disabled, removal, takes_hooks
+from hf_amp.patch_log import UnpickledHook, compile_disabled, is_one_graph, removal, takes_hooks
 from hf_amp.statistics import is_sharded, to_host_list
 from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
@@ -186,19 +186,14 @@ class _OfStep:
         has_let_go: whether there were more of them than are kept.
         evaluations: calls of models that only evaluate, without gradients.
         buffers: what they were before it, by model.
-        gradient_bytes: of the outputs whose gradients are kept.
-        end_of_forward: number of the operation that followed its newest call.
         may_leave_out: whether a call followed another without a backward in between: a loss may be made from both, or not.
-        graphs: number of the newest backward, and where its graph begins; from then on, of all. Let go of when the next step
-            begins.
+        graphs: from then on, number of a backward and where its graph begins; let go of when the next step begins.
     """
 
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
     has_let_go: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
     buffers: dict[weakref.ref[nn.Module], _Copies] = field(default_factory=dict)
-    gradient_bytes: int = 0
-    end_of_forward: int = 0
     may_leave_out: bool = False
     graphs: deque[tuple[int, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
 
@@ -209,7 +204,7 @@ class _OfStep:
         of each: what it made may have been given to another, detached.
         """
         calls = list(self.calls)
-        numbers = {number: [each._sequence_nr() for each in _nodes(node)] for number, node in self.graphs}
+        numbers = {number: [each._sequence_nr() for each, _ in graph_of([node])] for number, node in self.graphs}
         ends = [*(call.sequence_number for call in calls), math.inf][1:]
 
         def is_used(call: _Kept, end: float) -> bool:
@@ -228,6 +223,8 @@ class CountsSteps(Protocol):
     decided_steps: int
     backwards: int
     last_outcome: StepOutcome | None
+    graph: Any
+    note_loss: Callable[[Tensor], None] | None
 
 
 class ForwardRecorder:
@@ -243,6 +240,7 @@ class ForwardRecorder:
     Attributes:
         is_paused: whether nothing is noted, because forward passes are repeated.
         gradient_steps: applied steps for which more of what the loss gives to outputs is still kept.
+        one_graph: whether compiled code that may not break its graph calls a model.
         on_error: called with what a training model's forward pass has raised.
     """
 
@@ -252,6 +250,9 @@ class ForwardRecorder:
         self._by_step: dict[int, _OfStep] = {}
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
         self.gradient_steps, self._keeps_large, self._watches_all = 0, False, False
+        self._room = self._end_of_forward = 0
+        self.one_graph = False
+        self._hooks: list[_Note] = []
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
@@ -263,11 +264,14 @@ class ForwardRecorder:
         self._buffers[reference] = ModelBuffers(model)
         if not takes_hooks(entry_point):
             return lambda: None
-        handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
+        note = _Note(self, reference)
+        self._hooks.append(note)
+        handle = entry_point.register_forward_pre_hook(note, with_kwargs=True)
         end = entry_point.register_forward_hook(_NoteEnd(self, reference), always_call=True)
         return removal([handle, end])
 
-    def _note(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def note(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Before a call of a model."""
         model = reference()
         if model is None or self.is_paused:
             return
@@ -277,6 +281,8 @@ class ForwardRecorder:
             now = self._now()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
+            if now.may_leave_out and self._steps.note_loss is None:
+                self._steps.note_loss = self.note_loss
             now.calls.append(self._kept(reference, arguments, options))
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
@@ -289,38 +295,34 @@ class ForwardRecorder:
         """
         if self.is_paused or reference() is None or not torch.is_grad_enabled() or not (calls := self._now().calls):
             return False
-        if (before := calls[-1].random_state) and before.has_moved_outside_of_torch():
-            self._draws_outside.add(reference)
-        self._passes_tried[reference] += 1
-        self._now().end_of_forward = cast(Any, torch.autograd)._get_sequence_nr()
+        if self._passes_tried[reference] < PASSES_TRIED:
+            if (before := calls[-1].random_state) and before.has_moved_outside_of_torch():
+                self._draws_outside.add(reference)
+            self._passes_tried[reference] += 1
+        self._end_of_forward = cast(Any, torch.autograd)._get_sequence_nr()
         if output is None and isinstance(error := sys.exc_info()[1], Exception):
             self.on_error(error)
-        self._watch_gradients(calls[-1], output)
+        self._watch_gradients(calls[-1].output_gradients, output)
         return True
 
-    def _watch_gradients(self, call: _Kept, output: Any) -> None:
-        """Keeps what the loss will give to the tensors of `output`, so that backward can be repeated from there.
+    def _watch_gradients(self, kept: dict[str, list[Tensor]], output: Any) -> None:
+        """Keeps what the loss will give to `output`, so that backward can be repeated from there. No kernel, no GPU-CPU sync.
 
-        Of a model that returns a loss that is one number, unless the loop goes by another. A hook on a tensor: no kernel, no sync.
+        Of a model that returns numbers, such as its loss, only what these are given, unless the loop goes by others.
         """
-        found = [(path, x) for path, x in tensors_in(output) if x.requires_grad and x.is_floating_point()]
+        items = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
+        found = [(str(path), x) for path, x in items if isinstance(x, Tensor) and x.requires_grad]
         everything = self.gradient_steps or self._watches_all
-        numbers = [] if everything else [(path, x) for path, x in found if x.dim() == 0]
-        found = numbers or found
-        now, size = self._now(), sum(x.nbytes for _, x in found)
-        if not (
-            self._keeps_large
-            or size <= (LARGE_GRADIENTS if self.gradient_steps else KEPT_GRADIENTS - now.gradient_bytes)
-        ):
-            return
-        now.gradient_bytes += size
-        for path, x in found:
-            call.output_gradients[path] = []
-            cast(Any, x).register_hook(functools.partial(self._keep_gradient, call, path))
-
-    def _keep_gradient(self, call: _Kept, path: str, gradient: Tensor) -> None:
-        if self._steps.backwards > call.backwards:  # not what the loop differentiates before its loss is made
-            call.output_gradients[path].append(gradient.detach())
+        if everything or not found:
+            found = [(path, x) for path, x in tensors_in(output) if x.requires_grad]
+        elif numbers := [(path, x) for path, x in found if x.dim() == 0]:
+            found = numbers
+        size = sum(x.nbytes for _, x in found)
+        if self._keeps_large or size <= (LARGE_GRADIENTS if self.gradient_steps else self._room):
+            self._room -= size
+            for path, x in found:
+                kept[path] = []
+                cast(Any, x).register_hook(kept[path].append)
 
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
@@ -330,12 +332,13 @@ class ForwardRecorder:
         step = self._steps.decided_steps + 1
         if step not in self._by_step:
             kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
+            self._room, self._steps.graph = KEPT_GRADIENTS, None
             known = 0 if (newest := self._steps.last_outcome) is None else newest.attempt
-            for its in (its for old, its in kept.items() if old <= known):
+            for old, its in kept.items():
                 its.graphs.clear()
-                for call in its.calls:
-                    self._watches_all |= bool(call.output_gradients) and not any(call.output_gradients.values())
-                    call.output_gradients.clear()
+                for gradients in (call.output_gradients for call in its.calls if old <= known):
+                    self._watches_all |= bool(gradients) and not any(gradients.values())
+                    gradients.clear()
             self._by_step = {**kept, step: _OfStep()}
         return self._by_step[step]
 
@@ -352,16 +355,25 @@ class ForwardRecorder:
         return _Kept(reference, arguments, options, *seen, *where)
 
     def note_loss(self, loss: Tensor) -> None:
-        """`loss` goes into backward: its graph will say which calls it was made from, and how."""
-        if (now := self._by_step.get(self._steps.decided_steps + 1)) is not None:
-            if not now.may_leave_out:
-                now.graphs.clear()
+        """`loss` goes into backward: where it does not say by itself which calls it was made from, its graph will."""
+        for hook in self._hooks:
+            if hook.newest is not None:
+                kept, hook.newest = self._kept(hook.model, *hook.newest), None
+                self._now().calls.append(kept._replace(random_state=None, backwards=self._steps.backwards - 1))
+                self.one_graph, self._steps.note_loss = True, self.note_loss
+        now = self._by_step.get(self._steps.decided_steps + 1)
+        if now is not None and now.may_leave_out:
             now.graphs.append((self._steps.backwards, loss.grad_fn))
 
-    def operations_outside(self, step: int) -> list[Any]:
-        """The nodes of the graph by which the loss of `step` was made after the model had returned; of its newest backward."""
-        its = self._by_step.get(step, _OfStep())
-        return [node for _, graph in its.graphs for node in _nodes(graph, its.end_of_forward)]
+    def operations_outside(self) -> list[Any]:
+        """The nodes of the newest loss's graph that were made after the model had returned."""
+        return [node for node, _ in graph_of([self._steps.graph]) if node._sequence_nr() >= self._end_of_forward]
+
+    def begin_step(self) -> None:
+        """Copies buffers already now where calls are noted only after they were made, as those of one graph."""
+        for hook in self._hooks:
+            if self.one_graph and hook.model() is not None:
+                self._now().buffers[hook.model] = self._buffers[hook.model].snapshot()
 
     def keep_output_gradients(self, steps: int, large: bool = False) -> None:
         """Keeps what the loss gives to all outputs during the next `steps` applied steps, also where that is more.
@@ -424,30 +436,13 @@ class ForwardRecorder:
 def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
     """Those of the thread that steps, where it has made any: another may serve the model meanwhile."""
     own = [kept for kept in calls if kept.thread == threading.get_ident()]
-    return [
-        RecordedForward(
-            model, *kept[1:5], _sums(kept.output_gradients), kept.versions == _versions(tensors_of(kept[1:3]))
-        )
-        for kept in own or calls
-        if (model := kept.model()) is not None
-    ]
-
-
-def _sums(kept: Mapping[str, list[Tensor]]) -> dict[str, Tensor | None]:
-    """Of what each backward through an output gave to it."""
-    with torch.no_grad():
-        return {path: functools.reduce(torch.add, given) if given else None for path, given in kept.items()}
-
-
-def _nodes(node: Any, since: int = 0) -> list[Any]:
-    """All operations behind `node` from the number `since` on. Autograd numbers them in the order in which a thread runs them."""
-    seen: set[Any] = {None}
-    waiting = [node]
-    while waiting:
-        if (newest := waiting.pop()) not in seen and newest._sequence_nr() >= since:
-            seen.add(newest)
-            waiting += [behind for behind, _ in newest.next_functions]
-    return list(seen - {None})
+    repeatable = []
+    for kept in own or calls:
+        if (model := kept.model()) is not None:
+            given = {path: torch.stack(each).sum(0) if each else None for path, each in kept.output_gradients.items()}
+            is_intact = kept.versions == _versions(tensors_of(kept[1:3]))
+            repeatable.append(RecordedForward(model, *kept[1:5], given, is_intact))
+    return repeatable
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
@@ -456,15 +451,28 @@ def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
 
 
 class _Note(UnpickledHook):
-    """The hook that notes the calls of one model, not those of its copies, such as an EMA."""
+    """The hook that notes the calls of one model, not those of its copies, such as an EMA.
 
-    def __init__(self, note: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
-        self._note = note
-        self._model = model
+    Attributes:
+        newest: what compiled code that may not break its graph has called the model with; noted before its backward.
+    """
+
+    def __init__(self, recorder: ForwardRecorder, model: weakref.ref[nn.Module]) -> None:
+        self._recorder = recorder
+        self.model = model
+        self.newest: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self._recorder.note(self.model, arguments, options)
+        elif not is_one_graph():
+            self._note(arguments, options)
+        elif torch.is_grad_enabled():
+            self.newest = (arguments, options)
 
     @compile_disabled
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self._note(self._model, arguments, options)
+    def _note(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._recorder.note(self.model, arguments, options)
 
 
 class _NoteEnd(UnpickledHook):
@@ -478,7 +486,7 @@ class _NoteEnd(UnpickledHook):
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._recorder.note_end(self._model, output)
-        elif output is None or self.passes_tried < PASSES_TRIED:
+        elif (output is None or self.passes_tried < PASSES_TRIED) and not is_one_graph():
             self._note_end(output)
 
     @compile_disabled

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class BackwardFindings(NamedTuple):
     operator: BadOperator | None = None
     is_probe: bool = False
     outside: Sequence[str] = ()
-    is_from_outside: bool = True
+    is_from_outside: bool = False
 
 
 def replay_backward(
@@ -163,8 +163,8 @@ def replay_backward(
             stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
             with trace.watching(forward.model) if trace else nullcontext():
                 output, _ = _repeat(forward, in_fp32)
-                starts = _starts(output, forward, factor, scale)
-                gradients = _backward(starts.pairs, [p for _, p in named], trace) if starts.pairs else None
+                starts, *about = _starts(output, forward, factor, scale)
+                gradients = _backward(starts, [p for _, p in named], trace) if starts else None
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
     if gradients is None:
@@ -172,7 +172,7 @@ def replay_backward(
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
     bad = [name for name, g in known if non_finite_tensors(g)]
     moved = frozenset(name for name, g in known if g.any())
-    return BackwardFindings(bad, moved, trace.in_backward if trace else None, *starts[1:])
+    return BackwardFindings(bad, moved, trace.in_backward if trace else None, *cast(Any, about))
 
 
 @contextmanager
@@ -189,39 +189,24 @@ def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
             setattr(p, kind, hooks)
 
 
-class _Starts(NamedTuple):
-    """What backward starts from: (output, its gradient), none where nothing is known; the rest as in `BackwardFindings`."""
-
-    pairs: list[tuple[Tensor, Tensor]]
-    is_probe: bool = False
-    outside: Sequence[str] = ()
-    is_from_outside: bool = True
-
-
-def _starts(output: Any, forward: RecordedForward, factor: float, scale: float) -> _Starts:
+def _starts(
+    output: Any, forward: RecordedForward, factor: float, scale: float
+) -> tuple[list[tuple[Tensor, Tensor]], bool, list[str], bool]:
+    """(output, its gradient) of those that backward starts from, none where nothing is known; the rest as in `BackwardFindings`."""
     outputs = {path: x for path, x in float_tensors(output) if x.requires_grad}
     watched = {path: g for path, g in forward.output_gradients.items() if path in outputs}
     given = {path: g for path, g in watched.items() if g is not None and g.shape == outputs[path].shape}
     if given:
         # What came to an output that another one is made from came partly through that one.
-        ends = [
-            path for path in given if not _feeds(outputs[path], [outputs[other] for other in given if other != path])
-        ]
-        pairs = [(outputs[path], (upcast(given[path]) * (factor / scale)).to(outputs[path])) for path in ends]
+        behind = {path: {node for node, _ in graph_of([outputs[path].grad_fn])} for path in given}
+        ends = [path for path in given if sum(outputs[path].grad_fn in nodes for nodes in behind.values()) == 1]
         bad = [path for path in given if non_finite_tensors(given[path])]
-        bad_ends = [path for path in ends if path in bad]
-        return _Starts(pairs, False, bad_ends or bad, bool(bad_ends))
-    losses = [(x, torch.full_like(x, factor)) for path, x in outputs.items() if x.dim() == 0 and path not in watched][
-        :1
-    ]
-    if losses or len(outputs) != 1:
-        return _Starts(losses)
-    return _Starts([(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], is_probe=True)
-
-
-def _feeds(x: Tensor, others: list[Tensor]) -> bool:
-    """Whether any of the `others` is made from `x`."""
-    return any(node is x.grad_fn for node, _ in graph_of(others))
+        pairs = [(outputs[path], (upcast(given[path]) * (factor / scale)).to(outputs[path])) for path in ends]
+        return pairs, False, [path for path in ends if path in bad] or bad, not set(bad).isdisjoint(ends)
+    numbers = [(x, torch.full_like(x, factor)) for path, x in outputs.items() if x.dim() == 0 and path not in watched]
+    if numbers or len(outputs) != 1:
+        return numbers[:1], False, [], False
+    return [(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], True, [], False
 
 
 def _backward(
@@ -231,7 +216,7 @@ def _backward(
     if trace is not None:
         trace.repeats_backward = True
         trace.watch_backward(ends)
-    if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of(ends)):
+    if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends])):
         return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
     if is_distributed():
         return None  # what waits for the other ranks hangs on the gradients' accumulation
