@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import inspect
+import math
 import re
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -17,7 +18,7 @@ from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
-from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, STEPS_WITH_GRADIENTS, ForwardRecorder, RecordedForward
+from hf_amp.fallback.recorder import KEPT_FORWARDS, LARGE_GRADIENTS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward
 from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed, local_part, to_host
@@ -309,6 +310,10 @@ _POWERS = range(1, 25)
 _IN_AUTOCAST = (
     "The loop enters autocast, where products may leave the range of FP16: make the loss in FP32, outside of it."
 )
+_BY_TORCH_FUNC = (
+    "torch.func has called the model (grad, vmap, functional_call), and such calls cannot be repeated: look at what they were "
+    "given, or call the model itself on it once, which names the cause."
+)
 _NOT_KEPT = (
     f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
     "step's batch and loss function, and for activations beyond 65504."
@@ -395,6 +400,8 @@ class Diagnoser:
             found = Diagnosis(Cause.UNKNOWN, what, confirmed=False)
         if found.cause is Cause.LOSS and not found.confirmed and self._runner.loop_autocasts:
             found = found._replace(message=f"{found.message} {_IN_AUTOCAST}")
+        if not found.confirmed and self._recorder.used_torch_func(skip.step):
+            found = found._replace(message=f"{found.message} {_BY_TORCH_FUNC}")
         return self._naming_gradient(skip, self._naming_state(skip.step, found))
 
     def _naming_state(self, step: int, found: Diagnosis) -> Diagnosis:
@@ -536,7 +543,8 @@ class Diagnoser:
 
     def _in_backward(self, skip: SkippedStep, forwards: Sequence[RecordedForward], scale_skips: int) -> Diagnosis:
         """Why gradients are not finite although the loss is: backward is repeated without a scale, with a tiny one, and in FP32."""
-        current, tried = self._runner.current, bool(forwards)
+        current = self._runner.current
+        tried = bool(forwards) and not self._recorder.used_torch_func(skip.step)
         in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
         for index, forward in reversed(list(enumerate(forwards))):
             bad = replay_backward(forward, current, 1.0, skip.scale)
@@ -564,7 +572,7 @@ class Diagnoser:
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
         if tried or not forwards:
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
-        self._recorder.keep_output_gradients(STEPS_WITH_GRADIENTS, large=in_doubt)
+        self._recorder.gradient_bytes = math.inf if in_doubt else LARGE_GRADIENTS
         return Diagnosis(Cause.SCALE, f"{SCALE_WILL_FIX_IT} {_OUTSIDE}", confirmed=False)
 
     def _too_large_a_loss(

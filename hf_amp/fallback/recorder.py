@@ -129,12 +129,9 @@ KEPT_EVALUATIONS = 8
 """The same of models that only evaluate, such as a reference model; few, because a long evaluation also runs them."""
 OBJECTS_DEEP = 3
 """How many objects inside of each other are looked into for tensors of the batch, such as a graph's `data.x`; after a skip only."""
-KEPT_GRADIENTS = 16 * 2**20
-"""Bytes of gradients of outputs that are kept in every step, until the next one begins."""
-LARGE_GRADIENTS = 64 * 2**20
-"""Bytes of one pass's that are kept after a skip that could not be explained. More, as of a vocabulary, where one follows another."""
-STEPS_WITH_GRADIENTS = 512
-"""Applied steps after such a skip in which that many are kept: a bad row comes again."""
+KEPT_GRADIENTS, LARGE_GRADIENTS = 2**24, 2**26
+"""Bytes of what the loss gives to outputs that are kept of a step until the next begins; the same after one that could not be
+explained."""
 PASSES_TRIED = 3
 """The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
 KEPT_STEPS = 2
@@ -184,6 +181,7 @@ class _OfStep:
     Attributes:
         calls: of models while gradients are on.
         has_let_go: whether there were more of them than are kept.
+        by_torch_func: whether there were calls by torch.func, which cannot be repeated.
         evaluations: calls of models that only evaluate, without gradients.
         buffers: what they were before it, by model.
         may_leave_out: whether a call followed another without a backward in between: a loss may be made from both, or not.
@@ -192,6 +190,7 @@ class _OfStep:
 
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
     has_let_go: bool = False
+    by_torch_func: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
     buffers: dict[weakref.ref[nn.Module], _Copies] = field(default_factory=dict)
     may_leave_out: bool = False
@@ -239,7 +238,7 @@ class ForwardRecorder:
 
     Attributes:
         is_paused: whether nothing is noted, because forward passes are repeated.
-        gradient_steps: applied steps for which more of what the loss gives to outputs is still kept.
+        gradient_bytes: of what the loss gives to outputs, so many are kept of a step at most.
         one_graph: whether compiled code that may not break its graph calls a model.
         on_error: called with what a training model's forward pass has raised.
     """
@@ -249,10 +248,13 @@ class ForwardRecorder:
         self._runner = runner
         self._by_step: dict[int, _OfStep] = {}
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
-        self.gradient_steps, self._keeps_large, self._watches_all = 0, False, False
-        self._room = self._end_of_forward = 0
-        self.one_graph = False
+        self.gradient_bytes: float = KEPT_GRADIENTS
+        self._room: float = KEPT_GRADIENTS
+        self._end_of_forward = 0
+        self._watches_all = self.one_graph = False
         self._hooks: list[_Note] = []
+        # where each model holds its first parameter, and under which name
+        self._first: dict[weakref.ref[nn.Module], tuple[weakref.ref[nn.Module], str]] = {}
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
@@ -262,13 +264,15 @@ class ForwardRecorder:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
         reference = weakref.ref(model)
         self._buffers[reference] = ModelBuffers(model)
+        held = (
+            (weakref.ref(at), name) for at in model.modules() for name, p in at._parameters.items() if p is not None
+        )
+        self._first[reference] = next(held, (reference, ""))
         if not takes_hooks(entry_point):
             return lambda: None
-        note = _Note(self, reference)
-        self._hooks.append(note)
-        handle = entry_point.register_forward_pre_hook(note, with_kwargs=True)
-        end = entry_point.register_forward_hook(_NoteEnd(self, reference), always_call=True)
-        return removal([handle, end])
+        self._hooks.append(note := _Note(self, reference))
+        before = entry_point.register_forward_pre_hook(note, with_kwargs=True)
+        return removal([before, entry_point.register_forward_hook(_NoteEnd(self, reference), always_call=True)])
 
     def note(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Before a call of a model."""
@@ -277,7 +281,9 @@ class ForwardRecorder:
             return
         if model.training and reference not in (now := self._now()).buffers:
             now.buffers[reference] = self._buffers[reference].snapshot()
-        if torch.is_grad_enabled():
+        if self._is_functional(reference):
+            self._now().by_torch_func = True
+        elif torch.is_grad_enabled():
             now = self._now()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
@@ -293,16 +299,20 @@ class ForwardRecorder:
         Returns:
             Whether it was a training model's pass.
         """
-        if self.is_paused or reference() is None or not torch.is_grad_enabled() or not (calls := self._now().calls):
+        if self.is_paused or not torch.is_grad_enabled() or self._is_functional(reference):
+            return False
+        at = (reference, threading.get_ident())
+        call = next((call for call in reversed(self._now().calls) if (call.model, call.thread) == at), None)
+        if call is None:
             return False
         if self._passes_tried[reference] < PASSES_TRIED:
-            if (before := calls[-1].random_state) and before.has_moved_outside_of_torch():
+            if (before := call.random_state) and before.has_moved_outside_of_torch():
                 self._draws_outside.add(reference)
             self._passes_tried[reference] += 1
         self._end_of_forward = cast(Any, torch.autograd)._get_sequence_nr()
         if output is None and isinstance(error := sys.exc_info()[1], Exception):
             self.on_error(error)
-        self._watch_gradients(calls[-1].output_gradients, output)
+        self._watch_gradients(call.output_gradients, output)
         return True
 
     def _watch_gradients(self, kept: dict[str, list[Tensor]], output: Any) -> None:
@@ -311,14 +321,13 @@ class ForwardRecorder:
         Of a model that returns numbers, such as its loss, only what these are given, unless the loop goes by others.
         """
         items = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
-        found = [(str(path), x) for path, x in items if isinstance(x, Tensor) and x.requires_grad]
-        everything = self.gradient_steps or self._watches_all
-        if everything or not found:
-            found = [(path, x) for path, x in tensors_in(output) if x.requires_grad]
+        found = [(str(path), x) for path, x in items if isinstance(x, Tensor) and x.grad_fn is not None]
+        if not found or self._watches_all or self.gradient_bytes > KEPT_GRADIENTS:
+            found = [(path, x) for path, x in tensors_in(output) if x.grad_fn is not None]
         elif numbers := [(path, x) for path, x in found if x.dim() == 0]:
             found = numbers
         size = sum(x.nbytes for _, x in found)
-        if self._keeps_large or size <= (LARGE_GRADIENTS if self.gradient_steps else self._room):
+        if size <= self._room:
             self._room -= size
             for path, x in found:
                 kept[path] = []
@@ -332,7 +341,7 @@ class ForwardRecorder:
         step = self._steps.decided_steps + 1
         if step not in self._by_step:
             kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
-            self._room, self._steps.graph = KEPT_GRADIENTS, None
+            self._room, self._steps.graph = self.gradient_bytes, None
             known = 0 if (newest := self._steps.last_outcome) is None else newest.attempt
             for old, its in kept.items():
                 its.graphs.clear()
@@ -375,18 +384,6 @@ class ForwardRecorder:
             if self.one_graph and hook.model() is not None:
                 self._now().buffers[hook.model] = self._buffers[hook.model].snapshot()
 
-    def keep_output_gradients(self, steps: int, large: bool = False) -> None:
-        """Keeps what the loss gives to all outputs during the next `steps` applied steps, also where that is more.
-
-        For steps that go wrong with a loss that is made outside of the model. `large` says whether it may be more than 64 MiB a
-        forward pass, until a step is applied.
-        """
-        self.gradient_steps, self._keeps_large = steps, large
-
-    def after_applied(self) -> None:
-        """A step was applied: nothing goes wrong again and again."""
-        self.keep_output_gradients(self.gradient_steps - 1)
-
     def forwards_of(self, step: int, left_out: bool = True) -> list[RecordedForward]:
         """The forward passes behind optimizer step `step`, oldest first. `left_out`: those too that no loss was made from.
 
@@ -398,6 +395,16 @@ class ForwardRecorder:
     def has_let_go(self, step: int) -> bool:
         """Whether there were more forward passes behind optimizer step `step` than are kept."""
         return next((its.has_let_go for its in self._back_from(step) if its.calls), False)
+
+    def _is_functional(self, reference: weakref.ref[nn.Module]) -> bool:
+        """Whether torch.func calls the model: inside of a transform (`grad`, `vmap`), or on other parameters (`functional_call`)."""
+        at, name = self._first[reference]
+        held = None if (module := at()) is None else module._parameters.get(name)
+        return torch._C._are_functorch_transforms_active() or not isinstance(held, (nn.Parameter, type(None)))
+
+    def used_torch_func(self, step: int) -> bool:
+        """Whether models were called by torch.func in optimizer step `step`."""
+        return self._by_step.get(step, _OfStep()).by_torch_func
 
     def evaluations_of(self, step: int) -> list[RecordedForward]:
         """The same as `forwards_of`, of models that only evaluate, whose outputs the loss may be made from."""
@@ -453,8 +460,7 @@ def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
 class _Note(UnpickledHook):
     """The hook that notes the calls of one model, not those of its copies, such as an EMA.
 
-    Attributes:
-        newest: what compiled code that may not break its graph has called the model with; noted before its backward.
+    Compiled code breaks its graph here. Where it may not, it leaves in `newest` what it was called with, which is noted later.
     """
 
     def __init__(self, recorder: ForwardRecorder, model: weakref.ref[nn.Module]) -> None:
