@@ -247,8 +247,8 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings],
     if not any(found.returns_loss and found.draws for found in findings):
         return Diagnosis(
             Cause.LOSS,
-            "the model's outputs are finite, the loss made from them is not: look at the loss function (log or "
-            "division by zero) and at this step's labels.",
+            "the loss was not finite, and the model's outputs are in a replay: look at the loss function (log or division by "
+            "zero), at this step's labels, and at what may have changed the weights meanwhile, as an adversarial step does.",
             confirmed=False,
         )
     return Diagnosis(
@@ -302,9 +302,8 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 
 SCALE_SKIPS_BEFORE_A_DOUBT = 3
-"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept whatever their size, and are
-believed whatever they came through."""
-_OUTSIDE = "Not confirmed: backward could not be repeated, as the loss is made outside of the model; the next such step can be."
+"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept whatever their size."""
+_OUTSIDE = "Not confirmed: backward could not be repeated in full, as the loss is made outside of the model."
 _POWERS = range(1, 25)
 """Scales of 2^-n that are tried, down to FP16's smallest value."""
 _IN_AUTOCAST = (
@@ -470,6 +469,9 @@ class Diagnoser:
         found = diagnose(skip.loss_finite, forwards, self._runner)
         if found.confirmed and found.cause in (Cause.LOSS, Cause.MODEL):
             found = self._in_fixed_parameters(forwards) or self._in_buffers(forwards) or found
+        former = self._non_finite_since
+        if source is not None and source.cause is Cause.UNKNOWN and former and former[0] == skip.step - 1:
+            return _ALREADY_FIXED if former[2] in (Cause.ACTIVATION, Cause.ROUNDING) else source
         if source is not None:
             return (
                 found
@@ -557,7 +559,7 @@ class Diagnoser:
             if bad.outside and (bad.is_from_outside or not bad.parameters):
                 operations = self._recorder.operations_outside()
                 through_others = not bad.is_from_outside or any(map(_takes_gradients_back, forwards[index + 1 :]))
-                if skip.scale > 1 and not in_doubt and (through_others or any(map(_may_overflow_by_scale, operations))):
+                if skip.scale > 1 and (through_others or any(map(_may_overflow_by_scale, operations))):
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)

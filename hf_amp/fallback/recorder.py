@@ -31,16 +31,21 @@ ELEMENTS_COPIED_UNSEEN = 2**23
 
 
 class _Buffer(NamedTuple):
-    """Where a model keeps a buffer, which a forward pass may replace by another tensor."""
+    """Where a model keeps a buffer, or a tensor as a plain attribute, which a forward pass may replace by another tensor."""
 
     path: str
     module: weakref.ref[nn.Module]
     name: str
 
+    def place(self) -> dict[str, Any]:
+        """What holds it by its name."""
+        module = self.module()
+        return {} if module is None else module._buffers if self.name in module._buffers else vars(module)
+
     def tensor(self) -> Tensor | None:
         """The tensor there now; None where there is none, or none that `isfinite` is for, such as FP8, or a DTensor."""
-        x = module._buffers.get(self.name) if (module := self.module()) is not None else None
-        if x is None or x.is_meta or x.is_sparse or is_sharded(x):
+        x = self.place().get(self.name)
+        if not isinstance(x, Tensor) or x.requires_grad or x.is_meta or x.is_sparse or is_sharded(x):
             return None
         return x if x.is_floating_point() and x.element_size() > 1 else None
 
@@ -59,7 +64,10 @@ class ModelBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        held = [(path, module, *item) for path, module in model.named_modules() for item in module._buffers.items()]
+        plain = [
+            (*at, *item) for at in model.named_modules() for item in vars(at[1]).items() if isinstance(item[1], Tensor)
+        ]
+        held = [*plain, *((*at, *item) for at in model.named_modules() for item in at[1]._buffers.items())]
         floats = [(path, module, name) for path, module, name, x in held if x is None or x.is_floating_point()]
         self._all = [_Buffer(f"{path}.{name}".lstrip("."), weakref.ref(module), name) for path, module, name in floats]
         self._at_start: dict[str, tuple[weakref.ref[Tensor], tuple[int, ...], Tensor]] = {}
@@ -96,8 +104,8 @@ class ModelBuffers:
         rows = list(zip(pairs, found[::2], found[1::2], strict=True))
         lost = [module for (at, *_), was, bad in rows if was < 2 and bad > was and (module := at.module()) is not None]
         for (at, tensor, old, now), was, _ in rows if lost else ():
-            if was < 2 and not torch.equal(now, old.to(now)) and (module := at.module()) is not None:
-                module._buffers[at.name] = now.copy_(old) if tensor() is now and now.shape == old.shape else old.clone()
+            if was < 2 and not torch.equal(now, old.to(now)):
+                at.place()[at.name] = now.copy_(old) if tensor() is now and now.shape == old.shape else old.clone()
         return list(dict.fromkeys(lost))
 
     def non_finite(self, suspects: bool = False) -> list[str]:
@@ -251,7 +259,7 @@ class ForwardRecorder:
         self.gradient_bytes: float = KEPT_GRADIENTS
         self._room: float = KEPT_GRADIENTS
         self._end_of_forward = 0
-        self._watches_all = self.one_graph = False
+        self.one_graph = False
         self._hooks: list[_Note] = []
         # where each model holds its first parameter, and under which name
         self._first: dict[weakref.ref[nn.Module], tuple[weakref.ref[nn.Module], str]] = {}
@@ -318,16 +326,15 @@ class ForwardRecorder:
     def _watch_gradients(self, kept: dict[str, list[Tensor]], output: Any) -> None:
         """Keeps what the loss will give to `output`, so that backward can be repeated from there. No kernel, no GPU-CPU sync.
 
-        Of a model that returns numbers, such as its loss, only what these are given, unless the loop goes by others.
+        Where there is no room for all of it, of what is one number, as a loss that the model returns.
         """
         items = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
         found = [(str(path), x) for path, x in items if isinstance(x, Tensor) and x.grad_fn is not None]
-        if not found or self._watches_all or self.gradient_bytes > KEPT_GRADIENTS:
+        if not found or self.gradient_bytes > KEPT_GRADIENTS:
             found = [(path, x) for path, x in tensors_in(output) if x.grad_fn is not None]
-        elif numbers := [(path, x) for path, x in found if x.dim() == 0]:
-            found = numbers
-        size = sum(x.nbytes for _, x in found)
-        if size <= self._room:
+        if (size := sum(x.nbytes for _, x in found)) > self._room:
+            found, size = [(path, x) for path, x in found if x.dim() == 0], 0
+        if found:
             self._room -= size
             for path, x in found:
                 kept[path] = []
@@ -345,9 +352,8 @@ class ForwardRecorder:
             known = 0 if (newest := self._steps.last_outcome) is None else newest.attempt
             for old, its in kept.items():
                 its.graphs.clear()
-                for gradients in (call.output_gradients for call in its.calls if old <= known):
-                    self._watches_all |= bool(gradients) and not any(gradients.values())
-                    gradients.clear()
+                for call in its.calls if old <= known else ():
+                    call.output_gradients.clear()
             self._by_step = {**kept, step: _OfStep()}
         return self._by_step[step]
 

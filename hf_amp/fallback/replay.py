@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -96,7 +97,7 @@ def _replay_modules(
     begin, end = watch.look_at("")
     try:
         with _nothing_changes(forward.model, gradients), current():
-            for x in map(forward.model.get_buffer, without):
+            for x in (attrgetter(name)(forward.model) for name in without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
             counters = _counters(forward.model)
