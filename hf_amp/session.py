@@ -254,6 +254,8 @@ class AmpSession(EventRecorder):
                     self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
+            if self._fallback.recorder.one_graph:
+                self._fallback.recorder.begin_step()
 
     def begin_run(self, log: Path | None = None) -> None:
         """One console line that says what runs and where the log is. A session does it by itself before its first step."""
@@ -328,7 +330,6 @@ class AmpSession(EventRecorder):
     def _note_loss(self, loss: Tensor) -> None:
         """Before a backward. In the first ones, looks whether models and optimizers belong together, and says where not."""
         self.begin_run()
-        self._fallback.recorder.note_loss(loss)
         moved: list[str] = []
         if self._unheld is None:
             named, held = dict(self._fallback.runner.named_parameters()), self.scaler.watched_parameters()
@@ -341,6 +342,7 @@ class AmpSession(EventRecorder):
             self.note(EventKind.SETUP, f"{len(moved)} parameters ({join_names(moved)}){_UNPREPARED}")
         if moved or not self._unheld or self.scaler.decided_steps > 1:
             self._unheld, self.scaler.note_loss = {}, None
+        self._fallback.recorder.note_loss(loss)
 
     def _underflows(self, outcome: StepOutcome) -> bool:
         """Whether gradients that are all 0 are seen not to be in FP32; tried once a scale."""
@@ -405,13 +407,11 @@ class AmpSession(EventRecorder):
         """Reports a change of plan, and restores the scale where the whole model is back in FP16."""
         self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
         self._note_models()
-        uncompiled = change.after.modules and self._fallback.runner.fullgraph
         if change.scale_at_rest is not None:
             self.scaler.set_scale(min(change.scale_at_rest, self.scaler.get_scale()))
         before, after = (plan.precision_of(change.modules).value for plan in (change.before, change.after))
-        what = change.message + (_WITHOUT_COMPILE if uncompiled else "")
         at = self.newest_step if step is None else step
-        self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, what))
+        self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, change.message))
 
     def _report_floor(self, outcome: StepOutcome, next_scale: float, diagnosis: Diagnosis) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
@@ -458,8 +458,6 @@ class AmpSession(EventRecorder):
             self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
         if isinstance(called, nn.parallel.DistributedDataParallel):
             self.patches.set_attribute(called, "join_hook", self._refuse_join)
-        if getattr(getattr(called, "dynamo_ctx", None), "fullgraph", False):
-            self._fallback.runner.fullgraph.add(called)
         if is_trained:
             self._note_trained(model)
 
@@ -580,7 +578,7 @@ class AmpSession(EventRecorder):
             if diagnosis is None:
                 return False
             self._explained_error = id(error)
-            alone = not ((self.scaler.ranks_agree and is_distributed()) or self._fallback.runner.fullgraph)
+            alone = not (self.scaler.ranks_agree and is_distributed())
             change = self._fallback.after_skipped(diagnosis, 1.0, self.scaler.get_scale()) if alone else None
             then = " The next try runs under another plan." if change else ""
             message = f"{type(error).__name__} was raised: {diagnosis.message}{then}"
@@ -719,7 +717,6 @@ _MADE_THEM = (
 )
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
 _SCRIPTED = ": nothing in it is emulated, replayed or put in FP32. Loss scaling and the finite check work."
-_WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
 
 
 def counted(number: int, noun: str, plural: str = "s") -> str:

@@ -21,7 +21,7 @@ from hf_amp.events import Cause, join_names
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
 from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
-from hf_amp.fallback.recorder import CountsSteps, ForwardRecorder
+from hf_amp.fallback.recorder import LARGE_GRADIENTS, CountsSteps, ForwardRecorder
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import NotNegative, Positive, parse
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
@@ -143,7 +143,6 @@ class FallbackState:
         scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is there.
             What the scale has grown to meanwhile says nothing about FP16.
         was_skipped: in a saved state, as of the controller.
-        gradient_steps: in a saved state, as of its recorder.
     """
 
     plan: PrecisionPlan
@@ -156,7 +155,6 @@ class FallbackState:
     scale_skips: int = 0
     scale_at_rest: Positive | None = None
     was_skipped: bool = False
-    gradient_steps: int = 0
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, strings, lists and mappings of them."""
@@ -389,8 +387,7 @@ class FallbackController:
         """
         self.newest_change = None
         self.was_skipped = False
-        if self.recorder.gradient_steps:
-            self.recorder.after_applied()
+        self.recorder.gradient_bytes = min(self.recorder.gradient_bytes, LARGE_GRADIENTS)
         tuner = self._autotuner
         if tuner is None or tuner.running is None:
             return self._decide(StepFacts())
@@ -476,7 +473,7 @@ class FallbackController:
     def state_dict(self) -> dict[str, Any]:
         """The controller's state: numbers, strings, lists and mappings of them."""
         tuner = self._autotuner
-        state = replace(self._state, was_skipped=self.was_skipped, gradient_steps=self.recorder.gradient_steps)
+        state = replace(self._state, was_skipped=self.was_skipped)
         return {**state.to_plain(), "autotuner": None if tuner is None else tuner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -493,5 +490,4 @@ class FallbackController:
             self._policy = replace(self._policy, order=self._autotuner.choices())
         self._state = self._policy.restored(state)
         self.was_skipped = state.was_skipped
-        self.recorder.keep_output_gradients(state.gradient_steps)
         self.runner.apply(self.plan)

@@ -162,7 +162,7 @@ class OperatorTrace(TorchFunctionMode):
 
     def watch_backward(self, ends: Any) -> None:
         """Looks at every node of the graph behind `ends` as backward runs it."""
-        for node, of_operator in graph_of(ends, self):
+        for node, of_operator in graph_of([x.grad_fn for x in ends], self):
             if node not in self._watched:
                 self._watched.add(node)
                 node.register_hook(functools.partial(self._after_node, node.name(), of_operator))
@@ -175,9 +175,9 @@ class OperatorTrace(TorchFunctionMode):
             self.in_backward = BadOperator(module, f"{node}, the derivative of {_described(name, line, inputs)}")
 
 
-def graph_of(ends: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
-    """Every node of the graph behind the tensors `ends`, with its metadata of that key, or those of the node before it."""
-    queue: list[tuple[Any, Any]] = [(x.grad_fn, None) for x in ends]
+def graph_of(ends: list[Any], key: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Every node of the graph behind the nodes `ends`, with its metadata of that key, or those of the node before it."""
+    queue: list[tuple[Any, Any]] = [(node, None) for node in ends]
     seen = set()
     while queue:
         node, data = queue.pop()

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, h
 from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.patch_log import takes_hooks
-from hf_amp.precision import HALF_DTYPES, PrecisionMode
+from hf_amp.precision import PrecisionMode, upcast
 from hf_amp.statistics import is_distributed, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
 
@@ -96,7 +97,7 @@ def _replay_modules(
     begin, end = watch.look_at("")
     try:
         with _nothing_changes(forward.model, gradients), current():
-            for x in map(forward.model.get_buffer, without):
+            for x in (attrgetter(name)(forward.model) for name in without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
             counters = _counters(forward.model)
@@ -124,12 +125,16 @@ class BackwardFindings(NamedTuple):
         moved: names of those whose gradients are not zero throughout.
         operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
         is_probe: whether small random numbers stood for what the loss gives to the output.
+        outside: paths of outputs to which something that is not finite came.
+        is_from_outside: whether all of that came from outside of the model, and not in part through another output.
     """
 
     parameters: list[str]
     moved: frozenset[str]
     operator: BadOperator | None = None
     is_probe: bool = False
+    outside: Sequence[str] = ()
+    is_from_outside: bool = False
 
 
 def replay_backward(
@@ -142,8 +147,8 @@ def replay_backward(
 ) -> BackwardFindings | None:
     """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite.
 
-    Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
-    the outputs, if they were kept, otherwise from small random numbers at its single output, on which a loss must depend.
+    It starts from the gradients that the step, with its loss times `scale`, gave to the outputs, where they were kept, otherwise
+    from the loss that the model returns, or small random numbers at its single output, on which a loss must depend.
     None where nothing is known: there are several, or the repetition failed. Costs one step without its optimizer, and
     memory for the gradients; nothing of the run changes.
     `by_operator` looks for the operator as well, with one GPU-CPU sync each.
@@ -159,7 +164,7 @@ def replay_backward(
             stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
             with trace.watching(forward.model) if trace else nullcontext():
                 output, _ = _repeat(forward, in_fp32)
-                starts, is_probe = _starts(output, forward, factor, scale)
+                starts, *about = _starts(output, forward, factor, scale)
                 gradients = _backward(starts, [p for _, p in named], trace) if starts else None
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
@@ -168,7 +173,7 @@ def replay_backward(
     known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
     bad = [name for name, g in known if non_finite_tensors(g)]
     moved = frozenset(name for name, g in known if g.any())
-    return BackwardFindings(bad, moved, trace.in_backward if trace else None, is_probe)
+    return BackwardFindings(bad, moved, trace.in_backward if trace else None, *cast(Any, about))
 
 
 @contextmanager
@@ -187,17 +192,22 @@ def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 def _starts(
     output: Any, forward: RecordedForward, factor: float, scale: float
-) -> tuple[list[tuple[Tensor, Tensor]], bool]:
-    """(output, its gradient) of those that backward starts from, none where nothing is known; and whether that is a probe."""
+) -> tuple[list[tuple[Tensor, Tensor]], bool, list[str], bool]:
+    """(output, its gradient) of those that backward starts from, none where nothing is known; the rest as in `BackwardFindings`."""
     outputs = {path: x for path, x in float_tensors(output) if x.requires_grad}
-    losses = [(x, torch.full_like(x, factor)) for x in outputs.values() if x.dim() == 0][:1]
-    given = forward.output_gradients or {}
-    if losses or (scale > 1 and any(non_finite_tensors(g) and g.dtype in HALF_DTYPES for g in given.values())):
-        return losses, False  # the latter may be the scale's doing
-    starts = [(x, (given[path] * (factor / scale)).to(x.dtype)) for path, x in outputs.items() if path in given]
-    if starts or len(outputs) != 1:
-        return starts, False
-    return [(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], True
+    watched = {path: g for path, g in forward.output_gradients.items() if path in outputs}
+    given = {path: g for path, g in watched.items() if g is not None and g.shape == outputs[path].shape}
+    if given:
+        # What came to an output that another one is made from came partly through that one.
+        behind = {path: {node for node, _ in graph_of([outputs[path].grad_fn])} for path in given}
+        ends = [path for path in given if sum(outputs[path].grad_fn in nodes for nodes in behind.values()) == 1]
+        bad = [path for path in given if non_finite_tensors(given[path])]
+        pairs = [(outputs[path], (upcast(given[path]) * (factor / scale)).to(outputs[path])) for path in ends]
+        return pairs, False, [path for path in ends if path in bad] or bad, not set(bad).isdisjoint(ends)
+    numbers = [(x, torch.full_like(x, factor)) for path, x in outputs.items() if x.dim() == 0 and path not in watched]
+    if numbers or len(outputs) != 1:
+        return numbers[:1], False, [], False
+    return [(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], True, [], False
 
 
 def _backward(
@@ -207,7 +217,7 @@ def _backward(
     if trace is not None:
         trace.repeats_backward = True
         trace.watch_backward(ends)
-    if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of(ends)):
+    if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends])):
         return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
     if is_distributed():
         return None  # what waits for the other ranks hangs on the gradients' accumulation
@@ -353,7 +363,9 @@ def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[s
     """
     if not forward.is_intact:
         raise RuntimeError("the batch was written into since, by the model or by what loads it")
-    kept = {id(x): x for _, x in tensors_in((forward.arguments, forward.options), depth=OBJECTS_DEEP)}
+    given = [x for _, x in tensors_in((forward.arguments, forward.options), depth=OBJECTS_DEEP)]
+    # Behind what the loop has computed before is a graph that its own backward has used up.
+    kept = {id(x): x.detach().requires_grad_(x.requires_grad) if x.grad_fn is not None else x for x in given}
     arguments, options = copy.deepcopy((forward.arguments, forward.options), kept)
     if "use_cache" in inspect.signature(type(forward.model).forward).parameters:
         options["use_cache"] = False

@@ -114,6 +114,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         config: the options in force; `growth_factor`, `backoff_factor` and `growth_interval` can be set later.
         no_scaling: whether it is the finite check alone.
         backwards: backward passes begun.
+        graph: where that of the newest loss begins; the recorder of forward passes lets go of it before the next.
         decided_steps: optimizer steps decided, on the host or on the device.
         applied_steps: optimizer steps that were applied.
         skipped_steps: optimizer steps that were skipped.
@@ -159,6 +160,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         )
         self.no_scaling = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
         self.backwards = self.decided_steps = 0
+        self.graph: Any = None
         self.applied_steps = 0
         self.skipped_steps = 0
         self.last_outcome: StepOutcome | None = None
@@ -201,6 +203,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._lazy_init_scale_growth_tracker(loss.device)
         scale = self._pending.scale = cast(Tensor, self._state.scale)
         self._pending.losses.note(loss, scale.device)
+        self.graph = loss.grad_fn if self.observers else None
         if self.note_loss is not None:
             self.note_loss(loss)
         scaled = loss if self.no_scaling else loss * to_device(scale, loss.device)
