@@ -54,14 +54,15 @@ class OptimizerRunner:
                 gradients were found finite.
             sample_seed: takes the lost-update fraction, from a sample with this seed; None for not.
         """
-        apply = functools.partial(_apply, optimizer, record, step, on_device)
         if self._masters is not None:
             found: list[Tensor] | None = None if sample_seed is None else []
-            with self._masters.swap_in_master_weights(optimizer, found):
-                result = apply()
+            in_parts = treats_each_by_itself(optimizer)
+            run = functools.partial(self._masters.run, optimizer, step, found=found, in_parts=in_parts)
+            result = _apply(optimizer, record, run, on_device)
             if found:
                 self.found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
             return result
+        apply = functools.partial(_apply, optimizer, record, step, on_device)
         half = [] if sample_seed is None else half_parameters(optimizer)
         low = [local_part(p.detach()) for p in half if p.grad is not None]
         if sample_seed is None or not low:
@@ -86,6 +87,21 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
         return False
     own = hasattr(type(optimizer), name) or name in _attributes_of(optimizer)
     return own and not _takes_scaler(type(optimizer).step)
+
+
+_BY_PARAMETER = ("torch.optim.", "torchao.optim.", "transformers.optimization")
+
+
+def treats_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer` can be stepped on some of its parameters at a time.
+
+    So the classes of these packages, which count steps by parameter; others may take norms over all (LAMB), or count in
+    their groups (schedule-free, Prodigy). Not where anybody else has a hook on its steps, who would see several.
+    """
+    hooks = [*_attributes_of(optimizer).get("_optimizer_step_pre_hooks", {}).values()]
+    hooks += _attributes_of(optimizer).get("_optimizer_step_post_hooks", {}).values()
+    ours = all(isinstance(hook, RefuseScaledStep) for hook in hooks)
+    return ours and type(optimizer).__module__.startswith(_BY_PARAMETER)
 
 
 def _attributes_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
