@@ -205,6 +205,8 @@ class EventKind(str, enum.Enum):
     MASTER_WEIGHTS_KEPT = "master_weights_kept"
     UPDATES_ROUNDED = "updates_rounded"
     """Half-precision parameters are rounded so that no update is lost: stochastically, or with their rounding error kept."""
+    FROZEN = "frozen"
+    """Half-precision parameters stand still, because rounding loses their updates; reported once."""
     ZERO_GRADIENTS = "zero_gradients"
     """An applied step whose gradients are all exactly zero; reported for the first of several in a row."""
     LOSS_LOST = "loss_lost"

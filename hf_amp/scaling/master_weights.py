@@ -334,14 +334,11 @@ def convert_parameters(
         return _upcast(half, optimizers, fixed)
     if remedy in KEEPS_UPDATES:
         return _kept(half, remedy)
-    cure = (
-        "shards of FP32 (dtype=torch.float32 in from_pretrained)"
-        if sharded
-        else 'half_parameters="master_weights" or "upcast"'
-    )
+    if config.enable_monitoring:
+        return None  # the first sampled steps say how much is lost
     message = (
-        f"trainable in half precision: {_listed(half)}. Updates smaller than half a rounding step are lost, which the metric "
-        f"lost_update_fraction measures; {cure} keeps them."
+        f"trainable in half precision: {_listed(half)}. Updates smaller than half a rounding step are lost; how many is not "
+        "measured, because enable_monitoring is False."
     )
     return AmpEvent(0, EventKind.HALF_PARAMETERS, message=message, figures=_counted(half))
 

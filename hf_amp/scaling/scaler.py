@@ -130,6 +130,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
             do not count in the underflow fraction.
+        looks_closely: whether every step is sampled for lost updates.
         master_weights: FP32 copies of half-precision parameters, or what rounds their updates in the place of copies; None
             where the config asks for none.
     """
@@ -169,6 +170,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.discard_forwards: Callable[[], bool] = lambda: True
         self.note_loss: Callable[[Tensor], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
+        self.looks_closely = False
         self.master_weights = self._masters_for(config)
         if isinstance(self.master_weights, RoundedWeights):
             self.stateful["rounding"] = self.master_weights
@@ -283,7 +285,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         optimizer = _unwrapped(optimizer)
         if self.no_scaling and self.master_weights is None and has_closure(args, kwargs):
             return self._step_with_closure(optimizer, args, kwargs)
-        samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
+        looks = self.looks_closely or self.decided_steps == 1 or self._is_interval()
+        samples, defers = self.config.enable_monitoring and looks, self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
         lost = self._runner.found.pop(id(optimizer), {})
         record = self._pending.current(optimizer)
