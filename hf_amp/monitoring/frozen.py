@@ -8,8 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hf_amp.events import AmpEvent, EventKind, join_names
+from hf_amp.precision import NumberFormat
 from hf_amp.serialization import parse_fields
+from hf_amp.statistics import to_host
 
 FROZEN_SHARE = 0.99
 """Lost share of a parameter's updates from which on it stands still."""
@@ -47,12 +52,33 @@ REMEDIES = (
 def remedies_in_words(elements: int, state_elements: int, sharded: bool = False) -> str:
     """Every remedy with the memory that it adds, as a sentence."""
     fit = [r for r in REMEDIES if not sharded or r.name in ("stochastic_rounding", "kahan")]
-    costs = [f'"{r.name}" adds {_size(r.added_bytes(elements, state_elements))}' for r in fit]
+    costs = [f'"{r.name}" adds {size_in_words(r.added_bytes(elements, state_elements))}' for r in fit]
     shards = "; or shards of FP32 (dtype=torch.float32 in from_pretrained)" if sharded else ""
     return f"half_parameters keeps them: {', '.join(costs)}{shards}."
 
 
-def _size(count: int) -> str:
+BYTES_AS_IT_IS, STATE_OF_ADAMW = 8, 2
+"""Of a half-precision parameter with AdamW: itself, its gradient and two averages; and how many of these there are."""
+
+
+def bytes_a_parameter() -> dict[str, int]:
+    """Bytes that a half-precision parameter takes in training with AdamW: as it is (None), and with every remedy."""
+    return {"None": BYTES_AS_IT_IS} | {r.name: BYTES_AS_IT_IS + r.added_bytes(1, STATE_OF_ADAMW) for r in REMEDIES}
+
+
+def predicted_lost_share(weights: Tensor, rate: float, number_format: NumberFormat) -> float:
+    """Share of `weights`, of any shape and float dtype, that updates of `rate` would leave as they are in `number_format`.
+
+    AdamW and Lion move every element by about their learning rate in the first steps; what is below half the distance to
+    the next value, which the exponent alone tells, is lost. One GPU-CPU sync.
+    """
+    wide = weights.detach().to(number_format.dtype).float()
+    spacing = torch.ldexp(torch.ones_like(wide), torch.frexp(wide).exponent - 1) * torch.finfo(number_format.dtype).eps
+    lost = (wide != 0) & (rate < spacing.clamp(min=number_format.smallest_subnormal) / 2)
+    return to_host({"lost": lost.float().mean()})["lost"]
+
+
+def size_in_words(count: int) -> str:
     """As "1.3 GB"; powers of ten."""
     if not count:
         return "nothing"
