@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import importlib.metadata
 import logging
+import math
 import platform
 import sys
 import weakref
@@ -30,21 +31,22 @@ from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
-from hf_amp.monitoring.modules import ModuleMonitor
+from hf_amp.monitoring.frozen import FrozenDetector, HalfParameter, remedies_in_words
+from hf_amp.monitoring.modules import LOST, ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.sinks.console import Console, say
 from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.patch_log import PatchLog, takes_hooks
-from hf_amp.precision import HALF_DTYPES, PrecisionMode
+from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, HALF_DTYPES, PrecisionMode
 from hf_amp.report.reader import RunHistory, read_run, this_process
 from hf_amp.report.verdict import LAST_LOSSES, verdict_on
 from hf_amp.scaling.master_weights import convert_parameters
-from hf_amp.scaling.optimizer_step import install_refusal
+from hf_amp.scaling.optimizer_step import LOST_OF_EACH, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
-from hf_amp.statistics import all_reduce_max_to_host, held_by, is_distributed, is_main_process
+from hf_amp.statistics import all_reduce_max_to_host, elements_of, held_by, is_distributed, is_main_process, is_sharded
 
 _log = logging.getLogger("hf_amp")
 _trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
@@ -102,6 +104,7 @@ class AmpSession(EventRecorder):
         self.throughput = ThroughputMonitor(device=hardware.device)
         self._description = description
         self._modules = ModuleMonitor(config.monitoring_interval)
+        self._frozen = FrozenDetector()
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
@@ -122,7 +125,11 @@ class AmpSession(EventRecorder):
         scaler.note_loss = self._note_loss
         scaler.not_sampled = lambda: self._fallback.runner.fp32_parameters
         scaler.stateful.update(
-            monitor=self.monitor, stall=self.stall, fallback=self._fallback, throughput=self.throughput
+            monitor=self.monitor,
+            stall=self.stall,
+            fallback=self._fallback,
+            throughput=self.throughput,
+            frozen=self._frozen,
         )
         if config.monitor_modules and config.enable_monitoring:
             scaler.step_hooks.append(self._module_statistics)
@@ -236,6 +243,7 @@ class AmpSession(EventRecorder):
             step_seconds = self.throughput.step_decided(self._fallback.runner.plan.default.number_format.name)
             if outcome.extras:
                 self._modules.take(id(optimizer), outcome.extras)
+                self._take_lost_updates(outcome, optimizer)
             if outcome.applied:
                 self.monitor.after_step(outcome)
                 self._at_floor, self._explained_error = False, None
@@ -326,6 +334,31 @@ class AmpSession(EventRecorder):
             *(f"{seconds:.1f} s in {name}" for name, seconds in sorted(self.throughput.seconds_by_format.items())),
         ]
         return ", ".join(parts)
+
+    def _take_lost_updates(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
+        """What the newest sampled step of `optimizer`, an earlier one, has lost to rounding, by parameter."""
+        shares = elements_of(outcome.extras, LOST_OF_EACH)
+        held = [(n, p) for n, p in self._named_parameters(optimizer) if p.dtype in HALF_DTYPES] if shares else []
+        if not held or len(held) != len(shares):  # they were converted since
+            return
+        parameters = [HalfParameter(n, p.numel(), share) for (n, p), share in zip(held, shares, strict=True)]
+        if self._module_statistics in self.scaler.step_hooks:
+            self._modules.add(LOST, {p.name: p.lost for p in parameters if math.isfinite(p.lost)})
+        state = sum(
+            value.numel()
+            for _, p in held
+            for value in optimizer.state.get(p, {}).values()
+            if isinstance(value, Tensor) and value.dtype in HALF_DTYPES and value.shape == p.shape
+        )
+        remedies = remedies_in_words(sum(p.elements for p in parameters), state, any(is_sharded(p) for _, p in held))
+        rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+        known = {f"{float(lr):.3g}" for lr in rates if not (isinstance(lr, Tensor) and lr.device.type != "cpu")}
+        rate = " ".join(["the learning rate", *([f"({', '.join(sorted(known))})"] if known else [])])
+        formats = " and ".join(f.name for f in (FP16_FORMAT, BF16_FORMAT) if any(p.dtype == f.dtype for _, p in held))
+        seen = (outcome.lost_update_fraction, parameters, formats, rate, remedies)
+        for event in self._frozen.after_look(self.newest_step, *seen):
+            self.record(event)
+        self.scaler.looks_closely = self._frozen.suspects
 
     def _note_loss(self, loss: Tensor) -> None:
         """Before a backward. In the first ones, looks whether models and optimizers belong together, and says where not."""

@@ -355,6 +355,72 @@ def _samples(tensors: Sequence[Tensor], seed: int, most: int) -> Iterator[tuple[
                 )
 
 
+class LostUpdates:
+    """What one optimizer step leaves of low-precision parameters as it was, from at most 1024 elements of each. No GPU-CPU sync.
+
+    An update counts as due where element and gradient are not 0, and as lost where it was due and the element is the same
+    afterwards. (An element of 0 has room for any update.)
+
+    Args:
+        parameters: those that the optimizer holds, before its step; of a shard, this process's part. None is due of one without
+            a dense gradient.
+        seed: chooses the sample. The global random state is not touched.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
+        self._held = [local_part(p.detach()) for p in parameters]
+        self._drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=torch.Generator().manual_seed(seed))
+        self._before, self._device = self._sample(self._held), self._held[0].device
+        dense = [None if p.grad is None or p.grad.is_sparse else local_part(p.grad) for p in parameters]
+        gradients = [
+            x.new_zeros(()).expand(x.shape) if g is None else g for g, x in zip(dense, self._held, strict=True)
+        ]
+        self._due = (self._sample(gradients) != 0) & (self._before != 0)
+
+    def _sample(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Elements of one after the other, shape [n], float32: all of a small one, the same of a large one at every call."""
+        positions: dict[tuple[torch.device, int], Tensor] = {}
+        parts = []
+        for x in tensors:
+            flat, key = x.reshape(-1), (x.device, x.numel())
+            if x.numel() > SAMPLES_PER_TENSOR:
+                if key not in positions:
+                    positions[key] = to_device(self._drawn, x.device) % x.numel()
+                flat = flat[positions[key]]
+            parts.append(to_device(flat, tensors[0].device, torch.float32))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def after(self, moves: Sequence[bool], judged: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Compares with what the parameters are now.
+
+        Args:
+            moves: of each parameter, whether its learning rate is above 0; where not, none was due.
+            judged: of each, whether a share of its own is wanted.
+
+        Returns:
+            Lost share of all updates that were due, every element counting alike, shape []; and that of each parameter,
+            shape [n], NaN where none was due. Both float32.
+        """
+        lost = self._due & (self._sample(self._held) == self._before)
+        taken = [min(x.numel(), SAMPLES_PER_TENSOR) for x in self._held]
+        ends = torch.tensor([0, *itertools.accumulate(taken)])
+        sums = (
+            torch.stack([lost, self._due]).int().cumsum(1, dtype=torch.int32)
+        )  # of floats it is an error in CUDA's deterministic mode
+        sums = torch.nn.functional.pad(sums, (1, 0))[:, to_device(ends, self._device)].diff().float()
+        weights = torch.tensor(
+            [
+                [float(m) * x.numel() / max(n, 1) for m, x, n in zip(moves, self._held, taken, strict=True)],
+                [1.0 if m and j else math.nan for m, j in zip(moves, judged, strict=True)],
+            ]
+        )
+        whole, own = to_device(weights, self._device)
+        all_lost, all_due = (sums * whole).sum(1)
+        return all_lost / all_due, sums[0] / sums[1] * own
+
+
 @torch.no_grad()
 def random_elements(tensors: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor]:
     """At most 1024 random elements of each of `tensors`, the same for the same sizes and seed. No GPU-CPU sync.

@@ -17,6 +17,7 @@ import typer
 from torch.utils.benchmark import Timer
 
 from hf_amp.device import Hardware, probe
+from hf_amp.monitoring.frozen import bytes_a_parameter
 
 PACKAGES = (
     "hf_amp", "torch", "transformers", "accelerate", "datasets", "structlog", "tensorboard", "peft", "bitsandbytes",
@@ -37,6 +38,7 @@ def doctor(
         plain = {
             "recommendation": recommendation._asdict(),
             "devices": [asdict(device) for device in devices],
+            "half_parameters": bytes_a_parameter(),
             "versions": versions,
             "system": system,
         }
@@ -57,7 +59,12 @@ def doctor(
     for device in devices:
         console.print(f"matrix product on {device.hardware.device}: {device.products_in_words()}", markup=False)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    for name, fact in {**system, "packages": packages}.items():
+    sizes = ", ".join(f"{name} {count}" for name, count in bytes_a_parameter().items())
+    for name, fact in {
+        **system,
+        "bytes a BF16 parameter with AdamW, by half_parameters": sizes,
+        "packages": packages,
+    }.items():
         console.print(f"{name}: {fact}", markup=False)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_amp.config import MixedPrecisionConfig
+from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.device import Hardware
 from hf_amp.errors import StateError
 from hf_amp.events import Cause, join_names
@@ -357,7 +357,7 @@ class FallbackController:
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(steps, self.runner)
         self.diagnoser = Diagnoser(self.runner, self.recorder)
-        half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
+        half = mode is PrecisionMode.FP16 or config.half_parameters in KEEPS_UPDATES
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
         self._acts = config.automatic_fallback and not (half and hardware.device == "cpu" and not emulate)
         self._policy = FallbackPolicy(

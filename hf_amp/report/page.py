@@ -426,6 +426,7 @@ PICTURES = (
     Picture("Which precision ran where", draw_timeline, lambda run: min(ROWS_SHOWN, len(precision_bars(run)))),
     _of_figure("headroom_bits", "Headroom", shown=lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
     _of_figure("underflow_fraction", "Underflow", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
+    _of_figure("lost_update_fraction", "Updates lost to rounding", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
     _of_figure("grad_norm", "Gradient norm before clipping", shown=lambda norm: f"{norm:.3g}", log=True),
     _of_figure("step_seconds", "Step time", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
     _of_figure("memory_bytes", "Memory", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
@@ -435,6 +436,10 @@ PICTURES = (
     _of_modules(
         "module_underflow_fraction", "Underflow by module", worst=lambda s: -max(s.values), limits=(0, 0.5), unit="share",
         colors=_ALARM_TO_CALM.reversed(),
+    ),
+    _of_modules(
+        "module_lost_update_fraction", "Updates lost to rounding, by parameter", worst=lambda s: -max(s.values), limits=(0, 1),
+        unit="share", colors=_ALARM_TO_CALM.reversed(),
     ),
     _of_modules(
         "module_activation_amax", "Largest activations by module", worst=lambda s: -max(s.values), limits=(0, 16),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from hf_amp.config import MixedPrecisionConfig
+from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.device import default_device, is_capturing
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
@@ -39,6 +39,7 @@ from hf_amp.scaling.step import (
     Unscale,
     observe,
 )
+from hf_amp.scaling.stochastic_rounding import RoundedWeights
 from hf_amp.serialization import parse
 from hf_amp.statistics import PendingTransfer, held_by, is_main_process, to_device, to_host
 
@@ -132,7 +133,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
             do not count in the underflow fraction.
-        master_weights: FP32 copies of half-precision parameters; None where the config asks for none.
+        looks_closely: whether every step is sampled for lost updates.
+        master_weights: FP32 copies of half-precision parameters, or what rounds their updates in the place of copies; None
+            where the config asks for none.
     """
 
     def __init__(
@@ -171,8 +174,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.discard_forwards: Callable[[], bool] = lambda: True
         self.note_loss: Callable[[Tensor], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
-        keeps = config.precision_mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
-        self.master_weights = MasterWeights() if config.enabled and keeps else None
+        self.looks_closely = False
+        self.master_weights = self._masters_for(config)
+        if isinstance(self.master_weights, RoundedWeights):
+            self.stateful["rounding"] = self.master_weights
         self._runner = OptimizerRunner(self.master_weights)
         self._given_policy = policy
         self._policy = self._chosen_policy()
@@ -180,6 +185,14 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._deferred: deque[PendingOutcome] = deque()
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
         self._said = (0, -math.inf)  # skips by the newest line about them, and its time
+
+    @staticmethod
+    def _masters_for(config: MixedPrecisionConfig) -> MasterWeights | None:
+        keeps = config.half_parameters in KEEPS_UPDATES or config.precision_mode is PrecisionMode.FP16
+        if not (config.enabled and keeps):
+            return None
+        rounds = config.half_parameters in ("stochastic_rounding", "kahan")
+        return RoundedWeights(config.half_parameters == "kahan") if rounds else MasterWeights()
 
     def scale(self, outputs: Any) -> Any:
         """`outputs` (a tensor, or lists and tuples of them) times the scale. Notes whether they are finite; no GPU-CPU sync.
@@ -278,7 +291,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         optimizer = _unwrapped(optimizer)
         if self.no_scaling and self.master_weights is None and has_closure(args, kwargs):
             return self._step_with_closure(optimizer, args, kwargs)
-        samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
+        looks = self.looks_closely or self.decided_steps == 1 or self._is_interval()
+        samples, defers = self.config.enable_monitoring and looks, self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
         lost = self._runner.found.pop(id(optimizer), {})
         record = self._pending.current(optimizer)
@@ -391,7 +405,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._deliver(waits=True)
 
     def _defers(self, optimizer: torch.optim.Optimizer) -> bool:
-        return self.config.scaling_strategy.defers and is_fused(optimizer)
+        # A kept rounding error of half a step may change sides with its parameter, also in a step that the device skips.
+        waits = self.config.half_parameters == "kahan" and self.master_weights is not None
+        return self.config.scaling_strategy.defers and is_fused(optimizer) and not waits
 
     def _count(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         self.applied_steps += outcome.applied
