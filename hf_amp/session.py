@@ -46,7 +46,15 @@ from hf_amp.scaling.optimizer_step import LOST_OF_EACH, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
-from hf_amp.statistics import all_reduce_max_to_host, elements_of, held_by, is_distributed, is_main_process, is_sharded
+from hf_amp.statistics import (
+    all_reduce_max_to_host,
+    elements_of,
+    held_by,
+    is_distributed,
+    is_main_process,
+    is_sharded,
+    to_device,
+)
 
 _log = logging.getLogger("hf_amp")
 _trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
@@ -109,6 +117,8 @@ class AmpSession(EventRecorder):
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
         self._fallback.recorder.on_error = self._explain_error
+        self._fallback.on_withdrawn = lambda change: self._report_change(change, cause=None)
+        self._queued_in: dict[int, PrecisionMode] = {}  # attempt → the plan's default when its forward pass began
         self._at_floor = self._loss_is_lost = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
@@ -240,14 +250,16 @@ class AmpSession(EventRecorder):
         ForwardContext.leave_interrupted()
         with self.lock:
             self.newest_step = self.first_step + outcome.attempt - 1
-            step_seconds = self.throughput.step_decided(self._fallback.runner.plan.default.number_format.name)
+            # A verdict that comes late is of a step that was queued before the newest change.
+            ran_in = self._queued_in.pop(outcome.attempt, self.plan.default)
+            step_seconds = self.throughput.step_decided(ran_in.number_format.name)
             if outcome.extras:
                 self._modules.take(id(optimizer), outcome.extras)
                 self._take_lost_updates(outcome, optimizer)
             if outcome.applied:
                 self.monitor.after_step(outcome)
                 self._at_floor, self._explained_error = False, None
-                if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
+                if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree, ran_in):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
                 is_lost = outcome.non_finite_losses > 0 and not outcome.zero_gradients
@@ -262,6 +274,7 @@ class AmpSession(EventRecorder):
                     self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
+            self._queued_in[self.scaler.decided_steps + 1] = self.plan.default
             if self._fallback.recorder.one_graph:
                 self._fallback.recorder.begin_step()
 
@@ -462,7 +475,7 @@ class AmpSession(EventRecorder):
             id(optimizer),
             lambda: [name for name, p in self._named_parameters(optimizer) if p.grad is not None],
             record.gradients,
-            record.scale,
+            to_device(record.scale, record.device),
             scaled=record.unscale is Unscale.FUSED,
             no_scaling=record.unscale is Unscale.NONE,
             decided_steps=self.scaler.decided_steps,

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from hf_amp.device import RandomState, is_capturing
-from hf_amp.events import StepOutcome
+from hf_amp.device import RandomState, devices_of, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.operators import graph_of
 from hf_amp.fallback.plan import PrecisionPlan
@@ -142,8 +141,8 @@ KEPT_GRADIENTS, LARGE_GRADIENTS = 2**24, 2**26
 explained."""
 PASSES_TRIED = 3
 """The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
-KEPT_STEPS = 2
-"""Steps kept: the newest, and the one before, whose verdict PERFORMANCE_OPTIMIZED learns one step late."""
+KEPT_BYTES = 2**30
+"""What the batches of one step that are kept may take on their devices; the newest one is kept in any case."""
 
 
 class RecordedForward(NamedTuple):
@@ -188,6 +187,7 @@ class _OfStep:
 
     Attributes:
         calls: of models while gradients are on.
+        bytes_kept: what their batches take.
         has_let_go: whether there were more of them than are kept.
         by_torch_func: whether there were calls by torch.func, which cannot be repeated.
         evaluations: calls of models that only evaluate, without gradients.
@@ -197,6 +197,7 @@ class _OfStep:
     """
 
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
+    bytes_kept: int = 0
     has_let_go: bool = False
     by_torch_func: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
@@ -225,13 +226,15 @@ class _OfStep:
 
 
 class CountsSteps(Protocol):
-    """Whoever counts the optimizer steps decided, and the backward passes begun."""
+    """Whoever counts the optimizer steps decided, those whose outcome is known, and the backward passes begun."""
 
     decided_steps: int
     backwards: int
-    last_outcome: StepOutcome | None
     graph: Any
     note_loss: Callable[[Tensor], None] | None
+
+    @property
+    def known_steps(self) -> int: ...
 
 
 class ForwardRecorder:
@@ -264,6 +267,7 @@ class ForwardRecorder:
         # where each model holds its first parameter, and under which name
         self._first: dict[weakref.ref[nn.Module], tuple[weakref.ref[nn.Module], str]] = {}
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
+        self._devices: dict[weakref.ref[nn.Module], set[torch.device]] = {}
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
         self.on_error: Callable[[Exception], Any] = lambda error: None
@@ -293,11 +297,16 @@ class ForwardRecorder:
             self._now().by_torch_func = True
         elif torch.is_grad_enabled():
             now = self._now()
+            self._let_go_of_known_steps()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
             if now.may_leave_out and self._steps.note_loss is None:
                 self._steps.note_loss = self.note_loss
-            now.calls.append(self._kept(reference, arguments, options))
+            now.calls.append(kept := self._kept(reference, arguments, options))
+            now.bytes_kept += _bytes_of(kept)
+            while now.bytes_kept > KEPT_BYTES and len(now.calls) > 1:
+                now.bytes_kept -= _bytes_of(now.calls.popleft())
+                now.has_let_go = True
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
 
@@ -340,6 +349,11 @@ class ForwardRecorder:
                 kept[path] = []
                 cast(Any, x).register_hook(kept[path].append)
 
+    def _let_go_of_known_steps(self) -> None:
+        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on."""
+        newest = self._steps.decided_steps + 1
+        self._by_step = {n: its for n, its in self._by_step.items() if n == newest or n > self._steps.known_steps}
+
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
         return _repeatable(list(self._now().calls)[-1:])
@@ -347,12 +361,11 @@ class ForwardRecorder:
     def _now(self) -> _OfStep:
         step = self._steps.decided_steps + 1
         if step not in self._by_step:
-            kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
+            kept = {old: its for old, its in self._by_step.items() if step - 2 < old < step}
             self._room, self._steps.graph = self.gradient_bytes, None
-            known = 0 if (newest := self._steps.last_outcome) is None else newest.attempt
             for old, its in kept.items():
                 its.graphs.clear()
-                for call in its.calls if old <= known else ():
+                for call in its.calls if old <= self._steps.known_steps else ():
                     call.output_gradients.clear()
             self._by_step = {**kept, step: _OfStep()}
         return self._by_step[step]
@@ -363,6 +376,10 @@ class ForwardRecorder:
         tensors = tensors_of((arguments, options))
         only_torch = self._passes_tried[reference] >= PASSES_TRIED and reference not in self._draws_outside
         versions, devices = _versions(tensors), {x.device for x in tensors}
+        if (model := reference()) is not None:  # one that is spread over several draws on all of them
+            if self._passes_tried[reference] < PASSES_TRIED:
+                self._devices[reference] = devices_of(model)
+            devices |= self._devices[reference]
         # While a CUDA graph is captured, no generator may be asked.
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
         seen = (random_state, self._runner.plan, dict[str, list[Tensor]](), versions)
@@ -456,6 +473,10 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
             is_intact = kept.versions == _versions(tensors_of(kept[1:3]))
             repeatable.append(RecordedForward(model, *kept[1:5], given, is_intact))
     return repeatable
+
+
+def _bytes_of(kept: _Kept) -> int:
+    return sum(x.nbytes for x in tensors_of((kept.arguments, kept.options)))
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:

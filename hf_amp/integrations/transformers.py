@@ -9,12 +9,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
@@ -26,9 +26,11 @@ from hf_amp.integrations._compat import forget_skip
 from hf_amp.integrations.accelerate import attach, session_of
 from hf_amp.integrations.trackers import log_entry
 from hf_amp.monitoring.metrics import INCIDENT, LOG_PREFIX, in_brief
-from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
 from hf_amp.session import AmpSession, counted
 from hf_amp.statistics import to_host
+
+if TYPE_CHECKING:
+    from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
 
 _CALLBACK = "_hf_amp_callback"
 _log = logging.getLogger("hf_amp")
@@ -108,12 +110,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         begin: Callable[..., None] = functools.partial(session.note, EventKind.TRAINING_STARTED)
         if state.is_world_process_zero and self._sink is None:
             try:
+                from hf_amp.monitoring.sinks.jsonl import JsonLinesSink  # loads structlog
+
                 self._sink = JsonLinesSink(Path(args.output_dir or ".") / LOG_FILE, session.run_id, rank=0)
                 begin = functools.partial(session.begin_log, self._sink.write)
-            except OSError as error:  # a Trainer that saves nothing need not be able to write
+            except (OSError, ImportError) as error:  # a Trainer that saves nothing need not be able to write
                 _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
         begin(message, **session.run_metadata(), settings=settings_of(args, state))
         session.begin_run(self._sink.path if self._sink else None)
+        if isinstance(trainer.model_wrapped, nn.DataParallel) or args.n_gpu > 1:
+            session.note(EventKind.SETUP, _DATA_PARALLEL)
         non_finite = session.non_finite_parameters(on_any_rank=True)
         if non_finite:
             reason = f"{len(non_finite)} parameters are not finite before the first step, {non_finite[0]} among them"
@@ -234,6 +240,12 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             session.end_log(self._sink.write)
             self._sink.close()
             self._sink = None
+
+
+_DATA_PARALLEL = (
+    "this Trainer runs nn.DataParallel, which it does not pass through accelerator.prepare: hf_amp scales and skips, but repeats no "
+    "forward pass to find a cause, and puts no module in FP32. Start it with torchrun or accelerate launch for that, or let it see one GPU."
+)
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer:

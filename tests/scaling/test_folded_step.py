@@ -97,16 +97,23 @@ def test_norm_whose_squares_overflow_is_exact(fused: bool) -> None:
     assert weight.tolist() == pytest.approx([-0.5] * 4, rel=1e-6)
 
 
-def test_such_a_norm_without_a_host_is_bounded() -> None:
-    """Where no host mends it, the clip uses a bound: the step is finite, not longer than max_norm, and not zero."""
+def test_such_a_norm_that_the_host_learns_of_too_late_skips_the_step() -> None:
+    """A clip by it would leave nothing. The scale falls until the squares fit, and the step is the exact one."""
     weight = nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
     config = MixedPrecisionConfig(scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=2.0**40)
     scaler = AdvancedGradScaler(config, "cpu")
-    scaler.scale((weight * 1e10).sum()).backward()
-    scaler.clip_grad_norm_(optimizer, 1.0)
-    scaler.step(optimizer)
-    assert 0.4 < weight.norm().item() <= 1.0 + 1e-6
+    norms = []
+    while not scaler.applied_steps:
+        optimizer.zero_grad()
+        scaler.scale((weight * 1e10).sum()).backward()
+        norms.append(scaler.clip_grad_norm_(optimizer, 1.0).item())
+        scaler.step(optimizer)
+        scaler.update()
+        scaler.flush()
+    assert scaler.skipped_steps == 2
+    assert norms == [float("inf"), float("inf"), pytest.approx(2e10)]
+    assert weight.tolist() == pytest.approx([-0.5] * 4)
 
 
 def test_clipping_twice_is_clipping_to_the_smaller() -> None:
