@@ -251,7 +251,7 @@ class AmpSession(EventRecorder):
         with self.lock:
             self.newest_step = self.first_step + outcome.attempt - 1
             # A verdict that comes late is of a step that was queued before the newest change.
-            ran_in = self._queued_in.pop(outcome.attempt, self.plan.default)
+            ran_in = self._queued_in.pop(outcome.attempt, self._fallback.runner.plan.default)
             step_seconds = self.throughput.step_decided(ran_in.number_format.name)
             if outcome.extras:
                 self._modules.take(id(optimizer), outcome.extras)
@@ -274,7 +274,7 @@ class AmpSession(EventRecorder):
                     self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
-            self._queued_in[self.scaler.decided_steps + 1] = self.plan.default
+            self._queued_in[self.scaler.decided_steps + 1] = self._fallback.runner.plan.default
             if self._fallback.recorder.one_graph:
                 self._fallback.recorder.begin_step()
 

@@ -179,6 +179,8 @@ class _Kept(NamedTuple):
     backwards: int
     thread: int
     sequence_number: int
+    nbytes: int
+    """Of the batch's tensors."""
 
 
 @dataclass
@@ -229,12 +231,10 @@ class CountsSteps(Protocol):
     """Whoever counts the optimizer steps decided, those whose outcome is known, and the backward passes begun."""
 
     decided_steps: int
+    known_steps: int
     backwards: int
     graph: Any
     note_loss: Callable[[Tensor], None] | None
-
-    @property
-    def known_steps(self) -> int: ...
 
 
 class ForwardRecorder:
@@ -303,9 +303,9 @@ class ForwardRecorder:
             if now.may_leave_out and self._steps.note_loss is None:
                 self._steps.note_loss = self.note_loss
             now.calls.append(kept := self._kept(reference, arguments, options))
-            now.bytes_kept += _bytes_of(kept)
+            now.bytes_kept += kept.nbytes
             while now.bytes_kept > KEPT_BYTES and len(now.calls) > 1:
-                now.bytes_kept -= _bytes_of(now.calls.popleft())
+                now.bytes_kept -= now.calls.popleft().nbytes
                 now.has_let_go = True
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
@@ -384,7 +384,7 @@ class ForwardRecorder:
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
         seen = (random_state, self._runner.plan, dict[str, list[Tensor]](), versions)
         where = (self._steps.backwards, threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
-        return _Kept(reference, arguments, options, *seen, *where)
+        return _Kept(reference, arguments, options, *seen, *where, sum([x.nbytes for x in tensors]))
 
     def note_loss(self, loss: Tensor) -> None:
         """`loss` goes into backward: where it does not say by itself which calls it was made from, its graph will."""
@@ -473,10 +473,6 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
             is_intact = kept.versions == _versions(tensors_of(kept[1:3]))
             repeatable.append(RecordedForward(model, *kept[1:5], given, is_intact))
     return repeatable
-
-
-def _bytes_of(kept: _Kept) -> int:
-    return sum(x.nbytes for x in tensors_of((kept.arguments, kept.options)))
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:

@@ -118,6 +118,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         backwards: backward passes begun.
         graph: where that of the newest loss begins; the recorder of forward passes lets go of it before the next.
         decided_steps: optimizer steps decided, on the host or on the device.
+        known_steps: those whose outcome the host knows and observers have been told of; they come in order.
         applied_steps: optimizer steps that were applied.
         skipped_steps: optimizer steps that were skipped.
         last_outcome: the newest step that is known on the host; None before the first.
@@ -165,7 +166,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             enabled=config.enabled,
         )
         self.no_scaling = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
-        self.backwards = self.decided_steps = 0
+        self.backwards = self.decided_steps = self.known_steps = 0
         self.graph: Any = None
         self.applied_steps = 0
         self.skipped_steps = 0
@@ -448,12 +449,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             made_with = self._state._replace(scale=late.records[0].scale)
             self._state = self._policy.next_state(made_with, observe(late.records))
 
-    @property
-    def known_steps(self) -> int:
-        """Steps decided whose outcome the host knows and observers have been told of; they come in order."""
-        late = self._late.pending if self._late is not None else []
-        return self.decided_steps - len(late) - len(self._queued) - len(self._undelivered)
-
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
         self._pending.abandon()
@@ -487,6 +482,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 observer(outcome, optimizer)
             if not (outcome.applied or self.observers):
                 self._say_skipped(outcome)
+        late = self._late.pending if self._late is not None else []
+        self.known_steps = self.decided_steps - len(late) - len(self._queued)
 
     def _say_skipped(self, outcome: StepOutcome) -> None:
         """One console line for the first skip, and then each time that their number has doubled and ten seconds have passed."""
@@ -641,7 +638,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                     self.stateful[name].load_state_dict(state)
         self.applied_steps = counters.get("applied_steps", self.applied_steps)
         self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
-        self.decided_steps = self.applied_steps + self.skipped_steps
+        self.decided_steps = self.known_steps = self.applied_steps + self.skipped_steps
         self._pending.leave_over()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
