@@ -371,6 +371,7 @@ class FallbackController:
         self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
         self.newest_change: PrecisionChange | None = None
         self.on_withdrawn: Callable[[PrecisionChange], None] = lambda change: None
+        self._trial = PatchLog()
         self.was_skipped = False
 
     @property
@@ -430,7 +431,7 @@ class FallbackController:
         if self.plan == former.plan:
             return None
         in_one_process = not (is_distributed() or compiles())
-        self.runner.apply(self.plan)
+        self._apply_plan()
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:
             change = change._replace(message=change.message + self._lack_of_room())
@@ -448,7 +449,7 @@ class FallbackController:
         if chosen is before.default and running is not None:
             return None
         self._state = replace(self._state, plan=before.with_default(chosen), clean_steps=0)
-        self.runner.apply(self.plan)
+        self._apply_plan()
         if running is not None:
             message = f"measuring the step time in {chosen.value}."
         else:
@@ -469,7 +470,7 @@ class FallbackController:
             return None
         failed, self.newest_change = self.newest_change, None
         former, self._state = self._state, self._policy.withdrawn(self._state, failed.before)
-        self.runner.apply(self.plan)
+        self._apply_plan()
         after, before = failed.after.describe(), failed.before.describe()
         message = (
             f"the first forward pass with {after} raised {type(error).__name__} ({str(error)[:300]}): back to {before}."
@@ -494,16 +495,19 @@ class FallbackController:
             f"{free:.1f} GiB are free."
         )
 
+    def _apply_plan(self) -> None:
+        self._trial.undo()
+        self.runner.apply(self.plan)
+
     def _try_out(self) -> None:
         """Has the next forward pass run again under the former plan where it raises under the new one: for want of memory, or of
         kernels for FP32, as in FlashAttention.
 
         Not with several processes, which would part, nor in compiled code, which is traced anew.
         """
-        patches = PatchLog()
 
         def tried(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            patches.undo()
+            self._trial.undo()
             failed = self.newest_change
             try:
                 return forward(*args, **kwargs)
@@ -521,10 +525,13 @@ class FallbackController:
 
         for model in self.runner.models():
             if takes_hooks(model):
-                patches.set_attribute(model, "forward", functools.partial(tried, model.forward))
+                # With `__wrapped__`, by which accelerate finds what it has wrapped itself.
+                once = functools.wraps(model.forward)(functools.partial(tried, model.forward))
+                self._trial.set_attribute(model, "forward", once)
 
     def remove(self) -> None:
         """Takes every context back and lets go of the batches."""
+        self._trial.undo()
         self.runner.remove()
         self.runner.current.is_over = True
         self.recorder.forget()
@@ -549,4 +556,4 @@ class FallbackController:
             self._policy = replace(self._policy, order=self._autotuner.choices())
         self._state = self._policy.restored(state)
         self.was_skipped = state.was_skipped
-        self.runner.apply(self.plan)
+        self._apply_plan()
