@@ -174,7 +174,7 @@ class _Kept(NamedTuple):
     options: dict[str, Any]
     random_state: RandomState | None
     plan: PrecisionPlan
-    output_gradients: dict[str, list[Tensor]]
+    output_gradients: dict[str, list[Tensor | None]]
     versions: tuple[int, ...]
     backwards: int
     thread: int
@@ -332,7 +332,7 @@ class ForwardRecorder:
         self._watch_gradients(call.output_gradients, output)
         return True
 
-    def _watch_gradients(self, kept: dict[str, list[Tensor]], output: Any) -> None:
+    def _watch_gradients(self, kept: dict[str, list[Tensor | None]], output: Any) -> None:
         """Keeps what the loss will give to `output`, so that backward can be repeated from there. No kernel, no GPU-CPU sync.
 
         Where there is no room for all of it, of what is one number, as a loss that the model returns.
@@ -382,7 +382,7 @@ class ForwardRecorder:
             devices |= self._devices[reference]
         # While a CUDA graph is captured, no generator may be asked.
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
-        seen = (random_state, self._runner.plan, dict[str, list[Tensor]](), versions)
+        seen = (random_state, self._runner.plan, dict[str, list[Tensor | None]](), versions)
         where = (self._steps.backwards, threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
         return _Kept(reference, arguments, options, *seen, *where, sum([x.nbytes for x in tensors]))
 
@@ -469,10 +469,16 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
     repeatable = []
     for kept in own or calls:
         if (model := kept.model()) is not None:
-            given = {path: torch.stack(each).sum(0) if each else None for path, each in kept.output_gradients.items()}
+            given = {path: _sum_of(each) for path, each in kept.output_gradients.items()}
             is_intact = kept.versions == _versions(tensors_of(kept[1:3]))
             repeatable.append(RecordedForward(model, *kept[1:5], given, is_intact))
     return repeatable
+
+
+def _sum_of(gradients: list[Tensor | None]) -> Tensor | None:
+    """What all passes backward gave to an output; autograd calls hooks with None where a pass gives nothing."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    return torch.stack(found).sum(0) if found else None
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
