@@ -199,7 +199,7 @@ def _apply(
 
 
 def _readable(record: GradientStep, figure: Tensor) -> Tensor:
-    """`figure` where a fused optimizer finds it: on the scale's device, or on the CPU where that has gradients as well.
+    """`figure` where a fused optimizer finds it: where the figures are, or on the CPU where that has gradients as well.
 
     It copies to its parameters' devices without waiting, and on the CPU uses what is there by then.
     """

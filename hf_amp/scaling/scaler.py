@@ -95,7 +95,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     Differences from the stock class, all of them deliberate:
 
-    - A step that is skipped is skipped by not calling the optimizer, fused ones included.
+    - A step that is skipped is skipped by not calling the optimizer, fused ones on a CPU included. On a device a fused one is
+      launched before the verdict is waited for, skips by itself, and `last_outcome` and accelerate say so.
     - Gradients are divided by the scale that their own backward used, whatever `update()` did in between.
     - Unscaling the same gradients twice is harmless, and an optimizer without gradients is no error.
     - A skipped step need not lower the scale (floor, hysteresis, ADAPTIVE): ask `last_outcome.applied`, not `get_scale`.
@@ -222,6 +223,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         scale = self._pending.scale = cast(Tensor, self._scale)
         self._pending.losses.note(loss)
         self.graph = loss.grad_fn if self.observers else None
+        if loss.device.type != "cpu":
+            self._figures_on = loss.device
         if self.note_loss is not None:
             self.note_loss(loss)
         # One on the CPU goes into the kernel as its argument.
@@ -282,6 +285,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if not self._enabled or (self.no_scaling and not in_place):
             raise ScalerError("clip_grad_norm_ is part of loss scaling, and this scaler scales nothing.")
         optimizer = _unwrapped(optimizer)
+        if self.no_scaling:  # nothing forbids to clip what was clipped before, and to add to it
+            self._pending.forget(id(optimizer))
         record = self._pending.current(optimizer)
         if record is None:
             unscale = Unscale.NONE if self.no_scaling else Unscale.FUSED
@@ -311,6 +316,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         samples, defers = self.config.enable_monitoring and looks, self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
         lost = self._runner.found.pop(id(optimizer), {})
+        if self.no_scaling and self._pending.added_to(optimizer):
+            self._pending.forget(id(optimizer))
         record = self._pending.current(optimizer)
         if record is None:
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
@@ -332,7 +339,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 result = run(on_device=True)
                 self._queued.append(deferred)
             else:
-                ahead = record.device.type != "cpu" and is_fused(optimizer)
+                ahead = record.device.type != "cpu" and is_fused(optimizer) and not record.sharded
                 if ahead:
                     result = run(on_device=True)
                 outcome = record.to_host(attempt)  # the one GPU-CPU sync
@@ -412,6 +419,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if not checked and not self.no_scaling:
             raise ScalerError("update() before any step: call scale(loss).backward() and step(optimizer) first.")
         if new_scale is not None:
+            self._count_queued()
             self.set_scale(new_scale)
         elif fresh and not self.no_scaling and not self._queued:
             self._former_state, self._observed = self._state, self.decided_steps
@@ -419,7 +427,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._pending.end_update()
         self._deliver()
         if self._queued:
-            self._choose_late(fresh)
+            self._choose_late(fresh or [pending.record for pending in self._queued])
 
     def _choose_late(self, records: list[GradientStep]) -> None:
         """The steps of this update are decided on the device, and so is the next scale, until the host knows them."""
@@ -441,13 +449,14 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return
         for pending in late.pending:
             self._count(pending.outcome(), pending.optimizer)
+        seen = observe(late.records)
         if self._pending.scale is late.scale:
-            skipped = any(pending.record.host["found_inf"] for pending in late.pending)
+            skipped = any(record.host["found_inf"] for record in late.records)
             self._pending.scale = late.after_overflow if skipped else late.after_clean
         if not self.no_scaling:
             self._former_state, self._observed = self._state, late.pending[-1].attempt
             made_with = self._state._replace(scale=late.records[0].scale)
-            self._state = self._policy.next_state(made_with, observe(late.records))
+            self._state = self._policy.next_state(made_with, seen)
 
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
@@ -456,10 +465,14 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     def flush(self) -> None:
         """Waits for outcomes that are still on the device and delivers them; nothing to do unless steps are deferred."""
         self._learn()
-        for pending in self._queued:  # no update has seen them: it will know them
-            self._count(pending.outcome(), pending.optimizer)
-        self._queued = []
+        self._count_queued()
         self._deliver()
+
+    def _count_queued(self) -> None:
+        """Waits for the steps that no update has seen: it will know them."""
+        queued, self._queued = self._queued, []
+        for pending in queued:
+            self._count(pending.outcome(), pending.optimizer)
 
     def _defers(self, optimizer: torch.optim.Optimizer) -> bool:
         # A kept rounding error of half a step may change sides with its parameter, also in a step that the device skips.

@@ -134,6 +134,8 @@ class GradientStep:
     """What a fused clip limits the norm to."""
     amax_is_scaled: bool = False
     """Whether `amax` is that of the scaled gradients all the same, which the host divides."""
+    sharded: bool = False
+    """Whether some of the gradients are shards."""
     versions_clipped: int | None = None
     """Writes to the gradients when they were clipped in place; None where they were not."""
     skipped_on_device: bool = False
@@ -316,10 +318,12 @@ class LateUpdate(NamedTuple):
         """The update, with the next scale chosen on the device. No GPU-CPU sync."""
         found = [record.found_inf for record in records]
         worst = found[0] if len(found) == 1 else torch.stack([to_device(f, found[0].device) for f in found]).amax()
-        if worst.device.type == "cpu":
-            chosen = torch.where(worst > 0, after_overflow, after_clean)
-        else:  # in one kernel, and exact between numbers that differ by a power of two
-            chosen = torch.rsub(worst, after_clean.item(), alpha=(after_clean - after_overflow).item())
+        lower = after_clean - after_overflow
+        if worst.device.type != "cpu" and (after_clean - lower).item() == after_overflow.item():  # in one kernel
+            chosen = torch.rsub(worst, after_clean.item(), alpha=lower.item())
+        else:
+            low, high = (to_device(x, worst.device) for x in (after_overflow, after_clean))
+            chosen = torch.where(worst > 0, low, high)
         return cls(pending, records, chosen, after_clean, after_overflow)
 
 
@@ -392,6 +396,7 @@ def check(
         inferred=norm is not None,
         amax_is_scaled=unscale is Unscale.FUSED and norm is not None,
         agrees=sharded or request.agree,
+        sharded=sharded,
         has_gradients=bool(gradients),
     )
 
@@ -640,6 +645,11 @@ class PendingSteps:
             "only after the last backward of the accumulation window, and before that of another optimizer. Where a step is "
             "left out, clear its gradients with zero_grad()."
         )
+
+    def added_to(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a backward has begun since `optimizer`'s gradients were checked, and it has not stepped."""
+        record = self._of(optimizer).record
+        return record is not None and record.state is StepState.CHECKED and record.backward != self.backwards
 
     def close(self, optimizer: torch.optim.Optimizer, record: GradientStep) -> None:
         """`record`'s step is over, applied or not: until something is added to its gradients, they do not wait."""

@@ -80,9 +80,9 @@ def steps_of(
     return {name: works[step] for name, step in STEPS.items()}, parameters
 
 
-@pytest.fixture
-def stock(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counted]:
-    with pretended_device(), monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stock() -> dict[str, Counted]:
+    with pretended_device(), pytest.MonkeyPatch.context() as patch:
         return steps_of(torch.amp.GradScaler("cpu"), clip_by_torch, patch)[0]
 
 

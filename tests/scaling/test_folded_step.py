@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -198,3 +200,38 @@ def test_performance_mode_without_a_fused_optimizer_is_exact() -> None:
     scaler.step(optimizer)
     assert weight.item() == 1.0
     assert scaler.skipped_steps == 1
+
+
+def late_run(steps: int, new_scale_at: int | None = None) -> tuple[list[float], AdvancedGradScaler]:
+    """A run whose verdicts come late, with one optimizer that skips by itself and one that does not; scales of the steps."""
+    models = [tiny_mlp(), tiny_mlp()]
+    scaler = AdvancedGradScaler(MixedPrecisionConfig(scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=256.0), "cpu")
+    optimizers = [adamw(model, fused) for model, fused in zip(models, (True, False), strict=True)]
+    scales = []
+    both = zip(losses(models[0], steps, {3}.__contains__), losses(models[1], steps, {5}.__contains__), strict=True)
+    for step, pair in enumerate(both):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        for loss in pair:
+            scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update(*([64.0] if step == new_scale_at else []))
+    scaler.flush()
+    return scales, scaler
+
+
+def test_the_scale_falls_at_once_although_the_verdict_is_late() -> None:
+    """Whichever of two optimizers has overflowed: the backward after the skipped step has the lower scale, and it alone falls."""
+    scales, scaler = late_run(9)
+    assert (scaler.applied_steps, scaler.skipped_steps) == (16, 2)
+    assert [index for index, (a, b) in enumerate(itertools.pairwise(scales)) if b < a / 16] == [3, 5]
+
+
+def test_a_scale_that_is_set_while_a_verdict_is_late_stays() -> None:
+    """Also where that step was skipped."""
+    for at in (2, 3):
+        scales, scaler = late_run(at + 2, new_scale_at=at)
+        assert scales[at + 1] == 64.0
+        assert scaler.applied_steps + scaler.skipped_steps == 2 * (at + 2)
