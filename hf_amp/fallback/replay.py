@@ -294,8 +294,9 @@ class _Replay:
         self._repeats = True
         try:
             with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
-                # The whole model's own attribute may be a wrapper that enters autocast again, as accelerate's does.
-                forward = module.forward if name else functools.partial(type(module).forward, module)
+                # With its hooks, which may change its output. The whole model's own attribute may be a wrapper that enters
+                # autocast again, as accelerate's does.
+                forward = module if name else functools.partial(type(module).forward, module)
                 exact = forward(*to_float32(arguments), **to_float32(options))
         finally:
             self._repeats = False
