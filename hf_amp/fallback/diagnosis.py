@@ -553,10 +553,9 @@ class Diagnoser:
             tried &= bad is not None and not bad.is_probe
             if bad is None or not (bad.parameters or bad.outside):
                 continue
-            found = diagnose(True, [forward], self._runner)
-            if found.cause in (Cause.ACTIVATION, Cause.ROUNDING):
-                return found  # an infinite activation, which a function that saturates has hidden
             if bad.outside and (bad.is_from_outside or not bad.parameters):
+                if not bad.output_is_finite and (hidden := self._hidden_overflow(forward)):
+                    return hidden
                 operations = self._recorder.operations_outside()
                 through_others = not bad.is_from_outside or any(map(_takes_gradients_back, forwards[index + 1 :]))
                 if skip.scale > 1 and (through_others or any(map(_may_overflow_by_scale, operations))):
@@ -564,18 +563,23 @@ class Diagnoser:
                     continue
                 return _derivative_outside(bad.outside, operations)
             in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
-            if in_fp32 is None:
-                what = (
-                    "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
-                )
-                return Diagnosis(Cause.UNKNOWN, what, confirmed=False)
-            if in_fp32.parameters:
+            if in_fp32 is not None and in_fp32.parameters:
                 return self._derivative(forward, in_fp32)
+            if hidden := self._hidden_overflow(forward):
+                return hidden
+            if in_fp32 is None:
+                why = "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
+                return Diagnosis(Cause.UNKNOWN, why, confirmed=False)
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
         if tried or not forwards:
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
         self._recorder.gradient_bytes = math.inf if in_doubt else LARGE_GRADIENTS
         return Diagnosis(Cause.SCALE, f"{SCALE_WILL_FIX_IT} {_OUTSIDE}", confirmed=False)
+
+    def _hidden_overflow(self, forward: RecordedForward) -> Diagnosis | None:
+        """The diagnosis of an infinite activation that a function which saturates has hidden from the loss; None where none is."""
+        found = diagnose(True, [forward], self._runner)
+        return found if found.cause in (Cause.ACTIVATION, Cause.ROUNDING) else None
 
     def _too_large_a_loss(
         self, skip: SkippedStep, forward: RecordedForward, in_fp32: BackwardFindings
@@ -589,8 +593,10 @@ class Diagnoser:
             found = replay_backward(forward, self._runner.current, 2.0**-power, skip.scale)
             return None if found is None or found.parameters else found
 
+        if tried(_POWERS[-1]) is None:
+            return None
         largest = bisect.bisect_left(_POWERS, True, key=lambda power: tried(power) is not None)
-        found = tried(_POWERS[largest]) if largest < len(_POWERS) else None
+        found = tried(_POWERS[largest])
         if found is None or in_fp32.moved - found.moved:
             return None
         return Diagnosis(

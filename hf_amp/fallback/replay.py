@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import sys
 import threading
 import warnings
@@ -26,7 +27,7 @@ from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import PrecisionMode, upcast
-from hf_amp.statistics import is_distributed, to_host_list
+from hf_amp.statistics import all_finite, extremes, is_distributed, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
 
 
@@ -127,6 +128,7 @@ class BackwardFindings(NamedTuple):
         is_probe: whether small random numbers stood for what the loss gives to the output.
         outside: paths of outputs to which something that is not finite came.
         is_from_outside: whether all of that came from outside of the model, and not in part through another output.
+        output_is_finite: whether what the model returned is.
     """
 
     parameters: list[str]
@@ -135,6 +137,7 @@ class BackwardFindings(NamedTuple):
     is_probe: bool = False
     outside: Sequence[str] = ()
     is_from_outside: bool = False
+    output_is_finite: bool = True
 
 
 def replay_backward(
@@ -154,7 +157,7 @@ def replay_backward(
     `by_operator` looks for the operator as well, with one GPU-CPU sync each.
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
-    trace = OperatorTrace(current) if by_operator else None
+    trace = OperatorTrace(current, forward=False) if by_operator else None
     try:
         with ExitStack() as stack:
             stack.enter_context(_nothing_changes(forward.model, gradients=True))
@@ -170,10 +173,14 @@ def replay_backward(
         return None
     if gradients is None:
         return None
-    known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    bad = [name for name, g in known if non_finite_tensors(g)]
-    moved = frozenset(name for name, g in known if g.any())
-    return BackwardFindings(bad, moved, trace.in_backward if trace else None, *cast(Any, about))
+    known = [(name, g.detach()) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
+    ends = to_host_list(end for _, g in known for end in extremes(g))
+    by_name = [(name, pair) for (name, _), pair in zip(known, zip(ends[::2], ends[1::2], strict=True), strict=True)]
+    bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
+    moved = frozenset(name for name, pair in by_name if any(pair))
+    output_is_finite = not (bad and non_finite_tensors(output))
+    seen = (*cast(Any, about), output_is_finite)
+    return BackwardFindings(bad, moved, trace.in_backward if trace else None, *seen)
 
 
 @contextmanager
@@ -287,8 +294,9 @@ class _Replay:
         self._repeats = True
         try:
             with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
-                # The whole model's own attribute may be a wrapper that enters autocast again, as accelerate's does.
-                forward = module.forward if name else functools.partial(type(module).forward, module)
+                # With its hooks, which may change its output. The whole model's own attribute may be a wrapper that enters
+                # autocast again, as accelerate's does.
+                forward = module if name else functools.partial(type(module).forward, module)
                 exact = forward(*to_float32(arguments), **to_float32(options))
         finally:
             self._repeats = False
@@ -338,7 +346,7 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
 def non_finite_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors inside of `value` that hold inf or NaN. One GPU-CPU sync."""
     found = [x for _, x in float_tensors(value)]
-    finite = to_host_list(x.detach().isfinite().all() for x in found)
+    finite = to_host_list(map(all_finite, found))
     return [x for x, is_finite in zip(found, finite, strict=True) if not is_finite]
 
 

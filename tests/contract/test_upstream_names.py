@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode
 from transformers import Trainer, TrainerCallback
 
 from hf_amp.integrations._compat import (
@@ -243,6 +244,18 @@ def test_torch_says_which_code_is_compiled_to_one_graph(fullgraph: bool) -> None
 
     torch.compiler.reset()
     assert torch.compile(compiled, fullgraph=fullgraph, backend="eager")(torch.zeros(1)) == (1 if fullgraph else 2)
+
+
+def test_torch_says_which_function_mode_is_innermost() -> None:
+    """`torch.overrides._get_current_function_mode` gives the one that was entered last."""
+    with BaseTorchFunctionMode(), BaseTorchFunctionMode() as inner:
+        assert _get_current_function_mode() is inner
+
+
+def test_torch_says_whether_torch_func_transforms() -> None:
+    """`torch._C._are_functorch_transforms_active()`."""
+    assert not torch._C._are_functorch_transforms_active()
+    assert torch.func.vmap(lambda x: x * torch._C._are_functorch_transforms_active())(torch.ones(1)) == 1
 
 
 def test_nodes_of_the_graph_say_the_dtype_of_what_they_made() -> None:
