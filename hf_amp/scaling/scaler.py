@@ -450,12 +450,13 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         for pending in late.pending:
             self._count(pending.outcome(), pending.optimizer)
         seen = observe(late.records)
+        skipped = any(record.host["found_inf"] for record in late.records)
         if self._pending.scale is late.scale:
-            skipped = any(record.host["found_inf"] for record in late.records)
             self._pending.scale = late.after_overflow if skipped else late.after_clean
         if not self.no_scaling:
             self._former_state, self._observed = self._state, late.pending[-1].attempt
-            made_with = self._state._replace(scale=late.records[0].scale)
+            # Where the scale was given back meanwhile, an overflow still is that of the one that these were made with.
+            made_with = self._state._replace(scale=late.records[0].scale) if skipped else self._state
             self._state = self._policy.next_state(made_with, seen)
 
     def abandon_step(self) -> None:
