@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -117,20 +117,14 @@ class RescaleReport:
         same = "the same to the last bit" if self.bitwise else f"the same within {self.relative_difference:.1g}"
         epsilons = f" and {len(self.epsilons)} epsilons" if self.epsilons else ""
         return (
-            f"Safe in FP16: {len(self.exponents)} parameters{epsilons} were rescaled; of {overflowing} modules that left the range "
+            f"Safe in FP16: {len(self.exponents)} parameters{epsilons} were rescaled; {overflowing} modules left the range before, "
             f"none does now. FP32 outputs are {same}."
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON: all but the model."""
-        facts = asdict(copy.replace(self, model=None) if hasattr(copy, "replace") else _without_model(self))
-        return {**{k: v for k, v in facts.items() if k != "model"}, "sentence": self.sentence}
-
-
-def _without_model(report: RescaleReport) -> RescaleReport:
-    twin = copy.copy(report)
-    twin.model = None
-    return twin
+        kept = [each.name for each in fields(self) if each.name != "model"]
+        return {**{name: getattr(self, name) for name in kept}, "sentence": self.sentence}
 
 
 def _headroom(amax: float) -> float:
@@ -280,7 +274,7 @@ def _random_like(batch: Any, seed: int) -> Any:
     return map_tensors(other, batch)
 
 
-def _outputs(model: nn.Module, batch: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def named_outputs(model: nn.Module, batch: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Path → what the model returns, in FP32.
 
     Raises:
@@ -290,7 +284,10 @@ def _outputs(model: nn.Module, batch: Any, dtype: torch.dtype = torch.float32) -
         return {name: x.float() for name, x in _returned(_call(model, batch, dtype))}
     except Exception as error:  # whatever the model raises on this batch
         half = "" if dtype is torch.float32 else f" with parameters in {str(dtype).removeprefix('torch.')}"
-        raise BatchError(f"{type(model).__name__} cannot be run on this batch{half}: {in_one_line(error)}") from error
+        raise BatchError(
+            f"{type(model).__name__} cannot be run on this batch{half} ({in_one_line(error)}); pass the arguments of its forward by "
+            "name."
+        ) from error
 
 
 def difference(exact: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -360,7 +357,7 @@ class _Search:
         self._model = model
         self._given = _converted(model, torch.float32)
         self._batches = [batch, *(_random_like(batch, seed) for seed in range(RANDOM_BATCHES))]
-        self._wanted = [_outputs(self._given, each) for each in self._batches]
+        self._wanted = [named_outputs(self._given, each) for each in self._batches]
         if not all(bool(x.isfinite().any()) for x in self._wanted[0].values() if x.numel()):
             raise BatchError(f"{type(model).__name__} gives NaN or inf on this batch in FP32: no rescaling cures that.")
         self._recording = _recorded(self._given, self._batches)
@@ -418,7 +415,7 @@ class _Search:
         report.model = rescaled = _converted(self._model, None)
         solution.apply(rescaled, self._recording, report)
         exact = _converted(rescaled, torch.float32)
-        differences = [difference(x, _outputs(exact, b)) for x, b in zip(self._wanted, self._batches, strict=True)]
+        differences = [difference(x, named_outputs(exact, b)) for x, b in zip(self._wanted, self._batches, strict=True)]
         report.relative_difference = max(differences)
         report.bitwise = report.relative_difference == 0
         if not report.relative_difference <= TOLERANCE:
@@ -435,7 +432,7 @@ class _Search:
         half = _converted(rescaled, FP16_FORMAT.dtype)
         for i, batch in enumerate(self._batches[:2]):
             try:
-                outputs = _outputs(half, batch, FP16_FORMAT.dtype)
+                outputs = named_outputs(half, batch, FP16_FORMAT.dtype)
             except BatchError as error:
                 report.refused.append(str(error))
                 return
