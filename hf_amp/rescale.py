@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_amp.emulation import EmulatedPrecision
 from hf_amp.errors import AttachError, BatchError, ConfigError, in_one_line
 from hf_amp.events import join_names
 from hf_amp.precision import FP16_FORMAT
@@ -83,6 +84,8 @@ class RescaleReport:
         amax: module → (largest absolute value of what its operators give in half precision, before and after).
         refused: why it is not safe, a sentence each.
         unused: parameters that the batch did not use, and which are as they were.
+        autocast: whether FP16 was tried as autocast has it, emulated, because the model does not run with half parameters at all:
+            its code makes FP32 tensors that meet them.
     """
 
     safe: bool = False
@@ -96,6 +99,7 @@ class RescaleReport:
     amax: dict[str, tuple[float, float]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    autocast: bool = False
 
     @property
     def headroom_bits(self) -> dict[str, tuple[float, float]]:
@@ -115,10 +119,15 @@ class RescaleReport:
             return "Nothing to do: everything is in FP16's range already."
         overflowing = sum(before < 0 for before, _ in self.headroom_bits.values())
         same = "the same to the last bit" if self.bitwise else f"the same within {self.relative_difference:.1g}"
+        unused = (
+            f" The batch left {len(self.unused)} parameters unused: what they make was not looked at."
+            if self.unused
+            else ""
+        )
         epsilons = f" and {len(self.epsilons)} epsilons" if self.epsilons else ""
         return (
-            f"Safe in FP16: {len(self.exponents)} parameters{epsilons} were rescaled; {overflowing} modules left the range before, "
-            f"none does now. FP32 outputs are {same}."
+            f"Safe in FP16{' autocast' * self.autocast}: {len(self.exponents)} parameters{epsilons} were rescaled; {overflowing} modules left the range before, "
+            f"none does now. FP32 outputs are {same}.{unused}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,14 +283,16 @@ def _random_like(batch: Any, seed: int) -> Any:
     return map_tensors(other, batch)
 
 
-def named_outputs(model: nn.Module, batch: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def named_outputs(
+    model: nn.Module, batch: Any, dtype: torch.dtype = torch.float32, within: AbstractContextManager[Any] | None = None
+) -> dict[str, Tensor]:
     """Path → what the model returns, in FP32.
 
     Raises:
         BatchError: the model raises.
     """
     try:
-        return {name: x.float() for name, x in _returned(_call(model, batch, dtype))}
+        return {name: x.float() for name, x in _returned(_call(model, batch, dtype, within))}
     except Exception as error:  # whatever the model raises on this batch
         half = "" if dtype is torch.float32 else f" with parameters in {str(dtype).removeprefix('torch.')}"
         raise BatchError(
@@ -429,18 +440,20 @@ class _Search:
         return report
 
     def _run_in_half(self, rescaled: nn.Module, report: RescaleReport) -> None:
-        half = _converted(rescaled, FP16_FORMAT.dtype)
+        """Pure FP16, or, where the model cannot be run in it at all, what autocast computes."""
+        half, dtype, within = _converted(rescaled, FP16_FORMAT.dtype), FP16_FORMAT.dtype, None
         for i, batch in enumerate(self._batches[:2]):
             try:
-                outputs = named_outputs(half, batch, FP16_FORMAT.dtype)
+                outputs = named_outputs(half, batch, dtype, within)
             except BatchError as error:
-                report.refused.append(str(error))
-                return
+                report.autocast, half, dtype = True, _converted(rescaled, torch.float32), torch.float32
+                if i or not isinstance(error.__cause__, RuntimeError):
+                    report.refused.append(str(error))
+                    return
+                within = EmulatedPrecision(FP16_FORMAT)
+                outputs = named_outputs(half, batch, dtype, within)
             wanted = self._wanted[i]
-            if any(
-                not torch.equal(x.isfinite() | ~wanted[name].isfinite(), torch.ones_like(x).bool())
-                for name, x in outputs.items()
-            ):
+            if any(bool((wanted[name].isfinite() & ~x.isfinite()).any()) for name, x in outputs.items()):
                 report.refused.append(f"FP16 outputs on {'random inputs' if i else 'the batch'} are not finite")
                 return
             if i == 0 and (nats := divergence(wanted, outputs)) is not None:
