@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hf_amp.cli import app
 from hf_amp.cli.rescale import REPORT_FILE
 from tests.rescale.families import FAMILIES
-from tests.rescale.test_families import distance, outputs
+from tests.rescale.trials import distance, outputs
 
 BY_NAME = {family.name: family for family in FAMILIES}
 
