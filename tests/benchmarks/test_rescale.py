@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import multiprocessing
 import random
 import resource
 import subprocess
@@ -12,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tests.benchmarks.measuring import Row, parser, write
@@ -38,11 +42,17 @@ def counted(what: str, trials: Iterable[Trial]) -> Row:
     }
 
 
-def families(folder: Path) -> Iterable[Trial]:
-    """Fifteen families in every way, through `save_pretrained` and `from_pretrained(dtype=torch.float16)`."""
-    for family in FAMILIES:
-        for way in family.symmetries:
-            yield of_family(family, {way: BITS}, folder / f"{family.name}_{way}")
+def trials_of(job: tuple[str, str, dict[str, int]]) -> list[Trial]:
+    """One job of a worker: ("family", name, exponents), or ("architecture", name, {}).
+
+    A family goes through `save_pretrained` and `from_pretrained(dtype=torch.float16)`.
+    """
+    kind, name, exponents = job
+    if kind == "architecture":
+        return list(of_architecture(name))
+    family = next(f for f in FAMILIES if f.name == name)
+    with tempfile.TemporaryDirectory() as folder:
+        return [of_family(family, exponents, Path(folder) / "saved")]
 
 
 def large() -> dict[str, float]:
@@ -83,8 +93,6 @@ def measured_large() -> list[Row]:
     """The same from a fresh process, whose peak of memory is its own."""
     program = "import json; from tests.benchmarks.test_rescale import large; print(json.dumps(large()))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    import json
-
     found = json.loads(done.stdout.splitlines()[-1])
     return [
         {
@@ -102,14 +110,18 @@ def main() -> None:
     command.add_argument("--random", type=int, default=1000, help="random blow-ups")
     options = command.parse_args()
     draw = random.Random(0)
-    large_row = measured_large()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            counted("15 families, by hand", families(Path(folder))),
-            counted("further architectures", (trial for name in FURTHER for trial in of_architecture(name))),
-            counted("random, of the families", (of_family(*random_blow_up(draw)) for _ in range(options.random))),
-        ]
-    write("rescale", {"random": options.random, "rows": rows, "details": large_row}, options.out)
+    drawn = [random_blow_up(draw) for _ in range(options.random)]
+    jobs = {
+        "15 families, by hand": [("family", f.name, {way: BITS}) for f in FAMILIES for way in f.symmetries],
+        "further architectures": [("architecture", name, {}) for name in FURTHER],
+        "random, of the families": [("family", family.name, exponents) for family, exponents in drawn],
+    }
+    rows = []
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for what, each in jobs.items():
+            rows.append(counted(what, itertools.chain.from_iterable(pool.map(trials_of, each))))
+            print(rows[-1], flush=True)
+    write("rescale", {"random": options.random, "rows": rows, "details": measured_large()}, options.out)
 
 
 if __name__ == "__main__":
