@@ -43,16 +43,16 @@ def counted(what: str, trials: Iterable[Trial]) -> Row:
 
 
 def trials_of(job: tuple[str, str, dict[str, int]]) -> list[Trial]:
-    """One job of a worker: ("family", name, exponents), or ("architecture", name, {}).
+    """One job of a worker: ("family" or "random", name, exponents), or ("architecture", name, {}).
 
-    A family goes through `save_pretrained` and `from_pretrained(dtype=torch.float16)`.
+    A family goes through `save_pretrained` and `from_pretrained(dtype=torch.float16)`, random ones do not.
     """
     kind, name, exponents = job
     if kind == "architecture":
         return list(of_architecture(name))
     family = next(f for f in FAMILIES if f.name == name)
     with tempfile.TemporaryDirectory() as folder:
-        return [of_family(family, exponents, Path(folder) / "saved")]
+        return [of_family(family, exponents, Path(folder) if kind == "family" else None)]
 
 
 def large() -> dict[str, float]:
@@ -114,7 +114,7 @@ def main() -> None:
     jobs = {
         "15 families, by hand": [("family", f.name, {way: BITS}) for f in FAMILIES for way in f.symmetries],
         "further architectures": [("architecture", name, {}) for name in FURTHER],
-        "random, of the families": [("family", family.name, exponents) for family, exponents in drawn],
+        "random, of the families": [("random", family.name, exponents) for family, exponents in drawn],
     }
     rows = []
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -137,7 +137,7 @@ def tried(
     exact = outputs(plain, batch)
     before = outputs(blown, batch)
     assert difference(exact, before) <= 1e-5, f"{name}, {way}: the blow-up itself changes the function"
-    usual = distance(exact, outputs(copy.deepcopy(plain).half(), batch)) + 1e-8
+    usual = distance(exact, outputs(as_half(plain, folder), batch)) + 1e-8
     failed_before = not distance(before, outputs(copy.deepcopy(blown).half(), batch)) <= 2 * usual
     state = {k: x.clone() for k, x in blown.state_dict().items()}
     report = rescale_for_fp16(blown, batch)
@@ -148,13 +148,16 @@ def tried(
         return Trial(name, way, failed_before, False, False, float("nan"), float("nan"), report.sentence)
     assert all(after >= 0 for _, after in report.headroom_bits.values())
     apart = max(difference(outputs(blown, each), outputs(report.model, each)) for each in (batch, other))
-    if folder is None:
-        half = copy.deepcopy(report.model).half()
-    else:
-        report.model.save_pretrained(folder)
-        half = type(blown).from_pretrained(folder, dtype=torch.float16).eval()
-    times_usual = distance(exact, outputs(half, batch)) / usual
+    times_usual = distance(exact, outputs(as_half(report.model, folder), batch)) / usual
     return Trial(name, way, failed_before, True, report.bitwise, apart, times_usual, report.sentence)
+
+
+def as_half(model: Any, folder: Path | None) -> Any:
+    """The model in FP16; with a folder as stock loading gives it, which leaves some modules of some families in FP32."""
+    if folder is None:
+        return copy.deepcopy(model).half()
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, dtype=torch.float16).eval()
 
 
 def of_family(family: Family, exponents: dict[str, int], folder: Path | None = None) -> Trial:
