@@ -435,6 +435,8 @@ class _Search:
         report.refused += solution.disagreements(again, report.bitwise and not report.offsets)
         before, after = self._recording.amax_by_module(), again.amax_by_module()
         report.amax = {module: (amax, after.get(module, 0.0)) for module, amax in before.items()}
+        if not report.refused:
+            report.refused += [f"{m} comes to {x:.3g}" for m, (_, x) in report.amax.items() if x > FP16_FORMAT.largest]
         self._run_in_half(rescaled, report)
         report.safe = not report.refused
         return report
@@ -639,7 +641,7 @@ class Programme:
         rules = self._rules
         lowers: dict[Exponent, float] = {}
         for node in rules.recording.nodes:
-            for value in node.outputs:
+            for value in node.results:
                 f = rules.fields.get(value)
                 if f is None or f.numel() != 1 or value.dtype is not rules.recording.dtype or not value.amax:
                     continue

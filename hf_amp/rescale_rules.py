@@ -83,6 +83,11 @@ class Node:
         return str(self.func._schema.name).removeprefix("aten::")
 
     @property
+    def results(self) -> list[Value]:
+        """What it gives to others; statistics that norms and attention keep for their derivatives are left out."""
+        return self.outputs[:1] if "norm" in self.name or "attention" in self.name else self.outputs
+
+    @property
     def inputs(self) -> list[Value]:
         """Every tensor of floating-point numbers that goes in."""
         return [v for v in _values((self.args, self.kwargs)) if v.is_float]
@@ -186,7 +191,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Module → largest absolute value that its operators give in half precision."""
         found: dict[str, float] = {}
         for node in self.nodes:
-            for value in node.outputs:
+            for value in node.results:
                 if value.dtype is self.dtype:
                     found[node.module] = max(found.get(node.module, 0.0), value.amax)
         return found
