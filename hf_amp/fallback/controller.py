@@ -10,20 +10,19 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
-from types import MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from hf_amp.config import MixedPrecisionConfig
+from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.device import Hardware, room_on
 from hf_amp.errors import StateError
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
 from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
-from hf_amp.fallback.recorder import CountsSteps, ForwardRecorder
+from hf_amp.fallback.recorder import LARGE_GRADIENTS, CountsSteps, ForwardRecorder
 from hf_amp.patch_log import PatchLog, compile_disabled, takes_hooks
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import NotNegative, Positive, parse
@@ -146,7 +145,6 @@ class FallbackState:
         scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is there.
             What the scale has grown to meanwhile says nothing about FP16.
         was_skipped: in a saved state, as of the controller.
-        gradient_steps: in a saved state, as of its recorder.
     """
 
     plan: PrecisionPlan
@@ -159,7 +157,6 @@ class FallbackState:
     scale_skips: int = 0
     scale_at_rest: Positive | None = None
     was_skipped: bool = False
-    gradient_steps: int = 0
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, strings, lists and mappings of them."""
@@ -363,7 +360,7 @@ class FallbackController:
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(steps, self.runner)
         self.diagnoser = Diagnoser(self.runner, self.recorder)
-        half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
+        half = mode is PrecisionMode.FP16 or config.half_parameters in KEEPS_UPDATES
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
         self._acts = config.automatic_fallback and not (half and hardware.device == "cpu" and not emulate)
         self._policy = FallbackPolicy(
@@ -398,8 +395,7 @@ class FallbackController:
         """
         self.newest_change = None
         self.was_skipped = False
-        if self.recorder.gradient_steps:
-            self.recorder.after_applied()
+        self.recorder.gradient_bytes = min(self.recorder.gradient_bytes, LARGE_GRADIENTS)
         tuner = self._autotuner
         if tuner is None or tuner.running is None:
             return self._decide(StepFacts())
@@ -434,13 +430,12 @@ class FallbackController:
         self._state = state
         if self.plan == former.plan:
             return None
-        self._trial.undo()
-        self.runner.apply(self.plan)
+        self._apply_plan()
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:
             change = change._replace(message=change.message + self._lack_of_room())
         self.newest_change = change if facts.cause is not None else None
-        if self.newest_change and not (is_distributed() or self.runner.fullgraph):
+        if self.newest_change and not (is_distributed() or self.recorder.one_graph):
             self._try_out()
         return change
 
@@ -453,7 +448,7 @@ class FallbackController:
         if chosen is before.default and running is not None:
             return None
         self._state = replace(self._state, plan=before.with_default(chosen), clean_steps=0)
-        self.runner.apply(self.plan)
+        self._apply_plan()
         if running is not None:
             message = f"measuring the step time in {chosen.value}."
         else:
@@ -474,7 +469,7 @@ class FallbackController:
             return None
         failed, self.newest_change = self.newest_change, None
         former, self._state = self._state, self._policy.withdrawn(self._state, failed.before)
-        self.runner.apply(self.plan)
+        self._apply_plan()
         after, before = failed.after.describe(), failed.before.describe()
         message = (
             f"the first forward pass with {after} raised {type(error).__name__} ({str(error)[:300]}): back to {before}."
@@ -499,17 +494,20 @@ class FallbackController:
             f"{free:.1f} GiB are free."
         )
 
+    def _apply_plan(self) -> None:
+        self._trial.undo()
+        self.runner.apply(self.plan)
+
     def _try_out(self) -> None:
         """Has the next forward pass run again under the former plan where it raises under the new one: for want of memory, or of
         kernels for FP32, as in FlashAttention.
 
         Not with several processes, which would part, nor in compiled code that allows no break.
         """
-        trial = self._trial
 
         @compile_disabled
-        def tried(forward: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            trial.undo()
+        def tried(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._trial.undo()
             failed = self.newest_change
             try:
                 return forward(*args, **kwargs)
@@ -527,8 +525,9 @@ class FallbackController:
 
         for model in self.runner.models():
             if takes_hooks(model):
+                # With `__wrapped__`, by which accelerate finds what it has wrapped itself.
                 once = functools.wraps(model.forward)(functools.partial(tried, model.forward))
-                trial.set_attribute(model, "forward", MethodType(once, model))
+                self._trial.set_attribute(model, "forward", once)
 
     def remove(self) -> None:
         """Takes every context back and lets go of the batches."""
@@ -540,7 +539,7 @@ class FallbackController:
     def state_dict(self) -> dict[str, Any]:
         """The controller's state: numbers, strings, lists and mappings of them."""
         tuner = self._autotuner
-        state = replace(self._state, was_skipped=self.was_skipped, gradient_steps=self.recorder.gradient_steps)
+        state = replace(self._state, was_skipped=self.was_skipped)
         return {**state.to_plain(), "autotuner": None if tuner is None else tuner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -557,5 +556,4 @@ class FallbackController:
             self._policy = replace(self._policy, order=self._autotuner.choices())
         self._state = self._policy.restored(state)
         self.was_skipped = state.was_skipped
-        self.recorder.keep_output_gradients(state.gradient_steps)
-        self.runner.apply(self.plan)
+        self._apply_plan()

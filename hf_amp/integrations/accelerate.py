@@ -34,6 +34,7 @@ from hf_amp.integrations._compat import (
     forget_skip,
     forward_before_autocast,
     has_step_hooks,
+    in_its_ddp,
     prepared_models,
     prepared_optimizers,
     replace_scaler,
@@ -365,7 +366,7 @@ class AttachedAccelerator:
             self._session.patches.on_undo(self._release_masters)
         unwrap = functools.partial(self._accelerator.unwrap_model, keep_torch_compile=False)
         for prepared in prepared_models(self._accelerator):
-            self._register_model(prepared, unwrap(prepared))
+            self._register_model(in_its_ddp(prepared) if self._in_ddp else prepared, unwrap(prepared))
         for optimizer in prepared_optimizers(self._accelerator):
             self._register_optimizer(optimizer.optimizer)
         for model in prepared_models(self._accelerator):

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from hf_amp.config import MixedPrecisionConfig
+from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.device import default_device, is_capturing
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
@@ -39,8 +40,9 @@ from hf_amp.scaling.step import (
     not_finite,
     observe,
 )
+from hf_amp.scaling.stochastic_rounding import RoundedWeights
 from hf_amp.serialization import parse
-from hf_amp.statistics import PendingTransfer, held_by, to_device, to_host
+from hf_amp.statistics import PendingTransfer, held_by, is_main_process, to_device, to_host
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -49,6 +51,7 @@ StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 StepHook = Callable[[GradientStep, torch.optim.Optimizer], Mapping[str, Tensor]]
 
 _log = logging.getLogger("hf_amp")
+_WHERE_CAUSES_ARE = "A scaler alone does not look for causes: hf_amp.attach and AmpSession.for_model do."
 
 
 def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
@@ -114,8 +117,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         config: the options in force; `growth_factor`, `backoff_factor` and `growth_interval` can be set later.
         no_scaling: whether it is the finite check alone.
         backwards: backward passes begun.
+        graph: where that of the newest loss begins; the recorder of forward passes lets go of it before the next.
         decided_steps: optimizer steps decided, on the host or on the device.
-        known_steps: number of the newest whose outcome observers were told of.
+        known_steps: those whose outcome the host knows and observers have been told of; they come in order.
         applied_steps: optimizer steps that were applied.
         skipped_steps: optimizer steps that were skipped.
         last_outcome: the newest step that is known on the host; None before the first.
@@ -132,7 +136,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
             do not count in the underflow fraction.
-        master_weights: FP32 copies of half-precision parameters; None where the config asks for none.
+        looks_closely: whether every step is sampled for lost updates.
+        master_weights: FP32 copies of half-precision parameters, or what rounds their updates in the place of copies; None
+            where the config asks for none.
     """
 
     def __init__(
@@ -162,6 +168,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         )
         self.no_scaling = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
         self.backwards = self.decided_steps = self.known_steps = 0
+        self.graph: Any = None
         self.applied_steps = 0
         self.skipped_steps = 0
         self.last_outcome: StepOutcome | None = None
@@ -172,8 +179,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.discard_forwards: Callable[[], bool] = lambda: True
         self.note_loss: Callable[[Tensor], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
-        keeps = config.precision_mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
-        self.master_weights = MasterWeights() if config.enabled and keeps else None
+        self.looks_closely = False
+        self.master_weights = self._masters_for(config)
+        if isinstance(self.master_weights, RoundedWeights):
+            self.stateful["rounding"] = self.master_weights
         self._runner = OptimizerRunner(self.master_weights)
         self._given_policy = policy
         self._policy = self._chosen_policy()
@@ -181,6 +190,15 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._queued: list[PendingOutcome] = []
         self._observed = 0  # the newest attempt that the policy has seen
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
+        self._said = (0, -math.inf)  # skips by the newest line about them, and its time
+
+    @staticmethod
+    def _masters_for(config: MixedPrecisionConfig) -> MasterWeights | None:
+        keeps = config.half_parameters in KEEPS_UPDATES or config.precision_mode is PrecisionMode.FP16
+        if not (config.enabled and keeps):
+            return None
+        rounds = config.half_parameters in ("stochastic_rounding", "kahan")
+        return RoundedWeights(config.half_parameters == "kahan") if rounds else MasterWeights()
 
     def scale(self, outputs: Any) -> Any:
         """`outputs` (a tensor, or lists and tuples of them) times the scale. Notes whether they are finite; no GPU-CPU sync.
@@ -204,6 +222,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._lazy_init_scale_growth_tracker(loss.device)
         scale = self._pending.scale = cast(Tensor, self._scale)
         self._pending.losses.note(loss)
+        self.graph = loss.grad_fn if self.observers else None
         if loss.device.type != "cpu":
             self._figures_on = loss.device
         if self.note_loss is not None:
@@ -296,7 +315,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         optimizer = _unwrapped(optimizer)
         if self.no_scaling and self.master_weights is None and has_closure(args, kwargs):
             return self._step_with_closure(optimizer, args, kwargs)
-        samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
+        looks = self.looks_closely or self.decided_steps == 1 or self._is_interval()
+        samples, defers = self.config.enable_monitoring and looks, self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
         lost = self._runner.found.pop(id(optimizer), {})
         if self.no_scaling and self._pending.added_to(optimizer):
@@ -438,11 +458,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._pending.scale = late.after_overflow if skipped else late.after_clean
         if not self.no_scaling:
             self._former_state, self._observed = self._state, late.pending[-1].attempt
-            made_with = self._state._replace(scale=late.records[0].scale)
+            # Where the scale was given back meanwhile, an overflow still is that of the one that these were made with.
+            made_with = self._state._replace(scale=late.records[0].scale) if skipped else self._state
             self._state = self._policy.next_state(made_with, seen)
-            if not skipped:  # the scale may have been restored since these gradients were made with a lower one
-                goes_on = self._policy.next_state(self._former_state, seen)
-                self._state = self._state._replace(scale=goes_on.scale)
 
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
@@ -461,7 +479,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._count(pending.outcome(), pending.optimizer)
 
     def _defers(self, optimizer: torch.optim.Optimizer) -> bool:
-        return self.config.scaling_strategy.defers and is_fused(optimizer)
+        # A kept rounding error of half a step may change sides with its parameter, also in a step that the device skips.
+        waits = self.config.half_parameters == "kahan" and self.master_weights is not None
+        return self.config.scaling_strategy.defers and is_fused(optimizer) and not waits
 
     def _count(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         self.applied_steps += outcome.applied
@@ -474,10 +494,27 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     def _deliver(self) -> None:
         """Hands every outcome that is known to the observers, on all ranks at the same step: they may exchange what they find."""
         delivered, self._undelivered = self._undelivered, []
-        self.known_steps = delivered[-1][0].attempt if delivered else self.known_steps
         for outcome, optimizer in delivered:
             for observer in self.observers:
                 observer(outcome, optimizer)
+            if not (outcome.applied or self.observers):
+                self._say_skipped(outcome)
+        late = self._late.pending if self._late is not None else []
+        self.known_steps = self.decided_steps - len(late) - len(self._queued)
+
+    def _say_skipped(self, outcome: StepOutcome) -> None:
+        """One console line for the first skip, and then each time that their number has doubled and ten seconds have passed."""
+        count, since = self._said
+        if self.skipped_steps < 2 * count or time.monotonic() < since + 10.0 or not is_main_process():
+            return
+        self._said = (self.skipped_steps, time.monotonic())
+        why = "the loss was not finite" if outcome.loss_finite is False else "the gradients overflowed"
+        floor = ", the smallest that min_scale allows" * (
+            outcome.scale <= self.config.min_scale and not self.no_scaling
+        )
+        at = "" if self.no_scaling else f" at scale {outcome.scale:g}{floor}"
+        so_far = f" ({self.skipped_steps} so far)" if self.skipped_steps > 1 else ""
+        _log.warning("hf_amp: step %d was skipped: %s%s%s. %s", outcome.attempt, why, at, so_far, _WHERE_CAUSES_ARE)
 
     def _check(
         self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False, order: Sequence[Tensor] = ()
