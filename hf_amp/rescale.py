@@ -175,7 +175,8 @@ def parameter_groups(
 
     A parameter times c has gradients divided by c, and must move c times as far; Adam moves by the learning rate whatever the size
     of the gradients, but for its epsilon. So `lr` is multiplied by c, `eps` and the decoupled `weight_decay` are divided by it.
-    The first group is the one of parameters that stayed as they were, where there are any.
+    The first group is the one of parameters that stayed as they were, where there are any. Weight decay of a weight that its norm adds 1
+    to (`offsets` in the report) pulls to another value than in the original model: give it none.
 
     Args:
         exponents: of `RescaleReport`, or as read from `fp16_rescale.json`; c is 2 to their power.
