@@ -66,6 +66,12 @@ def verdict_on(run: RunHistory) -> Verdict:
     late_skips = _skips_after(run, FIRST_STEPS)
     if late_skips > max(1.0, SKIP_RATE_TO_WATCH * total):
         return Verdict(Level.WATCH, f"Training, but with many skips: {counted}.")
+    if frozen := _newest(run, EventKind.FROZEN):
+        which = f"{_count(len(frozen.modules), 'parameter')}, {frozen.modules[0]} the first,"
+        return Verdict(
+            Level.WATCH,
+            f"Training, but rounding loses the updates of {which} since step {frozen.last_step:,}: {counted}.",
+        )
     if changed := run.changed_modules:
         return Verdict(Level.WATCH, f"Training, {_precision_in_words(changed)}: {counted}.{_cure_of_the_model(run)}")
     if set(run.skipped_by_cause) - {Cause.SCALE.value}:
