@@ -57,9 +57,9 @@ class RoundingNoise:
         device = values.device
         if not values.numel():
             return
-        generator = self._generators.get(device)
-        if generator is None:
-            generator = self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        generator = self._generators[device]
         step = 2 ** round(math.log2(torch.finfo(number_format.dtype).eps / torch.finfo(torch.float32).eps))
         rows = -(-values.numel() // _COLUMNS)
         low, high = values.aminmax()
