@@ -17,6 +17,7 @@ from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, NumberFormat
 from hf_amp.scaling import stochastic_rounding
 from hf_amp.scaling.stochastic_rounding import COMPENSATION, RoundingNoise
 from tests.each import for_each
+from tests.host_reads import count_host_reads
 from tests.reference import OverflowInBackward
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -366,6 +367,16 @@ def test_a_skipped_step_moves_nothing(options: dict[str, str], remedy: str, dtyp
     run.scaler.flush()
     assert (run.scaler.applied_steps, run.scaler.skipped_steps) == (3, 1)
     assert not torch.equal(after[0], run.tensors()[0])
+
+
+@for_each("remedy", REMEDIES)
+def test_no_host_read_is_added(remedy: str) -> None:
+    """A step reads the host once, for its verdict."""
+    run = Run(lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9), remedy)
+    run.step()
+    with count_host_reads() as reads:
+        run.step()
+    assert reads.count == 1
 
 
 def test_an_optimizer_that_raises_leaves_all_in_place() -> None:
