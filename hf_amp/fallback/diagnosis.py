@@ -438,9 +438,12 @@ class Diagnoser:
             self._recorder.is_paused = False
         return self._agreed(found) if agree and is_distributed() else found
 
-    def explain_error(self, parameters: Iterable[tuple[str, Tensor]]) -> Diagnosis | None:
-        """What is not finite in the newest forward pass, in or after which something has raised; None where nothing is."""
-        forwards = self._recorder.newest()
+    def explain_forwards(self, parameters: Iterable[tuple[str, Tensor]], step: int | None = None) -> Diagnosis | None:
+        """What is not finite in the forward passes of `step`; without one, in the newest, in or after which something has raised.
+
+        None where nothing is.
+        """
+        forwards = self._recorder.newest() if step is None else self._recorder.forwards_of(step)
         try:
             self._recorder.is_paused = True
             found = non_finite_source(parameters, forwards)
