@@ -224,7 +224,7 @@ class AmpSession(EventRecorder):
                         seen = (
                             f" Parameters are not finite, {bad[0]} among them."
                             if bad
-                            else f" In a replay: {why}" * bool(why)
+                            else " In a replay: " * bool(why) + why
                         )
                         cause = Cause.WEIGHTS if bad else found.cause if found else Cause.LOSS
                         self.record(AmpEvent(self.newest_step, EventKind.LOSS_LOST, cause, message=_LOSS_LOST + seen))

@@ -41,12 +41,12 @@ class StallDetector:
         )
 
     def after_applied(
-        self, outcome: StepOutcome, step: int, underflows: bool = False, why_lost: str = ""
+        self, outcome: StepOutcome, step: int, underflows: bool = False, why: str = ""
     ) -> AmpEvent | None:
         """One applied step; what it shows of the run, where that is new.
 
         One step without any gradient is nothing to report: it may be another optimizer's turn. `underflows`: its gradients, which
-        are all 0, were seen not to be in FP32. `why_lost`: what a replay has shown of a loss that is not finite.
+        are all 0, were seen not to be in FP32. `why`: what a replay has shown of a loss that is not finite.
         """
         if not outcome.has_gradients:
             self.empty_steps += 1
@@ -61,7 +61,7 @@ class StallDetector:
         self.zero_steps += 1
         flushed = self.underflows or (outcome.loss_finite is not False and outcome.scale < 1)
         cause = Cause.SCALE if flushed else Cause.LOSS
-        seen = (why_lost.rstrip(".") or _LOSS_IS_NAN) if outcome.loss_finite is False else _ALL_ZERO
+        seen = (why.rstrip(".") or _LOSS_IS_NAN) if outcome.loss_finite is False else _ALL_ZERO
         if flushed:
             seen = f"the scale of {outcome.scale:g} leaves nothing of them in FP16"
         remedy = (_DECAYED if outcome.scale < 1 else _UNDERFLOW) if flushed else None
@@ -105,9 +105,7 @@ _ALL_ZERO = (
     "where the loss is 0.0 too, every label of the batch is ignored (-100): look at what the collator makes of them; "
     "where rewards are learned from, all of a group may be equal; otherwise look for frozen parameters"
 )
-_LOSS_IS_NAN = (
-    "the loss is not finite: look at the loss function, and whether every label of the batch is ignored (-100)"
-)
+_LOSS_IS_NAN = "the loss is not a number, so most likely every label of the batch is ignored (-100): look at what the collator makes of them"
 _DECAYED = (
     "Raise init_scale and min_scale, or train in BF16 or FP32; where skipped steps have lowered the scale so far, the events "
     "say why they were skipped."
