@@ -17,10 +17,10 @@ from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
-from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
+from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward
 from hf_amp.precision import HALF_DTYPES
-from hf_amp.statistics import all_finite, all_reduce_max_to_host, is_distributed, local_part, to_host
+from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
 SCALE_WILL_FIX_IT = (
@@ -259,18 +259,10 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings],
 
 
 def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One GPU-CPU sync.
-
-    FP8, which knows no `isfinite`, is passed over.
-    """
-
-    def held(x: Tensor) -> Tensor:
-        x = local_part(x)
-        return x._values() if x.is_sparse else x
-
+    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One GPU-CPU sync."""
     with torch.no_grad():
-        flags = {name: ~all_finite(held(x)) for name, x in tensors if x.element_size() > 1}
-    return [name for name, flag in to_host(flags).items() if flag] if flags else []
+        held = {name: x._values() if (x := local_part(tensor.detach())).is_sparse else x for name, tensor in tensors}
+    return [name for name, finite in zip(held, are_finite(list(held.values())), strict=True) if not finite]
 
 
 def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:
@@ -311,7 +303,8 @@ _BY_TORCH_FUNC = (
     "given, or call the model itself on it once, which names the cause."
 )
 _NOT_KEPT = (
-    f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
+    f"the newest forward passes of the step are finite, and those before them are not kept (at most {KEPT_FORWARDS} are, and "
+    f"{KEPT_BYTES // 2**30} GiB of batches). Look at this "
     "step's batch and loss function, and for activations beyond 65504."
 )
 

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from hf_amp.device import RandomState, is_capturing
-from hf_amp.events import StepOutcome
+from hf_amp.device import RandomState, devices_of, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
 from hf_amp.fallback.operators import graph_of
 from hf_amp.fallback.plan import PrecisionPlan
@@ -141,8 +140,8 @@ KEPT_GRADIENTS, LARGE_GRADIENTS = 2**24, 2**26
 """Bytes of what the loss gives to outputs that are kept until the next step; the same after one that could not be explained."""
 PASSES_TRIED = 3
 """The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
-KEPT_STEPS = 2
-"""Steps kept: the newest, and the one before, whose verdict PERFORMANCE_OPTIMIZED learns one step late."""
+KEPT_BYTES = 2**30
+"""What the batches of one step that are kept may take on their devices; the newest one is kept in any case."""
 
 
 class RecordedForward(NamedTuple):
@@ -174,11 +173,13 @@ class _Kept(NamedTuple):
     options: dict[str, Any]
     random_state: RandomState | None
     plan: PrecisionPlan
-    output_gradients: dict[str, list[Tensor]]
+    output_gradients: dict[str, list[Tensor | None]]
     versions: tuple[int, ...]
     backwards: int
     thread: int
     sequence_number: int
+    nbytes: int
+    """Of the batch's tensors."""
 
 
 @dataclass
@@ -187,6 +188,7 @@ class _OfStep:
 
     Attributes:
         calls: of models while gradients are on.
+        bytes_kept: what their batches take.
         has_let_go: whether there were more of them than are kept.
         evaluations: calls of models that only evaluate, without gradients.
         buffers: what they were before it, by model.
@@ -195,6 +197,7 @@ class _OfStep:
     """
 
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
+    bytes_kept: int = 0
     has_let_go: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
     buffers: dict[weakref.ref[nn.Module], _Copies] = field(default_factory=dict)
@@ -222,11 +225,11 @@ class _OfStep:
 
 
 class CountsSteps(Protocol):
-    """Whoever counts the optimizer steps decided, and the backward passes begun."""
+    """Whoever counts the optimizer steps decided, those whose outcome is known, and the backward passes begun."""
 
     decided_steps: int
+    known_steps: int
     backwards: int
-    last_outcome: StepOutcome | None
     graph: Any
     note_loss: Callable[[Tensor], None] | None
 
@@ -260,6 +263,7 @@ class ForwardRecorder:
         self.one_graph = False
         self._hooks: list[_Note] = []
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
+        self._devices: dict[weakref.ref[nn.Module], set[torch.device]] = {}
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
         self.on_error: Callable[[Exception], Any] = lambda error: None
@@ -285,11 +289,16 @@ class ForwardRecorder:
             self.functional_step = self._steps.decided_steps + 1
         elif torch.is_grad_enabled():
             now = self._now()
+            self._let_go_of_known_steps()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
             if now.may_leave_out and self._steps.note_loss is None:
                 self._steps.note_loss = self.note_loss
-            now.calls.append(self._kept(reference, arguments, options))
+            now.calls.append(kept := self._kept(reference, arguments, options))
+            now.bytes_kept += kept.nbytes
+            while now.bytes_kept > KEPT_BYTES and len(now.calls) > 1:
+                now.bytes_kept -= now.calls.popleft().nbytes
+                now.has_let_go = True
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
 
@@ -315,7 +324,7 @@ class ForwardRecorder:
         self._watch_gradients(call.output_gradients, output)
         return True
 
-    def _watch_gradients(self, kept: dict[str, list[Tensor]], output: Any) -> None:
+    def _watch_gradients(self, kept: dict[str, list[Tensor | None]], output: Any) -> None:
         """Keeps what the loss will give to `output`, so that backward can be repeated from there. No kernel, no GPU-CPU sync.
 
         Where there is no room for all of it, of what is one number, as a loss that the model returns.
@@ -332,6 +341,11 @@ class ForwardRecorder:
                 kept[path] = []
                 cast(Any, x).register_hook(kept[path].append)
 
+    def _let_go_of_known_steps(self) -> None:
+        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on."""
+        newest = self._steps.decided_steps + 1
+        self._by_step = {n: its for n, its in self._by_step.items() if n == newest or n > self._steps.known_steps}
+
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
         return _repeatable(list(self._now().calls)[-1:])
@@ -339,12 +353,11 @@ class ForwardRecorder:
     def _now(self) -> _OfStep:
         step = self._steps.decided_steps + 1
         if step not in self._by_step:
-            kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
+            kept = {old: its for old, its in self._by_step.items() if step - 2 < old < step}
             self._room, self._steps.graph = self.gradient_bytes, None
-            known = 0 if (newest := self._steps.last_outcome) is None else newest.attempt
             for old, its in kept.items():
                 its.graphs.clear()
-                for call in its.calls if old <= known else ():
+                for call in its.calls if old <= self._steps.known_steps else ():
                     call.output_gradients.clear()
             self._by_step = {**kept, step: _OfStep()}
         return self._by_step[step]
@@ -355,11 +368,15 @@ class ForwardRecorder:
         tensors = tensors_of((arguments, options))
         only_torch = self._passes_tried[reference] >= PASSES_TRIED and reference not in self._draws_outside
         versions, devices = _versions(tensors), {x.device for x in tensors}
+        if (model := reference()) is not None:  # one that is spread over several draws on all of them
+            if self._passes_tried[reference] < PASSES_TRIED:
+                self._devices[reference] = devices_of(model)
+            devices |= self._devices[reference]
         # While a CUDA graph is captured, no generator may be asked.
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
-        seen = (random_state, self._runner.plan, dict[str, list[Tensor]](), versions)
+        seen = (random_state, self._runner.plan, dict[str, list[Tensor | None]](), versions)
         where = (self._steps.backwards, threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
-        return _Kept(reference, arguments, options, *seen, *where)
+        return _Kept(reference, arguments, options, *seen, *where, sum([x.nbytes for x in tensors]))
 
     def note_loss(self, loss: Tensor) -> None:
         """`loss` goes into backward: where it does not say by itself which calls it was made from, its graph will."""
@@ -438,7 +455,7 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
     repeatable = []
     for kept in own or calls:
         if (model := kept.model()) is not None:
-            given = {path: torch.stack(each).sum(0) if each else None for path, each in kept.output_gradients.items()}
+            given = {path: _sum_of(each) for path, each in kept.output_gradients.items()}
             is_intact = kept.versions == _versions(tensors_of(kept[1:3]))
             repeatable.append(RecordedForward(model, *kept[1:5], given, is_intact))
     return repeatable
@@ -448,6 +465,12 @@ def _is_functional(model: nn.Module) -> bool:
     """Whether torch.func calls `model`: inside of a transform (`grad`, `vmap`), or on other parameters (`functional_call`)."""
     held = next(model.parameters(), None)
     return torch._C._are_functorch_transforms_active() or not (held is None or isinstance(held, nn.Parameter))
+
+
+def _sum_of(gradients: list[Tensor | None]) -> Tensor | None:
+    """What all passes backward gave to an output; autograd calls hooks with None where a pass gives nothing."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    return torch.stack(found).sum(0) if found else None
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:

@@ -30,6 +30,18 @@ def test_torch_has_the_unscale_kernel() -> None:
     assert found.item() == 1.0
 
 
+def test_torch_tells_whether_anything_was_compiled() -> None:
+    """`torch._dynamo.eval_frame.cached_backends` is empty until something compiled is called, and after a reset."""
+    import torch._dynamo
+
+    torch.compiler.reset()
+    assert not torch._dynamo.eval_frame.cached_backends
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    assert torch._dynamo.eval_frame.cached_backends
+    torch.compiler.reset()
+    assert not torch._dynamo.eval_frame.cached_backends
+
+
 @pytest.mark.parametrize("number_format", ["fp16", "bf16"])
 def test_torch_tells_whether_onednn_has_half_kernels(number_format: str) -> None:
     """`torch.ops.mkldnn._is_mkldnn_fp16_supported` and its BF16 twin answer, where PyTorch has oneDNN."""

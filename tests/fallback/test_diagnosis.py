@@ -529,7 +529,7 @@ def test_an_overflow_in_a_forward_pass_that_is_no_longer_kept() -> None:
     for _ in range(3):
         loop.step({"x": X * 1e5}, *[{"x": X}] * 64, loss_of=lambda logits: logits.square().mean())
     assert [skip.cause for skip in loop.skips] == [Cause.UNKNOWN, Cause.UNKNOWN]
-    assert "the newest 64 forward passes of the step are finite" in loop.skips[0].message
+    assert "the newest forward passes of the step are finite" in loop.skips[0].message
     assert loop.session.plan.default is PrecisionMode.FP32
 
 
