@@ -262,15 +262,22 @@ class AmpSession(EventRecorder):
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree, ran_in):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
-                is_lost = outcome.non_finite_losses > 0 and not outcome.zero_gradients
-                if is_lost and not self._loss_is_lost:
+                why = ""
+                if (is_lost := outcome.non_finite_losses > 0) and not self._loss_is_lost:
                     bad = self.non_finite_parameters()
-                    what = _LOSS_LOST + (f" Parameters are not finite, {bad[0]} among them." if bad else "")
-                    cause = Cause.WEIGHTS if bad else Cause.LOSS
-                    self.record(AmpEvent(self.newest_step, EventKind.LOSS_LOST, cause, message=what))
+                    found = self._fallback.diagnoser.explain_forwards((), outcome.attempt)
+                    why = found.message if found and not bad else ""
+                    if not outcome.zero_gradients:
+                        seen = (
+                            f" Parameters are not finite, {bad[0]} among them."
+                            if bad
+                            else " In a replay: " * bool(why) + why
+                        )
+                        cause = Cause.WEIGHTS if bad else found.cause if found else Cause.LOSS
+                        self.record(AmpEvent(self.newest_step, EventKind.LOSS_LOST, cause, message=_LOSS_LOST + seen))
                 self._loss_is_lost = is_lost if outcome.losses else self._loss_is_lost
                 flushed = outcome.zero_gradients and self._underflows(outcome)
-                if stalled := self.stall.after_applied(outcome, self.newest_step, flushed):
+                if stalled := self.stall.after_applied(outcome, self.newest_step, flushed, why):
                     self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
@@ -620,7 +627,7 @@ class AmpSession(EventRecorder):
         with self.lock:
             ForwardContext.leave_interrupted()
             parameters = self._fallback.runner.named_parameters()
-            diagnosis = self._fallback.diagnoser.explain_error(parameters)
+            diagnosis = self._fallback.diagnoser.explain_forwards(parameters)
             if diagnosis is None:
                 return False
             self._explained_error = id(error)

@@ -141,7 +141,6 @@ class FallbackState:
             cure.
         unknown_steps: steps in the window that overflowed without a known cause.
         no_room_until: step before which no precision is widened, because memory did not suffice.
-        scale_skips: skips in a row that were put down to the scale.
         scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is there.
             What the scale has grown to meanwhile says nothing about FP16.
         was_skipped: in a saved state, as of the controller.
@@ -154,7 +153,6 @@ class FallbackState:
     unresolved: tuple[tuple[int, float], ...] = ()
     unknown_steps: tuple[int, ...] = ()
     no_room_until: int = 0
-    scale_skips: int = 0
     scale_at_rest: Positive | None = None
     was_skipped: bool = False
 
@@ -205,8 +203,7 @@ class FallbackPolicy:
 
     def next_state(self, state: FallbackState, facts: StepFacts) -> FallbackState:
         """The state after one step; a new plan in it takes effect with the next."""
-        scale_skips = state.scale_skips + 1 if facts.cause is Cause.SCALE else 0
-        state = replace(state, step=state.step + 1, scale_skips=scale_skips)
+        state = replace(state, step=state.step + 1)
         if facts.cause is None:
             return self._after_clean_step(replace(state, clean_steps=state.clean_steps + 1))
         if not facts.cause.facts.moves_precision:
@@ -381,7 +378,7 @@ class FallbackController:
 
     def diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped. `agree`: exchange what was found with the other ranks, which all call this."""
-        return self.diagnoser.explain(skip, self._state.scale_skips, agree)
+        return self.diagnoser.explain(skip, agree)
 
     def after_applied(
         self, step_seconds: float | None = None, agree: bool = False, ran_in: PrecisionMode | None = None
@@ -411,7 +408,6 @@ class FallbackController:
         """One skipped step; what is done about it. Nothing, where the plan has fixed it already, or none can."""
         self.was_skipped = True
         if diagnosis.already_fixed:
-            self._state = replace(self._state, scale_skips=0)
             return None
         facts = StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction, scale)
         if self._autotuner is not None and self._autotuner.running is not None:
@@ -422,12 +418,10 @@ class FallbackController:
         return self._decide(facts)
 
     def _decide(self, facts: StepFacts) -> PrecisionChange | None:
-        former = self._state
-        state = self._policy.next_state(former, facts)
-        if not self._acts or self.runner.sharded:  # only what it counts is kept
-            self._state = replace(former, scale_skips=state.scale_skips)
+        if not self._acts or self.runner.sharded:
             return None
-        self._state = state
+        former = self._state
+        self._state = state = self._policy.next_state(former, facts)
         if self.plan == former.plan:
             return None
         in_one_process = not (is_distributed() or compiles())
