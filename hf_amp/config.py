@@ -178,6 +178,7 @@ class MixedPrecisionConfig:
     enable_monitoring: Annotated[bool, SWITCH] = True
     monitoring_interval: Annotated[int, STEPS] = 10
     monitor_modules: Annotated[bool, SWITCH] = False
+    log_all_metrics: Annotated[bool, SWITCH] = False
     emulate: Annotated[bool, SWITCH] = True
     automatic_fallback: Annotated[bool, SWITCH] = True
     fallback_threshold: Annotated[float, FRACTION] = 1e-6

@@ -37,7 +37,7 @@ KINDS = {
         "True or False",
         [None, 0, 1, 1.0, "True", "yes", [], torch.tensor(True)],
         [
-            "enabled", "enable_monitoring", "monitor_modules", "emulate", "automatic_fallback",
+            "enabled", "enable_monitoring", "log_all_metrics", "monitor_modules", "emulate", "automatic_fallback",
             "memory_efficient", "gradient_accumulation_friendly", "distributed_amp", "sync_grad_scaler",
             "stop_when_stalled",
         ],

@@ -34,6 +34,7 @@ PUBLIC = [
     "StateError",
     "UnknownOptionError",
     "attach",
+    "rescale_for_fp16",
 ]
 ERRORS = {
     name: value for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from hf_amp.events import Cause
@@ -62,5 +63,21 @@ BY_MODULE: tuple[Metric, ...] = (
     Metric("module_lost_update_fraction", "1", "lost_update_fraction of every FP16 or BF16 parameter, likewise; by the parameter's name", "1: it stands still; `frozen` says so, and what keeps its updates", "with lost_update_fraction"),
 )  # fmt: skip
 """Figures that every module has; in the log, the report and `session.module_metrics()`, not among a Trainer's scalars."""
+
+BRIEF = ("scale", "skipped_steps", "grad_norm", "headroom_bits", "underflow_fraction")
+"""What an entry of `log_history` holds, where known, and as much of the next as makes it six, of what is not zero."""
+BRIEF_WHERE_NOT_ZERO = (
+    "modules_in_fp32", "non_finite_loss_fraction", "lost_update_fraction", "precision_changes",
+    *(f"skipped_steps_{cause.lower()}" for cause in Cause), "eval_non_finite_batches",
+)  # fmt: skip
+MOST_IN_BRIEF = 6
+
+
+def in_brief(figures: Mapping[str, float]) -> dict[str, float]:
+    """At most six of the catalogue's `figures`: how the run is."""
+    shown = [name for name in BRIEF if name in figures]
+    shown += [name for name in BRIEF_WHERE_NOT_ZERO if figures.get(name)]
+    return {name: figures[name] for name in shown[:MOST_IN_BRIEF]}
+
 
 NAMES = frozenset(metric.name for metric in CATALOGUE)

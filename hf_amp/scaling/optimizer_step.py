@@ -32,9 +32,9 @@ class OptimizerRunner:
 
     Attributes:
         found: `id` of an optimizer → what its newest sampled step has found, to be read with the next one, because a step's own
-            sync is before it moves anything. "lost_update_fraction", the share of the due updates of low-precision elements
-            that rounding lost, shape []; `LOST_OF_EACH`; NaN where the device skipped the step; `WRITTEN`, shape []. Float32,
-            on the scale's device.
+            figures are taken before it moves anything. "lost_update_fraction", the share of the due updates of low-precision
+            elements that rounding lost, shape []; `LOST_OF_EACH`; NaN where the device skipped the step; `WRITTEN`, shape [].
+            Float32, where the figures are.
     """
 
     def __init__(self, masters: MasterWeights | None) -> None:
@@ -67,7 +67,9 @@ class OptimizerRunner:
             run = functools.partial(self._masters.run, optimizer, step, found=written, in_parts=in_parts)
             result = _apply(optimizer, record, run, on_device)
             if written:
-                self.found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in written]).amax()}
+                self.found[id(optimizer)] = {
+                    WRITTEN: torch.stack([to_device(f, record.device) for f in written]).amax()
+                }
             return result
         apply = functools.partial(_apply, optimizer, record, step, on_device)
         if sample_seed is None:
@@ -187,7 +189,7 @@ def _apply(
     fused.grad_scale = fused.found_inf = None
     if fused_in:
         scale, clip = record.scale, record.clip_coefficient
-        fused.grad_scale = _readable(record, scale if clip is None else scale / clip)
+        fused.grad_scale = _readable(record, to_device(scale, record.device) if clip is None else scale / clip)
     if on_device:  # where it is known, asking costs a pass over counters
         fused.found_inf = _readable(record, record.found_inf)
     try:
@@ -197,7 +199,7 @@ def _apply(
 
 
 def _readable(record: GradientStep, figure: Tensor) -> Tensor:
-    """`figure` where a fused optimizer finds it: on the scale's device, or on the CPU where that has gradients as well.
+    """`figure` where a fused optimizer finds it: where the figures are, or on the CPU where that has gradients as well.
 
     It copies to its parameters' devices without waiting, and on the CPU uses what is there by then.
     """

@@ -68,6 +68,11 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
         Level.WATCH,
         "Training, 1 module in FP32 since step 3 (h.1): 1 of 1,000 steps",
     ),
+    "fallback, and what cures the model": (
+        [started(), skipped(3, "ACTIVATION"), changed(3, "MIXED", "FP32", "h.1"), metrics(1000, 1)],
+        Level.WATCH,
+        ". `hf-amp rescale MODEL -o OUT` looks for a checkpoint of the same function that needs no module in FP32.",
+    ),
     "the whole model fell back": (
         [started(), changed(3, "MIXED", "BF16"), metrics(1000, 0)],
         Level.WATCH,
