@@ -156,7 +156,7 @@ CPU = (
     Benchmark(
         "half_step_cost",
         _module("half_step_cost"),
-        "A step of BF16 parameters: CPU time of fused AdamW and all around it, operators in blocks of a GPU's size, and bytes a parameter of "
+        "A step of BF16 parameters: CPU time of fused AdamW and all around it, operators in blocks of a GPU's size, and the bytes a parameter of "
         "parameters, state and master weights.",
         "fused AdamW on the BF16 parameters, which loses updates",
         (Target("1.3 of the plain step or less at 25M", "ratio", 1.3, _rounds_25m),),

@@ -95,7 +95,7 @@ def measure(size: str, rounds: int) -> list[Row]:
             **row,
             "operators_on_a_GPU": operators_as_on_a_gpu(held, REMEDIES[row["what"]]),
             "operators_of_plain_BF16": stock,
-            "bytes_a_parameter": round(bytes_of(made[row["what"]][1]) / elements, 2),
+            "size_of_a_parameter": round(bytes_of(made[row["what"]][1]) / elements, 2),
         }
         for row in compared(seconds, "plain BF16", parameters=size)
     ]
@@ -110,7 +110,7 @@ def main() -> None:
 def test_every_remedy_is_measured() -> None:
     """The benchmark is sound: stochastic rounding keeps 6 bytes a parameter as plain BF16 does, kahan 8, masters 14."""
     rows = {row["what"]: row for row in measure("tiny", 2)}
-    kept = {name: row["bytes_a_parameter"] for name, row in rows.items()}
+    kept = {name: row["size_of_a_parameter"] for name, row in rows.items()}
     assert kept == {"stochastic_rounding": 6, "kahan": 8, "master_weights": 14}
     assert all(row["operators_on_a_GPU"] > row["operators_of_plain_BF16"] for row in rows.values())
 
