@@ -145,17 +145,20 @@ def all_reduce_max_to_host(values: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def collect(optimizer: torch.optim.Optimizer, without: Collection[int] = ()) -> list[Tensor]:
-    """The gradients that `optimizer` will apply, parameter order; of a sparse one, its values; complex ones as real pairs.
+def collect(
+    optimizer: torch.optim.Optimizer, without: Collection[int] = (), order: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """The gradients that `optimizer` will apply, in its order; of a sparse one, its values; complex ones as real pairs.
 
     Of a DTensor it is this rank's shard, which shares its memory. Sparse gradients are coalesced in place first, so that
     duplicates which overflow only in sum are seen. No GPU-CPU sync on dense gradients.
 
     Args:
         without: `id` of the parameters whose gradients are left out.
+        order: its parameters in another one, which a sum over them follows to the last bit.
     """
     gradients = []
-    for parameter in held_by(optimizer):
+    for parameter in order or held_by(optimizer):
         gradient = parameter.grad
         if gradient is None or (without and id(parameter) in without):
             continue
@@ -394,7 +397,7 @@ def sample_underflow(gradients: Sequence[Tensor], number_format: NumberFormat, s
         Both figures on the device of the first gradient.
     """
     total = sum(gradient.numel() for gradient in gradients)
-    at_once = min(max(total // _ELEMENTS_PER_SAMPLE, _FEWEST), SAMPLES)
+    at_once = SAMPLES if total <= SAMPLES else min(max(total // _ELEMENTS_PER_SAMPLE, _FEWEST), SAMPLES)
     # of elements, by the exponent of FP32, 0 for zero
     counts = torch.zeros(256, dtype=torch.int32, device=gradients[0].device)
     one, looked_at = counts.new_ones(()), 0

@@ -20,10 +20,10 @@ from hf_amp.device import Hardware, room_on
 from hf_amp.errors import StateError
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
-from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, compiles
+from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
 from hf_amp.fallback.recorder import LARGE_GRADIENTS, CountsSteps, ForwardRecorder
-from hf_amp.patch_log import PatchLog, takes_hooks
+from hf_amp.patch_log import PatchLog, compile_disabled, takes_hooks
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import NotNegative, Positive, parse
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
@@ -367,8 +367,8 @@ class FallbackController:
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
         self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
         self.newest_change: PrecisionChange | None = None
-        self.on_withdrawn: Callable[[PrecisionChange], None] = lambda change: None
         self._trial = PatchLog()
+        self.on_withdrawn: Callable[[PrecisionChange], None] = lambda change: None
         self.was_skipped = False
 
     @property
@@ -424,13 +424,12 @@ class FallbackController:
         self._state = state = self._policy.next_state(former, facts)
         if self.plan == former.plan:
             return None
-        in_one_process = not (is_distributed() or compiles())
         self._apply_plan()
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:
             change = change._replace(message=change.message + self._lack_of_room())
         self.newest_change = change if facts.cause is not None else None
-        if self.newest_change and in_one_process:
+        if self.newest_change and not (is_distributed() or self.recorder.one_graph):
             self._try_out()
         return change
 
@@ -497,9 +496,10 @@ class FallbackController:
         """Has the next forward pass run again under the former plan where it raises under the new one: for want of memory, or of
         kernels for FP32, as in FlashAttention.
 
-        Not with several processes, which would part, nor in compiled code, which is traced anew.
+        Not with several processes, which would part, nor in compiled code that allows no break.
         """
 
+        @compile_disabled
         def tried(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._trial.undo()
             failed = self.newest_change

@@ -280,8 +280,14 @@ class AttachedAccelerator:
             # The norm is that of the gradients which the optimizer will apply, of all of them and of no other.
             held = {id(p) for group in inner.param_groups for p in group["params"] if p.grad is not None}
             if held == {id(p) for p in parameters if p.grad is not None}:
-                folds = self._session.folds_clipping and not has_step_hooks(inner, besides=RefuseScaledStep)
-                return scaler.clip_grad_norm_(inner, max_norm, in_place=scaler.no_scaling or not folds)
+                if self._session.folds_clipping and not (
+                    scaler.no_scaling or has_step_hooks(inner, besides=RefuseScaledStep)
+                ):
+                    return scaler.clip_grad_norm_(inner, max_norm)
+                if all(
+                    p.grad is None or p.grad.dtype == torch.float32 for p in parameters
+                ):  # torch's norm of others is rounded
+                    return scaler.clip_grad_norm_(inner, max_norm, in_place=True, order=parameters)
         return self._stock["clip_grad_norm_"](parameters, max_norm, norm_type)
 
     def unscale_gradients(self, optimizer: Any = None) -> None:

@@ -77,6 +77,7 @@ class StatisticsRequest:
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
         not_sampled: `id` of the parameters that the format does not bound, because their modules run in FP32.
+        order: the parameters in the order that the norm sums them in; empty for the optimizer's.
     """
 
     norm: bool
@@ -84,6 +85,7 @@ class StatisticsRequest:
     sample_seed: int | None
     agree: bool
     not_sampled: Collection[int] = ()
+    order: Sequence[Tensor] = ()
 
 
 @dataclass
@@ -356,7 +358,7 @@ def check(
     sharded = any(hasattr(kind, "to_local") for kind in kinds)
     if sharded and unscale is Unscale.FUSED:
         unscale = Unscale.IN_PLACE
-    gradients = collect(optimizer)
+    gradients = collect(optimizer, order=request.order)
     inverse = scale if unscale is Unscale.NONE else reciprocal(scale)
     underflow = wanted = None
     if request.sample_seed is not None:
@@ -722,7 +724,7 @@ class PendingSteps:
 def _is_untouched(record: GradientStep, optimizer: torch.optim.Optimizer) -> bool:
     """Whether these are still the gradients of `optimizer`, and nothing was added to them since the next backward began."""
     now = collect(optimizer)
-    same = [g.data_ptr() for g in now] == [g.data_ptr() for g in record.gradients]
+    same = {g.data_ptr() for g in now} == {g.data_ptr() for g in record.gradients}
     return same and record.versions in (None, _versions(now))
 
 
