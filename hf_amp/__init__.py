@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_amp.config import MixedPrecisionConfig
+from hf_amp.emulation import emulate
 from hf_amp.errors import AttachError, BatchError, ConfigError, HfAmpError, ScalerError, StateError, UnknownOptionError
 from hf_amp.events import AmpEvent, Cause, EventKind
 from hf_amp.monitoring.monitor import PrecisionMonitor
@@ -34,7 +35,7 @@ __all__ = [
     "Cause", "ConfigError", "DynamicMixedPrecisionTrainer", "EventKind", "HfAmpError", "MixedPrecisionCallback",
     "MixedPrecisionConfig", "NumberFormat", "PerformanceOptimizedMixedPrecisionTrainer", "PerformanceTracker",
     "PrecisionMode", "PrecisionMonitor", "ScalerError", "ScalingStrategy", "StandardMixedPrecisionTrainer",
-    "StateError", "UnknownOptionError", "attach",
+    "StateError", "UnknownOptionError", "attach", "emulate",
 ]  # fmt: skip
 
 _LAZY = {"MixedPrecisionCallback": "hf_amp.integrations.transformers", "attach": "hf_amp.integrations.accelerate"}

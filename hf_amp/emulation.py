@@ -22,29 +22,34 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from hf_amp.errors import ConfigError
 from hf_amp.patch_log import compile_disabled
-from hf_amp.precision import FP16_FORMAT, HALF_DTYPES, NumberFormat, upcast
+from hf_amp.precision import EMULATED_FORMATS, FP16_FORMAT, HALF_DTYPES, NumberFormat, upcast
 from hf_amp.tree import map_tensors, tensors_of
 
 # Source: aten/src/ATen/autocast_mode.h of PyTorch, AT_FORALL_LOWER_PRECISION_FP.
-_REDUCED = """
-    _convolution _convolution.deprecated _scaled_dot_product_flash_attention addbmm addmm addmv addr baddbmm bmm conv1d conv2d
-    conv3d conv_tbc conv_transpose1d conv_transpose2d.input conv_transpose3d.input convolution linalg_vecdot linear matmul mm
-    mv prelu scaled_dot_product_attention
-""".split()
+_REDUCED = [
+    "_convolution", "_convolution.deprecated", "_scaled_dot_product_flash_attention", "addbmm", "addmm", "addmv",
+    "addr", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d.input",
+    "conv_transpose3d.input", "convolution", "linalg_vecdot", "linear", "matmul", "mm", "mv", "prelu",
+    "scaled_dot_product_attention",
+]  # fmt: skip
 # The same list, and cuDNN's: what is made of others, whose results are half too. They are run with these emulated.
-_COMPOSITE = """
-    chain_matmul einsum gru.data gru.input gru_cell linalg_multi_dot lstm.data lstm.input lstm_cell rnn_relu.data rnn_relu.input
-    rnn_relu_cell rnn_tanh.data rnn_tanh.input rnn_tanh_cell
-""".split()
+_COMPOSITE = [
+    "chain_matmul", "einsum", "gru.data", "gru.input", "gru_cell", "linalg_multi_dot", "lstm.data", "lstm.input",
+    "lstm_cell", "rnn_relu.data", "rnn_relu.input", "rnn_relu_cell", "rnn_tanh.data", "rnn_tanh.input",
+    "rnn_tanh_cell",
+]  # fmt: skip
 # Source: the same file, AT_FORALL_PROMOTE; but for these and those above, what autocast knows runs in FP32.
-_PROMOTED = "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot vdot".split()
-# Reductions that the CPU rounds on the way, and what it has no half kernels for. Source: PyTorch's OpInfo, dtypes.
-_WITHOUT_HALF_KERNEL = """
-    avg_pool3d fft_fft fft_fft2 fft_fftn fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2 fft_ifftn fft_ihfft fft_ihfft2 fft_ihfftn
-    fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn mean mean.dim polygamma round.decimals rrelu
-""".split()
-_UNSAFE = ["binary_cross_entropy"]
+_PROMOTED = [
+    "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "grid_sampler", "index_put", "scatter_add",
+    "tensordot", "vdot",
+]  # fmt: skip
+# Reductions that the CPU rounds on the way, and what it has no half kernels for, beside transforms of Fourier. Source:
+# PyTorch's OpInfo, dtypes.
+_WITHOUT_HALF_KERNEL = ["avg_pool3d", "mean", "mean.dim", "polygamma", "round.decimals", "rrelu"]
+# What PyTorch takes for the whole of an attention, or of an encoder layer, where no gradient is asked for.
+_FUSED = ["_native_multi_head_attention", "_transformer_encoder_layer_fwd"]
 _WITHOUT_INFINITY = frozenset([torch.float8_e4m3fn])
 
 
@@ -133,9 +138,14 @@ class EmulatedPrecision:
         """The one that acts in this thread."""
         return cls._of_thread.__dict__.get("innermost")
 
+    @classmethod
+    def is_entered(cls) -> bool:
+        """Whether this thread is inside of any."""
+        return cls.innermost() is not None
+
     def dtype_in_force(self) -> torch.dtype | None:
         """What autocast casts to here; None where a `torch.autocast` inside of this context has switched it off."""
-        if not all(map(torch.is_autocast_enabled, _DEVICES)):
+        if not all(map(torch.is_autocast_enabled, _DEVICES if self._autocasts else _DEVICES[:1])):
             return None
         dtype, own = torch.get_autocast_dtype("cpu"), self.number_format.dtype
         return own if dtype == _storage(own) else dtype
@@ -158,6 +168,25 @@ class EmulatedPrecision:
         return kept
 
 
+def emulate(dtype: torch.dtype = torch.float16, *, autocast: bool = True) -> EmulatedPrecision:
+    """Context in which a model on a CPU computes as on a device with units for `dtype`: `with hf_amp.emulate(torch.float16): ...`
+
+    Args:
+        dtype: torch.float16 or torch.bfloat16; or an FP8 format, to which the operands and results of matrix products are
+            rounded, without a scale for each tensor.
+        autocast: as inside of `torch.autocast` on CUDA. False for a model whose parameters are of that dtype (`model.half()`),
+            which inference runs without autocast.
+
+    Raises:
+        ConfigError: another dtype.
+    """
+    formats = {each.dtype: each for each in EMULATED_FORMATS}
+    if dtype not in formats:
+        known = ", ".join(map(str, formats))
+        raise ConfigError(f"emulate({dtype}): a dtype must be one of {known}; FP32 needs no emulation.")
+    return EmulatedPrecision(formats[dtype], autocast)
+
+
 _DEVICES = ("cpu", "cuda")  # a model may ask for either whether autocast is on, or switch either off
 _ACTIVE = threading.local()
 
@@ -174,6 +203,10 @@ def _is_cast(x: Tensor) -> bool:
 
 def _is_half(x: Tensor) -> bool:
     return x.dtype in HALF_DTYPES
+
+
+def _is_asked_for_dtype(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
 
 
 def _holds_half(args: Any, kwargs: Any) -> bool:
@@ -213,7 +246,7 @@ class _Kernel:
     def half(self, keyset: Any, args: Any, kwargs: Any) -> Any:
         """Half-precision tensors without autocast: the FP32 result, rounded; anything else as it is."""
         dtypes = {x.dtype for x in tensors_of((args, kwargs)) if _is_cast(x)}
-        if len(dtypes) != 1 or not dtypes <= set(HALF_DTYPES):
+        if len(dtypes) != 1 or not dtypes <= set(HALF_DTYPES) or _is_asked_for_dtype(args, kwargs):
             return self.plain(keyset, args, kwargs)
         return _to(self.alone(upcast, args, kwargs), dtypes.pop())
 
@@ -229,6 +262,7 @@ def _reduced(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, k
 def _composite(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
     dtype = mode.dtype_in_force()
     if dtype is not None:
+
         def convert(x: Tensor) -> Tensor:
             return mode.operand(x, dtype)
     elif _widens(mode, args, kwargs):
@@ -240,9 +274,8 @@ def _composite(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any,
 
 def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
     """In FP32; but for a reduction that is asked for another dtype."""
-    asked = any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
     on = mode.dtype_in_force() is not None
-    if asked or not (on or _widens(mode, args, kwargs)) or not _holds_half(args, kwargs):
+    if _is_asked_for_dtype(args, kwargs) or not (on or _widens(mode, args, kwargs)) or not _holds_half(args, kwargs):
         return kernel.plain(keyset, args, kwargs)
     return kernel.alone(upcast, args, kwargs)
 
@@ -253,6 +286,15 @@ def _promoted(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, 
     if torch.float32 in dtypes and len(dtypes) > 1 and (on or _widens(mode, args, kwargs)):
         return kernel.alone(upcast, args, kwargs)
     return kernel.half(keyset, args, kwargs) if on else kernel.plain(keyset, args, kwargs)
+
+
+def _unsafe(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    if mode.dtype_in_force() is not None:
+        raise RuntimeError(
+            "binary_cross_entropy raises under autocast on a device, because sigmoid's result in half precision may be 0 or 1: "
+            "use binary_cross_entropy_with_logits, or torch.autocast(..., enabled=False) and FP32 arguments."
+        )
+    return kernel.plain(keyset, args, kwargs)
 
 
 def _without_half_kernel(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
@@ -302,16 +344,19 @@ def _register_kernels() -> None:
             return
         on_cuda, on_cpu = map(torch._C._dispatch_get_registrations_for_dispatch_key, ("AutocastCUDA", "AutocastCPU"))
         policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(on_cuda, _full)
+        policies |= {name: _without_half_kernel for name in on_cpu if name.startswith("aten::fft_")}
         for names, policy in (
-            (_REDUCED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted),
-            (_WITHOUT_HALF_KERNEL, _without_half_kernel),
+            (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted),
+            (_WITHOUT_HALF_KERNEL, _without_half_kernel), (["binary_cross_entropy"], _unsafe),
         ):  # fmt: skip
             policies |= {f"aten::{name}": policy for name in names}
         fallthrough = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
-        fallthrough.fallback(torch.library.fallthrough_kernel, _KEY)
+        fallthrough.fallback(torch.library.fallthrough_kernel, _KEY)  # type: ignore[no-untyped-call]
         kernels = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         for name, policy in policies.items():
             base, _, overload = name.removeprefix("aten::").partition(".")
             operator = getattr(getattr(torch.ops.aten, base), overload or "default")
-            kernels.impl(name, _Kernel(operator, policy), _KEY, with_keyset=True)
-        _REGISTERED.extend([kernels, torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU), fallthrough])
+            kernels.impl(name, _Kernel(operator, policy), _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
+        _REGISTERED.extend(
+            [kernels, torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU), fallthrough]
+        )

@@ -85,7 +85,12 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
         x: OnDevice = Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device="cuda:0"
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device="cuda:0",
         )
         x.held = held
         return x
@@ -165,7 +170,13 @@ def attention(
     return OnDevice((scores.softmax(-1) @ v).to(dtype))
 
 
+def _histogram(func: Any, args: Any, kwargs: Any) -> Any:
+    """CUDA's counts integers too."""
+    return func(args[0].float(), *args[1:], **kwargs)
+
+
 _KERNELS = {
+    torch.ops.aten.histc.default: _histogram,
     torch.ops.aten._to_copy.default: _cast,
     torch.ops.aten._softmax.default: _softmax,
     torch.ops.aten._log_softmax.default: _softmax,
@@ -173,7 +184,7 @@ _KERNELS = {
 
 
 _ASKING_CUDA = (Tensor.__getitem__, Tensor.__setitem__, Tensor.contiguous, Tensor.item, Tensor.nonzero, Tensor.tolist)
-"""They move or read values only, and Python's side of them asks CUDA itself for the current device."""
+"""They move or read values only, and ask CUDA for its current device by themselves; as whatever has no float."""
 
 
 class _Placement(TorchFunctionMode):
@@ -183,7 +194,11 @@ class _Placement(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
-        if func in _ASKING_CUDA:
+        if func == Tensor.requires_grad.__set__ and isinstance(args[0], OnDevice):
+            return None  # what is held has its own
+        moved = [x for x in tree_leaves((args, kwargs)) if isinstance(x, OnDevice)]
+        without_floats = moved and not any(x.is_floating_point() for x in moved) and func is not torch.histc
+        if func in _ASKING_CUDA or without_floats:
             return tree_map(_placed, func(*tree_map(_held, args), **tree_map(_held, kwargs)))
 
         def is_device(x: Any) -> bool:

@@ -221,8 +221,13 @@ class CurrentPrecision:
 
     def is_entered(self) -> bool:
         """Whether this thread is inside of such a context."""
-        half = self.mode is not PrecisionMode.FP32 and torch.is_autocast_enabled(self.entry.device_type)
-        return half or EmulatedPrecision.is_entered()
+        if EmulatedPrecision.is_entered():
+            return True
+        return (
+            not self.entry.emulate
+            and self.mode is not PrecisionMode.FP32
+            and torch.is_autocast_enabled(self.entry.device_type)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentPrecision:
         return self
