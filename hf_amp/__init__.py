@@ -12,6 +12,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.emulation import emulate
 from hf_amp.errors import AttachError, BatchError, ConfigError, HfAmpError, ScalerError, StateError, UnknownOptionError
 from hf_amp.events import AmpEvent, Cause, EventKind
+from hf_amp.fallback.inference import check_inference
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.throughput import PerformanceTracker
 from hf_amp.precision import NumberFormat, PrecisionMode, ScalingStrategy
@@ -35,7 +36,7 @@ __all__ = [
     "Cause", "ConfigError", "DynamicMixedPrecisionTrainer", "EventKind", "HfAmpError", "MixedPrecisionCallback",
     "MixedPrecisionConfig", "NumberFormat", "PerformanceOptimizedMixedPrecisionTrainer", "PerformanceTracker",
     "PrecisionMode", "PrecisionMonitor", "ScalerError", "ScalingStrategy", "StandardMixedPrecisionTrainer",
-    "StateError", "UnknownOptionError", "attach", "emulate",
+    "StateError", "UnknownOptionError", "attach", "check_inference", "emulate",
 ]  # fmt: skip
 
 _LAZY = {"MixedPrecisionCallback": "hf_amp.integrations.transformers", "attach": "hf_amp.integrations.accelerate"}

@@ -99,12 +99,16 @@ class EmulatedPrecision:
         number_format: the format to which autocast casts.
         autocast: False for no casts at all, as where a model is half precision itself: its tensors compute as they do on a
             device, matrix products included.
+        casts_mixed: with `autocast=False`, what takes both dtypes casts to the format, where a device raises an error.
     """
 
     _of_thread: ClassVar[threading.local] = threading.local()  # DataParallel calls replicas from several threads
 
-    def __init__(self, number_format: NumberFormat = FP16_FORMAT, autocast: bool = True) -> None:
+    def __init__(
+        self, number_format: NumberFormat = FP16_FORMAT, autocast: bool = True, casts_mixed: bool = False
+    ) -> None:
         self.number_format = number_format
+        self._casts_mixed = casts_mixed
         self._autocasts = autocast and number_format.dtype != torch.float32
         self._outer: list[Any] = []
         self._cast_weights: dict[tuple[int, bool], tuple[Tensor, int, Tensor]] = {}
@@ -149,6 +153,11 @@ class EmulatedPrecision:
             return None
         dtype, own = torch.get_autocast_dtype("cpu"), self.number_format.dtype
         return own if dtype == _storage(own) else dtype
+
+    def dtype_of_mixed(self, args: Any, kwargs: Any) -> torch.dtype | None:
+        """The format, where operands of it and of FP32 meet and are to be cast."""
+        dtypes = {x.dtype for x in tensors_of((args, kwargs))} if self._casts_mixed else set()
+        return self.number_format.dtype if {torch.float32, self.number_format.dtype} <= dtypes else None
 
     def operand(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x` as autocast casts it, cached likewise: a parameter that is used twice gathers its gradients in the format."""
@@ -221,6 +230,7 @@ class _Kernel:
 
     def __init__(self, operator: Any, policy: Callable[..., Any] | None) -> None:
         self._operator = operator
+        self._in_fp32 = _attention if operator is torch.ops.aten.scaled_dot_product_attention.default else operator
         self._policy = policy
 
     def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,7 +249,7 @@ class _Kernel:
         _ACTIVE.kernel = True
         try:
             with torch._C._DisableAutocast():
-                return self._operator(*args, **kwargs)
+                return self._in_fp32(*args, **kwargs)
         finally:
             _ACTIVE.kernel = False
 
@@ -252,11 +262,23 @@ class _Kernel:
 
 
 def _reduced(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    dtype = mode.dtype_in_force()
+    dtype = mode.dtype_in_force() or mode.dtype_of_mixed(args, kwargs)
     if dtype is None:
         return kernel.alone(upcast, args, kwargs) if _widens(mode, args, kwargs) else kernel.half(keyset, args, kwargs)
     result = kernel.alone(lambda x: upcast(mode.operand(x, dtype)), args, kwargs)
     return _to(result, dtype)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """By its formula where an operand is not finite: of some NaN the CPU's fused kernel makes finite values."""
+    try:
+        finite = is_in_torch_dispatch_mode() or bool(sum(x.detach().sum() for x in args[:3]).isfinite())
+    except RuntimeError:  # torch.func.vmap knows no single value
+        finite = True
+    if finite:
+        return torch.ops.aten.scaled_dot_product_attention.default(*args, **kwargs)
+    options = (None, 0.0, False)
+    return torch.ops.aten._scaled_dot_product_attention_math(*args, *options[len(args) - 3 :], None, **kwargs)[0]
 
 
 def _composite(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
@@ -275,6 +297,8 @@ def _composite(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any,
 def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
     """In FP32; but for a reduction that is asked for another dtype."""
     on = mode.dtype_in_force() is not None
+    if mode.dtype_of_mixed(args, kwargs) is not None:
+        return _reduced(kernel, mode, keyset, args, kwargs)
     if _is_asked_for_dtype(args, kwargs) or not (on or _widens(mode, args, kwargs)) or not _holds_half(args, kwargs):
         return kernel.plain(keyset, args, kwargs)
     return kernel.alone(upcast, args, kwargs)

@@ -307,7 +307,7 @@ class AmpSession(EventRecorder):
         """Reports a change of plan, and restores the scale where the whole model is back in FP16."""
         self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
         self._note_models()
-        uncompiled = change.after.modules and self._fallback.runner.fullgraph
+        uncompiled = change.after != PrecisionPlan(self.requested_mode) and self._fallback.runner.fullgraph
         if change.scale_at_rest is not None:
             self.scaler.set_scale(min(change.scale_at_rest, self.scaler.get_scale()))
         before, after = (plan.precision_of(change.modules).value for plan in (change.before, change.after))
@@ -600,7 +600,7 @@ _MADE_THEM = (
     ", the optimizer, has made them (by a norm or a root of 0, as with eps=0), or whatever has written to them since. "
 )
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
-_SCRIPTED = ": nothing in it is emulated, replayed or put in FP32. Loss scaling and the finite check work."
+_SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."
 _WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
 
 

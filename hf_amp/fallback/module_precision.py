@@ -245,7 +245,7 @@ class PlanRunner:
         on_default_change: called with the new default.
         sharded: whether a trained model's parameters are shards.
         fullgraph: compiled modules that allow no break in their graph: they run without their compiled code while the plan
-            names modules.
+            is not the one asked for.
         fp32_parameters: `id` of the parameters that only modules which the plan names hold.
         loop_autocasts: whether the loop itself, too, runs something in the default.
         plan: what the next forward passes follow.
@@ -366,7 +366,7 @@ class PlanRunner:
         is_fp32 = self.current.mode is PrecisionMode.FP32 is not self._asked_for
         half = self.plan.modules and any(p.dtype in HALF_DTYPES for model in self.models() for p in model.parameters())
         children = [child for model in self.models() for child in model.children()] if is_fp32 or half else []
-        in_one_graph = self.fullgraph if self.plan.modules else ()
+        in_one_graph = self.fullgraph if self.plan != PrecisionPlan(self._asked_for) else ()
         outside = ContextOutside(self.current)
         eager = ForwardContext(functools.partial(torch.compiler.set_stance, "force_eager"))
         self._of_plan = [outside.install(child) for child in children]

@@ -371,7 +371,9 @@ class AttachedAccelerator:
             return
         self._registered.add(model)
         if self._fp16_on_cpu:
-            session.patches.on_undo(self._context.install(model))
+            compiled = hasattr(prepared, "dynamo_ctx")  # then around its code, not in it
+            install = self._context.install
+            session.patches.on_undo(install(prepared, everywhere=False) if compiled else install(model))
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if not self._fp16_on_cpu:
             session.follow_default(_changer_of_forward(weakref.ref(model), session))
