@@ -20,7 +20,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from hf_amp.errors import ConfigError
 from hf_amp.patch_log import compile_disabled
@@ -45,11 +44,16 @@ _PROMOTED = [
     "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "grid_sampler", "index_put", "scatter_add",
     "tensordot", "vdot",
 ]  # fmt: skip
-# Reductions that the CPU rounds on the way, and what it has no half kernels for, beside transforms of Fourier. Source:
-# PyTorch's OpInfo, dtypes.
-_WITHOUT_HALF_KERNEL = ["avg_pool3d", "mean", "mean.dim", "polygamma", "round.decimals", "rrelu"]
+# What the CPU's half kernels round on the way, or what it has none for, beside transforms of Fourier: FP32, rounded once.
+# Source: PyTorch's OpInfo, of which every operator was compared.
+_WITHOUT_HALF_KERNEL = [
+    "_adaptive_avg_pool3d", "_log_softmax", "addr", "avg_pool3d", "grid_sampler_2d", "grid_sampler_3d", "logit", "mean",
+    "mean.dim", "polygamma", "prod", "prod.dim_int", "round.decimals", "rrelu", "upsample_bicubic2d", "upsample_linear1d",
+    "upsample_trilinear3d",
+]  # fmt: skip
 # What PyTorch takes for the whole of an attention, or of an encoder layer, where no gradient is asked for.
 _FUSED = ["_native_multi_head_attention", "_transformer_encoder_layer_fwd"]
+_UNSAFE = ["binary_cross_entropy"]
 _WITHOUT_INFINITY = frozenset([torch.float8_e4m3fn])
 
 
@@ -83,7 +87,7 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     Under `torch.compile` an opaque operator does it, because Inductor removes a cast to FP16 and back; and to a format without
     infinity, whose casts are not their own derivative.
     """
-    if dtype in _WITHOUT_INFINITY or is_in_torch_dispatch_mode():
+    if dtype in _WITHOUT_INFINITY or _is_traced():
         return cast(Tensor, torch.ops.hf_amp.round_to(x, dtype))
     return _rounded(x, dtype)  # autograd casts gradients there and back as well, also those of torch.func
 
@@ -113,8 +117,15 @@ class EmulatedPrecision:
         self._outer: list[Any] = []
         self._cast_weights: dict[tuple[int, bool], tuple[Tensor, int, Tensor]] = {}
 
-    @compile_disabled
     def __enter__(self) -> EmulatedPrecision:
+        self._enter()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._leave()
+
+    @compile_disabled
+    def _enter(self) -> None:
         _register_kernels()
         of_thread = self._of_thread.__dict__
         flags = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES]
@@ -125,10 +136,9 @@ class EmulatedPrecision:
                 torch.set_autocast_dtype(device, _storage(self.number_format.dtype))
             torch.set_autocast_enabled(device, self._autocasts)
         _set_active(True)
-        return self
 
     @compile_disabled
-    def __exit__(self, *exception: Any) -> None:
+    def _leave(self) -> None:
         outer, flags = self._outer.pop()
         self._of_thread.__dict__["innermost"] = outer
         for device, enabled, dtype in flags:
@@ -165,7 +175,7 @@ class EmulatedPrecision:
             return x
         if dtype not in HALF_DTYPES:
             return round_to(upcast(x), dtype)
-        if is_in_torch_dispatch_mode():
+        if _is_traced():
             return round_to(upcast(x), dtype).to(dtype)
         if not (x.is_leaf and x.requires_grad):
             return x.to(dtype)
@@ -228,8 +238,9 @@ def _holds_half(args: Any, kwargs: Any) -> bool:
 class _Kernel:
     """What one operator does inside of the context."""
 
-    def __init__(self, operator: Any, policy: Callable[..., Any] | None) -> None:
+    def __init__(self, operator: Any, policy: Callable[..., Any] | None, lacks_half: bool) -> None:
         self._operator = operator
+        self.lacks_half = lacks_half
         self._in_fp32 = _attention if operator is torch.ops.aten.scaled_dot_product_attention.default else operator
         self._policy = policy
 
@@ -272,7 +283,7 @@ def _reduced(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, k
 def _attention(*args: Any, **kwargs: Any) -> Any:
     """By its formula where an operand is not finite: of some NaN the CPU's fused kernel makes finite values."""
     try:
-        finite = is_in_torch_dispatch_mode() or bool(sum(x.detach().sum() for x in args[:3]).isfinite())
+        finite = _is_traced() or bool(sum(x.detach().sum() for x in args[:3]).isfinite())
     except RuntimeError:  # torch.func.vmap knows no single value
         finite = True
     if finite:
@@ -299,9 +310,9 @@ def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwar
     on = mode.dtype_in_force() is not None
     if mode.dtype_of_mixed(args, kwargs) is not None:
         return _reduced(kernel, mode, keyset, args, kwargs)
-    if _is_asked_for_dtype(args, kwargs) or not (on or _widens(mode, args, kwargs)) or not _holds_half(args, kwargs):
-        return kernel.plain(keyset, args, kwargs)
-    return kernel.alone(upcast, args, kwargs)
+    if (on or _widens(mode, args, kwargs)) and _holds_half(args, kwargs) and not _is_asked_for_dtype(args, kwargs):
+        return kernel.alone(upcast, args, kwargs)
+    return (kernel.half if kernel.lacks_half else kernel.plain)(keyset, args, kwargs)
 
 
 def _promoted(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
@@ -335,7 +346,7 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
     def convert(x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             return x
-        if dtype in HALF_DTYPES and not is_in_torch_dispatch_mode():
+        if dtype in HALF_DTYPES and not _is_traced():
             return x.to(dtype)
         rounded = round_to(x, dtype)
         return rounded.to(dtype) if dtype in HALF_DTYPES else rounded
@@ -357,6 +368,12 @@ def _set_active(active: bool) -> None:
     torch._C._dispatch_tls_set_dispatch_key_included(key, active)
 
 
+def _is_traced() -> bool:
+    """Whether torch.compile or torch.export looks at what is called, on tensors without values."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.FUNCTIONAL, keys.PROXY))
+
+
 def _below_autocast() -> Any:
     return _REGISTERED[1]
 
@@ -367,11 +384,11 @@ def _register_kernels() -> None:
         if _REGISTERED:
             return
         on_cuda, on_cpu = map(torch._C._dispatch_get_registrations_for_dispatch_key, ("AutocastCUDA", "AutocastCPU"))
-        policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(on_cuda, _full)
-        policies |= {name: _without_half_kernel for name in on_cpu if name.startswith("aten::fft_")}
+        lacking = {f"aten::{name}" for name in _WITHOUT_HALF_KERNEL} | {n for n in on_cpu if n.startswith("aten::fft_")}
+        policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(lacking, _without_half_kernel)
+        policies |= dict.fromkeys(on_cuda, _full)
         for names, policy in (
-            (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted),
-            (_WITHOUT_HALF_KERNEL, _without_half_kernel), (["binary_cross_entropy"], _unsafe),
+            (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted), (_UNSAFE, _unsafe)
         ):  # fmt: skip
             policies |= {f"aten::{name}": policy for name in names}
         fallthrough = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
@@ -380,7 +397,7 @@ def _register_kernels() -> None:
         for name, policy in policies.items():
             base, _, overload = name.removeprefix("aten::").partition(".")
             operator = getattr(getattr(torch.ops.aten, base), overload or "default")
-            kernels.impl(name, _Kernel(operator, policy), _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
+            kernels.impl(name, _Kernel(operator, policy, name in lacking), _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
         _REGISTERED.extend(
             [kernels, torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU), fallthrough]
         )

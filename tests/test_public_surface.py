@@ -34,6 +34,8 @@ PUBLIC = [
     "StateError",
     "UnknownOptionError",
     "attach",
+    "check_inference",
+    "emulate",
 ]
 ERRORS = {
     name: value for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)
