@@ -206,6 +206,24 @@ def emulate(dtype: torch.dtype = torch.float16, *, autocast: bool = True) -> Emu
     return EmulatedPrecision(formats[dtype], autocast)
 
 
+def emulated_in_backward(loss: Tensor) -> Tensor:
+    """`loss`, in whose `backward()` what gradient checkpointing recomputes computes as in forward, also outside of modules.
+
+    Only where something was checkpointed in this thread since the last call.
+    """
+    mode = EmulatedPrecision._of_thread.__dict__.pop("checkpointed", None)
+    if mode is None:
+        return loss
+
+    def backward(*args: Any, **kwargs: Any) -> None:
+        with EmulatedPrecision(mode.number_format, autocast=False):
+            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    alias = loss.view_as(loss)  # itself would keep itself alive
+    alias.backward = backward  # type: ignore[method-assign]
+    return alias
+
+
 _DEVICES = ("cpu", "cuda")  # a model may ask for either whether autocast is on, or switch either off
 _ACTIVE = threading.local()
 
@@ -273,6 +291,7 @@ class _Kernel:
 
 
 def _reduced(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    _note_checkpointing(mode)
     dtype = mode.dtype_in_force() or mode.dtype_of_mixed(args, kwargs)
     if dtype is None:
         return kernel.alone(upcast, args, kwargs) if _widens(mode, args, kwargs) else kernel.half(keyset, args, kwargs)
@@ -372,6 +391,13 @@ def _is_traced() -> bool:
     """Whether torch.compile or torch.export looks at what is called, on tensors without values."""
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.FUNCTIONAL, keys.PROXY))
+
+
+def _note_checkpointing(mode: EmulatedPrecision) -> None:
+    """Whether what runs will be recomputed in backward by gradient checkpointing that is not reentrant."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks and "checkpoint" in hooks[0].__qualname__:
+        mode._of_thread.checkpointed = mode
 
 
 def _below_autocast() -> Any:

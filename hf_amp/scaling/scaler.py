@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import default_device, is_capturing
+from hf_amp.emulation import emulated_in_backward
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
 from hf_amp.precision import PrecisionMode, ScalingStrategy
@@ -200,7 +201,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._pending.losses.note(loss, scale.device)
         if self.note_loss is not None:
             self.note_loss(loss)
-        scaled = loss if self.no_scaling else loss * to_device(scale, loss.device)
+        scaled = emulated_in_backward(loss if self.no_scaling else loss * to_device(scale, loss.device))
         self._pending.losses.newest = weakref.ref(scaled)
         return scaled
 
