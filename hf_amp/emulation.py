@@ -113,7 +113,7 @@ class EmulatedPrecision:
     ) -> None:
         self.number_format = number_format
         self._casts_mixed = casts_mixed
-        self._autocasts = autocast and number_format.dtype != torch.float32
+        self.autocasts = autocast and number_format.dtype != torch.float32
         self._outer: list[Any] = []
         self._cast_weights: dict[tuple[int, bool], tuple[Tensor, int, Tensor]] = {}
 
@@ -132,9 +132,9 @@ class EmulatedPrecision:
         self._outer.append((of_thread.get("innermost"), flags))
         of_thread["innermost"] = self
         for device in _DEVICES:
-            if self._autocasts:
+            if self.autocasts:
                 torch.set_autocast_dtype(device, _storage(self.number_format.dtype))
-            torch.set_autocast_enabled(device, self._autocasts)
+            torch.set_autocast_enabled(device, self.autocasts)
         _set_active(True)
 
     @compile_disabled
@@ -159,7 +159,7 @@ class EmulatedPrecision:
 
     def dtype_in_force(self) -> torch.dtype | None:
         """What autocast casts to here; None where a `torch.autocast` inside of this context has switched it off."""
-        if not all(map(torch.is_autocast_enabled, _DEVICES if self._autocasts else _DEVICES[:1])):
+        if not all(map(torch.is_autocast_enabled, _DEVICES if self.autocasts else _DEVICES[:1])):
             return None
         dtype, own = torch.get_autocast_dtype("cpu"), self.number_format.dtype
         return own if dtype == _storage(own) else dtype
@@ -395,7 +395,7 @@ def _is_traced() -> bool:
 
 def _note_checkpointing(mode: EmulatedPrecision) -> None:
     """Whether what runs will be recomputed in backward by gradient checkpointing that is not reentrant."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) if mode.autocasts else None
     if hooks and "checkpoint" in hooks[0].__qualname__:
         mode._of_thread.checkpointed = mode
 
