@@ -28,6 +28,7 @@ from hf_amp.training.trainers import (
 if TYPE_CHECKING:
     from hf_amp.integrations.accelerate import attach
     from hf_amp.integrations.transformers import MixedPrecisionCallback
+    from hf_amp.rescale import rescale_for_fp16
 
 __version__ = "0.2.0"
 
@@ -36,10 +37,14 @@ __all__ = [
     "Cause", "ConfigError", "DynamicMixedPrecisionTrainer", "EventKind", "HfAmpError", "MixedPrecisionCallback",
     "MixedPrecisionConfig", "NumberFormat", "PerformanceOptimizedMixedPrecisionTrainer", "PerformanceTracker",
     "PrecisionMode", "PrecisionMonitor", "ScalerError", "ScalingStrategy", "StandardMixedPrecisionTrainer",
-    "StateError", "UnknownOptionError", "attach", "check_inference", "emulate",
+    "StateError", "UnknownOptionError", "attach", "check_inference", "emulate", "rescale_for_fp16",
 ]  # fmt: skip
 
-_LAZY = {"MixedPrecisionCallback": "hf_amp.integrations.transformers", "attach": "hf_amp.integrations.accelerate"}
+_LAZY = {
+    "MixedPrecisionCallback": "hf_amp.integrations.transformers",
+    "attach": "hf_amp.integrations.accelerate",
+    "rescale_for_fp16": "hf_amp.rescale",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -134,6 +134,8 @@ def shown_default(field: dataclasses.Field[Any]) -> str:
     return str(getattr(field.default, "value", field.default))
 
 
+KEEPS_UPDATES = ("master_weights", "stochastic_rounding", "kahan")
+"""Values of `half_parameters` with which parameters stay in half precision and lose no update."""
 LOOP_OPTIONS = ("memory_efficient", "gradient_accumulation_friendly")
 """Options that only loops which are ours can follow."""
 RENAMED_OPTIONS = {"stop_when_hopeless": "stop_when_stalled"}
@@ -161,7 +163,7 @@ class MixedPrecisionConfig:
 
     enabled: Annotated[bool, SWITCH] = True
     precision_mode: Annotated[PrecisionMode | None, or_none(member_of(PrecisionMode))] = None
-    half_parameters: Annotated[str | None, or_none(one_of("error", "upcast", "master_weights"))] = None
+    half_parameters: Annotated[str | None, or_none(one_of("error", "upcast", *KEEPS_UPDATES))] = None
     scaling_strategy: Annotated[ScalingStrategy, member_of(ScalingStrategy)] = ScalingStrategy.DYNAMIC
     init_scale: Annotated[float, POSITIVE] = 2.0**16
     growth_factor: Annotated[float, ABOVE_ONE] = 2.0
@@ -176,6 +178,7 @@ class MixedPrecisionConfig:
     enable_monitoring: Annotated[bool, SWITCH] = True
     monitoring_interval: Annotated[int, STEPS] = 10
     monitor_modules: Annotated[bool, SWITCH] = False
+    log_all_metrics: Annotated[bool, SWITCH] = False
     emulate: Annotated[bool, SWITCH] = True
     automatic_fallback: Annotated[bool, SWITCH] = True
     fallback_threshold: Annotated[float, FRACTION] = 1e-6
@@ -315,15 +318,15 @@ def _hint(value: Any, default: Any) -> str:
 
 
 def _check_formats(config: MixedPrecisionConfig) -> None:
-    if config.precision_mode is PrecisionMode.FP16 and config.half_parameters in ("error", "upcast"):
+    if config.precision_mode is PrecisionMode.FP16 and config.half_parameters not in (None, "master_weights"):
         raise ConfigError(
             f"MixedPrecisionConfig(precision_mode=FP16, half_parameters={config.half_parameters!r}): FP16 trains "
             "half-precision parameters with FP32 master weights; leave half_parameters out, or train FP32 parameters "
             "under FP16 autocast with precision_mode=MIXED."
         )
-    if config.precision_mode is PrecisionMode.DYNAMIC and config.half_parameters == "master_weights":
+    if config.precision_mode is PrecisionMode.DYNAMIC and config.half_parameters in KEEPS_UPDATES:
         raise ConfigError(
-            "MixedPrecisionConfig(precision_mode=DYNAMIC, half_parameters='master_weights'): DYNAMIC moves between "
+            f"MixedPrecisionConfig(precision_mode=DYNAMIC, half_parameters={config.half_parameters!r}): DYNAMIC moves between "
             "precisions, which needs FP32 parameters; leave half_parameters out, or choose another precision_mode."
         )
     if config.communication_precision is not None and not config.distributed_amp:

@@ -174,6 +174,22 @@ def devices_of(model: nn.Module) -> set[torch.device]:
     return {parameter.device for parameter in model.parameters()}
 
 
+def room_on(device: torch.device) -> tuple[int, int] | None:
+    """Between steps: bytes that PyTorch could still allocate on `device`, its own reserve included, and the most that a step has
+    taken so far beyond what is there now; None where it cannot say. No GPU-CPU sync."""
+    if device.type not in ("cuda", "xpu"):
+        return None
+    module = torch.get_device_module(device)
+    held = module.memory_allocated(device)
+    free = module.mem_get_info(device)[0] + module.memory_reserved(device) - held
+    return int(free), int(module.max_memory_allocated(device) - held)
+
+
+def _generator_of(device: torch.device) -> tuple[Any, tuple[torch.device, ...]]:
+    """The module whose `get_rng_state` and `set_rng_state` are for `device`, and which device they take: MPS has one only."""
+    return torch.get_device_module(device), () if device.type == "mps" else (device,)
+
+
 @dataclass(frozen=True, eq=False)
 class RandomState:
     """The states of torch's generators on the CPU and on some other devices, of Python's and of NumPy's. No GPU-CPU sync.
@@ -193,8 +209,8 @@ class RandomState:
     @classmethod
     def now(cls, devices: Iterable[torch.device], only_torch: bool = False) -> RandomState:
         """The present one, of the CPU and of those of `devices` that have a generator."""
-        others = {device for device in devices if device.type not in ("cpu", "meta")}
-        states = {device: torch.get_device_module(device).get_rng_state(device) for device in others}
+        others = {device: _generator_of(device) for device in devices if device.type not in ("cpu", "meta")}
+        states = {device: module.get_rng_state(*which) for device, (module, which) in others.items()}
         numpy = None if only_torch else sys.modules.get("numpy.random")
         python = None if only_torch else random.getstate()
         return cls(torch.get_rng_state(), states, python, numpy.get_state() if numpy else None)
@@ -203,7 +219,8 @@ class RandomState:
         """Makes it the present one."""
         torch.set_rng_state(self.cpu)
         for device, state in self.others.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+            module, which = _generator_of(device)
+            module.set_rng_state(state, *which)
         if self.python is not None:
             random.setstate(self.python)
         if self.numpy is not None:

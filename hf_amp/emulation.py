@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from hf_amp.errors import ConfigError
-from hf_amp.patch_log import compile_disabled
-from hf_amp.precision import EMULATED_FORMATS, FP16_FORMAT, HALF_DTYPES, NumberFormat, upcast
+from hf_amp.patch_log import compile_disabled, is_one_graph
+from hf_amp.precision import EMULATED_FORMATS, FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, NumberFormat, upcast
 from hf_amp.tree import map_tensors, tensors_of
 
 # Source: aten/src/ATen/autocast_mode.h of PyTorch, AT_FORALL_LOWER_PRECISION_FP.
@@ -115,18 +115,28 @@ class EmulatedPrecision:
         self._casts_mixed = casts_mixed
         self.autocasts = autocast and number_format.dtype != torch.float32
         self._outer: list[Any] = []
+        self._trace: Any = None
         self._cast_weights: dict[tuple[int, bool], tuple[Tensor, int, Tensor]] = {}
 
     def __enter__(self) -> EmulatedPrecision:
-        self._enter()
+        if torch.compiler.is_compiling() and is_one_graph() and _is_allowed_in_graph():
+            _enter_in_graph(self.number_format.dtype, self.autocasts, self._casts_mixed)
+        else:
+            self._enter_eagerly()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._leave()
+        if torch.compiler.is_compiling() and is_one_graph() and _is_allowed_in_graph():
+            _leave_in_graph()
+        else:
+            self._leave_eagerly()
 
-    @compile_disabled
     def _enter(self) -> None:
         _register_kernels()
+        trace = _current_trace()
+        while (left := self.innermost()) is not None and left._trace is not None and left._trace is not trace:
+            left._leave()  # torch.compile gave that trace up, and began anew
+        self._trace = trace
         of_thread = self._of_thread.__dict__
         flags = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES]
         self._outer.append((of_thread.get("innermost"), flags))
@@ -137,7 +147,6 @@ class EmulatedPrecision:
             torch.set_autocast_enabled(device, self.autocasts)
         _set_active(True)
 
-    @compile_disabled
     def _leave(self) -> None:
         outer, flags = self._outer.pop()
         self._of_thread.__dict__["innermost"] = outer
@@ -146,6 +155,10 @@ class EmulatedPrecision:
             torch.set_autocast_enabled(device, enabled)
         _set_active(outer is not None)
         self._cast_weights.clear()
+        self._trace = None
+
+    _enter_eagerly = compile_disabled(_enter)
+    _leave_eagerly = compile_disabled(_leave)
 
     @classmethod
     def innermost(cls) -> EmulatedPrecision | None:
@@ -185,6 +198,27 @@ class EmulatedPrecision:
             kept = x.to(dtype)
             self._cast_weights[key] = x, x._version, kept
         return kept
+
+
+def _enter_in_graph(dtype: torch.dtype, autocasts: bool, casts_mixed: bool) -> None:
+    """What a graph that may not break calls in place of `__enter__`, while it is traced and when it runs."""
+    formats = {each.dtype: each for each in (*EMULATED_FORMATS, FP32_FORMAT)}
+    EmulatedPrecision(formats[dtype], autocasts, casts_mixed)._enter()
+
+
+def _leave_in_graph() -> None:
+    cast(EmulatedPrecision, EmulatedPrecision.innermost())._leave()
+
+
+def _is_allowed_in_graph() -> bool:
+    """Called while such a graph is traced, to let it call them."""
+    for function in (_enter_in_graph, _leave_in_graph):
+        torch.compiler.allow_in_graph(torch.fx.has_side_effect(function))  # type: ignore[no-untyped-call]
+    return True
+
+
+# As `torch.compiler.assume_constant_result`, which loads the compiler.
+cast(Any, _is_allowed_in_graph)._dynamo_marked_constant = True
 
 
 def emulate(dtype: torch.dtype = torch.float16, *, autocast: bool = True) -> EmulatedPrecision:
@@ -391,6 +425,11 @@ def _is_traced() -> bool:
     """Whether torch.compile or torch.export looks at what is called, on tensors without values."""
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.FUNCTIONAL, keys.PROXY))
+
+
+def _current_trace() -> Any:
+    """Which trace of torch.compile this is called from; None from none."""
+    return torch._guards.TracingContext.try_get()
 
 
 def _note_checkpointing(mode: EmulatedPrecision) -> None:

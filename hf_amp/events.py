@@ -203,6 +203,10 @@ class EventKind(str, enum.Enum):
     HALF_PARAMETERS = "half_parameters"
     PARAMETERS_CONVERTED = "parameters_converted"
     MASTER_WEIGHTS_KEPT = "master_weights_kept"
+    UPDATES_ROUNDED = "updates_rounded"
+    """Half-precision parameters are rounded so that no update is lost: stochastically, or with their rounding error kept."""
+    FROZEN = "frozen"
+    """Half-precision parameters stand still, because rounding loses their updates; reported once."""
     ZERO_GRADIENTS = "zero_gradients"
     """An applied step whose gradients are all exactly zero; reported for the first of several in a row."""
     LOSS_LOST = "loss_lost"
@@ -233,6 +237,7 @@ _AS_EXPECTED = (
     EventKind.ATTACHED,
     EventKind.DETACHED,
     EventKind.MASTER_WEIGHTS_KEPT,
+    EventKind.UPDATES_ROUNDED,
     EventKind.METRICS,
     EventKind.BUFFERS_RESTORED,
     EventKind.TRAINING_STARTED,

@@ -12,7 +12,7 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 _ABSENT = object()
-_REASON = "hf_amp notes batches here; with fullgraph=True, compile by torch.compile(model) before accelerator.prepare"
+_REASON = "hf_amp notes batches here"
 
 
 class PatchLog:
@@ -107,3 +107,21 @@ def compile_disabled(hook: Callable[P, R]) -> Callable[P, R]:
         return cast(R, disabled(*args, **kwargs))
 
     return call
+
+
+def not_compiled_alone(hook: Callable[..., Any]) -> None:
+    """Lets a hook that enters a context, and leaves it to another, be compiled with what calls it only (`module.compile()`)."""
+    frames: Any = torch._C._dynamo.eval_frame
+    skipped = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    frames.set_code_exec_strategy(hook.__code__, skipped)
+
+
+def is_one_graph() -> bool:
+    """Whether the code that is being compiled may not break its graph (`fullgraph=True`); for hooks, while they are compiled."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # it is loaded by then
+
+    return bool(InstructionTranslator.current_tx().one_graph)
+
+
+# As `torch.compiler.assume_constant_result`, which loads the compiler: called while hooks are compiled, and not in compiled code.
+cast(Any, is_one_graph)._dynamo_marked_constant = True

@@ -5,39 +5,58 @@ Reading order: `on_step` is what follows from one optimizer step; `register_mode
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import importlib.metadata
+import logging
+import math
+import platform
+import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
-from hf_amp.errors import AttachError
+from hf_amp.errors import AttachError, StateError
 from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, join_names
 from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
-from hf_amp.monitoring.modules import ModuleMonitor
+from hf_amp.monitoring.frozen import FrozenDetector, HalfParameter, remedies_in_words
+from hf_amp.monitoring.modules import LOST, ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
-from hf_amp.monitoring.sinks.console import Console
+from hf_amp.monitoring.sinks.console import Console, say
 from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.patch_log import PatchLog, takes_hooks
-from hf_amp.precision import HALF_DTYPES, PrecisionMode
+from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, HALF_DTYPES, PrecisionMode
+from hf_amp.report.reader import RunHistory, read_run, this_process
+from hf_amp.report.verdict import LAST_LOSSES, verdict_on
 from hf_amp.scaling.master_weights import convert_parameters
-from hf_amp.scaling.optimizer_step import install_refusal
+from hf_amp.scaling.optimizer_step import LOST_OF_EACH, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
 from hf_amp.serialization import parse
-from hf_amp.statistics import all_reduce_max_to_host, held_by, is_distributed
+from hf_amp.statistics import (
+    all_reduce_max_to_host,
+    elements_of,
+    held_by,
+    is_distributed,
+    is_main_process,
+    is_sharded,
+    to_device,
+)
 
+_log = logging.getLogger("hf_amp")
 _trained_by: weakref.WeakKeyDictionary[nn.Module, Callable[[], AmpSession | None]] = weakref.WeakKeyDictionary()
 """The session that has trained a model last, weakly."""
 
@@ -93,13 +112,21 @@ class AmpSession(EventRecorder):
         self.throughput = ThroughputMonitor(device=hardware.device)
         self._description = description
         self._modules = ModuleMonitor(config.monitoring_interval)
+        self._frozen = FrozenDetector()
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
         self._fallback.recorder.on_error = self._explain_error
+        self._fallback.on_withdrawn = lambda change: self._report_change(change, cause=None)
+        self._queued_in: dict[int, PrecisionMode] = {}  # attempt → the plan's default when its forward pass began
         self._at_floor = self._loss_is_lost = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
+        self._runs = self._at_exit = False
+        self._log: Path | None = None
+        self._losses: deque[tuple[int, float]] = deque(maxlen=LAST_LOSSES + 1)
+        self._close_log: Callable[[], None] | None = None
+        self._warned_of_no_log = False
         # parameters of no known optimizer, and their versions
         self._unheld: dict[str, tuple[Tensor, int]] | None = None
         self.patches.on_undo(self._fallback.remove)
@@ -108,7 +135,11 @@ class AmpSession(EventRecorder):
         scaler.note_loss = self._note_loss
         scaler.not_sampled = lambda: self._fallback.runner.fp32_parameters
         scaler.stateful.update(
-            monitor=self.monitor, stall=self.stall, fallback=self._fallback, throughput=self.throughput
+            monitor=self.monitor,
+            stall=self.stall,
+            fallback=self._fallback,
+            throughput=self.throughput,
+            frozen=self._frozen,
         )
         if config.monitor_modules and config.enable_monitoring:
             scaler.step_hooks.append(self._module_statistics)
@@ -198,21 +229,37 @@ class AmpSession(EventRecorder):
         return described + limits * self._fallback.runner.sharded
 
     def run_metadata(self) -> dict[str, Any]:
-        """What a log begins with: the precision and the options in force, as plain data."""
-        return {"precision": self.plan.default.value, "config": self.config.to_dict()}
+        """What a log begins with: the precision, the options in force, the model, and what it runs on, as plain data."""
+        sizes = [(type(m).__name__, sum(p.numel() for p in m.parameters())) for m in self._fallback.runner.models()]
+        known = [(name, sys.modules.get(name)) for name in ("torch", "transformers", "accelerate")]
+        return {
+            "precision": self.plan.default.value,
+            "config": self.config.to_dict(),
+            "model": ", ".join(f"{name} with {counted(size, 'parameter')}" for name, size in sizes),
+            "device": f"{self.hardware.device}: {self.hardware.name}",
+            "versions": {
+                "hf_amp": importlib.metadata.version("hf_amp"),
+                "python": platform.python_version(),
+                **{name: str(cast(Any, module).__version__) for name, module in known if module},
+            },
+            "process": this_process(),
+        }
 
     def on_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         """An observer of the scaler: what follows from the outcome of one step of `optimizer`."""
         ForwardContext.leave_interrupted()
         with self.lock:
             self.newest_step = self.first_step + outcome.attempt - 1
-            step_seconds = self.throughput.step_decided(self._fallback.runner.plan.default.number_format.name)
+            # A verdict that comes late is of a step that was queued before the newest change.
+            ran_in = self._queued_in.pop(outcome.attempt, self._fallback.runner.plan.default)
+            step_seconds = self.throughput.step_decided(ran_in.number_format.name)
             if outcome.extras:
                 self._modules.take(id(optimizer), outcome.extras)
+                self._take_lost_updates(outcome, optimizer)
             if outcome.applied:
                 self.monitor.after_step(outcome)
                 self._at_floor, self._explained_error = False, None
-                if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree):
+                if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree, ran_in):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
                 is_lost = outcome.non_finite_losses > 0 and not outcome.zero_gradients
@@ -227,10 +274,108 @@ class AmpSession(EventRecorder):
                     self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
+            self._queued_in[self.scaler.decided_steps + 1] = self._fallback.runner.plan.default
+            if self._fallback.recorder.one_graph:
+                self._fallback.recorder.begin_step()
+
+    def begin_run(self, log: Path | None = None) -> None:
+        """One console line that says what runs and where the log is. A session does it by itself before its first step."""
+        if self._runs:
+            return
+        self._runs, self._log = True, log
+        if not self._at_exit:
+            self._at_exit = True
+            atexit.register(_end_at_exit, weakref.ref(self))
+        if is_main_process():
+            scaled = self.config.enabled and not self.scaler.no_scaling
+            scaling = f", {self.config.scaling_strategy.value}" if scaled else ""
+            where = "no log: session.log_to(folder) opens one" if log is None else f"log in {log}"
+            say(f"{self.describe()}{scaling}, {where}.")
+
+    def end_run(self, why: str = "training ended") -> None:
+        """Says once how the run went, on the console of the main process and in the log. Harmless where none has begun.
+
+        `detach` and the end of the process do it where a Trainer does not.
+        """
+        if not self._runs:
+            return
+        self._runs = False
+        self.scaler.flush()
+        summary = self.summary() if self.config.enabled else "hf_amp, which the config disables, counted nothing"
+        self.note(EventKind.TRAINING_ENDED, f"{why}: {summary}.", **self.metrics())
+        if self.config.enabled and is_main_process():
+            say(f"{why}. Verdict: {self.verdict()} At the end: {self._figures_in_words()}.")
+
+    def show(self) -> Any:
+        """The report of the run so far, which a notebook shows where a cell ends with it.
+
+        Raises:
+            StateError: the run writes no log.
+        """
+        from hf_amp.report.page import InlinePage  # loads matplotlib
+
+        if self._log is None:
+            raise StateError("this run writes no log to make a report of: call session.log_to(folder) before training.")
+        return InlinePage(read_run(self._log))
+
+    def verdict(self) -> str:
+        """What the report would say of the run now, in a sentence."""
+        run = RunHistory("", Path())
+        for event in self.events:
+            run.take(event)
+        for step, loss in self._losses:
+            run.figures["loss"].add(step, loss)
+        for name, value in self.metrics().items():
+            run.figures[name].add(self.newest_step, value)
+        return verdict_on(run).sentence
+
+    def summary(self) -> str:
+        """Steps applied and skipped by cause, changes of precision, final scale, time in each precision: a phrase."""
+        monitor = self.monitor
+        causes = ", ".join(f"{n} {cause}" for cause, n in sorted(monitor.skipped_by_cause.items()))
+        skipped = f"{monitor.skipped_steps:,} skipped" + (f" ({causes})" if causes else "")
+        changes = counted(monitor.precision_changes, "change") + " of precision"
+        return ", ".join(
+            [f"{counted(monitor.applied_steps, 'step')} applied", skipped, changes, self._figures_in_words()]
+        )
+
+    def _figures_in_words(self) -> str:
+        modules, scale = self.monitor.modules_in_fp32, self.monitor.scale
+        parts = [
+            *([f"{counted(modules, 'module')} in FP32"] if modules else []),
+            *([] if self.scaler.no_scaling or scale is None else [f"scale {scale:g}"]),
+            *(f"{seconds:.1f} s in {name}" for name, seconds in sorted(self.throughput.seconds_by_format.items())),
+        ]
+        return ", ".join(parts)
+
+    def _take_lost_updates(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
+        """What the newest sampled step of `optimizer`, an earlier one, has lost to rounding, by parameter."""
+        shares = elements_of(outcome.extras, LOST_OF_EACH)
+        held = [(n, p) for n, p in self._named_parameters(optimizer) if p.dtype in HALF_DTYPES] if shares else []
+        if not held or len(held) != len(shares):  # they were converted since
+            return
+        parameters = [HalfParameter(n, p.numel(), share) for (n, p), share in zip(held, shares, strict=True)]
+        if self._module_statistics in self.scaler.step_hooks:
+            self._modules.add(LOST, {p.name: p.lost for p in parameters if math.isfinite(p.lost)})
+        state = sum(
+            value.numel()
+            for _, p in held
+            for value in optimizer.state.get(p, {}).values()
+            if isinstance(value, Tensor) and value.dtype in HALF_DTYPES and value.shape == p.shape
+        )
+        remedies = remedies_in_words(sum(p.elements for p in parameters), state, any(is_sharded(p) for _, p in held))
+        rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+        known = {f"{float(lr):.3g}" for lr in rates if not (isinstance(lr, Tensor) and lr.device.type != "cpu")}
+        rate = " ".join(["the learning rate", *([f"({', '.join(sorted(known))})"] if known else [])])
+        formats = " and ".join(f.name for f in (FP16_FORMAT, BF16_FORMAT) if any(p.dtype == f.dtype for _, p in held))
+        seen = (outcome.lost_update_fraction, parameters, formats, rate, remedies)
+        for event in self._frozen.after_look(self.newest_step, *seen):
+            self.record(event)
+        self.scaler.looks_closely = self._frozen.suspects
 
     def _note_loss(self, loss: Tensor) -> None:
         """Before a backward. In the first ones, looks whether models and optimizers belong together, and says where not."""
-        self._fallback.recorder.note_loss(loss)
+        self.begin_run()
         moved: list[str] = []
         if self._unheld is None:
             named, held = dict(self._fallback.runner.named_parameters()), self.scaler.watched_parameters()
@@ -243,6 +388,7 @@ class AmpSession(EventRecorder):
             self.note(EventKind.SETUP, f"{len(moved)} parameters ({join_names(moved)}){_UNPREPARED}")
         if moved or not self._unheld or self.scaler.decided_steps > 1:
             self._unheld, self.scaler.note_loss = {}, None
+        self._fallback.recorder.note_loss(loss)
 
     def _underflows(self, outcome: StepOutcome) -> bool:
         """Whether gradients that are all 0 are seen not to be in FP32; tried once a scale."""
@@ -307,13 +453,11 @@ class AmpSession(EventRecorder):
         """Reports a change of plan, and restores the scale where the whole model is back in FP16."""
         self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
         self._note_models()
-        uncompiled = change.after != PrecisionPlan(self.requested_mode) and self._fallback.runner.fullgraph
         if change.scale_at_rest is not None:
             self.scaler.set_scale(min(change.scale_at_rest, self.scaler.get_scale()))
         before, after = (plan.precision_of(change.modules).value for plan in (change.before, change.after))
-        what = change.message + (_WITHOUT_COMPILE if uncompiled else "")
         at = self.newest_step if step is None else step
-        self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, what))
+        self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, change.message))
 
     def _report_floor(self, outcome: StepOutcome, next_scale: float, diagnosis: Diagnosis) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
@@ -331,7 +475,7 @@ class AmpSession(EventRecorder):
             id(optimizer),
             lambda: [name for name, p in self._named_parameters(optimizer) if p.grad is not None],
             record.gradients,
-            record.scale,
+            to_device(record.scale, record.device),
             scaled=record.unscale is Unscale.FUSED,
             no_scaling=record.unscale is Unscale.NONE,
             decided_steps=self.scaler.decided_steps,
@@ -360,8 +504,6 @@ class AmpSession(EventRecorder):
             self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
         if isinstance(called, nn.parallel.DistributedDataParallel):
             self.patches.set_attribute(called, "join_hook", self._refuse_join)
-        if getattr(getattr(called, "dynamo_ctx", None), "fullgraph", False):
-            self._fallback.runner.fullgraph.add(called)
         if is_trained:
             self._note_trained(model)
 
@@ -482,7 +624,7 @@ class AmpSession(EventRecorder):
             if diagnosis is None:
                 return False
             self._explained_error = id(error)
-            alone = not ((self.scaler.ranks_agree and is_distributed()) or self._fallback.runner.fullgraph)
+            alone = not (self.scaler.ranks_agree and is_distributed())
             change = self._fallback.after_skipped(diagnosis, 1.0, self.scaler.get_scale()) if alone else None
             then = " The next try runs under another plan." if change else ""
             message = f"{type(error).__name__} was raised: {diagnosis.message}{then}"
@@ -504,25 +646,41 @@ class AmpSession(EventRecorder):
 
         sink = JsonLinesSink(Path(folder) / LOG_FILE, self.run_id, rank=0)
         self.begin_log(sink.write, f"training starts: {self.describe()}.", **self.run_metadata())
+        self.begin_run(sink.path)
 
-        def end() -> None:
-            self.note(EventKind.TRAINING_ENDED, "training ends.", **self.metrics())
+        def close() -> None:
+            self.end_run()
             self.end_log(sink.write)
             sink.close()
 
-        self.patches.on_undo(end)
+        self._close_log = close
 
-    def log_metrics(self, step: int | None = None, **figures: float) -> None:
+    def log_metrics(self, step: int | None = None, **figures: Any) -> None:
         """Writes the newest metrics into the log, with `figures` of the caller's beside them, such as the loss.
 
-        Called at every logging step by the Trainer integration; a loop of your own calls it as often as it logs. No
-        GPU-CPU sync.
+        A loop of your own calls it as often as it logs, after `log_to`. A tensor on a device is a GPU-CPU sync; numbers are none.
 
         Args:
             step: optimizer step that they are of; None for the newest that is known.
+            figures: numbers, or tensors and NumPy scalars with one element; text is kept as it is.
+
+        Raises:
+            TypeError: a figure is something else.
         """
+        if self._unwritten is not None and not self._warned_of_no_log:
+            self._warned_of_no_log = True
+            _log.warning(
+                "hf_amp: log_metrics before log_to: figures are kept, and written once session.log_to(folder) is called."
+            )
+        self.record_metrics(step, {name: _figure(name, value) for name, value in figures.items()})
+
+    def record_metrics(self, step: int | None, figures: Mapping[str, Any]) -> None:
+        """`log_metrics` for integrations: whether there is a log is not the caller's business."""
+        at = self.newest_step if step is None else step
+        if isinstance(loss := figures.get("loss"), (int, float)):
+            self._losses.append((at, float(loss)))
         known = {**figures, **self.metrics(), **self._modules.unlogged()}
-        self.record(AmpEvent(self.newest_step if step is None else step, EventKind.METRICS, figures=known))
+        self.record(AmpEvent(at, EventKind.METRICS, figures=known))
 
     def progress(self) -> dict[str, Any]:
         """What a run in any precision goes on from: counters and figures, and the precision that they were made in."""
@@ -577,7 +735,11 @@ class AmpSession(EventRecorder):
             hooks, ours = self.scaler.step_hooks, self._module_statistics
             hooks[:] = [hook for hook in hooks if hook != ours]
             ForwardContext.leave_interrupted()
+            self.end_run()
             self.patches.undo()
+            if self._close_log is not None:
+                self._close_log()
+                self._close_log = None
             self.note(EventKind.DETACHED, f"{why}; what it had changed is as before, upcast parameters excepted.")
 
     def __enter__(self) -> AmpSession:
@@ -601,7 +763,33 @@ _MADE_THEM = (
 )
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
 _SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."
-_WITHOUT_COMPILE = " A model compiled with fullgraph=True runs without its compiled code meanwhile: leave fullgraph out to keep it compiled."
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """ "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def _figure(name: str, value: Any) -> float | str:
+    """A figure of a loop's own as a log has it."""
+    if isinstance(value, (str, bool, int, float)):
+        return value
+    if getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1):
+        number = value.item()  # of a tensor, or of NumPy
+        if isinstance(number, (bool, int, float)):
+            return number
+    raise TypeError(
+        f"log_metrics({name}=...) got {type(value).__name__}: pass a number, text, or a tensor or NumPy scalar with one element."
+    )
+
+
+def _end_at_exit(session: Callable[[], AmpSession | None]) -> None:
+    """At the end of the process: a run that nobody has ended ends here."""
+    run = session()
+    if run is not None and run.is_attached:
+        run.end_run("the process ended")
+        if run._close_log is not None:
+            run._close_log()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -64,7 +64,8 @@ def replace_tensors(convert: Callable[[Tensor], Tensor], value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return convert(value)
-    changed = {path: new for path, old in _items(value) if (new := replace_tensors(convert, old)) is not old}
+    replaced = {path: (old, replace_tensors(convert, old)) for path, old in _items(value)}  # such as can be compiled
+    changed = {path: new for path, (old, new) in replaced.items() if new is not old}
     if not changed:
         return value
     if isinstance(value, tuple):

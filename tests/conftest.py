@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from hypothesis import settings
+
+try:
+    from hypothesis import settings
+except ImportError:  # `pytest -m gpu` needs PyTorch, transformers and accelerate alone
+    settings = None
 
 # Workers side by side, and the processes that they start, would wait for each other's threads.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -27,8 +32,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     examples = 300 if config.getoption("--full-size") else 50
+    if settings is None:
+        return
     settings.register_profile("hf_amp", max_examples=examples, deadline=None, derandomize=True)
     settings.load_profile("hf_amp")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` the files without such a test are not imported: they may need what a bare machine has not."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if config.getoption("-m") == "gpu" and is_test and "mark.gpu" not in collection_path.read_text(encoding="utf-8"):
+        return True
+    return None
 
 
 @pytest.fixture

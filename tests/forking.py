@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 400
+PATIENCE = 1800
 """Seconds after which a rank is killed."""
 _FORKING = multiprocessing.get_context("forkserver")
 _FORKING.set_forkserver_preload(["tests.integrations.trainers"])
@@ -65,7 +65,9 @@ def printed_by(module: str, *arguments: str, ranks: int = 2, **environment: str)
 
 def told_by_ranks(module: str, *arguments: str, **environment: str) -> list[Any]:
     """The line of JSON that rank 0 of two prints: what each of them has seen."""
-    told = (line for line in printed_by(module, *arguments, **environment).splitlines() if line.startswith("[{"))
+    told = (
+        line for line in printed_by(module, *arguments, **environment).splitlines() if line.startswith(("[{", "[["))
+    )
     return list(json.loads(next(told)))
 
 

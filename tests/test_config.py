@@ -37,7 +37,7 @@ KINDS = {
         "True or False",
         [None, 0, 1, 1.0, "True", "yes", [], torch.tensor(True)],
         [
-            "enabled", "enable_monitoring", "monitor_modules", "emulate", "automatic_fallback",
+            "enabled", "enable_monitoring", "log_all_metrics", "monitor_modules", "emulate", "automatic_fallback",
             "memory_efficient", "gradient_accumulation_friendly", "distributed_amp", "sync_grad_scaler",
             "stop_when_stalled",
         ],
@@ -60,7 +60,8 @@ KINDS = {
         "None or one of FP32, FP16, MIXED, BF16, DYNAMIC", ["FP8", "", "FP 16", 16, True, ["FP32"]], ["precision_mode"],
     ),
     "half parameters": (
-        "None or one of 'error', 'upcast', 'master_weights'", ["", "UPCAST", "warn", 16, True, ["error"]], ["half_parameters"],
+        "None or one of 'error', 'upcast', 'master_weights', 'stochastic_rounding', 'kahan'",
+        ["", "UPCAST", "warn", 16, True, ["error"]], ["half_parameters"],
     ),
     "half": ("None or FP16 or BF16", ["FP8", "", 16, True, ["FP16"], PrecisionMode.FP32], ["communication_precision"]),
     "strategy": (

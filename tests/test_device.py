@@ -1,6 +1,7 @@
 """What a device can run is said truthfully."""
 
 import dataclasses
+import inspect
 import os
 import platform
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_amp.device import Hardware, amd_gpu, probe
+from hf_amp.device import Hardware, _generator_of, amd_gpu, probe
 from tests.each import for_each
 from tests.host_reads import count_host_reads
 
@@ -119,3 +120,12 @@ def test_a_cpu_with_units_is_called_neither_slow_nor_fast():
     hardware = Hardware("cpu", "x86_64", "native", "native")
     assert hardware.describe_fp16(emulate=False) == "real FP16 on x86_64"
     assert hardware.describe_fp16(emulate=True).startswith("FP16 emulated")
+
+
+@for_each(("device", "takes"), [("cuda:1", ("cuda:1",)), ("xpu:0", ("xpu:0",)), ("mps", ())])
+def test_generators_are_asked_as_their_devices_are(device: str, takes: tuple[str, ...]) -> None:
+    """Every CUDA and XPU device has one; MPS has a single one, whose functions took no device for long."""
+    module, which = _generator_of(torch.device(device))
+    assert which == tuple(map(torch.device, takes))
+    inspect.signature(module.get_rng_state).bind(*which)
+    inspect.signature(module.set_rng_state).bind(torch.zeros(16), *which)

@@ -15,9 +15,9 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 # From the bottom to the top: what stands in one row may import the rows below it.
 LAYERS: list[set[str]] = [
     {"config", "device", "errors", "events", "patch_log", "precision", "serialization", "tree"},
-    {"emulation", "statistics"},
+    {"emulation", "rescale_rules", "statistics"},
     {"scaling", "fallback", "monitoring"},
-    {"report", "session"},
+    {"report", "rescale", "session"},
     {"integrations", "training"},
     {"cli"},
 ]
@@ -35,6 +35,7 @@ PLACES = {
     "rich": ("cli/",),
     "matplotlib": ("report/",),
     "jinja2": ("report/",),
+    "scipy": ("rescale.py",),
 }
 
 

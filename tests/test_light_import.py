@@ -37,3 +37,51 @@ def test_a_library_is_loaded_by_the_part_that_needs_it() -> None:
     assert "accelerate" in after["attach"]
     assert "transformers" not in after["attach"]
     assert "transformers" in after["callback"]
+
+
+BARE = """
+import importlib.util
+import sys
+
+ABSENT = ("datasets", "structlog", "tensorboard", "sklearn", "matplotlib", "jinja2", "peft", "torchao")
+is_absent = lambda name: name.partition(".")[0] in ABSENT
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if is_absent(name):
+            raise ImportError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Absent())
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if is_absent(name) else found(name, package)
+import torch
+from transformers import Trainer, TrainingArguments
+from hf_amp import AdvancedGradScaler, AmpSession, MixedPrecisionCallback, attach
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.layer(x) - labels).square().mean()}
+
+rows = [{"x": torch.randn(4), "labels": torch.randn(1)} for _ in range(16)]
+arguments = TrainingArguments(sys.argv[1], fp16=True, use_cpu=True, max_steps=3, report_to=[], save_strategy="no", disable_tqdm=True)
+callback = MixedPrecisionCallback(init_scale=8.0)
+Trainer(Model(), arguments, train_dataset=rows, callbacks=[callback]).train()
+print(callback.session.metrics()["applied_steps"])
+"""
+
+
+def test_a_trainer_runs_on_a_bare_machine(tmp_path: Path) -> None:
+    """PyTorch, transformers and accelerate alone: it trains, and says that it writes no log."""
+    completed = subprocess.run(
+        [sys.executable, "-c", BARE, str(tmp_path)],
+        cwd=Path(hf_amp.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert completed.stdout.splitlines()[-1] == "3"
+    assert "no event log is written (structlog is not installed)" in completed.stderr

@@ -36,6 +36,7 @@ PUBLIC = [
     "attach",
     "check_inference",
     "emulate",
+    "rescale_for_fp16",
 ]
 ERRORS = {
     name: value for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)

@@ -8,6 +8,7 @@ from pathlib import Path
 import hf_amp
 from tests.benchmarks.suite import SUITES
 from tests.each import for_each
+from tests.newcomer import unanswered
 from tests.readme import README, ROOT, TABLES, with_current_table
 
 MAP = ROOT / "hf_amp/README.md"
@@ -35,6 +36,11 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_bytes()) <= 10_000
 
 
+def test_what_people_ask_first_is_found_in_the_readme() -> None:
+    """By a search for its words; `python -m tests.newcomer` installs it, too, and takes the steps that the demo prints."""
+    assert unanswered() == []
+
+
 @for_each("page", PAGES)
 def test_links_lead_to_files(page: Path) -> None:
     """Every link without a scheme, seen from the page's own folder."""
@@ -57,7 +63,7 @@ def test_the_map_names_files_that_exist_and_what_is_in_them() -> None:
 @for_each("page", [ROOT / "accelerate_configs/README.md", ROOT / "examples/README.md"])
 def test_every_file_of_a_folder_has_a_row(page: Path) -> None:
     """And every row its file."""
-    files = {file.name for pattern in ("*.py", "*.yaml") for file in page.parent.glob(pattern)}
+    files = {file.name for pattern in ("*.py", "*.yaml", "*.ipynb") for file in page.parent.glob(pattern)}
     assert set(re.findall(r"^\| `([\w.]+)` \|", text_of(page), flags=re.MULTILINE)) == files
 
 

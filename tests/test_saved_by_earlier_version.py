@@ -56,6 +56,9 @@ def assert_same(found: dict[str, Any], said: dict[str, Any], where: str = "") ->
             assert_same(found[name], said[name], f"{where}then: ")
         elif name == "end":  # skips that are not the scale's no longer start the count of clean steps anew
             assert {**found[name], "growth_tracker": 0} == {**value, "growth_tracker": 0}, f"{where}{name}"
+        elif name == "events" and any("UNKNOWN" in event for event in value):
+            # What was UNKNOWN is a derivative now, and lets the way back begin earlier.
+            assert [kind for _, kind, *_ in found[name]] == [kind for _, kind, *_ in value], f"{where}{name}"
         elif name in ("losses", "weights_after_20_steps"):
             assert found[name] == pytest.approx(value, rel=2e-3), f"{where}{name}"
         else:

@@ -146,7 +146,7 @@ def test_detached_session_records_nothing_more() -> None:
         run.step("overflow")
     run.session.detach()
     run.step("overflow")
-    assert run.kinds() == [EventKind.STEP_SKIPPED, EventKind.DETACHED]
+    assert run.kinds() == [EventKind.STEP_SKIPPED, EventKind.TRAINING_ENDED, EventKind.DETACHED]
 
 
 def test_a_session_shows_what_runs_and_how_far() -> None:

@@ -27,7 +27,12 @@ class Precision(str, enum.Enum):
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 120,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Optimizer steps of each run. [default: 120, fewer on a slow machine]", show_default=False
+        ),
+    ] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Run folder. [default: runs/demo-<date>-<time>]", show_default=False)
     ] = None,
@@ -46,7 +51,7 @@ def demo(
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint="--config") from error
     folder = output_dir or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    _train(Console(), precision, chosen, folder, steps)
+    steps = _train(Console(), precision, chosen, folder, steps)
     checkpoint = folder / f"checkpoint-{steps}"
     load = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{checkpoint}'))"
     typer.echo(
@@ -59,15 +64,17 @@ LONGEST_NAME = 27
 """Characters of `transformer.h.0.attn.c_proj`, which is not to be broken on a terminal of 80 columns."""
 
 
-def _train(console: Console, precision: Precision, config: MixedPrecisionConfig, folder: Path, steps: int) -> None:
-    """Does the runs with a bar for each, and prints the table."""
+def _train(
+    console: Console, precision: Precision, config: MixedPrecisionConfig, folder: Path, steps: int | None
+) -> int:
+    """Does the runs with a bar for each, prints the table and what it shows; returns the steps of each run."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
     with console.status("Loading PyTorch and Transformers ..."):
         from transformers.utils import logging
 
-        from hf_amp.cli.demo_training import train
+        from hf_amp.cli.demo_training import affordable_steps, train
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     runs: dict[str, tuple[Precision, MixedPrecisionConfig | None, Path]] = {
@@ -77,6 +84,8 @@ def _train(console: Console, precision: Precision, config: MixedPrecisionConfig,
     }
     if precision is Precision.FP32:
         del runs["stock FP32"]
+    steps = steps or affordable_steps(len(runs))
+    typer.echo(f"{len(runs)} runs of {steps} steps each, written to {folder}")
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[loss]}"),
@@ -89,10 +98,19 @@ def _train(console: Console, precision: Precision, config: MixedPrecisionConfig,
             def on_step(step: int, loss: float | None, bar: TaskID = bar) -> None:
                 progress.update(bar, completed=step, loss="" if loss is None else f"loss {loss:.3f}")
 
+            began = time.perf_counter()
             results.append(train(runs_in.value, options, steps, run_folder, on_step, config.emulate))
+            if not console.is_terminal:  # where no bar is drawn
+                typer.echo(f"{heading}: done in {time.perf_counter() - began:.0f} s")
     table = Table("", title="hf-amp demo", show_lines=True)
     for heading, result in zip(runs, results, strict=True):
         table.add_column(heading, width=LONGEST_NAME if "." in result["in FP32"] else None)
     for fact in results[0]:
         table.add_row(fact, *(result[fact] for result in results))
     console.print(table)
+    seen = [
+        f"{heading} applied {result['applied steps']} of {steps} steps and ended at a loss of {result['held-out loss'].split()[-1]}"
+        for heading, result in zip(runs, results, strict=True)
+    ]
+    typer.echo(f"What was seen: {'; '.join(seen)}.")
+    return steps

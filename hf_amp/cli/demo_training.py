@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def train(
         "skipped steps": _skipped_in_words(session, steps - applied),
         "scale": _scale_in_words(session, trainer.accelerator.scaler if precision == "fp16" else None),
         "in FP32": _plan_in_words(session),
-        "step time": f"{1000 * timer.step_seconds:.0f} ms" if steps > 1 else "not measured: one step only",
+        "step time": f"{1000 * timer.step_seconds():.0f} ms" if steps > 1 else "not measured: one step only",
     }
 
 
@@ -154,16 +154,32 @@ class StepTimer(TrainerCallback):
 
     def __init__(self, on_step: Callable[[int, float | None], None]) -> None:
         self._on_step = on_step
-        self._first_end = 0.0
-        self.step_seconds = math.nan
+        self._ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        if state.global_step == 1:
-            self._first_end = now
-        else:
-            self.step_seconds = (now - self._first_end) / (state.global_step - 1)
+        self._ends.append(time.perf_counter())
         self._on_step(state.global_step, state.log_history[-1].get("loss") if state.log_history else None)
+
+    def step_seconds(self) -> float:
+        """The lower quartile, which other programs on the machine hardly change."""
+        return sorted(end - start for start, end in itertools.pairwise(self._ends))[(len(self._ends) - 1) // 4]
+
+
+MOST_STEPS, FEWEST_STEPS = 120, 20
+MOST_SECONDS = 120.0
+"""What all runs may take together, about, where nobody asks for a number of steps."""
+
+
+def affordable_steps(runs: int) -> int:
+    """Steps of each of so many runs, by how long three forward and backward passes take in FP32."""
+    model, ids = small_gpt2(), torch.tensor(text_blocks()[:BATCH_SIZE])
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        seconds.append(time.perf_counter() - began)
+    overhead = 2  # the optimizer, the Trainer, emulation
+    return int(min(max(MOST_SECONDS / (runs * overhead * min(seconds)), FEWEST_STEPS), MOST_STEPS))
 
 
 class StockFP16OnCPU(TrainerCallback):

@@ -17,6 +17,7 @@ import typer
 from torch.utils.benchmark import Timer
 
 from hf_amp.device import Hardware, probe
+from hf_amp.monitoring.frozen import bytes_a_parameter
 
 PACKAGES = (
     "hf_amp", "torch", "transformers", "accelerate", "datasets", "structlog", "tensorboard", "peft", "bitsandbytes",
@@ -37,6 +38,7 @@ def doctor(
         plain = {
             "recommendation": recommendation._asdict(),
             "devices": [asdict(device) for device in devices],
+            "half_parameters": bytes_a_parameter(),
             "versions": versions,
             "system": system,
         }
@@ -49,13 +51,20 @@ def doctor(
     console = Console(highlight=False)
     flags = f"  [dim]TrainingArguments({recommendation.trainer})[/dim]" if recommendation.trainer else ""
     console.print(f"[bold]Train in {recommendation.precision}[/bold]{flags}\n{recommendation.why}\n")
-    columns = ("device", "memory", "FP16", "BF16", "TF32", "FP8", "fused AdamW", "matrix product")
+    columns = ("device", "memory", "FP16", "BF16", "TF32", "FP8", "fused AdamW")
     table = Table(*columns, title="Devices", title_justify="left")
     for device in devices:
         table.add_row(*device.cells())
     console.print(table)
+    for device in devices:
+        console.print(f"matrix product on {device.hardware.device}: {device.products_in_words()}", markup=False)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    for name, fact in {**system, "packages": packages}.items():
+    sizes = ", ".join(f"{name} {count}" for name, count in bytes_a_parameter().items())
+    for name, fact in {
+        **system,
+        "bytes a BF16 parameter with AdamW, by half_parameters": sizes,
+        "packages": packages,
+    }.items():
         console.print(f"{name}: {fact}", markup=False)
 
 
@@ -66,7 +75,7 @@ class Device:
     Attributes:
         hardware: what it can run.
         memory_bytes: how much memory it has; None where it does not say.
-        product_seconds: precision → seconds of one square matrix product, the best of five; empty where not measured.
+        product_seconds: precision → seconds of one square matrix product; without those that could not be measured.
         fused_adamw: whether PyTorch has a fused AdamW for it.
     """
 
@@ -82,17 +91,27 @@ class Device:
             return None
         return seconds["FP32"] / seconds[precision]
 
+    def products_in_words(self) -> str:
+        """The time of a matrix product in FP32, and how much faster or slower the others were."""
+        seconds, measured = self.product_seconds.get("FP32"), [(name, self.speed(name)) for name in ("FP16", "BF16")]
+        others = [f"{name} {_times(speed)}" for name, speed in measured if speed is not None]
+        return f"FP32 {1000 * seconds:.3g} ms; {', '.join(others)}" if seconds else "not measured, or not steady"
+
     def cells(self) -> tuple[str, ...]:
         """Its row of the table of devices."""
         hardware = self.hardware
         major_minor = ".".join(map(str, hardware.capability or ()))
-        measured = [(name, self.speed(name)) for name in ("FP16", "BF16")]
+        units = {"native": "in hardware", "slow": "slow: no units", "none": "no"}
         return (
             f"{hardware.device}: {hardware.name}" + (f" (compute capability {major_minor})" if major_minor else ""),
             f"{self.memory_bytes / 2**30:.0f} GiB" if self.memory_bytes else "not known",
-            hardware.fp16, hardware.bf16, hardware.tf32, hardware.fp8, "yes" if self.fused_adamw else "no",
-            ", ".join(f"{name} {speed:.2g}x FP32" for name, speed in measured if speed is not None) or "not measured",
+            *(units.get(value, value) for value in (hardware.fp16, hardware.bf16, hardware.tf32, hardware.fp8)),
+            "yes" if self.fused_adamw else "no",
         )  # fmt: skip
+
+
+def _times(speed: float) -> str:
+    return f"{speed:.2g} times as fast" if speed >= 1 else f"{1 / speed:.2g} times as long"
 
 
 def find_devices(measure: bool = True) -> list[Device]:
@@ -128,16 +147,29 @@ def _memory_bytes(device: torch.device) -> int | None:
     return None
 
 
+ROUNDS = 7
+STEADY = 1.5
+"""Times its minimum that the second fastest product may take, so that a measurement counts: else other programs disturb it."""
+LARGEST_GAIN = 64.0
+"""Over FP32, beyond which a measurement is not plausible: FP16 on tensor cores gains 16-fold over FP32 units without TF32."""
+
+
 def _product_seconds(device: torch.device) -> dict[str, float]:
-    """Precision → seconds of one square matrix product: the best of five, each after one that warms up."""
+    """Precision → seconds of one square matrix product: the fastest of seven, taken in turns; without what is not steady."""
     size = 4096 if device.type == "cuda" else 512  # enough for tensor cores; a second in all
-    seconds = {}
+    timers = {}
     for name, dtype in {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}.items():
         with suppress(RuntimeError, TypeError):  # no kernel for it
-            timer = Timer("x @ x", globals={"x": torch.randn(size, size).to(device, dtype)})
-            with torch.accelerator.device_index(device.index):  # which the timer waits for
-                seconds[name] = min(timer.timeit(1).median for _ in range(5))
-    return seconds
+            timers[name] = Timer("x @ x", globals={"x": torch.randn(size, size).to(device, dtype)})
+            timers[name].timeit(1)
+    taken: dict[str, list[float]] = {name: [] for name in timers}
+    with torch.accelerator.device_index(device.index):  # which the timer waits for
+        for _ in range(ROUNDS):
+            for name, timer in timers.items():
+                taken[name].append(timer.timeit(1).median)
+    steady = {name: min(times) for name, times in taken.items() if sorted(times)[1] < STEADY * min(times)}
+    base = steady.get("FP32", 0.0)
+    return {name: seconds for name, seconds in steady.items() if base <= LARGEST_GAIN * seconds}
 
 
 def _has_fused_adamw(device: torch.device) -> bool:
@@ -214,7 +246,7 @@ def _recommend_for_cpu(device: Device) -> Recommendation:
         why = f"BF16 products were {speed:.1f} times as fast as FP32's, as measured just now."
         return Recommendation("BF16", "bf16=True, use_cpu=True", why)
     if speed is None and device.hardware.bf16 == "native":
-        why = "This CPU has units for BF16; whether BF16 is faster there has not been measured: leave out --no-measure."
+        why = "This CPU has units for BF16; whether BF16 is faster has not been measured, or not steadily: run it on an idle machine."
         return Recommendation("FP32", "use_cpu=True", why)
     measured = f" BF16 products took {1 / speed:.1f} times as long as FP32's, as measured just now." if speed else ""
     return Recommendation(

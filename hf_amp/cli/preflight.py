@@ -27,6 +27,13 @@ from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, Preci
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import float_tensors, replay
+from hf_amp.monitoring.frozen import (
+    FROZEN_SHARE,
+    bytes_a_parameter,
+    predicted_lost_share,
+    share_in_words,
+    size_in_words,
+)
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP16_FORMAT, NumberFormat, PrecisionMode
 
@@ -43,6 +50,10 @@ def preflight(
         str | None, typer.Option(help="Do a dry run: rows to make up, or a .safetensors or .pt file with a batch.")
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens a row of a batch that is made up.")] = 128,
+    lr: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Predict what rounding would lose of the updates at this learning rate."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -64,7 +75,7 @@ def preflight(
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         batch = "1" if batch is None and inference else batch
         inputs = batch_for(loaded, batch, length) if batch is not None else None
-    facts = _facts(loaded)  # before the model is cast to FP32
+    facts = _facts(loaded) | {"half_parameters": _half_parameters(loaded, lr)}  # before the model is cast to FP32
     runs = [] if inputs is None or inference else _dry_runs(console, loaded, inputs)
     checks = _inference_checks(console, loaded, inputs) if inputs is not None and inference else []
     verdict = _verdict(runs, checks, facts["non_finite_parameters"])
@@ -81,6 +92,8 @@ def preflight(
     console.print(f"{model}: {facts['class']}, parameters: {dtypes}", markup=False)
     for warning in facts["warnings"]:
         console.print(warning, style="yellow", markup=False)
+    for line in _half_parameters_in_words(facts["half_parameters"]):
+        console.print(line, markup=False, soft_wrap=True)
     if inputs is None:
         console.print("With --batch 1 a dry run says which modules would leave the range of FP16, BF16 and FP8.")
     for line in [line for check in checks for line in _lines_of(check)]:
@@ -194,6 +207,31 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
         "non_finite_parameters": [name for name, p in model.named_parameters() if not p.isfinite().all()],
         "warnings": half_parameter_warnings(model),
     }
+
+
+def _half_parameters(model: nn.Module, rate: float | None) -> dict[str, Any]:
+    """What the trainable parameters take in BF16 with AdamW, by `half_parameters`; at a learning rate, what BF16 would lose."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    elements = sum(p.numel() for p in trainable.values())
+    facts: dict[str, Any] = {"bytes": {name: count * elements for name, count in bytes_a_parameter().items()}}
+    if rate is not None and elements:
+        lost = {name: predicted_lost_share(p, rate, BF16_FORMAT) for name, p in trainable.items() if p.numel()}
+        share = sum(lost[name] * trainable[name].numel() for name in lost) / elements
+        still = sorted((name for name in lost if lost[name] >= FROZEN_SHARE), key=lambda name: -lost[name])
+        facts |= {"lr": rate, "predicted_lost_share": share, "predicted_frozen": still}
+    return facts
+
+
+def _half_parameters_in_words(facts: Mapping[str, Any]) -> Iterator[str]:
+    sizes = ", ".join(f"{name} {size_in_words(count)}" for name, count in facts["bytes"].items())
+    yield f"In BF16 with AdamW, parameters, gradients and state by half_parameters: {sizes}."
+    if "lr" not in facts:
+        yield "With --lr 1e-5 it is predicted what rounding would lose of the updates."
+        return
+    still = facts["predicted_frozen"]
+    names = f"; {len(still)} parameters would stand still ({join_names(still)})" if still else ""
+    lost = share_in_words(facts["predicted_lost_share"])
+    yield f"At a learning rate of {facts['lr']:g} BF16 without half_parameters would lose about {lost} of the first updates{names}."
 
 
 def _print_modules(console: Console, run: DryRun) -> None:
@@ -349,7 +387,7 @@ def half_parameter_warnings(model: nn.Module) -> list[str]:
         if names:
             found.append(
                 f"{len(names)} trainable parameters are {str(dtype).removeprefix('torch.')} ({names[0]} among them): "
-                f"{consequence}. Load with dtype=torch.float32, or call model.float() before training."
+                f"{consequence}. Set half_parameters, load with dtype=torch.float32, or call model.float() before training."
             )
     return found
 

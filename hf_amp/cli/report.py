@@ -40,6 +40,8 @@ def report(
     if output is not None or not as_json:
         path = output or Path("report.html")
         _write_page(histories, path)
+        for history in histories if not as_json else ():
+            typer.echo(printable(f"{history.name}: {verdict_on(history).sentence}"))
         typer.echo(str(path), err=as_json)
 
 
@@ -95,7 +97,7 @@ def watch(
 
 def follow(log: EventLogReader, history: RunHistory, show: Callable[[], None], interval: float) -> None:
     """Shows the run every `interval` seconds, until it has ended."""
-    while not history.ended:
+    while history.state not in ("finished", "killed"):
         time.sleep(interval)
         take_in(log, history)
         show()
@@ -114,7 +116,7 @@ def panel(history: RunHistory) -> RenderableType:
         bars = Text(course(list(history.figures[name].values)), style="cyan")
         figures.add_row(Text(name, style="dim"), formatted(history.latest[name]), bars)
     incidents = [Text(printable(_line(incident)), style="yellow") for incident in history.incidents[-INCIDENTS_SHOWN:]]
-    state = "ended" if history.ended else "running, or killed"
+    state = {"finished": "ended", "unfinished": "running, or killed"}.get(history.state, history.state)
     return Panel(
         Group(Text(printable(verdict.sentence), style=_STYLES[verdict.level.value]), Text(""), figures, *incidents),
         title=Text(printable(f"{history.name} · step {history.newest_step:,} · {state}")),

@@ -6,7 +6,8 @@ precisions of a DYNAMIC run. `FallbackController` holds the state of both, and m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
 from types import MappingProxyType
@@ -14,14 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_amp.config import MixedPrecisionConfig
-from hf_amp.device import Hardware
+from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
+from hf_amp.device import Hardware, room_on
 from hf_amp.errors import StateError
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
-from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
+from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, compiles
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
-from hf_amp.fallback.recorder import CountsSteps, ForwardRecorder
+from hf_amp.fallback.recorder import LARGE_GRADIENTS, CountsSteps, ForwardRecorder
+from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import NotNegative, Positive, parse
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
@@ -143,7 +145,6 @@ class FallbackState:
         scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is there.
             What the scale has grown to meanwhile says nothing about FP16.
         was_skipped: in a saved state, as of the controller.
-        gradient_steps: in a saved state, as of its recorder.
     """
 
     plan: PrecisionPlan
@@ -156,7 +157,6 @@ class FallbackState:
     scale_skips: int = 0
     scale_at_rest: Positive | None = None
     was_skipped: bool = False
-    gradient_steps: int = 0
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, strings, lists and mappings of them."""
@@ -349,6 +349,7 @@ class FallbackController:
         recorder: what they were called with.
         diagnoser: finds the causes.
         was_skipped: whether the newest step was.
+        on_withdrawn: called with the way back from a plan whose first forward pass raised.
     """
 
     def __init__(
@@ -359,7 +360,7 @@ class FallbackController:
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(steps, self.runner)
         self.diagnoser = Diagnoser(self.runner, self.recorder)
-        half = mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
+        half = mode is PrecisionMode.FP16 or config.half_parameters in KEEPS_UPDATES
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
         self._acts = config.automatic_fallback and not (half and hardware.device == "cpu" and not emulate)
         self._policy = FallbackPolicy(
@@ -369,6 +370,8 @@ class FallbackController:
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
         self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
         self.newest_change: PrecisionChange | None = None
+        self.on_withdrawn: Callable[[PrecisionChange], None] = lambda change: None
+        self._trial = PatchLog()
         self.was_skipped = False
 
     @property
@@ -380,17 +383,19 @@ class FallbackController:
         """Why a step was skipped. `agree`: exchange what was found with the other ranks, which all call this."""
         return self.diagnoser.explain(skip, self._state.scale_skips, agree)
 
-    def after_applied(self, step_seconds: float | None = None, agree: bool = False) -> PrecisionChange | None:
+    def after_applied(
+        self, step_seconds: float | None = None, agree: bool = False, ran_in: PrecisionMode | None = None
+    ) -> PrecisionChange | None:
         """One applied step; what it lets the plan go back to, or, while precisions are timed, on to.
 
         Args:
             step_seconds: wall-clock time since the step before; None where that is not known.
             agree: while precisions are timed, count the slowest rank's time. One all-reduce and one sync a timed step.
+            ran_in: the plan's default when the step was queued; None for the present one. A step of another candidate is not timed.
         """
         self.newest_change = None
         self.was_skipped = False
-        if self.recorder.gradient_steps:
-            self.recorder.after_applied()
+        self.recorder.gradient_bytes = min(self.recorder.gradient_bytes, LARGE_GRADIENTS)
         tuner = self._autotuner
         if tuner is None or tuner.running is None:
             return self._decide(StepFacts())
@@ -398,7 +403,7 @@ class FallbackController:
             local = torch.tensor([step_seconds or 0.0, float(step_seconds is None)], device=self.runner.device)
             longest, is_unknown = all_reduce_max_to_host(local)  # where one rank does not know its own
             step_seconds = None if is_unknown else longest
-        if step_seconds is not None:
+        if step_seconds is not None and ran_in in (None, tuner.running):
             tuner.note(step_seconds)
         return self._continue_tuning(tuner)
 
@@ -425,9 +430,14 @@ class FallbackController:
         self._state = state
         if self.plan == former.plan:
             return None
-        self.runner.apply(self.plan)
+        in_one_process = not (is_distributed() or compiles())
+        self._apply_plan()
         change = describe_change(former, state, facts, self._policy)
+        if facts.cause is not None and self.plan.default is not former.plan.default:
+            change = change._replace(message=change.message + self._lack_of_room())
         self.newest_change = change if facts.cause is not None else None
+        if self.newest_change and in_one_process:
+            self._try_out()
         return change
 
     def _continue_tuning(self, tuner: PrecisionAutotuner) -> PrecisionChange | None:
@@ -439,7 +449,7 @@ class FallbackController:
         if chosen is before.default and running is not None:
             return None
         self._state = replace(self._state, plan=before.with_default(chosen), clean_steps=0)
-        self.runner.apply(self.plan)
+        self._apply_plan()
         if running is not None:
             message = f"measuring the step time in {chosen.value}."
         else:
@@ -453,22 +463,75 @@ class FallbackController:
 
         None where it is something else, or where a step was applied since: then the change was not to blame.
         """
-        if self.newest_change is None or not isinstance(error, torch.OutOfMemoryError):
+        return self._withdraw(error) if isinstance(error, torch.OutOfMemoryError) else None
+
+    def _withdraw(self, error: BaseException) -> PrecisionChange | None:
+        if self.newest_change is None:
             return None
         failed, self.newest_change = self.newest_change, None
         former, self._state = self._state, self._policy.withdrawn(self._state, failed.before)
-        self.runner.apply(self.plan)
-        return PrecisionChange(
-            failed.after,
-            failed.before,
-            failed.modules,
-            f"there was not enough memory for {failed.after.describe()}: back to {failed.before.describe()}. Lower the "
-            "batch size, or turn gradient checkpointing on, so that the fallback has room.",
-            former.scale_at_rest if self._state.scale_at_rest is None else None,
+        self._apply_plan()
+        after, before = failed.after.describe(), failed.before.describe()
+        message = (
+            f"the first forward pass with {after} raised {type(error).__name__} ({str(error)[:300]}): back to {before}."
         )
+        if isinstance(error, torch.OutOfMemoryError):
+            message = (
+                f"there was not enough memory for {after}: back to {before}. Lower the batch size, or turn gradient "
+                "checkpointing on, so that the fallback has room."
+            )
+        scale = former.scale_at_rest if self._state.scale_at_rest is None else None
+        return PrecisionChange(failed.after, failed.before, failed.modules, message, scale)
+
+    def _lack_of_room(self) -> str:
+        """A sentence where the whole model is widened and memory may not suffice: FP32 stores up to twice of what FP16 does."""
+        rooms = [room for device in self.runner.devices() if (room := room_on(device)) is not None]
+        short = next(((free, step) for free, step in rooms if 2 * step > free), None)
+        if short is None:
+            return ""
+        free, step = (amount / 2**30 for amount in short)
+        return (
+            f" Memory may not suffice: a step has taken {step:.1f} GiB so far, a wider one takes up to twice as much, and "
+            f"{free:.1f} GiB are free."
+        )
+
+    def _apply_plan(self) -> None:
+        self._trial.undo()
+        self.runner.apply(self.plan)
+
+    def _try_out(self) -> None:
+        """Has the next forward pass run again under the former plan where it raises under the new one: for want of memory, or of
+        kernels for FP32, as in FlashAttention.
+
+        Not with several processes, which would part, nor in compiled code, which is traced anew.
+        """
+
+        def tried(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._trial.undo()
+            failed = self.newest_change
+            try:
+                return forward(*args, **kwargs)
+            except Exception as error:
+                if (withdrawn := self._withdraw(error)) is None:
+                    raise
+            try:  # outside of the handler, whose traceback keeps alive what has filled the memory
+                with self.runner.current():
+                    output = forward(*args, **kwargs)
+            except Exception:
+                self.newest_change = failed  # for `recover`
+                raise
+            self.on_withdrawn(withdrawn)
+            return output
+
+        for model in self.runner.models():
+            if takes_hooks(model):
+                # With `__wrapped__`, by which accelerate finds what it has wrapped itself.
+                once = functools.wraps(model.forward)(functools.partial(tried, model.forward))
+                self._trial.set_attribute(model, "forward", once)
 
     def remove(self) -> None:
         """Takes every context back and lets go of the batches."""
+        self._trial.undo()
         self.runner.remove()
         self.runner.current.is_over = True
         self.recorder.forget()
@@ -476,7 +539,7 @@ class FallbackController:
     def state_dict(self) -> dict[str, Any]:
         """The controller's state: numbers, strings, lists and mappings of them."""
         tuner = self._autotuner
-        state = replace(self._state, was_skipped=self.was_skipped, gradient_steps=self.recorder.gradient_steps)
+        state = replace(self._state, was_skipped=self.was_skipped)
         return {**state.to_plain(), "autotuner": None if tuner is None else tuner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -493,5 +556,4 @@ class FallbackController:
             self._policy = replace(self._policy, order=self._autotuner.choices())
         self._state = self._policy.restored(state)
         self.was_skipped = state.was_skipped
-        self.recorder.keep_output_gradients(state.gradient_steps)
-        self.runner.apply(self.plan)
+        self._apply_plan()

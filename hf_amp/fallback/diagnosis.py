@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import inspect
+import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -16,9 +18,17 @@ from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
-from hf_amp.fallback.recorder import KEPT_FORWARDS, OBJECTS_DEEP, STEPS_WITH_GRADIENTS, ForwardRecorder, RecordedForward
-from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, non_finite_tensors, replay, replay_backward
-from hf_amp.statistics import all_reduce_max_to_host, is_distributed, local_part, to_host
+from hf_amp.fallback.recorder import (
+    KEPT_BYTES,
+    KEPT_FORWARDS,
+    LARGE_GRADIENTS,
+    OBJECTS_DEEP,
+    ForwardRecorder,
+    RecordedForward,
+)
+from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward
+from hf_amp.precision import HALF_DTYPES
+from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
 SCALE_WILL_FIX_IT = (
@@ -244,8 +254,8 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings],
     if not any(found.returns_loss and found.draws for found in findings):
         return Diagnosis(
             Cause.LOSS,
-            "the model's outputs are finite, the loss made from them is not: look at the loss function (log or "
-            "division by zero) and at this step's labels.",
+            "the loss was not finite, and the model's outputs are in a replay: look at the loss function (log or division by "
+            "zero), at this step's labels, and at what may have changed the weights meanwhile, as an adversarial step does.",
             confirmed=False,
         )
     return Diagnosis(
@@ -257,18 +267,10 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings],
 
 
 def non_finite_names(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One GPU-CPU sync.
-
-    FP8, which knows no `isfinite`, is passed over.
-    """
-
-    def held(x: Tensor) -> Tensor:
-        x = local_part(x)
-        return x._values() if x.is_sparse else x
-
+    """Names of those that hold inf or NaN, in order; of a sharded one, in this rank's part. One GPU-CPU sync."""
     with torch.no_grad():
-        flags = {name: ~held(x).isfinite().all() for name, x in tensors if x.element_size() > 1}
-    return [name for name, flag in to_host(flags).items() if flag] if flags else []
+        held = {name: x._values() if (x := local_part(tensor.detach())).is_sparse else x for name, tensor in tensors}
+    return [name for name, finite in zip(held, are_finite(list(held.values())), strict=True) if not finite]
 
 
 def _named_inputs(forward: RecordedForward) -> list[tuple[str, Tensor]]:
@@ -300,16 +302,46 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 SCALE_SKIPS_BEFORE_A_DOUBT = 3
 """Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept whatever their size."""
-_OUTSIDE = "Not confirmed: backward could not be repeated, as the loss is made outside of the model; the next such step can be."
+_OUTSIDE = "Not confirmed: backward could not be repeated in full, as the loss is made outside of the model."
 _POWERS = range(1, 25)
 """Scales of 2^-n that are tried, down to FP16's smallest value."""
 _IN_AUTOCAST = (
     "The loop enters autocast, where products may leave the range of FP16: make the loss in FP32, outside of it."
 )
+_BY_TORCH_FUNC = (
+    "torch.func has called the model (grad, vmap, functional_call), and such calls cannot be repeated: look at what they were "
+    "given, or call the model itself on it once, which names the cause."
+)
 _NOT_KEPT = (
-    f"the newest {KEPT_FORWARDS} forward passes of the step are finite, and those before them are not kept. Look at this "
+    f"the newest forward passes of the step are finite, and those before them are not kept (at most {KEPT_FORWARDS} are, and "
+    f"{KEPT_BYTES // 2**30} GiB of batches). Look at this "
     "step's batch and loss function, and for activations beyond 65504."
 )
+
+
+_SINGULAR = "(R?[Ss]qrt|Log(1P|2|10)?|Acos|Asin|Reciprocal|.*Norm|.*Svd|.*Eigh?)Backward"
+"""Operators whose derivative is infinite or undefined somewhere."""
+
+
+def _derivative_outside(outputs: Sequence[str], operations: Iterable[Any]) -> Diagnosis:
+    names = join_names(sorted({node.name() for node in operations if re.match(_SINGULAR, node.name())}))
+    return Diagnosis(
+        Cause.DERIVATIVE,
+        f"the loss was finite, but its derivative with respect to the model's "
+        f"{join_names([f'output {path}'.strip() for path in outputs])} is not: look outside of the model, where the loss is made, "
+        f"for a root or a division at zero{f'; {names} is there' if names else ''}.",
+    )
+
+
+def _takes_gradients_back(forward: RecordedForward) -> bool:
+    """Whether it was given what the loop had computed before, with gradients: they go back through it."""
+    return any(x.grad_fn is not None for _, x in _named_inputs(forward))
+
+
+def _may_overflow_by_scale(node: Any) -> bool:
+    """Whether what this operation outside of the model makes of the scale is not seen: in half precision, or by Python code."""
+    half = any(held.dtype in HALF_DTYPES for held in node._input_metadata)
+    return half or isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 class SkippedStep(NamedTuple):
@@ -367,6 +399,8 @@ class Diagnoser:
             found = Diagnosis(Cause.UNKNOWN, what, confirmed=False)
         if found.cause is Cause.LOSS and not found.confirmed and self._runner.loop_autocasts:
             found = found._replace(message=f"{found.message} {_IN_AUTOCAST}")
+        if not found.confirmed and self._recorder.used_torch_func(skip.step):
+            found = found._replace(message=f"{found.message} {_BY_TORCH_FUNC}")
         return self._naming_gradient(skip, self._naming_state(skip.step, found))
 
     def _naming_state(self, step: int, found: Diagnosis) -> Diagnosis:
@@ -435,6 +469,9 @@ class Diagnoser:
         found = diagnose(skip.loss_finite, forwards, self._runner)
         if found.confirmed and found.cause in (Cause.LOSS, Cause.MODEL):
             found = self._in_fixed_parameters(forwards) or self._in_buffers(forwards) or found
+        former = self._non_finite_since
+        if source is not None and source.cause is Cause.UNKNOWN and former and former[0] == skip.step - 1:
+            return _ALREADY_FIXED if former[2] in (Cause.ACTIVATION, Cause.ROUNDING) else source
         if source is not None:
             return (
                 found
@@ -508,37 +545,41 @@ class Diagnoser:
 
     def _in_backward(self, skip: SkippedStep, forwards: Sequence[RecordedForward], scale_skips: int) -> Diagnosis:
         """Why gradients are not finite although the loss is: backward is repeated without a scale, with a tiny one, and in FP32."""
-        current, tried = self._runner.current, bool(forwards)
-        for forward in forwards:
+        current = self._runner.current
+        tried = bool(forwards) and not self._recorder.used_torch_func(skip.step)
+        in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
+        for index, forward in reversed(list(enumerate(forwards))):
             bad = replay_backward(forward, current, 1.0, skip.scale)
             tried &= bad is not None and not bad.is_probe
-            if not (bad and bad.parameters):
+            if bad is None or not (bad.parameters or bad.outside):
                 continue
-            found = diagnose(True, [forward], self._runner)
-            if found.cause in (Cause.ACTIVATION, Cause.ROUNDING):
-                return found  # an infinite activation, which a function that saturates has hidden
-            outside = [path for path, g in (forward.output_gradients or {}).items() if non_finite_tensors(g)]
-            if outside:
-                named = join_names([f"output {path}".strip() for path in outside])
-                return Diagnosis(
-                    Cause.DERIVATIVE,
-                    f"the loss was finite, but its derivative with respect to the model's {named} is not: "
-                    "look outside of the model, where the loss is made, for a root or a division at zero.",
-                )
+            if bad.outside and (bad.is_from_outside or not bad.parameters):
+                if not bad.output_is_finite and (hidden := self._hidden_overflow(forward)):
+                    return hidden
+                operations = self._recorder.operations_outside()
+                through_others = not bad.is_from_outside or any(map(_takes_gradients_back, forwards[index + 1 :]))
+                if skip.scale > 1 and (through_others or any(map(_may_overflow_by_scale, operations))):
+                    tried = False
+                    continue
+                return _derivative_outside(bad.outside, operations)
             in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
-            if in_fp32 is None:
-                what = (
-                    "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
-                )
-                return Diagnosis(Cause.UNKNOWN, what, confirmed=False)
-            if in_fp32.parameters:
+            if in_fp32 is not None and in_fp32.parameters:
                 return self._derivative(forward, in_fp32)
+            if hidden := self._hidden_overflow(forward):
+                return hidden
+            if in_fp32 is None:
+                why = "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
+                return Diagnosis(Cause.UNKNOWN, why, confirmed=False)
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
         if tried or not forwards:
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
-        in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
-        self._recorder.keep_output_gradients(STEPS_WITH_GRADIENTS, large=in_doubt)
+        self._recorder.gradient_bytes = math.inf if in_doubt else LARGE_GRADIENTS
         return Diagnosis(Cause.SCALE, f"{SCALE_WILL_FIX_IT} {_OUTSIDE}", confirmed=False)
+
+    def _hidden_overflow(self, forward: RecordedForward) -> Diagnosis | None:
+        """The diagnosis of an infinite activation that a function which saturates has hidden from the loss; None where none is."""
+        found = diagnose(True, [forward], self._runner)
+        return found if found.cause in (Cause.ACTIVATION, Cause.ROUNDING) else None
 
     def _too_large_a_loss(
         self, skip: SkippedStep, forward: RecordedForward, in_fp32: BackwardFindings
@@ -552,8 +593,10 @@ class Diagnoser:
             found = replay_backward(forward, self._runner.current, 2.0**-power, skip.scale)
             return None if found is None or found.parameters else found
 
+        if tried(_POWERS[-1]) is None:
+            return None
         largest = bisect.bisect_left(_POWERS, True, key=lambda power: tried(power) is not None)
-        found = tried(_POWERS[largest]) if largest < len(_POWERS) else None
+        found = tried(_POWERS[largest])
         if found is None or in_fp32.moved - found.moved:
             return None
         return Diagnosis(

@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import compile_disabled, removal, takes_hooks, unpickled
+from hf_amp.patch_log import compile_disabled, is_one_graph, not_compiled_alone, removal, takes_hooks, unpickled
 from hf_amp.precision import FP32_FORMAT, HALF_DTYPES, PrecisionMode, upcast
 from hf_amp.statistics import is_sharded
 from hf_amp.tree import map_tensors, replace_tensors
@@ -80,7 +80,8 @@ class ForwardContext:
 
     def _exit(self) -> None:
         self._entered().remove(self)
-        self._of_thread.context.__exit__(None, None, None)
+        context, self._of_thread.context = self._of_thread.context, None  # compiled code cannot hand it on
+        context.__exit__(None, None, None)
 
     @classmethod
     def leave_interrupted(cls) -> None:
@@ -126,31 +127,43 @@ class ForwardContext:
         return nullcontext, ()
 
 
+not_compiled_alone(ForwardContext._enter)
+not_compiled_alone(ForwardContext._leave)
+
+
 class InnerForwardContext(ForwardContext):
     """The same for one module of a model that runs inside another context: this one is entered last and left first.
 
     Half-precision arguments are cast to FP32 on the way in, as FP32 kernels want them; those of submodules too, as
-    gradient checkpointing calls these on their own. Compiled code breaks its graph at these hooks: a context that is
-    entered in one traced function and left in another would be lost.
+    gradient checkpointing calls these on their own. Compiled code breaks its graph at these hooks, where it may: a context that
+    is entered in one traced function and left in another would be lost.
     """
 
     def _hook(self, module: nn.Module) -> list[Any]:
         return [
             module.register_forward_pre_hook(self._enter_with_float32, with_kwargs=True),
-            module.register_forward_hook(self._leave_eagerly, prepend=True, always_call=True),
+            module.register_forward_hook(self._leave_inner, prepend=True, always_call=True),
         ]
 
-    @compile_disabled
     @unpickled
-    def _enter_with_float32(
-        self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[Any, ...]:
+    def _enter_with_float32(self, module: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, ...]:
+        in_graph = torch.compiler.is_compiling() and is_one_graph()
+        entered: tuple[Any, ...] = (self._enter_inner if in_graph else self._enter_eagerly)(module, arguments, options)
+        return entered
+
+    def _enter_inner(self, module: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, ...]:
         self._enter(module, arguments)
         # Lists and mappings stay the same objects: the module may add to them for its caller.
         return upcast_in_place(arguments), upcast_in_place(options)
 
-    @compile_disabled
+    _enter_eagerly = compile_disabled(_enter_inner)
+
     @unpickled
+    def _leave_inner(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        in_graph = torch.compiler.is_compiling() and is_one_graph()
+        (self._leave if in_graph else self._leave_eagerly)(module, arguments, output)
+
+    @compile_disabled
     def _leave_eagerly(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._leave(module, arguments, output)
 
@@ -244,8 +257,6 @@ class PlanRunner:
         current: the context of the default, for whoever runs a forward pass.
         on_default_change: called with the new default.
         sharded: whether a trained model's parameters are shards.
-        fullgraph: compiled modules that allow no break in their graph: they run without their compiled code while the plan
-            is not the one asked for.
         fp32_parameters: `id` of the parameters that only modules which the plan names hold.
         loop_autocasts: whether the loop itself, too, runs something in the default.
         plan: what the next forward passes follow.
@@ -260,7 +271,6 @@ class PlanRunner:
         self._inner: dict[str, Callable[[], None]] = {}
         self._of_plan: list[Callable[[], None]] = []
         self.sharded = False
-        self.fullgraph: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.fp32_parameters: frozenset[int] = frozenset()
         self.loop_autocasts = False
         self._asked_for = default
@@ -366,11 +376,8 @@ class PlanRunner:
         is_fp32 = self.current.mode is PrecisionMode.FP32 is not self._asked_for
         half = self.plan.modules and any(p.dtype in HALF_DTYPES for model in self.models() for p in model.parameters())
         children = [child for model in self.models() for child in model.children()] if is_fp32 or half else []
-        in_one_graph = self.fullgraph if self.plan != PrecisionPlan(self._asked_for) else ()
         outside = ContextOutside(self.current)
-        eager = ForwardContext(functools.partial(torch.compiler.set_stance, "force_eager"))
         self._of_plan = [outside.install(child) for child in children]
-        self._of_plan += [eager.install(each, everywhere=False) for each in in_one_graph]
 
     def _wide_parameters(self, plan: PrecisionPlan) -> frozenset[int]:
         """`id` of the parameters that only modules in FP32 hold."""
@@ -394,7 +401,13 @@ def holds_shards(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters())) or any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules())
 
 
+def compiles() -> bool:
+    """Whether anything in this process was compiled by torch.compile since its last reset."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and bool(dynamo.cached_backends)  # private; tests/contract fails by name if it goes
+
+
 def _forget_compiled_code() -> None:
     """Compiled code does not watch the hooks of modules: whatever is compiled is compiled anew, at its next call."""
-    if "torch._dynamo" in sys.modules:
+    if compiles():
         torch.compiler.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import linecache
 import math
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import PrecisionMode
-from hf_amp.statistics import to_host
+from hf_amp.statistics import all_finite, to_host
 from hf_amp.tree import map_tensors, tensors_in
 
 
@@ -47,6 +48,7 @@ class OperatorTrace(TorchFunctionMode):
 
     Args:
         current: the precision of the run.
+        forward: whether what operators give in the forward pass is looked at, and not only their derivatives.
 
     Attributes:
         found: by module, its first operator that leaves the format, or else the first that is not defined on its inputs.
@@ -54,21 +56,23 @@ class OperatorTrace(TorchFunctionMode):
         repeats_backward: whether `autograd.grad` is called from outside of the model, and not by its forward.
     """
 
-    def __init__(self, current: CurrentPrecision) -> None:
+    def __init__(self, current: CurrentPrecision, forward: bool = True) -> None:
         super().__init__()
+        self._looks_at_forward = forward
         self.found: dict[str, BadOperator] = {}
         self.in_backward: BadOperator | None = None
         self.repeats_backward = False
         self._current = current
         self._minus_inf: BadOperator | None = None
         self._modules = [""]
+        self._is_entered: list[bool] = []
         self._is_inside = False
         self._thread = threading.get_ident()
         self._watched: set[Any] = set()
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Entered in every module of `model` anew, as the innermost mode: contexts of the plan are entered there too."""
+        """In every module of `model` the innermost mode, entered anew where it is not: contexts of the plan are entered there too."""
         handles = []
         for name, module in model.named_modules():
             if not takes_hooks(module):
@@ -87,13 +91,17 @@ class OperatorTrace(TorchFunctionMode):
 
     def _enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
         if threading.get_ident() == self._thread:
+            is_innermost = _get_current_function_mode() is self  # type: ignore[no-untyped-call]
             self._modules.append(name)
-            self.__enter__()  # type: ignore[no-untyped-call]
+            self._is_entered.append(not is_innermost)
+            if not is_innermost:
+                self.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave_module(self, module: nn.Module, arguments: Any, output: Any) -> None:
         if threading.get_ident() == self._thread and len(self._modules) > 1:
             self._modules.pop()
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if self._is_entered.pop():
+                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -116,11 +124,11 @@ class OperatorTrace(TorchFunctionMode):
         result = func(*args, **kwargs)
         for _, x in tensors_in(result):
             if x.grad_fn is not None:
-                at = (self._modules[-1], name, _source_line(), given)
+                at = (self._modules[-1], name, _source(), given)
                 cast(Any, x.grad_fn).metadata.setdefault(self, at)
                 if self._watched:  # backward recomputes what was checkpointed
                     self.watch_backward([x])
-        if all(map(_is_finite, _floats(result))) or _is_told_to(given) or _spoilt(given):
+        if not self._looks_at_forward or all(map(_is_finite, _floats(result))) or _is_told_to(given) or _spoilt(given):
             return result
         with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
             again = map_tensors(Tensor.clone, given) if writes else given
@@ -149,7 +157,7 @@ class OperatorTrace(TorchFunctionMode):
         module, output = self._modules[-1], _kinds_in(result)
         if exact is not None:
             output = f"{_range_of(exact)} in FP32 and {output} in {self._current.mode.number_format.name}"
-        what = f"{_described(name, _source_line(), given)}; its output is {output}"
+        what = f"{_described(name, _source(), given)}; its output is {output}"
         bad = BadOperator(module, what, exact is not None, _hint(name, given))
         from_finite = all(map(_is_finite, _floats(given)))
         if exact is None and not _spoilt(result):
@@ -162,22 +170,23 @@ class OperatorTrace(TorchFunctionMode):
 
     def watch_backward(self, ends: Any) -> None:
         """Looks at every node of the graph behind `ends` as backward runs it."""
-        for node, of_operator in graph_of(ends, self):
+        for node, of_operator in graph_of([x.grad_fn for x in ends], self):
             if node not in self._watched:
                 self._watched.add(node)
-                node.register_hook(functools.partial(self._after_node, node.name(), of_operator))
+                if not re.match(_MOVES_ONLY, name := node.name()):
+                    node.register_hook(functools.partial(self._after_node, name, of_operator))
 
     def _after_node(self, node: str, of_operator: Any, gradients: tuple[Any, ...], given: tuple[Any, ...]) -> None:
         if self.in_backward is not None or all(_is_finite(g) for g in _floats(gradients)):
             return
         if all(_is_finite(g) for g in _floats(given)):
-            module, name, line, inputs = of_operator or ("", node, "", ())
-            self.in_backward = BadOperator(module, f"{node}, the derivative of {_described(name, line, inputs)}")
+            module, name, source, inputs = of_operator or ("", node, ("", 0), ())
+            self.in_backward = BadOperator(module, f"{node}, the derivative of {_described(name, source, inputs)}")
 
 
-def graph_of(ends: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
-    """Every node of the graph behind the tensors `ends`, with its metadata of that key, or those of the node before it."""
-    queue: list[tuple[Any, Any]] = [(x.grad_fn, None) for x in ends]
+def graph_of(ends: list[Any], key: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Every node of the graph behind the nodes `ends`, with its metadata of that key, or those of the node before it."""
+    queue: list[tuple[Any, Any]] = [(node, None) for node in ends]
     seen = set()
     while queue:
         node, data = queue.pop()
@@ -188,24 +197,29 @@ def graph_of(ends: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
             queue += [(behind, data) for behind, _ in node.next_functions]
 
 
+_MOVES_ONLY = "(Unsafe)?(View|Transpose|Permute|T|Slice|Select|Split|Squeeze|Unsqueeze)Backward|.*AccumulateGrad"
+"""Nodes that make no new values."""
 _NOT_EXAMINED = ("__get__", "detach", "requires_grad_", "backward")  # the last runs operators of its own
 _WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 _OTHERS = tuple(str(Path(at).parent) for at in (torch.__file__, str(Path(__file__).parent)))
 
 
-def _source_line() -> str:
-    """The innermost line outside of torch and hf_amp, in transformers of a model's own file; "" where there is none."""
-    frame, lines = sys._getframe(1), []
+def _source() -> tuple[str, int]:
+    """File and line of the innermost line outside of torch and hf_amp, in transformers of a model's own file; "" where none is."""
+    frame, innermost = sys._getframe(1), ("", 0)
     while frame is not None and not frame.f_code.co_filename.endswith("fallback/replay.py"):
         file = frame.f_code.co_filename
         if not file.startswith(_OTHERS):
-            lines.append((file, frame.f_lineno))
+            if "/transformers/" not in file or "/transformers/models/" in file:
+                return file, frame.f_lineno
+            innermost = innermost if innermost[0] else (file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
-    own = [(file, line) for file, line in lines if "/transformers/" not in file or "/transformers/models/" in file]
-    for file, line in own or lines:
-        source = linecache.getline(file, line).strip()
-        return f"{Path(file).name}:{line}" + (f" (`{source[:80]}`)" if source else "")
-    return ""
+    return innermost
+
+
+def _quoted(file: str, line: int) -> str:
+    source = linecache.getline(file, line).strip()
+    return f" at {Path(file).name}:{line}" + (f" (`{source[:80]}`)" if source else "") if file else ""
 
 
 def _floats(value: Any) -> list[Tensor]:
@@ -213,7 +227,7 @@ def _floats(value: Any) -> list[Tensor]:
 
 
 def _is_finite(x: Tensor) -> bool:
-    return bool(x.detach().isfinite().all())
+    return bool(all_finite(x))
 
 
 def _spoilt(value: Any) -> bool:
@@ -240,11 +254,11 @@ def _kinds_in(value: Any) -> str:
     return " and ".join(kind for kind, test in tests.items() if any(test(x).any() for x in _floats(value))) or "finite"
 
 
-def _described(name: str, line: str, given: Any) -> str:
+def _described(name: str, source: tuple[str, int], given: Any) -> str:
     floats, kinds = _floats(given), {"inputs": False, "parameters": True}
     ranges = {of: _range_of([x for x in floats if isinstance(x, nn.Parameter) is held]) for of, held in kinds.items()}
     known = " and ".join(f"{of} range {values}" for of, values in ranges.items() if values)
-    return f"{name}{f' at {line}' if line else ''}{f', whose {known}' if known else ''}"
+    return f"{name}{_quoted(*source)}{f', whose {known}' if known else ''}"
 
 
 def _hint(name: str, given: Any) -> str:

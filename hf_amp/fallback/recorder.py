@@ -3,25 +3,25 @@ buffers were before it, so that they can be put back."""
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from hf_amp.device import RandomState, is_capturing
+from hf_amp.device import RandomState, devices_of, is_capturing
 from hf_amp.fallback.module_precision import PlanRunner
+from hf_amp.fallback.operators import graph_of
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import UnpickledHook, compile_disabled, takes_hooks
+from hf_amp.patch_log import UnpickledHook, compile_disabled, is_one_graph, removal, takes_hooks
 from hf_amp.statistics import is_sharded, to_host_list
 from hf_amp.tree import copy_containers, tensors_in, tensors_of
 
@@ -30,16 +30,21 @@ ELEMENTS_COPIED_UNSEEN = 2**23
 
 
 class _Buffer(NamedTuple):
-    """Where a model keeps a buffer, which a forward pass may replace by another tensor."""
+    """Where a model keeps a buffer, or a tensor as a plain attribute, which a forward pass may replace by another tensor."""
 
     path: str
     module: weakref.ref[nn.Module]
     name: str
 
+    def place(self) -> dict[str, Any]:
+        """What holds it by its name."""
+        module = self.module()
+        return {} if module is None else module._buffers if self.name in module._buffers else vars(module)
+
     def tensor(self) -> Tensor | None:
         """The tensor there now; None where there is none, or none that `isfinite` is for, such as FP8, or a DTensor."""
-        x = module._buffers.get(self.name) if (module := self.module()) is not None else None
-        if x is None or x.is_meta or x.is_sparse or is_sharded(x):
+        x = self.place().get(self.name)
+        if not isinstance(x, Tensor) or x.requires_grad or x.is_meta or x.is_sparse or is_sharded(x):
             return None
         return x if x.is_floating_point() and x.element_size() > 1 else None
 
@@ -58,7 +63,10 @@ class ModelBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        held = [(path, module, *item) for path, module in model.named_modules() for item in module._buffers.items()]
+        plain = [
+            (*at, *item) for at in model.named_modules() for item in vars(at[1]).items() if isinstance(item[1], Tensor)
+        ]
+        held = [*plain, *((*at, *item) for at in model.named_modules() for item in at[1]._buffers.items())]
         floats = [(path, module, name) for path, module, name, x in held if x is None or x.is_floating_point()]
         self._all = [_Buffer(f"{path}.{name}".lstrip("."), weakref.ref(module), name) for path, module, name in floats]
         self._at_start: dict[str, tuple[weakref.ref[Tensor], tuple[int, ...], Tensor]] = {}
@@ -95,8 +103,8 @@ class ModelBuffers:
         rows = list(zip(pairs, found[::2], found[1::2], strict=True))
         lost = [module for (at, *_), was, bad in rows if was < 2 and bad > was and (module := at.module()) is not None]
         for (at, tensor, old, now), was, _ in rows if lost else ():
-            if was < 2 and not torch.equal(now, old.to(now)) and (module := at.module()) is not None:
-                module._buffers[at.name] = now.copy_(old) if tensor() is now and now.shape == old.shape else old.clone()
+            if was < 2 and not torch.equal(now, old.to(now)):
+                at.place()[at.name] = now.copy_(old) if tensor() is now and now.shape == old.shape else old.clone()
         return list(dict.fromkeys(lost))
 
     def non_finite(self, suspects: bool = False) -> list[str]:
@@ -128,14 +136,13 @@ KEPT_EVALUATIONS = 8
 """The same of models that only evaluate, such as a reference model; few, because a long evaluation also runs them."""
 OBJECTS_DEEP = 3
 """How many objects inside of each other are looked into for tensors of the batch, such as a graph's `data.x`; after a skip only."""
-LARGE_GRADIENTS = 64 * 2**20
-"""Bytes of gradients of one pass's outputs that are kept only where step after step goes wrong, as those of a vocabulary."""
-STEPS_WITH_GRADIENTS = 512
-"""Applied steps after a skip that could not be explained in which outputs' gradients are kept: a bad row comes again."""
+KEPT_GRADIENTS, LARGE_GRADIENTS = 2**24, 2**26
+"""Bytes of what the loss gives to outputs that are kept of a step until the next begins; the same after one that could not be
+explained."""
 PASSES_TRIED = 3
 """The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
-KEPT_STEPS = 2
-"""Steps kept: the newest, and the one before, whose verdict PERFORMANCE_OPTIMIZED learns one step late."""
+KEPT_BYTES = 2**30
+"""What the batches of one step that are kept may take on their devices; the newest one is kept in any case."""
 
 
 class RecordedForward(NamedTuple):
@@ -144,7 +151,8 @@ class RecordedForward(NamedTuple):
     Attributes:
         random_state: what dropout drew from on the CPU and on the batch's devices; None where that is not known.
         plan: what it ran under; None where that is not known.
-        output_gradients: what the loss gave to each output, by its path, times the scale; where they were kept.
+        output_gradients: what the loss gave to each output, by its path, times the scale; None where it gave nothing. Outputs
+            that are not in it were not watched.
         is_intact: whether the batch is still what it was: neither the model, nor a loader that reuses its memory, has
             written into it since.
     """
@@ -154,7 +162,7 @@ class RecordedForward(NamedTuple):
     options: dict[str, Any]
     random_state: RandomState | None = None
     plan: PrecisionPlan | None = None
-    output_gradients: dict[str, Tensor] | None = None
+    output_gradients: Mapping[str, Tensor | None] = MappingProxyType({})
     is_intact: bool = True
 
 
@@ -166,11 +174,13 @@ class _Kept(NamedTuple):
     options: dict[str, Any]
     random_state: RandomState | None
     plan: PrecisionPlan
-    output_gradients: dict[str, Tensor]
+    output_gradients: dict[str, list[Tensor | None]]
     versions: tuple[int, ...]
     backwards: int
     thread: int
     sequence_number: int
+    nbytes: int
+    """Of the batch's tensors."""
 
 
 @dataclass
@@ -179,7 +189,9 @@ class _OfStep:
 
     Attributes:
         calls: of models while gradients are on.
+        bytes_kept: what their batches take.
         has_let_go: whether there were more of them than are kept.
+        by_torch_func: whether there were calls by torch.func, which cannot be repeated.
         evaluations: calls of models that only evaluate, without gradients.
         buffers: what they were before it, by model.
         may_leave_out: whether a call followed another without a backward in between: a loss may be made from both, or not.
@@ -187,7 +199,9 @@ class _OfStep:
     """
 
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
+    bytes_kept: int = 0
     has_let_go: bool = False
+    by_torch_func: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
     buffers: dict[weakref.ref[nn.Module], _Copies] = field(default_factory=dict)
     may_leave_out: bool = False
@@ -200,7 +214,7 @@ class _OfStep:
         of each: what it made may have been given to another, detached.
         """
         calls = list(self.calls)
-        numbers = {number: _sequence_numbers(node) for number, node in self.graphs}
+        numbers = {number: [each._sequence_nr() for each, _ in graph_of([node])] for number, node in self.graphs}
         ends = [*(call.sequence_number for call in calls), math.inf][1:]
 
         def is_used(call: _Kept, end: float) -> bool:
@@ -214,10 +228,12 @@ class _OfStep:
 
 
 class CountsSteps(Protocol):
-    """Whoever counts the optimizer steps decided, and the backward passes begun."""
+    """Whoever counts the optimizer steps decided, those whose outcome is known, and the backward passes begun."""
 
     decided_steps: int
+    known_steps: int
     backwards: int
+    graph: Any
     note_loss: Callable[[Tensor], None] | None
 
 
@@ -233,7 +249,8 @@ class ForwardRecorder:
 
     Attributes:
         is_paused: whether nothing is noted, because forward passes are repeated.
-        gradient_steps: applied steps for which what the loss gives to outputs is still kept.
+        gradient_bytes: of what the loss gives to outputs, so many are kept of a step at most.
+        one_graph: whether compiled code that may not break its graph calls a model.
         on_error: called with what a training model's forward pass has raised.
     """
 
@@ -242,10 +259,15 @@ class ForwardRecorder:
         self._runner = runner
         self._by_step: dict[int, _OfStep] = {}
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
-        self._entry_points: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self.gradient_hooks: list[RemovableHandle] = []
-        self.gradient_steps, self._keeps_large = 0, False
+        self.gradient_bytes: float = KEPT_GRADIENTS
+        self._room: float = KEPT_GRADIENTS
+        self._end_of_forward = 0
+        self.one_graph = False
+        self._hooks: list[_Note] = []
+        # where each model holds its first parameter, and under which name
+        self._first: dict[weakref.ref[nn.Module], tuple[weakref.ref[nn.Module], str]] = {}
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
+        self._devices: dict[weakref.ref[nn.Module], set[torch.device]] = {}
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
         self.on_error: Callable[[Exception], Any] = lambda error: None
@@ -254,33 +276,37 @@ class ForwardRecorder:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
         reference = weakref.ref(model)
         self._buffers[reference] = ModelBuffers(model)
+        held = (
+            (weakref.ref(at), name) for at in model.modules() for name, p in at._parameters.items() if p is not None
+        )
+        self._first[reference] = next(held, (reference, ""))
         if not takes_hooks(entry_point):
             return lambda: None
-        handle = entry_point.register_forward_pre_hook(_Note(self._note, reference), with_kwargs=True)
-        end = entry_point.register_forward_hook(_NoteEnd(self, reference), always_call=True)
-        self._entry_points.add(entry_point)
-        self.keep_output_gradients(self.gradient_steps)  # as a state that was loaded before asks for
+        self._hooks.append(note := _Note(self, reference))
+        before = entry_point.register_forward_pre_hook(note, with_kwargs=True)
+        return removal([before, entry_point.register_forward_hook(_NoteEnd(self, reference), always_call=True)])
 
-        def undo() -> None:
-            handle.remove()
-            end.remove()
-            self.keep_output_gradients(0)
-
-        return undo
-
-    def _note(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def note(self, reference: weakref.ref[nn.Module], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Before a call of a model."""
         model = reference()
         if model is None or self.is_paused:
             return
         if model.training and reference not in (now := self._now()).buffers:
             now.buffers[reference] = self._buffers[reference].snapshot()
-        if torch.is_grad_enabled():
+        if self._is_functional(reference):
+            self._now().by_torch_func = True
+        elif torch.is_grad_enabled():
             now = self._now()
+            self._let_go_of_known_steps()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
             if now.may_leave_out and self._steps.note_loss is None:
                 self._steps.note_loss = self.note_loss
-            now.calls.append(self._kept(reference, arguments, options))
+            now.calls.append(kept := self._kept(reference, arguments, options))
+            now.bytes_kept += kept.nbytes
+            while now.bytes_kept > KEPT_BYTES and len(now.calls) > 1:
+                now.bytes_kept -= now.calls.popleft().nbytes
+                now.has_let_go = True
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
 
@@ -290,14 +316,43 @@ class ForwardRecorder:
         Returns:
             Whether it was a training model's pass.
         """
-        if self.is_paused or reference() is None or not torch.is_grad_enabled() or not (calls := self._now().calls):
+        if self.is_paused or not torch.is_grad_enabled() or self._is_functional(reference):
             return False
-        if (before := calls[-1].random_state) and before.has_moved_outside_of_torch():
-            self._draws_outside.add(reference)
-        self._passes_tried[reference] += 1
+        at = (reference, threading.get_ident())
+        call = next((call for call in reversed(self._now().calls) if (call.model, call.thread) == at), None)
+        if call is None:
+            return False
+        if self._passes_tried[reference] < PASSES_TRIED:
+            if (before := call.random_state) and before.has_moved_outside_of_torch():
+                self._draws_outside.add(reference)
+            self._passes_tried[reference] += 1
+        self._end_of_forward = cast(Any, torch.autograd)._get_sequence_nr()
         if output is None and isinstance(error := sys.exc_info()[1], Exception):
             self.on_error(error)
+        self._watch_gradients(call.output_gradients, output)
         return True
+
+    def _watch_gradients(self, kept: dict[str, list[Tensor | None]], output: Any) -> None:
+        """Keeps what the loss will give to `output`, so that backward can be repeated from there. No kernel, no GPU-CPU sync.
+
+        Where there is no room for all of it, of what is one number, as a loss that the model returns.
+        """
+        items = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
+        found = [(str(path), x) for path, x in items if isinstance(x, Tensor) and x.grad_fn is not None]
+        if not found or self.gradient_bytes > KEPT_GRADIENTS:
+            found = [(path, x) for path, x in tensors_in(output) if x.grad_fn is not None]
+        if (size := sum(x.nbytes for _, x in found)) > self._room:
+            found, size = [(path, x) for path, x in found if x.dim() == 0], 0
+        if found:
+            self._room -= size
+            for path, x in found:
+                kept[path] = []
+                cast(Any, x).register_hook(kept[path].append)
+
+    def _let_go_of_known_steps(self) -> None:
+        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on."""
+        newest = self._steps.decided_steps + 1
+        self._by_step = {n: its for n, its in self._by_step.items() if n == newest or n > self._steps.known_steps}
 
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
@@ -306,9 +361,12 @@ class ForwardRecorder:
     def _now(self) -> _OfStep:
         step = self._steps.decided_steps + 1
         if step not in self._by_step:
-            kept = {old: its for old, its in self._by_step.items() if step - KEPT_STEPS < old < step}
-            for its in kept.values():
+            kept = {old: its for old, its in self._by_step.items() if step - 2 < old < step}
+            self._room, self._steps.graph = self.gradient_bytes, None
+            for old, its in kept.items():
                 its.graphs.clear()
+                for call in its.calls if old <= self._steps.known_steps else ():
+                    call.output_gradients.clear()
             self._by_step = {**kept, step: _OfStep()}
         return self._by_step[step]
 
@@ -318,41 +376,36 @@ class ForwardRecorder:
         tensors = tensors_of((arguments, options))
         only_torch = self._passes_tried[reference] >= PASSES_TRIED and reference not in self._draws_outside
         versions, devices = _versions(tensors), {x.device for x in tensors}
+        if (model := reference()) is not None:  # one that is spread over several draws on all of them
+            if self._passes_tried[reference] < PASSES_TRIED:
+                self._devices[reference] = devices_of(model)
+            devices |= self._devices[reference]
         # While a CUDA graph is captured, no generator may be asked.
         random_state = None if any(map(is_capturing, devices)) else RandomState.now(devices, only_torch)
-        seen = (random_state, self._runner.plan, dict[str, Tensor](), versions)
+        seen = (random_state, self._runner.plan, dict[str, list[Tensor | None]](), versions)
         where = (self._steps.backwards, threading.get_ident(), cast(Any, torch.autograd)._get_sequence_nr())
-        return _Kept(reference, arguments, options, *seen, *where)
+        return _Kept(reference, arguments, options, *seen, *where, sum([x.nbytes for x in tensors]))
 
     def note_loss(self, loss: Tensor) -> None:
         """`loss` goes into backward: where it does not say by itself which calls it was made from, its graph will."""
+        for hook in self._hooks:
+            if hook.newest is not None:
+                kept, hook.newest = self._kept(hook.model, *hook.newest), None
+                self._now().calls.append(kept._replace(random_state=None, backwards=self._steps.backwards - 1))
+                self.one_graph, self._steps.note_loss = True, self.note_loss
         now = self._by_step.get(self._steps.decided_steps + 1)
         if now is not None and now.may_leave_out:
             now.graphs.append((self._steps.backwards, loss.grad_fn))
 
-    def keep_output_gradients(self, steps: int, large: bool = False) -> None:
-        """Keeps what the loss gives to outputs during the next `steps` applied steps, so that backward can be repeated from there.
+    def operations_outside(self) -> list[Any]:
+        """The nodes of the newest loss's graph that were made after the model had returned."""
+        return [node for node, _ in graph_of([self._steps.graph]) if node._sequence_nr() >= self._end_of_forward]
 
-        For steps that go wrong with a loss that is made outside of the model. Takes as much memory: `large` says whether that may
-        be more than 64 MiB a forward pass, until a step is applied.
-        """
-        self.gradient_steps, self._keeps_large = steps, large
-        while not steps and self.gradient_hooks:
-            self.gradient_hooks.pop().remove()
-        for entry in self._entry_points if steps and not self.gradient_hooks else ():
-            hook = _Note(self._keep_gradients_of, weakref.ref(entry))
-            self.gradient_hooks.append(entry.register_forward_hook(hook))
-
-    def after_applied(self) -> None:
-        """A step was applied: nothing goes wrong again and again."""
-        self.keep_output_gradients(self.gradient_steps - 1)
-
-    def _keep_gradients_of(self, entry_point: weakref.ref[nn.Module], arguments: Any, output: Any) -> None:
-        calls = self._now().calls
-        found = [(path, x) for path, x in tensors_in(output) if x.requires_grad and calls and not self.is_paused]
-        if self._keeps_large or sum(x.nbytes for _, x in found) <= LARGE_GRADIENTS:
-            for path, x in found:
-                cast(Any, x).register_hook(functools.partial(calls[-1].output_gradients.__setitem__, path))
+    def begin_step(self) -> None:
+        """Copies buffers already now where calls are noted only after they were made, as those of one graph."""
+        for hook in self._hooks:
+            if self.one_graph and hook.model() is not None:
+                self._now().buffers[hook.model] = self._buffers[hook.model].snapshot()
 
     def forwards_of(self, step: int, left_out: bool = True) -> list[RecordedForward]:
         """The forward passes behind optimizer step `step`, oldest first. `left_out`: those too that no loss was made from.
@@ -365,6 +418,16 @@ class ForwardRecorder:
     def has_let_go(self, step: int) -> bool:
         """Whether there were more forward passes behind optimizer step `step` than are kept."""
         return next((its.has_let_go for its in self._back_from(step) if its.calls), False)
+
+    def _is_functional(self, reference: weakref.ref[nn.Module]) -> bool:
+        """Whether torch.func calls the model: inside of a transform (`grad`, `vmap`), or on other parameters (`functional_call`)."""
+        at, name = self._first[reference]
+        held = None if (module := at()) is None else module._parameters.get(name)
+        return torch._C._are_functorch_transforms_active() or not isinstance(held, (nn.Parameter, type(None)))
+
+    def used_torch_func(self, step: int) -> bool:
+        """Whether models were called by torch.func in optimizer step `step`."""
+        return self._by_step.get(step, _OfStep()).by_torch_func
 
     def evaluations_of(self, step: int) -> list[RecordedForward]:
         """The same as `forwards_of`, of models that only evaluate, whose outputs the loss may be made from."""
@@ -403,22 +466,19 @@ class ForwardRecorder:
 def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
     """Those of the thread that steps, where it has made any: another may serve the model meanwhile."""
     own = [kept for kept in calls if kept.thread == threading.get_ident()]
-    return [
-        RecordedForward(model, *kept[1:6], is_intact=kept.versions == _versions(tensors_of(kept[1:3])))
-        for kept in own or calls
-        if (model := kept.model()) is not None
-    ]
+    repeatable = []
+    for kept in own or calls:
+        if (model := kept.model()) is not None:
+            given = {path: _sum_of(each) for path, each in kept.output_gradients.items()}
+            is_intact = kept.versions == _versions(tensors_of(kept[1:3]))
+            repeatable.append(RecordedForward(model, *kept[1:5], given, is_intact))
+    return repeatable
 
 
-def _sequence_numbers(node: Any) -> list[int]:
-    """Those of all operations behind `node`. Autograd numbers operations in the order in which a thread runs them."""
-    seen: set[Any] = {None}
-    waiting = [node]
-    while waiting:
-        if (newest := waiting.pop()) not in seen:
-            seen.add(newest)
-            waiting += [behind for behind, _ in newest.next_functions]
-    return [each._sequence_nr() for each in seen - {None}]
+def _sum_of(gradients: list[Tensor | None]) -> Tensor | None:
+    """What all passes backward gave to an output; autograd calls hooks with None where a pass gives nothing."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    return torch.stack(found).sum(0) if found else None
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
@@ -427,15 +487,27 @@ def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
 
 
 class _Note(UnpickledHook):
-    """The hook that notes the calls of one model, not those of its copies, such as an EMA."""
+    """The hook that notes the calls of one model, not those of its copies, such as an EMA.
 
-    def __init__(self, note: Callable[..., None], model: weakref.ref[nn.Module]) -> None:
-        self._note = note
-        self._model = model
+    Compiled code breaks its graph here. Where it may not, it leaves in `newest` what it was called with, which is noted later.
+    """
+
+    def __init__(self, recorder: ForwardRecorder, model: weakref.ref[nn.Module]) -> None:
+        self._recorder = recorder
+        self.model = model
+        self.newest: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self._recorder.note(self.model, arguments, options)
+        elif not is_one_graph():
+            self._note(arguments, options)
+        elif torch.is_grad_enabled():
+            self.newest = (arguments, options)
 
     @compile_disabled
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self._note(self._model, arguments, options)
+    def _note(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._recorder.note(self.model, arguments, options)
 
 
 class _NoteEnd(UnpickledHook):
@@ -447,7 +519,9 @@ class _NoteEnd(UnpickledHook):
         self.passes_tried = 0
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if output is None or self.passes_tried < PASSES_TRIED:
+        if not torch.compiler.is_compiling():
+            self._recorder.note_end(self._model, output)
+        elif (output is None or self.passes_tried < PASSES_TRIED) and not is_one_graph():
             self._note_end(output)
 
     @compile_disabled

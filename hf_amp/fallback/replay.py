@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import sys
 import threading
 import warnings
@@ -12,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,8 @@ from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, h
 from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.patch_log import takes_hooks
-from hf_amp.precision import HALF_DTYPES, PrecisionMode
-from hf_amp.statistics import is_distributed, to_host_list
+from hf_amp.precision import PrecisionMode, upcast
+from hf_amp.statistics import all_finite, extremes, is_distributed, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
 
 
@@ -98,7 +100,7 @@ def _replay_modules(
     begin, end = watch.look_at("")
     try:
         with _nothing_changes(forward.model, gradients), current():
-            for x in map(forward.model.get_buffer, without):
+            for x in (attrgetter(name)(forward.model) for name in without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
             counters = _counters(forward.model)
@@ -126,12 +128,18 @@ class BackwardFindings(NamedTuple):
         moved: names of those whose gradients are not zero throughout.
         operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
         is_probe: whether small random numbers stood for what the loss gives to the output.
+        outside: paths of outputs to which something that is not finite came.
+        is_from_outside: whether all of that came from outside of the model, and not in part through another output.
+        output_is_finite: whether what the model returned is.
     """
 
     parameters: list[str]
     moved: frozenset[str]
     operator: BadOperator | None = None
     is_probe: bool = False
+    outside: Sequence[str] = ()
+    is_from_outside: bool = False
+    output_is_finite: bool = True
 
 
 def replay_backward(
@@ -144,14 +152,14 @@ def replay_backward(
 ) -> BackwardFindings | None:
     """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite.
 
-    Where the model returns no loss, backward starts from the gradients that the step, with its loss times `scale`, gave to
-    the outputs, if they were kept, otherwise from small random numbers at its single output, on which a loss must depend.
+    It starts from the gradients that the step, with its loss times `scale`, gave to the outputs, where they were kept, otherwise
+    from the loss that the model returns, or small random numbers at its single output, on which a loss must depend.
     None where nothing is known: there are several, or the repetition failed. Costs one step without its optimizer, and
     memory for the gradients; nothing of the run changes.
     `by_operator` looks for the operator as well, with one GPU-CPU sync each.
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
-    trace = OperatorTrace(current) if by_operator else None
+    trace = OperatorTrace(current, forward=False) if by_operator else None
     try:
         with ExitStack() as stack:
             stack.enter_context(_nothing_changes(forward.model, gradients=True))
@@ -161,16 +169,20 @@ def replay_backward(
             stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
             with trace.watching(forward.model) if trace else nullcontext():
                 output, _ = _repeat(forward, in_fp32)
-                starts, is_probe = _starts(output, forward, factor, scale)
+                starts, *about = _starts(output, forward, factor, scale)
                 gradients = _backward(starts, [p for _, p in named], trace) if starts else None
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
     if gradients is None:
         return None
-    known = [(name, g) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    bad = [name for name, g in known if non_finite_tensors(g)]
-    moved = frozenset(name for name, g in known if g.any())
-    return BackwardFindings(bad, moved, trace.in_backward if trace else None, is_probe)
+    known = [(name, g.detach()) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
+    ends = to_host_list(end for _, g in known for end in extremes(g))
+    by_name = [(name, pair) for (name, _), pair in zip(known, zip(ends[::2], ends[1::2], strict=True), strict=True)]
+    bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
+    moved = frozenset(name for name, pair in by_name if any(pair))
+    output_is_finite = not (bad and non_finite_tensors(output))
+    seen = (*cast(Any, about), output_is_finite)
+    return BackwardFindings(bad, moved, trace.in_backward if trace else None, *seen)
 
 
 @contextmanager
@@ -189,17 +201,22 @@ def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 def _starts(
     output: Any, forward: RecordedForward, factor: float, scale: float
-) -> tuple[list[tuple[Tensor, Tensor]], bool]:
-    """(output, its gradient) of those that backward starts from, none where nothing is known; and whether that is a probe."""
+) -> tuple[list[tuple[Tensor, Tensor]], bool, list[str], bool]:
+    """(output, its gradient) of those that backward starts from, none where nothing is known; the rest as in `BackwardFindings`."""
     outputs = {path: x for path, x in float_tensors(output) if x.requires_grad}
-    losses = [(x, torch.full_like(x, factor)) for x in outputs.values() if x.dim() == 0][:1]
-    given = forward.output_gradients or {}
-    if losses or (scale > 1 and any(non_finite_tensors(g) and g.dtype in HALF_DTYPES for g in given.values())):
-        return losses, False  # the latter may be the scale's doing
-    starts = [(x, (given[path] * (factor / scale)).to(x.dtype)) for path, x in outputs.items() if path in given]
-    if starts or len(outputs) != 1:
-        return starts, False
-    return [(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], True
+    watched = {path: g for path, g in forward.output_gradients.items() if path in outputs}
+    given = {path: g for path, g in watched.items() if g is not None and g.shape == outputs[path].shape}
+    if given:
+        # What came to an output that another one is made from came partly through that one.
+        behind = {path: {node for node, _ in graph_of([outputs[path].grad_fn])} for path in given}
+        ends = [path for path in given if sum(outputs[path].grad_fn in nodes for nodes in behind.values()) == 1]
+        bad = [path for path in given if non_finite_tensors(given[path])]
+        pairs = [(outputs[path], (upcast(given[path]) * (factor / scale)).to(outputs[path])) for path in ends]
+        return pairs, False, [path for path in ends if path in bad] or bad, not set(bad).isdisjoint(ends)
+    numbers = [(x, torch.full_like(x, factor)) for path, x in outputs.items() if x.dim() == 0 and path not in watched]
+    if numbers or len(outputs) != 1:
+        return numbers[:1], False, [], False
+    return [(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], True, [], False
 
 
 def _backward(
@@ -209,7 +226,7 @@ def _backward(
     if trace is not None:
         trace.repeats_backward = True
         trace.watch_backward(ends)
-    if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of(ends)):
+    if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends])):
         return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
     if is_distributed():
         return None  # what waits for the other ranks hangs on the gradients' accumulation
@@ -279,8 +296,9 @@ class _Replay:
         self._repeats = True
         try:
             with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
-                # The whole model's own attribute may be a wrapper that enters autocast again, as accelerate's does.
-                forward = module.forward if name else functools.partial(type(module).forward, module)
+                # With its hooks, which may change its output. The whole model's own attribute may be a wrapper that enters
+                # autocast again, as accelerate's does.
+                forward = module if name else functools.partial(type(module).forward, module)
                 exact = forward(*to_float32(arguments), **to_float32(options))
         finally:
             self._repeats = False
@@ -330,7 +348,7 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
 def non_finite_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors inside of `value` that hold inf or NaN. One GPU-CPU sync."""
     found = [x for _, x in float_tensors(value)]
-    finite = to_host_list(x.detach().isfinite().all() for x in found)
+    finite = to_host_list(map(all_finite, found))
     return [x for x, is_finite in zip(found, finite, strict=True) if not is_finite]
 
 
@@ -355,7 +373,9 @@ def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[s
     """
     if not forward.is_intact:
         raise RuntimeError("the batch was written into since, by the model or by what loads it")
-    kept = {id(x): x for _, x in tensors_in((forward.arguments, forward.options), depth=OBJECTS_DEEP)}
+    given = [x for _, x in tensors_in((forward.arguments, forward.options), depth=OBJECTS_DEEP)]
+    # Behind what the loop has computed before is a graph that its own backward has used up.
+    kept = {id(x): x.detach().requires_grad_(x.requires_grad) if x.grad_fn is not None else x for x in given}
     arguments, options = copy.deepcopy((forward.arguments, forward.options), kept)
     if "use_cache" in inspect.signature(type(forward.model).forward).parameters:
         options["use_cache"] = False

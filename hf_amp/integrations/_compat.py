@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,12 @@ from torch import nn
 def prepared_models(accelerator: Accelerator) -> list[nn.Module]:
     """The models that `accelerator` has prepared."""
     return list(accelerator._models)
+
+
+def in_its_ddp(model: nn.Module) -> nn.Module:
+    """The DistributedDataParallel around a prepared model, of which accelerate keeps no hold; `model` where there is none."""
+    around = (x for x in gc.get_objects() if issubclass(type(x), nn.parallel.DistributedDataParallel))
+    return next((ddp for ddp in around if ddp.module is model), model)
 
 
 def forward_before_autocast(model: nn.Module) -> Callable[..., Any]:

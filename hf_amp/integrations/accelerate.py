@@ -34,6 +34,7 @@ from hf_amp.integrations._compat import (
     forget_skip,
     forward_before_autocast,
     has_step_hooks,
+    in_its_ddp,
     prepared_models,
     prepared_optimizers,
     replace_scaler,
@@ -44,7 +45,7 @@ from hf_amp.integrations.trackers import logging_with_metrics
 from hf_amp.patch_log import PatchLog, UnpickledHook, takes_hooks
 from hf_amp.precision import PrecisionMode
 from hf_amp.scaling.master_weights import convert_parameters, upcast_state
-from hf_amp.scaling.optimizer_step import RefuseScaledStep, has_closure, install_refusal
+from hf_amp.scaling.optimizer_step import RefuseScaledStep, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.session import AmpSession
 from hf_amp.statistics import held_by
@@ -241,7 +242,7 @@ class AttachedAccelerator:
             changed["scaler"] = self._scaler_that_goes_on()
         else:
             changed["backward"] = self.backward
-        if scales and not self._sharded:  # a rank knows the norm of its own shards only
+        if not self._sharded:  # a rank knows the norm of its own shards only
             changed["clip_grad_norm_"] = self.clip_grad_norm_
         if not scales and self._masters is not None:
             changed["unscale_gradients"] = self.unscale_gradients
@@ -271,16 +272,16 @@ class AttachedAccelerator:
         self._stock["backward"](self._session.scaler.scale(loss), **kwargs)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        """Fuses clipping into the optimizer step where the session says that nobody looks in between."""
+        """Clips by the norm that the finite check takes; fused into the optimizer step where nobody looks in between."""
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        if self._session.folds_clipping and norm_type == 2 and len(self._optimizers.registered) == 1:
-            (optimizer,) = self._optimizers.registered
-            inner = optimizer.optimizer
+        scaler, registered = self._session.scaler, list(self._optimizers.registered)
+        if norm_type == 2 and len(registered) == 1 and self._masters is None:
+            inner = registered[0].optimizer
             # The norm is that of the gradients which the optimizer will apply, of all of them and of no other.
             held = {id(p) for group in inner.param_groups for p in group["params"] if p.grad is not None}
-            holds_exactly = held == {id(p) for p in parameters if p.grad is not None}
-            if holds_exactly and not has_step_hooks(inner, besides=RefuseScaledStep):
-                return self._session.scaler.clip_grad_norm_(inner, max_norm)
+            if held == {id(p) for p in parameters if p.grad is not None}:
+                folds = self._session.folds_clipping and not has_step_hooks(inner, besides=RefuseScaledStep)
+                return scaler.clip_grad_norm_(inner, max_norm, in_place=scaler.no_scaling or not folds)
         return self._stock["clip_grad_norm_"](parameters, max_norm, norm_type)
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
@@ -359,7 +360,7 @@ class AttachedAccelerator:
             self._session.patches.on_undo(self._release_masters)
         unwrap = functools.partial(self._accelerator.unwrap_model, keep_torch_compile=False)
         for prepared in prepared_models(self._accelerator):
-            self._register_model(prepared, unwrap(prepared))
+            self._register_model(in_its_ddp(prepared) if self._in_ddp else prepared, unwrap(prepared))
         for optimizer in prepared_optimizers(self._accelerator):
             self._register_optimizer(optimizer.optimizer)
         for model in prepared_models(self._accelerator):
@@ -371,9 +372,7 @@ class AttachedAccelerator:
             return
         self._registered.add(model)
         if self._fp16_on_cpu:
-            compiled = hasattr(prepared, "dynamo_ctx")  # then around its code, not in it
-            install = self._context.install
-            session.patches.on_undo(install(prepared, everywhere=False) if compiled else install(model))
+            session.patches.on_undo(self._context.install(model))
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if not self._fp16_on_cpu:
             session.follow_default(_changer_of_forward(weakref.ref(model), session))
@@ -540,8 +539,10 @@ def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., An
             forget_skip(optimizer)
         result = type(optimizer).step(optimizer, *args, **kwargs) if former is None else former(*args, **kwargs)
         scaler = optimizer.scaler  # None while a checkpoint of shards is written
-        if scaler and scaler.no_scaling and optimizer.gradient_state.sync_gradients and has_closure(args, kwargs):
-            forget_skip(optimizer, not scaler.last_outcome.applied)  # the optimizer was called in any case
+        newest = scaler and scaler.last_outcome  # the optimizer was called in any case, where it skips by itself
+        syncs = optimizer.gradient_state.sync_gradients
+        if newest and not newest.applied and newest.attempt == scaler.decided_steps and syncs:
+            forget_skip(optimizer, was_skipped=True)
         return result
 
     return step

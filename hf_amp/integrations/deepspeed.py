@@ -40,7 +40,7 @@ class ObservedScaler(AdvancedGradScaler):
 
     def observe_loss(self, loss: Tensor) -> None:
         """Sees an unscaled loss on its way into backward. No GPU-CPU sync."""
-        self._pending.losses.note(loss, loss.device)
+        self._pending.losses.note(loss)
 
     def note_step(
         self,
@@ -61,7 +61,8 @@ class ObservedScaler(AdvancedGradScaler):
         self._next_scale = next_scale
         self.decided_steps += 1
         seen, self._pending.losses = self._pending.losses, SeenLosses()
-        bad = torch.zeros((), device=self._device) if seen.non_finite is None else seen.non_finite
+        flags = seen.flags_on(torch.device(self._device))
+        bad = torch.zeros((), device=self._device) if flags is None else flags.isnan().float().sum()
         if not applied and self.ranks_agree and is_distributed():
             (bad,) = all_reduce_max(bad)
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())

@@ -41,7 +41,7 @@ def log_entry(session: AmpSession, values: Mapping[str, Any], step: int | None =
         step: optimizer step that it is of; None for the newest that is known.
     """
     shared = ((name, values.get(name)) for name in ("loss", "learning_rate"))
-    session.log_metrics(step, **{name: value for name, value in shared if isinstance(value, (int, float))})
+    session.record_metrics(step, {name: value for name, value in shared if isinstance(value, (int, float))})
     ours = {LOG_PREFIX + name: value for name, value in session.metrics().items()}
     incidents = session.unlogged_incidents()
     return {**ours, INCIDENT: incidents} if incidents else ours

@@ -7,31 +7,30 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_amp.config import MixedPrecisionConfig
+from hf_amp.config import MixedPrecisionConfig, is_real
 from hf_amp.errors import AttachError
 from hf_amp.events import LOG_FILE, Cause, EventKind
 from hf_amp.integrations._compat import forget_skip
 from hf_amp.integrations.accelerate import attach, session_of
 from hf_amp.integrations.trackers import log_entry
-from hf_amp.monitoring.metrics import LOG_PREFIX
-from hf_amp.monitoring.sinks.console import summarise
-from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
-from hf_amp.report.reader import RunHistory
-from hf_amp.report.verdict import verdict_on
-from hf_amp.session import AmpSession
+from hf_amp.monitoring.metrics import INCIDENT, LOG_PREFIX, in_brief
+from hf_amp.session import AmpSession, counted
 from hf_amp.statistics import to_host
+
+if TYPE_CHECKING:
+    from hf_amp.monitoring.sinks.jsonl import JsonLinesSink
 
 _CALLBACK = "_hf_amp_callback"
 _log = logging.getLogger("hf_amp")
@@ -111,11 +110,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         begin: Callable[..., None] = functools.partial(session.note, EventKind.TRAINING_STARTED)
         if state.is_world_process_zero and self._sink is None:
             try:
+                from hf_amp.monitoring.sinks.jsonl import JsonLinesSink  # loads structlog
+
                 self._sink = JsonLinesSink(Path(args.output_dir or ".") / LOG_FILE, session.run_id, rank=0)
                 begin = functools.partial(session.begin_log, self._sink.write)
-            except OSError as error:  # a Trainer that saves nothing need not be able to write
+            except (OSError, ImportError) as error:  # a Trainer that saves nothing need not be able to write
                 _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
-        begin(message, **session.run_metadata())
+        begin(message, **session.run_metadata(), settings=settings_of(args, state))
+        session.begin_run(self._sink.path if self._sink else None)
+        if isinstance(trainer.model_wrapped, nn.DataParallel) or args.n_gpu > 1:
+            session.note(EventKind.SETUP, _DATA_PARALLEL)
         non_finite = session.non_finite_parameters(on_any_rank=True)
         if non_finite:
             reason = f"{len(non_finite)} parameters are not finite before the first step, {non_finite[0]} among them"
@@ -157,14 +161,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     ) -> None:
         if (session := self.session) is None:
             return
-        session.scaler.flush()
-        summary, monitor = summary_of(session), session.monitor
-        session.note(EventKind.TRAINING_ENDED, f"training ends: {summary}.", **session.metrics())
-        if state.is_local_process_zero:
-            happened = monitor.skipped_steps or monitor.precision_changes or monitor.non_finite_losses
-            verdict = verdict_of(session, state)
-            judged = "" if verdict.startswith("Training") else f". {verdict}"
-            summarise(f"training ended: {summary}{judged}", bool(happened or judged))
+        session.end_run()
         self._leave_run(session)
 
     def state(self) -> dict[str, Any]:
@@ -245,6 +242,12 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             self._sink = None
 
 
+_DATA_PARALLEL = (
+    "this Trainer runs nn.DataParallel, which it does not pass through accelerator.prepare: hf_amp scales and skips, but repeats no "
+    "forward pass to find a cause, and puts no module in FP32. Start it with torchrun or accelerate launch for that, or let it see one GPU."
+)
+
+
 def calling_trainer(callback: TrainerCallback) -> Trainer:
     """The Trainer whose event `callback` is answering.
 
@@ -271,37 +274,15 @@ def find_calling_trainer(callback: TrainerCallback) -> Trainer | None:
     return None
 
 
-def summary_of(session: AmpSession) -> str:
-    """Steps applied and skipped by cause, changes of precision, final scale, time in each precision."""
-    if not session.config.enabled:
-        return "hf_amp, which the config disables, counted nothing"
-    monitor = session.monitor
-    causes = ", ".join(f"{n} {cause}" for cause, n in sorted(monitor.skipped_by_cause.items()))
-    changes, modules = monitor.precision_changes, monitor.modules_in_fp32
-    parts = [
-        f"{_count(monitor.applied_steps, 'step')} applied",
-        f"{monitor.skipped_steps} skipped" + (f" ({causes})" if causes else ""),
-        f"{_count(changes, 'change')} of precision",
-        *([f"{_count(modules, 'module')} in FP32"] if modules else []),
-        *([] if session.scaler.no_scaling else [f"final scale {session.scaler.get_scale():g}"]),
-        *(f"{seconds:.1f} s in {name}" for name, seconds in sorted(session.throughput.seconds_by_format.items())),
-    ]
-    return ", ".join(parts)
-
-
-def verdict_of(session: AmpSession, state: TrainerState) -> str:
-    """The verdict on a run that has just ended, by its events and the losses that were logged: what the report says."""
-    run = RunHistory("", Path())
-    for event in session.events:
-        run.take(event)
-    for entry in state.log_history:
-        if isinstance(entry.get("loss"), (int, float)):
-            run.figures["loss"].add(int(entry["step"]), entry["loss"])
-    return verdict_on(run).sentence
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def settings_of(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """What people ask first of a Trainer's run."""
+    rows, parts, ranks = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
+    optimizer, schedule = (str(getattr(x, "value", x)) for x in (args.optim, args.lr_scheduler_type))
+    return {
+        "batch": f"{rows * parts * ranks:,} rows a step: {rows} by {counted(parts, 'micro-batch', 'es')} by {counted(ranks, 'process', 'es')}",
+        "optimizer": f"{optimizer}, learning rate {args.learning_rate:g}, {schedule} schedule",
+        "steps planned": state.max_steps,
+    }
 
 
 def load_scaler_where_there_is_one(trainer: Trainer, session: AmpSession) -> None:
@@ -319,11 +300,14 @@ def load_scaler_where_there_is_one(trainer: Trainer, session: AmpSession) -> Non
 def patch_logging(trainer: Trainer, session: AmpSession) -> None:
     """Makes what `trainer` logs hold our metrics, so that `log_history` and every reporter get one entry.
 
-    Training entries get the session's metrics and name what needed attention since the last one, evaluation entries the
-    number of batches that their loss leaves out. A step that was skipped has no gradient norm, whatever the Trainer has
+    Training entries get six of the session's metrics at most, or all with `log_all_metrics`, and name what needed attention
+    since the last one, evaluation entries the number of batches that their loss leaves out; reporters get all. A step that was skipped has no gradient norm, whatever the Trainer has
     made of it, and where no loss since the last entry was finite, their mean is NaN, not 0.
     """
     log = trainer.log
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "MLflowCallback":  # which warns of text
+            session.patches.set_attribute(callback, "on_log", functools.partial(_log_numbers, callback.on_log))
     lost_batches = _count_lost_batches(trainer, session)
 
     @functools.wraps(log)
@@ -332,6 +316,14 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
         if training and session.monitor.non_finite_loss_fraction == 1 and logs["loss"] == 0:
             logs["loss"] = math.nan
         ours = log_entry(session, logs, trainer.state.global_step) if training else {}
+        figures = {name: value for name, value in ours.items() if name != INCIDENT}
+        if training and not session.config.log_all_metrics:
+            brief = in_brief({name.removeprefix(LOG_PREFIX): value for name, value in figures.items()})
+            ours = {name: value for name, value in ours.items() if name.removeprefix(LOG_PREFIX) in {*brief, INCIDENT}}
+        rest = {name: value for name, value in figures.items() if name not in ours}
+        evaluated = {name: value for name, value in logs.items() if name.startswith("eval_") and is_real(value)}
+        if evaluated:
+            session.record_metrics(trainer.state.global_step, evaluated)
         for prefix in [p for p in lost_batches if f"{p}_runtime" in logs]:
             ours[f"{LOG_PREFIX}{prefix}_non_finite_batches"] = lost_batches.pop(prefix)
         entry = {**logs, **ours}
@@ -340,6 +332,10 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
         if training and (skipped or not math.isfinite(entry.get("grad_norm", 0.0))):
             entry.pop("grad_norm", None)
         log(entry, *args, **kwargs)
+        for callback in trainer.callback_handler.callbacks if rest else ():
+            # Those that write to TensorBoard, W&B and others.
+            if any(base.__module__.startswith("transformers.integrations.") for base in type(callback).__mro__):
+                callback.on_log(trainer.args, trainer.state, trainer.control, model=trainer.model, logs=dict(rest))
         # The Trainer adds to what it is given, callbacks take away, and the user gets it back, less our figures.
         logs.clear()
         logs.update({name: value for name, value in entry.items() if name not in ours})
@@ -349,6 +345,10 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
             trainer._tr_loss.zero_()  # private; tests/contract fails by name if it goes
 
     session.patches.set_attribute(trainer, "log", log_with_metrics)
+
+
+def _log_numbers(on_log: Callable[..., None], *args: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+    on_log(*args, logs={name: value for name, value in logs.items() if name != INCIDENT}, **kwargs)
 
 
 def _count_lost_batches(trainer: Trainer, session: AmpSession) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from hf_amp.events import Cause
@@ -38,7 +39,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("grad_amax", "1", "largest magnitude among the unscaled gradients", "jumps: as grad_norm", "every monitoring_interval steps; in ADAPTIVE, every step"),
     Metric("headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)), as of the newest grad_amax; absent where that gradient is not held in FP16, as in a module that a plan runs in FP32", "below 1: an overflow is near; above 12: the scale could grow", "with grad_amax"),
     Metric("underflow_fraction", "1", "share of scaled gradient elements that are zero or subnormal in FP16, from a sample", "above 0.1 and rising: raise the scale", "every monitoring_interval steps"),
-    Metric("lost_update_fraction", "1", "share of FP16 and BF16 parameter elements that the optimizer did not change, from a sample; absent where it moves FP32 parameters or master weights", "above 0.5: the updates are smaller than half a rounding step; half_parameters='master_weights' or 'upcast'", "every monitoring_interval applied steps, reported a step later"),
+    Metric("lost_update_fraction", "1", "share of the updates of FP16 and BF16 parameter elements that rounding lost: elements that the optimizer did not change, of those with a gradient, from a sample; absent where it moves FP32 parameters, or `half_parameters` keeps updates", "above 0.5: the updates are smaller than half a rounding step; half_parameters='stochastic_rounding', 'kahan', 'upcast' or 'master_weights'", "every monitoring_interval applied steps, reported a step later"),
     Metric("non_finite_losses", "losses", "micro-batches whose loss was not finite since the run began, on the worst process", "look at the data and the loss function"),
     Metric("non_finite_loss_fraction", "1", "the same as a share of the micro-batches since the newest log entry of a Trainer, whose logged loss leaves them out", "above 0: the logged loss looks better than it is", "when logged"),
     Metric("eval_non_finite_batches", "batches", "evaluation batches of all processes whose loss was not finite, in the newest evaluation", "eval_loss is the mean of the others: look at the data, or at activations beyond 65504", "evaluations"),
@@ -59,7 +60,24 @@ BY_MODULE: tuple[Metric, ...] = (
     Metric("module_headroom_bits", "bits", "headroom_bits of the module's own parameters, with `monitor_modules`", "below 1 in one module alone: it will overflow first", "every monitoring_interval steps"),
     Metric("module_underflow_fraction", "1", "underflow_fraction of the module's own parameters, likewise", "near 1: what this module learns is lost", "every monitoring_interval steps"),
     Metric("module_activation_amax", "1", "largest magnitude in the module's output, likewise; modules without children", "near 65504: it will leave FP16's range", "every monitoring_interval steps"),
+    Metric("module_lost_update_fraction", "1", "lost_update_fraction of every FP16 or BF16 parameter, likewise; by the parameter's name", "1: it stands still; `frozen` says so, and what keeps its updates", "with lost_update_fraction"),
 )  # fmt: skip
 """Figures that every module has; in the log, the report and `session.module_metrics()`, not among a Trainer's scalars."""
+
+BRIEF = ("scale", "skipped_steps", "grad_norm", "headroom_bits", "underflow_fraction")
+"""What an entry of `log_history` holds, where known, and as much of the next as makes it six, of what is not zero."""
+BRIEF_WHERE_NOT_ZERO = (
+    "modules_in_fp32", "non_finite_loss_fraction", "lost_update_fraction", "precision_changes",
+    *(f"skipped_steps_{cause.lower()}" for cause in Cause), "eval_non_finite_batches",
+)  # fmt: skip
+MOST_IN_BRIEF = 6
+
+
+def in_brief(figures: Mapping[str, float]) -> dict[str, float]:
+    """At most six of the catalogue's `figures`: how the run is."""
+    shown = [name for name in BRIEF if name in figures]
+    shown += [name for name in BRIEF_WHERE_NOT_ZERO if figures.get(name)]
+    return {name: figures[name] for name in shown[:MOST_IN_BRIEF]}
+
 
 NAMES = frozenset(metric.name for metric in CATALOGUE)

@@ -15,7 +15,7 @@ from hf_amp.patch_log import compile_disabled, takes_hooks
 from hf_amp.precision import FP16_FORMAT
 from hf_amp.statistics import amax_of_each, elements_of, to_device, total_amax, underflow_of_each
 
-HEADROOM, UNDERFLOW, ACTIVATION = (metric.name for metric in BY_MODULE)
+HEADROOM, UNDERFLOW, ACTIVATION, LOST = (metric.name for metric in BY_MODULE)
 
 
 class ModuleMonitor:
@@ -34,7 +34,7 @@ class ModuleMonitor:
         self._handles: list[Any] = []
         self._activations: dict[str, Tensor] = {}
         self._asked: dict[int, dict[str, list[str]]] = {}
-        self._newest: dict[str, dict[str, float]] = {HEADROOM: {}, UNDERFLOW: {}, ACTIVATION: {}}
+        self._newest: dict[str, dict[str, float]] = {HEADROOM: {}, UNDERFLOW: {}, ACTIVATION: {}, LOST: {}}
         self._fresh = False
 
     def is_sampled(self, decided_steps: int) -> bool:
@@ -124,8 +124,12 @@ class ModuleMonitor:
             if name == HEADROOM:
                 bounded = {module: peak for module, peak in largest.items() if 0 < peak < math.inf}
                 largest = {module: math.log2(FP16_FORMAT.largest / peak) for module, peak in bounded.items()}
-            self._newest[name].update(largest)
-            self._fresh = self._fresh or bool(largest)
+            self.add(name, largest)
+
+    def add(self, figure: str, values: Mapping[str, float]) -> None:
+        """Takes in newer values of a figure, by name."""
+        self._newest[figure].update(values)
+        self._fresh = self._fresh or bool(values)
 
     def by_module(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; figures that no module has are absent."""

@@ -7,10 +7,12 @@ import io
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.events import Cause, printable
 from hf_amp.monitoring.metrics import CATALOGUE
 from hf_amp.precision import FP16_FORMAT
@@ -139,13 +142,22 @@ def draw_loss(axes: Axes, run: RunHistory) -> str | None:
     if not len(run.figures.get("loss", ())):
         return None
     _plot(axes, run.figures["loss"], _COLOR["accent"])
+    if evaluated := _finite(run, "eval_loss"):
+        axes.plot(
+            *zip(*run.figures["eval_loss"], strict=True),
+            color=_COLOR["second"],
+            marker="o",
+            markersize=3,
+            label="evaluation",
+        )
     axes.yaxis.set_major_locator(MaxNLocator(5))
     _mark_steps(axes, run, at_bottom=True)
     marked = "Marks at the bottom are skipped steps." if run.skipped_by_cause else "No step was skipped."
     finite = _finite(run, "loss")
     if not finite:
         return f"No loss that was logged is finite. {marked}"
-    return f"Loss from {finite[0]:.4g} to {finite[-1]:.4g}. {marked}"
+    in_evaluation = f", in evaluation {evaluated[-1]:.4g}" if evaluated else ""
+    return f"Loss from {finite[0]:.4g} to {finite[-1]:.4g}{in_evaluation}. {marked}"
 
 
 def draw_scale(axes: Axes, run: RunHistory) -> str | None:
@@ -232,7 +244,9 @@ def _finite(run: RunHistory, figure: str, unit: float = 1.0) -> list[float]:
 
 def _plot(axes: Axes, series: Series, color: str, unit: float = 1.0) -> None:
     values = [value / unit if math.isfinite(value / unit) else math.nan for value in series.values]
-    axes.plot(series.steps, values, color=color, marker="o" if len(values) == 1 else None, markersize=3)
+    padded = [math.nan, *values, math.nan]
+    alone = [i for i in range(len(values)) if math.isnan(padded[i]) and math.isnan(padded[i + 2])]  # no line goes there
+    axes.plot(series.steps, values, color=color, marker="o", markersize=3, markevery=alone)
 
 
 MARKS_SHOWN = 300
@@ -406,11 +420,13 @@ def _of_modules(figure: str, title: str, **options: Any) -> Picture:
 
 PICTURES = (
     Picture("Loss", draw_loss),
+    _of_figure("learning_rate", "Learning rate", shown=lambda rate: f"{rate:.3g}", color="second"),
     Picture("Loss scale", draw_scale),
     Picture("Skipped steps, added up", draw_skips),
     Picture("Which precision ran where", draw_timeline, lambda run: min(ROWS_SHOWN, len(precision_bars(run)))),
     _of_figure("headroom_bits", "Headroom", shown=lambda bits: f"{bits:.3g} bits", near_overflow=1.0),
     _of_figure("underflow_fraction", "Underflow", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
+    _of_figure("lost_update_fraction", "Updates lost to rounding", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
     _of_figure("grad_norm", "Gradient norm before clipping", shown=lambda norm: f"{norm:.3g}", log=True),
     _of_figure("step_seconds", "Step time", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
     _of_figure("memory_bytes", "Memory", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
@@ -422,35 +438,55 @@ PICTURES = (
         colors=_ALARM_TO_CALM.reversed(),
     ),
     _of_modules(
+        "module_lost_update_fraction", "Updates lost to rounding, by parameter", worst=lambda s: -max(s.values), limits=(0, 1),
+        unit="share", colors=_ALARM_TO_CALM.reversed(),
+    ),
+    _of_modules(
         "module_activation_amax", "Largest activations by module", worst=lambda s: -max(s.values), limits=(0, 16),
         unit="bits below 65504", shown_as=_bits_below_largest,
     ),
 )  # fmt: skip
 
 
-def page(runs: Sequence[RunHistory], version: str) -> str:
+def page(runs: Sequence[RunHistory], made_by: str) -> str:
     """The whole page for one run or several, by the template `page.html`.
 
     Args:
-        version: of hf_amp, for the last line.
+        made_by: version of hf_amp, for the last line.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_harmless, undefined=StrictUndefined,
         trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"shown": formatted, "time": _time, "remarks": _remarks}
+    environment.filters |= {"shown": formatted, "time": _time, "remarks": _remarks, "options": _options}
     metrics, latest = {metric.name: metric for metric in CATALOGUE}, [run.latest for run in runs]
     names = {name for figures in latest for name in figures}
     in_order = [*filter(names.__contains__, metrics), *sorted(names - metrics.keys())]
     return environment.get_template("page.html").render(
         runs=runs,
-        version=version,
+        version=made_by,
         verdict_on=verdict_on,
         causes=Cause,
-        pictures=list(pictures_of(runs)),
+        pictures=_common_first(list(pictures_of(runs)), len(runs)),
         metrics=metrics,
         figures=[(name, [figures.get(name) for figures in latest]) for name in in_order],
     )
+
+
+class InlinePage:
+    """The page of one run, in a frame of its own, for notebooks."""
+
+    def __init__(self, run: RunHistory) -> None:
+        self.page = page([run], version("hf_amp"))
+
+    def _repr_html_(self) -> str:
+        return f'<iframe sandbox srcdoc="{html.escape(self.page)}" style="width:100%;height:60rem;border:0"></iframe>'
+
+
+def _common_first(pictures: list[tuple[int, str, str, str]], runs: int) -> list[tuple[bool, int, str, str, str]]:
+    """Those first of which every run has one, side by side; those of single runs follow each other. Told apart by the flag."""
+    having = Counter(title for _, title, _, _ in pictures)
+    return sorted(((having[each[1]] == runs, *each) for each in pictures), key=lambda each: not each[0])
 
 
 def _harmless(value: object) -> str:
@@ -460,6 +496,12 @@ def _harmless(value: object) -> str:
 
 def _time(timestamp: str | None) -> str:
     return timestamp[:19].replace("T", " ") + " UTC" if timestamp else ""
+
+
+def _options(run: RunHistory) -> str:
+    """The options that are not at their defaults."""
+    usual = MixedPrecisionConfig().to_dict()
+    return ", ".join(f"{name}={value}" for name, value in run.config.items() if value != usual.get(name, value))
 
 
 def _remarks(run: RunHistory) -> str:

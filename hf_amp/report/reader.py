@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
+import platform
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -49,6 +51,26 @@ def take_in(log: EventLogReader, history: RunHistory) -> None:
     for line in log.read():
         history.add(line)
     history.torn_lines = log.torn_lines + log.unfinished
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others: its id and start, in seconds since 1970, and the machine."""
+    import psutil  # a dependency of accelerate, too
+
+    process = psutil.Process()
+    return {"pid": process.pid, "started": process.create_time(), "machine": platform.node()}
+
+
+def _lives(process: Mapping[str, Any]) -> bool | None:
+    """Whether the process that `this_process` told of still runs; None where it is another machine's, or not known."""
+    import psutil
+
+    if process.get("machine") != platform.node():
+        return None
+    try:
+        return bool(abs(psutil.Process(process["pid"]).create_time() - process["started"]) < 1)
+    except psutil.Error:
+        return False
 
 
 def find_log(run: str | Path) -> Path:
@@ -295,6 +317,7 @@ class RunHistory:
         what_ran: what the log says about the precision and the device.
         precision: default precision at the start.
         config: the options in force.
+        facts: name → what else the log says of how the run was set up: model, device, settings, versions, process.
         figures: name of a figure → its values over time.
         modules: name of a figure by module → module → its values over time.
         skips: cause → (optimizer step, loss scale of the skipped step).
@@ -315,6 +338,7 @@ class RunHistory:
     what_ran: str = ""
     precision: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     figures: defaultdict[str, Series] = field(default_factory=lambda: defaultdict(Series))
     modules: defaultdict[str, defaultdict[str, Series]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: Series(POINTS_KEPT_BY_MODULE)))
@@ -329,8 +353,10 @@ class RunHistory:
 
     @property
     def state(self) -> str:
-        """`empty`, `finished`, or `unfinished`: still running or killed, which a log alone does not show."""
-        return "empty" if self.lines == 0 else "finished" if self.ended else "unfinished"
+        """`empty`, `finished`, `running`, `killed`, or, where its process is not to be seen from here, `unfinished`."""
+        if self.lines == 0 or self.ended:
+            return "finished" if self.lines else "empty"
+        return {True: "running", False: "killed", None: "unfinished"}[_lives(self.facts.get("process", {}))]
 
     @property
     def incidents(self) -> list[Incident]:
@@ -378,8 +404,12 @@ class RunHistory:
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StateError(
                 f"{self.path}: line {self.lines} is not what hf_amp writes ({error}); it was changed, or comes from a "
-                "version that this one cannot read."
+                f"version that this one cannot read{self._written_by()}."
             ) from error
+
+    def _written_by(self) -> str:
+        wrote, here = self.facts.get("versions", {}).get("hf_amp"), importlib.metadata.version("hf_amp")
+        return f": hf_amp {wrote} has written it, and this is {here}" if wrote and wrote != here else ""
 
     def _add(self, line: dict[str, Any]) -> None:
         kind = line["event"] = _NAMES_OF_0_1.get(line["event"], line["event"])
@@ -415,6 +445,9 @@ class RunHistory:
         self.ended = False
         self.precision = str(line.get("precision", ""))
         self.config = dict(line.get("config", {}))
+        self.facts = {
+            name: line[name] for name in ("model", "device", "settings", "versions", "process") if name in line
+        }
         self.what_ran = str(line.get("message", "")).partition(": ")[2].rstrip(".")
 
     def _cut_after(self, step: int) -> None:
@@ -431,12 +464,13 @@ class RunHistory:
             if name in _NO_FIGURES:
                 continue
             if name in _MODULE_FIGURES:
-                for module, figure in value.items():
-                    self.modules[name][module].add(line["step"], float(figure))
+                for module, figure in value.items() if isinstance(value, Mapping) else ():
+                    if (number := _number(figure)) is not None:
+                        self.modules[name][module].add(line["step"], number)
             elif is_real(value):
                 self.figures[name].add(line["step"], value)
-            elif name == "loss" and value is not None:  # "nan" or "inf", in words, is worth a point
-                self.figures[name].add(line["step"], float(value))
+            elif name in ("loss", "eval_loss") and (number := _number(value)) is not None:  # "nan" is worth a point
+                self.figures[name].add(line["step"], number)
 
     def _add_incident(self, event: LoggedEvent) -> None:
         key = (event.event, event.cause, event.modules)
@@ -444,6 +478,8 @@ class RunHistory:
             event = dataclasses.replace(event, modules=("and others",))
             key = (event.event, event.cause, event.modules)
         alike = self._groups.get(key)
+        if alike and is_real(alike.before):
+            event = dataclasses.replace(event, before=alike.before)  # a row shows the first value and the newest
         occurrences = alike.occurrences if alike else Series(STEPS_KEPT_BY_INCIDENT)
         occurrences.add(event.step)
         self._groups[key] = Incident(**vars(event), occurrences=occurrences)
@@ -453,6 +489,13 @@ class RunHistory:
         for names, most in [*groups, *((modules, MOST_MODULES) for modules in self.modules.values())]:
             if len(names) > most:
                 raise ValueError(f"more than {most:,} names")
+
+
+def _number(value: Any) -> float | None:
+    """A figure as a log has it, where "nan" and "inf" are words; None for what is none."""
+    if is_real(value) or value in ("nan", "inf", "-inf"):
+        return float(value)
+    return None
 
 
 def _bound(entries: list[Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_amp.events import Cause, EventKind
 from hf_amp.monitoring.metrics import CATALOGUE
+from hf_amp.precision import PrecisionMode
 from hf_amp.report.reader import Incident, LoggedEvent, RunHistory
 
 SKIP_RATE_TO_WATCH = 0.01
@@ -65,8 +66,14 @@ def verdict_on(run: RunHistory) -> Verdict:
     late_skips = _skips_after(run, FIRST_STEPS)
     if late_skips > max(1.0, SKIP_RATE_TO_WATCH * total):
         return Verdict(Level.WATCH, f"Training, but with many skips: {counted}.")
+    if frozen := _newest(run, EventKind.FROZEN):
+        which = f"{_count(len(frozen.modules), 'parameter')}, {frozen.modules[0]} the first,"
+        return Verdict(
+            Level.WATCH,
+            f"Training, but rounding loses the updates of {which} since step {frozen.last_step:,}: {counted}.",
+        )
     if changed := run.changed_modules:
-        return Verdict(Level.WATCH, f"Training, {_precision_in_words(changed)}: {counted}.")
+        return Verdict(Level.WATCH, f"Training, {_precision_in_words(changed)}: {counted}.{_cure_of_the_model(run)}")
     if set(run.skipped_by_cause) - {Cause.SCALE.value}:
         return Verdict(Level.WATCH, f"Training, but not every skip came from the scale: {counted}.")
     headroom = run.latest.get("headroom_bits", math.inf)
@@ -111,6 +118,14 @@ def _precision_in_words(changed: Mapping[str, LoggedEvent]) -> str:
     since = min(change.step for change in changed.values())
     named = next(iter(changed)) + (" among them" if len(changed) > 1 else "")
     return f"{_count(len(changed), 'module')} in {precisions} since step {since:,} ({named})"
+
+
+def _cure_of_the_model(run: RunHistory) -> str:
+    """What makes the model itself fit FP16, where activations left the range: a sentence, or nothing."""
+    in_fp32 = any(module and change.after == PrecisionMode.FP32 for module, change in run.changed_modules.items())
+    if not in_fp32 or Cause.ACTIVATION.value not in run.skipped_by_cause:
+        return ""
+    return " `hf-amp rescale MODEL -o OUT` looks for a checkpoint of the same function that needs no module in FP32."
 
 
 def _newest(run: RunHistory, kind: EventKind) -> Incident | None:

@@ -53,7 +53,7 @@ class _ReadOnlyEntry(dict[str, Any]):
 
 
 def found_inf_per_device(record: GradientStep | None) -> dict[Any, Tensor]:
-    """The verdict on all devices' gradients, by the scale's device; empty where there are none. No GPU-CPU sync."""
+    """The verdict on all devices' gradients, by the device that it is on; empty where there are none. No GPU-CPU sync."""
     if record is None or not record.has_gradients:
         return {}
     verdict = record.verdict()

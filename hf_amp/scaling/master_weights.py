@@ -14,8 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_amp.config import MixedPrecisionConfig
+from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.errors import AttachError, ScalerError
 from hf_amp.events import AmpEvent, EventKind, join_names
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, PrecisionMode
@@ -52,6 +51,11 @@ class MasterWeights:
     steps and in sampled ones; once there was one, in all from then on (`follows_data`).
     No GPU-CPU sync anywhere here. Optimizers and parameters are not kept alive.
     """
+
+    upcasts: tuple[torch.dtype, ...] = HALF_DTYPES
+    """Gradients of these are FP32 from their check until the step."""
+    state_dtype: torch.dtype | None = _WIDE
+    """What half-precision state becomes; None where it stays."""
 
     def __init__(self) -> None:
         self.follows_data = False
@@ -82,7 +86,8 @@ class MasterWeights:
         """
         if optimizer in self._hooks:
             return
-        upcast_state(optimizer, half_parameters(optimizer))
+        if self.state_dtype is not None:
+            upcast_state(optimizer, half_parameters(optimizer))
         for name in ("train", "eval"):  # in which those that are free of a schedule move their parameters
             if callable(getattr(optimizer, name, None)):
                 vars(optimizer)[name] = functools.partial(self._call_on_masters, weakref.ref(optimizer), name)
@@ -94,8 +99,7 @@ class MasterWeights:
 
     def _call_on_masters(self, reference: weakref.ref[torch.optim.Optimizer], name: str) -> None:
         optimizer = cast(torch.optim.Optimizer, reference())
-        with self.swap_in_master_weights(optimizer, whole=True):
-            getattr(type(optimizer), name)(optimizer)
+        self.run(optimizer, functools.partial(getattr(type(optimizer), name), optimizer), whole=True)
 
     def release(self, restore: bool = True) -> None:
         """Undoes `register_optimizer` and, where `restore`, `downcast_`: parameters get their former dtype and the master's value."""
@@ -122,11 +126,12 @@ class MasterWeights:
             ScalerError: the optimizer loaded or made its state before it was registered here, or a
                 parameter is sharded.
         """
-        narrow = [p for p in half_parameters(optimizer) if p.grad is not None and p.grad.dtype != _WIDE]
+        narrow = [p for p in half_parameters(optimizer) if p.grad is not None and p.grad.dtype in self.upcasts]
         if not narrow:
             return
         if optimizer not in self._hooks:
-            if any(_is_half(value) for p in narrow for value in optimizer.state.get(p, {}).values()):
+            half_state = (_is_half(value) for p in narrow for value in optimizer.state.get(p, {}).values())
+            if self.state_dtype is not None and any(half_state):
                 raise ScalerError(
                     f"{type(optimizer).__name__} has half-precision state from before its first step with master weights, so "
                     "a checkpoint was rounded when it was loaded: call scaler.keep_master_weights(optimizer) before "
@@ -157,16 +162,23 @@ class MasterWeights:
                 gradient, parameter.grad = parameter.grad.to(parameter.dtype), None
                 parameter.grad = gradient
 
-    @contextmanager
-    def swap_in_master_weights(
-        self, optimizer: torch.optim.Optimizer, found: list[Tensor] | None = None, whole: bool = False
-    ) -> Iterator[None]:
-        """Inside, `optimizer` holds the masters with the FP32 gradients; afterwards the parameters, rounded from them.
-
-        `found`: where given, writes through `.data` are looked for, and each parameter adds whether there was one. `whole`: all
-        masters, also without a gradient, and gradients stay.
+    def run(
+        self,
+        optimizer: torch.optim.Optimizer,
+        step: Callable[[], Any],
+        *,
+        found: list[Tensor] | None = None,
+        in_parts: bool = False,
+        whole: bool = False,
+    ) -> Any:
+        """Calls `step` while `optimizer` holds the masters with the FP32 gradients; then parameters are rounded from them.
 
         The gradients are used up: `p.grad` of a half-precision parameter is None afterwards.
+
+        Args:
+            found: where given, writes through `.data` are looked for, and each parameter adds whether there was one.
+            in_parts: `step` may be called several times, for some of the parameters each, where that saves memory.
+            whole: all masters, also without a gradient, and gradients stay.
         """
         moved = [p for p in half_parameters(optimizer) if whole or p.grad is not None]
         self._follow(moved, found)
@@ -176,13 +188,13 @@ class MasterWeights:
         groups = [(group, group["params"]) for group in optimizer.param_groups]
         for group, parameters in groups:
             group["params"] = [masters.get(p, p) for p in parameters]
-        _rename_state(optimizer, masters)
+        rename_state(optimizer, masters)
         try:
-            yield
+            return step()
         finally:
             for group, parameters in groups:
                 group["params"] = parameters
-            _rename_state(optimizer, {master: p for p, master in masters.items()})
+            rename_state(optimizer, {master: p for p, master in masters.items()})
             self._round(masters)
 
     @torch.no_grad()
@@ -227,8 +239,10 @@ class MasterWeights:
             for name, rounded in optimizer.state.get(parameter, {}).items():
                 if _is_half(rounded):
                     unrounded = saved["state"][index][name]
-                    optimizer.state[parameter][name] = unrounded.to(parameter.device, _WIDE)
-            if index in masters:
+                    optimizer.state[parameter][name] = unrounded.to(
+                        parameter.device, self.state_dtype or unrounded.dtype
+                    )
+            if self.state_dtype is not None and index in masters:
                 weight = masters[index].to(parameter.device, _WIDE, copy=True)
                 self._masters[parameter] = _Master(torch.nn.Parameter(weight), None)
 
@@ -250,7 +264,8 @@ def _is_half(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in HALF_DTYPES
 
 
-def _rename_state(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, torch.nn.Parameter]) -> None:
+def rename_state(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, torch.nn.Parameter]) -> None:
+    """Gives the state of each key of `names` to its value."""
     for old, new in names.items():
         if old in optimizer.state:
             optimizer.state[new] = optimizer.state.pop(old)
@@ -317,16 +332,13 @@ def convert_parameters(
         )
     if remedy == "upcast":
         return _upcast(half, optimizers, fixed)
-    if remedy == "master_weights":
-        return _kept(half)
-    cure = (
-        "shards of FP32 (dtype=torch.float32 in from_pretrained)"
-        if sharded
-        else 'half_parameters="master_weights" or "upcast"'
-    )
+    if remedy in KEEPS_UPDATES:
+        return _kept(half, remedy)
+    if config.enable_monitoring:
+        return None  # the first sampled steps say how much is lost
     message = (
-        f"trainable in half precision: {_listed(half)}. Updates smaller than half a rounding step are lost, which the metric "
-        f"lost_update_fraction measures; {cure} keeps them."
+        f"trainable in half precision: {_listed(half)}. Updates smaller than half a rounding step are lost; how many is not "
+        "measured, because enable_monitoring is False."
     )
     return AmpEvent(0, EventKind.HALF_PARAMETERS, message=message, figures=_counted(half))
 
@@ -336,9 +348,19 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
 
 
-def _kept(half: Named) -> AmpEvent:
-    message = f"the optimizer moves FP32 master weights of {_listed(half)}."
-    return AmpEvent(0, EventKind.MASTER_WEIGHTS_KEPT, message=message, figures=_counted(half))
+_KEPT = {
+    "master_weights": (EventKind.MASTER_WEIGHTS_KEPT, "the optimizer moves FP32 master weights of"),
+    "stochastic_rounding": (
+        EventKind.UPDATES_ROUNDED,
+        "the optimizer steps in FP32, and results are rounded stochastically:",
+    ),
+    "kahan": (EventKind.UPDATES_ROUNDED, "the optimizer steps in FP32, and the rounding error is kept of"),
+}
+
+
+def _kept(half: Named, remedy: str = "master_weights") -> AmpEvent:
+    kind, words = _KEPT[remedy]
+    return AmpEvent(0, kind, message=f"{words} {_listed(half)}.", figures=_counted(half))
 
 
 def _upcast(half: Named, optimizers: Iterable[torch.optim.Optimizer], fixed: bool) -> AmpEvent:

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from hf_amp.errors import ScalerError
 from hf_amp.patch_log import removal
+from hf_amp.precision import HALF_DTYPES
 from hf_amp.scaling.master_weights import MasterWeights, half_parameters
 from hf_amp.scaling.step import GradientStep, Unscale
-from hf_amp.statistics import local_part, random_elements, to_device
+from hf_amp.statistics import LostUpdates, to_device
 
 WRITTEN = "written_through_data"
 """Name of the figure above 0 where parameters with master weights were written to through `.data`."""
+LOST_OF_EACH = "lost_update_fraction_of_each"
+"""Name of the figure of shape [n]: the lost share of the due updates of every half-precision parameter that the optimizer holds."""
 
 
 class OptimizerRunner:
@@ -29,13 +32,17 @@ class OptimizerRunner:
 
     Attributes:
         found: `id` of an optimizer → what its newest sampled step has found, to be read with the next one, because a step's own
-            sync is before it moves anything. "lost_update_fraction", the share of low-precision elements that it left as they
-            were, NaN where the device skipped it; `WRITTEN`. Shape [], float32, on the scale's device.
+            figures are taken before it moves anything. "lost_update_fraction", the share of the due updates of low-precision
+            elements that rounding lost, shape []; `LOST_OF_EACH`; NaN where the device skipped the step; `WRITTEN`, shape [].
+            Float32, where the figures are.
     """
 
     def __init__(self, masters: MasterWeights | None) -> None:
         self._masters = masters
         self.found: dict[int, dict[str, Tensor]] = {}
+        self._rates: dict[
+            int, tuple[float | None, float]
+        ] = {}  # `id` of a parameter group → its newest learning rate, and the largest
 
     def run(
         self,
@@ -54,25 +61,63 @@ class OptimizerRunner:
                 gradients were found finite.
             sample_seed: takes the lost-update fraction, from a sample with this seed; None for not.
         """
-        apply = functools.partial(_apply, optimizer, record, step, on_device)
         if self._masters is not None:
-            found: list[Tensor] | None = None if sample_seed is None else []
-            with self._masters.swap_in_master_weights(optimizer, found):
-                result = apply()
-            if found:
-                self.found[id(optimizer)] = {WRITTEN: torch.stack([f.to(record.scale) for f in found]).amax()}
+            written: list[Tensor] | None = None if sample_seed is None else []
+            in_parts = treats_each_by_itself(optimizer)
+            run = functools.partial(self._masters.run, optimizer, step, found=written, in_parts=in_parts)
+            result = _apply(optimizer, record, run, on_device)
+            if written:
+                self.found[id(optimizer)] = {
+                    WRITTEN: torch.stack([to_device(f, record.device) for f in written]).amax()
+                }
             return result
-        half = [] if sample_seed is None else half_parameters(optimizer)
-        low = [local_part(p.detach()) for p in half if p.grad is not None]
-        if sample_seed is None or not low:
+        apply = functools.partial(_apply, optimizer, record, step, on_device)
+        if sample_seed is None:
             return apply()
-        before, weights = random_elements(low, sample_seed)
+        rates, half = self._learning_rates(optimizer), half_parameters(optimizer)
+        if not any(p.grad is not None for p in half) or rounds_by_itself(optimizer):
+            return apply()
+        updates = LostUpdates(half, sample_seed)
         result = apply()
-        after, _ = random_elements(low, sample_seed)
-        lost = to_device(((before == after) * weights).sum(), record.scale.device)
+        flags = [
+            rate
+            for rate, group in zip(rates, optimizer.param_groups, strict=True)
+            for p in group["params"]
+            if p.dtype in HALF_DTYPES
+        ]
+        found = updates.after([moves for moves, _ in flags], [is_typical for _, is_typical in flags])
         # A step that the device has skipped changed nothing, and lost nothing.
-        self.found[id(optimizer)] = {"lost_update_fraction": torch.where(record.found_inf > 0, torch.nan, lost)}
+        skipped = record.found_inf > 0
+        self.found[id(optimizer)] = {
+            name: torch.where(skipped, torch.nan, to_device(shares, skipped.device))
+            for name, shares in zip(("lost_update_fraction", LOST_OF_EACH), found, strict=True)
+        }
         return result
+
+    def _learning_rates(self, optimizer: torch.optim.Optimizer) -> list[tuple[bool, bool]]:
+        """Of every parameter group, whether its learning rate is above 0, and whether it is typical of the run.
+
+        That is one of at least half of the largest that the group has had or names, and no longer rising: at the beginning of
+        a warm-up and at the end of a schedule updates are small on purpose. One that is on a GPU is not looked at.
+        """
+        found: list[tuple[bool, bool]] = []
+        for group in optimizer.param_groups:
+            rate = group.get("lr", 1.0)
+            if isinstance(rate, Tensor) and rate.device.type != "cpu":
+                rate = 1.0
+            rate, (former, largest) = float(rate), self._rates.get(id(group), (None, 0.0))
+            named = [float(group[name]) for name in ("initial_lr", "max_lr") if name in group]
+            rises = rate > former if former is not None else not named
+            largest = max(rate, largest, *named)
+            self._rates[id(group)] = (rate, largest)
+            found.append((rate > 0, not rises and rate >= largest / 2))
+        return found
+
+
+def rounds_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer` rounds stochastically or keeps rounding errors, by its own options: what it leaves is not lost."""
+    options = {**getattr(optimizer, "defaults", {}), **_attributes_of(optimizer)}
+    return any(value is True and ("stochastic_round" in name or "kahan" in name) for name, value in options.items())
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
@@ -86,6 +131,21 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
         return False
     own = hasattr(type(optimizer), name) or name in _attributes_of(optimizer)
     return own and not _takes_scaler(type(optimizer).step)
+
+
+_BY_PARAMETER = ("torch.optim.", "torchao.optim.", "transformers.optimization")
+
+
+def treats_each_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer` can be stepped on some of its parameters at a time.
+
+    So the classes of these packages, which count steps by parameter; others may take norms over all (LAMB), or count in
+    their groups (schedule-free, Prodigy). Not where anybody else has a hook on its steps, who would see several.
+    """
+    hooks = [*_attributes_of(optimizer).get("_optimizer_step_pre_hooks", {}).values()]
+    hooks += _attributes_of(optimizer).get("_optimizer_step_post_hooks", {}).values()
+    ours = all(isinstance(hook, RefuseScaledStep) for hook in hooks)
+    return ours and type(optimizer).__module__.startswith(_BY_PARAMETER)
 
 
 def _attributes_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
@@ -129,7 +189,7 @@ def _apply(
     fused.grad_scale = fused.found_inf = None
     if fused_in:
         scale, clip = record.scale, record.clip_coefficient
-        fused.grad_scale = _readable(record, scale if clip is None else scale / clip)
+        fused.grad_scale = _readable(record, to_device(scale, record.device) if clip is None else scale / clip)
     if on_device:  # where it is known, asking costs a pass over counters
         fused.found_inf = _readable(record, record.found_inf)
     try:
@@ -139,7 +199,7 @@ def _apply(
 
 
 def _readable(record: GradientStep, figure: Tensor) -> Tensor:
-    """`figure` where a fused optimizer finds it: on the scale's device, or on the CPU where that has gradients as well.
+    """`figure` where a fused optimizer finds it: where the figures are, or on the CPU where that has gradients as well.
 
     It copies to its parameters' devices without waiting, and on the CPU uses what is there by then.
     """

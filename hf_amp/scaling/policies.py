@@ -1,6 +1,7 @@
 """Scale policies: what chooses the next loss scale. CONSTANT and DYNAMIC are here, ADAPTIVE in `adaptive.py`.
 
-A policy is a frozen dataclass with its options and two pure functions over 0-d device tensors, `init_state` and `next_state`.
+A policy is a frozen dataclass with its options and two pure functions over tensors of shape [], `init_state` and `next_state`. The scaler runs them on the CPU:
+the host knows each step by then.
 The registry of strategies is `hf_amp.precision.ScalingStrategy`: one line a strategy.
 """
 
@@ -20,7 +21,7 @@ from hf_amp.precision import ScalingStrategy
 
 
 class Observation(NamedTuple):
-    """What one step boundary showed. All of shape [], float32, on the scaler's device."""
+    """What one step boundary showed. All of shape [], float32, on the device of the state."""
 
     found_inf: Tensor
     """Above 0 where a gradient element was not finite."""

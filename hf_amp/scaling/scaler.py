@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from hf_amp.config import MixedPrecisionConfig
+from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.device import default_device, is_capturing
 from hf_amp.emulation import emulated_in_backward
 from hf_amp.errors import ScalerError
@@ -28,19 +28,22 @@ from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
 from hf_amp.scaling.optimizer_step import WRITTEN, OptimizerRunner, has_closure, is_fused, refuse_closure
-from hf_amp.scaling.policies import ConstantScale, ScalePolicy, policy_of, scalar
+from hf_amp.scaling.policies import ConstantScale, Observation, ScalePolicy, policy_of, scalar
 from hf_amp.scaling.state import from_state_dict, other_options, restored, to_state_dict, upgraded
 from hf_amp.scaling.step import (
     GradientStep,
+    LateUpdate,
     PendingOutcome,
     PendingSteps,
     StatisticsRequest,
     StepState,
     Unscale,
+    not_finite,
     observe,
 )
+from hf_amp.scaling.stochastic_rounding import RoundedWeights
 from hf_amp.serialization import parse
-from hf_amp.statistics import PendingTransfer, held_by, to_device, to_host
+from hf_amp.statistics import PendingTransfer, held_by, is_main_process, to_device, to_host
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -49,6 +52,7 @@ StepObserver = Callable[[StepOutcome, torch.optim.Optimizer], None]
 StepHook = Callable[[GradientStep, torch.optim.Optimizer], Mapping[str, Tensor]]
 
 _log = logging.getLogger("hf_amp")
+_WHERE_CAUSES_ARE = "A scaler alone does not look for causes: hf_amp.attach and AmpSession.for_model do."
 
 
 def map_losses(convert: Callable[[Tensor], Tensor], outputs: Any) -> Any:
@@ -92,7 +96,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     Differences from the stock class, all of them deliberate:
 
-    - A step that is skipped is skipped by not calling the optimizer, fused ones included.
+    - A step that is skipped is skipped by not calling the optimizer, fused ones on a CPU included. On a device a fused one is
+      launched before the verdict is waited for, skips by itself, and `last_outcome` and accelerate say so.
     - Gradients are divided by the scale that their own backward used, whatever `update()` did in between.
     - Unscaling the same gradients twice is harmless, and an optimizer without gradients is no error.
     - A skipped step need not lower the scale (floor, hysteresis, ADAPTIVE): ask `last_outcome.applied`, not `get_scale`.
@@ -106,14 +111,16 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     Args:
         config: scaling options; None for the defaults.
-        device: where the scale lives, such as "cuda"; None for the accelerator where there is one, else the CPU.
+        device: where losses and gradients are, such as "cuda"; None for the accelerator where there is one, else the CPU.
         policy: chooses the scale in place of the config's strategy.
 
     Attributes:
         config: the options in force; `growth_factor`, `backoff_factor` and `growth_interval` can be set later.
         no_scaling: whether it is the finite check alone.
         backwards: backward passes begun.
+        graph: where that of the newest loss begins; the recorder of forward passes lets go of it before the next.
         decided_steps: optimizer steps decided, on the host or on the device.
+        known_steps: those whose outcome the host knows and observers have been told of; they come in order.
         applied_steps: optimizer steps that were applied.
         skipped_steps: optimizer steps that were skipped.
         last_outcome: the newest step that is known on the host; None before the first.
@@ -130,7 +137,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
             do not count in the underflow fraction.
-        master_weights: FP32 copies of half-precision parameters; None where the config asks for none.
+        looks_closely: whether every step is sampled for lost updates.
+        master_weights: FP32 copies of half-precision parameters, or what rounds their updates in the place of copies; None
+            where the config asks for none.
     """
 
     def __init__(
@@ -146,6 +155,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             device = default_device()
         self._state: Any = None
         self._former_state: Any = None
+        self._late: LateUpdate | None = None
+        self._figures_on = torch.device("cpu")
         self._pending = PendingSteps()
         self.is_waiting = self._pending.is_waiting
         super().__init__(
@@ -157,7 +168,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             enabled=config.enabled,
         )
         self.no_scaling = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
-        self.backwards = self.decided_steps = 0
+        self.backwards = self.decided_steps = self.known_steps = 0
+        self.graph: Any = None
         self.applied_steps = 0
         self.skipped_steps = 0
         self.last_outcome: StepOutcome | None = None
@@ -168,14 +180,26 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.discard_forwards: Callable[[], bool] = lambda: True
         self.note_loss: Callable[[Tensor], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
-        keeps = config.precision_mode is PrecisionMode.FP16 or config.half_parameters == "master_weights"
-        self.master_weights = MasterWeights() if config.enabled and keeps else None
+        self.looks_closely = False
+        self.master_weights = self._masters_for(config)
+        if isinstance(self.master_weights, RoundedWeights):
+            self.stateful["rounding"] = self.master_weights
         self._runner = OptimizerRunner(self.master_weights)
         self._given_policy = policy
         self._policy = self._chosen_policy()
         self._loaded_state: dict[str, float] = {}
-        self._deferred: deque[PendingOutcome] = deque()
+        self._queued: list[PendingOutcome] = []
+        self._observed = 0  # the newest attempt that the policy has seen
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
+        self._said = (0, -math.inf)  # skips by the newest line about them, and its time
+
+    @staticmethod
+    def _masters_for(config: MixedPrecisionConfig) -> MasterWeights | None:
+        keeps = config.half_parameters in KEEPS_UPDATES or config.precision_mode is PrecisionMode.FP16
+        if not (config.enabled and keeps):
+            return None
+        rounds = config.half_parameters in ("stochastic_rounding", "kahan")
+        return RoundedWeights(config.half_parameters == "kahan") if rounds else MasterWeights()
 
     def scale(self, outputs: Any) -> Any:
         """`outputs` (a tensor, or lists and tuples of them) times the scale. Notes whether they are finite; no GPU-CPU sync.
@@ -184,7 +208,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return outputs
-        self._pending.begin_backward(None if self._state is None else self._state.scale, self.discard_forwards)
+        self._pending.begin_backward(self._scale, self.discard_forwards)
         self.backwards += 1
         return map_losses(self._scale_one, outputs)
 
@@ -197,11 +221,16 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             )
         if self._state is None:
             self._lazy_init_scale_growth_tracker(loss.device)
-        scale = self._pending.scale = cast(Tensor, self._state.scale)
-        self._pending.losses.note(loss, scale.device)
+        scale = self._pending.scale = cast(Tensor, self._scale)
+        self._pending.losses.note(loss)
+        self.graph = loss.grad_fn if self.observers else None
+        if loss.device.type != "cpu":
+            self._figures_on = loss.device
         if self.note_loss is not None:
             self.note_loss(loss)
-        scaled = emulated_in_backward(loss if self.no_scaling else loss * to_device(scale, loss.device))
+        # One on the CPU goes into the kernel as its argument.
+        scaled = loss if self.no_scaling else loss * (scale if scale.device.type == "cpu" else scale.to(loss.device))
+        scaled = emulated_in_backward(scaled)
         self._pending.losses.newest = weakref.ref(scaled)
         return scaled
 
@@ -240,30 +269,42 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 "unscale_() after step() on the same optimizer: call update() first, then scale(loss).backward()."
             )
 
-    def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float, *, in_place: bool = False) -> Tensor:
         """Clips all gradients of `optimizer` to `max_norm` without touching them: `step` divides and clips in one.
 
         Until then they stay scaled: nobody may look at them or change them in between. Where somebody does, call
         `unscale_` and `torch.nn.utils.clip_grad_norm_` instead. Calling it again clips further. No GPU-CPU sync.
 
+        Args:
+            in_place: divide and clip now, in one, so that the gradients can be looked at: the same to the last bit as `unscale_`
+                and `torch.nn.utils.clip_grad_norm_` where the scale is a power of two.
+
         Returns:
             The norm before clipping, unscaled: tensor of shape [], float32. Squares are summed in FP32; a sum that
-            is inf although all gradients are finite is corrected in place by `step`.
+            is inf although all gradients are finite is corrected in place by `step`. Where the gradients are clipped in place, or
+            the host learns of it too late, it skips the step.
         """
-        if not self._enabled or self.no_scaling:
+        if not self._enabled or (self.no_scaling and not in_place):
             raise ScalerError("clip_grad_norm_ is part of loss scaling, and this scaler scales nothing.")
         optimizer = _unwrapped(optimizer)
-        host_decides = not self._defers(optimizer)
-        record = self._pending.current(optimizer) or self._check(optimizer, Unscale.FUSED, norm=True)
+        if self.no_scaling:  # nothing forbids to clip what was clipped before, and to add to it
+            self._pending.forget(id(optimizer))
+        record = self._pending.current(optimizer)
+        if record is None:
+            unscale = Unscale.NONE if self.no_scaling else Unscale.FUSED
+            record = self._check(optimizer, unscale, norm=True)
+            if in_place and record.norm is not None:
+                return record.clip_in_place(float(max_norm))
         if record.unscale is not Unscale.FUSED:
             return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
-        return record.clip(float(max_norm), host_decides)
+        return record.clip(float(max_norm))
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Runs `optimizer.step()` if all its gradients are finite; skips it by not calling it otherwise.
 
-        One GPU-CPU sync; none where the strategy defers and the optimizer is fused; one for each call of a closure. Where the optimizer raises, nothing is
-        counted, and the next backward can follow.
+        One GPU-CPU sync; none where the strategy defers and the optimizer is fused; one for each call of a closure. On a device a
+        fused optimizer is launched before it, and skips by itself. Where the optimizer raises, nothing is counted, and the next
+        backward can follow.
 
         Raises:
             ScalerError: a closure was passed where something is scaled, or `step` was called already since the last `update`.
@@ -273,15 +314,20 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         optimizer = _unwrapped(optimizer)
         if self.no_scaling and self.master_weights is None and has_closure(args, kwargs):
             return self._step_with_closure(optimizer, args, kwargs)
-        samples, defers = self.config.enable_monitoring and self._is_interval(), self._defers(optimizer)
+        looks = self.looks_closely or self.decided_steps == 1 or self._is_interval()
+        samples, defers = self.config.enable_monitoring and looks, self._defers(optimizer)
         refuse_closure(optimizer, args, kwargs)
         lost = self._runner.found.pop(id(optimizer), {})
+        if self.no_scaling and self._pending.added_to(optimizer):
+            self._pending.forget(id(optimizer))
         record = self._pending.current(optimizer)
         if record is None:
             fused = Unscale.FUSED if is_fused(optimizer) else Unscale.IN_PLACE
             record = self._check(optimizer, Unscale.NONE if self.no_scaling else fused)
         elif record.state is StepState.STEPPED:
             raise ScalerError("step() was already called on this optimizer since the last update(): call update().")
+        elif record.was_written_to():
+            record.recheck(optimizer)
         record.extras.update(lost)
         begins = self.master_weights is not None and 1 <= self.decided_steps <= 3
         seed = self.decided_steps if samples or begins else None
@@ -293,10 +339,13 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             if defers:
                 deferred = PendingOutcome(attempt, record, optimizer, PendingTransfer(record.figures()))
                 result = run(on_device=True)
-                self._deferred.append(deferred)
+                self._queued.append(deferred)
             else:
+                ahead = record.device.type != "cpu" and is_fused(optimizer) and not record.sharded
+                if ahead:
+                    result = run(on_device=True)
                 outcome = record.to_host(attempt)  # the one GPU-CPU sync
-                if outcome.applied:
+                if outcome.applied and (record.skipped_on_device or not ahead):
                     result = run()
                 elif self.master_weights is not None:
                     self.master_weights.downcast_gradients(optimizer)
@@ -324,10 +373,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             if loss is not None and self.backwards == begun:  # the closure has shown its loss to nobody
                 self.scale(torch.as_tensor(loss))
             record = self._check(optimizer, Unscale.NONE)
-            if record.loss_non_finite is not None:
+            if record.loss_flags is not None:
                 # It stands, also where the gradients are finite.
-                record.found_while_dividing = record.loss_non_finite
-                record.found_inf = torch.maximum(record.found_inf, record.loss_non_finite)
+                record.found_while_dividing = not_finite(record.loss_flags).amax()
+                record.found_inf = torch.maximum(record.found_inf, record.found_while_dividing)
             records[1:] = [record]
             if not record.to_host(self.decided_steps + 1).applied:
                 raise _NonFiniteClosure
@@ -356,26 +405,61 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Chooses the next scale from what was checked since the last update. No GPU-CPU sync.
 
+        But one for gradients that were unscaled and whose optimizer has not stepped.
+
         Args:
             new_scale: sets the scale instead: a number or a tensor with one element, clamped to the bounds. A tensor that
-                holds NaN leaves the scale as it is.
+                holds NaN leaves the scale as it is; one on a device is waited for.
 
         Raises:
             ScalerError: nothing was checked since the last update, or `new_scale` is not usable.
         """
         if not self._enabled:
             return
-        fresh = self._pending.unobserved()
+        fresh = list(self._pending.unobserved().values())
         checked = fresh or self._pending or (self._state is not None and new_scale is not None)
         if not checked and not self.no_scaling:
             raise ScalerError("update() before any step: call scale(loss).backward() and step(optimizer) first.")
         if new_scale is not None:
+            self._count_queued()
             self.set_scale(new_scale)
-        elif fresh and not self.no_scaling:
-            self._former_state = self._state
-            self._state = self._policy.next_state(self._state, observe(list(fresh.values())))
+        elif fresh and not self.no_scaling and not self._queued:
+            self._former_state, self._observed = self._state, self.decided_steps
+            self._state = self._policy.next_state(self._state, observe(fresh))
         self._pending.end_update()
         self._deliver()
+        if self._queued:
+            self._choose_late(fresh or [pending.record for pending in self._queued])
+
+    def _choose_late(self, records: list[GradientStep]) -> None:
+        """The steps of this update are decided on the device, and so is the next scale, until the host knows them."""
+        pending, self._queued = self._queued, []
+        if self.no_scaling:
+            clean = low = self._state.scale
+        else:
+            # What an overflow leads to, from the scale that these gradients were made with.
+            former = self._state._replace(scale=records[0].scale)
+            nothing = torch.zeros(())
+            overflow = Observation(torch.ones(()), nothing, torch.tensor(math.inf))
+            clean, low = self._state.scale, self._policy.next_state(former, overflow).scale
+        self._late = LateUpdate.choose(pending, records, clean, low)
+
+    def _learn(self) -> None:
+        """Waits for what the device has decided in the update before: a whole forward and backward pass is queued behind it."""
+        late, self._late = self._late, None
+        if late is None:
+            return
+        for pending in late.pending:
+            self._count(pending.outcome(), pending.optimizer)
+        seen = observe(late.records)
+        skipped = any(record.host["found_inf"] for record in late.records)
+        if self._pending.scale is late.scale:
+            self._pending.scale = late.after_overflow if skipped else late.after_clean
+        if not self.no_scaling:
+            self._former_state, self._observed = self._state, late.pending[-1].attempt
+            # Where the scale was given back meanwhile, an overflow still is that of the one that these were made with.
+            made_with = self._state._replace(scale=late.records[0].scale) if skipped else self._state
+            self._state = self._policy.next_state(made_with, seen)
 
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
@@ -383,10 +467,20 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     def flush(self) -> None:
         """Waits for outcomes that are still on the device and delivers them; nothing to do unless steps are deferred."""
-        self._deliver(waits=True)
+        self._learn()
+        self._count_queued()
+        self._deliver()
+
+    def _count_queued(self) -> None:
+        """Waits for the steps that no update has seen: it will know them."""
+        queued, self._queued = self._queued, []
+        for pending in queued:
+            self._count(pending.outcome(), pending.optimizer)
 
     def _defers(self, optimizer: torch.optim.Optimizer) -> bool:
-        return self.config.scaling_strategy.defers and is_fused(optimizer)
+        # A kept rounding error of half a step may change sides with its parameter, also in a step that the device skips.
+        waits = self.config.half_parameters == "kahan" and self.master_weights is not None
+        return self.config.scaling_strategy.defers and is_fused(optimizer) and not waits
 
     def _count(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         self.applied_steps += outcome.applied
@@ -396,26 +490,34 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self.master_weights.follows_data = True
         self._undelivered.append((outcome, optimizer))
 
-    def _deliver(self, waits: bool = False) -> None:
-        """Hands every outcome that is known to the observers; asks for deferred ones, but waits for them only as told.
-
-        Among several ranks it does wait for the one of the step before: observers may exchange what they find, so all
-        ranks must come to it at the same step.
-        """
-        while self._deferred:
-            oldest = self._deferred[0]
-            is_due = oldest.attempt < self.decided_steps and (self.ranks_agree or oldest.transfer.ready())
-            if not (waits or is_due):
-                break
-            self._deferred.popleft()
-            self._count(oldest.outcome(), oldest.optimizer)
+    def _deliver(self) -> None:
+        """Hands every outcome that is known to the observers, on all ranks at the same step: they may exchange what they find."""
         delivered, self._undelivered = self._undelivered, []
         for outcome, optimizer in delivered:
             for observer in self.observers:
                 observer(outcome, optimizer)
+            if not (outcome.applied or self.observers):
+                self._say_skipped(outcome)
+        late = self._late.pending if self._late is not None else []
+        self.known_steps = self.decided_steps - len(late) - len(self._queued)
+
+    def _say_skipped(self, outcome: StepOutcome) -> None:
+        """One console line for the first skip, and then each time that their number has doubled and ten seconds have passed."""
+        count, since = self._said
+        if self.skipped_steps < 2 * count or time.monotonic() < since + 10.0 or not is_main_process():
+            return
+        self._said = (self.skipped_steps, time.monotonic())
+        why = "the loss was not finite" if outcome.loss_finite is False else "the gradients overflowed"
+        floor = ", the smallest that min_scale allows" * (
+            outcome.scale <= self.config.min_scale and not self.no_scaling
+        )
+        at = "" if self.no_scaling else f" at scale {outcome.scale:g}{floor}"
+        so_far = f" ({self.skipped_steps} so far)" if self.skipped_steps > 1 else ""
+        _log.warning("hf_amp: step %d was skipped: %s%s%s. %s", outcome.attempt, why, at, so_far, _WHERE_CAUSES_ARE)
 
     def _check(self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False) -> GradientStep:
         """Checks `optimizer`'s gradients, which are new, in one pass on their device."""
+        self._learn()
         if self._state is None:
             if not self.no_scaling:
                 raise ScalerError(
@@ -435,7 +537,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         )
         if self.master_weights is not None:
             self.master_weights.upcast_gradients(optimizer)
-        record = self._pending.check(optimizer, self._state.scale, unscale, request)
+        record = self._pending.check(optimizer, self._state.scale, self._figures_on, unscale, request)
         for hook in self.step_hooks:
             record.extras.update(hook(record, optimizer))
         return record
@@ -449,23 +551,21 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             return 1.0
         if self._state is None:
             return self._first_scale()
-        return to_host({"scale": self._state.scale})["scale"]
+        return to_host({"scale": cast(Tensor, self._scale)})["scale"]
 
     def set_scale(self, scale: float | Tensor) -> None:
-        """Makes `scale`, clamped to the bounds, that of the next backward; where nothing is scaled it stays 1. No sync."""
+        """Makes `scale`, clamped to the bounds, that of the next backward; where nothing is scaled it stays 1. No sync for a float."""
         if self._enabled and not self.no_scaling:
             if self._state is None:
                 self._lazy_init_scale_growth_tracker(self._device)
+            self._learn()
             self._state = self._state._replace(scale=self._checked_scale(scale))
 
     def forget_step(self, outcome: StepOutcome) -> None:
-        """The newest step was skipped for something that no scale cures: the policy is as it was before it. No GPU-CPU sync.
-
-        Where the verdict came a step late, the scale alone is.
-        """
+        """The newest step was skipped for something that no scale cures: the policy is as it was before it. No GPU-CPU sync."""
         if self.no_scaling or self._former_state is None:
             return
-        if outcome.attempt == self.decided_steps:
+        if outcome.attempt == self._observed:
             self._state = self._former_state
         else:
             self.set_scale(self._state.scale.clamp(min=outcome.scale))  # the step's own may be low for one before it
@@ -497,11 +597,15 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._policy = self._chosen_policy()
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device | str) -> None:
-        """Puts the state on a device. The stock class's name, because accelerate's FSDP2 loading calls it."""
-        self._state = self._first_state(dev)
+        """Makes the state, for losses and gradients on a device. The stock class's name, because accelerate's FSDP2 loading calls it.
 
-    def _first_state(self, device: torch.device | str) -> Any:
-        state = self._policy.init_state(torch.device(device))
+        It is on the CPU: the host knows each step by the time that it asks for the next scale.
+        """
+        self._figures_on = torch.device(dev)
+        self._state = self._first_state()
+
+    def _first_state(self) -> Any:
+        state = self._policy.init_state(torch.device("cpu"))
         if self.no_scaling or not self._enabled:
             return state
         return restored(state, {**self._loaded_state, "scale": self._first_scale()})
@@ -518,7 +622,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return {}
         self.flush()
-        state = self._first_state("cpu") if self._state is None else self._state
+        state = self._first_state() if self._state is None else self._state
         plain = to_state_dict(self.config, to_host(state._asdict()))
         plain["hf_amp"].update(self.progress())
         return plain
@@ -550,7 +654,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                     self.stateful[name].load_state_dict(state)
         self.applied_steps = counters.get("applied_steps", self.applied_steps)
         self.skipped_steps = counters.get("skipped_steps", self.skipped_steps)
-        self.decided_steps = self.applied_steps + self.skipped_steps
+        self.decided_steps = self.known_steps = self.applied_steps + self.skipped_steps
         self._pending.leave_over()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -630,6 +734,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
 
     @property
     def _scale(self) -> Tensor | None:
+        if self._late is not None:
+            return self._late.scale
         return None if self._state is None else cast(Tensor, self._state.scale)
 
     @_scale.setter

@@ -19,14 +19,16 @@ from torch.utils.weak import TensorWeakRef
 
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
-from hf_amp.precision import FP16_FORMAT
+from hf_amp.precision import FP16_FORMAT, FP32_FORMAT
 from hf_amp.scaling.policies import Observation
 from hf_amp.statistics import (
     PendingTransfer,
     all_reduce_max,
+    argument,
     by_device_and_dtype,
     collect,
     count_non_finite,
+    elements_of,
     exact_norm,
     held_by,
     is_distributed,
@@ -87,21 +89,23 @@ class StatisticsRequest:
 class GradientStep:
     """What is known of one optimizer's gradients, from their check until the update after their step.
 
-    All tensors have shape [] and are float32, on the scale's device.
+    All tensors have shape [] and are float32, on `device`, but for the scale, which is on the CPU.
     """
 
     backward: int
     """Number of the backward that made the gradients."""
     scale: Tensor
     """The scale which that backward used."""
+    device: torch.device
+    """Where the figures are."""
     gradients: list[Tensor]
     unscale: Unscale
     found_inf: Tensor
     """Above 0 where an element is not finite."""
     losses: int
     """Losses (micro-batches) behind the gradients that the scaler saw, and that no other step has reported."""
-    loss_non_finite: Tensor | None
-    """How many of them were not finite, on the worst rank; None where the scaler saw none."""
+    loss_flags: Tensor | None
+    """NaN for each that was not finite, 0 for the others: shape [] or [n]; one for the worst where ranks agree. None for no loss."""
     norm: Tensor | None
     """2-norm of the unscaled gradients, before clipping. There is a norm, or an amax, or both."""
     amax: Tensor | None
@@ -112,7 +116,7 @@ class GradientStep:
     found_while_dividing: Tensor | None
     """What the unscaling kernel itself found, which stands whatever the caller makes of the gradients since."""
     inferred: bool
-    """Whether `found_inf` was inferred from a norm, whose FP32 sum of squares can overflow by itself."""
+    """Whether `found_inf` was inferred from a norm, whose FP32 sum of squares can overflow by itself, and can be taken again."""
     agrees: bool
     """Whether the verdict is that of all ranks."""
     has_gradients: bool
@@ -122,10 +126,20 @@ class GradientStep:
     state: StepState = StepState.CHECKED
     outcome: StepOutcome | None = None
     """None until the host knows it."""
+    host: Mapping[str, float] = field(default_factory=dict)
+    """The figures; empty until then."""
     clip_coefficient: Tensor | None = None
     """What a fused clip multiplies the unscaled gradients by."""
     max_norm: float = math.inf
     """What a fused clip limits the norm to."""
+    amax_is_scaled: bool = False
+    """Whether `amax` is that of the scaled gradients all the same, which the host divides."""
+    sharded: bool = False
+    """Whether some of the gradients are shards."""
+    versions_clipped: int | None = None
+    """Writes to the gradients when they were clipped in place; None where they were not."""
+    skipped_on_device: bool = False
+    """Whether an optimizer that was given `found_inf` has done nothing."""
     cleared: Tensor | None = None
     """Whether they were all 0 before the first backward after them."""
     versions: int | None = None
@@ -139,22 +153,22 @@ class GradientStep:
 
     def figures(self) -> dict[str, Tensor]:
         """What the host wants to know, by name."""
-        names = ("found_inf", "scale", "loss_non_finite", "norm", "amax", "underflow_fraction")
+        names = ("found_inf", "scale", "loss_flags", "norm", "amax", "underflow_fraction", "wanted_scale")
         extras = {EXTRA + name: value for name, value in self.extras.items()}
         return {**{name: value for name in names if (value := getattr(self, name)) is not None}, **extras}
 
     def to_host(self, attempt: int) -> StepOutcome:
         """What is to become of the step. One GPU-CPU sync; more where it overflowed, to look closer."""
         host = to_host(self.figures())
-        if host["found_inf"] and self.inferred:
+        self.skipped_on_device = bool(host["found_inf"])
+        counts = count_non_finite(self.gradients) if host["found_inf"] else None
+        if counts and self.inferred and (self.agrees or not any(counts)):
             self._verify()
             host = to_host(self.figures())
-        counts = count_non_finite(self.gradients) if host["found_inf"] else None
         if not host["found_inf"] and not math.isfinite(host.get("norm", 0.0)):
             self._recompute_norm()
             host = to_host(self.figures())
-        self.outcome = self.outcome_from(attempt, host, counts)
-        return self.outcome
+        return self.outcome_from(attempt, host, counts if host["found_inf"] else None)
 
     def outcome_from(self, attempt: int, host: Mapping[str, float], counts: tuple[int, int] | None) -> StepOutcome:
         """The outcome that `figures`, once they are on the host, stand for. `counts`: infinite elements, and NaN."""
@@ -164,15 +178,20 @@ class GradientStep:
             return value if math.isfinite(value) else None
 
         applied = host["found_inf"] == 0
-        bad_losses = host.get("loss_non_finite")
-        return StepOutcome(
+        if self.amax_is_scaled and "amax" in host:
+            amax = host["amax"] / host["scale"]
+            host = {**host, "amax": amax if amax <= FP32_FORMAT.largest else math.inf}
+        self.host = host
+        flags = [host["loss_flags"]] if "loss_flags" in host else elements_of(host, "loss_flags")
+        bad_losses = sum(map(math.isnan, flags)) if flags else None
+        self.outcome = StepOutcome(
             attempt=attempt,
             applied=applied,
             scale=host["scale"],
             backward=self.backward,
             loss_finite=None if bad_losses is None else bad_losses == 0,
             losses=self.losses,
-            non_finite_losses=min(int(bad_losses or 0), self.losses),
+            non_finite_losses=min(bad_losses or 0, self.losses),
             zero_gradients=self.has_gradients and min(host.get("norm", 1.0), host.get("amax", 1.0)) == 0,
             has_gradients=self.has_gradients,
             grad_norm=finite("norm") if applied else None,
@@ -183,20 +202,15 @@ class GradientStep:
             nan_elements=counts[1] if counts else None,
             extras={name.removeprefix(EXTRA): v for name, v in host.items() if name.startswith(EXTRA)},
         )
+        return self.outcome
 
-    def clip(self, max_norm: float, host_decides: bool) -> Tensor:
+    def clip(self, max_norm: float) -> Tensor:
         """Fuses a clip into what will apply the gradients. Returns their norm before it, unscaled; no GPU-CPU sync.
 
-        Source of the coefficient: `torch.nn.utils.clip_grads_with_norm_`.
-
-        Args:
-            host_decides: take the norm as it is, because `to_host` computes one anew that is inf by overflow of its squares.
-                Otherwise such a norm is replaced, for the coefficient, by its upper bound amax * sqrt(elements).
+        Source of the coefficient: `torch.nn.utils.clip_grads_with_norm_`. A norm that is inf skips the step, or `to_host` takes
+        it again.
         """
         norm = before = cast(Tensor, self.norm)
-        if not host_decides:
-            elements = sum(gradient.numel() for gradient in self.gradients)
-            norm = torch.where(norm < math.inf, norm, cast(Tensor, self.amax) * math.sqrt(elements))
         if self.clip_coefficient is not None:
             before = norm * self.clip_coefficient
         self.max_norm = min(self.max_norm, max_norm)
@@ -204,21 +218,40 @@ class GradientStep:
             self.clip_coefficient = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         return before
 
+    def clip_in_place(self, max_norm: float) -> Tensor:
+        """Divides the gradients by the scale and clips them at once. Returns their norm before it, unscaled; no GPU-CPU sync."""
+        norm, factor = cast(Tensor, self.norm), torch.ones(())
+        if self.unscale is Unscale.FUSED:
+            refuse_fp16(self.gradients)
+            factor = reciprocal(self.scale)
+        if math.isfinite(max_norm):  # in this order no rounding differs from dividing first
+            coefficient = (norm + 1e-6).reciprocal_() * argument(factor * max_norm, norm.device)
+            multiply_(self.gradients, coefficient.clamp_(max=argument(factor, norm.device)))
+        else:
+            multiply_(self.gradients, factor)
+        self.unscale, self.inferred = Unscale.IN_PLACE, False
+        self.versions_clipped = _versions(self.gradients)
+        return norm
+
     def multiply_in(self) -> None:
         """Divides the gradients by the scale, and clips them, where a fused optimizer does not. No GPU-CPU sync."""
         refuse_fp16(self.gradients)
         factor = reciprocal(self.scale)
         if self.clip_coefficient is not None:
-            factor = factor * self.clip_coefficient
+            factor = self.clip_coefficient * factor
         multiply_(self.gradients, factor)
         self.unscale = Unscale.IN_PLACE  # also for a second call, after one that raised
+
+    def was_written_to(self) -> bool:
+        """Whether somebody has written into gradients that were clipped in place."""
+        return self.versions_clipped is not None and self.versions_clipped != _versions(self.gradients)
 
     def recheck(self, optimizer: torch.optim.Optimizer) -> None:
         """Looks at the gradients again, for what has happened to them since; one more read of them, no GPU-CPU sync."""
         if self.inferred:
             self._verify()
         self.gradients = collect(optimizer)
-        found = (~total_amax(self.gradients, self.scale.device).isfinite()).float()
+        found = not_finite(total_amax(self.gradients, self.device))
         if self.agrees:
             found = cast(Tensor, _agreed(found)[0])
         self.found_inf = torch.maximum(self.found_inf, found)
@@ -231,23 +264,25 @@ class GradientStep:
 
     def _verify(self) -> None:
         """Takes a `found_inf` that was inferred from the norm again from the amax, which is exact."""
-        self.amax = total_amax(self.gradients, self.scale.device)
+        self.amax = total_amax(self.gradients, self.device)
         if self.unscale is Unscale.FUSED:
             self.amax = self.amax * reciprocal(self.scale)
-        self.found_inf = (~(self.amax < math.inf)).float()
+        self.found_inf = not_finite(self.amax)
         if self.found_while_dividing is not None:
             self.found_inf = torch.maximum(self.found_inf, self.found_while_dividing)
-        self.inferred = False
+        if self.agrees:
+            self.found_inf, self.amax = cast("list[Tensor]", _agreed(self.found_inf, self.amax))
+        self.inferred = self.amax_is_scaled = False
 
     def _recompute_norm(self) -> None:
         """Takes a norm whose FP32 sum of squares was inf again, within its range, and the clip that it led to. Slow, rare."""
-        exact = exact_norm(self.gradients, self.scale.device)
+        exact = exact_norm(self.gradients, self.device)
         if self.unscale is Unscale.FUSED:
             exact = exact * reciprocal(self.scale)
         cast(Tensor, self.norm).copy_(exact)  # in place: the caller of clip holds it
         if self.clip_coefficient is not None:
             self.clip_coefficient = None
-            self.clip(self.max_norm, host_decides=True)
+            self.clip(self.max_norm)
 
 
 class PendingOutcome(NamedTuple):
@@ -263,19 +298,53 @@ class PendingOutcome(NamedTuple):
         return self.record.outcome_from(self.attempt, self.transfer.result(), None)
 
 
+class LateUpdate(NamedTuple):
+    """An update whose steps the device decides: the host learns of them before it checks the next gradients.
+
+    Until then the next scale is on the device, one of two that the host knows.
+    """
+
+    pending: list[PendingOutcome]
+    records: list[GradientStep]
+    scale: Tensor
+    """On the device: `after_clean`, or `after_overflow` where one of the records is not finite."""
+    after_clean: Tensor
+    after_overflow: Tensor
+
+    @classmethod
+    def choose(
+        cls, pending: list[PendingOutcome], records: list[GradientStep], after_clean: Tensor, after_overflow: Tensor
+    ) -> LateUpdate:
+        """The update, with the next scale chosen on the device. No GPU-CPU sync."""
+        found = [record.found_inf for record in records]
+        worst = found[0] if len(found) == 1 else torch.stack([to_device(f, found[0].device) for f in found]).amax()
+        lower = after_clean - after_overflow
+        if worst.device.type != "cpu" and (after_clean - lower).item() == after_overflow.item():  # in one kernel
+            chosen = torch.rsub(worst, after_clean.item(), alpha=lower.item())
+        else:
+            low, high = (to_device(x, worst.device) for x in (after_overflow, after_clean))
+            chosen = torch.where(worst > 0, low, high)
+        return cls(pending, records, chosen, after_clean, after_overflow)
+
+
 def check(
     optimizer: torch.optim.Optimizer,
     *,
     backward: int,
     scale: Tensor,
+    device: torch.device,
     unscale: Unscale,
     losses: int,
-    loss_non_finite: Tensor | None,
+    loss_flags: Tensor | None,
     request: StatisticsRequest,
 ) -> GradientStep:
     """Finds out what `optimizer`'s gradients are; divides them on the way. No GPU-CPU sync.
 
     Sharded gradients (DTensors) are always divided in place, and their verdict is that of all shards.
+
+    Args:
+        scale: on the CPU, so that what is divided by it gets it as the argument of a kernel.
+        device: where the figures will be.
 
     Raises:
         ScalerError: they are to be divided and one is FP16: that would round away what scaling has saved.
@@ -288,77 +357,87 @@ def check(
     inverse = scale if unscale is Unscale.NONE else reciprocal(scale)
     underflow = wanted = None
     if request.sample_seed is not None:
-        underflow, wanted = _underflow(optimizer, gradients, scale, request.sample_seed, request.not_sampled)
+        underflow, wanted = _underflow(optimizer, gradients, scale, device, request)
     found_while_dividing = None
     if unscale is Unscale.IN_PLACE:
         refuse_fp16(gradients)
-        found_while_dividing = unscale_and_check_(gradients, inverse)
+        found_while_dividing = unscale_and_check_(gradients, inverse, device)
     takes_amax = request.amax or sharded or request.agree
     takes_norm = (request.norm and not sharded) or not takes_amax
-    norm, amax = norm_and_amax(gradients, scale.device, norm=takes_norm, amax=takes_amax)
+    norm, amax = norm_and_amax(gradients, device, norm=takes_norm, amax=takes_amax)
     if unscale is Unscale.FUSED:
-        amax = None if amax is None else amax * inverse
         norm = None if norm is None else norm * inverse
-    # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well.
-    found_inf = (~(cast(Tensor, norm if amax is None else amax) < math.inf)).float()
+        amax = amax if norm is not None or amax is None else amax * inverse
+    # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well. In the norm where there is one, because
+    # a clip by one that is inf would leave nothing.
+    found_inf = not_finite(cast(Tensor, amax if norm is None else norm))
     if found_while_dividing is not None:
         found_inf = torch.maximum(found_inf, found_while_dividing)
-    if sharded or request.agree:
-        agreed = _agreed(found_inf, loss_non_finite, amax, underflow, wanted)
+    if (sharded or request.agree) and is_distributed():
+        bad = None if loss_flags is None else loss_flags.isnan().float().amax()
+        agreed = _agreed(found_inf, bad, amax, underflow, wanted)
         found_inf = cast(Tensor, agreed[0])
-        loss_non_finite, amax, underflow, wanted = agreed[1:]
+        bad, amax, underflow, wanted = agreed[1:]
+        loss_flags = None if bad is None else torch.where(bad > 0, torch.nan, 0.0)
     return GradientStep(
         backward=backward,
         scale=scale,
+        device=device,
         gradients=gradients,
         unscale=unscale,
         found_inf=found_inf,
         losses=losses,
-        loss_non_finite=loss_non_finite,
+        loss_flags=loss_flags,
         norm=norm,
         amax=amax,
         underflow_fraction=underflow,
         wanted_scale=wanted,
         found_while_dividing=found_while_dividing,
-        inferred=not takes_amax,
+        inferred=norm is not None,
+        amax_is_scaled=unscale is Unscale.FUSED and norm is not None,
         agrees=sharded or request.agree,
+        sharded=sharded,
         has_gradients=bool(gradients),
     )
 
 
+def not_finite(figure: Tensor) -> Tensor:
+    """1 where `figure`, float32, is not finite, else 0. No GPU-CPU sync."""
+    return (figure - figure).nan_to_num_(nan=1.0)
+
+
 def _underflow(
-    optimizer: torch.optim.Optimizer, gradients: list[Tensor], scale: Tensor, seed: int, not_sampled: Collection[int]
+    optimizer: torch.optim.Optimizer,
+    gradients: list[Tensor],
+    scale: Tensor,
+    device: torch.device,
+    request: StatisticsRequest,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The underflow fraction of the scaled gradients, and the scale that it asks for; None where there is none to sample."""
-    bounded = collect(optimizer, not_sampled) if not_sampled else gradients
+    bounded = collect(optimizer, request.not_sampled) if request.not_sampled else gradients
     if not bounded:
         return None, None
-    found = sample_underflow(bounded, FP16_FORMAT, seed)
-    return to_device(found.fraction, scale.device), to_device(found.cure, scale.device) * scale
+    found = sample_underflow(bounded, FP16_FORMAT, cast(int, request.sample_seed))
+    return to_device(found.fraction, device), to_device(found.cure, device) * scale
 
 
 def observe(records: Sequence[GradientStep]) -> Observation:
-    """What the records of one update showed together: the worst of them. At least one. No GPU-CPU sync."""
-    first = records[0].found_inf
-    known_clean = all(record.known_clean for record in records)
+    """What the records of one update, at least one, showed together: the worst of them. On the CPU, for the host knows it.
 
-    def largest(values: list[Tensor | None]) -> Tensor | None:
-        known = [value for value in values if value is not None]
-        if len(known) < 2:
-            return known[0] if known else None
-        return torch.stack(known).amax()
+    One GPU-CPU sync for each that is not decided, because its optimizer has not stepped.
+    """
+    outcomes = [record.outcome or record.to_host(0) for record in records]
 
-    def certainly(value: Tensor | None) -> Tensor:
-        if value is not None:
-            return value
-        return first if known_clean else torch.zeros_like(first)
+    def largest(name: str) -> Tensor:
+        known = [record.host.get(name, 0.0) for record in records]
+        return torch.tensor(max(known, key=lambda value: math.inf if math.isnan(value) else value), dtype=torch.float32)
 
     return Observation(
-        found_inf=certainly(largest([record.found_inf for record in records])),
-        loss_non_finite=certainly(largest([record.loss_non_finite for record in records])),
-        grad_amax=certainly(largest([record.amax for record in records])),
-        wanted_scale=largest([record.wanted_scale for record in records]),
-        known_clean=known_clean,
+        found_inf=largest("found_inf"),
+        loss_non_finite=torch.tensor(float(max(outcome.non_finite_losses for outcome in outcomes))),
+        grad_amax=largest("amax"),
+        wanted_scale=largest("wanted_scale") if any("wanted_scale" in record.host for record in records) else None,
+        known_clean=all(record.known_clean for record in records),
     )
 
 
@@ -384,16 +463,16 @@ _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16)
 
 
 @torch.no_grad()
-def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Tensor:
+def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor, figures_on: torch.device) -> Tensor:
     """Multiplies `gradients` in place by `inverse_scale`; says whether any element was not finite before.
 
     Returns:
-        Tensor of shape [], float32, on the device of `inverse_scale`: 0 where all were finite. No GPU-CPU sync.
+        Tensor of shape [], float32, on `figures_on`: 0 where all were finite. No GPU-CPU sync.
 
     The kernel is the stock scaler's own, which has no public name; `tests/contract` fails by name if it goes. It
     does not know BF16 on every device, for which two public operators do the same.
     """
-    found = torch.zeros((), dtype=torch.float32, device=inverse_scale.device)
+    verdicts = []
     for (device, dtype), group in by_device_and_dtype(gradients).items():
         factor = to_device(inverse_scale, device)
         if dtype in _KERNEL_DTYPES:
@@ -401,9 +480,9 @@ def unscale_and_check_(gradients: Sequence[Tensor], inverse_scale: Tensor) -> Te
             torch._amp_foreach_non_finite_check_and_unscale_(group, found_here, factor)
         else:
             torch._foreach_mul_(group, factor)
-            found_here = (~total_amax(group, device).isfinite()).float()
-        found = torch.maximum(found, to_device(found_here, found.device))
-    return found
+            found_here = not_finite(total_amax(group, device))
+        verdicts.append(to_device(found_here, figures_on))
+    return verdicts[0] if len(verdicts) == 1 else torch.stack([torch.zeros((), device=figures_on), *verdicts]).amax()
 
 
 @torch.no_grad()
@@ -420,24 +499,28 @@ class SeenLosses:
     Attributes:
         number: how many there were.
         reported: how many of them a step has reported.
-        non_finite: how many held a non-finite value; shape [], float32. None before the first.
+        flags: of each NaN where it held a non-finite value, else 0; shape [], float32, on the loss's device.
         ended: whether the next backward begins anew.
         newest: the tensor that the newest goes into backward as; None where nobody holds it any more.
     """
 
     number: int = 0
     reported: int = 0
-    non_finite: Tensor | None = None
+    flags: list[Tensor] = field(default_factory=list)
     ended: bool = False
     newest: Callable[[], Tensor | None] = lambda: None
 
-    def note(self, loss: Tensor, device: torch.device) -> None:
-        """Counts `loss`, on `device`. No GPU-CPU sync."""
+    def note(self, loss: Tensor) -> None:
+        """Counts `loss`. No GPU-CPU sync."""
         known = loss.detach()
-        flags = torch.nan_to_num(known - known, nan=1.0)  # NaN where it is not finite, 0 elsewhere
-        found = to_device(flags.any() if flags.dim() else flags, device, torch.float32)
+        flags = known - known  # NaN where it is not finite, 0 elsewhere
         self.number += 1
-        self.non_finite = found if self.non_finite is None else self.non_finite + found
+        self.flags.append((flags.sum() if flags.dim() else flags).float())
+
+    def flags_on(self, device: torch.device) -> Tensor | None:
+        """All of them, shape [] or [n], on `device`; None where there are none. No GPU-CPU sync."""
+        flags = [flag if flag.device == device else to_device(flag, device) for flag in self.flags]
+        return torch.stack(flags) if len(flags) > 1 else next(iter(flags), None)
 
 
 @dataclass
@@ -460,7 +543,7 @@ class PendingSteps:
 
     Attributes:
         backwards: backward passes begun.
-        scale: that of the newest backward, shape [], float32; None before the first.
+        scale: that of the newest backward, shape [], float32; None before the first. On the CPU, or where the loss was.
         losses: seen since the last update that ended a step.
     """
 
@@ -491,7 +574,7 @@ class PendingSteps:
                 record.gradients = collect(optimizer)
                 record.versions = _versions(record.gradients)
                 if record.state is StepState.CHECKED:
-                    record.cleared = total_amax(record.gradients, record.scale.device) == 0
+                    record.cleared = total_amax(record.gradients, record.device) == 0
                     known.record = record if record.gradients else None
         self.backwards += 1
         former, several = self.scale, len(self._known) > 1
@@ -511,7 +594,12 @@ class PendingSteps:
         return bool(known) and not any(held) and not any(stepped)
 
     def check(
-        self, optimizer: torch.optim.Optimizer, scale: Tensor, unscale: Unscale, request: StatisticsRequest
+        self,
+        optimizer: torch.optim.Optimizer,
+        scale: Tensor,
+        device: torch.device,
+        unscale: Unscale,
+        request: StatisticsRequest,
     ) -> GradientStep:
         """Opens a record of `optimizer`'s gradients, which are new.
 
@@ -525,9 +613,10 @@ class PendingSteps:
             optimizer,
             backward=self.backwards,
             scale=scale if by_hand or self.scale is None else self.scale,
+            device=device,
             unscale=unscale,
             losses=unreported,
-            loss_non_finite=losses.non_finite,
+            loss_flags=losses.flags_on(device),
             request=request,
         )
         self._of(optimizer).record = record
@@ -556,6 +645,11 @@ class PendingSteps:
             "only after the last backward of the accumulation window, and before that of another optimizer. Where a step is "
             "left out, clear its gradients with zero_grad()."
         )
+
+    def added_to(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a backward has begun since `optimizer`'s gradients were checked, and it has not stepped."""
+        record = self._of(optimizer).record
+        return record is not None and record.state is StepState.CHECKED and record.backward != self.backwards
 
     def close(self, optimizer: torch.optim.Optimizer, record: GradientStep) -> None:
         """`record`'s step is over, applied or not: until something is added to its gradients, they do not wait."""

@@ -152,6 +152,19 @@ CPU = (
         threads=1,
     ),
     Benchmark(
+        "rescale",
+        _module("rescale"),
+        "Tiny models with factors of 2^24 between their parameters that leave the function as it is and FP16 behind: in "
+        "hand-written ways, in pairs of parameters that were found by trying, and at random, several at once. Below, what a large one "
+        "takes in a process of its own, of which PyTorch itself is a part.",
+        "the same model without the factors",
+        (
+            Target("none called safe that is not", "wrong", 0),
+            Target("none farther from FP32 than 1.5 times as usual", "KL_beyond_1.5_times_usual", 0),
+        ),
+        threads=1,
+    ),
+    Benchmark(
         "startup_cost",
         _module("startup_cost"),
         "Time of an import in a fresh process.",

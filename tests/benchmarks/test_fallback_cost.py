@@ -1,4 +1,5 @@
-"""What the fallback costs while nothing goes wrong: whole training steps with it on, as a ratio to those with it off.
+"""What the fallback costs while nothing goes wrong: whole training steps with it on, as a ratio to those with it off; and what
+a skipped step costs whose cause takes a replay, as a ratio to an applied one.
 
 `python -m tests.benchmarks.test_fallback_cost --out tests/benchmarks/results`
 """
@@ -9,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hf_amp import AdvancedGradScaler, AmpSession, MixedPrecisionConfig, PrecisionMode
+from hf_amp import AdvancedGradScaler, AmpSession, Cause, MixedPrecisionConfig, PrecisionMode
 from hf_amp.device import probe
 from hf_amp.fallback.plan import PrecisionPlan
 from tests.benchmarks.measuring import Row, compared, device, interleaved, parser, write
@@ -45,6 +47,47 @@ def training_step(size: str, device: str, fp32_share: float = 0.0, **options: An
     return step
 
 
+def skipped_step(size: str, device: str, cause: Cause | None) -> Callable[[], None]:
+    """One step that is skipped for `cause`, whatever came before; None is an applied one. Precision and scale do not change."""
+    model, inputs = gpt2(size, device), batch(size, device)
+    config = MixedPrecisionConfig(init_scale=INIT_SCALE, automatic_fallback=False)
+    scaler = AdvancedGradScaler(config, device)
+    session = AmpSession(config, scaler, PrecisionMode.MIXED, probe(device))
+    session.sinks.clear()
+    session.register_model(model)
+    faults: dict[Cause, Callable[[Tensor], Tensor]] = {
+        Cause.DERIVATIVE: lambda h: h + (h - h.detach()).abs().sqrt(),
+        Cause.MODEL: lambda h: h + (h - h) / (h - h),
+    }
+    if cause in faults:
+        model.transformer.h[-1].mlp.register_forward_hook(lambda _module, _arguments, output: faults[cause](output))
+    elif cause is Cause.ACTIVATION:
+        model.transformer.h[0].mlp.c_proj.weight.data.mul_(1e7)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        scaler.set_scale(2.0**40 if cause is Cause.SCALE else INIT_SCALE)
+        with session.autocast():
+            loss = model(**inputs).loss
+        scaler.scale(loss).backward()
+        scaler.clip_grad_norm_(optimizer, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        newest = session.events[-1].cause if session.events else None
+        assert newest is cause, f"{newest}, not {cause}"
+
+    return step
+
+
+def measure_skips(size: str, rounds: int, device: str) -> list[Row]:
+    """A skipped step, with all that is done to find its cause, over an applied one."""
+    causes = (Cause.SCALE, Cause.ACTIVATION, Cause.DERIVATIVE, Cause.MODEL)
+    contenders = {"an applied step": skipped_step(size, device, None)}
+    contenders |= {f"a skip by {cause.value}": skipped_step(size, device, cause) for cause in causes}
+    return compared(interleaved(contenders, rounds, "thread"), "an applied step", parameters=size)
+
+
 def measure(size: str, rounds: int, device: str) -> list[Row]:
     """All ratios at one size."""
     contenders = {
@@ -59,12 +102,16 @@ def measure(size: str, rounds: int, device: str) -> list[Row]:
 def main() -> None:
     options = parser(["1M", "25M"]).parse_args()
     rows = [row for size in options.sizes for row in measure(size, options.rounds or 2 * SIZES[size].rounds, device())]
+    rows += [
+        row for size in options.sizes for row in measure_skips(size, options.rounds or SIZES[size].rounds, device())
+    ]
     write("fallback_cost", {"rows": rows}, options.out)
 
 
 def test_every_contender_runs() -> None:
     """The benchmark itself is sound: each contender runs, and there is a ratio for each."""
     assert len(measure("tiny", rounds=2, device="cpu")) == 3
+    assert len(measure_skips("tiny", rounds=2, device="cpu")) == 4
 
 
 if __name__ == "__main__":

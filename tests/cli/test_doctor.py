@@ -35,6 +35,9 @@ def test_json_has_everything(reported: dict[str, Any]) -> None:
     assert set(reported["devices"][-1]["product_seconds"]) == {"FP32", "FP16", "BF16"}
     assert reported["recommendation"]["why"].endswith(".")
     assert reported["system"]["python"]
+    assert reported["half_parameters"] == {
+        "None": 8, "stochastic_rounding": 8, "kahan": 10, "upcast": 16, "master_weights": 18,
+    }  # fmt: skip
 
 
 def test_people_read_the_same(reported: dict[str, Any]) -> None:
@@ -44,7 +47,7 @@ def test_people_read_the_same(reported: dict[str, Any]) -> None:
     text = " ".join(result.stdout.replace("│", " ").split())
     assert text.startswith("Train in ")
     assert f"torch {importlib.metadata.version('torch')}" in text
-    for word in ("FP8", "fused AdamW", "matrix product"):
+    for word in ("FP8", "fused AdamW", "matrix product", "None 8, stochastic_rounding 8, kahan 10"):
         assert word in text
 
 

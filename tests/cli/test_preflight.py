@@ -176,6 +176,27 @@ def test_json_has_the_same(folder: Path) -> None:
     assert len(reported["dry_runs"][0]["overflowing"]) == 4
 
 
+@pytest.mark.parametrize("lr", [1e-5, 1e-4])
+def test_what_rounding_would_lose_is_predicted(folder: Path, lr: float) -> None:
+    """Within 0.03 of what AdamW's first step in BF16 leaves as it is; bytes of every remedy; what would stand still."""
+    reported = json.loads(preflight(folder, "--lr", lr, "--json").stdout)["half_parameters"]
+    model, batches, _ = BY_NAME["GPT-2"].build(0)
+    model.bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=0.0, weight_decay=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(**next(batches)).loss.backward()
+    due = [p.grad != 0 for p in model.parameters()]
+    optimizer.step()
+    lost = sum(((p == b) & d).sum().item() for p, b, d in zip(model.parameters(), before, due, strict=True))
+    assert reported["predicted_lost_share"] == pytest.approx(lost / sum(d.sum().item() for d in due), abs=0.03)
+    assert "transformer.h.0.ln_1.weight" in reported["predicted_frozen"]
+    assert reported["bytes"]["stochastic_rounding"] == reported["bytes"]["None"] == 8 * 64_896
+    assert reported["bytes"]["upcast"] == 16 * 64_896
+    printed = " ".join(preflight(folder, "--lr", lr).stdout.split())
+    assert f"At a learning rate of {lr:g} BF16 without half_parameters would lose about" in printed
+    assert "kahan 649 kB" in printed
+
+
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_a_batch_can_be_made_up_for_every_kind_of_model(entry: RescaledModel) -> None:
     """Text, images, audio; with a decoder or without: the model runs on it and has a loss."""

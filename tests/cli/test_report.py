@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from hf_amp.cli import app
 from hf_amp.events import LOG_FILE
+from hf_amp.report.reader import read_run
+from hf_amp.report.verdict import verdict_on
 from tests.report.test_run_history import changed, line, skipped, started
 
 
@@ -43,7 +45,8 @@ def test_the_page_is_written_where_it_is_asked_for(run: Path, tmp_path: Path) ->
     page = tmp_path / "new" / "page.html"
     result = report(run, "-o", page)
     assert result.exit_code == 0, result.output
-    assert result.stdout.strip() == str(page)
+    verdict, path = result.stdout.splitlines()
+    assert (verdict, path) == (f"my run: {verdict_on(read_run(run)).sentence}", str(page))
     assert [path.name for path in page.parent.iterdir()] == ["page.html"]
     assert page.read_text().startswith("<!doctype html>")
     assert "my run" in page.read_text()
@@ -89,7 +92,7 @@ def test_json_prints_the_figures_and_writes_no_page(run: Path, tmp_path: Path, m
 
 RUNS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "empty": ([], "the log is empty"),
-    "just begun": ([started()], "still running, or killed"),
+    "just begun": ([started()], "still running on another machine, or killed"),
     "skips alone": ([started(), skipped(1), skipped(2)], "all 2 steps were skipped"),
     "one step": ([started(), line("metrics", 1, loss=1.0, scale=4.0, applied_steps=1)], "the one step was applied"),
     "a loss that is never finite": (

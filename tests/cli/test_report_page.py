@@ -34,6 +34,7 @@ def full_run() -> RunHistory:
                 grad_norm=1.0 / step, headroom_bits=step / 5, underflow_fraction=0.001 * step, step_seconds=0.1,
                 memory_bytes=1e9, module_headroom_bits={"h.1": 3.0, HOSTILE: 2.0, "$\\frac$": 1.0, "名前": 4.0},
                 module_underflow_fraction={"h.1": 0.1, HOSTILE: 0.2}, module_activation_amax={"h.1": 7e4, HOSTILE: 1.0},
+                lost_update_fraction=0.9, module_lost_update_fraction={"h.1.weight": 1.0, HOSTILE: 0.5},
             )
         )  # fmt: skip
     run = history(*lines, line("training_ended", 40, applied_steps=36, skipped_steps=4))
@@ -108,13 +109,13 @@ def test_parts_have_names_of_their_own(page_of_both: str) -> None:
 
 def test_every_picture_has_words(document: str) -> None:
     """For a screen reader every picture is an image with a label, and every figure has a caption."""
-    assert document.count("<svg ") == document.count('role="img" aria-label="') == document.count("<figcaption>") == 12
+    assert document.count("<svg ") == document.count('role="img" aria-label="') == document.count("<figcaption>") == 14
 
 
 def test_several_runs_stand_beside_each_other(page_of_both: str) -> None:
     """Every kind of picture is there for each, in its column."""
-    assert page_of_both.count("<svg ") == 24
-    assert page_of_both.count("--column: 1") == page_of_both.count("--column: 2") == 12
+    assert page_of_both.count("<svg ") == 28
+    assert page_of_both.count("--column: 1") == page_of_both.count("--column: 2") == 14
 
 
 @pytest.fixture(scope="module")

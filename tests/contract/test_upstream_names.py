@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode
 from transformers import Trainer, TrainerCallback
 
 import hf_amp
@@ -19,6 +20,7 @@ from hf_amp.integrations._compat import (
     prepared_optimizers,
     replace_scaler,
 )
+from hf_amp.patch_log import is_one_graph
 from tests.each import for_each
 
 
@@ -43,6 +45,18 @@ def test_torch_has_a_dispatch_key_for_emulation() -> None:
     assert torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
     with torch._C._DisableAutocast():
         assert not torch.is_autocast_enabled("cpu")
+
+
+def test_torch_tells_whether_anything_was_compiled() -> None:
+    """`torch._dynamo.eval_frame.cached_backends` is empty until something compiled is called, and after a reset."""
+    import torch._dynamo
+
+    torch.compiler.reset()
+    assert not torch._dynamo.eval_frame.cached_backends
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    assert torch._dynamo.eval_frame.cached_backends
+    torch.compiler.reset()
+    assert not torch._dynamo.eval_frame.cached_backends
 
 
 @pytest.mark.parametrize("number_format", ["fp16", "bf16"])
@@ -238,12 +252,34 @@ def test_torch_compiled_modules_are_recognised(compiled: object) -> None:
     assert _can_be_watched(torch.nn.Linear(1, 1))
 
 
-def test_torch_says_which_compiled_modules_are_one_graph() -> None:
-    """By `dynamo_ctx.fullgraph` of what `torch.compile` makes of a module."""
-    layer = torch.nn.Linear(1, 1)
-    assert torch.compile(layer, fullgraph=True).dynamo_ctx.fullgraph
-    assert not torch.compile(layer).dynamo_ctx.fullgraph
-    assert not hasattr(layer, "dynamo_ctx")
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_torch_says_which_code_is_compiled_to_one_graph(fullgraph: bool) -> None:
+    """By `InstructionTranslator.current_tx().one_graph`, asked once a compilation because of `_dynamo_marked_constant`."""
+
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if is_one_graph() else x + 2
+
+    torch.compiler.reset()
+    assert torch.compile(compiled, fullgraph=fullgraph, backend="eager")(torch.zeros(1)) == (1 if fullgraph else 2)
+
+
+def test_torch_says_which_function_mode_is_innermost() -> None:
+    """`torch.overrides._get_current_function_mode` gives the one that was entered last."""
+    with BaseTorchFunctionMode(), BaseTorchFunctionMode() as inner:
+        assert _get_current_function_mode() is inner
+
+
+def test_torch_says_whether_torch_func_transforms() -> None:
+    """`torch._C._are_functorch_transforms_active()`."""
+    assert not torch._C._are_functorch_transforms_active()
+    assert torch.func.vmap(lambda x: x * torch._C._are_functorch_transforms_active())(torch.ones(1)) == 1
+
+
+def test_nodes_of_the_graph_say_the_dtype_of_what_they_made() -> None:
+    """By `_input_metadata`, also after backward."""
+    y = torch.ones(2, requires_grad=True).half()
+    y.sum().backward()
+    assert [held.dtype for held in y.grad_fn._input_metadata] == [torch.float16]
 
 
 def test_accelerated_optimizers_are_recognised_without_accelerate() -> None:

@@ -88,7 +88,6 @@ class Fault:
         losses: with which it is one.
         is_shared: whether it is one of the model's own numbers, which all ranks have in common.
         ends: whether it stays: the run cannot go on by itself.
-        is_told_late: whether it may be told only after some steps with it.
     """
 
     set_in: Callable[[Trial, Batch], bool | None]
@@ -98,7 +97,6 @@ class Fault:
     losses: tuple[str, ...] = ("inside", "outside", "the model itself")
     is_shared: bool = False
     ends: bool = False
-    is_told_late: bool = False
 
 
 FAULTS: dict[str, Fault] = {}
@@ -318,7 +316,7 @@ def root_in_the_loss(trial: Trial, batch: Batch) -> None:
     trial.set_in_loss(lambda loss: loss + (loss - loss.detach()).abs().sqrt())
 
 
-@kind(Cause.DERIVATIVE, losses=("outside",), is_told_late=True)
+@kind(Cause.DERIVATIVE, losses=("outside",))
 def root_outside(trial: Trial, batch: Batch) -> None:
     trial.set_in_loss(lambda loss: loss + (loss - loss.detach()).abs().sqrt())
     trial.told_in = "outside of the model"
@@ -423,8 +421,7 @@ def run(seed: int, rank: int | None = None) -> Outcome | None:
     if not skips and not ran.harm:
         return None
     harm = [*ran.harm, *_harm(fault, skips, ran)]
-    told_at_last = [e for e in skips if ran.told_late and e.cause not in (Cause.SCALE, Cause.UNKNOWN)]
-    judged = [*told_at_last, *skips, AmpEvent(0, EventKind.STEP_SKIPPED, Cause.UNKNOWN)][0]
+    judged = [*skips, AmpEvent(0, EventKind.STEP_SKIPPED, Cause.UNKNOWN)][0]
     cause = judged.cause.value
     told = cause if cause != fault.cause.value or _is_placed(trial, fault, judged) else "elsewhere"
     decided = [(e.step, e.cause.value, e.after, e.modules) for e in skips]
@@ -445,13 +442,11 @@ def _harm(fault: Fault, skips: list[AmpEvent], ran: Ran) -> list[str]:
     harm = []
     # Where the verdict is late, the scale may have grown since.
     moved = [e for e in skips if (e.after < e.before if ran.is_late else e.after != e.before)]
-    if ran.told_late:  # until there is more to go by, the scale is suspected, and moves
-        moved = [e for e in moved if e.cause is not Cause.SCALE]
     if fault.cause is not Cause.SCALE and moved:
         harm.append(f"scale moved by {len(moved)} skips")
     if ran.plan_changed and fault.cause not in (Cause.ACTIVATION, Cause.ROUNDING):
         harm.append("plan changed")
-    if fault.cause is not Cause.SCALE and ran.scale_fell and not ran.told_late:
+    if fault.cause is not Cause.SCALE and ran.scale_fell:
         harm.append("scale stays lower")
     if ran.bad_buffers:
         harm.append(f"{ran.bad_buffers[0]} keeps NaN")
@@ -473,7 +468,6 @@ class Ran:
     bad_weights: list[str]
     put_right: bool
     goes_on: bool
-    told_late: bool
     scale_fell: bool
     is_late: bool
 
@@ -501,12 +495,9 @@ def _train(
     micro_batches, faulty = chance.choice([1, 1, 2, 3]), chance.randint(1, 3)
     if fault.cause is Cause.BUFFER:
         faulty = max(faulty, 2)  # what is there at the first step may be there by design
-    told_late = fault.is_told_late or (trial.loss == "outside" and fault is FAULTS["large_gradient"])
     late = config.scaling_strategy.value == "PERFORMANCE_OPTIMIZED"
-    stays = (
-        told_late or late or chance.random() < 0.5
-    )  # it looks at a step during the next, where a fault must be still
-    steps = faulty + (5 if told_late else 2) + (0 if stays else 1)
+    stays = late or chance.random() < 0.5  # it looks at a step during the next, where a fault must be still
+    steps = faulty + 2 + (0 if stays else 1)
     is_here = fault.is_shared or rank is None or rank == seed // len(FAULTS) % 2
     plan, harm, applied = session.plan, [], 0
     try:
@@ -540,7 +531,6 @@ def _train(
         [name for name in weights if name != of_fault.get(Cause.WEIGHTS)],
         not stays,
         max([0, *(e.step for e in session.events if e.kind is EventKind.STEP_SKIPPED)]) < steps,
-        told_late,
         late and trial.precision == "fp16" and session.scaler.get_scale() < config.init_scale / 16,
         late,
     )

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
+import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 Batches = Iterator[dict[str, Tensor]]
@@ -63,6 +63,7 @@ def digits(seed: int, count: int = 128) -> Batches:
 
     Half of the classes are drawn at random, so that the loss has a floor, as that of text has.
     """
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
     images, classes = load_digits(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     labels = torch.tensor(classes)

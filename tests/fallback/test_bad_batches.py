@@ -77,5 +77,5 @@ def test_bad_rows_cost_their_batches_alone(strategy: str, bad: str, full_size: b
     print(f"\n{strategy} {bad}: {with_them} against {without}")
     assert with_them.skipped - without.skipped == steps // every
     assert with_them.scale >= without.scale / 2
-    assert with_them.underflow <= without.underflow * 1.1 + 1e-4
+    assert with_them.underflow <= without.underflow * 1.1 + 2e-4  # two elements of 12,002
     assert with_them.loss == without.loss or with_them.loss <= without.loss * 1.01

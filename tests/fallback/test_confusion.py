@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from hf_amp import Cause
 from tests.fallback.random_faults import FAULTS, TRIALS, Outcome, outcomes, told_of
-
-WORKER = Path(__file__).with_name("two_rank_faults.py")
+from tests.forking import told_by_ranks
 
 
 def table(reported: Counter[tuple[str, str]]) -> str:
@@ -58,17 +52,8 @@ def test_no_run_is_harmed(ran: list[Outcome]) -> None:
 
 def test_two_ranks_agree_and_do_no_harm(full_size: bool) -> None:
     """The same for faults that one of two ranks meets alone; both skip the same steps for the same cause, and go on alike."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2]), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(WORKER), str(4 * len(FAULTS) if full_size else 9)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
+    faults = str(4 * len(FAULTS) if full_size else 9)
+    ranks = told_by_ranks("tests.fallback.two_rank_faults", faults, ACCELERATE_USE_CPU="true")
     first, second = ([Outcome(**each) if each else None for each in of_rank] for of_rank in ranks)
     pairs = [(here, there) for here, there in zip(first, second, strict=True) if here and there]
     assert len(pairs) >= 0.7 * len(first)

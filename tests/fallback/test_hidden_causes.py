@@ -172,3 +172,16 @@ def test_a_bad_buffer_is_told_whatever_it_holds(value: float) -> None:
     model.middle.shift[0] = value
     loop.step({"x": X})
     assert [(skip.cause, skip.modules) for skip in loop.skips] == [(Cause.BUFFER, ("middle",))]
+
+
+@for_each("precision", ["fp16", "bf16", "no"])
+def test_a_hook_that_makes_nan_is_no_matter_of_precision(precision: str) -> None:
+    """MODEL in the layer whose output somebody's forward hook divides zero by zero in; no layer leaves its precision."""
+    model = Model(lambda x: x)
+    model.middle.register_forward_hook(
+        lambda _module, _arguments, output: output + (output - output) / (output - output)
+    )
+    loop = Loop(model, precision)
+    loop.step({"x": X})
+    assert [(skip.cause, skip.modules) for skip in loop.skips] == [(Cause.MODEL, ("middle",))]
+    assert not loop.session.plan.modules

@@ -107,13 +107,18 @@ def test_a_batch_that_made_a_target(run: Run) -> None:
 
 
 def test_graphs_are_let_go_of(run: Run) -> None:
-    """Kept only where a loss may be made from several forward passes, and no longer than until the next step begins."""
+    """Kept only where a loss may be made from several forward passes, and no longer than until the next step begins; nor are
+    the newest loss's and what it gave to outputs."""
     recorder = run.session._fallback.recorder
     run.accelerator.backward(run.loss())
     assert not recorder._now().graphs
     run.step()
     run.accelerator.backward(run.loss() + run.loss())
     assert len(recorder._now().graphs) == 1
+    assert recorder.operations_outside()
+    assert all(len(call.output_gradients[""]) == 1 for call in recorder._now().calls)
     run.step()
     run.loss()
     assert not any(its.graphs for its in recorder._by_step.values())
+    assert not recorder.operations_outside()
+    assert not any(call.output_gradients.get("") for its in recorder._by_step.values() for call in its.calls)

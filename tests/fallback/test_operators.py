@@ -353,12 +353,12 @@ def test_what_could_not_be_tried_in_fp32_is_not_claimed() -> None:
 
     def root(x: Tensor) -> Tensor:
         passes.append(x)
-        if len(passes) == 4:  # the step's own, its backward again, its forward again, and then FP32
+        if len(passes) == 3:  # the step's own, its backward again, and then FP32
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.sqrt((x - x.detach()).float())
 
     loop = Loop(Regression(between=root), "fp16")
     loop.step(SOUND)
-    assert len(passes) >= 4
+    assert len(passes) >= 3
     assert loop.skips[0].cause is Cause.UNKNOWN
     assert "could not be repeated in FP32" in loop.skips[0].message

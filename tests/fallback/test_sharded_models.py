@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.each import for_each
+from tests.forking import told_by_ranks
 
-WORKER = Path(__file__).with_name("sharded_models_worker.py")
 SHARDED = [
     "Trainer, FP16",
     "Trainer, BF16",
@@ -29,20 +24,9 @@ SHARDED = [
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two ranks came to, run by run: one launch, on any free port."""
+    """What each of the two ranks came to, run by run."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2]), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(WORKER), str(folder / "model")],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    return told_by_ranks("tests.fallback.sharded_models_worker", str(folder / "model"), ACCELERATE_USE_CPU="true")
 
 
 @for_each("run", [*SHARDED, "gathers"])

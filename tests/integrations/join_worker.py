@@ -11,13 +11,14 @@ from hf_amp import AmpSession, AttachError
 from tests.rank_end import leave_together
 
 accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+before = accelerator.prepare(nn.Linear(4, 1))
 session = hf_amp.attach(accelerator, init_scale=256.0)
 model = nn.Linear(4, 1)
 model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1e-2))
 by_hand = DistributedDataParallel(nn.Linear(4, 1))
 AmpSession.for_model(by_hand, torch.optim.SGD(by_hand.parameters(), 1e-2))
 refused = 0
-for joined in (lambda: Join([model]), model.join, by_hand.join):
+for joined in (lambda: Join([model]), model.join, by_hand.join, before.join):
     try:
         with joined():
             for _ in range(2 + accelerator.process_index):

@@ -152,47 +152,52 @@ def test_in_fp16_events_come_in_the_same_order(tmp_path: Path) -> None:
     assert heard[0] == heard[1]
 
 
-@pytest.mark.parametrize(("overflows", "lines"), [((), 0), ((2,), 2), ((2, 4), 3)])
+@pytest.mark.parametrize(("overflows", "lines"), [((), 2), ((2,), 3), ((2, 4), 3)])
 def test_console_has_a_line_for_what_happened(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, overflows: tuple[int, ...], lines: int
 ) -> None:
-    """None when nothing did; one a skip, and a summary at the end."""
+    """One at the start and one at the end, always; between them one for skips alike within ten seconds."""
     callback = MixedPrecisionCallback({"init_scale": 1024.0})
     regression_trainer(
         tmp_path, callback, OverflowAt(*overflows), fp16=True, eval_strategy="steps", eval_dataset=numbers()
     ).train()
     shown = [r for r in caplog.records if r.name == "hf_amp" and r.levelno >= logging.WARNING]
     assert len(shown) == lines
-    if lines:
-        skipped = len(overflows)
-        summary = shown[-1].getMessage()
-        start = f"training ended: {6 - skipped} steps applied, {skipped} skipped ({skipped} SCALE), 0 changes"
-        assert summary.startswith(start)
-        assert f"final scale {1024 / 2**skipped:g}, " in summary
-        assert summary.endswith("s in FP16")
+    first, last, skipped = shown[0].getMessage(), shown[-1].getMessage(), len(overflows)
+    assert first.startswith("hf_amp: FP16 emulated on the CPU")
+    assert first.endswith(f", DYNAMIC, log in {tmp_path / 'amp_events.jsonl'}.")
+    said = f"{skipped} of 6 steps" if skipped else "all 6 steps were applied"
+    assert last.startswith("hf_amp: training ended. Verdict: Training: ")
+    assert said in last
+    assert f"scale {1024 / 2**skipped:g}, " in last
+    assert last.endswith("s in FP16.")
 
 
 @pytest.mark.parametrize(("steps", "counted"), [(6, "6 steps"), (1, "1 step")])
-def test_summary_of_a_run_without_a_fault_is_there_for_who_asks(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, counted: str
-) -> None:
-    """It is an INFO line; the event log has it always, with the seconds in each precision."""
+def test_the_event_log_has_a_summary(tmp_path: Path, steps: int, counted: str) -> None:
+    """What was applied and skipped, with the seconds in each precision."""
     callback = MixedPrecisionCallback()
-    with caplog.at_level(logging.INFO, logger="hf_amp"):
-        regression_trainer(tmp_path, callback, max_steps=steps).train()
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "hf_amp"]
-    assert line.startswith(f"training ended: {counted} applied, 0 skipped, 0 changes of precision")
+    regression_trainer(tmp_path, callback, max_steps=steps).train()
     ended = next(e for e in callback.session.events if e.kind is EventKind.TRAINING_ENDED)
+    assert ended.message.startswith(f"training ended: {counted} applied, 0 skipped, 0 changes of precision")
     assert ended.figures["applied_steps"] == steps
     assert ended.figures.get("fp32_seconds", 0) > 0 or steps == 1
+
+
+def test_fp32_with_scaling_options_says_that_nothing_is_scaled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And names what would."""
+    regression_trainer(tmp_path, MixedPrecisionCallback(init_scale=1024.0), max_steps=1).train()
+    assert any("init_scale: nothing is scaled in FP32, only with fp16=True" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(
     ("bad_steps", "lines", "said"),
     [
-        (range(1, 11), 4, "Not training: all 10 steps were skipped (fix the data or the loss: "),
-        ((1, 2, 3, 5, 6, 8), 3, "Hardly training: 6 of 10 steps (60%) were skipped"),
-        ((6, 7, 8, 9, 10), 3, "In doubt: the newest logged loss is not finite; 5 of 10 steps (50%) were skipped"),
+        (range(1, 11), 1, "Not training: all 10 steps were skipped (fix the data or the loss: "),
+        ((1, 2, 3, 5, 6, 8), 1, "Hardly training: 6 of 10 steps (60%) were skipped"),
+        ((6, 7, 8, 9, 10), 1, "In doubt: the newest logged loss is not finite; 5 of 10 steps (50%) were skipped"),
     ],
 )
 def test_the_last_line_judges_the_run(
@@ -203,9 +208,8 @@ def test_the_last_line_judges_the_run(
     callback = MixedPrecisionCallback()
     regression_trainer(tmp_path, callback, nan_rows=bad_rows, bf16=True, max_steps=10, logging_steps=5).train()
     shown = [r.getMessage() for r in caplog.records if r.name == "hf_amp" and r.levelno >= logging.WARNING]
-    assert shown[-1].startswith(f"training ended: {10 - len(bad_steps)} steps applied, {len(bad_steps)} skipped")
     assert said in shown[-1]
-    assert shown[-1].endswith(f". {verdict_on(read_run(tmp_path)).sentence}")
+    assert shown[-1].startswith(f"hf_amp: training ended. Verdict: {verdict_on(read_run(tmp_path)).sentence}")
     assert "Training" not in shown[-1]
     assert sum("step_skipped" in line for line in shown) == lines
 
@@ -218,7 +222,6 @@ def test_the_last_line_judges_a_run_that_applies_nothing_but_zeros(
     regression_trainer(tmp_path, MixedPrecisionCallback(patience=5), max_steps=10, **loss).train()
     last = caplog.records[-1]
     assert last.levelno == logging.WARNING
-    assert "10 steps applied, 0 skipped" in last.getMessage()
     assert "Not training since step 5: this run learns nothing" in last.getMessage()
 
 
@@ -244,13 +247,12 @@ def test_time_is_told_by_precision(tmp_path: Path, caplog: pytest.LogCaptureFixt
     trainer.train()
     assert dict(callback.session.plan.modules) != {}
     summary = caplog.records[-1].getMessage()
-    assert "1 change of precision" in summary
     assert "1 module in FP32" in summary
-    assert summary.endswith("s in FP16")
+    assert summary.endswith("s in FP16.")
     whole = MixedPrecisionCallback({"init_scale": 1024.0})
     regression_trainer(tmp_path, whole, OverflowAt(2, 3), bf16=True, max_steps=8).train()
     assert whole.session.plan.default is PrecisionMode.FP32
-    assert re.search(r"\d s in BF16, \d+\.\d s in FP32$", caplog.records[-1].getMessage())
+    assert re.search(r"\d s in BF16, \d+\.\d s in FP32\.$", caplog.records[-1].getMessage())
 
 
 @pytest.mark.parametrize("stop", [False, True])

@@ -83,7 +83,7 @@ def test_1_and_2_one_nan_batch_ends_the_run_behind_a_loss_of_zero(tmp_path: Path
     assert [loss > 0 for loss in logged(ours, "loss")] == [True, True, False, True, True, True]
     assert math.isnan(logged(ours, "loss")[2])
     assert [event.step for event in events_of(ours, EventKind.STEP_SKIPPED)] == [3]
-    assert logged(ours, "amp/non_finite_loss_fraction") == [0, 0, 1, 0, 0, 0]
+    assert logged(ours, "amp/non_finite_loss_fraction") == [None, None, 1, None, None, None]
 
 
 def test_without_the_filter_one_nan_is_logged_for_ever(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_9_one_bad_micro_batch_discards_a_window_behind_a_healthy_loss(tmp_path:
     stock, ours = stock_and_ours(tmp_path, **options)
     assert logged(stock, "loss")[0] == logged(ours, "loss")[0] > 0
     assert set(stock.state.log_history[0]) == {"loss", "grad_norm", "learning_rate", "epoch", "step"}
-    assert logged(ours, "amp/non_finite_loss_fraction") == [0.25, 0, 0]
+    assert logged(ours, "amp/non_finite_loss_fraction") == [0.25, None, None]
     (skip,) = events_of(ours, EventKind.STEP_SKIPPED)
     assert (skip.figures["losses"], skip.figures["non_finite_losses"]) == (4, 1)
 
@@ -168,8 +168,7 @@ def test_9_one_bad_micro_batch_discards_a_window_behind_a_healthy_loss(tmp_path:
 def test_the_share_is_of_what_the_logged_loss_is_the_mean_of(tmp_path: Path) -> None:
     """Two steps an entry, four micro-batches a step: one bad one of eight, and of sixteen in all."""
     _, ours = stock_and_ours(tmp_path, nan_rows=(NAN_ROW,), gradient_accumulation_steps=4, logging_steps=2, max_steps=4)
-    assert logged(ours, "amp/non_finite_loss_fraction") == [0.125, 0]
-    assert logged(ours, "amp/non_finite_losses") == [1, 1]
+    assert logged(ours, "amp/non_finite_loss_fraction") == [0.125, None]
 
 
 @pytest.mark.parametrize("lost", [(), (NAN_ROW,), (1, 9, 13, 14)])

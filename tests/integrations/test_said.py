@@ -226,3 +226,15 @@ def test_eval_loss_is_called_the_mean_of_the_others_only_where_it_is(loss: float
     message = session.events[-1].message
     assert ("eval_loss is the mean of the others" in message) is (loss == 0.5)
     assert ("eval_loss is nan for that" in message) is (loss != 0.5)
+
+
+def test_data_parallel_of_a_trainer_is_said_not_to_be_covered(tmp_path: Path) -> None:
+    """On several GPUs without a launcher a Trainer wraps its model and prepares the optimizer alone; it trains all the same."""
+    callback = MixedPrecisionCallback(init_scale=8.0)
+    trainer = regression_trainer(tmp_path, callback, max_steps=3)
+    trainer.args._n_gpu = 2  # as the Trainer finds it on two GPUs; DataParallel without devices calls its model
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, nn.DataParallel)
+    (said,) = [event.message for event in callback.session.events if "DataParallel" in event.message]
+    assert "repeats no forward pass" in said
+    assert callback.session.metrics()["applied_steps"] > 0

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer
 
 from hf_amp import (
@@ -55,9 +54,9 @@ def test_upstream_fails_this_with_a_fused_optimizer(tmp_path: Path) -> None:
 
 
 def test_metrics_are_in_every_log_entry_and_in_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`log_history` and a TensorBoard file read back hold the same `amp/` values at the same steps."""
+    """With `log_all_metrics`, `log_history` and a TensorBoard file read back hold the same `amp/` values at the same steps."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
-    callback = MixedPrecisionCallback()
+    callback = MixedPrecisionCallback(log_all_metrics=True)
     trainer, _ = trainer_with(tmp_path, callback, OverflowAt(3), report_to="tensorboard")
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -69,9 +68,28 @@ def test_metrics_are_in_every_log_entry_and_in_tensorboard(tmp_path: Path, monke
     assert entries[0]["amp/grad_norm"] == pytest.approx(entries[0]["grad_norm"], rel=1e-5)
     assert not any(key in entries[2] for key in ("grad_norm", "amp/grad_norm", "amp/grad_amax"))
     assert {key.removeprefix("amp/") for entry in entries for key in entry if key.startswith("amp/")} <= NAMES
-    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(tmp_path / "tb")).Reload()
     tag = next(tag for tag in board.Tags()["scalars"] if tag.endswith("amp/scale"))
     assert [(s.step, s.value) for s in board.Scalars(tag)] == [(entry["step"], entry["amp/scale"]) for entry in entries]
+
+
+def test_an_entry_has_six_metrics_and_reporters_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that say how the run is, of which zeros but for skipped steps are left out; once each in TensorBoard's file."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    callback = MixedPrecisionCallback()
+    trainer, _ = trainer_with(tmp_path, callback, OverflowAt(3), report_to="tensorboard")
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(0 < sum(key.startswith("amp/") for key in entry) <= 6 for entry in entries)
+    assert {"amp/scale", "amp/skipped_steps", "amp/grad_norm", "amp/headroom_bits"} <= entries[0].keys()
+    assert entries[3]["amp/skipped_steps_scale"] == 1
+    assert "amp/precision_changes" not in entries[3]
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(tmp_path / "tb")).Reload()
+    written = {tag.removeprefix("train/amp/") for tag in board.Tags()["scalars"] if tag.startswith("train/amp/")}
+    assert written >= callback.session.metrics().keys()
+    assert all(len(board.Scalars(f"train/amp/{name}")) == 6 for name in ("scale", "applied_steps", "skip_rate"))
 
 
 def test_trainer_state_stays_valid_json(tmp_path: Path) -> None:
@@ -174,7 +192,7 @@ def test_class_instead_of_instance(tmp_path: Path) -> None:
     """`callbacks=[MixedPrecisionCallback]` works as with any callback."""
     trainer, _ = trainer_with(tmp_path, MixedPrecisionCallback, max_steps=1)
     trainer.train()
-    assert trainer.state.log_history[0]["amp/applied_steps"] == 1
+    assert trainer.state.log_history[0]["amp/skipped_steps"] == 0
 
 
 def test_resume_continues_scale_and_counters(tmp_path: Path) -> None:
@@ -267,7 +285,7 @@ def test_a_disabled_run_says_that_it_is(tmp_path: Path) -> None:
     trainer.train()
     reported = {event.kind: event.message for event in callback.session.events}
     assert reported[EventKind.TRAINING_STARTED] == "training starts: without hf_amp, which the config disables."
-    assert reported[EventKind.TRAINING_ENDED] == "training ends: hf_amp, which the config disables, counted nothing."
+    assert reported[EventKind.TRAINING_ENDED] == "training ended: hf_amp, which the config disables, counted nothing."
 
 
 @pytest.mark.parametrize("enabled", [True, False])

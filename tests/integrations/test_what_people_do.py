@@ -410,8 +410,8 @@ def test_a_trial_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:
     assert len(first.sinks) == 1  # the console
     lines = [json.loads(line) for line in (tmp_path / "amp_events.jsonl").read_text().splitlines()]
     ended = [line for line in lines if line["event"] == "training_ended"]
-    assert [line["run_id"] for line in ended] == [callback.session.run_id]
-    assert ended[0]["applied_steps"] == STEPS
+    assert [line["run_id"] for line in ended] == [first.run_id, callback.session.run_id]
+    assert [line["applied_steps"] for line in ended] == [1, STEPS]
 
 
 class MemoryRunsOut(torch.autograd.Function):

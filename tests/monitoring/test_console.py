@@ -1,5 +1,6 @@
 """The console: a line for trouble, silence otherwise."""
 
+import itertools
 import logging
 
 import pytest
@@ -79,9 +80,11 @@ def test_a_newline_in_a_message_cannot_forge_a_line(caplog):
 
 @for_each("every", [1, 10])
 def test_the_same_skip_again_and_again_is_told_ever_less_often(caplog, every):
-    """Of 40 skips alike, in a row or not, with logged figures in between, the 1st, 2nd, 4th, … 32nd warn, with their number."""
+    """Of 40 skips alike, in a row or not, with logged figures in between, the 1st, 2nd, 4th, … 32nd warn, with their number,
+    where ten seconds lie between two of them."""
     caplog.clear()
-    console = Console()
+    seconds = itertools.count(step=10)
+    console = Console(clock=lambda: next(seconds))
     for step in range(every, 40 * every + 1, every):
         console.write(AmpEvent(step, EventKind.STEP_SKIPPED, Cause.LOSS, message="read the cause"))
         console.write(AmpEvent(step, EventKind.METRICS, figures={"loss": 1.0}))
@@ -89,6 +92,16 @@ def test_the_same_skip_again_and_again_is_told_ever_less_often(caplog, every):
     assert reported == [f"step {step * every}" for step in (1, 2, 4, 8, 16, 32)]
     assert caplog.messages[0].endswith("read the cause")
     assert caplog.messages[5].endswith("read the cause (32 like it so far)")
+
+
+def test_fast_steps_do_not_flood(caplog):
+    """Of 1,000 skips alike within 25 seconds: the first, and one after 10 and after 20 seconds, with how many there were."""
+    seconds = itertools.count(step=0.025)
+    console = Console(clock=lambda: next(seconds))
+    for step in range(1, 1001):
+        console.write(AmpEvent(step, EventKind.STEP_SKIPPED, Cause.LOSS))
+    assert [message.partition(":")[0] for message in caplog.messages] == ["step 1", "step 401", "step 802"]
+    assert "(802 like it so far)" in caplog.messages[2]
 
 
 def test_each_new_finding_has_its_line(caplog):
@@ -101,4 +114,4 @@ def test_each_new_finding_has_its_line(caplog):
         console.write(AmpEvent(4, EventKind.PRECISION_CHANGED, Cause.UNKNOWN, "MIXED", after))
     for lost in (3, 4, 4, 4):
         console.write(AmpEvent(5, EventKind.EVALUATION_LOST_BATCHES, message=f"{lost} lost"))
-    assert len(caplog.messages) == 4 * 2 + 2 + 3
+    assert len(caplog.messages) == 4 + 2 + 2

@@ -88,23 +88,24 @@ def assert_named_and_trained_on(model: nn.Module, loss_of: LossOf, learning_rate
 GATE = "bond_conv_layers.{}.twoBody_bond.mlp_gate.layers.3"
 
 
+def crystal_of(name: str) -> Any:
+    """A crystal with hydrogen, as pymatgen has it."""
+    from pymatgen.core import Lattice, Structure
+
+    if name == "water":
+        return Structure(Lattice.cubic(3.2), ["O", "H", "H"], [[0, 0, 0], [0.24, 0.18, 0], [-0.24, 0.18, 0]])
+    places = [[0, 0, 0], [1 / 3, 2 / 3, 0.2203], [2 / 3, 1 / 3, 0.7797], [1 / 3, 2 / 3, 0.43], [2 / 3, 1 / 3, 0.57]]
+    return Structure(Lattice.hexagonal(3.142, 4.766), ["Mg", "O", "O", "H", "H"], places)
+
+
 @needs("chgnet", "chgnet")
 @for_each(("crystal", "task", "layers"), [("brucite", "e", [2]), ("water", "ef", [1, 2])])
 def test_chgnet_on_crystals_with_hydrogen(crystal: str, task: str, layers: list[int]) -> None:
     """Energies, and forces, which are a derivative that forward takes. Other layers come to 62,000 and are left alone."""
     from chgnet.model import CHGNet
-    from pymatgen.core import Lattice, Structure
 
-    structures = {
-        "brucite": Structure(
-            Lattice.hexagonal(3.142, 4.766),
-            ["Mg", "O", "O", "H", "H"],
-            [[0, 0, 0], [1 / 3, 2 / 3, 0.2203], [2 / 3, 1 / 3, 0.7797], [1 / 3, 2 / 3, 0.43], [2 / 3, 1 / 3, 0.57]],
-        ),
-        "water": Structure(Lattice.cubic(3.2), ["O", "H", "H"], [[0, 0, 0], [0.24, 0.18, 0], [-0.24, 0.18, 0]]),
-    }
     model = CHGNet.load(use_device="cpu", verbose=False)
-    graph = model.graph_converter(structures[crystal])
+    graph = model.graph_converter(crystal_of(crystal))
 
     def loss_of(model: nn.Module) -> Tensor:
         predicted = model([graph], task=task)
@@ -113,6 +114,28 @@ def test_chgnet_on_crystals_with_hydrogen(crystal: str, task: str, layers: list[
 
     named = assert_named_and_trained_on(model, loss_of, learning_rate=1e-4, rel=0.1)
     assert named == {GATE.format(layer) for layer in layers}
+
+
+@needs("chgnet", "chgnet")
+@for_each("crystal", ["brucite", "water"])
+def test_chgnet_is_rescaled_to_the_last_bit(crystal: str) -> None:
+    """It overflows by itself; powers of two cure it, energies, forces and moments stay what they are on any crystal."""
+    pytest.importorskip("scipy", reason="needs scipy, which the extra hf_amp[rescale] brings")
+    from chgnet.model import CHGNet
+
+    model = CHGNet.load(use_device="cpu", verbose=False).eval()
+    report = hf_amp.rescale_for_fp16(model, {"graphs": [model.graph_converter(crystal_of(crystal))], "task": "em"})
+    assert report.safe, report.sentence
+    assert report.bitwise
+    assert not report.unused
+    for name in ("brucite", "water"):
+        graph = model.graph_converter(crystal_of(name))
+        assert name != crystal or out_of_range(model, lambda m, g=graph: m([g], task="e")["e"].sum())
+        assert not out_of_range(report.model, lambda m, g=graph: m([g], task="e")["e"].sum())
+        expected, found = model([graph], task="efm"), report.model([graph], task="efm")
+        for key in ("e", "f", "m"):
+            for x, y in zip(expected[key], found[key], strict=True):
+                torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-7)
 
 
 class Crepe(nn.Module):

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, set_seed
@@ -156,7 +157,7 @@ def test_fp16_learns_what_fp32_does(make: Callable[..., Trainer], tmp_path: Path
     exact = trained(make, tmp_path / "exact", "no", [])
     half = trained(make, tmp_path / "half", "fp16", [callback])
     assert logged(half, "loss") == pytest.approx(logged(exact, "loss"), abs=0.02)
-    assert logged(half, "amp/applied_steps")[-1] == STEPS
+    assert callback.session.metrics()["applied_steps"] == STEPS
     assert not reported(callback, EventKind.STEP_SKIPPED)
 
 
@@ -206,7 +207,7 @@ def test_grpo_generates_under_the_plan(tmp_path: Path) -> None:
     trainer = trained(grpo, tmp_path / "ours", "fp16", [callback, RescaleBefore(2)])
     (skip,) = reported(callback, EventKind.STEP_SKIPPED)
     assert (skip.step, skip.cause, skip.modules) == (2, Cause.ACTIVATION, OVERFLOWING)
-    assert logged(trainer, "amp/applied_steps")[-1] == STEPS - 1
+    assert callback.session.metrics()["applied_steps"] == STEPS - 1
     callback.session.detach()
     assert hooks_on(trainer.model) == hooks_on(stock.model)
 
@@ -217,3 +218,53 @@ def test_equal_rewards_are_named_where_nothing_is_learned(tmp_path: Path) -> Non
     trained(grpo, tmp_path, "fp16", [callback], reward=lambda completions, **_: [1.0] * len(completions))
     (zero,) = reported(callback, EventKind.ZERO_GRADIENTS)
     assert "rewards" in zero.message
+
+
+class CastsInPlace(TrainerCallback):  # type: ignore[misc]
+    """What TRL's continuous batching does to the model that trains, once, to generate from it (TRL #7268 and #6005)."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any) -> None:
+        if state.global_step == self.step:
+            model.to(torch.bfloat16)
+
+
+def frozen_in(trainer: Trainer, callback: MixedPrecisionCallback) -> AmpEvent:
+    trainer.train()
+    (event,) = [event for event in callback.session.events if event.kind is EventKind.FROZEN]
+    return event
+
+
+def test_a_dora_magnitude_in_bf16_is_named(tmp_path: Path) -> None:
+    """SFT with DoRA whose adapters are BF16, as TRL casts them: the magnitudes stand still, and are named within 20 steps."""
+    callback = MixedPrecisionCallback()
+    config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(llama().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    options = arguments(trl.SFTConfig, tmp_path, "bf16", learning_rate=1e-4)
+    options.max_steps = 20
+    trainer = trl.SFTTrainer(
+        model, options, train_dataset=rows("text"), processing_class=tokenizer(), callbacks=[callback]
+    )
+    event = frozen_in(trainer, callback)
+    magnitudes = {name for name, _ in model.named_parameters() if "magnitude" in name}
+    assert len(magnitudes) == 4
+    assert magnitudes <= set(event.modules)
+    assert not any("lora_B" in name for name in event.modules)
+
+
+@pytest.mark.parametrize(("step", "optimizer"), [(0, "adamw_torch"), (14, "adafactor")])
+def test_a_model_cast_in_place_is_named(tmp_path: Path, step: int, optimizer: str) -> None:
+    """A model that is cast to BF16 while it trains: what stands still from then on is named within 20 steps."""
+    callback = MixedPrecisionCallback()
+    rates = {"learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+    options = arguments(trl.SFTConfig, tmp_path, "bf16", optim=optimizer, **rates)
+    options.max_steps = step + 21
+    casts = CastsInPlace(step)
+    trainer = trl.SFTTrainer(
+        llama(), options, train_dataset=rows("text"), processing_class=tokenizer(), callbacks=[callback, casts]
+    )
+    event = frozen_in(trainer, callback)
+    assert step < event.step <= step + 20
+    assert "model.norm.weight" in event.modules

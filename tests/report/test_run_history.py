@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_amp import StateError
-from hf_amp.report.reader import LARGEST_GROUPS, POINTS_KEPT, RunHistory, Series
+from hf_amp.report.reader import LARGEST_GROUPS, POINTS_KEPT, RunHistory, Series, this_process
 
 _seconds = itertools.count()
 
@@ -20,10 +20,9 @@ def line(event: str, step: int, **fields: Any) -> dict[str, Any]:
     return {"timestamp": stamp, "event": event, "run_id": "abc", "rank": 0, "step": step, **fields}
 
 
-def started(step: int = 0) -> dict[str, Any]:
-    return line(
-        "training_started", step, message="training starts: FP16 somewhere.", precision="MIXED", config={"seed": 1}
-    )
+def started(step: int = 0, **facts: Any) -> dict[str, Any]:
+    message = "training starts: FP16 somewhere."
+    return line("training_started", step, message=message, precision="MIXED", config={"seed": 1}, **facts)
 
 
 def skipped(step: int, cause: str = "SCALE", **fields: Any) -> dict[str, Any]:
@@ -152,14 +151,38 @@ def test_a_change_that_changes_nothing_is_none() -> None:
 
 def test_a_line_that_hf_amp_does_not_write_is_a_clear_error() -> None:
     """A changed or foreign line names the file and where in it."""
-    for wrong in (
-        line("metrics", 1, module_headroom_bits=3),
-        line("training_started", 0, config=[1]),
-        line("metrics", 1, loss="three"),
-        line("step_skipped", 1, modules=3),
-    ):
+    for wrong in (line("training_started", 0, config=[1]), line("step_skipped", 1, modules=3)):
         with pytest.raises(StateError, match="log: line 1 is not what hf_amp writes"):
             history(wrong)
+
+
+def test_a_bad_value_loses_that_value_alone() -> None:
+    """Neither the run nor the other figures of the line."""
+    bad = line(
+        "metrics", 1, module_headroom_bits=3, loss="three", scale=4.0, module_activation_amax={"a": "x", "b": 2.0}
+    )
+    run = history(started(), bad)
+    assert dict(run.latest) == {"scale": 4.0}
+    assert {name: list(series) for name, series in run.modules["module_activation_amax"].items()} == {"b": [(1, 2.0)]}
+
+
+def test_a_log_of_another_version_says_which() -> None:
+    """Where it cannot be read, the error names the version that has written it, and this one."""
+    with pytest.raises(StateError, match=r"hf_amp 9\.0 has written it, and this is 0\."):
+        history(started(versions={"hf_amp": "9.0"}), line("step_skipped", 1, modules=3))
+
+
+def test_a_run_is_running_while_its_process_is() -> None:
+    """And killed where that has gone without a word; of another machine's nothing is known."""
+    here = this_process()
+    for process, state in (
+        (here, "running"), ({**here, "started": 5.0}, "killed"), ({**here, "machine": "elsewhere"}, "unfinished"),
+        ({}, "unfinished"),
+    ):  # fmt: skip
+        run = history(started(process=process), line("metrics", 1, loss=1.0))
+        assert run.state == state
+    run.add(line("training_ended", 1))
+    assert run.state == "finished"
 
 
 def test_an_event_of_a_later_version_is_left_alone() -> None:

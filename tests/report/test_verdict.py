@@ -54,10 +54,24 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
         "(fix the data or the loss: the batch held non-finite values 3 times, the loss was not finite 1 time; "
         "the scale was too large 1 time; look at the events: a cause that this version does not know 1 time).",
     ),
+    "frozen": (
+        [
+            started(),
+            line("frozen", 8, message="2 of 9 stand still", modules=["norm.weight", "h.weight"]),
+            metrics(100, 0),
+        ],
+        Level.WATCH,
+        "Training, but rounding loses the updates of 2 parameters, norm.weight the first, since step 8: all 100 steps were applied so far.",
+    ),
     "fallback": (
         [started(), skipped(3, "ACTIVATION"), changed(3, "MIXED", "FP32", "h.1"), metrics(1000, 1)],
         Level.WATCH,
         "Training, 1 module in FP32 since step 3 (h.1): 1 of 1,000 steps",
+    ),
+    "fallback, and what cures the model": (
+        [started(), skipped(3, "ACTIVATION"), changed(3, "MIXED", "FP32", "h.1"), metrics(1000, 1)],
+        Level.WATCH,
+        ". `hf-amp rescale MODEL -o OUT` looks for a checkpoint of the same function that needs no module in FP32.",
     ),
     "the whole model fell back": (
         [started(), changed(3, "MIXED", "BF16"), metrics(1000, 0)],

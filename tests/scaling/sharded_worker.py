@@ -104,9 +104,47 @@ def run(
     return {"applied": applied, "scales": scales, "moved": moved, "finite": bool(finite)}
 
 
+def in_half(dtype: torch.dtype, remedy: str | None, name: str, sharded: bool = True) -> dict[str, Any]:
+    """Twenty steps that BF16 loses: how far the model came, what is kept of it, and whether this rank's part is that of the whole."""
+    model = layers(seed=0).to(dtype)
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-4)
+    config = MixedPrecisionConfig(precision_mode="BF16", half_parameters=remedy)
+    scaler = AdvancedGradScaler(config, "cpu")
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (model(torch.full((3, 8), 0.5).to(dtype)).float() - 1.0).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        scaler.step(optimizer)
+        scaler.update()
+    exact = [p.full_tensor() if sharded else p for p in model.parameters()]
+    kinds = {type(v).__name__ for p in model.parameters() for v in optimizer.state[p].values() if v.dim()}
+    dtypes = {str(v.dtype) for p in model.parameters() for v in optimizer.state[p].values() if v.dim() == p.dim()}
+    held = sum(local(p).detach().float().sum().item() for p in model.parameters())
+    whole = [p.detach().float().sum().item() for p in exact]
+    return {
+        "gain": losses[0] - losses[-1],
+        "kinds": sorted(kinds),
+        "dtypes": sorted(dtypes),
+        "whole": whole,
+        "held": held,
+    }
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     results = {}
+    for name in ("AdamW", "RMSprop"):
+        results[f"FP32 {name}"] = in_half(torch.float32, None, name)
+        for remedy in ("stochastic_rounding", "kahan"):
+            results[f"{remedy} {name}"] = in_half(torch.bfloat16, remedy, name)
+            results[f"{remedy} {name} replicated"] = in_half(torch.bfloat16, remedy, name, sharded=False)
     for (kind, make_model), fused, unscale in itertools.product(SHARDED.items(), (False, True), (False, True)):
         results[f"{kind} {fused} {unscale}"] = run(
             make_model, fused, unscale, scaling_strategy="ADAPTIVE", sync_grad_scaler=kind != "FSDP2"

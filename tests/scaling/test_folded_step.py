@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -97,16 +99,23 @@ def test_norm_whose_squares_overflow_is_exact(fused: bool) -> None:
     assert weight.tolist() == pytest.approx([-0.5] * 4, rel=1e-6)
 
 
-def test_such_a_norm_without_a_host_is_bounded() -> None:
-    """Where no host mends it, the clip uses a bound: the step is finite, not longer than max_norm, and not zero."""
+def test_such_a_norm_that_the_host_learns_of_too_late_skips_the_step() -> None:
+    """A clip by it would leave nothing. The scale falls until the squares fit, and the step is the exact one."""
     weight = nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
     config = MixedPrecisionConfig(scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=2.0**40)
     scaler = AdvancedGradScaler(config, "cpu")
-    scaler.scale((weight * 1e10).sum()).backward()
-    scaler.clip_grad_norm_(optimizer, 1.0)
-    scaler.step(optimizer)
-    assert 0.4 < weight.norm().item() <= 1.0 + 1e-6
+    norms = []
+    while not scaler.applied_steps:
+        optimizer.zero_grad()
+        scaler.scale((weight * 1e10).sum()).backward()
+        norms.append(scaler.clip_grad_norm_(optimizer, 1.0).item())
+        scaler.step(optimizer)
+        scaler.update()
+        scaler.flush()
+    assert scaler.skipped_steps == 2
+    assert norms == [float("inf"), float("inf"), pytest.approx(2e10)]
+    assert weight.tolist() == pytest.approx([-0.5] * 4)
 
 
 def test_clipping_twice_is_clipping_to_the_smaller() -> None:
@@ -191,3 +200,38 @@ def test_performance_mode_without_a_fused_optimizer_is_exact() -> None:
     scaler.step(optimizer)
     assert weight.item() == 1.0
     assert scaler.skipped_steps == 1
+
+
+def late_run(steps: int, new_scale_at: int | None = None) -> tuple[list[float], AdvancedGradScaler]:
+    """A run whose verdicts come late, with one optimizer that skips by itself and one that does not; scales of the steps."""
+    models = [tiny_mlp(), tiny_mlp()]
+    scaler = AdvancedGradScaler(MixedPrecisionConfig(scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=256.0), "cpu")
+    optimizers = [adamw(model, fused) for model, fused in zip(models, (True, False), strict=True)]
+    scales = []
+    both = zip(losses(models[0], steps, {3}.__contains__), losses(models[1], steps, {5}.__contains__), strict=True)
+    for step, pair in enumerate(both):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        for loss in pair:
+            scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update(*([64.0] if step == new_scale_at else []))
+    scaler.flush()
+    return scales, scaler
+
+
+def test_the_scale_falls_at_once_although_the_verdict_is_late() -> None:
+    """Whichever of two optimizers has overflowed: the backward after the skipped step has the lower scale, and it alone falls."""
+    scales, scaler = late_run(9)
+    assert (scaler.applied_steps, scaler.skipped_steps) == (16, 2)
+    assert [index for index, (a, b) in enumerate(itertools.pairwise(scales)) if b < a / 16] == [3, 5]
+
+
+def test_a_scale_that_is_set_while_a_verdict_is_late_stays() -> None:
+    """Also where that step was skipped."""
+    for at in (2, 3):
+        scales, scaler = late_run(at + 2, new_scale_at=at)
+        assert scales[at + 1] == 64.0
+        assert scaler.applied_steps + scaler.skipped_steps == 2 * (at + 2)

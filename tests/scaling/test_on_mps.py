@@ -39,7 +39,7 @@ def test_every_operation_of_a_step_runs_on_mps(
 ) -> None:
     """With samples, clipping, two applied steps and a skipped one; as on a device that is not the CPU."""
     dispatched, scaler, norms = steps_of(strategy, fused, monkeypatch)
-    assert scaler.applied_steps == 2
+    assert scaler.applied_steps == (1 if fused and strategy.defers else 2)
     if not fused or strategy is not ScalingStrategy.PERFORMANCE_OPTIMIZED:  # which reads no norm in the step
         assert 1e20 < (norms[1] or 0.0) < torch.inf
     assert "aten::_foreach_norm.Scalar" in dispatched.names

@@ -500,9 +500,10 @@ def test_every_kind_of_non_finite_loss_counts(bad: float, shape: tuple[int, ...]
     largest = torch.finfo(torch.float32).max
     for value, non_finite in {bad: 1.0, largest: 0.0, -largest: 0.0}.items():
         losses = SeenLosses()
-        losses.note(torch.tensor(value).expand(shape), torch.device("cpu"))
-        assert losses.non_finite is not None
-        assert (losses.number, losses.non_finite.item()) == (1, non_finite)
+        losses.note(torch.tensor(value).expand(shape))
+        flag = losses.flags_on(torch.device("cpu"))
+        assert flag is not None
+        assert (losses.number, flag.isnan().float().item()) == (1, non_finite)
 
 
 def test_what_was_not_seen_is_zero_in_an_observation() -> None:
@@ -510,8 +511,8 @@ def test_what_was_not_seen_is_zero_in_an_observation() -> None:
     weight = nn.Parameter(torch.zeros(3))
     weight.grad = torch.full((3,), math.inf)
     record = check(
-        torch.optim.SGD([weight], lr=0.1), backward=1, scale=torch.tensor(8.0), unscale=Unscale.FUSED,
-        losses=0, loss_non_finite=None, request=StatisticsRequest(norm=True, amax=False, sample_seed=None, agree=False),
+        torch.optim.SGD([weight], lr=0.1), backward=1, scale=torch.tensor(8.0), device=torch.device("cpu"),
+        unscale=Unscale.FUSED, losses=0, loss_flags=None, request=StatisticsRequest(norm=True, amax=False, sample_seed=None, agree=False),
     )  # fmt: skip
     observation = observe([record])
     assert observation.found_inf.item() == 1

@@ -50,3 +50,22 @@ def test_without_agreement_ranks_diverge(ranks: list[dict[str, Any]]) -> None:
     """The same with neither: decisions differ, so the test above can fail."""
     first, second = (results["local alone"] for results in ranks)
     assert first["applied"] != second["applied"]
+
+
+@for_each("name", ["AdamW", "RMSprop"])
+@for_each("remedy", ["stochastic_rounding", "kahan"])
+def test_bf16_shards_lose_no_update(ranks: list[dict[str, Any]], remedy: str, name: str) -> None:
+    """BF16 shards of FSDP2 gain what FP32 shards gain, keep shards of BF16 as state, and are one model on both ranks."""
+    first, second = (results[f"{remedy} {name}"] for results in ranks)
+    assert first["gain"] == second["gain"] == pytest.approx(ranks[0][f"FP32 {name}"]["gain"], rel=0.15)
+    assert first["whole"] == second["whole"]
+    assert first["held"] + second["held"] == pytest.approx(sum(first["whole"]), abs=0.05)
+    assert first["kinds"] == ["DTensor"]
+    assert first["dtypes"] == ["torch.bfloat16"]
+
+
+@for_each("remedy", ["stochastic_rounding", "kahan"])
+def test_replicas_round_alike(ranks: list[dict[str, Any]], remedy: str) -> None:
+    """Ranks that hold the same parameters have the same ones twenty steps later."""
+    first, second = (results[f"{remedy} AdamW replicated"] for results in ranks)
+    assert first == second

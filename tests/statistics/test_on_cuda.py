@@ -68,11 +68,11 @@ def test_one_bad_element_is_seen(dtype: torch.dtype, bad: float) -> None:
     """In the norm, in the amax and while dividing, in every dtype; and is counted."""
     held = [gradient.to(CUDA) for gradient in gradients(dtype)]
     one = torch.ones((), device=CUDA)
-    assert unscale_and_check_(held, one).item() == 0
+    assert unscale_and_check_(held, one, CUDA).item() == 0
     held[0].view(-1)[20_999] = bad
     assert not norm_and_amax(held, CUDA, amax=False)[0].isfinite().item()
     assert not total_amax(held, CUDA).isfinite().item()
-    assert unscale_and_check_(held, one).item() == 1
+    assert unscale_and_check_(held, one, CUDA).item() == 1
     assert count_non_finite(held) == ((0, 1) if math.isnan(bad) else (1, 0))
 
 
@@ -90,11 +90,11 @@ def test_gradients_on_two_devices_are_one_set(first: str, target: str) -> None:
         assert norm_and_amax(held, device, amax=False)[0].item() == pytest.approx(math.sqrt(squares), rel=1e-4)
         assert sample_underflow([g * 1e-8 for g in held], FP16_FORMAT, seed).fraction.item() == pytest.approx(1.0)
         inverse = torch.full((), 0.5, device=device)
-        assert unscale_and_check_(held, inverse).item() == 0
+        assert unscale_and_check_(held, inverse, device).item() == 0
         multiply_(held, inverse)
         assert [gradient[0].item() for gradient in held] == [25.0, 50.0]
         held[seed % 2][-1] = math.nan
-        assert unscale_and_check_(held, inverse).item() == 1
+        assert unscale_and_check_(held, inverse, device).item() == 1
 
 
 def test_a_pending_read_does_not_wait() -> None:
@@ -121,7 +121,7 @@ def test_a_pending_read_is_pinned_whatever_the_default_device_is() -> None:
     """`torch.set_default_device("cuda")` has no say in where the host's memory is."""
     with CUDA:
         pending = PendingTransfer({"norm": torch.tensor(0.5)})
-    assert pending._host.is_pinned()
+    assert pending._host[0][1].is_pinned()
     assert pending.result() == {"norm": 0.5}
 
 

@@ -1,4 +1,4 @@
-"""What either works on a GPU or does not: the step boundary of PERFORMANCE_OPTIMIZED in a CUDA graph, models compiled."""
+"""What either works on a GPU or does not: models that run as a CUDA graph, models compiled."""
 
 from __future__ import annotations
 
@@ -8,64 +8,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
-from tests.benchmarks.gpu.contenders import MAX_NORM, accelerated
+from hf_amp import AmpSession
+from tests.benchmarks.gpu.contenders import accelerated
 from tests.benchmarks.gpu.models import Subject
 
 COMPILED_STEPS = 3
-CAPTURE_MODES = ("global", "thread_local", "relaxed")
-"""What else the process may ask of the device while a graph is captured. Source: `cudaStreamCaptureMode`."""
 
 
-def try_cuda_graph(mode: str, device: torch.device) -> dict[str, Any]:
-    """Captures clip, step and update on gradients that stay where they are, and replays them.
+def try_graphed_model(device: torch.device) -> dict[str, Any]:
+    """A model whose forward and backward run as CUDA graphs, captured before hf_amp is attached, and a fused optimizer.
+
+    The step boundary itself reads the host, or waits for the step before, and can be in no graph.
 
     Returns:
-        `captured`, and where it is: whether a replay moves parameters, whether one on overflowing gradients leaves
-        them alone, and whether two of those lower the scale twice. Otherwise the error.
+        `captured`, and where it is: whether steps move parameters, and whether one on overflowing gradients is skipped. Otherwise
+        the error.
     """
     torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(512, 512, device=device))
-    weight.grad = torch.randn_like(weight)
-    loss = torch.ones((), device=device)
-    scaler = AdvancedGradScaler(MixedPrecisionConfig(scaling_strategy="PERFORMANCE_OPTIMIZED"), device)
-    optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True, capturable=True)
-
-    def record() -> None:
-        scaler.scale(loss)
-        scaler.clip_grad_norm_(optimizer, MAX_NORM)
-        scaler.step(optimizer)
-        scaler.update()
-
+    x = torch.randn(64, 256, device=device)
+    model: Any = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256)).to(device)
     try:
-        # Source: PyTorch documentation, "CUDA semantics", CUDA graphs: warm up on a side stream, then capture.
-        beside = torch.cuda.Stream(device)
-        beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):
-            for _ in range(3):
-                record()
-        torch.cuda.current_stream(device).wait_stream(beside)
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode=mode):
-            record()
-
-        def moves() -> bool:
-            before = weight.detach().clone()
-            graph.replay()
-            return not torch.equal(before, weight.detach())
-
-        moved = moves()
-        weight.grad.fill_(torch.inf)
-        left_alone = not moves()
-        once = scaler.get_scale()
-        graph.replay()
-        return {
-            "captured": True,
-            "a replay moves parameters": moved,
-            "overflowing gradients move none": left_alone,
-            "a second overflow lowers the scale again": scaler.get_scale() < once,
-        }
+        with torch.autocast(device.type, torch.float16, cache_enabled=False):
+            graphed = torch.cuda.make_graphed_callables(model, (x,))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        session = AmpSession.for_model(graphed, optimizer, init_scale=1024.0)
+        moved = []
+        for factor in (1.0, torch.inf, 1.0):
+            before = model[0].weight.detach().clone()
+            session.scaler.scale(graphed(x).float().square().mean() * factor).backward()
+            session.scaler.step(optimizer)
+            session.scaler.update()
+            optimizer.zero_grad()
+            moved.append(not torch.equal(before, model[0].weight.detach()))
+        return {"captured": True, "moved": moved, "skipped_steps": session.scaler.skipped_steps}
     except Exception as error:
         return {"captured": False, "error": first_cause(error)}
 

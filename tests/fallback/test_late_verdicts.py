@@ -1,0 +1,146 @@
+"""A verdict that the device gives one, two or three steps late leads to the same as one that is there at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_amp import AmpSession, EventKind, MixedPrecisionConfig, PrecisionMode, statistics
+from hf_amp.fallback import recorder
+from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS
+
+
+class Model(nn.Module):
+    """Batch norm, dropout, and a layer that a large `gain` drives out of FP16's range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.2)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        large = self.first(self.dropout(self.norm(x)) * gain).float()
+        return self.last(torch.tanh(large / gain)).square().mean()
+
+
+def late_transfers(monkeypatch: pytest.MonkeyPatch, steps_late: int) -> list[int]:
+    """Figures arrive on the host when as many further ones have been asked for; returns how many were waited for before that."""
+    made: list[Any] = []
+    waited: list[int] = []
+    begin, end = statistics.PendingTransfer.__init__, statistics.PendingTransfer.result
+
+    def note(transfer: Any, values: Any) -> None:
+        begin(transfer, values)
+        made.append(transfer)
+
+    def is_ready(transfer: Any) -> bool:
+        return len(made) - made.index(transfer) > steps_late
+
+    def result(transfer: Any) -> dict[str, float]:
+        waited.append(len(made) - 1 - made.index(transfer))
+        return end(transfer)
+
+    monkeypatch.setattr(statistics.PendingTransfer, "__init__", note)
+    monkeypatch.setattr(statistics.PendingTransfer, "ready", is_ready)
+    monkeypatch.setattr(statistics.PendingTransfer, "result", result)
+    return waited
+
+
+@dataclasses.dataclass
+class Ended:
+    causes: list[tuple[int, Any]]
+    plan: Any
+    buffers: list[Tensor]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, steps_late: int) -> Ended:
+    """Twelve steps, of which the 4th has NaN in its batch and the 8th overflows forward."""
+    with monkeypatch.context() as patch:
+        waited = late_transfers(patch, steps_late)
+        model = Model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        session = AmpSession.for_model(model, optimizer, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=256.0)
+        torch.manual_seed(1)
+        for step in range(1, 13):
+            x = torch.randn(16, 8)
+            x[0, 0] = torch.nan if step == 4 else x[0, 0]
+            optimizer.zero_grad()
+            session.scaler.scale(model(x, 1e6 if step == 8 else 1.0)).backward()
+            session.scaler.step(optimizer)
+            session.scaler.update()
+        session.scaler.flush()
+        assert set(waited[:-1]) == {0}  # of the newest: that of the step before, when a step's work is queued behind it
+        skips = [
+            (e.step, e.cause.value if e.cause else None) for e in session.events if e.kind is EventKind.STEP_SKIPPED
+        ]
+        return Ended(skips, session.plan, [buffer.clone() for buffer in model.buffers()])
+
+
+def test_late_verdicts_lead_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causes, plan and buffers are those of verdicts on time; buffers are finite."""
+    on_time = run(monkeypatch, 0)
+    # The forward pass after a bad one begins before the verdict, with what that has left in the running statistics.
+    assert [skip for skip in on_time.causes if skip[0] in (4, 8)] == [(4, "INPUT"), (8, "ACTIVATION")]
+    assert dict(on_time.plan.modules) == {"first": PrecisionMode.FP32}
+    assert all(buffer.isfinite().all() for buffer in on_time.buffers)
+    for steps_late in (1, 2, 3):
+        late = run(monkeypatch, steps_late)
+        assert (late.causes, late.plan) == (on_time.causes, on_time.plan)
+        for ours, theirs in zip(late.buffers, on_time.buffers, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_step_is_timed_in_the_precision_that_it_was_queued_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A late verdict on the last step of one candidate is no time of the next."""
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    options = {
+        "precision_mode": "DYNAMIC",
+        "scaling_strategy": "PERFORMANCE_OPTIMIZED",
+        "init_scale": 1.0,
+        "emulate": False,
+    }
+    session = AmpSession.for_model(model, optimizer, MixedPrecisionConfig(**options))
+    noted: list[tuple[PrecisionMode, PrecisionMode]] = []
+    tuner, ran_in = session._fallback._autotuner, list[PrecisionMode]()
+    note = tuner.note
+    monkeypatch.setattr(tuner, "note", lambda seconds: (noted.append((tuner.running, ran_in[-2])), note(seconds)))
+    for _ in range(2 * (WARMUP_STEPS + TIMED_STEPS)):
+        ran_in.append(session.plan.default)
+        optimizer.zero_grad()
+        session.scaler.scale(model(torch.randn(16, 8))).backward()
+        session.scaler.step(optimizer)
+        session.scaler.update()
+    assert noted
+    assert all(running is queued for running, queued in noted)
+    assert len({running for running, _ in noted}) > 1
+
+
+def test_batches_are_kept_until_their_step_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one step where the verdict is on time, of two where it is late, and of one no more bytes than the bound."""
+    for strategy, steps in (("DYNAMIC", 1), ("PERFORMANCE_OPTIMIZED", 2)):
+        model = Model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        session = AmpSession.for_model(model, optimizer, scaling_strategy=strategy)
+        kept = session._fallback.recorder
+        most = 0
+        for _ in range(5):
+            for _ in range(3):
+                loss = model(torch.randn(16, 8))
+                most = max(most, sum(len(its.calls) for its in kept._by_step.values()))
+                session.scaler.scale(loss).backward()
+            session.scaler.step(optimizer)
+            session.scaler.update()
+            optimizer.zero_grad()
+        assert most == 3 * steps
+    monkeypatch.setattr(recorder, "KEPT_BYTES", 2 * 16 * 8 * 4)
+    for _ in range(4):
+        session.scaler.scale(model(torch.randn(16, 8))).backward()
+    (newest,) = [its for its in kept._by_step.values() if its.calls][-1:]
+    assert len(newest.calls) == 2
+    assert newest.has_let_go
