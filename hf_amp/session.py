@@ -769,7 +769,7 @@ _MADE_THEM = (
     ", the optimizer, has made them (by a norm or a root of 0, as with eps=0), or whatever has written to them since. "
 )
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
-_SCRIPTED = ": nothing in it is emulated, replayed or put in FP32. Loss scaling and the finite check work."
+_SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."
 
 
 def counted(number: int, noun: str, plural: str = "s") -> str:

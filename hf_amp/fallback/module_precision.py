@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import compile_disabled, is_one_graph, removal, takes_hooks, unpickled
+from hf_amp.patch_log import compile_disabled, is_one_graph, not_compiled_alone, removal, takes_hooks, unpickled
 from hf_amp.precision import FP32_FORMAT, HALF_DTYPES, PrecisionMode, upcast
 from hf_amp.statistics import is_sharded
 from hf_amp.tree import map_tensors, replace_tensors
@@ -127,6 +127,10 @@ class ForwardContext:
         return nullcontext, ()
 
 
+not_compiled_alone(ForwardContext._enter)
+not_compiled_alone(ForwardContext._leave)
+
+
 class InnerForwardContext(ForwardContext):
     """The same for one module of a model that runs inside another context: this one is entered last and left first.
 
@@ -230,8 +234,13 @@ class CurrentPrecision:
 
     def is_entered(self) -> bool:
         """Whether this thread is inside of such a context."""
-        half = self.mode is not PrecisionMode.FP32 and torch.is_autocast_enabled(self.entry.device_type)
-        return half or EmulatedPrecision.is_entered()
+        if EmulatedPrecision.is_entered():
+            return True
+        return (
+            not self.entry.emulate
+            and self.mode is not PrecisionMode.FP32
+            and torch.is_autocast_enabled(self.entry.device_type)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentPrecision:
         return self

@@ -382,7 +382,7 @@ class AttachedAccelerator:
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if not self._fp16_on_cpu:
             session.follow_default(_changer_of_forward(weakref.ref(model), session))
-        elif takes_hooks(model) and (not session.config.emulate or self._masters is not None):
+        elif takes_hooks(model):
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:
