@@ -190,12 +190,14 @@ class FallbackPolicy:
         order: precisions of the whole model, from the one that the run asked for to the widest.
         threshold: share of non-finite gradient elements over the window, among uncured overflows, that is tolerated.
         recovery_steps: clean steps before the first way back.
+        by_choice: modules that are to be in FP32, and stay there.
     """
 
     order: tuple[PrecisionMode, ...]
     threshold: float
     recovery_steps: int
     window: int = 128
+    by_choice: frozenset[str] = frozenset()
 
     def init_state(self) -> FallbackState:
         """The state before the first step: everything in the precision that the run asked for."""
@@ -241,7 +243,8 @@ class FallbackPolicy:
         if level := self.order.index(plan.default):
             is_due = state.clean_steps >= self.patience(state, WHOLE_MODEL)
             return self.changed(state, plan.with_default(self.order[level - 1]), []) if is_due else state
-        due = [name for name in plan.modules if state.clean_steps >= self.patience(state, name)]
+        by_themselves = (name for name in plan.modules if name not in self.by_choice)
+        due = [name for name in by_themselves if state.clean_steps >= self.patience(state, name)]
         return self.changed(state, plan.without_modules(due), []) if due else state
 
     def patience(self, state: FallbackState, name: str) -> int:
@@ -286,6 +289,7 @@ class FallbackPolicy:
                     f"the saved plan has module {name!r} in {mode.value}, where modules only go to FP32: the state is damaged; "
                     "load another one."
                 )
+        state = replace(state, plan=state.plan.with_modules(self.by_choice, PrecisionMode.FP32))
         if state.plan.default in self.order:
             return state
         return replace(state, plan=state.plan.with_default(self.order[0]))
@@ -375,6 +379,22 @@ class FallbackController:
     def plan(self) -> PrecisionPlan:
         """Which precision runs where."""
         return self._state.plan
+
+    def keep_in_fp32(self, patterns: Sequence[str]) -> PrecisionChange | None:
+        """Puts every module in FP32 that one of `patterns` is the name, a glob or a class of, for good."""
+        names: list[str] = []
+        for pattern in patterns:
+            for name in self.runner.names_like(pattern):
+                if not any(name == held or name.startswith(f"{held}.") for held in names):
+                    names.append(name)
+        before, fresh = self.plan, [name for name in names if name not in self.plan.modules]
+        self._policy = replace(self._policy, by_choice=self._policy.by_choice | set(names))
+        if not fresh or before.default is PrecisionMode.FP32:
+            return None
+        self._state = replace(self._state, plan=before.with_modules(fresh, PrecisionMode.FP32))
+        self._apply_plan()
+        several = f"{len(fresh)} modules ({join_names(fresh)}) run" if len(fresh) > 1 else f"{fresh[0]} runs"
+        return PrecisionChange(before, self.plan, tuple(fresh), f"fp32_modules: {several} in FP32, by choice.")
 
     def diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped. `agree`: exchange what was found with the other ranks, which all call this."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import functools
 import sys
 import threading
@@ -324,6 +325,14 @@ class PlanRunner:
         """
         for prefix, model in self._prefixed():
             yield from model.named_modules(prefix=prefix)
+
+    def names_like(self, pattern: str) -> list[str]:
+        """Names of the modules that `pattern` is the name, a glob, or a class of."""
+        return [
+            name
+            for name, module in self.named_modules()
+            if fnmatch.fnmatchcase(name, pattern) or any(pattern == kind.__name__ for kind in type(module).__mro__[:-1])
+        ]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(qualified name, parameter) of every parameter of every trained model, under the same names."""
