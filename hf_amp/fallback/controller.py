@@ -20,10 +20,10 @@ from hf_amp.device import Hardware, room_on
 from hf_amp.errors import StateError
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
-from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
+from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, has_compiled
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
 from hf_amp.fallback.recorder import LARGE_GRADIENTS, CountsSteps, ForwardRecorder
-from hf_amp.patch_log import PatchLog, compile_disabled, takes_hooks
+from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import NotNegative, Positive, parse
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
@@ -444,12 +444,15 @@ class FallbackController:
         self._state = state = self._policy.next_state(former, facts)
         if self.plan == former.plan:
             return None
+        tries_out = not (
+            is_distributed() or has_compiled() or self.recorder.one_graph
+        )  # before what is compiled is forgotten
         self._apply_plan()
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:
             change = change._replace(message=change.message + self._lack_of_room())
         self.newest_change = change if facts.cause is not None else None
-        if self.newest_change and not (is_distributed() or self.recorder.one_graph):
+        if self.newest_change and tries_out:
             self._try_out()
         return change
 
@@ -516,10 +519,9 @@ class FallbackController:
         """Has the next forward pass run again under the former plan where it raises under the new one: for want of memory, or of
         kernels for FP32, as in FlashAttention.
 
-        Not with several processes, which would part, nor in compiled code that allows no break.
+        Not with several processes, which would part, nor where anything is compiled, which would be traced with it.
         """
 
-        @compile_disabled
         def tried(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._trial.undo()
             failed = self.newest_change

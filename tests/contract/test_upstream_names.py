@@ -53,6 +53,7 @@ def test_torch_tells_whether_anything_was_compiled() -> None:
     import torch._dynamo
 
     torch._dynamo.utils.counters.clear()
+    torch.compiler.reset()
     torch.compiler.disable(lambda x: x + 1)(torch.ones(1))
     assert not has_compiled()
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
