@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import functools
 import sys
 import threading
@@ -17,7 +18,7 @@ from torch import nn
 
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import compile_disabled, is_one_graph, removal, takes_hooks, unpickled
+from hf_amp.patch_log import compile_disabled, is_one_graph, not_compiled_alone, removal, takes_hooks, unpickled
 from hf_amp.precision import FP32_FORMAT, HALF_DTYPES, PrecisionMode, upcast
 from hf_amp.statistics import is_sharded
 from hf_amp.tree import map_tensors, replace_tensors
@@ -127,6 +128,10 @@ class ForwardContext:
         return nullcontext, ()
 
 
+not_compiled_alone(ForwardContext._enter)
+not_compiled_alone(ForwardContext._leave)
+
+
 class InnerForwardContext(ForwardContext):
     """The same for one module of a model that runs inside another context: this one is entered last and left first.
 
@@ -230,8 +235,13 @@ class CurrentPrecision:
 
     def is_entered(self) -> bool:
         """Whether this thread is inside of such a context."""
-        half = self.mode is not PrecisionMode.FP32 and torch.is_autocast_enabled(self.entry.device_type)
-        return half or EmulatedPrecision.is_entered()
+        if EmulatedPrecision.is_entered():
+            return True
+        return (
+            not self.entry.emulate
+            and self.mode is not PrecisionMode.FP32
+            and torch.is_autocast_enabled(self.entry.device_type)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentPrecision:
         return self
@@ -315,6 +325,14 @@ class PlanRunner:
         """
         for prefix, model in self._prefixed():
             yield from model.named_modules(prefix=prefix)
+
+    def names_like(self, pattern: str) -> list[str]:
+        """Names of the modules that `pattern` is the name, a glob, or a class of."""
+        return [
+            name
+            for name, module in self.named_modules()
+            if fnmatch.fnmatchcase(name, pattern) or any(pattern == kind.__name__ for kind in type(module).__mro__[:-1])
+        ]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(qualified name, parameter) of every parameter of every trained model, under the same names."""

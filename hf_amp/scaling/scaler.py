@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.device import default_device, is_capturing
+from hf_amp.emulation import emulated_in_backward
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
 from hf_amp.precision import PrecisionMode, ScalingStrategy
@@ -229,6 +230,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self.note_loss(loss)
         # One on the CPU goes into the kernel as its argument.
         scaled = loss if self.no_scaling else loss * (scale if scale.device.type == "cpu" else scale.to(loss.device))
+        scaled = emulated_in_backward(scaled)
         self._pending.losses.newest = weakref.ref(scaled)
         return scaled
 

@@ -11,6 +11,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode
 from transformers import Trainer, TrainerCallback
 
+import hf_amp
+from hf_amp.emulation import _COMPOSITE, _FUSED, _PROMOTED, _REDUCED, _WITHOUT_HALF_KERNEL
 from hf_amp.fallback.module_precision import has_compiled
 from hf_amp.integrations._compat import (
     forget_skip,
@@ -29,6 +31,21 @@ def test_torch_has_the_unscale_kernel() -> None:
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.tensor(0.5))
     assert gradients[0].tolist() == [1.0, 2.0]
     assert found.item() == 1.0
+
+
+def test_torch_has_a_dispatch_key_for_emulation() -> None:
+    """A key that no tensor has can be switched on in a thread, kernels be registered for it, and autocast's operators be listed."""
+    with hf_amp.emulate():
+        assert torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.AutocastIPU)
+    assert not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.AutocastIPU)
+    for device in ("CPU", "CUDA"):
+        known = torch._C._dispatch_get_registrations_for_dispatch_key(f"Autocast{device}")
+        assert {"aten::linear", "aten::mm", "aten::binary_cross_entropy"} <= set(known)
+    for operator in (*_REDUCED, *_COMPOSITE, *_PROMOTED, *_WITHOUT_HALF_KERNEL, *_FUSED):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "AutocastIPU"), operator
+    assert torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
+    with torch._C._DisableAutocast():
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def test_torch_tells_whether_anything_was_compiled() -> None:
