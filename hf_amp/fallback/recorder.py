@@ -342,9 +342,14 @@ class ForwardRecorder:
                 cast(Any, x).register_hook(kept[path].append)
 
     def _let_go_of_known_steps(self) -> None:
-        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on."""
-        newest = self._steps.decided_steps + 1
-        self._by_step = {n: its for n, its in self._by_step.items() if n == newest or n > self._steps.known_steps}
+        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on.
+
+        But for those of models that only evaluate, whose outputs may be used for several steps.
+        """
+        for number, its in self._by_step.items():
+            if number <= self._steps.known_steps:
+                its.calls.clear()
+                its.buffers.clear()
 
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
