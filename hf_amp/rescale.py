@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.errors import AttachError, BatchError, ConfigError, in_one_line
@@ -174,7 +175,8 @@ def parameter_groups(
 
     A parameter times c has gradients divided by c, and must move c times as far; Adam moves by the learning rate whatever the size
     of the gradients, but for its epsilon. So `lr` is multiplied by c, `eps` and the decoupled `weight_decay` are divided by it.
-    The first group is the one of parameters that stayed as they were, where there are any.
+    The first group is the one of parameters that stayed as they were, where there are any. Weight decay of a weight that its norm adds 1
+    to (`offsets` in the report) pulls to another value than in the original model: give it none.
 
     Args:
         exponents: of `RescaleReport`, or as read from `fp16_rescale.json`; c is 2 to their power.
@@ -357,6 +359,21 @@ def _recorded(model: nn.Module, batches: list[Any]) -> Recording:
     raise BatchError(f"{type(model).__name__} cannot be recorded: {errors[-1]}")
 
 
+class _QuickProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Half products on a CPU with FP32 arithmetic inside of them, as a GPU has it: its own half kernels take ten times as long."""
+
+    _PRODUCTS = frozenset(["aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if (
+            func._schema.name not in self._PRODUCTS
+            or args[0].dtype is not FP16_FORMAT.dtype
+            or args[0].device.type != "cpu"
+        ):
+            return func(*args, **(kwargs or {}))
+        return func(*(x.float() if isinstance(x, Tensor) else x for x in args), **(kwargs or {})).to(FP16_FORMAT.dtype)
+
+
 class _Search:
     """One model and batch, and stage by stage what may move.
 
@@ -443,7 +460,8 @@ class _Search:
 
     def _run_in_half(self, rescaled: nn.Module, report: RescaleReport) -> None:
         """Pure FP16, or, where the model cannot be run in it at all, what autocast computes."""
-        half, dtype, within = _converted(rescaled, FP16_FORMAT.dtype), FP16_FORMAT.dtype, None
+        half, dtype = _converted(rescaled, FP16_FORMAT.dtype), FP16_FORMAT.dtype
+        within: AbstractContextManager[Any] = _QuickProducts()  # type: ignore[no-untyped-call]
         for i, batch in enumerate(self._batches[:2]):
             try:
                 outputs = named_outputs(half, batch, dtype, within)

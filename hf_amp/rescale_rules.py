@@ -293,7 +293,9 @@ def _least_beside_epsilon(func: Any, args: Sequence[Any]) -> float | None:
         tensors = [x for x in args[:2] if isinstance(x, Tensor) and x.is_floating_point()]
         if len(numbers) != 1 or len(tensors) != 1:
             return None
-        spread = tensors[0].abs()
+        if bool((tensors[0] < 0).any()):
+            return None
+        spread = tensors[0]
     elif name in ("native_layer_norm", "_fused_rms_norm"):
         x = args[0].float().flatten(-len(args[1]))
         spread = x.var(-1, correction=0) if name == "native_layer_norm" else x.square().mean(-1)
@@ -666,7 +668,7 @@ def _moves_elements(rules: Rules, node: Node) -> list[Tensor]:
     return _laid_out(node, fields)
 
 
-@rule(_COPIES + " neg abs relu tril triu real native_dropout dropout nan_to_num")
+@rule(_COPIES + " neg abs relu tril triu real native_dropout dropout")
 def _elementwise(rules: Rules, node: Node) -> list[Tensor]:
     if not node.outputs or any(not v.is_float for v in node.outputs[:1]):
         return rules.pinned(node)
@@ -748,8 +750,9 @@ def _zeros(rules: Rules, node: Node) -> list[Tensor]:
 @rule("zero fill")
 def _filled(rules: Rules, node: Node) -> Tensor:
     number = 0.0 if node.name == "zero_" else node.args[1]
-    nothing = number.is_free if isinstance(number, Value) else number == 0 or math.isinf(number)
-    return rules._uniform(FREE if nothing else ZERO, 0)
+    if isinstance(number, Value):
+        return rules.of(number) if number.is_float else rules._uniform(ZERO, 0)
+    return rules._uniform(FREE if number == 0 or math.isinf(number) else ZERO, 0)
 
 
 @rule("full_like new_full ones_like new_ones")
@@ -821,9 +824,9 @@ def _extremes(rules: Rules, node: Node) -> Any:
 def _first_degree(rules: Rules, node: Node) -> Any:
     """Sums, means, maxima, choices of elements: a common factor passes through."""
     name = node.name
-    if len(node.inputs) != 1 or (name == "linalg_vector_norm" and node.args[1:2] == (0,)):
+    if len(node.inputs) != 1 or (name in ("linalg_vector_norm", "norm") and node.args[1:2] == (0,)):
         return rules.pinned(node)
-    if name == "constant_pad_nd" and (len(node.args) > 2 and node.args[2] != 0):
+    if name == "constant_pad_nd" and node.argument("value") not in (None, 0):
         return rules.pinned(node)
     outputs = [v for v in node.outputs if v.is_float]
     f, dims = rules.of(node.inputs[0]), node.argument("dim") if name in ("sum", "mean", "amax", "amin") else None
@@ -850,8 +853,9 @@ def _written(rules: Rules, node: Node) -> Any:
             return rules._uniform(ZERO, len(target.shape))
         return _in_shape(rules.of(source), len(target.shape))
     target, *others = node.inputs
-    numbers = [a for a in node.args[1:] if isinstance(a, float) and not (a == 0 or math.isinf(a))]
-    if numbers or len(others) > 1 or (node.name == "scatter_reduce" and "prod" in node.args):
+    number, reduce = node.argument("value"), node.argument("reduce")
+    written = isinstance(number, (int, float)) and not (number == 0 or math.isinf(number))
+    if written or len(others) > 1 or reduce in ("prod", "multiply"):
         return rules.pinned(node)
     merged = rules.whole(target, node, len(target.shape))
     if others:
@@ -911,7 +915,8 @@ def _convolution(rules: Rules, node: Node) -> Any:
 def _affine(rules: Rules, node: Node, weight: Value | None, bias: Value | None) -> Tensor:
     """Of what has no factor any more times a weight plus a bias."""
     out = torch.tensor([ZERO]) if weight is None else rules.of(weight)
-    return out if bias is None else rules.merge(out, rules.of(bias), node)
+    out = out if bias is None else rules.merge(out, rules.of(bias), node)
+    return out if node.name == "native_layer_norm" else rules.uniform(out, range(out.ndim), node)
 
 
 @rule("native_layer_norm _fused_rms_norm")

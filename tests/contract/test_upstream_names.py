@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 import hf_amp
 from hf_amp.emulation import _COMPOSITE, _FUSED, _PROMOTED, _REDUCED, _WITHOUT_HALF_KERNEL
+from hf_amp.fallback.module_precision import has_compiled
 from hf_amp.integrations._compat import (
     forget_skip,
     forward_before_autocast,
@@ -48,15 +49,17 @@ def test_torch_has_a_dispatch_key_for_emulation() -> None:
 
 
 def test_torch_tells_whether_anything_was_compiled() -> None:
-    """`torch._dynamo.eval_frame.cached_backends` is empty until something compiled is called, and after a reset."""
+    """`torch._dynamo.utils.counters["frames"]` is empty until something is compiled, and keeps its count through a reset."""
     import torch._dynamo
 
+    torch._dynamo.utils.counters.clear()
     torch.compiler.reset()
-    assert not torch._dynamo.eval_frame.cached_backends
+    torch.compiler.disable(lambda x: x + 1)(torch.ones(1))
+    assert not has_compiled()
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
-    assert torch._dynamo.eval_frame.cached_backends
+    assert has_compiled()
     torch.compiler.reset()
-    assert not torch._dynamo.eval_frame.cached_backends
+    assert has_compiled()
 
 
 @pytest.mark.parametrize("number_format", ["fp16", "bf16"])

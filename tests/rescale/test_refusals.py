@@ -70,7 +70,8 @@ def test_what_a_factor_passes_through_is_rescaled(between: Any) -> None:
         (F.gelu, "gelu"), (F.silu, "silu"), (torch.tanh, "tanh"), (lambda x: x + 1, "add"), (torch.exp, "exp"),
         (lambda x: x.softmax(-1), "_softmax"), (lambda x: x.clamp(max=3.0), "clamp"), (lambda x: x.masked_fill(x < 0, 1.0), "masked_fill"),
         (lambda x: torch.where(x > 1.0, x, 0.0), "gt"), (lambda x: x.sin(), "sin"), (lambda x: x.round(), "round"),
-        (lambda x: x.clone().add_(2.0), "add_"), (lambda x: x.sign() * x.ceil(), "ceil"),
+        (lambda x: x.clone().add_(2.0), "add_"), (lambda x: x.clamp(min=1e-6), "clamp"),
+        (lambda x: x.scatter(1, torch.zeros(len(x), 1, dtype=torch.int64), 1), "scatter"), (lambda x: x.sign() * x.ceil(), "ceil"),
     ],
 )  # fmt: skip
 def test_what_no_factor_passes_through_is_refused_by_its_name(between: Any, words: str) -> None:
