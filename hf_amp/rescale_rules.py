@@ -217,7 +217,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             family = self._families = self._families + 1
         value = Value(tuple(tensor.shape), tensor.dtype, family, **facts)
         self._known[tensor] = value
-        self._measure(tensor, value)
+        if value.parameter is None:  # these are looked at slice by slice, when it is known which there are
+            self._measure(tensor, value)
         return value
 
     def value_of(self, tensor: Tensor) -> Value | None:
