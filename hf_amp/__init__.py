@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_amp.config import MixedPrecisionConfig
+from hf_amp.emulation import emulate
 from hf_amp.errors import AttachError, BatchError, ConfigError, HfAmpError, ScalerError, StateError, UnknownOptionError
 from hf_amp.events import AmpEvent, Cause, EventKind
+from hf_amp.fallback.inference import check_inference
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.throughput import PerformanceTracker
 from hf_amp.precision import NumberFormat, PrecisionMode, ScalingStrategy
@@ -35,7 +37,7 @@ __all__ = [
     "Cause", "ConfigError", "DynamicMixedPrecisionTrainer", "EventKind", "HfAmpError", "MixedPrecisionCallback",
     "MixedPrecisionConfig", "NumberFormat", "PerformanceOptimizedMixedPrecisionTrainer", "PerformanceTracker",
     "PrecisionMode", "PrecisionMonitor", "ScalerError", "ScalingStrategy", "StandardMixedPrecisionTrainer",
-    "StateError", "UnknownOptionError", "attach", "rescale_for_fp16",
+    "StateError", "UnknownOptionError", "attach", "check_inference", "emulate", "rescale_for_fp16",
 ]  # fmt: skip
 
 _LAZY = {

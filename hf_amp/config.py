@@ -67,6 +67,10 @@ def member_of(enumeration: type[enum.Enum]) -> Allowed:
     return Allowed(f"one of {', '.join(enumeration.__members__)}", lambda v: isinstance(v, enumeration))
 
 
+NAMES = Allowed(
+    "a list of names, globs or classes of modules",
+    lambda v: isinstance(v, tuple) and all(isinstance(name, str) and name for name in v),
+)
 SWITCH = Allowed("True or False", lambda v: isinstance(v, bool))
 POSITIVE = Allowed("a positive finite number", lambda v: is_real(v) and v > 0)
 AT_LEAST_ONE = Allowed("a finite number of at least 1", lambda v: is_real(v) and v >= 1)
@@ -180,6 +184,7 @@ class MixedPrecisionConfig:
     monitor_modules: Annotated[bool, SWITCH] = False
     log_all_metrics: Annotated[bool, SWITCH] = False
     emulate: Annotated[bool, SWITCH] = True
+    fp32_modules: Annotated[tuple[str, ...], NAMES] = ()
     automatic_fallback: Annotated[bool, SWITCH] = True
     fallback_threshold: Annotated[float, FRACTION] = 1e-6
     recovery_steps: Annotated[int, STEPS] = 1000
@@ -200,6 +205,9 @@ class MixedPrecisionConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value.upper() in enumeration.__members__:
                 object.__setattr__(self, name, enumeration[value.upper()])
+        if isinstance(self.fp32_modules, (list, tuple)):
+            names = (each.__name__ if isinstance(each, type) else each for each in self.fp32_modules)
+            object.__setattr__(self, "fp32_modules", tuple(names))
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), allowed_values(MixedPrecisionConfig)[field.name]
             if not allowed.accepts(value):
@@ -303,6 +311,7 @@ class MixedPrecisionConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""
         plain = dataclasses.asdict(self)
+        plain["fp32_modules"] = list(self.fp32_modules)
         return {name: value.value if isinstance(value, enum.Enum) else value for name, value in plain.items()}
 
 

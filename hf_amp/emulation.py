@@ -1,60 +1,59 @@
-"""FP16 or BF16 on a machine without units for it: FP32 arithmetic rounded to the format around every matrix product.
+"""FP16 or BF16 on a machine without units for it: what CUDA's autocast does, and what half-precision tensors do, on a CPU.
 
-What autocast would run in half precision runs in FP32 on operands rounded to the format, and its result is rounded
-too, forward and backward: values beyond 65504 become inf and values below 2^-25 become 0, where real FP16 has them.
-What is computed between two matrix products stays in FP32: an activation function of many elementwise operations (GPT-2's
-`gelu_new`) loses a little more to underflow in real FP16, at scales where most of the gradient is lost already.
+Autocast's casts are those of CUDA, operator by operator: to the format, to FP32, to the widest, or none. Tensors between
+operators are half-precision tensors, which the CPU's elementwise kernels compute as a device does: in FP32, rounded once.
+Matrix products, which a CPU without units for the format computes slowly, run in FP32 on operands that hold values of the
+format, and their results are rounded to it; the same in backward. So values beyond 65504 become inf, and values below 2^-25
+become 0, where they do on a device.
 
-Where parameters are FP16 (or BF16) themselves, what is computed from them is FP16 as well, also between two matrix
-products, and what autocast runs in FP32 does so from FP16 operands: as on a device that runs FP16.
+It works as autocast does: kernels of operators, between Python and autograd, so that it reaches what composite functions
+(`einsum`, attention, `nn.LSTM`) call inside. They are registered for a dispatch key that no tensor has (a device of which
+PyTorch has the name alone), and run in a thread that has entered the context; elsewhere nothing knows of them.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from hf_amp.precision import FP16_FORMAT, HALF_DTYPES, NumberFormat, upcast
-from hf_amp.tree import map_tensors
+from hf_amp.errors import ConfigError
+from hf_amp.patch_log import compile_disabled, is_one_graph
+from hf_amp.precision import EMULATED_FORMATS, FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, NumberFormat, upcast
+from hf_amp.tree import map_tensors, tensors_of
 
-# Source: PyTorch documentation, "Autocast Op Reference", ops that can autocast to float16, as Python sees them.
-_REDUCED_PRECISION_FUNCTIONS = frozenset(
-    [
-        F.linear, F.bilinear, F.scaled_dot_product_attention, F.multi_head_attention_forward,
-        torch.conv1d, torch.conv2d, torch.conv3d,  # those of torch.nn.functional are the same objects
-        torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d, torch.convolution,
-        torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.addmv, torch.addr, torch.addbmm,
-        torch.baddbmm, torch.chain_matmul, torch.linalg.multi_dot, torch.einsum,
-        torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
-        torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell, torch.prelu,
-        Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.mv,
-        Tensor.addmm, Tensor.addmv, Tensor.addr, Tensor.addbmm, Tensor.baddbmm,
-    ]
-)  # fmt: skip
-
-# Source: the same page, ops that autocast to float32 on CUDA; of them those that Python code calls by these names.
-_FULL_PRECISION_FUNCTIONS = frozenset(
-    [
-        F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.log_softmax, F.softmin, F.softplus, F.cosine_similarity,
-        F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div, F.soft_margin_loss,
-        F.binary_cross_entropy_with_logits, F.cosine_embedding_loss, F.hinge_embedding_loss, F.margin_ranking_loss,
-        F.multilabel_margin_loss, F.multi_margin_loss, F.triplet_margin_loss, F.poisson_nll_loss, F.pdist,
-        torch.softmax, torch.log_softmax, torch.exp, torch.expm1, torch.log, torch.log10, torch.log1p, torch.log2,
-        torch.pow, torch.rsqrt, torch.reciprocal, torch.sum, torch.prod, torch.cumsum, torch.cumprod, torch.norm,
-        torch.cdist, torch.dist, torch.renorm, torch.acos, torch.asin, torch.cosh, torch.sinh, torch.tan,
-        torch.erfinv, torch.layer_norm, torch.group_norm, torch.rms_norm,
-        Tensor.softmax, Tensor.log_softmax, Tensor.exp, Tensor.expm1, Tensor.log, Tensor.log10, Tensor.log1p, Tensor.log2,
-        Tensor.pow, Tensor.__pow__, Tensor.__rpow__, Tensor.rsqrt, Tensor.reciprocal, Tensor.sum, Tensor.prod,
-        Tensor.cumsum, Tensor.cumprod, Tensor.norm, Tensor.dist, Tensor.renorm, Tensor.acos, Tensor.asin, Tensor.cosh,
-        Tensor.sinh, Tensor.tan, Tensor.erfinv,
-    ]
-)  # fmt: skip
+# Source: aten/src/ATen/autocast_mode.h of PyTorch, AT_FORALL_LOWER_PRECISION_FP.
+_REDUCED = [
+    "_convolution", "_convolution.deprecated", "_scaled_dot_product_flash_attention", "addbmm", "addmm", "addmv",
+    "addr", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d.input",
+    "conv_transpose3d.input", "convolution", "linalg_vecdot", "linear", "matmul", "mm", "mv", "prelu",
+    "scaled_dot_product_attention",
+]  # fmt: skip
+# The same list, and cuDNN's: what is made of others, whose results are half too. They are run with these emulated.
+_COMPOSITE = [
+    "chain_matmul", "einsum", "gru.data", "gru.input", "gru_cell", "linalg_multi_dot", "lstm.data", "lstm.input",
+    "lstm_cell", "rnn_relu.data", "rnn_relu.input", "rnn_relu_cell", "rnn_tanh.data", "rnn_tanh.input",
+    "rnn_tanh_cell",
+]  # fmt: skip
+# Source: the same file, AT_FORALL_PROMOTE; but for these and those above, what autocast knows runs in FP32.
+_PROMOTED = [
+    "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "grid_sampler", "index_put", "scatter_add",
+    "tensordot", "vdot",
+]  # fmt: skip
+# What the CPU's half kernels round on the way, or what it has none for, beside transforms of Fourier: FP32, rounded once.
+# Source: PyTorch's OpInfo, of which every operator was compared.
+_WITHOUT_HALF_KERNEL = [
+    "_adaptive_avg_pool3d", "_log_softmax", "addr", "avg_pool3d", "grid_sampler_2d", "grid_sampler_3d", "logit", "mean",
+    "mean.dim", "polygamma", "prod", "prod.dim_int", "round.decimals", "rrelu", "upsample_bicubic2d", "upsample_linear1d",
+    "upsample_trilinear3d",
+]  # fmt: skip
+# What PyTorch takes for the whole of an attention, or of an encoder layer, where no gradient is asked for.
+_FUSED = ["_native_multi_head_attention", "_transformer_encoder_layer_fwd"]
+_UNSAFE = ["binary_cross_entropy"]
 _WITHOUT_INFINITY = frozenset([torch.float8_e4m3fn])
 
 
@@ -88,86 +87,382 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     Under `torch.compile` an opaque operator does it, because Inductor removes a cast to FP16 and back; and to a format without
     infinity, whose casts are not their own derivative.
     """
-    if torch.compiler.is_compiling() or dtype in _WITHOUT_INFINITY:
+    if dtype in _WITHOUT_INFINITY or _is_traced():
         return cast(Tensor, torch.ops.hf_amp.round_to(x, dtype))
     return _rounded(x, dtype)  # autograd casts gradients there and back as well, also those of torch.func
 
 
-class EmulatedPrecision(TorchFunctionMode):
-    """Context in which the functions that autocast runs in half precision run as emulated `number_format`.
+class EmulatedPrecision:
+    """Context in which tensors of this thread compute as under autocast to `number_format` on CUDA.
 
-    Contexts nest as autocast does: the innermost one alone acts. In FP32's nothing is rounded, and neither is what runs
-    inside of `torch.autocast(..., enabled=False)`, where models keep what FP16 does not hold.
+    Contexts nest as autocast does: the innermost acts, `torch.autocast(..., enabled=False)` inside of it switches it off, and
+    `torch.is_autocast_enabled` says that it is on. In FP32's nothing is rounded, and half-precision operands, which no kernel
+    mixes with FP32, are cast to FP32. FP8 is rounded to around products alone: no device computes in it between them.
+
+    Args:
+        number_format: the format to which autocast casts.
+        autocast: False for no casts at all, as where a model is half precision itself: its tensors compute as they do on a
+            device, matrix products included.
+        casts_mixed: with `autocast=False`, what takes both dtypes casts to the format, where a device raises an error.
     """
 
-    _innermost: ClassVar[threading.local] = threading.local()  # DataParallel calls replicas from several threads
+    _of_thread: ClassVar[threading.local] = threading.local()  # DataParallel calls replicas from several threads
 
-    def __init__(self, number_format: NumberFormat = FP16_FORMAT) -> None:
-        super().__init__()
+    def __init__(
+        self, number_format: NumberFormat = FP16_FORMAT, autocast: bool = True, casts_mixed: bool = False
+    ) -> None:
         self.number_format = number_format
-        self._outer: EmulatedPrecision | None = None
-        self._autocasts_around = 0.0
+        self._casts_mixed = casts_mixed
+        self.autocasts = autocast and number_format.dtype != torch.float32
+        self._outer: list[Any] = []
+        self._trace: Any = None
+        self._cast_weights: dict[tuple[int, bool], tuple[Tensor, int, Tensor]] = {}
 
     def __enter__(self) -> EmulatedPrecision:
-        self._outer = getattr(self._innermost, "mode", None)
-        self._innermost.mode = self
-        self._autocasts_around = _entered_autocasts()
-        return cast(EmulatedPrecision, super().__enter__())  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling() and is_one_graph() and _is_allowed_in_graph():
+            _enter_in_graph(self.number_format.dtype, self.autocasts, self._casts_mixed)
+        else:
+            self._enter_eagerly()
+        return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._innermost.mode = self._outer
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling() and is_one_graph() and _is_allowed_in_graph():
+            _leave_in_graph()
+        else:
+            self._leave_eagerly()
+
+    def _enter(self) -> None:
+        _register_kernels()
+        trace = _current_trace()
+        while (left := self.innermost()) is not None and left._trace is not None and left._trace is not trace:
+            left._leave()  # torch.compile gave that trace up, and began anew
+        self._trace = trace
+        of_thread = self._of_thread.__dict__
+        flags = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES]
+        self._outer.append((of_thread.get("innermost"), flags))
+        of_thread["innermost"] = self
+        for device in _DEVICES:
+            if self.autocasts:
+                torch.set_autocast_dtype(device, _storage(self.number_format.dtype))
+            torch.set_autocast_enabled(device, self.autocasts)
+        _set_active(True)
+
+    def _leave(self) -> None:
+        outer, flags = self._outer.pop()
+        self._of_thread.__dict__["innermost"] = outer
+        for device, enabled, dtype in flags:
+            torch.set_autocast_dtype(device, dtype)
+            torch.set_autocast_enabled(device, enabled)
+        _set_active(outer is not None)
+        self._cast_weights.clear()
+        self._trace = None
+
+    _enter_eagerly = compile_disabled(_enter)
+    _leave_eagerly = compile_disabled(_leave)
+
+    @classmethod
+    def innermost(cls) -> EmulatedPrecision | None:
+        """The one that acts in this thread."""
+        return cls._of_thread.__dict__.get("innermost")
 
     @classmethod
     def is_entered(cls) -> bool:
         """Whether this thread is inside of any."""
-        return getattr(cls._innermost, "mode", None) is not None
+        return cls.innermost() is not None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        rounds, widens = func in _REDUCED_PRECISION_FUNCTIONS, func in _FULL_PRECISION_FUNCTIONS
-        # `out=` is how compiled code, which rounds by itself, calls kernels.
-        if (
-            not (rounds or widens)
-            or getattr(self._innermost, "mode", self) is not self
-            or kwargs.get("out") is not None
-        ):
-            return func(*args, **kwargs)
-        half = _holds_half(args) or _holds_half(tuple(kwargs.values()))
-        rounds = rounds and self.number_format.dtype != torch.float32 and not self._is_switched_off()
-        if not (rounds or half):
-            return func(*args, **kwargs)
-        convert = self._round if rounds else upcast
-        converted = {name: map_tensors(convert, value) for name, value in kwargs.items()}
-        result = func(*map_tensors(convert, args), **converted)
-        if not rounds:
-            return result
-        return map_tensors(self._downcast if half else self._round, result)
+    def dtype_in_force(self) -> torch.dtype | None:
+        """What autocast casts to here; None where a `torch.autocast` inside of this context has switched it off."""
+        if not all(map(torch.is_autocast_enabled, _DEVICES if self.autocasts else _DEVICES[:1])):
+            return None
+        dtype, own = torch.get_autocast_dtype("cpu"), self.number_format.dtype
+        return own if dtype == _storage(own) else dtype
 
-    def _is_switched_off(self) -> bool:
-        """Whether autocast was disabled since this context was entered. Not seen in compiled code."""
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return False
-        return _entered_autocasts() > self._autocasts_around
+    def dtype_of_mixed(self, args: Any, kwargs: Any) -> torch.dtype | None:
+        """The format, where operands of it and of FP32 meet and are to be cast."""
+        dtypes = {x.dtype for x in tensors_of((args, kwargs))} if self._casts_mixed else set()
+        return self.number_format.dtype if {torch.float32, self.number_format.dtype} <= dtypes else None
 
-    def _round(self, x: Tensor) -> Tensor:
-        """An operand or result as the format has it, in FP32. Autocast leaves FP64 and integers alone, and so does this."""
-        x = upcast(x)
-        return round_to(x, self.number_format.dtype) if x.dtype == torch.float32 else x
-
-    def _downcast(self, x: Tensor) -> Tensor:
-        return x.to(self.number_format.dtype) if x.dtype == torch.float32 else x
+    def operand(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` as autocast casts it, cached likewise: a parameter that is used twice gathers its gradients in the format."""
+        if not _is_cast(x) or x.dtype == dtype:
+            return x
+        if dtype not in HALF_DTYPES:
+            return round_to(upcast(x), dtype)
+        if _is_traced():
+            return round_to(upcast(x), dtype).to(dtype)
+        if not (x.is_leaf and x.requires_grad):
+            return x.to(dtype)
+        key = id(x), torch.is_grad_enabled()
+        of, version, kept = self._cast_weights.get(key, (None, 0, x))
+        if of is not x or version != x._version:
+            kept = x.to(dtype)
+            self._cast_weights[key] = x, x._version, kept
+        return kept
 
 
-def _entered_autocasts() -> float:
-    """How many `torch.autocast` this thread is inside of; in compiled code, which does not count them, no end of them."""
-    if torch.compiler.is_compiling():
-        return math.inf
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
+def _enter_in_graph(dtype: torch.dtype, autocasts: bool, casts_mixed: bool) -> None:
+    """What a graph that may not break calls in place of `__enter__`, while it is traced and when it runs."""
+    formats = {each.dtype: each for each in (*EMULATED_FORMATS, FP32_FORMAT)}
+    EmulatedPrecision(formats[dtype], autocasts, casts_mixed)._enter()
 
 
-def _holds_half(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dtype in HALF_DTYPES
-    return isinstance(value, (list, tuple)) and any(map(_holds_half, value))
+def _leave_in_graph() -> None:
+    cast(EmulatedPrecision, EmulatedPrecision.innermost())._leave()
+
+
+def _is_allowed_in_graph() -> bool:
+    """Called while such a graph is traced, to let it call them."""
+    for function in (_enter_in_graph, _leave_in_graph):
+        torch.compiler.allow_in_graph(torch.fx.has_side_effect(function))  # type: ignore[no-untyped-call]
+    return True
+
+
+# As `torch.compiler.assume_constant_result`, which loads the compiler.
+cast(Any, _is_allowed_in_graph)._dynamo_marked_constant = True
+
+
+def emulate(dtype: torch.dtype = torch.float16, *, autocast: bool = True) -> EmulatedPrecision:
+    """Context in which a model on a CPU computes as on a device with units for `dtype`: `with hf_amp.emulate(torch.float16): ...`
+
+    Args:
+        dtype: torch.float16 or torch.bfloat16; or an FP8 format, to which the operands and results of matrix products are
+            rounded, without a scale for each tensor.
+        autocast: as inside of `torch.autocast` on CUDA. False for a model whose parameters are of that dtype (`model.half()`),
+            which inference runs without autocast.
+
+    Raises:
+        ConfigError: another dtype.
+    """
+    formats = {each.dtype: each for each in EMULATED_FORMATS}
+    if dtype not in formats:
+        known = ", ".join(map(str, formats))
+        raise ConfigError(f"emulate({dtype}): a dtype must be one of {known}; FP32 needs no emulation.")
+    return EmulatedPrecision(formats[dtype], autocast)
+
+
+def emulated_in_backward(loss: Tensor) -> Tensor:
+    """`loss`, in whose `backward()` what gradient checkpointing recomputes computes as in forward, also outside of modules.
+
+    Only where something was checkpointed in this thread since the last call.
+    """
+    mode = EmulatedPrecision._of_thread.__dict__.pop("checkpointed", None)
+    if mode is None:
+        return loss
+
+    def backward(*args: Any, **kwargs: Any) -> None:
+        with EmulatedPrecision(mode.number_format, autocast=False):
+            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    alias = loss.view_as(loss)  # itself would keep itself alive
+    alias.backward = backward  # type: ignore[method-assign]
+    return alias
+
+
+_DEVICES = ("cpu", "cuda")  # a model may ask for either whether autocast is on, or switch either off
+_ACTIVE = threading.local()
+
+
+def _storage(dtype: torch.dtype) -> torch.dtype:
+    """In what tensors that hold values of `dtype` are kept, where that is what autocast may be told."""
+    return dtype if dtype in HALF_DTYPES else torch.bfloat16
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast casts it: it leaves FP64 and integers alone."""
+    return x.is_floating_point() and x.dtype != torch.float64
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in HALF_DTYPES
+
+
+def _is_asked_for_dtype(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
+
+
+def _holds_half(args: Any, kwargs: Any) -> bool:
+    return any(map(_is_half, tensors_of((args, kwargs))))
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------
+
+
+class _Kernel:
+    """What one operator does inside of the context."""
+
+    def __init__(self, operator: Any, policy: Callable[..., Any] | None, lacks_half: bool) -> None:
+        self._operator = operator
+        self.lacks_half = lacks_half
+        self._in_fp32 = _attention if operator is torch.ops.aten.scaled_dot_product_attention.default else operator
+        self._policy = policy
+
+    def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = EmulatedPrecision.innermost()
+        if mode is None or self._policy is None or _ACTIVE.__dict__.get("kernel"):
+            return self.plain(keyset, args, kwargs)
+        return self._policy(self, mode, keyset, args, kwargs)
+
+    def plain(self, keyset: Any, args: Any, kwargs: Any) -> Any:
+        """The operator as it is; what it is made of is emulated."""
+        return self._operator.redispatch(keyset & _below_autocast(), *args, **kwargs)
+
+    def alone(self, convert: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
+        """The operator on converted tensors; nothing in it is emulated. Also not where torch.func calls it again, layer by layer."""
+        args, kwargs = map_tensors(convert, args), map_tensors(convert, kwargs)
+        _ACTIVE.kernel = True
+        try:
+            with torch._C._DisableAutocast():
+                return self._in_fp32(*args, **kwargs)
+        finally:
+            _ACTIVE.kernel = False
+
+    def half(self, keyset: Any, args: Any, kwargs: Any) -> Any:
+        """Half-precision tensors without autocast: the FP32 result, rounded; anything else as it is."""
+        dtypes = {x.dtype for x in tensors_of((args, kwargs)) if _is_cast(x)}
+        if len(dtypes) != 1 or not dtypes <= set(HALF_DTYPES) or _is_asked_for_dtype(args, kwargs):
+            return self.plain(keyset, args, kwargs)
+        return _to(self.alone(upcast, args, kwargs), dtypes.pop())
+
+
+def _reduced(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    _note_checkpointing(mode)
+    dtype = mode.dtype_in_force() or mode.dtype_of_mixed(args, kwargs)
+    if dtype is None:
+        return kernel.alone(upcast, args, kwargs) if _widens(mode, args, kwargs) else kernel.half(keyset, args, kwargs)
+    result = kernel.alone(lambda x: upcast(mode.operand(x, dtype)), args, kwargs)
+    return _to(result, dtype)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """By its formula where an operand is not finite: of some NaN the CPU's fused kernel makes finite values."""
+    try:
+        finite = _is_traced() or bool(sum(x.detach().sum() for x in args[:3]).isfinite())
+    except RuntimeError:  # torch.func.vmap knows no single value
+        finite = True
+    if finite:
+        return torch.ops.aten.scaled_dot_product_attention.default(*args, **kwargs)
+    options = (None, 0.0, False)
+    return torch.ops.aten._scaled_dot_product_attention_math(*args, *options[len(args) - 3 :], None, **kwargs)[0]
+
+
+def _composite(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    dtype = mode.dtype_in_force()
+    if dtype is not None:
+
+        def convert(x: Tensor) -> Tensor:
+            return mode.operand(x, dtype)
+    elif _widens(mode, args, kwargs):
+        convert = upcast
+    else:
+        return kernel.plain(keyset, args, kwargs)
+    return kernel.plain(keyset, map_tensors(convert, args), map_tensors(convert, kwargs))
+
+
+def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    """In FP32; but for a reduction that is asked for another dtype."""
+    on = mode.dtype_in_force() is not None
+    if mode.dtype_of_mixed(args, kwargs) is not None:
+        return _reduced(kernel, mode, keyset, args, kwargs)
+    if (on or _widens(mode, args, kwargs)) and _holds_half(args, kwargs) and not _is_asked_for_dtype(args, kwargs):
+        return kernel.alone(upcast, args, kwargs)
+    return (kernel.half if kernel.lacks_half else kernel.plain)(keyset, args, kwargs)
+
+
+def _promoted(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    dtypes = {x.dtype for x in tensors_of((args, kwargs)) if _is_cast(x)}
+    on = mode.dtype_in_force() is not None
+    if torch.float32 in dtypes and len(dtypes) > 1 and (on or _widens(mode, args, kwargs)):
+        return kernel.alone(upcast, args, kwargs)
+    return kernel.half(keyset, args, kwargs) if on else kernel.plain(keyset, args, kwargs)
+
+
+def _unsafe(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    if mode.dtype_in_force() is not None:
+        raise RuntimeError(
+            "binary_cross_entropy raises under autocast on a device, because sigmoid's result in half precision may be 0 or 1: "
+            "use binary_cross_entropy_with_logits, or torch.autocast(..., enabled=False) and FP32 arguments."
+        )
+    return kernel.plain(keyset, args, kwargs)
+
+
+def _without_half_kernel(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    return kernel.half(keyset, args, kwargs)
+
+
+def _widens(mode: EmulatedPrecision, args: Any, kwargs: Any) -> bool:
+    return mode.number_format.dtype == torch.float32 and _holds_half(args, kwargs)
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    """FP32 results in the format; opaque to Inductor, which would drop a rounding."""
+
+    def convert(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return x
+        if dtype in HALF_DTYPES and not _is_traced():
+            return x.to(dtype)
+        rounded = round_to(x, dtype)
+        return rounded.to(dtype) if dtype in HALF_DTYPES else rounded
+
+    return map_tensors(convert, value)
+
+
+# ---- private names of PyTorch ------------------------------------------------------------------------------------
+
+_REGISTERED: list[Any] = []
+_REGISTERING = threading.Lock()
+_KEY = "AutocastIPU"
+
+
+def _set_active(active: bool) -> None:
+    """Lets operators of this thread go by the kernels of the context, or not."""
+    key = getattr(torch._C.DispatchKey, _KEY)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, not active)
+    torch._C._dispatch_tls_set_dispatch_key_included(key, active)
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile or torch.export looks at what is called, on tensors without values."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.FUNCTIONAL, keys.PROXY))
+
+
+def _current_trace() -> Any:
+    """Which trace of torch.compile this is called from; None from none."""
+    return torch._guards.TracingContext.try_get()
+
+
+def _note_checkpointing(mode: EmulatedPrecision) -> None:
+    """Whether what runs will be recomputed in backward by gradient checkpointing that is not reentrant."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) if mode.autocasts else None
+    if hooks and "checkpoint" in hooks[0].__qualname__:
+        mode._of_thread.checkpointed = mode
+
+
+def _below_autocast() -> Any:
+    return _REGISTERED[1]
+
+
+def _register_kernels() -> None:
+    """Once in a process: kernels for what autocast casts on CUDA or on a CPU, whose own are passed by."""
+    with _REGISTERING:
+        if _REGISTERED:
+            return
+        on_cuda, on_cpu = map(torch._C._dispatch_get_registrations_for_dispatch_key, ("AutocastCUDA", "AutocastCPU"))
+        lacking = {f"aten::{name}" for name in _WITHOUT_HALF_KERNEL} | {n for n in on_cpu if n.startswith("aten::fft_")}
+        policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(lacking, _without_half_kernel)
+        policies |= dict.fromkeys(on_cuda, _full)
+        for names, policy in (
+            (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted), (_UNSAFE, _unsafe)
+        ):  # fmt: skip
+            policies |= {f"aten::{name}": policy for name in names}
+        fallthrough = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
+        fallthrough.fallback(torch.library.fallthrough_kernel, _KEY)  # type: ignore[no-untyped-call]
+        kernels = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        for name, policy in policies.items():
+            base, _, overload = name.removeprefix("aten::").partition(".")
+            operator = getattr(getattr(torch.ops.aten, base), overload or "default")
+            kernels.impl(name, _Kernel(operator, policy, name in lacking), _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
+        _REGISTERED.extend(
+            [kernels, torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU), fallthrough]
+        )

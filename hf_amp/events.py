@@ -153,7 +153,7 @@ class StepOutcome:
         has_gradients: whether any parameter had a gradient.
         grad_norm: 2-norm of the unscaled gradients before clipping; None where unknown or not finite.
         grad_amax: largest magnitude of the same; None likewise.
-        underflow_fraction: share of scaled gradient elements that are zero or subnormal; None where not sampled.
+        underflow_fraction: share of scaled gradient elements that FP16 has made subnormal or zero; None where not known.
         lost_update_fraction: share of low-precision parameter elements that the newest sampled step, an earlier one, did
             not change; None where none was sampled since the last outcome.
         inf_elements: infinite gradient elements of a skipped step, as they are when it is decided: a plain clip before

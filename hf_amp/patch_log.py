@@ -109,6 +109,13 @@ def compile_disabled(hook: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def not_compiled_alone(hook: Callable[..., Any]) -> None:
+    """Lets a hook that enters a context, and leaves it to another, be compiled with what calls it only (`module.compile()`)."""
+    frames: Any = torch._C._dynamo.eval_frame
+    skipped = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    frames.set_code_exec_strategy(hook.__code__, skipped)
+
+
 def is_one_graph() -> bool:
     """Whether the code that is being compiled may not break its graph (`fullgraph=True`); for hooks, while they are compiled."""
     from torch._dynamo.symbolic_convert import InstructionTranslator  # it is loaded by then

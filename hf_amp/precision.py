@@ -36,6 +36,13 @@ class NumberFormat:
 FP16_FORMAT = NumberFormat("FP16", torch.float16)
 BF16_FORMAT = NumberFormat("BF16", torch.bfloat16)
 FP32_FORMAT = NumberFormat("FP32", torch.float32)
+EMULATED_FORMATS = (
+    FP16_FORMAT,
+    BF16_FORMAT,
+    NumberFormat("FP8 E4M3", torch.float8_e4m3fn),
+    NumberFormat("FP8 E5M2", torch.float8_e5m2),
+)
+"""What a CPU can be made to compute in, also without units for it."""
 
 
 class PrecisionMode(str, enum.Enum):

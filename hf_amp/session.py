@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import difflib
 import importlib.metadata
 import logging
 import math
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
-from hf_amp.errors import AttachError, StateError
+from hf_amp.errors import AttachError, ConfigError, StateError
 from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, join_names
 from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
@@ -262,15 +263,22 @@ class AmpSession(EventRecorder):
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree, ran_in):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
-                is_lost = outcome.non_finite_losses > 0 and not outcome.zero_gradients
-                if is_lost and not self._loss_is_lost:
+                why = ""
+                if (is_lost := outcome.non_finite_losses > 0) and not self._loss_is_lost:
                     bad = self.non_finite_parameters()
-                    what = _LOSS_LOST + (f" Parameters are not finite, {bad[0]} among them." if bad else "")
-                    cause = Cause.WEIGHTS if bad else Cause.LOSS
-                    self.record(AmpEvent(self.newest_step, EventKind.LOSS_LOST, cause, message=what))
+                    found = self._fallback.diagnoser.explain_forwards((), outcome.attempt)
+                    why = found.message if found and not bad else ""
+                    if not outcome.zero_gradients:
+                        seen = (
+                            f" Parameters are not finite, {bad[0]} among them."
+                            if bad
+                            else " In a replay: " * bool(why) + why
+                        )
+                        cause = Cause.WEIGHTS if bad else found.cause if found else Cause.LOSS
+                        self.record(AmpEvent(self.newest_step, EventKind.LOSS_LOST, cause, message=_LOSS_LOST + seen))
                 self._loss_is_lost = is_lost if outcome.losses else self._loss_is_lost
                 flushed = outcome.zero_gradients and self._underflows(outcome)
-                if stalled := self.stall.after_applied(outcome, self.newest_step, flushed):
+                if stalled := self.stall.after_applied(outcome, self.newest_step, flushed, why):
                     self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
@@ -282,6 +290,8 @@ class AmpSession(EventRecorder):
         """One console line that says what runs and where the log is. A session does it by itself before its first step."""
         if self._runs:
             return
+        for pattern in self.config.fp32_modules if self.config.enabled else ():
+            self._check_is_known(pattern)
         self._runs, self._log = True, log
         if not self._at_exit:
             self._at_exit = True
@@ -305,6 +315,17 @@ class AmpSession(EventRecorder):
         self.note(EventKind.TRAINING_ENDED, f"{why}: {summary}.", **self.metrics())
         if self.config.enabled and is_main_process():
             say(f"{why}. Verdict: {self.verdict()} At the end: {self._figures_in_words()}.")
+
+    def _check_is_known(self, pattern: str) -> None:
+        runner = self._fallback.runner
+        if not runner.names_like(pattern):
+            known = {name for name, _ in runner.named_modules() if name}
+            known |= {type(module).__name__ for _, module in runner.named_modules()}
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            raise ConfigError(
+                f"fp32_modules: no module is called {pattern!r}, by name, as a glob, or by its class{hint}."
+            )
 
     def show(self) -> Any:
         """The report of the run so far, which a notebook shows where a cell ends with it.
@@ -506,6 +527,11 @@ class AmpSession(EventRecorder):
             self.patches.set_attribute(called, "join_hook", self._refuse_join)
         if is_trained:
             self._note_trained(model)
+        if change := self._fallback.keep_in_fp32(self.config.fp32_modules):
+            self.monitor.modules_in_fp32 = len(change.after.modules)
+            self._note_models()
+            seen = (change.before.default.value, PrecisionMode.FP32.value, change.modules, change.message)
+            self.record(AmpEvent(self.newest_step, EventKind.PRECISION_CHANGED, None, *seen))
 
     def _refuse_join(self, **options: Any) -> None:
         raise AttachError(
@@ -620,7 +646,7 @@ class AmpSession(EventRecorder):
         with self.lock:
             ForwardContext.leave_interrupted()
             parameters = self._fallback.runner.named_parameters()
-            diagnosis = self._fallback.diagnoser.explain_error(parameters)
+            diagnosis = self._fallback.diagnoser.explain_forwards(parameters)
             if diagnosis is None:
                 return False
             self._explained_error = id(error)
@@ -762,7 +788,7 @@ _MADE_THEM = (
     ", the optimizer, has made them (by a norm or a root of 0, as with eps=0), or whatever has written to them since. "
 )
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
-_SCRIPTED = ": nothing in it is emulated, replayed or put in FP32. Loss scaling and the finite check work."
+_SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."
 
 
 def counted(number: int, noun: str, plural: str = "s") -> str:

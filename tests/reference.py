@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, enable_reentrant_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_amp.monitoring.metrics import CATALOGUE
 
@@ -62,3 +68,183 @@ def assert_bitwise_equal(left: list[Tensor], right: list[Tensor]) -> None:
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         assert torch.equal(a, b)
+
+
+# ---- CUDA's arithmetic, on a machine without CUDA ----------------------------------------------------------------
+
+
+class OnDevice(Tensor):
+    """A tensor that PyTorch takes for one on a CUDA device; what it holds, and its gradient's graph, are on the CPU.
+
+    So autocast is PyTorch's own for CUDA, in C++, and every composite function is made of what it is made of there. What a
+    kernel computes is done here: in FP32 of half-precision operands, rounded once. Slow.
+    """
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnDevice:
+        x: OnDevice = Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device="cuda:0",
+        )
+        x.held = held
+        return x
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_held, args), tree_map(_held, kwargs or {})
+        with enable_reentrant_dispatch():
+            result = _KERNELS.get(func, _computed)(func, args, kwargs)
+        return tree_map(_placed, result)
+
+
+_CASTS = WeakIdKeyDictionary()
+
+
+def _held(x: Any) -> Any:
+    if isinstance(x, torch.device):
+        return torch.device("cpu")
+    return x.held if isinstance(x, OnDevice) else x
+
+
+def _placed(x: Any) -> Any:
+    return OnDevice(x) if isinstance(x, Tensor) else x
+
+
+def _computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a CUDA kernel gives for half-precision operands: FP32's result, rounded once to the dtype that it has there."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    half = {x.dtype for x in tensors} & {torch.float16, torch.bfloat16}
+    aliases = any(result.alias_info is not None for result in func._schema.returns)
+    if not half or aliases or func._schema.is_mutable:
+        return func(*args, **kwargs)
+    meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
+    with torch.no_grad():
+        dtypes = iter([x.dtype for x in tree_leaves(func(*meta[0], **meta[1])) if isinstance(x, Tensor)])
+    args, kwargs = tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in half else x, (args, kwargs))
+    return tree_map(lambda x: x.to(next(dtypes)) if isinstance(x, Tensor) else x, func(*args, **kwargs))
+
+
+def _cast(func: Any, args: Any, kwargs: Any) -> Any:
+    """A cast; of a parameter under autocast once, which a wrapper without a gradient of its own is not cached for."""
+    (x,) = args
+    if not (x.is_leaf and x.requires_grad and kwargs["dtype"] in (torch.float16, torch.bfloat16)):
+        return func(*args, **kwargs)
+    casts = _CASTS.setdefault(x, {})
+    if kwargs["dtype"] not in casts:
+        casts[kwargs["dtype"]] = func(*args, **kwargs)
+    return casts[kwargs["dtype"]]
+
+
+def _softmax(func: Any, args: Any, kwargs: Any) -> Any:
+    x, dim, half_to_float = args
+    return func(x.float(), dim, False).to(torch.float32 if half_to_float else x.dtype)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """As one kernel on CUDA does it: operands cast, scores and softmax in FP32, the result rounded."""
+    assert not dropout_p
+    operands = [query, key, value, *([] if attn_mask is None or attn_mask.dtype == torch.bool else [attn_mask])]
+    if torch.is_autocast_enabled("cuda"):
+        operands = [x.to(torch.get_autocast_dtype("cuda")) for x in operands]
+    dtype, (q, k, v, *bias) = operands[0].dtype, [_held(x).float() for x in operands]
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    scores = (q @ k.mT) * (scale or q.shape[-1] ** -0.5)
+    if bias:
+        scores = scores + bias[0]
+    elif attn_mask is not None:
+        scores = scores.masked_fill(~_held(attn_mask), -torch.inf)
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    return OnDevice((scores.softmax(-1) @ v).to(dtype))
+
+
+def _histogram(func: Any, args: Any, kwargs: Any) -> Any:
+    """CUDA's counts integers too."""
+    return func(args[0].float(), *args[1:], **kwargs)
+
+
+_KERNELS = {
+    torch.ops.aten.histc.default: _histogram,
+    torch.ops.aten._to_copy.default: _cast,
+    torch.ops.aten._softmax.default: _softmax,
+    torch.ops.aten._log_softmax.default: _softmax,
+}
+
+
+_ASKING_CUDA = (Tensor.__getitem__, Tensor.__setitem__, Tensor.contiguous, Tensor.item, Tensor.nonzero, Tensor.tolist)
+"""They move or read values only, and ask CUDA for its current device by themselves; as whatever has no float."""
+
+
+class _Placement(TorchFunctionMode):
+    """What is made on the CUDA device is made on the CPU, and taken for one of the device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            return attention(*args, **kwargs)
+        if func == Tensor.requires_grad.__set__ and isinstance(args[0], OnDevice):
+            return None  # what is held has its own
+        moved = [x for x in tree_leaves((args, kwargs)) if isinstance(x, OnDevice)]
+        without_floats = moved and not any(x.is_floating_point() for x in moved) and func is not torch.histc
+        if func in _ASKING_CUDA or without_floats:
+            return tree_map(_placed, func(*tree_map(_held, args), **tree_map(_held, kwargs)))
+
+        def is_device(x: Any) -> bool:
+            return isinstance(x, (str, torch.device)) and str(x).startswith("cuda")
+
+        if not any(map(is_device, (*args, *kwargs.values()))) or "autocast" in func.__name__:
+            return func(*args, **kwargs)
+        if args and isinstance(args[0], OnDevice):
+            args, kwargs = [x for x in args if not is_device(x)], {k: x for k, x in kwargs.items() if not is_device(x)}
+            return func(*args, **kwargs) if len(args) > 1 or kwargs else args[0]
+        args, kwargs = tree_map(lambda x: "cpu" if is_device(x) else x, (list(args), kwargs))
+        return _placed(func(*args, **kwargs))
+
+
+class _Factories(TorchDispatchMode):
+    """The same for what composite functions make."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if OnDevice in types or str(kwargs.get("device")) != "cuda:0":
+            return func(*args, **kwargs)
+        return tree_map(_placed, func(*args, **{**kwargs, "device": "cpu"}))
+
+
+@contextmanager
+def cuda_rules(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside of it what `on_device` moved computes as on a CUDA device, under autocast to `dtype` unless that is None."""
+    former = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or former[1])
+    torch.autocast_increment_nesting()
+    try:
+        with _Placement(), _Factories():
+            yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", former[0])
+        torch.set_autocast_dtype("cuda", former[1])
+        _CASTS.clear()
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    """A copy of `model` on a CUDA device, whose parameters are held by those of `model` itself, where gradients arrive."""
+    memo: dict[int, Any] = {id(x): OnDevice(x.clone()) for x in model.buffers()}
+    for x in model.parameters():
+        memo[id(x)] = nn.Parameter(OnDevice(x), requires_grad=False)
+        memo[id(x)].held = x  # which PyTorch has detached
+    return copy.deepcopy(model, memo)

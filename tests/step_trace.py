@@ -41,15 +41,21 @@ class TraceOneStep(TrainerCallback):
         sys.setprofile(None)
 
     def _note(self, frame: FrameType, event: str, _: Any) -> None:
-        if event != "call" or not frame.f_code.co_filename.startswith(str(PACKAGE)):
+        if event != "call" or not _is_ours(frame):
             return
         caller: FrameType | None = frame
         while caller is not None:
-            if Path(caller.f_code.co_filename) == PACKAGE / "emulation.py":
+            at = Path(caller.f_code.co_filename).relative_to(PACKAGE).as_posix() if _is_ours(caller) else ""
+            # The latter gives FP32 outputs, as accelerate does by itself on a device.
+            if at == "emulation.py" or (at, caller.f_code.co_name) == ("integrations/accelerate.py", "__call__"):
                 return
             caller = caller.f_back
         file = Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix()
         self.entered.append((file, frame.f_code.co_name))
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(str(PACKAGE))
 
 
 def traced_step() -> list[tuple[str, list[str]]]:

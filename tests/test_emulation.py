@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import hf_amp
+from hf_amp import MixedPrecisionConfig
 from hf_amp.emulation import EmulatedPrecision, round_to
 from hf_amp.fallback.module_precision import ForwardContext, InnerForwardContext
 from hf_amp.precision import FP32_FORMAT
+from hf_amp.scaling.scaler import AdvancedGradScaler
 from tests.each import for_each
 
 
@@ -130,10 +133,26 @@ class TwoStages(nn.Module):
         return checkpoint(self.second, x, use_reentrant=False) if self.recompute else self.second(x)
 
 
+class BareFunction(nn.Module):
+    """A network that checkpoints a function of tensors, which is in no module."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.weight, self.recompute = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8)), recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        def function(h: Tensor) -> Tensor:
+            return (h @ self.weight).softmax(-1).exp() * h.pow(2).half() + h
+
+        h = self.layer(x)
+        return checkpoint(function, h, use_reentrant=False) if self.recompute else function(h)
+
+
 def gradients_inside_context(model: nn.Module) -> list[Tensor]:
     remove = ForwardContext(EmulatedPrecision).install(model)
     x = torch.linspace(-1, 1, 32).reshape(4, 8)
-    model(x).square().sum().backward()
+    AdvancedGradScaler(MixedPrecisionConfig(init_scale=1.0), "cpu").scale(model(x).square().sum()).backward()
     remove()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -142,9 +161,11 @@ def gradients_inside_context(model: nn.Module) -> list[Tensor]:
 
 def test_gradient_checkpointing_recomputes_in_the_same_precision() -> None:
     """What is recomputed in backward is emulated too: gradients equal those without checkpointing."""
-    plain, recomputed = (gradients_inside_context(TwoStages(flag)) for flag in (False, True))
-    for a, b in zip(plain, recomputed, strict=True):
-        assert torch.equal(a, b)
+    for network in (TwoStages, BareFunction):
+        plain, recomputed = (gradients_inside_context(network(flag)) for flag in (False, True))
+        for a, b in zip(plain, recomputed, strict=True):
+            assert torch.equal(a, b)
+        assert not EmulatedPrecision.is_entered()
 
 
 def test_transforms_of_torch_func_round_as_backward_does() -> None:
@@ -236,7 +257,9 @@ def test_half_operands_of_what_autocast_runs_in_fp32() -> None:
         loss = nn.functional.cross_entropy(half, torch.tensor([0, 1, 2, 3]))
     assert normalised.dtype == loss.dtype == torch.float32
     assert torch.equal(normalised, nn.functional.layer_norm(half.float(), (8,), wide, wide.half().float()))
-    assert torch.equal(loss, nn.functional.cross_entropy(half.float(), torch.tensor([0, 1, 2, 3])))
+    # PyTorch asks for its inner log-softmax in the dtype of the logits; what follows is FP32.
+    rounded = half.float().log_softmax(-1).half().float()
+    assert torch.equal(loss, nn.functional.nll_loss(rounded, torch.tensor([0, 1, 2, 3])))
 
 
 def test_products_of_half_operands_are_rounded_once() -> None:
@@ -292,3 +315,95 @@ def test_an_interrupted_forward_pass_is_left_at_the_next_step() -> None:
     rounded = model(x)
     outer()
     assert not torch.equal(rounded, model(x))
+
+
+# ---- what is computed between matrix products -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("where", ["values", "scores"])
+def test_attention_of_torch_overflows_inside(need_weights: bool, where: str) -> None:
+    """`nn.MultiheadAttention` with values or scores beyond 65504, and weights in it: as with the CPU's half kernels."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(16, 2, batch_first=True, bias=False)
+    with torch.no_grad():
+        if where == "values":
+            attention.in_proj_weight[32:].mul_(1e5)
+            attention.out_proj.weight.mul_(1e-5)
+        else:
+            attention.in_proj_weight[:32].mul_(2000.0)
+    x = torch.randn(2, 5, 16) * 3
+    finite = {}
+    for name, context in (("real", torch.autocast("cpu", torch.float16)), ("emulated", EmulatedPrecision())):
+        with context:
+            finite[name] = attention(x, x, x, need_weights=need_weights)[0].isfinite().all().item()
+    if where == "values" or need_weights:  # a fused kernel keeps scores in FP32
+        assert not finite["emulated"]
+    assert finite["emulated"] == finite["real"] or (where == "scores" and not need_weights)
+
+
+def test_sums_of_half_precision_overflow() -> None:
+    """Two convolutions of 4e4 each, added before a norm, are inf, as with the CPU's half kernels; so is a gated product."""
+    a, b, norm = nn.Conv1d(1, 8, 1), nn.Conv1d(1, 8, 1), nn.GroupNorm(1, 8)
+    for layer in (a, b):
+        nn.init.constant_(layer.weight, 4e4)
+    x = torch.ones(2, 1, 4)
+    for context in (EmulatedPrecision(), torch.autocast("cpu", torch.float16)):
+        with context:
+            assert not norm(a(x) + b(x)).isfinite().all()
+            assert not (a(x) * b(x)).isfinite().all()
+    with hf_amp.emulate(torch.bfloat16):
+        assert norm(a(x) + b(x)).isfinite().all()
+
+
+def test_a_model_of_half_precision_keeps_nothing_in_fp32() -> None:
+    """With `autocast=False` a square, a sum and a norm's input are half precision; products of half and FP32 are an error."""
+    half = torch.full((4, 300), 300.0, dtype=torch.float16)
+    with hf_amp.emulate(torch.float16, autocast=False):
+        assert not torch.is_autocast_enabled("cpu")
+        assert half.pow(2).isinf().all()
+        assert half.sum().isinf()
+        assert half.mean() == 300.0  # one kernel, FP32 inside
+        assert (half @ half.T * 0 + 1).isnan().all()
+        with pytest.raises(RuntimeError, match="dtype"):
+            half @ torch.ones(300, 2)
+    with hf_amp.emulate(torch.float16):
+        assert half.pow(2).eq(90000.0).all()
+        assert half.sum() == 300.0 * 1200
+
+
+def test_what_no_device_does_is_an_error() -> None:
+    """Of a dtype that cannot be emulated, with those that can; of a loss that raises under autocast on a device."""
+    with pytest.raises(hf_amp.ConfigError, match=r"emulate\(torch.float32\): .* torch.float16"):
+        hf_amp.emulate(torch.float32)
+    with hf_amp.emulate(), pytest.raises(RuntimeError, match="binary_cross_entropy_with_logits"):
+        nn.functional.binary_cross_entropy(torch.rand(2), torch.rand(2))
+
+
+def test_recurrent_networks_have_half_precision_states() -> None:
+    """LSTM, GRU and RNN, also of packed sequences: states are half precision, and overflow as such."""
+    x = torch.randn(5, 2, 4)
+    for kind in (nn.LSTM, nn.GRU, nn.RNN):
+        network = kind(4, 6, num_layers=2, bidirectional=True)
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]))
+        with EmulatedPrecision():
+            out, _ = network(x)
+            of_packed, _ = network(packed)
+        assert out.dtype == of_packed.data.dtype == torch.float16
+        assert (out.float() - network(x)[0]).abs().max() < 1e-2
+        out.sum().backward()
+        assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_models_are_told_that_autocast_is_on() -> None:
+    """Inside of the context `torch.is_autocast_enabled` says so, for a CPU and for CUDA; after it, what it said before."""
+    with torch.autocast("cpu", torch.bfloat16):
+        with EmulatedPrecision():
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_enabled()
+            assert torch.get_autocast_dtype("cpu") == torch.float16
+            with torch.autocast("cpu", torch.bfloat16):
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled()

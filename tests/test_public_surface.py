@@ -34,6 +34,8 @@ PUBLIC = [
     "StateError",
     "UnknownOptionError",
     "attach",
+    "check_inference",
+    "emulate",
     "rescale_for_fp16",
 ]
 ERRORS = {

@@ -1,15 +1,16 @@
 """`hf-amp preflight MODEL`: what precision will do to a model, before the first step.
 
-Its dtypes, and, with a batch, a training step in formats that this machine lacks.
+Its dtypes, and, with a batch, a training step, or inference, in formats that this machine lacks.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,9 @@ import typer
 from torch import Tensor, nn
 
 from hf_amp.emulation import EmulatedPrecision
+from hf_amp.errors import in_one_line
 from hf_amp.events import join_names
+from hf_amp.fallback.inference import Headroom, InferenceCheck, check_inference, largest_output, operators_in
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import RecordedForward
@@ -31,7 +34,8 @@ from hf_amp.monitoring.frozen import (
     share_in_words,
     size_in_words,
 )
-from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, NumberFormat, PrecisionMode
+from hf_amp.patch_log import takes_hooks
+from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP16_FORMAT, NumberFormat, PrecisionMode
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +57,9 @@ def preflight(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    inference: Annotated[
+        bool, typer.Option("--inference", help="Ask for FP16 and BF16 copies in inference, not for training.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what precision will do to a model: dtypes that cause trouble, and, with --batch, what would overflow."""
@@ -66,33 +73,110 @@ def preflight(
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         loaded = load_model(model, trust_remote_code=trust_remote_code)
+        batch = "1" if batch is None and inference else batch
         inputs = batch_for(loaded, batch, length) if batch is not None else None
     facts = _facts(loaded) | {"half_parameters": _half_parameters(loaded, lr)}  # before the model is cast to FP32
-    runs = [] if inputs is None else _dry_runs(console, loaded, inputs)
+    runs = [] if inputs is None or inference else _dry_runs(console, loaded, inputs)
+    checks = _inference_checks(console, loaded, inputs) if inputs is not None and inference else []
+    verdict = _verdict(runs, checks, facts["non_finite_parameters"])
+    facts["batch"] = None if inputs is None else _described_batch(inputs, str(batch))
     if as_json:
-        typer.echo(json.dumps({"model": model, **facts, "dry_runs": [run.to_dict() for run in runs]}, indent=2))
+        found: dict[str, Any] = {"dry_runs": [run.to_dict() for run in runs]}
+        found |= {"inference": [check.to_dict() for check in checks]} if inference else {}
+        typer.echo(json.dumps({"model": model, "verdict": verdict, **facts, **found}, indent=2))
         return
+    if verdict:
+        console.print(verdict, style="bold", markup=False, soft_wrap=True)
+        console.print(facts["batch"], markup=False, soft_wrap=True)
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["parameters_by_dtype"].items())
     console.print(f"{model}: {facts['class']}, parameters: {dtypes}", markup=False)
     for warning in facts["warnings"]:
         console.print(warning, style="yellow", markup=False)
     for line in _half_parameters_in_words(facts["half_parameters"]):
         console.print(line, markup=False, soft_wrap=True)
-    if not runs:
+    if inputs is None:
         console.print("With --batch 1 a dry run says which modules would leave the range of FP16, BF16 and FP8.")
+    for line in [line for check in checks for line in _lines_of(check)]:
+        console.print(line, markup=False, soft_wrap=True)
+    if not runs:
         return
     table = Table(
-        "format", "modules that overflow", "loss scale", "gradient lost", "remedy",
+        "format", "modules that overflow", "largest activation", "headroom", "loss scale", "gradient lost", "remedy",
         title="Dry run, emulated", title_justify="left",
         caption="FP8 without a scale for each tensor, which is the worst case.", caption_justify="left",
     )  # fmt: skip
     for run in runs:
         scale = "" if run.scale is None else f"{run.scale:g}"
         lost = "" if run.underflow_fraction is None else f"{run.underflow_fraction:.1%}"
-        table.add_row(run.number_format.name, str(len(run.overflowing)), scale, lost, run.remedy)
+        near = ("", "") if run.headroom is None else (f"{run.headroom.amax:.4g}", f"{run.headroom.bits:.1f} bits")
+        table.add_row(run.number_format.name, str(len(run.overflowing)), *near, scale, lost, run.remedy)
     console.print(table)
     for run in runs:
         _print_modules(console, run)
+
+
+def _verdict(runs: list[DryRun], checks: list[InferenceCheck], non_finite: list[str]) -> str:
+    """One sentence on FP16; "" where nothing was run."""
+    fp16 = runs[0] if runs else checks[0] if checks else None
+    if fp16 is None:
+        return ""
+    if non_finite:
+        return f"The weights hold inf or NaN ({join_names(non_finite, NAMES_SHOWN)}): go back to a good checkpoint."
+    if fp16.error is not None:
+        return f"FP16: the model could not be run on this batch ({fp16.error})."
+    if fp16.first_non_finite is not None:
+        return f"{_named(fp16.first_non_finite)} is not finite in FP32 either: fix the model or the batch first."
+    does = "training" if runs else "inference"
+    weights = fp16.weights if isinstance(fp16, InferenceCheck) else []
+    if fp16.overflowing or weights:
+        count = len(fp16.overflowing) or len(weights)
+        what = ("module" if fp16.overflowing else "weight") + ("s" if count > 1 else "")
+        remedy = f": {fp16.remedy}" if isinstance(fp16, DryRun) else ": use BF16, or keep them in FP32"
+        return f"FP16 overflows in {count} {what} in {does}{remedy}."
+    near = (
+        ""
+        if fp16.headroom is None
+        else f", with {fp16.headroom.bits:.1f} bits to spare in {_named(fp16.headroom.module)}"
+    )
+    return f"FP16 overflows nowhere in {does}{near}."
+
+
+def _named(module: str) -> str:
+    return module or "the model itself"
+
+
+def _described_batch(inputs: Mapping[str, Tensor], batch: str) -> str:
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+    kind = (
+        "Made-up batch, random: real data may overflow where it does not" if batch.isdecimal() else f"Batch of {batch}"
+    )
+    return f"{kind}: {shapes}."
+
+
+def _inference_checks(console: Console, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[InferenceCheck]:
+    taken = {name: x for name, x in inputs.items() if name != "labels" or model.config.is_encoder_decoder}
+    try:
+        with console.status("Inference in FP16 and BF16 ..."):
+            return check_inference(model, taken)
+    except Exception as error:  # whatever the model raises on this batch
+        raise _cannot_run(model, inputs, error) from error
+
+
+def _lines_of(check: InferenceCheck) -> Iterator[str]:
+    """What was found of one format, a sentence each."""
+    name = check.number_format.name
+    if check.error is not None or check.first_non_finite is not None:
+        yield f"{name} {check.error or 'not finite in FP32 either: ' + _named(check.first_non_finite or '')}"
+    if check.weights:
+        yield f"{name} weights beyond its range: {join_names(check.weights, NAMES_SHOWN)}"
+    if check.overflowing:
+        yield f"{name} overflow: {join_names([_named(each) for each in check.overflowing], NAMES_SHOWN)}"
+    for module, operator in list(check.operators.items())[:NAMES_SHOWN]:
+        yield f"{name} in {_named(module)}: {operator}"
+    if (near := check.headroom) is not None:
+        yield f"{name} largest value: {near.amax:.4g} in {_named(near.module)}, {near.bits:.1f} bits below overflow"
+    if check.log_probability_error is not None:
+        yield f"{name} log-probabilities: {check.log_probability_error:.2g} from FP32's (root mean square)"
 
 
 def _dry_runs(console: Console, model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[DryRun]:
@@ -100,10 +184,14 @@ def _dry_runs(console: Console, model: PreTrainedModel, inputs: dict[str, Tensor
         with console.status("Dry run in FP16, BF16 and FP8 ..."):
             return list(dry_runs(nn.Module.to(model, torch.float32).train(), inputs))
     except Exception as error:  # whatever the model raises on this batch
-        raise typer.BadParameter(
-            f"--batch: {type(model).__name__} cannot be run on {', '.join(inputs)} ({type(error).__name__}: "
-            f"{str(error)[:200]}); pass its arguments by name, as it takes them in training."
-        ) from error
+        raise _cannot_run(model, inputs, error) from error
+
+
+def _cannot_run(model: PreTrainedModel, inputs: Mapping[str, Tensor], error: Exception) -> typer.BadParameter:
+    return typer.BadParameter(
+        f"--batch: {type(model).__name__} cannot be run on {', '.join(inputs)} ({in_one_line(error)}); pass its arguments by "
+        "name, as it takes them in training."
+    )
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
@@ -116,6 +204,7 @@ def _facts(model: PreTrainedModel) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "frozen_parameters": model.num_parameters() - trainable,
         "parameters_by_dtype": dict(by_dtype),
+        "non_finite_parameters": [name for name, p in model.named_parameters() if not p.isfinite().all()],
         "warnings": half_parameter_warnings(model),
     }
 
@@ -157,6 +246,9 @@ def _print_modules(console: Console, run: DryRun) -> None:
         if modules:
             names = join_names([name or "(outside of its modules)" for name in modules], NAMES_SHOWN)
             lines.append(f"{words}: {names}")
+    if (near := run.headroom) is not None and near.module:
+        lines.append(f"largest activation: {near.amax:.4g} in {near.module}, {near.bits:.1f} bits below overflow")
+    lines += [f"in {_named(module)}: {what}" for module, what in list(run.operators.items())[:NAMES_SHOWN]]
     for line in lines:
         console.print(f"{run.number_format.name} {line}", markup=False, soft_wrap=True)
 
@@ -209,7 +301,18 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
     if batch.lstrip("-").isdecimal():
         if int(batch) < 1:
             raise typer.BadParameter(f"--batch {batch}: pass a number of rows from 1 on.")
-        return made_up_batch(model, int(batch), length)
+        try:
+            return made_up_batch(model, int(batch), length)
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # a configuration that lacks what others have
+            raise typer.BadParameter(
+                f"no batch can be made up for {type(model).__name__} ({in_one_line(error)}): save one as .safetensors and pass "
+                "it as --batch."
+            ) from error
     path = Path(batch)
     try:
         if path.suffix == ".safetensors":
@@ -252,8 +355,7 @@ def _shape_of_a_row(config: PretrainedConfig, name: str) -> tuple[int, ...]:
 
 
 def _tokens(config: PretrainedConfig, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    vocabulary = int(config.get_text_config().vocab_size)
-    return torch.randint(vocabulary, (rows, length), generator=generator)
+    return torch.randint(int(config.get_text_config().vocab_size), (rows, length), generator=generator)
 
 
 def _labels(
@@ -290,15 +392,11 @@ def half_parameter_warnings(model: nn.Module) -> list[str]:
     return found
 
 
-FORMATS = (
-    FP16_FORMAT,
-    BF16_FORMAT,
-    NumberFormat("FP8 E4M3", torch.float8_e4m3fn),
-    NumberFormat("FP8 E5M2", torch.float8_e5m2),
-)
+FORMATS = EMULATED_FORMATS
 UNDERFLOW_TO_REPORT = 0.1
 """The catalogue's limit for `underflow_fraction`."""
-FIRST_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-24
+FIRST_EXPONENT, SMALLEST_EXPONENT = 16, -24
+"""Of the loss scales that are tried."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +420,9 @@ class DryRun:
         number_format: whose range is in question.
         overflowing: modules whose output leaves its range although their inputs are in it; "" is the model's own forward.
         first_non_finite: the first module whose output is not finite in FP32 either; None where there is none.
-        scale: a loss scale with which the gradients are finite, with those modules in FP32; None where there is none.
+        operators: module → the operator in it that overflows, its line and its values; for FP16 and BF16.
+        headroom: the largest value that a module returns, with those modules in FP32; None where nothing is known.
+        scale: the largest loss scale, a power of two, with which the gradients are finite, with those modules in FP32; None where there is none.
         underflow_fraction: share of gradient elements that are lost at that scale, of those that are not zero in FP32; None where
             there is no such scale.
         underflowing: module → the same, where it is above 0.1, worst first.
@@ -332,6 +432,8 @@ class DryRun:
     number_format: NumberFormat
     overflowing: list[str] = field(default_factory=list)
     first_non_finite: str | None = None
+    operators: dict[str, str] = field(default_factory=dict)
+    headroom: Headroom | None = None
     scale: float | None = None
     underflow_fraction: float | None = None
     underflowing: dict[str, float] = field(default_factory=dict)
@@ -360,56 +462,110 @@ class DryRun:
 
 
 def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
-    """One forward and backward of `model` on `batch` in each format, by emulation on the CPU. Nothing of the model changes.
+    """A step of `model` on `batch` in each format, by emulation on the CPU. Nothing of the model changes.
 
+    One forward pass in FP32, and two in each format: one to find the modules that overflow, one with these in FP32 for the
+    gradients; one more, operator by operator, where FP16 or BF16 overflows. Backward runs once, and again only where a gradient
+    in the format is larger than in FP32, until the scale is found.
     FP8 is cast without a scale for each tensor, which real FP8 recipes have; so its figures are the worst case.
 
     Args:
         model: in FP32.
         batch: arguments of the model by name.
     """
-    exact = gradients_of(model, batch, CurrentPrecision(EmulatedEntry(), PrecisionMode.FP32), 1.0)
+    in_fp32 = _Step(model, batch, CurrentPrecision(EmulatedEntry(), PrecisionMode.FP32))
+    exact = in_fp32.gradients(1.0)
     for number_format in FORMATS:
-        entry = EmulatedEntry(number_format=number_format)
-        forward = RecordedForward(model, (), dict(batch))
-        findings = replay(forward, CurrentPrecision(entry, PrecisionMode.MIXED))
+        current = CurrentPrecision(EmulatedEntry(number_format=number_format), PrecisionMode.MIXED)
+        half = number_format in (FP16_FORMAT, BF16_FORMAT)
+        findings = replay(RecordedForward(model, (), dict(batch)), current, by_operator=half)
         result = DryRun(number_format, findings.overflowing, findings.first_non_finite, error=findings.error)
+        result.operators = operators_in(findings.operators)
         if result.error is None and result.first_non_finite is None:
-            _find_scale(model, batch, exact, result)
+            _find_scale(model, batch, exact, in_fp32.largest_gradient, result)
         yield result
 
 
-def _find_scale(model: nn.Module, batch: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun) -> None:
-    """With the overflowing modules in FP32, looks for a scale, the largest first, and for what is lost with it."""
-    runner = PlanRunner(EmulatedEntry(number_format=result.number_format), PrecisionMode.MIXED)
+def _find_scale(
+    model: nn.Module, batch: Mapping[str, Tensor], exact: Mapping[str, Tensor], largest_gradient: float, result: DryRun
+) -> None:
+    """With the overflowing modules in FP32: the largest scale whose gradients are finite, and what is lost with it."""
+    number_format = result.number_format
+    runner = PlanRunner(EmulatedEntry(number_format=number_format), PrecisionMode.MIXED)
     runner.register_model(model)
     in_fp32 = dict.fromkeys(result.overflowing, PrecisionMode.FP32)
     runner.apply(PrecisionPlan(PrecisionMode.MIXED, in_fp32))
-    scale = FIRST_SCALE if result.number_format is not BF16_FORMAT else 1.0
     try:
-        while exact and scale >= SMALLEST_SCALE:
-            gradients = gradients_of(model, batch, runner.current, scale)
+        with largest_output(model, number_format) as outputs:
+            step = _Step(model, batch, runner.current)
+        if not result.overflowing:
+            result.headroom = max(outputs, key=lambda each: each.amax, default=None)
+        most = 0 if number_format is BF16_FORMAT else FIRST_EXPONENT
+        fits = math.floor(math.log2(number_format.largest / largest_gradient)) if largest_gradient else most
+        # `low` is the largest exponent whose gradients are known to be finite, `high` the least whose are not.
+        low, high, exponent, width, kept = (
+            SMALLEST_EXPONENT - 1,
+            most + 1,
+            max(SMALLEST_EXPONENT, min(fits, most)),
+            1,
+            None,
+        )
+        while exact and high - low > 1:
+            gradients = step.gradients(2.0**exponent)
             if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
-                result.scale = scale
-                _note_underflow(gradients, exact, result)
-                return
-            scale /= 2
+                low, kept = exponent, gradients
+            else:
+                high = exponent
+            if kept is None or high == most + 1:  # further in the same direction
+                exponent = max(low + 1, high - width) if kept is None else min(high - 1, low + width)
+                width *= 2
+            else:
+                exponent = (low + high) // 2
+        if kept is not None:
+            result.scale = 2.0**low
+            _note_underflow(kept, exact, result)
     finally:
         runner.remove()
 
 
-def gradients_of(
-    model: nn.Module, batch: Mapping[str, Tensor], precision: CurrentPrecision, scale: float
-) -> dict[str, Tensor]:
-    """Name of a parameter → its gradient of the scaled loss; the model's own are left empty."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same dropout in every format
-        with precision():
-            loss = _loss(model(**batch))
-    (loss * scale).backward()  # type: ignore[no-untyped-call]
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return gradients
+class _Step:
+    """One forward pass of `model`, and as many backward passes behind it as are asked for.
+
+    Attributes:
+        largest_gradient: magnitude of the largest finite element of any gradient so far, also of activations, at its scale.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], precision: CurrentPrecision) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.largest_gradient = 0.0
+        with ExitStack() as stack:
+            for module in model.modules():
+                if takes_hooks(module):
+                    stack.callback(module.register_forward_hook(self._watch).remove)
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(0)  # the same dropout in every format
+            with precision():
+                self._loss = _loss(model(**batch))
+
+    def gradients(self, scale: float) -> dict[str, Tensor]:
+        """Name of a parameter → its gradient of the scaled loss."""
+        start = torch.full_like(self._loss, scale)
+        found = torch.autograd.grad(
+            self._loss, tuple(self._parameters.values()), start, retain_graph=True, allow_unused=True
+        )
+        named = {name: g for name, g in zip(self._parameters, found, strict=True) if g is not None}
+        for gradient in named.values():
+            self._note(gradient)
+        return named
+
+    def _watch(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        for _, x in float_tensors(output):
+            if x.requires_grad:
+                x.register_hook(self._note)  # type: ignore[no-untyped-call]
+
+    def _note(self, gradient: Tensor) -> None:
+        finite = gradient.where(gradient.isfinite(), 0.0).abs()
+        self.largest_gradient = max(self.largest_gradient, finite.amax().item() if finite.numel() else 0.0)
 
 
 def _loss(output: Any) -> Tensor:

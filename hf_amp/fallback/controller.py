@@ -20,7 +20,7 @@ from hf_amp.device import Hardware, room_on
 from hf_amp.errors import StateError
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
-from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, compiles
+from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, has_compiled
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
 from hf_amp.fallback.recorder import LARGE_GRADIENTS, CountsSteps, ForwardRecorder
 from hf_amp.patch_log import PatchLog, takes_hooks
@@ -141,7 +141,6 @@ class FallbackState:
             cure.
         unknown_steps: steps in the window that overflowed without a known cause.
         no_room_until: step before which no precision is widened, because memory did not suffice.
-        scale_skips: skips in a row that were put down to the scale.
         scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is there.
             What the scale has grown to meanwhile says nothing about FP16.
         was_skipped: in a saved state, as of the controller.
@@ -154,7 +153,6 @@ class FallbackState:
     unresolved: tuple[tuple[int, float], ...] = ()
     unknown_steps: tuple[int, ...] = ()
     no_room_until: int = 0
-    scale_skips: int = 0
     scale_at_rest: Positive | None = None
     was_skipped: bool = False
 
@@ -192,12 +190,14 @@ class FallbackPolicy:
         order: precisions of the whole model, from the one that the run asked for to the widest.
         threshold: share of non-finite gradient elements over the window, among uncured overflows, that is tolerated.
         recovery_steps: clean steps before the first way back.
+        by_choice: modules that are to be in FP32, and stay there.
     """
 
     order: tuple[PrecisionMode, ...]
     threshold: float
     recovery_steps: int
     window: int = 128
+    by_choice: frozenset[str] = frozenset()
 
     def init_state(self) -> FallbackState:
         """The state before the first step: everything in the precision that the run asked for."""
@@ -205,8 +205,7 @@ class FallbackPolicy:
 
     def next_state(self, state: FallbackState, facts: StepFacts) -> FallbackState:
         """The state after one step; a new plan in it takes effect with the next."""
-        scale_skips = state.scale_skips + 1 if facts.cause is Cause.SCALE else 0
-        state = replace(state, step=state.step + 1, scale_skips=scale_skips)
+        state = replace(state, step=state.step + 1)
         if facts.cause is None:
             return self._after_clean_step(replace(state, clean_steps=state.clean_steps + 1))
         if not facts.cause.facts.moves_precision:
@@ -244,7 +243,8 @@ class FallbackPolicy:
         if level := self.order.index(plan.default):
             is_due = state.clean_steps >= self.patience(state, WHOLE_MODEL)
             return self.changed(state, plan.with_default(self.order[level - 1]), []) if is_due else state
-        due = [name for name in plan.modules if state.clean_steps >= self.patience(state, name)]
+        by_themselves = (name for name in plan.modules if name not in self.by_choice)
+        due = [name for name in by_themselves if state.clean_steps >= self.patience(state, name)]
         return self.changed(state, plan.without_modules(due), []) if due else state
 
     def patience(self, state: FallbackState, name: str) -> int:
@@ -289,6 +289,7 @@ class FallbackPolicy:
                     f"the saved plan has module {name!r} in {mode.value}, where modules only go to FP32: the state is damaged; "
                     "load another one."
                 )
+        state = replace(state, plan=state.plan.with_modules(self.by_choice, PrecisionMode.FP32))
         if state.plan.default in self.order:
             return state
         return replace(state, plan=state.plan.with_default(self.order[0]))
@@ -370,8 +371,8 @@ class FallbackController:
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
         self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
         self.newest_change: PrecisionChange | None = None
-        self.on_withdrawn: Callable[[PrecisionChange], None] = lambda change: None
         self._trial = PatchLog()
+        self.on_withdrawn: Callable[[PrecisionChange], None] = lambda change: None
         self.was_skipped = False
 
     @property
@@ -379,9 +380,25 @@ class FallbackController:
         """Which precision runs where."""
         return self._state.plan
 
+    def keep_in_fp32(self, patterns: Sequence[str]) -> PrecisionChange | None:
+        """Puts every module in FP32 that one of `patterns` is the name, a glob or a class of, for good."""
+        names: list[str] = []
+        for pattern in patterns:
+            for name in self.runner.names_like(pattern):
+                if not any(name == held or name.startswith(f"{held}.") for held in names):
+                    names.append(name)
+        before, fresh = self.plan, [name for name in names if name not in self.plan.modules]
+        self._policy = replace(self._policy, by_choice=self._policy.by_choice | set(names))
+        if not fresh or before.default is PrecisionMode.FP32:
+            return None
+        self._state = replace(self._state, plan=before.with_modules(fresh, PrecisionMode.FP32))
+        self._apply_plan()
+        several = f"{len(fresh)} modules ({join_names(fresh)}) run" if len(fresh) > 1 else f"{fresh[0]} runs"
+        return PrecisionChange(before, self.plan, tuple(fresh), f"fp32_modules: {several} in FP32, by choice.")
+
     def diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped. `agree`: exchange what was found with the other ranks, which all call this."""
-        return self.diagnoser.explain(skip, self._state.scale_skips, agree)
+        return self.diagnoser.explain(skip, agree)
 
     def after_applied(
         self, step_seconds: float | None = None, agree: bool = False, ran_in: PrecisionMode | None = None
@@ -411,7 +428,6 @@ class FallbackController:
         """One skipped step; what is done about it. Nothing, where the plan has fixed it already, or none can."""
         self.was_skipped = True
         if diagnosis.already_fixed:
-            self._state = replace(self._state, scale_skips=0)
             return None
         facts = StepFacts(diagnosis.cause, diagnosis.modules, non_finite_fraction, scale)
         if self._autotuner is not None and self._autotuner.running is not None:
@@ -422,21 +438,21 @@ class FallbackController:
         return self._decide(facts)
 
     def _decide(self, facts: StepFacts) -> PrecisionChange | None:
-        former = self._state
-        state = self._policy.next_state(former, facts)
-        if not self._acts or self.runner.sharded:  # only what it counts is kept
-            self._state = replace(former, scale_skips=state.scale_skips)
+        if not self._acts or self.runner.sharded:
             return None
-        self._state = state
+        former = self._state
+        self._state = state = self._policy.next_state(former, facts)
         if self.plan == former.plan:
             return None
-        in_one_process = not (is_distributed() or compiles())
+        tries_out = not (
+            is_distributed() or has_compiled() or self.recorder.one_graph
+        )  # before what is compiled is forgotten
         self._apply_plan()
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:
             change = change._replace(message=change.message + self._lack_of_room())
         self.newest_change = change if facts.cause is not None else None
-        if self.newest_change and in_one_process:
+        if self.newest_change and tries_out:
             self._try_out()
         return change
 
@@ -503,7 +519,7 @@ class FallbackController:
         """Has the next forward pass run again under the former plan where it raises under the new one: for want of memory, or of
         kernels for FP32, as in FlashAttention.
 
-        Not with several processes, which would part, nor in compiled code, which is traced anew.
+        Not with several processes, which would part, nor where anything is compiled, which would be traced with it.
         """
 
         def tried(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

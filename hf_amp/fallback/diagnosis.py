@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import inspect
-import math
 import re
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -18,14 +17,7 @@ from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
-from hf_amp.fallback.recorder import (
-    KEPT_BYTES,
-    KEPT_FORWARDS,
-    LARGE_GRADIENTS,
-    OBJECTS_DEEP,
-    ForwardRecorder,
-    RecordedForward,
-)
+from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward
 from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
@@ -300,8 +292,6 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
     return None
 
 
-SCALE_SKIPS_BEFORE_A_DOUBT = 3
-"""Overflows in a row with a finite loss that could not be repeated, before outputs' gradients are kept whatever their size."""
 _OUTSIDE = "Not confirmed: backward could not be repeated in full, as the loss is made outside of the model."
 _POWERS = range(1, 25)
 """Scales of 2^-n that are tried, down to FP16's smallest value."""
@@ -383,23 +373,22 @@ class Diagnoser:
         self.repeats_forwards = True
         self._non_finite_since: tuple[int, int, Cause] | None = None
 
-    def explain(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
+    def explain(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped.
 
         Where parameters and batch are finite and the loss is too, backward is repeated without a scale: finite gradients
         show that the scale was to blame.
 
         Args:
-            scale_skips: skips in a row before this one that were put down to the scale.
             agree: exchange what was found with the other ranks, which all call this for the same step.
         """
-        found = self._diagnose(skip, scale_skips, agree)
+        found = self._diagnose(skip, agree)
         if found.cause is Cause.SCALE and not found.confirmed and skip.scale <= 1:
             what = f"the loss was finite, but backward overflows at a scale of {skip.scale:g} as well, and could not be repeated."
             found = Diagnosis(Cause.UNKNOWN, what, confirmed=False)
         if found.cause is Cause.LOSS and not found.confirmed and self._runner.loop_autocasts:
             found = found._replace(message=f"{found.message} {_IN_AUTOCAST}")
-        if not found.confirmed and self._recorder.used_torch_func(skip.step):
+        if not found.confirmed and skip.step == self._recorder.functional_step:
             found = found._replace(message=f"{found.message} {_BY_TORCH_FUNC}")
         return self._naming_gradient(skip, self._naming_state(skip.step, found))
 
@@ -427,10 +416,10 @@ class Diagnoser:
 
         return any(moved(in_fp32=True)) and not any(moved(in_fp32=False))
 
-    def _diagnose(self, skip: SkippedStep, scale_skips: int, agree: bool) -> Diagnosis:
+    def _diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         try:
             self._recorder.is_paused = True
-            found = self._found(skip, scale_skips)
+            found = self._found(skip)
         except Exception as error:  # a rank that fails here must not keep the others waiting
             why = f"looking for the cause failed ({in_one_line(error)})."
             found = Diagnosis(Cause.UNKNOWN, why, confirmed=False)
@@ -438,9 +427,12 @@ class Diagnoser:
             self._recorder.is_paused = False
         return self._agreed(found) if agree and is_distributed() else found
 
-    def explain_error(self, parameters: Iterable[tuple[str, Tensor]]) -> Diagnosis | None:
-        """What is not finite in the newest forward pass, in or after which something has raised; None where nothing is."""
-        forwards = self._recorder.newest()
+    def explain_forwards(self, parameters: Iterable[tuple[str, Tensor]], step: int | None = None) -> Diagnosis | None:
+        """What is not finite in the forward passes of `step`; without one, in the newest, in or after which something has raised.
+
+        None where nothing is.
+        """
+        forwards = self._recorder.newest() if step is None else self._recorder.forwards_of(step)
         try:
             self._recorder.is_paused = True
             found = non_finite_source(parameters, forwards)
@@ -450,22 +442,22 @@ class Diagnoser:
             self._recorder.is_paused = False
         return found if found is not None and found.confirmed else None
 
-    def _found(self, skip: SkippedStep, scale_skips: int) -> Diagnosis:
+    def _found(self, skip: SkippedStep) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
         used = self._recorder.forwards_of(skip.step, left_out=False)
         if len(used) < len(forwards):
-            found = self._found_in(used, skip, scale_skips)
+            found = self._found_in(used, skip)
             if found.confirmed or skip.loss_finite:
                 return found
-        return self._found_in(forwards, skip, scale_skips)
+        return self._found_in(forwards, skip)
 
-    def _found_in(self, forwards: Sequence[RecordedForward], skip: SkippedStep, scale_skips: int) -> Diagnosis:
+    def _found_in(self, forwards: Sequence[RecordedForward], skip: SkippedStep) -> Diagnosis:
         source = non_finite_source(skip.parameters, forwards, skip.optimizer_state, skip.applied_before)
         if source is not None and source.confirmed:
             return source
         forwards = forwards if self.repeats_forwards else []
         if source is None and skip.loss_finite:
-            return self._in_backward(skip, forwards, scale_skips)
+            return self._in_backward(skip, forwards)
         found = diagnose(skip.loss_finite, forwards, self._runner)
         if found.confirmed and found.cause in (Cause.LOSS, Cause.MODEL):
             found = self._in_fixed_parameters(forwards) or self._in_buffers(forwards) or found
@@ -482,7 +474,7 @@ class Diagnoser:
             return found
         found = self._in_evaluations(skip) or found
         if skip.loss_finite is None and not found.confirmed:
-            in_backward = self._in_backward(skip, forwards, scale_skips)
+            in_backward = self._in_backward(skip, forwards)
             found = in_backward if in_backward.cause is not Cause.SCALE else found
         if not (found.confirmed or found.already_fixed) and forwards and self._recorder.has_let_go(skip.step):
             return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, confirmed=False)
@@ -543,11 +535,10 @@ class Diagnoser:
             return agreed._replace(message=message_elsewhere(agreed, self._runner.current, rank))
         return agreed._replace(message=f"rank {rank} has found the cause. Here: {found.message}")
 
-    def _in_backward(self, skip: SkippedStep, forwards: Sequence[RecordedForward], scale_skips: int) -> Diagnosis:
+    def _in_backward(self, skip: SkippedStep, forwards: Sequence[RecordedForward]) -> Diagnosis:
         """Why gradients are not finite although the loss is: backward is repeated without a scale, with a tiny one, and in FP32."""
         current = self._runner.current
-        tried = bool(forwards) and not self._recorder.used_torch_func(skip.step)
-        in_doubt = scale_skips + 1 >= SCALE_SKIPS_BEFORE_A_DOUBT or skip.next_scale <= 1
+        tried = bool(forwards) and skip.step != self._recorder.functional_step
         for index, forward in reversed(list(enumerate(forwards))):
             bad = replay_backward(forward, current, 1.0, skip.scale)
             tried &= bad is not None and not bad.is_probe
@@ -573,7 +564,7 @@ class Diagnoser:
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
         if tried or not forwards:
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
-        self._recorder.gradient_bytes = math.inf if in_doubt else LARGE_GRADIENTS
+        self._recorder.keep_more_gradients()
         return Diagnosis(Cause.SCALE, f"{SCALE_WILL_FIX_IT} {_OUTSIDE}", confirmed=False)
 
     def _hidden_overflow(self, forward: RecordedForward) -> Diagnosis | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import functools
 import sys
 import threading
@@ -17,7 +18,7 @@ from torch import nn
 
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
-from hf_amp.patch_log import compile_disabled, is_one_graph, removal, takes_hooks, unpickled
+from hf_amp.patch_log import compile_disabled, is_one_graph, not_compiled_alone, removal, takes_hooks, unpickled
 from hf_amp.precision import FP32_FORMAT, HALF_DTYPES, PrecisionMode, upcast
 from hf_amp.statistics import is_sharded
 from hf_amp.tree import map_tensors, replace_tensors
@@ -127,6 +128,10 @@ class ForwardContext:
         return nullcontext, ()
 
 
+not_compiled_alone(ForwardContext._enter)
+not_compiled_alone(ForwardContext._leave)
+
+
 class InnerForwardContext(ForwardContext):
     """The same for one module of a model that runs inside another context: this one is entered last and left first.
 
@@ -230,8 +235,13 @@ class CurrentPrecision:
 
     def is_entered(self) -> bool:
         """Whether this thread is inside of such a context."""
-        half = self.mode is not PrecisionMode.FP32 and torch.is_autocast_enabled(self.entry.device_type)
-        return half or EmulatedPrecision.is_entered()
+        if EmulatedPrecision.is_entered():
+            return True
+        return (
+            not self.entry.emulate
+            and self.mode is not PrecisionMode.FP32
+            and torch.is_autocast_enabled(self.entry.device_type)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentPrecision:
         return self
@@ -316,6 +326,14 @@ class PlanRunner:
         for prefix, model in self._prefixed():
             yield from model.named_modules(prefix=prefix)
 
+    def names_like(self, pattern: str) -> list[str]:
+        """Names of the modules that `pattern` is the name, a glob, or a class of."""
+        return [
+            name
+            for name, module in self.named_modules()
+            if fnmatch.fnmatchcase(name, pattern) or any(pattern == kind.__name__ for kind in type(module).__mro__[:-1])
+        ]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(qualified name, parameter) of every parameter of every trained model, under the same names."""
         for prefix, model in self._trained():
@@ -392,13 +410,18 @@ def holds_shards(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters())) or any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules())
 
 
-def compiles() -> bool:
-    """Whether anything in this process was compiled by torch.compile since its last reset."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return dynamo is not None and bool(dynamo.cached_backends)  # private; tests/contract fails by name if it goes
+def has_compiled() -> bool:
+    """Whether torch.compile has been given a backend since the last reset, or has looked at any code in this process.
+
+    By private names; tests/contract fails by name if one goes. What is not to be compiled has None for a backend.
+    """
+    dynamo, utils = (sys.modules.get(f"torch._dynamo.{name}") for name in ("eval_frame", "utils"))
+    if dynamo is None or utils is None:
+        return False
+    return bool(utils.counters["frames"]) or any(backend is not None for backend in dynamo.cached_backends.values())
 
 
 def _forget_compiled_code() -> None:
     """Compiled code does not watch the hooks of modules: whatever is compiled is compiled anew, at its next call."""
-    if compiles():
+    if has_compiled():
         torch.compiler.reset()

@@ -137,8 +137,7 @@ KEPT_EVALUATIONS = 8
 OBJECTS_DEEP = 3
 """How many objects inside of each other are looked into for tensors of the batch, such as a graph's `data.x`; after a skip only."""
 KEPT_GRADIENTS, LARGE_GRADIENTS = 2**24, 2**26
-"""Bytes of what the loss gives to outputs that are kept of a step until the next begins; the same after one that could not be
-explained."""
+"""Bytes of what the loss gives to outputs that are kept until the next step; the same after one that could not be explained."""
 PASSES_TRIED = 3
 """The first forward passes of a model, which show whether it draws from NumPy or Python: their states take 60 µs to keep."""
 KEPT_BYTES = 2**30
@@ -191,7 +190,6 @@ class _OfStep:
         calls: of models while gradients are on.
         bytes_kept: what their batches take.
         has_let_go: whether there were more of them than are kept.
-        by_torch_func: whether there were calls by torch.func, which cannot be repeated.
         evaluations: calls of models that only evaluate, without gradients.
         buffers: what they were before it, by model.
         may_leave_out: whether a call followed another without a backward in between: a loss may be made from both, or not.
@@ -201,7 +199,6 @@ class _OfStep:
     calls: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_FORWARDS))
     bytes_kept: int = 0
     has_let_go: bool = False
-    by_torch_func: bool = False
     evaluations: deque[_Kept] = field(default_factory=lambda: deque(maxlen=KEPT_EVALUATIONS))
     buffers: dict[weakref.ref[nn.Module], _Copies] = field(default_factory=dict)
     may_leave_out: bool = False
@@ -250,6 +247,7 @@ class ForwardRecorder:
     Attributes:
         is_paused: whether nothing is noted, because forward passes are repeated.
         gradient_bytes: of what the loss gives to outputs, so many are kept of a step at most.
+        functional_step: the newest step in which torch.func has called a model, which cannot be repeated.
         one_graph: whether compiled code that may not break its graph calls a model.
         on_error: called with what a training model's forward pass has raised.
     """
@@ -261,11 +259,9 @@ class ForwardRecorder:
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
         self.gradient_bytes: float = KEPT_GRADIENTS
         self._room: float = KEPT_GRADIENTS
-        self._end_of_forward = 0
+        self._end_of_forward = self.functional_step = 0
         self.one_graph = False
         self._hooks: list[_Note] = []
-        # where each model holds its first parameter, and under which name
-        self._first: dict[weakref.ref[nn.Module], tuple[weakref.ref[nn.Module], str]] = {}
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
         self._devices: dict[weakref.ref[nn.Module], set[torch.device]] = {}
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
@@ -276,10 +272,6 @@ class ForwardRecorder:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
         reference = weakref.ref(model)
         self._buffers[reference] = ModelBuffers(model)
-        held = (
-            (weakref.ref(at), name) for at in model.modules() for name, p in at._parameters.items() if p is not None
-        )
-        self._first[reference] = next(held, (reference, ""))
         if not takes_hooks(entry_point):
             return lambda: None
         self._hooks.append(note := _Note(self, reference))
@@ -293,8 +285,8 @@ class ForwardRecorder:
             return
         if model.training and reference not in (now := self._now()).buffers:
             now.buffers[reference] = self._buffers[reference].snapshot()
-        if self._is_functional(reference):
-            self._now().by_torch_func = True
+        if _is_functional(model):
+            self.functional_step = self._steps.decided_steps + 1
         elif torch.is_grad_enabled():
             now = self._now()
             self._let_go_of_known_steps()
@@ -316,7 +308,7 @@ class ForwardRecorder:
         Returns:
             Whether it was a training model's pass.
         """
-        if self.is_paused or not torch.is_grad_enabled() or self._is_functional(reference):
+        if (model := reference()) is None or self.is_paused or not torch.is_grad_enabled() or _is_functional(model):
             return False
         at = (reference, threading.get_ident())
         call = next((call for call in reversed(self._now().calls) if (call.model, call.thread) == at), None)
@@ -350,9 +342,14 @@ class ForwardRecorder:
                 cast(Any, x).register_hook(kept[path].append)
 
     def _let_go_of_known_steps(self) -> None:
-        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on."""
-        newest = self._steps.decided_steps + 1
-        self._by_step = {n: its for n, its in self._by_step.items() if n == newest or n > self._steps.known_steps}
+        """A forward pass begins: nobody asks for the batches of steps whose outcome is known, and has been acted on.
+
+        But for those of models that only evaluate, whose outputs may be used for several steps.
+        """
+        for number, its in self._by_step.items():
+            if number <= self._steps.known_steps:
+                its.calls.clear()
+                its.buffers.clear()
 
     def newest(self) -> list[RecordedForward]:
         """The newest forward pass of the step to come, if there is one."""
@@ -401,6 +398,10 @@ class ForwardRecorder:
         """The nodes of the newest loss's graph that were made after the model had returned."""
         return [node for node, _ in graph_of([self._steps.graph]) if node._sequence_nr() >= self._end_of_forward]
 
+    def keep_more_gradients(self) -> None:
+        """A step could not be explained; where it is not the first such, whatever outputs are given is kept until one is applied."""
+        self.gradient_bytes = LARGE_GRADIENTS if self.gradient_bytes == KEPT_GRADIENTS else math.inf
+
     def begin_step(self) -> None:
         """Copies buffers already now where calls are noted only after they were made, as those of one graph."""
         for hook in self._hooks:
@@ -418,16 +419,6 @@ class ForwardRecorder:
     def has_let_go(self, step: int) -> bool:
         """Whether there were more forward passes behind optimizer step `step` than are kept."""
         return next((its.has_let_go for its in self._back_from(step) if its.calls), False)
-
-    def _is_functional(self, reference: weakref.ref[nn.Module]) -> bool:
-        """Whether torch.func calls the model: inside of a transform (`grad`, `vmap`), or on other parameters (`functional_call`)."""
-        at, name = self._first[reference]
-        held = None if (module := at()) is None else module._parameters.get(name)
-        return torch._C._are_functorch_transforms_active() or not isinstance(held, (nn.Parameter, type(None)))
-
-    def used_torch_func(self, step: int) -> bool:
-        """Whether models were called by torch.func in optimizer step `step`."""
-        return self._by_step.get(step, _OfStep()).by_torch_func
 
     def evaluations_of(self, step: int) -> list[RecordedForward]:
         """The same as `forwards_of`, of models that only evaluate, whose outputs the loss may be made from."""
@@ -475,6 +466,12 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
     return repeatable
 
 
+def _is_functional(model: nn.Module) -> bool:
+    """Whether torch.func calls `model`: inside of a transform (`grad`, `vmap`), or on other parameters (`functional_call`)."""
+    held = next(model.parameters(), None)
+    return torch._C._are_functorch_transforms_active() or not (held is None or isinstance(held, nn.Parameter))
+
+
 def _sum_of(gradients: list[Tensor | None]) -> Tensor | None:
     """What all passes backward gave to an output; autograd calls hooks with None where a pass gives nothing."""
     found = [gradient for gradient in gradients if gradient is not None]
@@ -510,20 +507,17 @@ class _Note(UnpickledHook):
         self._recorder.note(self.model, arguments, options)
 
 
-class _NoteEnd(UnpickledHook):
+class _NoteEnd(_Note):
     """The same after each call; compiled code sees that it does nothing but in the first passes and where forward raises."""
 
-    def __init__(self, recorder: ForwardRecorder, model: weakref.ref[nn.Module]) -> None:
-        self._recorder = recorder
-        self._model = model
-        self.passes_tried = 0
+    passes_tried = 0
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._recorder.note_end(self._model, output)
+            self._recorder.note_end(self.model, output)
         elif (output is None or self.passes_tried < PASSES_TRIED) and not is_one_graph():
             self._note_end(output)
 
     @compile_disabled
     def _note_end(self, output: Any) -> None:
-        self.passes_tried += self._recorder.note_end(self._model, output)
+        self.passes_tried += self._recorder.note_end(self.model, output)

@@ -62,13 +62,15 @@ class ReplayFindings:
         )
 
 
-def replay(forward: RecordedForward, current: CurrentPrecision, without: Collection[str] = ()) -> ReplayFindings:
+def replay(
+    forward: RecordedForward, current: CurrentPrecision, without: Collection[str] = (), by_operator: bool = True
+) -> ReplayFindings:
     """Repeats `forward` under the precision of the run and finds which modules leave its range.
 
     A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
     with the FP32 output, so that one pass finds every such module. Nothing of the run changes: no gradients, buffers
     and random state are put back, caches are not used. Dropout draws what it drew.
-    Where something is found, the pass is repeated once more, operator by operator. Models that differentiate in forward, as
+    Where something is found, the pass is repeated once more, operator by operator, unless `by_operator` is False. Models that differentiate in forward, as
     force fields do, are repeated with gradients on. Reads the host once a module: for steps that went wrong only. Never raises.
     In the buffers named in `without`, 1 stands for whatever is not finite.
     """
@@ -77,7 +79,7 @@ def replay(forward: RecordedForward, current: CurrentPrecision, without: Collect
     if gradients:
         again = _replay_modules(forward, current, without, gradients=True)
         found = found if again.error else again
-    if found.overflowing or found.first_non_finite is not None:
+    if by_operator and (found.overflowing or found.first_non_finite is not None):
         trace = OperatorTrace(current)
         with suppress(Exception), _nothing_changes(forward.model, gradients), current(), trace.watching(forward.model):
             _repeat(forward)

@@ -124,11 +124,12 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
     limits = ""
     if accelerator.distributed_type is DistributedType.FSDP:
         # Forward passes of a shard wait for those of the other ranks: none is repeated to find a cause, or changed.
+        config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
         config = dataclasses.replace(config, automatic_fallback=False)
         limits = "; under FSDP it scales and skips, and modules do not fall back"
     runner = _float8_runner(accelerator)
     if runner is not None:  # which owns the precision of the modules
-        options = ("precision_mode", "half_parameters", "communication_precision")
+        options = ("precision_mode", "half_parameters", "communication_precision", "fp32_modules")
         config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
         config = dataclasses.replace(config, automatic_fallback=False)
         limits = f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
@@ -280,8 +281,14 @@ class AttachedAccelerator:
             # The norm is that of the gradients which the optimizer will apply, of all of them and of no other.
             held = {id(p) for group in inner.param_groups for p in group["params"] if p.grad is not None}
             if held == {id(p) for p in parameters if p.grad is not None}:
-                folds = self._session.folds_clipping and not has_step_hooks(inner, besides=RefuseScaledStep)
-                return scaler.clip_grad_norm_(inner, max_norm, in_place=scaler.no_scaling or not folds)
+                if self._session.folds_clipping and not (
+                    scaler.no_scaling or has_step_hooks(inner, besides=RefuseScaledStep)
+                ):
+                    return scaler.clip_grad_norm_(inner, max_norm)
+                if all(
+                    p.grad is None or p.grad.dtype == torch.float32 for p in parameters
+                ):  # torch's norm of others is rounded
+                    return scaler.clip_grad_norm_(inner, max_norm, in_place=True, order=parameters)
         return self._stock["clip_grad_norm_"](parameters, max_norm, norm_type)
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
@@ -376,7 +383,7 @@ class AttachedAccelerator:
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if not self._fp16_on_cpu:
             session.follow_default(_changer_of_forward(weakref.ref(model), session))
-        elif takes_hooks(model) and (not session.config.emulate or self._masters is not None):
+        elif takes_hooks(model):
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:

@@ -318,7 +318,10 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
         ours = log_entry(session, logs, trainer.state.global_step) if training else {}
         figures = {name: value for name, value in ours.items() if name != INCIDENT}
         if training and not session.config.log_all_metrics:
-            brief = in_brief({name.removeprefix(LOG_PREFIX): value for name, value in figures.items()})
+            named = {name.removeprefix(LOG_PREFIX): value for name, value in figures.items()}
+            if session.scaler.no_scaling:
+                del named["scale"]
+            brief = in_brief(named)
             ours = {name: value for name, value in ours.items() if name.removeprefix(LOG_PREFIX) in {*brief, INCIDENT}}
         rest = {name: value for name, value in figures.items() if name not in ours}
         evaluated = {name: value for name, value in logs.items() if name.startswith("eval_") and is_real(value)}

@@ -40,11 +40,13 @@ class StallDetector:
             step, main, f"all of the last {self.patience} steps were skipped, most for {main.value}"
         )
 
-    def after_applied(self, outcome: StepOutcome, step: int, underflows: bool = False) -> AmpEvent | None:
+    def after_applied(
+        self, outcome: StepOutcome, step: int, underflows: bool = False, why: str = ""
+    ) -> AmpEvent | None:
         """One applied step; what it shows of the run, where that is new.
 
         One step without any gradient is nothing to report: it may be another optimizer's turn. `underflows`: its gradients, which
-        are all 0, were seen not to be in FP32.
+        are all 0, were seen not to be in FP32. `why`: what a replay has shown of a loss that is not finite.
         """
         if not outcome.has_gradients:
             self.empty_steps += 1
@@ -59,7 +61,7 @@ class StallDetector:
         self.zero_steps += 1
         flushed = self.underflows or (outcome.loss_finite is not False and outcome.scale < 1)
         cause = Cause.SCALE if flushed else Cause.LOSS
-        seen = _LOSS_IS_NAN if outcome.loss_finite is False else _ALL_ZERO
+        seen = (why.rstrip(".") or _LOSS_IS_NAN) if outcome.loss_finite is False else _ALL_ZERO
         if flushed:
             seen = f"the scale of {outcome.scale:g} leaves nothing of them in FP16"
         remedy = (_DECAYED if outcome.scale < 1 else _UNDERFLOW) if flushed else None

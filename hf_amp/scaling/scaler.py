@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.device import default_device, is_capturing
+from hf_amp.emulation import emulated_in_backward
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
 from hf_amp.precision import PrecisionMode, ScalingStrategy
@@ -229,6 +230,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self.note_loss(loss)
         # One on the CPU goes into the kernel as its argument.
         scaled = loss if self.no_scaling else loss * (scale if scale.device.type == "cpu" else scale.to(loss.device))
+        scaled = emulated_in_backward(scaled)
         self._pending.losses.newest = weakref.ref(scaled)
         return scaled
 
@@ -267,7 +269,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 "unscale_() after step() on the same optimizer: call update() first, then scale(loss).backward()."
             )
 
-    def clip_grad_norm_(self, optimizer: torch.optim.Optimizer, max_norm: float, *, in_place: bool = False) -> Tensor:
+    def clip_grad_norm_(
+        self, optimizer: torch.optim.Optimizer, max_norm: float, *, in_place: bool = False, order: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Clips all gradients of `optimizer` to `max_norm` without touching them: `step` divides and clips in one.
 
         Until then they stay scaled: nobody may look at them or change them in between. Where somebody does, call
@@ -276,6 +280,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         Args:
             in_place: divide and clip now, in one, so that the gradients can be looked at: the same to the last bit as `unscale_`
                 and `torch.nn.utils.clip_grad_norm_` where the scale is a power of two.
+            order: the optimizer's parameters in the order that the norm sums them in; empty for its own.
 
         Returns:
             The norm before clipping, unscaled: tensor of shape [], float32. Squares are summed in FP32; a sum that
@@ -290,7 +295,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         record = self._pending.current(optimizer)
         if record is None:
             unscale = Unscale.NONE if self.no_scaling else Unscale.FUSED
-            record = self._check(optimizer, unscale, norm=True)
+            record = self._check(optimizer, unscale, norm=True, order=order)
             if in_place and record.norm is not None:
                 return record.clip_in_place(float(max_norm))
         if record.unscale is not Unscale.FUSED:
@@ -513,7 +518,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         so_far = f" ({self.skipped_steps} so far)" if self.skipped_steps > 1 else ""
         _log.warning("hf_amp: step %d was skipped: %s%s%s. %s", outcome.attempt, why, at, so_far, _WHERE_CAUSES_ARE)
 
-    def _check(self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False) -> GradientStep:
+    def _check(
+        self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False, order: Sequence[Tensor] = ()
+    ) -> GradientStep:
         """Checks `optimizer`'s gradients, which are new, in one pass on their device."""
         self._learn()
         if self._state is None:
@@ -532,6 +539,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             sample_seed=self.decided_steps if samples else None,
             agree=self.ranks_agree,
             not_sampled=self.not_sampled() if samples else (),
+            order=order,
         )
         if self.master_weights is not None:
             self.master_weights.upcast_gradients(optimizer)

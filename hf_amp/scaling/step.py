@@ -38,6 +38,7 @@ from hf_amp.statistics import (
     to_device,
     to_host,
     total_amax,
+    underflow_fraction,
 )
 
 EXTRA = "extra "
@@ -76,6 +77,7 @@ class StatisticsRequest:
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
         not_sampled: `id` of the parameters that the format does not bound, because their modules run in FP32.
+        order: the parameters in the order that the norm sums them in; empty for the optimizer's.
     """
 
     norm: bool
@@ -83,6 +85,7 @@ class StatisticsRequest:
     sample_seed: int | None
     agree: bool
     not_sampled: Collection[int] = ()
+    order: Sequence[Tensor] = ()
 
 
 @dataclass
@@ -110,7 +113,8 @@ class GradientStep:
     """2-norm of the unscaled gradients, before clipping. There is a norm, or an amax, or both."""
     amax: Tensor | None
     """Largest magnitude of the unscaled gradients."""
-    underflow_fraction: Tensor | None
+    underflow: Tensor | None
+    """Elements by size, in a sample: the counts of `statistics.Underflow`, shape [5]."""
     wanted_scale: Tensor | None
     """The scale at which hardly any element would underflow; 0 where none is seen."""
     found_while_dividing: Tensor | None
@@ -153,7 +157,7 @@ class GradientStep:
 
     def figures(self) -> dict[str, Tensor]:
         """What the host wants to know, by name."""
-        names = ("found_inf", "scale", "loss_flags", "norm", "amax", "underflow_fraction", "wanted_scale")
+        names = ("found_inf", "scale", "loss_flags", "norm", "amax", "underflow", "wanted_scale")
         extras = {EXTRA + name: value for name, value in self.extras.items()}
         return {**{name: value for name in names if (value := getattr(self, name)) is not None}, **extras}
 
@@ -182,6 +186,7 @@ class GradientStep:
             amax = host["amax"] / host["scale"]
             host = {**host, "amax": amax if amax <= FP32_FORMAT.largest else math.inf}
         self.host = host
+        share = underflow_fraction(elements_of(host, "underflow")) if "underflow[0]" in host else math.nan
         flags = [host["loss_flags"]] if "loss_flags" in host else elements_of(host, "loss_flags")
         bad_losses = sum(map(math.isnan, flags)) if flags else None
         self.outcome = StepOutcome(
@@ -196,7 +201,7 @@ class GradientStep:
             has_gradients=self.has_gradients,
             grad_norm=finite("norm") if applied else None,
             grad_amax=finite("amax") if applied else None,
-            underflow_fraction=finite("underflow_fraction"),
+            underflow_fraction=None if math.isnan(share) else share,
             lost_update_fraction=finite(EXTRA + "lost_update_fraction"),
             inf_elements=counts[0] if counts else None,
             nan_elements=counts[1] if counts else None,
@@ -353,7 +358,7 @@ def check(
     sharded = any(hasattr(kind, "to_local") for kind in kinds)
     if sharded and unscale is Unscale.FUSED:
         unscale = Unscale.IN_PLACE
-    gradients = collect(optimizer)
+    gradients = collect(optimizer, order=request.order)
     inverse = scale if unscale is Unscale.NONE else reciprocal(scale)
     underflow = wanted = None
     if request.sample_seed is not None:
@@ -375,9 +380,10 @@ def check(
         found_inf = torch.maximum(found_inf, found_while_dividing)
     if (sharded or request.agree) and is_distributed():
         bad = None if loss_flags is None else loss_flags.isnan().float().amax()
-        agreed = _agreed(found_inf, bad, amax, underflow, wanted)
-        found_inf = cast(Tensor, agreed[0])
-        bad, amax, underflow, wanted = agreed[1:]
+        sizes = () if underflow is None else underflow.unbind()
+        worst, bad, amax, wanted, *sizes_of_all = _agreed(found_inf, bad, amax, wanted, *sizes)
+        found_inf = cast(Tensor, worst)
+        underflow = torch.stack(cast(list[Tensor], sizes_of_all)) if sizes else None
         loss_flags = None if bad is None else torch.where(bad > 0, torch.nan, 0.0)
     return GradientStep(
         backward=backward,
@@ -390,7 +396,7 @@ def check(
         loss_flags=loss_flags,
         norm=norm,
         amax=amax,
-        underflow_fraction=underflow,
+        underflow=underflow,
         wanted_scale=wanted,
         found_while_dividing=found_while_dividing,
         inferred=norm is not None,
@@ -413,12 +419,12 @@ def _underflow(
     device: torch.device,
     request: StatisticsRequest,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The underflow fraction of the scaled gradients, and the scale that it asks for; None where there is none to sample."""
+    """What scaled gradients show of their smallest elements, and the scale that they ask for; None where there is none to sample."""
     bounded = collect(optimizer, request.not_sampled) if request.not_sampled else gradients
     if not bounded:
         return None, None
     found = sample_underflow(bounded, FP16_FORMAT, cast(int, request.sample_seed))
-    return to_device(found.fraction, device), to_device(found.cure, device) * scale
+    return to_device(found.counts, device), to_device(found.cure, device) * scale
 
 
 def observe(records: Sequence[GradientStep]) -> Observation:
@@ -718,7 +724,7 @@ class PendingSteps:
 def _is_untouched(record: GradientStep, optimizer: torch.optim.Optimizer) -> bool:
     """Whether these are still the gradients of `optimizer`, and nothing was added to them since the next backward began."""
     now = collect(optimizer)
-    same = [g.data_ptr() for g in now] == [g.data_ptr() for g in record.gradients]
+    same = {g.data_ptr() for g in now} == {g.data_ptr() for g in record.gradients}
     return same and record.versions in (None, _versions(now))
 
 

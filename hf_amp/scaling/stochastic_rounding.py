@@ -7,6 +7,9 @@ Source: Gupta et al., "Deep Learning with Limited Numerical Precision" (2015); Z
 Training" (2020), for both.
 
 Bytes per parameter between two steps, AdamW: 2 for the parameter and 4 for its two averages, as without hf_amp; `kahan` 2 more.
+During the step 28 more for the parameters that are FP32 at once: themselves, gradients, averages and random numbers. That is a
+block of 2^24 elements (on a CPU 2^20), or one larger parameter, where the optimizer's class is known to treat each parameter
+by itself (`optimizer_step.treats_each_by_itself`); otherwise it is all of them.
 """
 
 from __future__ import annotations
@@ -57,9 +60,9 @@ class RoundingNoise:
         device = values.device
         if not values.numel():
             return
-        generator = self._generators.get(device)
-        if generator is None:
-            generator = self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        generator = self._generators[device]
         step = 2 ** round(math.log2(torch.finfo(number_format.dtype).eps / torch.finfo(torch.float32).eps))
         rows = -(-values.numel() // _COLUMNS)
         low, high = values.aminmax()

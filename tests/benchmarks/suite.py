@@ -40,6 +40,18 @@ def _is_hf_amp(row: Row) -> bool:
     return row["contender"] == "hf_amp"
 
 
+def _rounds(row: Row) -> bool:
+    return row["half_parameters"] == "stochastic_rounding"
+
+
+def _compensates(row: Row) -> bool:
+    return row["half_parameters"] == "kahan"
+
+
+def _rounds_25m(row: Row) -> bool:
+    return row["what"] == "stochastic_rounding" and row["parameters"] == "25M"
+
+
 SCALER_COST = Benchmark(
     "scaler_cost",
     _module("scaler_cost"),
@@ -126,6 +138,28 @@ CPU = (
             Target("5 skipped steps or less", "skipped_steps", 5),
             Target("within 1% of the loss of FP32", "final_loss_over_FP32", 1.01),
         ),
+        threads=1,
+    ),
+    Benchmark(
+        "half_parameters",
+        _module("half_parameters"),
+        "BF16 parameters in five tiny models of transformers, 60 steps: the share of FP32's gain, the median of three seeds at learning "
+        "rates of 1e-5, 3e-5 and 1e-4, and what the worst of them lacks of all.",
+        "the same run in FP32; `None` is plain BF16",
+        (
+            Target("at least 97% of FP32's gain with stochastic rounding", "lacking_at_worst", 0.03, _rounds),
+            Target("at least 97% of FP32's gain with kahan", "lacking_at_worst", 0.03, _compensates),
+        ),
+        pivot=("half_parameters", "share_of_gain"),
+        threads=1,
+    ),
+    Benchmark(
+        "half_step_cost",
+        _module("half_step_cost"),
+        "A step of BF16 parameters: CPU time of fused AdamW and all around it, operators in blocks of a GPU's size, and the bytes a parameter of "
+        "parameters, state and master weights.",
+        "fused AdamW on the BF16 parameters, which loses updates",
+        (Target("1.3 of the plain step or less at 25M", "ratio", 1.3, _rounds_25m),),
         threads=1,
     ),
     Benchmark(

@@ -260,3 +260,119 @@ def test_what_cannot_be_loaded_ends_at_once(folder: Path, model: str, batch: str
     result = preflight(model.format(folder=folder), "--batch", batch.format(folder=folder))
     assert result.exit_code == 2
     assert words in " ".join(result.output.replace("│", " ").split())
+
+
+class Stepwise(nn.Module):
+    """Overflows in the operator that is asked for, and only there."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner = kind, nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inner(x) * 0
+        wide = h + 4e4
+        if self.kind == "product":
+            h = h + wide * wide * 1e-9
+        elif self.kind == "sum":
+            h = h + (wide + wide) * 1e-9
+        else:
+            h = h + (wide @ wide.T)[:, :1] * 1e-12
+        return h + self.inner(x)
+
+
+@pytest.mark.parametrize("kind", ["product", "sum", "matrix product"])
+def test_the_operator_that_overflows_is_named_by_kind(kind: str) -> None:
+    """A product, a sum, a matrix product of half-precision values, with its line; each is finite in FP32."""
+    (fp16, *_) = dry_runs(Stepwise(kind), {"x": torch.ones(4, 4)})
+    assert fp16.overflowing == [""]
+    assert fp16.operators[""].startswith(f"{kind}: ")
+    assert "test_preflight.py" in fp16.operators[""]
+
+
+def test_headroom_is_that_of_the_largest_output() -> None:
+    """62,000 is 0.08 bits below overflow in FP16, 102 bits in BF16; in E4M3 it overflows, and no headroom is given."""
+    runs = {run.number_format.name: run for run in dry_runs(Product(62_000.0), {"x": EIGHTS})}
+    near = runs["FP16"].headroom
+    assert near is not None
+    assert near.amax == pytest.approx(62_000, rel=1e-3)
+    assert near.bits == pytest.approx(0.08, abs=0.01)
+    assert runs["BF16"].headroom.bits > 100
+    assert runs["FP8 E4M3"].headroom is None
+
+
+def test_few_passes_are_needed() -> None:
+    """A GPT-2 whose modules overflow in FP16 and FP8: at most 10 forward passes of the model in all."""
+    model, batches, _ = BY_NAME["GPT-2"].build(0)
+    passes = []
+    model.transformer.wte.register_forward_hook(lambda *_: passes.append(1))
+    list(dry_runs(model, next(batches)))
+    assert len(passes) <= 10
+
+
+@pytest.mark.parametrize("entry", ZOO[:3], ids=lambda entry: entry.name)
+def test_inference_of_half_precision_copies(entry: RescaledModel) -> None:
+    """Weights that FP16 does not hold are named, BF16 holds all; an ordinary model is near FP32, nearer in FP16 than in BF16."""
+    model, batches, _ = entry.build(0)
+    batch = next(batches)
+    before = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    fp16, bf16 = hf_amp.check_inference(model, batch)
+    assert fp16.weights
+    assert bf16.weights == bf16.overflowing == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    fp16, bf16 = hf_amp.check_inference(entry.plain(0), batch)
+    assert fp16.weights == fp16.overflowing == []
+    assert fp16.log_probability_error < 0.002 < bf16.log_probability_error < 0.02
+    assert 5 < fp16.headroom.bits < 16 < bf16.headroom.bits
+
+
+class Residual(nn.Module):
+    """A residual stream beyond 65504, of outputs that are in the range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        for layer in (self.first, self.second):
+            nn.init.constant_(layer.weight, 1e4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stream = self.first(x).float() if torch.is_autocast_enabled("cpu") else self.first(x)
+        return nn.functional.layer_norm(stream + self.second(x), (4,))
+
+
+def test_inference_overflows_where_training_does_not() -> None:
+    """The sum that training keeps in FP32 is half precision in inference, and named."""
+    fp16, bf16 = hf_amp.check_inference(Residual(), {"x": torch.ones(2, 4)})
+    assert fp16.overflowing == [""]
+    assert fp16.operators[""].startswith("sum: ")
+    assert bf16.overflowing == []
+    assert next(dry_runs(Residual(), {"x": torch.ones(2, 4)})).overflowing == []
+
+
+def test_the_command_says_first_what_matters(folder: Path) -> None:
+    """A verdict, then whether the batch was made up and how long it is; with --inference likewise."""
+    lines = preflight(folder, "--batch", 2, "--length", 12).stdout.splitlines()
+    assert lines[0].startswith("FP16 overflows in 4 modules in training: 4 modules in FP32")
+    assert (
+        lines[1]
+        == "Made-up batch, random: real data may overflow where it does not: input_ids (2, 12), labels (2, 12)."
+    )
+    result = preflight(folder, "--inference")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("FP16 overflows in ")
+    assert "FP16 weights beyond its range: transformer.wte.weight" in result.stdout
+    assert "BF16 log-probabilities: " in result.stdout
+
+
+def test_non_finite_weights_and_odd_configurations_are_sentences(tmp_path: Path) -> None:
+    """No traceback: the weight is named; a configuration without a vocabulary says what to pass."""
+    model = tiny_gpt2()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    result = preflight(tmp_path, "--batch", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("The weights hold inf or NaN (transformer.h.0.mlp.c_fc.weight)")
+    vars(model.config)["vocab_size"] = None
+    with pytest.raises(typer.BadParameter, match="no batch can be made up for GPT2LMHeadModel"):
+        batch_for(model, "1", 4)

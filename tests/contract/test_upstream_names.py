@@ -11,6 +11,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode
 from transformers import Trainer, TrainerCallback
 
+import hf_amp
+from hf_amp.emulation import _COMPOSITE, _FUSED, _PROMOTED, _REDUCED, _WITHOUT_HALF_KERNEL
+from hf_amp.fallback.module_precision import has_compiled
 from hf_amp.integrations._compat import (
     forget_skip,
     forward_before_autocast,
@@ -30,16 +33,33 @@ def test_torch_has_the_unscale_kernel() -> None:
     assert found.item() == 1.0
 
 
+def test_torch_has_a_dispatch_key_for_emulation() -> None:
+    """A key that no tensor has can be switched on in a thread, kernels be registered for it, and autocast's operators be listed."""
+    with hf_amp.emulate():
+        assert torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.AutocastIPU)
+    assert not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.AutocastIPU)
+    for device in ("CPU", "CUDA"):
+        known = torch._C._dispatch_get_registrations_for_dispatch_key(f"Autocast{device}")
+        assert {"aten::linear", "aten::mm", "aten::binary_cross_entropy"} <= set(known)
+    for operator in (*_REDUCED, *_COMPOSITE, *_PROMOTED, *_WITHOUT_HALF_KERNEL, *_FUSED):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "AutocastIPU"), operator
+    assert torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
+    with torch._C._DisableAutocast():
+        assert not torch.is_autocast_enabled("cpu")
+
+
 def test_torch_tells_whether_anything_was_compiled() -> None:
-    """`torch._dynamo.eval_frame.cached_backends` is empty until something compiled is called, and after a reset."""
+    """`torch._dynamo.utils.counters["frames"]` is empty until something is compiled, and keeps its count through a reset."""
     import torch._dynamo
 
+    torch._dynamo.utils.counters.clear()
     torch.compiler.reset()
-    assert not torch._dynamo.eval_frame.cached_backends
+    torch.compiler.disable(lambda x: x + 1)(torch.ones(1))
+    assert not has_compiled()
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
-    assert torch._dynamo.eval_frame.cached_backends
+    assert has_compiled()
     torch.compiler.reset()
-    assert not torch._dynamo.eval_frame.cached_backends
+    assert has_compiled()
 
 
 @pytest.mark.parametrize("number_format", ["fp16", "bf16"])

@@ -318,6 +318,12 @@ def test_an_exception_of_another_kind_is_left_alone() -> None:
     assert loop.session.metrics()["precision_changes"] == 0
 
 
+def cross_entropy_in_fp32(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Raises where a probability is out of its range; autocast refuses it."""
+    with torch.autocast("cpu", enabled=False):
+        return nn.functional.binary_cross_entropy(probabilities.float(), labels)
+
+
 @for_each("is_outside", [False, True])
 def test_a_loop_of_ours_tries_the_step_again(is_outside: bool) -> None:
     """The trainer repeats the step under the new plan, also where the loss function is what raises."""
@@ -330,7 +336,7 @@ def test_a_loop_of_ours_tries_the_step_again(is_outside: bool) -> None:
         model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.Sigmoid())
         with torch.no_grad():
             model[0].weight.mul_(4e6)
-        batch, loss_fn = (X, torch.rand(3, 4)), nn.functional.binary_cross_entropy
+        batch, loss_fn = (X, torch.rand(3, 4)), cross_entropy_in_fp32
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(2):
         trainer.train_step(batch, model, optimizer, loss_fn)

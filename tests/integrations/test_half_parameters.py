@@ -191,6 +191,20 @@ def test_remedies_lose_no_update(tmp_path: Path, choice: str) -> None:
     assert "lost_update_fraction" not in callback.session.metrics()
 
 
+@pytest.mark.parametrize("choice", ["stochastic_rounding", "kahan"])
+def test_a_trainer_resumes_bitwise(tmp_path: Path, choice: str) -> None:
+    """Six steps of a BF16 run equal three, a checkpoint, and three more, with everything that rounding depends on."""
+    options = {"fp16": False, "bf16": True, "learning_rate": 1e-4, "save_steps": 3, "save_strategy": "steps"}
+    ends = []
+    for name in ("straight", "resumed"):
+        model = loaded(tmp_path / "model", torch.bfloat16)
+        trainer = trainer_on(model, tmp_path / "run", MixedPrecisionCallback(half_parameters=choice), **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3") if name == "resumed" else None)
+        assert dtypes(model) == {torch.bfloat16}
+        ends.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 # ---- Accelerate -------------------------------------------------------------------------------------------------
 
 

@@ -130,6 +130,25 @@ def test_a_loss_that_is_lost_while_gradients_are_finite() -> None:
     assert session.scaler.skipped_steps == 0
 
 
+def test_a_loss_that_is_lost_with_its_gradients_is_explained_by_a_replay() -> None:
+    """Gradients of exactly 0 beside a loss of 0 times infinity: its operator and line, and nothing about labels."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, init_scale=256.0)
+
+    class Lost(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sum() * 0 + torch.log(x.sum() * 0) * 0
+
+    plain = Lost(4, 1)
+    model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), 1e-3))
+    accelerator.backward(model(torch.ones(2, 4)))
+    optimizer.step()
+    (event,) = of_kind(session, EventKind.ZERO_GRADIENTS)
+    assert event.cause is Cause.LOSS
+    assert "It arises in log at test_said.py" in event.message
+    assert "-100" not in event.message
+
+
 def test_weights_whose_nan_backward_does_not_see() -> None:
     """A rectifier passes the gradient of NaN on: steps are applied, and the parameter is named."""
     model = nn.Linear(4, 1)

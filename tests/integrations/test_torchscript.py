@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import hf_amp
-from hf_amp import Cause, EventKind
+from hf_amp import Cause, EventKind, PrecisionMode
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerator_state"), pytest.mark.filterwarnings("ignore:`torch.jit")]
 
@@ -62,16 +62,17 @@ def test_it_is_scaled_and_checked(kind: str, precision: str, options: dict[str, 
 
 
 def test_a_model_that_is_scripted_in_part_falls_back() -> None:
-    """The modules around it are named and go to FP32, and the run goes on."""
+    """The modules around it are named and go to FP32; it overflows by itself, so the model goes too, and the run goes on."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
     session = hf_amp.attach(accelerator, init_scale=1.0)
     model = Partly()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.0))
-    for _ in range(2):
+    for _ in range(3):
         accelerator.backward(model(torch.ones(4, 4) * 1e6).mean())
         optimizer.step()
         optimizer.zero_grad()
-    (skip,) = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
-    assert skip.cause is Cause.ACTIVATION
+    skips = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert [skip.cause for skip in skips] == [Cause.ACTIVATION] * 2
     assert "a" in session.plan.modules
+    assert session.plan.default is PrecisionMode.FP32  # what is scripted overflows too
     assert session.scaler.applied_steps == 1

@@ -79,11 +79,11 @@ def test_headroom_is_that_of_the_scaled_gradients_before_clipping(options: dict[
 
 
 def underflows(scaled: dict[str, Tensor]) -> dict[str, float]:
-    """Share of zero and subnormal elements, of the worst parameter of each module, before clipping."""
+    """Share of subnormal elements, of the worst parameter of each module, before clipping."""
     found: dict[str, float] = {}
     for name, gradient in scaled.items():
         module = name.rpartition(".")[0]
-        share = float((gradient.abs() < 2.0**-14).float().mean())
+        share = float(((gradient != 0) & (gradient.abs() < 2.0**-14)).float().mean())
         found[module] = max(share, found.get(module, 0.0))
     return found
 

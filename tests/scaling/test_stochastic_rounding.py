@@ -17,6 +17,7 @@ from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, NumberFormat
 from hf_amp.scaling import stochastic_rounding
 from hf_amp.scaling.stochastic_rounding import COMPENSATION, RoundingNoise
 from tests.each import for_each
+from tests.host_reads import count_host_reads
 from tests.reference import OverflowInBackward
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -368,6 +369,16 @@ def test_a_skipped_step_moves_nothing(options: dict[str, str], remedy: str, dtyp
     assert not torch.equal(after[0], run.tensors()[0])
 
 
+@for_each("remedy", REMEDIES)
+def test_no_host_read_is_added(remedy: str) -> None:
+    """A step reads the host once, for its verdict."""
+    run = Run(lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9), remedy)
+    run.step()
+    with count_host_reads() as reads:
+        run.step()
+    assert reads.count == 1
+
+
 def test_an_optimizer_that_raises_leaves_all_in_place() -> None:
     """After an exception in the step the optimizer holds the parameters again, with their state and gradients."""
 
@@ -403,8 +414,9 @@ def test_a_pruning_mask_stays() -> None:
     assert (weight.abs() <= former.abs() * 2**-8 + 2 * LR).all()
 
 
-def test_frozen_and_fp32_parameters_are_left_as_they_are() -> None:
+def test_frozen_and_fp32_parameters_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """An FP32 norm beside BF16 matrices takes its plain step, once, whatever the parts."""
+    monkeypatch.setitem(stochastic_rounding._TOGETHER, "cpu", 64)
     ends = []
     for remedy in ("stochastic_rounding", None):
         run = Run(OPTIMIZERS["adamw"], remedy)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.fallback.diagnosis import non_finite_names
-from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
+from hf_amp.precision import FP16_FORMAT, FP32_FORMAT
 from hf_amp.statistics import (
     SAMPLES,
     are_finite,
@@ -19,6 +19,7 @@ from hf_amp.statistics import (
     norm_and_amax,
     sample_underflow,
     total_amax,
+    underflow_fraction,
     underflow_of_each,
 )
 from tests.device_work import OnDevice, pretended_device
@@ -60,7 +61,7 @@ def amax_of(gradients: list[Tensor]) -> float:
 
 def underflow_of(gradients: list[Tensor], smallest_normal: float) -> float:
     values = elements(gradients)
-    return sum(abs(value) < smallest_normal for value in values) / len(values)
+    return sum(0 < abs(value) < smallest_normal for value in values) / len(values)
 
 
 def random_gradients(seed: int, dtypes: list[torch.dtype]) -> list[Tensor]:
@@ -309,23 +310,55 @@ def test_one_bad_element_in_any_tensor_shows(bad):
 
 # ---- underflow ----------------------------------------------------------------------------------------------
 
+
+def fraction_of(gradients, number_format, seed):
+    """The underflow fraction, by way of the host."""
+    return underflow_fraction(sample_underflow(gradients, number_format, seed).counts.tolist())
+
+
 EDGES = [0.0, -0.0, 2.0**-25, -(2.0**-24), 2.0**-15, -(2.0**-14), 2.0**-14, 1.0, 65504.0]
 
 
 @for_each("dtype", DTYPES)
-def test_zero_and_subnormal_elements_underflow(dtype):
-    """The smallest normal value does not count, whatever is below it does, in every dtype."""
+def test_subnormal_elements_underflow(dtype):
+    """The smallest normal value does not count, what is below it does; of zeros 1.5 times as many as are the smallest number."""
     gradient = torch.tensor(EDGES, dtype=dtype)
-    assert sample_underflow([gradient], FP16_FORMAT, 0).fraction.item() == pytest.approx(5 / len(EDGES))
+    subnormal = 3 - (dtype == torch.float16)  # which rounds 2^-25 to 0
+    found = fraction_of([gradient], FP16_FORMAT, 0)
+    assert found == pytest.approx((subnormal + 1.5) / len(EDGES))
+
+
+def rounded_gradients(centre: float, spread: float) -> Tensor:
+    """2^16 magnitudes, log-normal, as FP32 has them."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.exp2(centre + spread * torch.randn(2**8, 2**8, generator=generator))
+
+
+@for_each("centre", [-8.0, -14.0, -18.0, -21.0, -24.0, -28.0, -34.0])
+@for_each("spread", [1.5, 3.0, 5.0])
+@for_each("unused", [0.0, 0.5, 0.9])
+def test_zeros_count_as_far_as_the_format_has_made_them(centre, spread, unused):
+    """Against the same gradient in FP32, of which rows are zero there too, as those of an embedding that no token asks for."""
+    exact = rounded_gradients(centre, spread)
+    exact[: int(unused * len(exact))] = 0
+    in_half = exact.half()
+    lost = (exact != 0) & (in_half.abs() < FP16_FORMAT.smallest_normal)
+    found = fraction_of([in_half], FP16_FORMAT, 0)
+    if in_half.any():
+        truth, share_in_use = lost.float().mean().item(), 1 - unused
+        where_zeros_grow = centre < -22 and unused  # there, zeros of both kinds cannot be told apart
+        assert truth - 0.08 <= found <= (1.0 if where_zeros_grow else truth + 0.12 * share_in_use)
+    else:
+        assert math.isnan(found)
 
 
 @for_each("seed", range(10))
 def test_the_fraction_of_small_tensors_is_exact(seed):
     """Tensors up to the sample's size are counted whole, and weigh by their size."""
     gradients = [gradient * 1e-2 for gradient in random_gradients(seed, [torch.float32])]
-    gradients.append(torch.zeros(1024))
+    gradients.append(torch.full((1024,), 2.0**-20))
     expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
-    assert sample_underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(expected, abs=1e-5)
+    assert fraction_of(gradients, FP16_FORMAT, 0) == pytest.approx(expected, abs=1e-5)
 
 
 @for_each("share", [0.0, 0.02, 0.3, 0.9, 1.0])
@@ -338,21 +371,20 @@ def test_the_fraction_of_large_tensors_is_close(share):
         gradient[torch.rand_like(gradient) < share * (1 + i % 2) / 1.5] = 2.0**-20
         gradients.append(gradient)
     expected = underflow_of(gradients, FP16_FORMAT.smallest_normal)
-    assert sample_underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(expected, abs=0.02)
+    assert fraction_of(gradients, FP16_FORMAT, 0) == pytest.approx(expected, abs=0.02)
 
 
 def test_a_large_tensor_outweighs_a_small_one():
     """The fraction is one of elements, not of tensors."""
-    gradients = [torch.zeros(10), torch.ones(99_990)]
-    assert sample_underflow(gradients, FP16_FORMAT, 0).fraction.item() == pytest.approx(1e-4, abs=1e-4)
+    gradients = [torch.full((10,), 2.0**-20), torch.ones(99_990)]
+    assert fraction_of(gradients, FP16_FORMAT, 0) == pytest.approx(1e-4, abs=1e-4)
 
 
-@for_each("number_format", [FP16_FORMAT, BF16_FORMAT, FP32_FORMAT])
-def test_the_format_draws_the_line(number_format):
-    """Each format's own smallest normal value is the limit."""
-    edge = number_format.smallest_normal
-    gradient = torch.tensor([0.0, edge / 2, edge, 2 * edge], dtype=torch.float64)
-    assert sample_underflow([gradient], number_format, 0).fraction.item() == 0.5
+def test_the_format_draws_the_line():
+    """Its smallest normal value is the limit."""
+    edge, number_format = FP16_FORMAT.smallest_normal, FP16_FORMAT
+    gradient = torch.tensor([edge / 2, edge / 2, edge, 2 * edge], dtype=torch.float64)
+    assert fraction_of([gradient], number_format, 0) == 0.5
 
 
 @for_each("exponent", range(-20, 4))
@@ -360,19 +392,20 @@ def test_the_value_below_a_power_of_two_belongs_to_the_power_before(exponent):
     """The largest number below 2^-14 is subnormal, and each number asks for the scale that its own exponent needs."""
     below = torch.nextafter(torch.tensor(2.0**exponent), torch.tensor(0.0))
     found = sample_underflow([below.repeat(3)], FP16_FORMAT, 0)
-    assert found.fraction.item() == float(exponent <= -14)
+    assert underflow_fraction(found.counts.tolist()) == float(exponent <= -14)
     assert found.cure.item() == 2.0 ** (-14 - exponent + 1)
 
 
 @for_each("bad", NON_FINITE)
 def test_bad_elements_do_not_underflow(bad):
     """An overflowing step still gives a fraction."""
-    assert sample_underflow([torch.tensor([bad, 0.0])], FP16_FORMAT, 0).fraction.item() == 0.5
+    assert fraction_of([torch.tensor([bad, 2.0**-20])], FP16_FORMAT, 0) == 0.5
 
 
-def test_only_empty_tensors_underflow_nothing():
-    """Without elements the fraction is 0, not 0/0."""
-    assert sample_underflow([torch.zeros(0), torch.zeros(0, 3)], FP16_FORMAT, 0).fraction.item() == 0.0
+def test_of_zeros_alone_nothing_is_known():
+    """Nor of no elements: the fraction is NaN, which no metric shows."""
+    for gradients in ([torch.zeros(0), torch.zeros(0, 3)], [torch.zeros(100)]):
+        assert math.isnan(fraction_of(gradients, FP16_FORMAT, 0))
 
 
 def test_sampling_leaves_the_random_state_alone():
@@ -396,8 +429,8 @@ def test_the_seed_chooses_the_sample():
     """Ranks with the same gradients and seed agree to the last bit; other seeds look at other elements."""
     torch.manual_seed(0)
     gradient = torch.rand(10 * SAMPLES) * 2 * FP16_FORMAT.smallest_normal
-    fractions = [sample_underflow([gradient], FP16_FORMAT, seed).fraction.item() for seed in range(20)]
-    again = [sample_underflow([gradient.clone()], FP16_FORMAT, seed).fraction.item() for seed in range(20)]
+    fractions = [fraction_of([gradient], FP16_FORMAT, seed) for seed in range(20)]
+    again = [fraction_of([gradient.clone()], FP16_FORMAT, seed) for seed in range(20)]
     assert fractions == again
     assert len(set(fractions)) > 1
     assert sum(fractions) / len(fractions) == pytest.approx(0.5, abs=0.02)
@@ -453,7 +486,8 @@ def test_measuring_and_sampling_read_nothing(dtypes):
 def test_no_value_is_needed_on_an_accelerator_either(dtypes):
     """Tensors that have no values at all, and are not on the CPU, are measured and sampled without an error."""
     gradients = [torch.empty(5000, dtype=dtype, device=META) for dtype in dtypes * 2]
-    results = [*measure(gradients, META), *sample_underflow(gradients, FP16_FORMAT, 0)]
+    counts, cure = sample_underflow(gradients, FP16_FORMAT, 0)
+    results = [*measure(gradients, META), *counts, cure]
     assert {(result.shape, result.dtype, result.device) for result in results} == {((), torch.float32, META)}
 
 
@@ -462,9 +496,15 @@ def test_a_gpu_finds_what_the_cpu_finds():
     """Norm, amax, and what the same sample shows of underflow."""
     gradients = [gradient * 2.0**-13 for gradient in large_and_small(0, torch.float32)]
     here, there = ([g.to(device) for g in gradients] for device in ("cpu", "cuda"))
-    expected = [*measure(here, CPU), *sample_underflow(here, FP16_FORMAT, 0)]
-    found = [*measure(there, torch.device("cuda")), *sample_underflow(there, FP16_FORMAT, 0)]
-    assert [figure.item() for figure in found] == pytest.approx([f.item() for f in expected], rel=1e-5)
+    expected, found = (
+        [
+            f
+            for figure in (*measure(held, device), *sample_underflow(held, FP16_FORMAT, 0))
+            for f in figure.reshape(-1).tolist()
+        ]
+        for held, device in ((here, CPU), (there, torch.device("cuda")))
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 # ---- counting what is not finite ----------------------------------------------------------------------------
