@@ -206,8 +206,9 @@ class MixedPrecisionConfig:
             if isinstance(value, str) and value.upper() in enumeration.__members__:
                 object.__setattr__(self, name, enumeration[value.upper()])
         if isinstance(self.fp32_modules, (list, tuple)):
-            names = (each.__name__ if isinstance(each, type) else each for each in self.fp32_modules)
-            object.__setattr__(self, "fp32_modules", tuple(names))
+            names = tuple(each.__name__ if isinstance(each, type) else each for each in self.fp32_modules)
+            if NAMES.accepts(names):
+                object.__setattr__(self, "fp32_modules", names)
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), allowed_values(MixedPrecisionConfig)[field.name]
             if not allowed.accepts(value):

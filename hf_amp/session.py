@@ -314,7 +314,8 @@ class AmpSession(EventRecorder):
         summary = self.summary() if self.config.enabled else "hf_amp, which the config disables, counted nothing"
         self.note(EventKind.TRAINING_ENDED, f"{why}: {summary}.", **self.metrics())
         if self.config.enabled and is_main_process():
-            say(f"{why}. Verdict: {self.verdict()} At the end: {self._figures_in_words()}.")
+            figures = self._figures_in_words()
+            say(f"{why}. Verdict: {self.verdict()}" + (f" At the end: {figures}." if figures else ""))
 
     def _check_is_known(self, pattern: str) -> None:
         runner = self._fallback.runner

@@ -55,6 +55,9 @@ KINDS = {
         "a whole number of steps from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS],
         ["growth_interval", "monitoring_interval", "recovery_steps", "patience"],
     ),
+    "names": (
+        "a list of names, globs or classes of modules", ["lm_head", [1], [""], {"lm_head": 1}, True, 2], ["fp32_modules"],
+    ),
     "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis"]),
     "mode": (
         "None or one of FP32, FP16, MIXED, BF16, DYNAMIC", ["FP8", "", "FP 16", 16, True, ["FP32"]], ["precision_mode"],
@@ -270,7 +273,7 @@ def test_plain_data_holds_every_option_and_no_objects():
     """Every field is there, and only types that JSON and YAML have."""
     plain = MixedPrecisionConfig(precision_mode="mixed").to_dict()
     assert list(plain) == list(OPTIONS)
-    assert {type(value) for value in plain.values()} <= {bool, int, float, str, type(None)}
+    assert {type(value) for value in plain.values()} <= {bool, int, float, str, list, type(None)}
     assert not any(isinstance(value, enum.Enum) for value in plain.values())
 
 

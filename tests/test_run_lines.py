@@ -28,7 +28,7 @@ session = AmpSession.for_model(model, optimizer)
 if {folder!r}:
     session.log_to({folder!r})
 for _ in range(3):
-    session.scaler.scale(model(torch.full((2, 4), 0.01)).square().mean()).backward()
+    session.scaler.scale(model(torch.full((2, 4), 0.01)).float().square().mean()).backward()
     session.scaler.step(optimizer)
     session.scaler.update()
     optimizer.zero_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_amp.events import AmpEvent, EventKind, join_names
 from hf_amp.precision import NumberFormat
-from hf_amp.serialization import parse_fields
+from hf_amp.serialization import parse, parse_fields
 from hf_amp.statistics import to_host
 
 FROZEN_SHARE = 0.99
@@ -160,7 +160,7 @@ class FrozenDetector:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues from `state_dict`. Raises `StateError` where it is none; nothing has changed then."""
-        vars(self).update(parse_fields(FrozenDetector, dict(state_dict), "frozen"))
+        vars(self).update(parse_fields(FrozenDetector, parse(dict[str, Any], state_dict, "frozen"), "frozen"))
 
 
 def share_in_words(share: float) -> str:

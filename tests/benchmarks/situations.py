@@ -312,7 +312,7 @@ class Sharp(nn.Module):
         self.inner, self.frequency = nn.Linear(WIDTH, WIDTH), 1.0
 
     def forward(self, h: Tensor) -> Tensor:
-        return torch.sin(self.inner(h) * self.frequency)
+        return torch.sin(self.inner(h).float() * self.frequency)
 
 
 def gradient_leaves_the_format() -> Run:
@@ -607,7 +607,7 @@ SITUATIONS = (
         large_targets, Cause.SCALE, says="the loss is large", init_scale=64.0, report_at=FAULT + 6,
     ),
     Situation("all gradients underflow", gradients_underflow, Cause.SCALE, survivable=False, says="init_scale"),
-    Situation("a gradient leaves the format, in backward alone", gradient_leaves_the_format, A, "block.inner", "linear", "self.inner(h)"),
+    Situation("a gradient leaves the format, in backward alone", gradient_leaves_the_format, A, "block.inner", "float", "self.inner(h).float()"),
     Situation("root at zero inside of the model", root_at_zero, Cause.DERIVATIVE, "block", "sqrt", "squared.sqrt()"),
     Situation("root at zero outside of the model", root_at_zero_outside, Cause.DERIVATIVE),
     Situation(

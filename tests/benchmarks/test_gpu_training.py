@@ -151,7 +151,8 @@ def test_everything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             assert way["units_per_second"]["median"] > 0
             assert way["speed over FP16 stock"]["median"] > 0
         reads = [case["ways"][name]["synchronisations_per_step"] for name in ("FP16 DYNAMIC", "BF16")]
-        assert reads[0] == reads[1] + 1  # the model's own reads are in both
+        # The model's own reads are in both. On a CPU a number that the host holds counts as one, too.
+        assert reads[1] < reads[0] <= reads[1] + (1 if torch.cuda.is_available() else 2)
         assert -1 < case["estimate"]["memory_saving_fraction"] < 1
     assert all(len(expectation["measured"]) == 2 for expectation in result["expectations"])
     assert all(compiled["runs"] for compiled in result["compiled"].values()), result["compiled"]

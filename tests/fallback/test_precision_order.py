@@ -51,7 +51,7 @@ class OwnProducts(nn.Module):
     [
         (WITH_UNITS, False, BF16, [torch.float16, torch.bfloat16]),
         (WITHOUT_UNITS, False, FP32, [torch.float16, torch.float32]),
-        (WITH_UNITS, True, FP32, [torch.float32]),
+        (WITH_UNITS, True, FP32, [torch.float16, torch.float32]),
     ],
 )
 def test_a_model_that_overflows_by_itself_takes_the_next_rung(

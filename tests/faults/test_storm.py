@@ -31,8 +31,9 @@ CAUSES = {
     "loss": Cause.LOSS,
     "optimizer state": Cause.WEIGHTS,
 }
-"""Where the fault is → what hf_amp calls it. NaN in an activation is NaN in FP32 too: precision is not to blame."""
-WITHOUT_SCALE = {**CAUSES, "gradient": Cause.UNKNOWN}
+"""Where the fault is → what hf_amp calls it. NaN in an activation is NaN in FP32 too: precision is not to blame.
+A function of the loop's own, outside of the model, may be what the scale has made overflow."""
+WITHOUT_SCALE = {**CAUSES, "gradient": Cause.DERIVATIVE}
 BAD = (torch.nan, torch.inf, -torch.inf)
 
 
@@ -208,9 +209,6 @@ def test_nan_and_inf_everywhere(
     storm.session.detach()
     log = list(EventLogReader(find_log(tmp_path)).read())
     reported = [(e["step"], Cause(e["cause"])) for e in log if e["event"] == EventKind.STEP_SKIPPED.value]
-    of_gradient = [index for index, entry in enumerate(storm.expected) if entry[1] is storm.causes["gradient"]]
-    for index in of_gradient[1:]:  # from the second one on, what the loss gives to the outputs is kept
-        storm.expected[index] = (storm.expected[index][0], Cause.DERIVATIVE)
     assert reported == storm.expected
     stalled = [e["step"] for e in log if e["event"] == EventKind.STALLED.value]
     assert stalled == first_of_each_row(reported)
@@ -227,7 +225,7 @@ def test_nan_and_inf_everywhere(
         survived = [
             s
             for s in steps_of
-            if s in storm.harmless or once[s + late, storm.causes[place]] + once[s, Cause.DERIVATIVE] == 1
+            if s in storm.harmless or once[s + late, storm.causes[place]] == 1
         ]
         tally(f"NaN or inf in {place}: {kind}, {decided} steps", len(steps_of), len(survived))
 

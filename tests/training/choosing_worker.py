@@ -23,7 +23,7 @@ def choices() -> dict[str, Any]:
         model = small_gpt2()
         optimizer = adamw(model, fused=True)
         trainer = kind(MixedPrecisionConfig(emulate=False))
-        for batch in real_text(3 * (WARMUP_STEPS + TIMED_STEPS) + 2, batch=16):
+        for batch in real_text(3 * (WARMUP_STEPS + TIMED_STEPS + 2) + 2, batch=16):
             trainer.train_step(batch, model, optimizer)
         reported = [event.message for event in trainer.session.events]
         chosen[kind.__name__] = {"precision": trainer.session.plan.default.value, "told": reported}
