@@ -355,6 +355,7 @@ def _recorded(model: nn.Module, batches: list[Any]) -> Recording:
         except Exception as error:  # whatever the model raises in this dtype
             errors.append(in_one_line(error))
             continue
+        recording.release()
         return recording
     raise BatchError(f"{type(model).__name__} cannot be recorded: {errors[-1]}")
 

@@ -146,6 +146,10 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._families = 0
         self._model = model
         self._modules = [""]
+        self._epsilons = {
+            name: [x for k, x in vars(module).items() if "eps" in k and isinstance(x, float)]
+            for name, module in model.named_modules()
+        }
         memory: dict[tuple[int, ...], Value] = {}
         for name, tensor in named.items():
             place = (tensor.data_ptr(), *tensor.shape)
@@ -176,6 +180,10 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for handle in handles:
                 handle.remove()
 
+    def release(self) -> None:
+        """Lets go of the model, which takes memory; nothing can be recorded any more."""
+        self._model = nn.Module()
+
     def unused(self) -> list[str]:
         """Parameters that no operator has taken; buffers left out."""
         used = {v.pure for node in self.nodes for v in node.inputs}
@@ -185,7 +193,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether a number that is added to something, or bounds it, is there to keep it from 0, by its size or by its name."""
         if node.least is None or number <= 0:
             return False
-        return number < SMALL or bool(epsilon_attributes(self._model.get_submodule(node.module), number))
+        return number < SMALL or any(math.isclose(x, number, rel_tol=1e-9) for x in self._epsilons[node.module])
 
     def amax_by_module(self) -> dict[str, float]:
         """Module → largest absolute value that its operators give in half precision."""
@@ -209,7 +217,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             family = self._families = self._families + 1
         value = Value(tuple(tensor.shape), tensor.dtype, family, **facts)
         self._known[tensor] = value
-        self._measure(tensor, value)
+        if value.parameter is None:  # these are looked at slice by slice, when it is known which there are
+            self._measure(tensor, value)
         return value
 
     def value_of(self, tensor: Tensor) -> Value | None:

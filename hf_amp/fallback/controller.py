@@ -443,9 +443,9 @@ class FallbackController:
         self._state = state = self._policy.next_state(former, facts)
         if self.plan == former.plan:
             return None
-        tries_out = not (
-            is_distributed() or has_compiled() or self.recorder.one_graph
-        )  # before what is compiled is forgotten
+        # Before what is compiled is forgotten; a compiled model that was not called yet has left no other sign.
+        compiled = has_compiled() or self.recorder.compiled
+        tries_out = not (is_distributed() or compiled or self.recorder.one_graph)
         self._apply_plan()
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:

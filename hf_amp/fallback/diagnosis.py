@@ -547,7 +547,8 @@ class Diagnoser:
                     return hidden
                 operations = self._recorder.operations_outside()
                 through_others = not bad.is_from_outside or any(map(_takes_gradients_back, forwards[index + 1 :]))
-                if skip.scale > 1 and (through_others or any(map(_may_overflow_by_scale, operations))):
+                half = any(g is not None and g.dtype in HALF_DTYPES for g in forward.output_gradients.values())
+                if skip.scale > 1 and (half or through_others or any(map(_may_overflow_by_scale, operations))):
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)

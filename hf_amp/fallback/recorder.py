@@ -247,6 +247,8 @@ class ForwardRecorder:
     Attributes:
         is_paused: whether nothing is noted, because forward passes are repeated.
         gradient_bytes: of what the loss gives to outputs, so many are kept of a step at most.
+        compiled: whether what is called in a model's place was made by torch.compile.
+        compiled: whether what is called in a model's place was made by torch.compile.
         functional_step: the newest step in which torch.func has called a model, which cannot be repeated.
         one_graph: whether compiled code that may not break its graph calls a model.
         on_error: called with what a training model's forward pass has raised.
@@ -260,7 +262,7 @@ class ForwardRecorder:
         self.gradient_bytes: float = KEPT_GRADIENTS
         self._room: float = KEPT_GRADIENTS
         self._end_of_forward = self.functional_step = 0
-        self.one_graph = False
+        self.one_graph = self.compiled = False
         self._hooks: list[_Note] = []
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
         self._devices: dict[weakref.ref[nn.Module], set[torch.device]] = {}
@@ -270,6 +272,7 @@ class ForwardRecorder:
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
         """Notes calls of `entry_point`, which is `model` or wraps it, from now on; returns what undoes it."""
+        self.compiled |= "_orig_mod" in entry_point._modules
         reference = weakref.ref(model)
         self._buffers[reference] = ModelBuffers(model)
         if not takes_hooks(entry_point):

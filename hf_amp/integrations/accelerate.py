@@ -380,11 +380,11 @@ class AttachedAccelerator:
         self._registered.add(model)
         if self._fp16_on_cpu:
             session.patches.on_undo(self._context.install(model))
+        if self._fp16_on_cpu and takes_hooks(model):  # before the session, which keeps what these outputs are given
+            session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if not self._fp16_on_cpu:
             session.follow_default(_changer_of_forward(weakref.ref(model), session))
-        elif takes_hooks(model):
-            session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:
         session = self._session
