@@ -16,8 +16,6 @@ EVENTS_KEPT = 10_000
 """Newest events that a session keeps; the JSON-lines log has all."""
 INCIDENTS_A_LOG_ENTRY = 3
 """Incidents that one log entry names; the JSON-lines log has all."""
-NAMES_IN_A_HEADLINE = 4
-"""Modules that one headline names; the event has all."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,14 @@ class Cause(str, enum.Enum):
     ACTIVATION = "ACTIVATION", CauseFacts(
         in_words="an activation left the range",
         remedy="Train the modules that the events name, or all, in BF16 or FP32.",
-        to_do="a wider format", moves_precision=True, retries=32,
+        to_do="needs a wider format", moves_precision=True, retries=32,
         error="activation_overflow", severity=70, severity_unconfirmed=30,
         light="#c2410c", dark="#f58a5b", marker="D",
     )  # fmt: skip
     ROUNDING = "ROUNDING", CauseFacts(
         in_words="rounding made a value that is not finite",
         remedy="Train the modules that the events name, or all, in FP32.",
-        to_do="a wider format", moves_precision=True, retries=32,
+        to_do="needs a wider format", moves_precision=True, retries=32,
         error="rounding", severity=68, severity_unconfirmed=28,
         light="#8a6d1f", dark="#d8bf6a", marker="d",
     )  # fmt: skip
@@ -273,7 +271,7 @@ class AmpEvent:
         """What happened, why and where: "step 3: step_skipped (ACTIVATION) in h.0.mlp". One line, no control characters."""
         cause = f" ({self.cause.value})" if self.cause else ""
         names = [name or "the model" for name in self.modules]  # its own name is ""
-        where = f" in {join_names(names, NAMES_IN_A_HEADLINE)}" if names else ""
+        where = f" in {join_names(names)}" if names else ""
         return printable(f"step {self.step}: {self.kind.value}{cause}{where}")
 
 
@@ -281,6 +279,11 @@ def join_names(names: Sequence[str], most: int = 3) -> str:
     """The first of `names`, and how many more there are: a sentence names a few, the event has all."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def counted_names(names: Sequence[str], noun: str = "parameter") -> str:
+    """ "1 parameter (h.0.weight)", "5 parameters (a, b, c and 2 more)"."""
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({join_names(names)})"
 
 
 def printable(text: str) -> str:

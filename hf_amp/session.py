@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
 from hf_amp.errors import AttachError, ConfigError, StateError
-from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, join_names
+from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, counted_names, join_names
 from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
@@ -267,13 +267,10 @@ class AmpSession(EventRecorder):
                 if (is_lost := outcome.non_finite_losses > 0) and not self._loss_is_lost:
                     bad = self.non_finite_parameters()
                     found = self._fallback.diagnoser.explain_forwards((), outcome.attempt)
-                    why = found.message if found and not bad else ""
+                    where = f"{join_names(found.modules)}: " if found and any(found.modules) else ""
+                    why = f"{where}{found.message}" if found and not bad else ""
                     if not outcome.zero_gradients:
-                        seen = (
-                            f" Parameters are not finite, {bad[0]} among them."
-                            if bad
-                            else " In a replay: " * bool(why) + why
-                        )
+                        seen = f" Inf or NaN is in {counted_names(bad)}." if bad else " In a replay: " * bool(why) + why
                         cause = Cause.WEIGHTS if bad else found.cause if found else Cause.LOSS
                         self.record(AmpEvent(self.newest_step, EventKind.LOSS_LOST, cause, message=_LOSS_LOST + seen))
                 self._loss_is_lost = is_lost if outcome.losses else self._loss_is_lost
@@ -407,7 +404,7 @@ class AmpSession(EventRecorder):
             free = {name: p for name, p in named.items() if p.requires_grad and id(p) not in theirs}
             self._unheld = {} if self.scaler.no_scaling else {name: (p, p._version) for name, p in free.items()}
         elif moved := [name for name, (p, version) in self._unheld.items() if p._version != version]:
-            self.note(EventKind.SETUP, f"{len(moved)} parameters ({join_names(moved)}){_UNPREPARED}")
+            self.note(EventKind.SETUP, f"no optimizer that hf_amp knows holds {counted_names(moved)}{_UNPREPARED}")
         if moved or not self._unheld or self.scaler.decided_steps > 1:
             self._unheld, self.scaler.note_loss = {}, None
         self._fallback.recorder.note_loss(loss)
@@ -461,7 +458,7 @@ class AmpSession(EventRecorder):
         loss_finite = None if self.scaler.no_scaling and outcome.loss_finite else outcome.loss_finite
         applied, made = self._applied.get(id(optimizer)), ""
         if applied:
-            made = f"Step {applied} was applied with finite gradients: {type(optimizer).__name__}{_MADE_THEM}"
+            made = f"Step {applied} was applied with finite gradients, so {type(optimizer).__name__}{_MADE_THEM}"
         scales = (outcome.scale, self.scaler.get_scale())
         skip = SkippedStep(outcome.attempt, loss_finite, *scales, parameters, state, made)
         diagnosis = self._fallback.diagnose(skip, self.scaler.ranks_agree)
@@ -782,11 +779,11 @@ _AT_FLOOR = (
 )
 _UNKNOWN_MODEL = " belong to no model that hf_amp knows, and follows: pass every model through accelerator.prepare."
 _UNPREPARED = (
-    " have moved, and no optimizer that hf_amp knows holds them: one that was not prepared steps on gradients times the loss "
-    "scale. Pass it through accelerator.prepare; where they are an average of others (EMA), all is well."
+    ", but the values have changed. If an optimizer of yours changes them, pass it through accelerator.prepare: else it steps on "
+    "gradients that are still multiplied by the loss scale. If they are an average of others (EMA), there is nothing to do."
 )
 _MADE_THEM = (
-    ", the optimizer, has made them (by a norm or a root of 0, as with eps=0), or whatever has written to them since. "
+    " made them non-finite (by a norm or a root of 0, as with eps=0), or code that wrote to the parameters after it. "
 )
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
 _SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."

@@ -100,7 +100,7 @@ def test_weights_are_named_when_the_model_is_known() -> None:
     run.step("nan")
     event = run.session.events[0]
     assert event.cause is Cause.WEIGHTS
-    assert "weight among them" in event.message
+    assert "inf or NaN was in 1 parameter (weight) before this step" in event.message
 
 
 def test_the_session_knows_the_devices_that_train() -> None:

@@ -386,7 +386,7 @@ def half_parameter_warnings(model: nn.Module) -> list[str]:
         names = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == dtype]
         if names:
             found.append(
-                f"{len(names)} trainable parameters are {str(dtype).removeprefix('torch.')} ({names[0]} among them): "
+                f"{len(names)} trainable parameters are {str(dtype).removeprefix('torch.')} ({join_names(names)}): "
                 f"{consequence}. Set half_parameters, load with dtype=torch.float32, or call model.float() before training."
             )
     return found

@@ -127,7 +127,7 @@ def panel(history: RunHistory) -> RenderableType:
 
 def _line(incident: Incident) -> str:
     what = f"{incident.event.replace('_', ' ')} {incident.cause}".rstrip()
-    unnamed = [name for name in incident.modules if name not in incident.message]
+    unnamed = [name or "the model" for name in incident.modules if not name or name not in incident.message]
     where = f" {join_names(unnamed)}" if unnamed else ""
     times = f" ({incident.count:,} times)" if incident.count > 1 else ""
     return f"step {incident.last_step:,}: {what}{where}{times}. {incident.message}"

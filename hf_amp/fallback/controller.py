@@ -18,7 +18,7 @@ import torch
 from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.device import Hardware, room_on
 from hf_amp.errors import StateError
-from hf_amp.events import Cause, join_names
+from hf_amp.events import Cause
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
 from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, has_compiled
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
@@ -323,15 +323,14 @@ def describe_change(
     if before.default is after.default:
         order = [*before.modules, *after.modules]
         names = tuple(sorted(set(before.modules) ^ set(after.modules), key=order.index))
-    several = len(names) > 1
-    who = f"{len(names)} module{'s' if several else ''} ({join_names(names)})" if names else "the model"
-    leaves, goes = ("leave their", "go") if several else ("leaves its", "goes")
-    change = f"{before.describe()} → {after.describe()}"
+    who, runs = (f"these {len(names)} modules", "run") if len(names) > 1 else ("this module", "runs")
+    old, new = (plan.precision_of(names).value if names else plan.describe() for plan in (before, after))
+    moved = f"{who if names else 'the model'} {runs} in {new}, no longer in {old}."
     if facts.cause is None:
-        message = f"after {former.clean_steps + 1} clean steps {who} {goes} back: {change}."
+        message = f"after {former.clean_steps + 1} clean steps {moved}"
     else:
         patience = policy.patience(state, names[0] if names else WHOLE_MODEL)
-        message = f"{who} {leaves} precision: {change}; tried again after {patience} clean steps."
+        message = f"from now on {moved} hf_amp tries the way back after {patience} clean steps."
     returned = former.scale_at_rest if state.scale_at_rest is None else None
     return PrecisionChange(before, after, names, message, returned)
 
@@ -393,8 +392,8 @@ class FallbackController:
             return None
         self._state = replace(self._state, plan=before.with_modules(fresh, PrecisionMode.FP32))
         self._apply_plan()
-        several = f"{len(fresh)} modules ({join_names(fresh)}) run" if len(fresh) > 1 else f"{fresh[0]} runs"
-        return PrecisionChange(before, self.plan, tuple(fresh), f"fp32_modules: {several} in FP32, by choice.")
+        several = f"these {len(fresh)} modules run" if len(fresh) > 1 else "this module runs"
+        return PrecisionChange(before, self.plan, tuple(fresh), f"{several} in FP32, because fp32_modules says so.")
 
     def diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped. `agree`: exchange what was found with the other ranks, which all call this."""

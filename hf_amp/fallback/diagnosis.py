@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_amp.errors import in_one_line
-from hf_amp.events import Cause, join_names
+from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
@@ -66,8 +66,8 @@ _RANKS = 2**16
 """More than there are: a severity and a rank make one number."""
 _ALREADY_FIXED = Diagnosis(
     Cause.ACTIVATION,
-    "a forward value left the range of its format before the newest change of precision took effect, under which the same "
-    "batch gives finite values; nothing to do.",
+    "the step ran before the newest change of precision took effect, and a forward value left the range of its format. Now the "
+    "same batch gives finite values: nothing to do.",
     confirmed=False,
 )
 
@@ -93,11 +93,11 @@ def non_finite_source(
     non_finite = non_finite_names(parameters)
     if non_finite:
         state = non_finite_names(optimizer_state)
-        also = f", and so does the optimizer's state ({state[0]})" if state else ""
+        also = f", and in the optimizer's state ({join_names(state)})" if state else ""
         return Diagnosis(
             Cause.WEIGHTS,
-            f"{len(non_finite)} parameters already hold non-finite values, {non_finite[0]} among them{also}; no step can "
-            f"correct that. {applied_before}Go back to the last good checkpoint.",
+            f"inf or NaN was in {counted_names(non_finite)} before this step{also}, and no step can correct that. "
+            f"{applied_before}Go back to the last good checkpoint.",
         )
     for index, forward in enumerate(forwards):
         bad = _bad_input(forward) if forward.is_intact else None
@@ -107,7 +107,7 @@ def non_finite_source(
         if x.grad_fn is not None:
             return Diagnosis(
                 Cause.UNKNOWN,
-                f"a forward pass was given what {described}, which this step had computed before: look at what computes it.",
+                f"a forward pass was called with {described}, which this step had computed before: look at the code that computes it.",
                 confirmed=False,
             )
         cure = "; no precision can cure that. Fix"
@@ -115,7 +115,7 @@ def non_finite_source(
             cure = ", in FP16. Where a frozen model computes that in FP16, run it in FP32 or BF16; otherwise fix"
         return Diagnosis(
             Cause.INPUT,
-            f"the batch {described}{cure} the data, or drop such batches.",
+            f"the batch holds {described}{cure} the data, or drop such batches.",
             confirmed=all(earlier.model is forward.model for earlier in forwards[:index]),
         )
     return None
@@ -163,11 +163,11 @@ def joined(prefix: str, name: str) -> str:
 
 
 def _overflow(names: tuple[str, ...], current: CurrentPrecision, operators: Sequence[BadOperator] = ()) -> Diagnosis:
-    left = current.mode.number_format
+    left, inside = current.mode.number_format, "" if all(names) else " in the model's own forward"
     return Diagnosis(
         Cause.ACTIVATION,
-        f"a forward value left the range of {left.name} (±{left.largest:g}) in {_which(names)}, from finite inputs"
-        f"{_first_of(operators)}; no scale can cure that, a wider range does.",
+        f"a forward value left the range of {left.name} (±{left.largest:g}){inside}, from finite inputs. No loss scale cures "
+        f"that; a wider format does.{_first_of(operators)}",
         names,
     )
 
@@ -178,26 +178,23 @@ def _left_format(found: ReplayFindings, prefix: str, current: CurrentPrecision) 
     operators = [op for name in found.overflowing if (op := found.operator_of(name))]
     if not operators or any(op.left_range for op in operators):
         return _overflow(names, current, [op for op in operators if op.left_range])
-    where = joined(prefix, operators[0].module)
+    inside = joined(prefix, operators[0].module)
+    where = "" if inside in names else f" in {inside}"
     return Diagnosis(
         Cause.ROUNDING,
-        f"rounding to {current.mode.number_format.name} makes inf or NaN in {_which([where])}, with no value beyond its "
-        f"range{_first_of(operators)}. In FP32, with more bits, it is finite; no scale cures it.",
+        f"rounding to {current.mode.number_format.name} made inf or NaN{where}, although no value left its range. No loss scale cures "
+        f"that; FP32, which has more bits, does.{_first_of(operators)}",
         names,
     )
 
 
-def _which(names: Iterable[str]) -> str:
-    return join_names([name or "the model's own forward" for name in names])
-
-
 def _first_of(operators: Sequence[BadOperator]) -> str:
-    return f": {operators[0].what}" if operators else ""
+    return f" First seen in {operators[0].what}." if operators else ""
 
 
 def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix: str) -> Diagnosis:
     operator = found.operator_of(found.first_non_finite or "") or found.operator_of("")
-    what = f" It arises in {operator.what}." if operator else ""
+    what = f" First seen in {operator.what}." if operator else ""
     first = found.first_non_finite or (operator.module if operator else "")  # a -inf, which might have been a mask
     if found.only_loss and first == found.first_non_finite:
         why = (operator and operator.hint) or _why_loss(forward)
@@ -209,7 +206,8 @@ def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix:
     )
     return Diagnosis(
         Cause.MODEL,
-        f"{_which([name])} gives non-finite values from finite ones in FP32 too, so precision is not to blame: {why}.{what}",
+        f"{'the module' if name else 'the model itself'} makes inf or NaN from finite values in FP32 too, so precision is not the "
+        f"cause: {why}.{what}",
         (name,),
     )
 
@@ -246,14 +244,14 @@ def _nothing_found(loss_finite: bool | None, findings: Sequence[ReplayFindings],
     if not any(found.returns_loss and found.draws for found in findings):
         return Diagnosis(
             Cause.LOSS,
-            "the loss was not finite, and the model's outputs are in a replay: look at the loss function (log or division by "
-            "zero), at this step's labels, and at what may have changed the weights meanwhile, as an adversarial step does.",
+            "the loss was not finite, but the model's outputs are finite when its forward pass is repeated. Look at the loss function (log "
+            "or division by zero), at this step's labels, and at code that changes weights within a step, as an adversarial step does.",
             confirmed=False,
         )
     return Diagnosis(
         Cause.UNKNOWN,
-        "the loss was not finite, but the same batch gives finite values now: dropout may have drawn otherwise, the model "
-        "may go by a count of its calls, or the loss is made outside of it. Look at the loss function and at this step's labels.",
+        "the loss was not finite, but the same batch gives finite values when the forward pass is repeated. Perhaps dropout drew other "
+        "numbers, the model counts its calls, or the loss is made outside of it. Look at the loss function and at this step's labels.",
         confirmed=False,
     )
 
@@ -288,7 +286,7 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
     for key, flag in to_host(flags).items():
         if flag:
             kind, name = key.split(" ", 1)
-            return f"holds {kind} in {name}", inputs[name]
+            return f"{kind} in {name}", inputs[name]
     return None
 
 
@@ -318,8 +316,8 @@ def _derivative_outside(outputs: Sequence[str], operations: Iterable[Any]) -> Di
     return Diagnosis(
         Cause.DERIVATIVE,
         f"the loss was finite, but its derivative with respect to the model's "
-        f"{join_names([f'output {path}'.strip() for path in outputs])} is not: look outside of the model, where the loss is made, "
-        f"for a root or a division at zero{f'; {names} is there' if names else ''}.",
+        f"{join_names([f'output {path}'.strip() for path in outputs])} is not. Look at the code outside of the model that makes "
+        f"the loss, for a root of zero or a division by zero{f' (its backward runs {names})' if names else ''}.",
     )
 
 
@@ -385,7 +383,7 @@ class Diagnoser:
         found = self._diagnose(skip, agree)
         if found.cause is Cause.SCALE and not found.confirmed and skip.scale <= 1:
             what = f"the loss was finite, but backward overflows at a scale of {skip.scale:g} as well, and could not be repeated."
-            found = Diagnosis(Cause.UNKNOWN, what, confirmed=False)
+            found = Diagnosis(Cause.UNKNOWN, f"{what} {Cause.UNKNOWN.facts.remedy}", confirmed=False)
         if found.cause is Cause.LOSS and not found.confirmed and self._runner.loop_autocasts:
             found = found._replace(message=f"{found.message} {_IN_AUTOCAST}")
         if not found.confirmed and skip.step == self._recorder.functional_step:
@@ -497,8 +495,8 @@ class Diagnoser:
             return None
         return Diagnosis(
             Cause.BUFFER,
-            f"buffer {join_names(names)} already held inf or NaN before the step, and forward uses it; no step can correct "
-            "that. Go back to the last good checkpoint, or reset it.",
+            f"inf or NaN was in {counted_names(names, 'buffer')} before this step, and forward uses that; no step can correct it. "
+            "Go back to the last good checkpoint, or reset what is named.",
             tuple(dict.fromkeys(name.rpartition(".")[0] for name in names)),
         )
 
@@ -514,8 +512,8 @@ class Diagnoser:
         if non_finite:
             return Diagnosis(
                 Cause.WEIGHTS,
-                f"the loss is made from a model that is not trained, and {len(non_finite)} of its parameters hold non-finite "
-                f"values, {non_finite[0]} among them; no step can correct that. Load it anew, in a format that holds its weights.",
+                f"the loss is made from a model that is not trained, and inf or NaN is in {counted_names(non_finite)} of it; no "
+                "step can correct that. Load that model again, in a format that holds its weights.",
             )
         found = diagnose(skip.loss_finite, evaluations, self._runner)
         return found if found.confirmed or found.already_fixed else None
@@ -561,7 +559,7 @@ class Diagnoser:
                 return hidden
             if in_fp32 is None:
                 why = "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
-                return Diagnosis(Cause.UNKNOWN, why, confirmed=False)
+                return Diagnosis(Cause.UNKNOWN, f"{why} {Cause.UNKNOWN.facts.remedy}", confirmed=False)
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
         if tried or not forwards:
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
@@ -593,16 +591,17 @@ class Diagnoser:
             return None
         return Diagnosis(
             Cause.SCALE,
-            f"the loss is large: its gradients leave the range of FP16 even without a scale, and need one of "
-            f"{2.0 ** -_POWERS[largest]:g}, to which it is lowered. A mean in place of a sum, or normalised targets, need none.",
+            f"the loss is large: its gradients leave the range of FP16 even without a loss scale. They fit at a scale of "
+            f"{2.0 ** -_POWERS[largest]:g}, and hf_amp lowers it to that. To avoid this, use a mean in place of a sum in the loss, "
+            "or normalise the targets.",
         )
 
     def _derivative(self, forward: RecordedForward, found: BackwardFindings) -> Diagnosis:
         modules, where = self._where_in_backward(forward, found)
         return Diagnosis(
             Cause.DERIVATIVE,
-            f"the loss was finite, but its derivative is not, in FP32 either and at any scale. {where}: look there for a "
-            "root, a power or a norm at zero, or a division by zero, also in a branch that a mask hides.",
+            f"the loss was finite, but its derivative is not, at any scale and in FP32 too. {where}. Look there for a root, a "
+            "power or a norm of zero, or a division by zero, also in a branch that torch.where or a mask discards.",
             modules[:1],
         )
 
@@ -612,7 +611,7 @@ class Diagnoser:
         return Diagnosis(
             Cause.ACTIVATION,
             f"the loss was finite, but in backward a gradient leaves the range of {self._runner.current.mode.number_format.name} "
-            f"at any scale, and in FP32 none does. {where}: it needs a wider range.",
+            f"at any loss scale, and in FP32 none does: a wider format cures that. {where}.",
             modules or ("",),
         )
 

@@ -63,7 +63,7 @@ class PrecisionPlan:
 
     def describe(self) -> str:
         """One phrase."""
-        inside = f" with {len(self.modules)} in FP32" if self.modules else ""
+        inside = f" with {len(self.modules)} module{'s' * (len(self.modules) > 1)} in FP32" if self.modules else ""
         return f"{self.default.value}{inside}"
 
     def to_plain(self) -> dict[str, Any]:

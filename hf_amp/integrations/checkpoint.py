@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import SCALER_NAME
 
 from hf_amp.errors import StateError
-from hf_amp.events import EventKind
+from hf_amp.events import EventKind, counted_names
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import load_file, parse
 from hf_amp.session import AmpSession
@@ -102,7 +102,7 @@ def saving_whole(
     def save_whole(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         def write(folder: Path) -> None:
             if bad := session.non_finite_parameters(on_any_rank=True, saved_buffers=True):
-                which = f"{len(bad)} parameters or buffers of this checkpoint are not finite, {bad[0]} among them"
+                which = f"inf or NaN is in {counted_names(bad, 'tensor')} of this checkpoint"
                 session.note(EventKind.CHECKPOINT_NON_FINITE, f"{which}: do not resume from it.")
             scaler = accelerator.scaler
             session.scaler.flush()  # where ranks agree on what still waits

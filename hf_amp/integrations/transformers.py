@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_amp.config import MixedPrecisionConfig, is_real
 from hf_amp.errors import AttachError
-from hf_amp.events import LOG_FILE, Cause, EventKind
+from hf_amp.events import LOG_FILE, Cause, EventKind, counted_names
 from hf_amp.integrations._compat import forget_skip
 from hf_amp.integrations.accelerate import attach, session_of
 from hf_amp.integrations.trackers import log_entry
@@ -122,7 +122,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
             session.note(EventKind.SETUP, _DATA_PARALLEL)
         non_finite = session.non_finite_parameters(on_any_rank=True)
         if non_finite:
-            reason = f"{len(non_finite)} parameters are not finite before the first step, {non_finite[0]} among them"
+            reason = f"before the first step, inf or NaN is in {counted_names(non_finite)}"
             session.record(session.stall.mark_stalled(session.newest_step, Cause.WEIGHTS, reason))
 
     def on_step_begin(
@@ -194,7 +194,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         non_finite = session.non_finite_parameters(on_any_rank=True, saved_buffers=True) if session is not None else []
         if session is None or not non_finite:
             return False
-        which = f"{len(non_finite)} parameters or buffers are not finite, {non_finite[0]} among them"
+        which = f"inf or NaN is in {counted_names(non_finite, 'tensor')} of the model"
         session.note(EventKind.CHECKPOINT_WITHHELD, f"{which}: {so}, so that the last good checkpoint stays.")
         return True
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_amp.events import Cause, EventKind
+from hf_amp.events import Cause, EventKind, join_names
 from hf_amp.monitoring.metrics import CATALOGUE
 from hf_amp.precision import PrecisionMode
 from hf_amp.report.reader import Incident, LoggedEvent, RunHistory
@@ -67,7 +67,7 @@ def verdict_on(run: RunHistory) -> Verdict:
     if late_skips > max(1.0, SKIP_RATE_TO_WATCH * total):
         return Verdict(Level.WATCH, f"Training, but with many skips: {counted}.")
     if frozen := _newest(run, EventKind.FROZEN):
-        which = f"{_count(len(frozen.modules), 'parameter')}, {frozen.modules[0]} the first,"
+        which = f"{_count(len(frozen.modules), 'parameter')} ({join_names(frozen.modules)})"
         return Verdict(
             Level.WATCH,
             f"Training, but rounding loses the updates of {which} since step {frozen.last_step:,}: {counted}.",
@@ -116,8 +116,7 @@ def _precision_in_words(changed: Mapping[str, LoggedEvent]) -> str:
         return f"the whole model in {change.after} instead of {change.before} since step {change.step:,}"
     precisions = " and ".join(sorted({str(change.after) for change in changed.values()}))
     since = min(change.step for change in changed.values())
-    named = next(iter(changed)) + (" among them" if len(changed) > 1 else "")
-    return f"{_count(len(changed), 'module')} in {precisions} since step {since:,} ({named})"
+    return f"{_count(len(changed), 'module')} in {precisions} since step {since:,} ({join_names(list(changed))})"
 
 
 def _cure_of_the_model(run: RunHistory) -> str:

@@ -647,9 +647,9 @@ class PendingSteps:
             known.record = None
             return None
         raise ScalerError(
-            "more gradients were accumulated onto ones that unscale_() or a clip had treated already: unscale or clip "
-            "only after the last backward of the accumulation window, and before that of another optimizer. Where a step is "
-            "left out, clear its gradients with zero_grad()."
+            "backward added scaled gradients to ones that unscale_() or a clip had already divided by the scale. Unscale or clip "
+            "only after the last backward of the accumulation window, and before that of another optimizer; after a step that you "
+            "leave out, call zero_grad()."
         )
 
     def added_to(self, optimizer: torch.optim.Optimizer) -> bool:

@@ -53,7 +53,7 @@ def test_the_head_computes_in_fp32(precision: str, patterns: list[Any]) -> None:
                 assert session.plan.modules["lm_head"] is PrecisionMode.FP32
                 changes = [e for e in session.events if e.kind is EventKind.PRECISION_CHANGED]
                 assert [(e.step, e.cause, e.after) for e in changes] == [(0, None, "FP32")]
-                assert "by choice" in changes[0].message
+                assert "because fp32_modules says so" in changes[0].message
                 assert session.metrics()["modules_in_fp32"] == len(session.plan.modules)
                 assert session.metrics()["precision_changes"] == 0
     assert errors[True] < 1e-6 < errors[False]

@@ -49,7 +49,7 @@ def test_the_rank_with_the_fault_says_what_failed(ranks: list[dict[str, Any]]) -
 @for_each(
     ("fault", "advice"),
     [
-        ("activation", "a forward value left the range of FP16 (±65504) in first"),
+        ("activation", "a forward value left the range of FP16 (±65504), from finite inputs"),
         ("NaN batch", "the batch held non-finite values"),
         ("labels", "Look at the labels"),
         ("division", "the model computed non-finite values in FP32 too"),

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
             metrics(100, 0),
         ],
         Level.WATCH,
-        "Training, but rounding loses the updates of 2 parameters, norm.weight the first, since step 8: all 100 steps were applied so far.",
+        "Training, but rounding loses the updates of 2 parameters (norm.weight, h.weight) since step 8: all 100 steps were applied so far.",
     ),
     "fallback": (
         [started(), skipped(3, "ACTIVATION"), changed(3, "MIXED", "FP32", "h.1"), metrics(1000, 1)],
