@@ -222,11 +222,7 @@ def test_nan_and_inf_everywhere(
     for place in storm.places:
         steps_of = [step for step, where in storm.injected if where == place]
         late = place == "optimizer state"
-        survived = [
-            s
-            for s in steps_of
-            if s in storm.harmless or once[s + late, storm.causes[place]] == 1
-        ]
+        survived = [s for s in steps_of if s in storm.harmless or once[s + late, storm.causes[place]] == 1]
         tally(f"NaN or inf in {place}: {kind}, {decided} steps", len(steps_of), len(survived))
 
 
