@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
-import importlib.metadata
 import logging
 import math
 import platform
@@ -239,7 +238,7 @@ class AmpSession(EventRecorder):
             "model": ", ".join(f"{name} with {counted(size, 'parameter')}" for name, size in sizes),
             "device": f"{self.hardware.device}: {self.hardware.name}",
             "versions": {
-                "hf_amp": importlib.metadata.version("hf_amp"),
+                "hf_amp": str(cast(Any, sys.modules["hf_amp"]).__version__),
                 "python": platform.python_version(),
                 **{name: str(cast(Any, module).__version__) for name, module in known if module},
             },

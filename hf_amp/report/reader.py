@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import platform
+import sys
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -408,7 +408,7 @@ class RunHistory:
             ) from error
 
     def _written_by(self) -> str:
-        wrote, here = self.facts.get("versions", {}).get("hf_amp"), importlib.metadata.version("hf_amp")
+        wrote, here = self.facts.get("versions", {}).get("hf_amp"), str(sys.modules["hf_amp"].__version__)
         return f": hf_amp {wrote} has written it, and this is {here}" if wrote and wrote != here else ""
 
     def _add(self, line: dict[str, Any]) -> None:
