@@ -457,7 +457,7 @@ class AmpSession(EventRecorder):
         loss_finite = None if self.scaler.no_scaling and outcome.loss_finite else outcome.loss_finite
         applied, made = self._applied.get(id(optimizer)), ""
         if applied:
-            made = f"Step {applied} was applied with finite gradients, so {type(optimizer).__name__}{_MADE_THEM}"
+            made = f"Step {applied} was applied with finite gradients, so {type(optimizer).__name__}, the optimizer,{_MADE_THEM}"
         scales = (outcome.scale, self.scaler.get_scale())
         skip = SkippedStep(outcome.attempt, loss_finite, *scales, parameters, state, made)
         diagnosis = self._fallback.diagnose(skip, self.scaler.ranks_agree)

@@ -225,7 +225,7 @@ class RandomGain(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         gain = self.most if np.random.rand() < 0.5 else 1.0
-        return self.norm(self.big(h * gain))
+        return self.norm(self.big(h.float() * gain))
 
 
 def random_overflow() -> Run:
@@ -598,7 +598,7 @@ SITUATIONS = (
     ),
     Situation("overflow beside a mask of -inf", overflow_beside_a_mask, A, "out", "matmul", "(q @ k.mT).squeeze(1)"),
     Situation("overflow in attention scores", overflow_in_scores, A, "block", "matmul", "scores = self.q("),
-    Situation("overflow in some of NumPy's draws", random_overflow, A, "block.big", "linear", "self.big(h * gain)"),
+    Situation("overflow in some of NumPy's draws", random_overflow, A, "block.big", "linear", "self.big(h.float() * gain)"),
     Situation("overflow behind autograd.grad in forward", derivative_in_forward, A, "after", "linear", "self.after(-gradient)"),
     Situation("forward raises because of an overflow", forward_that_raises, A, "block.big", "linear", "self.big(h)"),
     Situation("the scale is too large", too_large_a_scale, Cause.SCALE),
