@@ -538,7 +538,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             amax=self._policy.needs_amax or samples or self._defers(optimizer),
             sample_seed=self.decided_steps if samples else None,
             agree=self.ranks_agree,
-            not_sampled=self.not_sampled() if samples else (),
+            not_sampled=self.not_sampled() if samples or self._policy.needs_amax else (),
             order=order,
         )
         if self.master_weights is not None:

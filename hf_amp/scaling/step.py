@@ -76,7 +76,8 @@ class StatisticsRequest:
         amax: the largest magnitude, which makes `found_inf` exact; otherwise it is inferred from the norm.
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
-        not_sampled: `id` of the parameters that the format does not bound, because their modules run in FP32.
+        not_sampled: `id` of the parameters that the format does not bound, because their modules run in FP32: neither underflow
+            nor what a policy takes for the largest gradient is looked for in them.
         order: the parameters in the order that the norm sums them in; empty for the optimizer's.
     """
 
@@ -113,6 +114,8 @@ class GradientStep:
     """2-norm of the unscaled gradients, before clipping. There is a norm, or an amax, or both."""
     amax: Tensor | None
     """Largest magnitude of the unscaled gradients."""
+    bounded_amax: Tensor | None
+    """The same of the parameters that FP16 bounds, where a plan runs modules in FP32 and a policy asks for the largest."""
     underflow: Tensor | None
     """Elements by size, in a sample: the counts of `statistics.Underflow`, shape [5]."""
     wanted_scale: Tensor | None
@@ -157,7 +160,7 @@ class GradientStep:
 
     def figures(self) -> dict[str, Tensor]:
         """What the host wants to know, by name."""
-        names = ("found_inf", "scale", "loss_flags", "norm", "amax", "underflow", "wanted_scale")
+        names = ("found_inf", "scale", "loss_flags", "norm", "amax", "bounded_amax", "underflow", "wanted_scale")
         extras = {EXTRA + name: value for name, value in self.extras.items()}
         return {**{name: value for name in names if (value := getattr(self, name)) is not None}, **extras}
 
@@ -373,6 +376,10 @@ def check(
     if unscale is Unscale.FUSED:
         norm = None if norm is None else norm * inverse
         amax = amax if norm is not None or amax is None else amax * inverse
+    bounded = collect(optimizer, request.not_sampled) if request.amax and request.not_sampled else []
+    bounded_amax = total_amax(bounded, device) if bounded else None
+    if bounded_amax is not None and unscale is Unscale.FUSED:
+        bounded_amax = bounded_amax * inverse
     # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well. In the norm where there is one, because
     # a clip by one that is inf would leave nothing.
     found_inf = not_finite(cast(Tensor, amax if norm is None else norm))
@@ -381,7 +388,9 @@ def check(
     if (sharded or request.agree) and is_distributed():
         bad = None if loss_flags is None else loss_flags.isnan().float().amax()
         sizes = () if underflow is None else underflow.unbind()
-        worst, bad, amax, wanted, *sizes_of_all = _agreed(found_inf, bad, amax, wanted, *sizes)
+        worst, bad, amax, bounded_amax, wanted, *sizes_of_all = _agreed(
+            found_inf, bad, amax, bounded_amax, wanted, *sizes
+        )
         found_inf = cast(Tensor, worst)
         underflow = torch.stack(cast(list[Tensor], sizes_of_all)) if sizes else None
         loss_flags = None if bad is None else torch.where(bad > 0, torch.nan, 0.0)
@@ -396,6 +405,7 @@ def check(
         loss_flags=loss_flags,
         norm=norm,
         amax=amax,
+        bounded_amax=bounded_amax,
         underflow=underflow,
         wanted_scale=wanted,
         found_while_dividing=found_while_dividing,
@@ -434,14 +444,14 @@ def observe(records: Sequence[GradientStep]) -> Observation:
     """
     outcomes = [record.outcome or record.to_host(0) for record in records]
 
-    def largest(name: str) -> Tensor:
-        known = [record.host.get(name, 0.0) for record in records]
+    def largest(name: str, rather: str = "") -> Tensor:
+        known = [record.host.get(rather, record.host.get(name, 0.0)) for record in records]
         return torch.tensor(max(known, key=lambda value: math.inf if math.isnan(value) else value), dtype=torch.float32)
 
     return Observation(
         found_inf=largest("found_inf"),
         loss_non_finite=torch.tensor(float(max(outcome.non_finite_losses for outcome in outcomes))),
-        grad_amax=largest("amax"),
+        grad_amax=largest("amax", rather="bounded_amax"),
         wanted_scale=largest("wanted_scale") if any("wanted_scale" in record.host for record in records) else None,
         known_clean=all(record.known_clean for record in records),
     )

@@ -65,7 +65,9 @@ def test_an_optimizer_that_makes_nan_of_finite_gradients(precision: str) -> None
     session = steps(model, NormScaled(model.parameters()), 2, precision=precision, init_scale=256.0)
     (skip,) = of_kind(session, EventKind.STEP_SKIPPED)
     assert skip.cause is Cause.WEIGHTS
-    assert "Step 1 was applied with finite gradients, so NormScaled, the optimizer, made them non-finite" in skip.message
+    assert (
+        "Step 1 was applied with finite gradients, so NormScaled, the optimizer, made them non-finite" in skip.message
+    )
 
 
 def test_weights_that_were_bad_before_are_nobodys_doing() -> None:
