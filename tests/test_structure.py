@@ -37,7 +37,7 @@ def test_there_are_few_files() -> None:
 
 
 def test_few_modules_serve_a_single_other() -> None:
-    """At most 16 modules are imported by one module alone: such a one may be a piece of its neighbour."""
+    """At most 15 modules are imported by one module alone, but for those apart: such a one may be a piece of its neighbour."""
     importers: dict[str, set[str]] = defaultdict(set)
     for file in FILES:
         importer = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
@@ -46,6 +46,10 @@ def test_few_modules_serve_a_single_other() -> None:
                 importers[str(node.module)].add(importer)
                 for name in node.names:
                     importers[f"{node.module}.{name.name}"].add(importer)
-    modules = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in FILES}
+    modules = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for file in FILES
+        if file.relative_to(PACKAGE).as_posix() not in APART
+    }
     single = sorted(name for name in modules if len(importers[name]) == 1)
-    assert len(single) <= 16, single
+    assert len(single) <= 15, single

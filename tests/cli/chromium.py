@@ -50,6 +50,13 @@ def screenshot(page: Path, folder: Path, name: str, width: int, height: int, *, 
     return path
 
 
+def printed(page: Path, folder: Path) -> bytes:
+    """The page on paper, as a PDF file."""
+    path = folder / "printed.pdf"
+    _run(page, folder, f"--print-to-pdf={path}")
+    return path.read_bytes()
+
+
 def _run(page: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     assert EXECUTABLE is not None
     profile = f"--user-data-dir={folder / 'profile'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from matplotlib.image import imread
 from hf_amp.report.page import page
 from hf_amp.report.reader import RunHistory
 from hf_amp.report.verdict import verdict_on
-from tests.cli.chromium import Visit, needs_chromium, screenshot, visit
+from tests.cli.chromium import Visit, needs_chromium, printed, screenshot, visit
 from tests.report.test_run_history import changed, history, line, skipped, started
 
 HOSTILE = "<script>alert(1)</script>"
@@ -167,6 +168,14 @@ def test_it_is_light_or_dark_as_the_reader_likes_it(file: Path) -> None:
     assert brightness(dark) < 0.2
     for picture in (light, dark):
         assert imread(picture)[..., :3].std() > 0.03
+
+
+@needs_chromium
+def test_it_can_be_printed(file: Path) -> None:
+    """On several sheets, with the browser's own means."""
+    paper = printed(file, file.parent)
+    assert paper.startswith(b"%PDF-")
+    assert len(re.findall(rb"/Type */Page\b", paper)) > 1
 
 
 @needs_chromium
