@@ -57,7 +57,7 @@ def trained(model: nn.Module, loss_of: LossOf, precision: str, learning_rate: fl
     """A raw Accelerate loop on one batch, and the losses of its steps that were applied."""
     forget_accelerators()
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
-    session = hf_amp.attach(accelerator, init_scale=1.0)
+    session = hf_amp.attach(accelerator, init_scale=2.0**-4)  # what the gradient of forces needs
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
