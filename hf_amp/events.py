@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import math
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -284,6 +286,29 @@ def join_names(names: Sequence[str], most: int = 3) -> str:
 def counted_names(names: Sequence[str], noun: str = "parameter") -> str:
     """ "1 parameter (h.0.weight)", "5 parameters (a, b, c and 2 more)"."""
     return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({join_names(names)})"
+
+
+SECONDS_BETWEEN_REPEATS = 10.0
+
+
+class RepeatLimit:
+    """Which of things alike to show: the first, then one each time that their number has doubled and ten seconds have passed.
+
+    Args:
+        clock: gives seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[Any, tuple[int, int, float]] = {}  # how many; how many when the newest was shown, and when
+
+    def count(self, alike: Any) -> tuple[int, bool]:
+        """One more of those: how many there are, and whether to show it."""
+        times, shown, since = self._seen.get(alike, (0, 0, -math.inf))
+        times, now = times + 1, self._clock()
+        shows = times >= 2 * shown and now >= since + SECONDS_BETWEEN_REPEATS
+        self._seen[alike] = (times, times, now) if shows else (times, shown, since)
+        return times, shows
 
 
 def printable(text: str) -> str:

@@ -320,7 +320,7 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
         if training and not session.config.log_all_metrics:
             named = {name.removeprefix(LOG_PREFIX): value for name, value in figures.items()}
             if session.scaler.no_scaling:
-                del named["scale"]
+                named.pop("scale", None)
             brief = in_brief(named)
             ours = {name: value for name, value in ours.items() if name.removeprefix(LOG_PREFIX) in {*brief, INCIDENT}}
         rest = {name: value for name, value in figures.items() if name not in ours}

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 import math
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
 from hf_amp.device import default_device, is_capturing
 from hf_amp.emulation import emulated_in_backward
 from hf_amp.errors import ScalerError
-from hf_amp.events import StepOutcome
+from hf_amp.events import RepeatLimit, StepOutcome
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
@@ -191,7 +190,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._queued: list[PendingOutcome] = []
         self._observed = 0  # the newest attempt that the policy has seen
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
-        self._said = (0, -math.inf)  # skips by the newest line about them, and its time
+        self._repeats = RepeatLimit()
 
     @staticmethod
     def _masters_for(config: MixedPrecisionConfig) -> MasterWeights | None:
@@ -505,11 +504,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.known_steps = self.decided_steps - len(late) - len(self._queued)
 
     def _say_skipped(self, outcome: StepOutcome) -> None:
-        """One console line for the first skip, and then each time that their number has doubled and ten seconds have passed."""
-        count, since = self._said
-        if self.skipped_steps < 2 * count or time.monotonic() < since + 10.0 or not is_main_process():
+        """A console line, as `RepeatLimit` allows: nobody else speaks of it."""
+        if not self._repeats.count("skip")[1] or not is_main_process():
             return
-        self._said = (self.skipped_steps, time.monotonic())
         why = "the loss was not finite" if outcome.loss_finite is False else "the gradients overflowed"
         floor = ", the smallest that min_scale allows" * (
             outcome.scale <= self.config.min_scale and not self.no_scaling

@@ -255,6 +255,21 @@ def test_gradients_of_modules_in_fp32_are_no_underflow() -> None:
     assert loop.session.metrics()["underflow_fraction"] < 0.1
 
 
+@pytest.mark.parametrize("strategy", ["ADAPTIVE", "PERFORMANCE_OPTIMIZED"])
+def test_gradients_of_modules_in_fp32_do_not_choose_the_scale(strategy: str) -> None:
+    """A module that runs in FP32 has gradients far beyond FP16, of which no scale would leave anything of the others."""
+    loop = Loop(recovery_steps=1000, scaling_strategy=strategy)
+    loop.writer.grow(1e7)
+    loop.steps(3)
+    assert dict(loop.session.plan.modules) == {"write": PrecisionMode.FP32}
+    before = loop.session.scaler.get_scale()
+    loop.writer.write.weight.register_hook(lambda gradient: gradient * 1e12)
+    loop.steps(6)
+    loop.session.scaler.flush()
+    assert loop.session.metrics()["grad_amax"] > 1e4
+    assert loop.session.scaler.get_scale() >= before / 2
+
+
 def test_without_automatic_fallback_the_cause_is_told_and_nothing_changes() -> None:
     """Every step is skipped, each with its cause and module."""
     loop = Loop(automatic_fallback=False)
