@@ -4,7 +4,7 @@ import itertools
 
 from hf_amp import Cause
 from hf_amp.events import StepOutcome
-from hf_amp.monitoring.metrics import BY_MODULE, CATALOGUE, LOG_PREFIX, NAMES
+from hf_amp.monitoring.metrics import BRIEF, BY_MODULE, CATALOGUE, LOG_PREFIX, NAMES, in_brief
 from hf_amp.monitoring.monitor import PrecisionMonitor
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
@@ -73,3 +73,10 @@ def test_no_metric_has_the_name_of_an_event_field():
 def test_the_log_prefix_makes_a_group():
     """TensorBoard and W&B group by what stands before a slash."""
     assert LOG_PREFIX == "amp/"
+
+
+def test_an_entry_in_brief_has_six_at_most() -> None:
+    """The five that say how a run is, and one more; what is zero is none."""
+    brief = in_brief(dict.fromkeys(NAMES, 1.0))
+    assert list(brief) == [*BRIEF, "modules_in_fp32"]
+    assert list(in_brief({**dict.fromkeys(NAMES, 0.0), "precision_changes": 2.0})) == [*BRIEF, "precision_changes"]

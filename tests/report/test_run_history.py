@@ -156,6 +156,15 @@ def test_a_line_that_hf_amp_does_not_write_is_a_clear_error() -> None:
             history(wrong)
 
 
+def test_repeated_incidents_show_the_first_value_and_the_newest() -> None:
+    """The scale of three skips, from before the first to after the last."""
+    run = history(
+        started(), *(line("step_skipped", n, cause="SCALE", before=2.0**-n, after=2.0 ** -(n + 1)) for n in (1, 2, 3))
+    )
+    (incident,) = run.incidents
+    assert (incident.count, incident.before, incident.after) == (3, 0.5, 0.0625)
+
+
 def test_a_bad_value_loses_that_value_alone() -> None:
     """Neither the run nor the other figures of the line."""
     bad = line(
