@@ -695,7 +695,7 @@ class AmpSession(EventRecorder):
             _log.warning(
                 "hf_amp: log_metrics before log_to: figures are kept, and written once session.log_to(folder) is called."
             )
-        self.record_metrics(step, {name: _figure(name, value) for name, value in figures.items()})
+        self.record_metrics(step, {name: figure_of(name, value) for name, value in figures.items()})
 
     def record_metrics(self, step: int | None, figures: Mapping[str, Any]) -> None:
         """`log_metrics` for integrations: whether there is a log is not the caller's business."""
@@ -793,7 +793,7 @@ def counted(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def _figure(name: str, value: Any) -> float | str:
+def figure_of(name: str, value: Any) -> float | str:
     """A figure of a loop's own as a log has it."""
     if isinstance(value, (str, bool, int, float)):
         return value
@@ -802,7 +802,7 @@ def _figure(name: str, value: Any) -> float | str:
         if isinstance(number, (bool, int, float)):
             return number
     raise TypeError(
-        f"log_metrics({name}=...) got {type(value).__name__}: pass a number, text, or a tensor or NumPy scalar with one element."
+        f"{name} was logged as a {type(value).__name__}: pass a number, text, or a tensor or NumPy scalar with one element."
     )
 
 

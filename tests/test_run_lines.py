@@ -75,7 +75,7 @@ def test_figures_may_be_tensors_and_numpy_scalars(tmp_path: Path) -> None:
         session.log_to(tmp_path)
         session.log_metrics(1, loss=torch.tensor(2.0), rate=np.float32(0.5), one=np.array([3]), note="warm-up")
         for wrong in ([1.0], torch.ones(2), {}, None):
-            with pytest.raises(TypeError, match=r"log_metrics\(loss=...\) got"):
+            with pytest.raises(TypeError, match="loss was logged as a"):
                 session.log_metrics(2, loss=wrong)
     lines = [json.loads(line) for line in (tmp_path / "amp_events.jsonl").read_text().splitlines()]
     (logged,) = [line for line in lines if line["event"] == "metrics"]

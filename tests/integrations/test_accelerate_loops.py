@@ -391,7 +391,7 @@ def test_metrics_reach_the_trackers(tmp_path: Path) -> None:
 
 
 def test_trackers_and_the_sessions_log_name_a_skip(tmp_path: Path) -> None:
-    """The words are in TensorBoard at the step, with our metrics; the JSON log has the same figures."""
+    """The words are in TensorBoard at the step, with our metrics; the JSON log has the same figures, also of a loss that is a tensor."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True, log_with="tensorboard", project_dir=tmp_path)
     session = hf_amp.attach(accelerator, MixedPrecisionConfig(monitor_modules=True, monitoring_interval=1))
     session.log_to(tmp_path)
@@ -402,7 +402,7 @@ def test_trackers_and_the_sessions_log_name_a_skip(tmp_path: Path) -> None:
         accelerator.backward(model(BATCH * (torch.nan if step == 2 else 1.0)).square().mean())
         optimizer.step()
         optimizer.zero_grad()
-        accelerator.log({"loss": 0.5}, step=step)
+        accelerator.log({"loss": torch.tensor(0.5) if step == 3 else 0.5, "learning_rate": {}}, step=step)
     accelerator.end_training()
     board = EventAccumulator(str(tmp_path / "run")).Reload()
     (words,) = board.Tensors("amp_incident/text_summary")
