@@ -124,12 +124,14 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
     limits = ""
     if accelerator.distributed_type is DistributedType.FSDP:
         # Forward passes of a shard wait for those of the other ranks: none is repeated to find a cause, or changed.
-        config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
+        config.refuse(
+            ["fp32_modules", "precision_schedule"], "under FSDP modules run as its mixed_precision_policy says"
+        )
         config = dataclasses.replace(config, automatic_fallback=False)
         limits = "; under FSDP it scales and skips, and modules do not fall back"
     runner = _float8_runner(accelerator)
     if runner is not None:  # which owns the precision of the modules
-        options = ("precision_mode", "half_parameters", "communication_precision", "fp32_modules")
+        options = ("precision_mode", "half_parameters", "communication_precision", "fp32_modules", "precision_schedule")
         config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
         config = dataclasses.replace(config, automatic_fallback=False)
         limits = f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
@@ -384,7 +386,9 @@ class AttachedAccelerator:
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if not self._fp16_on_cpu:
-            session.follow_default(_changer_of_forward(weakref.ref(model), session))
+            change = _changer_of_forward(weakref.ref(model), session)
+            session.follow_default(change)
+            change(session.plan.default)
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:
         session = self._session

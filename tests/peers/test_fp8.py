@@ -131,6 +131,7 @@ def test_attach_says_who_runs_what() -> None:
         ("precision_mode", "BF16"),
         ("precision_mode", "MIXED"),
         ("half_parameters", "master_weights"),
+        ("precision_schedule", {5: "FP32"}),
     ],
 )
 def test_an_option_that_would_change_precision_is_refused(option: str, value: str) -> None:
