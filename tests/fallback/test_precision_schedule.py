@@ -94,6 +94,7 @@ def test_it_is_a_run_that_was_stopped_and_restarted(
     alone.train()
     assert equal(scheduled, ended)
     assert not equal(scheduled, alone)
+    assert verdict_on(read_run(tmp_path / "scheduled")).level is Level.SOUND  # in FP32 by choice is nothing to look at
     at, _, after, modules = changes(callback.session)[-1]
     assert (at, after, modules) == (step, {"FP16": "MIXED"}.get(second, second), ())
 
@@ -182,6 +183,33 @@ def test_with_accelerate_fractions_are_of_total_steps(late: bool) -> None:
     forget_accelerators()
     with pytest.raises(ConfigError, match="set total_steps"):
         accelerated(1, late, precision_schedule=schedule)
+
+
+class Product(nn.Module):
+    """One whose own forward multiplies, outside of any child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4, 4), 1.001))
+        self.dtypes: list[torch.dtype] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight
+        self.dtypes.append(y.dtype)
+        return y
+
+
+@for_each("late", [False, True])
+def test_a_model_follows_it_from_its_first_forward_pass(late: bool) -> None:
+    """Under real autocast, to which accelerate has bound its forward: attached before `prepare` or after it."""
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    session = None if late else hf_amp.attach(accelerator, precision_schedule={0: "FP32", 1: "BF16"})
+    model = accelerator.prepare(Product())
+    session = session or hf_amp.attach(accelerator, precision_schedule={0: "FP32", 1: "BF16"})
+    model(torch.ones(2, 4))
+    at(session, 1)
+    model(torch.ones(2, 4))
+    assert accelerator.unwrap_model(model).dtypes == [torch.float32, torch.bfloat16]
 
 
 def test_the_manager_and_a_loop_of_ones_own_follow_it(tmp_path: Path) -> None:
