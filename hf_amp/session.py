@@ -31,6 +31,7 @@ from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
+from hf_amp.monitoring.energy import EnergyMeter
 from hf_amp.monitoring.frozen import FrozenDetector, HalfParameter, remedies_in_words
 from hf_amp.monitoring.modules import LOST, ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
@@ -117,6 +118,7 @@ class AmpSession(EventRecorder):
         self._frozen = FrozenDetector()
         self.total_steps = config.total_steps
         self._schedule_due: int | None = None
+        self._energy: EnergyMeter | None = None
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
@@ -217,7 +219,8 @@ class AmpSession(EventRecorder):
         with self.lock:
             peak = peak_bytes(self._devices)
             memory = {} if peak is None else {"memory_bytes": float(peak)}
-            return {**self.monitor.metrics(), **self.throughput.metrics(), **memory}
+            energy = {} if self._energy is None else self._energy.metrics(self.monitor.applied_steps)
+            return {**self.monitor.metrics(), **self.throughput.metrics(), **memory, **energy}
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No GPU-CPU sync."""
@@ -319,6 +322,8 @@ class AmpSession(EventRecorder):
             for pattern in schedule.patterns():
                 self._check_is_known(pattern, "precision_schedule")
         self._runs, self._log = True, log
+        if self.config.enable_monitoring:
+            self._energy = EnergyMeter(self.hardware.device, self.monitor.applied_steps)
         if not self._at_exit:
             self._at_exit = True
             atexit.register(_end_at_exit, weakref.ref(self))
