@@ -128,6 +128,24 @@ def test_a_step_that_ran_before_the_cure_of_backward_lowers_no_scale() -> None:
     assert len({e.after for e in skips}) == 1
 
 
+def test_a_loss_that_is_not_finite_lowers_no_scale() -> None:
+    """The loop makes it, so that no replay confirms it; the device, which lowers the scale of the next step meanwhile, is put right."""
+    model = Amplifies()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    session = AmpSession.for_model(model, optimizer, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=64.0)
+    for step in range(8):
+        optimizer.zero_grad()
+        loss = model(torch.randn(16, 8))
+        session.scaler.scale(loss + torch.log((loss - loss).abs()) if step in (3, 4, 5) else loss).backward()
+        session.scaler.step(optimizer)
+        session.scaler.update()
+    session.scaler.flush()
+    skips = [e for e in session.events if e.kind is EventKind.STEP_SKIPPED]
+    assert [e.cause for e in skips] == [Cause.LOSS] * 3
+    assert len({e.after for e in skips}) == 1
+    assert session.scaler.get_scale() >= 64.0
+
+
 def test_a_step_is_timed_in_the_precision_that_it_was_queued_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """A late verdict on the last step of one candidate is no time of the next."""
     model = Model()
