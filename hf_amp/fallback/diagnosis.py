@@ -542,7 +542,7 @@ class Diagnoser:
         current = self._runner.current
         tried = bool(forwards) and skip.step != self._recorder.functional_step
         for index, forward in reversed(list(enumerate(forwards))):
-            bad = replay_backward(forward, current, 1.0, skip.scale)
+            bad = replay_backward(forward, current, 1.0, skip.scale, first_only=True)
             tried &= bad is not None and not bad.is_probe
             if bad is None or not (bad.parameters or bad.outside):
                 continue
@@ -556,7 +556,9 @@ class Diagnoser:
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)
-            in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
+            in_fp32 = replay_backward(
+                forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True, first_only=True
+            )
             if in_fp32 is not None and in_fp32.parameters:
                 return self._derivative(forward, in_fp32)
             if hidden := self._hidden_overflow(forward):
