@@ -346,13 +346,8 @@ def _check_formats(config: MixedPrecisionConfig) -> None:
             f"MixedPrecisionConfig(precision_mode=DYNAMIC, half_parameters={config.half_parameters!r}): DYNAMIC moves between "
             "precisions, which needs FP32 parameters; leave half_parameters out, or choose another precision_mode."
         )
-    if config.precision_mode is PrecisionMode.DYNAMIC and config.precision_schedule is not None:
-        raise ConfigError(
-            f"MixedPrecisionConfig(precision_mode=DYNAMIC, precision_schedule={config.precision_schedule!r}): both choose the "
-            "precision; leave one of them out."
-        )
     if config.precision_schedule is not None:
-        config.precision_schedule.in_order(config.total_steps)
+        config.precision_schedule.check_options(config.precision_mode, config.total_steps)
     if config.communication_precision is not None and not config.distributed_amp:
         raise ConfigError(
             f"MixedPrecisionConfig(communication_precision={config.communication_precision.value}): nothing is sent "

@@ -1,6 +1,6 @@
 """`PrecisionSchedule`: which precision the run, and modules of it, take after how many steps, or fractions of the run.
 
-Here is the schedule as data; `fallback/controller.py` (`FallbackController.follow_schedule`) makes the plan follow it.
+Here is the schedule as data; `fallback/scheduled.py` makes the plan follow it.
 """
 
 from __future__ import annotations
@@ -110,6 +110,14 @@ class PrecisionSchedule:
                 of = "" if total_steps is None else f" of {total_steps:,}"
                 raise _refused(self, f"{one.at!r} and {two.at!r} are both step {step:,}{of}: make them one entry")
         return ordered
+
+    def check_options(self, mode: PrecisionMode | None, total_steps: int | None) -> None:
+        """Raises `ConfigError` where the options `precision_mode` and `total_steps` contradict it."""
+        if mode is PrecisionMode.DYNAMIC:
+            raise _refused(
+                self, "precision_mode=DYNAMIC and a schedule both choose the precision: leave one of them out"
+            )
+        self.in_order(total_steps)
 
     def check(self, order: tuple[PrecisionMode, ...], run: PrecisionMode, may_change: bool) -> None:
         """Whether a run can follow it.

@@ -13,6 +13,7 @@ PACKAGE = Path(hf_amp.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 APART = {
     "schedule.py",
+    "fallback/scheduled.py",
     "rescale.py",
     "rescale_rules.py",
     "cli/rescale.py",

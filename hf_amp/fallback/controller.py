@@ -23,6 +23,7 @@ from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
 from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, has_compiled
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
 from hf_amp.fallback.recorder import LARGE_GRADIENTS, CountsSteps, ForwardRecorder
+from hf_amp.fallback.scheduled import follow, moved_in_words
 from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import FP16_FORMAT, PrecisionMode
 from hf_amp.schedule import ScheduledPrecision
@@ -339,13 +340,6 @@ def describe_change(
     return PrecisionChange(before, after, names, message, returned)
 
 
-def moved_in_words(before: PrecisionPlan, after: PrecisionPlan, names: tuple[str, ...]) -> str:
-    """What runs in another precision under another plan: the modules of these names, or the model."""
-    who, runs = (f"these {len(names)} modules", "run") if len(names) > 1 else ("this module", "runs")
-    old, new = (plan.precision_of(names).value if names else plan.describe() for plan in (before, after))
-    return f"{who if names else 'the model'} {runs} in {new}, no longer in {old}"
-
-
 class FallbackController:
     """Finds out why steps were skipped, decides what to do about it, and makes the models follow.
 
@@ -417,50 +411,14 @@ class FallbackController:
         return names
 
     def follow_schedule(self, asked: ScheduledPrecision, scale: float) -> list[PrecisionChange]:
-        """What a schedule asks for from the next forward pass on; the changes that it makes, none where it holds already.
-
-        What the fallback has put into a wider precision stays there, until its own way back.
-
-        Args:
-            scale: the loss scale now, to come back to.
-        """
-        order, former = self._policy.order, self._state
-        default = next((p for p in order if asked.default and p.number_format is asked.default.number_format), order[0])
-        held: set[str] = set()
-        for pattern, in_fp32 in asked.modules.items():
-            like = self._outermost([pattern])
-            held = held.union(like) if in_fp32 else held.difference(like)
-        freed, was_level = self._by_schedule - held, self._policy.level
-        by_choice = (self._policy.by_choice - freed) | held
-        level, now = order.index(default), order.index(former.plan.default)
-        self._policy = replace(self._policy, level=level, by_choice=by_choice)
-        self._by_schedule = frozenset(held)
-
-        plan = former.plan
-        steps: list[tuple[PrecisionPlan, tuple[str, ...]]] = []
-        if now == was_level or now < level:
-            steps.append((plan := plan.with_default(default), ()))
-        if fresh := tuple(sorted(held - {*plan.modules})):
-            steps.append((plan := plan.with_modules(fresh, PrecisionMode.FP32), fresh))
-        if back := tuple(sorted(name for name in freed if name in plan.modules and name not in former.demotions)):
-            steps.append((plan := plan.without_modules(back), back))
-        if plan == former.plan:
-            return []
-        at_rest = scale if now == 0 and plan.default is not order[0] else former.scale_at_rest
-        self._state = self._policy.changed(replace(former, scale_at_rest=at_rest), plan, [])
-        self.newest_change = None
-        self._apply_plan()
-        why = (
-            "precision_schedule says so" if asked.default or asked.modules else "no precision_schedule asks for another"
+        """Puts the plan where a schedule has it, as `follow` says; the changes that it makes."""
+        self._policy, self._state, self._by_schedule, changes = follow(
+            self._policy, self._state, asked, scale, self._by_schedule, self._outermost
         )
-        changes, before = [], former.plan
-        for after, names in steps:
-            if after != before:
-                message = f"from now on {moved_in_words(before, after, names)}, because {why}."
-                returned = at_rest if not names and after.default is order[0] else None
-                changes.append(PrecisionChange(before, after, names, message, returned))
-            before = after
-        return changes
+        if changes:
+            self.newest_change = None
+            self._apply_plan()
+        return [PrecisionChange(*change) for change in changes]
 
     def diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped. `agree`: exchange what was found with the other ranks, which all call this."""
