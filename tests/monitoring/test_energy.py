@@ -27,10 +27,11 @@ def test_packages_are_added_up_and_wrap_around(tmp_path: Path) -> None:
     """Zones inside of a package (cores, memory) are part of it, and do not count twice; steps before do not count."""
     first = zone(tmp_path, "intel-rapl:0", 5_000_000)
     second = zone(tmp_path, "intel-rapl:1", 999_000_000, limit=1_000_000_000 - 1)
-    zone(tmp_path, "intel-rapl:0:0", 1_000_000).write_text("900000000")
+    inner = zone(tmp_path, "intel-rapl:0:0", 1_000_000)
     meter = EnergyMeter("cpu", 10, tmp_path)
     assert meter.metrics(10) == {}
     first.write_text("9000000")  # 4 J more
+    inner.write_text("4000000")
     second.write_text("1000000")  # 1 J to the end, and 1 J
     assert meter.metrics(12) == {"joules_per_step": pytest.approx(3.0)}
     second.write_text("3000000")
