@@ -224,9 +224,7 @@ class AmpSession(EventRecorder):
             return "without hf_amp, which the config disables"
         if self._description is not None:
             return self._description
-        limits = "; its parameters are sharded: no forward pass is repeated, modules do not fall back"
-        described = self.hardware.describe(self.plan.default, self.config.emulate)
-        return described + limits * self._fallback.runner.sharded
+        return self.hardware.describe(self.plan.default, self.config.emulate) + self._fallback.runner.limits
 
     def run_metadata(self) -> dict[str, Any]:
         """What a log begins with: the precision, the options in force, the model, and what it runs on, as plain data."""
@@ -463,6 +461,8 @@ class AmpSession(EventRecorder):
         diagnosis = self._fallback.diagnose(skip, self.scaler.ranks_agree)
         elements = sum(p.grad.numel() for _, p in parameters if p.grad is not None)
         fraction = outcome.non_finite_fraction(elements)
+        if self._fallback.runner.sharded and is_distributed():  # each rank has counted its own part
+            (fraction,) = all_reduce_max_to_host(torch.tensor([fraction], device=self._fallback.runner.device))
         change = self._fallback.after_skipped(diagnosis, fraction, outcome.scale)
         self._finding = _Finding(diagnosis, change, outcome.backward, {id(optimizer)})
         return self._finding

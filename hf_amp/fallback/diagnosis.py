@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
-from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
+from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
-from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward
+from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
+from hf_amp.fallback.sharded import Lockstep
 from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
@@ -64,6 +67,7 @@ _BY_SEVERITY = {
 
 _RANKS = 2**16
 """More than there are: a severity and a rank make one number."""
+_SEEN_ELSEWHERE = Diagnosis(Cause.UNKNOWN, "nothing was found here.", confirmed=False)
 _ALREADY_FIXED = Diagnosis(
     Cause.ACTIVATION,
     "the step ran before the newest change of precision took effect, and a forward value left the range of its format. Now the "
@@ -412,12 +416,22 @@ class Diagnoser:
             found = [replay_backward(each, self._runner.current, scale, scale, in_fp32) for each in forwards]
             return [bool(each.moved) for each in found if each is not None and not each.is_probe]
 
-        return any(moved(in_fp32=True)) and not any(moved(in_fp32=False))
+        with self._in_lockstep(step):
+            return any(moved(in_fp32=True)) and not any(moved(in_fp32=False))
+
+    def _in_lockstep(self, step: int) -> AbstractContextManager[None]:
+        """Where replays of `step`, which all ranks look at, are collectives: what lets them make them together."""
+        if not self._runner.sharded or self._runner.limits:
+            return nullcontext()
+        forwards = [*self._recorder.forwards_of(step), *self._recorder.evaluations_of(step)]
+        sharded = [forward for forward in forwards if holds_shards(forward.model)]
+        return Lockstep(self._runner.device, sharded, functools.partial(take_part, self._runner.current)).entered()
 
     def _diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         try:
             self._recorder.is_paused = True
-            found = self._found(skip)
+            with self._in_lockstep(skip.step):
+                found = self._found(skip)
         except Exception as error:  # a rank that fails here must not keep the others waiting
             why = f"looking for the cause failed ({in_one_line(error)})."
             found = Diagnosis(Cause.UNKNOWN, why, confirmed=False)
@@ -433,15 +447,21 @@ class Diagnoser:
         forwards = self._recorder.newest() if step is None else self._recorder.forwards_of(step)
         try:
             self._recorder.is_paused = True
-            found = non_finite_source(parameters, forwards)
-            if found is None and forwards and self.repeats_forwards:
-                found = diagnose(None, forwards, self._runner)
+            with nullcontext() if step is None else self._in_lockstep(step):
+                found = non_finite_source(parameters, forwards)
+                if found is None and forwards and self.repeats_forwards:
+                    found = diagnose(None, forwards, self._runner)
         finally:
             self._recorder.is_paused = False
         return found if found is not None and found.confirmed else None
 
     def _found(self, skip: SkippedStep) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
+        if (lockstep := Lockstep.now()) is not None:
+            source = non_finite_source(skip.parameters, forwards, skip.optimizer_state, skip.applied_before)
+            seen = source is not None and source.confirmed
+            if lockstep.anyone(seen):  # a replay would find what others see before it
+                return source if seen and source else _SEEN_ELSEWHERE
         used = self._recorder.forwards_of(skip.step, left_out=False)
         if len(used) < len(forwards):
             found = self._found_in(used, skip)

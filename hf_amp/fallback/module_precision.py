@@ -258,6 +258,7 @@ class PlanRunner:
         current: the context of the default, for whoever runs a forward pass.
         on_default_change: called with the new default.
         sharded: whether a trained model's parameters are shards.
+        limits: a phrase on what is not done because of that; "" where all is.
         fp32_parameters: `id` of the parameters that only modules which the plan names hold.
         loop_autocasts: whether the loop itself, too, runs something in the default.
         plan: what the next forward passes follow.
@@ -272,6 +273,7 @@ class PlanRunner:
         self._inner: dict[str, Callable[[], None]] = {}
         self._of_plan: list[Callable[[], None]] = []
         self.sharded = False
+        self.limits = ""
         self.fp32_parameters: frozenset[int] = frozenset()
         self.loop_autocasts = False
         self._asked_for = default
@@ -289,7 +291,9 @@ class PlanRunner:
             self._evaluated = [reference for reference in self._evaluated if reference() is not model]
             self._forget_contexts()  # those under the names that it leaves, and that others take
         _forget_compiled_code()  # of steps before
-        self.sharded |= is_trained and holds_shards(model)
+        if is_trained and holds_shards(model):
+            self.sharded = True
+            self.limits = self.limits or ("" if recovers(model) else _NOT_REPEATED)
         models = self._models if is_trained else self._evaluated
         free = next((index for index, reference in enumerate(models) if reference() is None), len(models))
         if free < len(models):
@@ -407,7 +411,22 @@ class PlanRunner:
 
 def holds_shards(model: nn.Module) -> bool:
     """Whether this process holds a part of `model`'s parameters only: DTensors of FSDP2 or tensor parallelism, or FSDP1."""
-    return any(map(is_sharded, model.parameters())) or any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules())
+    by_fsdp = any(is_unit(m) or hasattr(m, "_fsdp_wrapped_module") for m in model.modules())
+    return by_fsdp or any(map(is_sharded, model.parameters()))
+
+
+def recovers(model: nn.Module) -> bool:
+    """Whether a pass of a sharded `model` that fails leaves it whole: not in FSDP1, nor in PyTorch before 2.13."""
+    units = [m for m in model.modules() if is_unit(m) or hasattr(m, "_fsdp_wrapped_module")]
+    return all(hasattr(unit, "reset_iter_state") for unit in units)
+
+
+_NOT_REPEATED = "; of these shards no forward pass is repeated, modules do not fall back"
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers parameters around `module`'s forward pass."""
+    return hasattr(module, "set_requires_gradient_sync")
 
 
 def has_compiled() -> bool:

@@ -89,6 +89,10 @@ class OperatorTrace(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
+    def pause(self, on: bool) -> None:
+        """Whether what follows is not the model's, but of what gathers its parameters."""
+        self._is_inside = on
+
     def _enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
         if threading.get_ident() == self._thread:
             is_innermost = _get_current_function_mode() is self  # type: ignore[no-untyped-call]

@@ -22,12 +22,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import in_one_line
-from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, holds_shards, to_float32
+from hf_amp.fallback.module_precision import (
+    CurrentPrecision,
+    ForwardContext,
+    holds_shards,
+    is_unit,
+    recovers,
+    to_float32,
+)
 from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
+from hf_amp.fallback.sharded import (
+    BACKWARD,
+    MODULES,
+    OPERATORS,
+    GatheredGradients,
+    Lockstep,
+    Pass,
+    needs_others,
+    plain_forward,
+    silent_around_gathering,
+)
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import PrecisionMode, upcast
-from hf_amp.statistics import all_finite, extremes, is_distributed, to_host_list
+from hf_amp.statistics import all_finite, extremes, is_distributed, local_part, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
 
 
@@ -80,22 +98,52 @@ def replay(
         again = _replay_modules(forward, current, without, gradients=True)
         found = found if again.error else again
     if by_operator and (found.overflowing or found.first_non_finite is not None):
-        trace = OperatorTrace(current)
-        with suppress(Exception), _nothing_changes(forward.model, gradients), current(), trace.watching(forward.model):
-            _repeat(forward)
-        found.operators = trace.found
+        found.operators = _replay_operators(forward, current, gradients)
     return found
+
+
+def take_part(current: CurrentPrecision, wanted: Pass, forward: RecordedForward) -> None:
+    """Makes a pass that another rank of a sharded run wants, with this rank's own batch."""
+    if wanted.kind == MODULES:
+        _replay_modules(forward, current, (), gradients=bool(wanted.variant))
+    elif wanted.kind == OPERATORS:
+        _replay_operators(forward, current, gradients=bool(wanted.variant))
+    else:
+        replay_backward(forward, current, 1.0, 1.0, in_fp32=bool(wanted.variant))
+
+
+def _replay_operators(
+    forward: RecordedForward, current: CurrentPrecision, gradients: bool
+) -> Mapping[str, BadOperator]:
+    """By module, the first operator to blame; none where tensors are spread over ranks, which no rank can compute again by itself."""
+    trace = OperatorTrace(current)
+    _wait_for_turn(OPERATORS, forward, gradients)
+    with suppress(Exception), ExitStack() as stack:
+        stack.enter_context(_nothing_changes(forward.model, gradients))
+        stack.enter_context(current())
+        stack.enter_context(trace.watching(forward.model))
+        units = [unit for unit in forward.model.modules() if is_unit(unit)]
+        stack.enter_context(silent_around_gathering(units, trace.pause))
+        _repeat(forward)
+    return trace.found
+
+
+def _wait_for_turn(kind: int, forward: RecordedForward, variant: bool) -> None:
+    if holds_shards(forward.model) and (lockstep := Lockstep.now()) is not None:
+        lockstep.turn(kind, forward, variant)
 
 
 def _replay_modules(
     forward: RecordedForward, current: CurrentPrecision, without: Collection[str], gradients: bool
 ) -> ReplayFindings:
-    watch = _Replay(current)
+    watch = _Replay(current, Lockstep.now() if holds_shards(forward.model) else None)
+    _wait_for_turn(MODULES, forward, gradients)
     handles = []
     for name, module in [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]:
         before, after = watch.look_at(name)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
+        # Before FSDP lets go of what it has gathered.
+        handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=is_unit(module)))
     # Torch goes through the hooks of the model itself while it handles what its forward has raised: none may come or go.
     begin, end = watch.look_at("")
     try:
@@ -160,6 +208,8 @@ def replay_backward(
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
     trace = OperatorTrace(current, forward=False) if by_operator else None
+    gathered = GatheredGradients() if holds_shards(forward.model) else None
+    _wait_for_turn(BACKWARD, forward, in_fp32)
     try:
         with ExitStack() as stack:
             stack.enter_context(_nothing_changes(forward.model, gradients=True))
@@ -167,17 +217,16 @@ def replay_backward(
             if in_fp32:
                 stack.enter_context(ForwardContext.suspended())
             stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
+            stack.enter_context(gathered.watching(forward.model) if gathered else nullcontext())
             with trace.watching(forward.model) if trace else nullcontext():
                 output, _ = _repeat(forward, in_fp32)
                 starts, *about = _starts(output, forward, factor, scale)
-                gradients = _backward(starts, [p for _, p in named], trace) if starts else None
+                if (ends := _backward(starts, output, named, trace, gathered)) is None:
+                    return None
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
-    if gradients is None:
-        return None
-    known = [(name, g.detach()) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    ends = to_host_list(end for _, g in known for end in extremes(g))
-    by_name = [(name, pair) for (name, _), pair in zip(known, zip(ends[::2], ends[1::2], strict=True), strict=True)]
+    host = to_host_list(end for _, end in ends)
+    by_name = [(name, pair) for (name, _), pair in zip(ends, zip(host[::2], host[1::2], strict=True), strict=True)]
     bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
     moved = frozenset(name for name, pair in by_name if any(pair))
     output_is_finite = not (bad and non_finite_tensors(output))
@@ -220,26 +269,42 @@ def _starts(
 
 
 def _backward(
-    starts: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Tensor], trace: OperatorTrace | None
-) -> Sequence[Tensor | None] | None:
+    starts: Sequence[tuple[Tensor, Tensor]],
+    output: Any,
+    named: Sequence[tuple[str, Tensor]],
+    trace: OperatorTrace | None,
+    gathered: GatheredGradients | None,
+) -> list[tuple[str, Tensor]] | None:
+    """(name of a parameter, the least and the largest element of its gradient); None where nothing is known."""
+    is_known = bool(starts)
+    if gathered and not is_known:  # the other ranks wait for this one's part all the same
+        starts = [(x, torch.zeros_like(x)) for _, x in float_tensors(output) if x.requires_grad]
+    if not starts:
+        return None
+    parameters = [p for _, p in named]
     ends, seeds = zip(*starts, strict=True)
     if trace is not None:
         trace.repeats_backward = True
         trace.watch_backward(ends)
-    if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends])):
-        return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
-    if is_distributed():
+    reentrant = any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends]))
+    if gathered:
+        gathered.backward(starts, reentrant)
+        return gathered.ends if is_known else None
+    if not reentrant:
+        gradients = torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
+    elif is_distributed():
         return None  # what waits for the other ranks hangs on the gradients' accumulation
-    # Reentrant checkpointing refuses `autograd.grad`.
-    former = [p.grad for p in parameters]
-    try:
-        for p in parameters:
-            p.grad = None
-        torch.autograd.backward(ends, seeds)
-        return [p.grad for p in parameters]
-    finally:
-        for p, gradient in zip(parameters, former, strict=True):
-            p.grad = gradient
+    else:  # reentrant checkpointing refuses `autograd.grad`
+        former = [p.grad for p in parameters]
+        try:
+            for p in parameters:
+                p.grad = None
+            torch.autograd.backward(ends, seeds)
+            gradients = tuple(p.grad for p in parameters)  # type: ignore[misc]
+        finally:
+            for p, gradient in zip(parameters, former, strict=True):
+                p.grad = gradient
+    return [(name, extremes(g.detach())) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
 
 
 class _Candidate(NamedTuple):
@@ -253,8 +318,9 @@ class _Candidate(NamedTuple):
 class _Replay:
     """Looks at the output of every module as it returns, innermost first."""
 
-    def __init__(self, current: CurrentPrecision) -> None:
+    def __init__(self, current: CurrentPrecision, lockstep: Lockstep | None) -> None:
         self.findings = ReplayFindings()
+        self._lockstep = lockstep
         self._current = current
         self._repeats = False
         self._candidate: _Candidate | None = None
@@ -276,8 +342,12 @@ class _Replay:
                 return None
             if name == "":
                 self.findings.returns_loss = any(x.dim() == 0 for _, x in float_tensors(output))
-            if not non_finite_tensors(output):
+            bad, lockstep = bool(non_finite_tensors(output)), self._lockstep
+            together = lockstep is not None and (name == "" or needs_others(module)) and lockstep.anyone(bad)
+            if not bad:
                 self._clear(name, (arguments, options))
+                if together:  # another rank needs it
+                    self._in_fp32(name, module, arguments, options)
                 return None
             cured = self._cured(name, module, output, arguments, options)
             if name == "" and cured is None:
@@ -293,15 +363,7 @@ class _Replay:
 
     def _cured(self, name: str, module: nn.Module, output: Any, arguments: tuple[Any, ...], options: Any) -> Any:
         """The output in FP32 where that is finite, but for a mask of -inf with values of `output` beside it; None otherwise."""
-        self._repeats = True
-        try:
-            with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
-                # With its hooks, which may change its output. The whole model's own attribute may be a wrapper that enters
-                # autocast again, as accelerate's does.
-                forward = module if name else functools.partial(type(module).forward, module)
-                exact = forward(*to_float32(arguments), **to_float32(options))
-        finally:
-            self._repeats = False
+        exact = self._in_fp32(name, module, arguments, options)
         broken_in_fp32 = non_finite_tensors(exact)
         masked = broken_in_fp32 and not _holds_nan_or_inf(exact) and _finite_only_in(exact, output)
         if broken_in_fp32 and not masked:
@@ -310,6 +372,16 @@ class _Replay:
         if name not in self.findings.overflowing:
             self.findings.overflowing.append(name)
         return exact
+
+    def _in_fp32(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
+        """With its hooks, which may change its output; but for those of FSDP, which has gathered its parameters already."""
+        self._repeats = True
+        try:
+            with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
+                forward = (module.forward if is_unit(module) else module) if name else _whole_in_fp32(module)
+                return forward(*to_float32(arguments), **to_float32(options))
+        finally:
+            self._repeats = False
 
     def _likelier_candidate(self, name: str, inputs: Any, outputs: list[Tensor]) -> _Candidate | None:
         """Who is to blame if the model's output is not finite: the first whose own inputs were, unless it made a mask."""
@@ -332,12 +404,15 @@ def _finite_only_in(exact: Any, output: Any) -> bool:
     """Whether an element is finite in `exact` alone: both hold a mask, and `output` more than that. One GPU-CPU sync."""
     ours = dict(float_tensors(output))
     pairs = [(x, ours[path]) for path, x in float_tensors(exact) if path in ours and ours[path].shape == x.shape]
+    pairs = [(local_part(x), local_part(y)) for x, y in pairs]
     return any(to_host_list((x.isfinite() & ~y.isfinite()).any() for x, y in pairs))
 
 
 def _holds_nan_or_inf(inputs: Any) -> bool:
     """Whether they hold NaN or inf; -inf may be a mask. One GPU-CPU sync."""
-    return any(to_host_list((x.isnan() | x.isposinf()).any() for _, x in float_tensors(inputs)))
+    return any(
+        to_host_list((x.isnan() | x.isposinf()).any() for x in (local_part(x) for _, x in float_tensors(inputs)))
+    )
 
 
 def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
@@ -348,7 +423,7 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
 def non_finite_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors inside of `value` that hold inf or NaN. One GPU-CPU sync."""
     found = [x for _, x in float_tensors(value)]
-    finite = to_host_list(map(all_finite, found))
+    finite = to_host_list(all_finite(local_part(x)) for x in found)
     return [x for x, is_finite in zip(found, finite, strict=True) if not is_finite]
 
 
@@ -359,10 +434,22 @@ def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]
         forward.random_state.restore()
     before = RandomState.now(devices_of(forward.model))
     model: Callable[..., Any] = forward.model
-    if in_fp32:  # the model's own attribute may be a wrapper that enters autocast again, as accelerate's does
+    if in_fp32:
         arguments, options = to_float32(arguments), to_float32(options)
-        model = functools.partial(type(forward.model).forward, forward.model)
+        model = _whole_in_fp32(forward.model)
     return model(*arguments, **options), before.has_moved()
+
+
+def _whole_in_fp32(model: nn.Module) -> Callable[..., Any]:
+    """What to call: the model's own `forward` may be a wrapper that enters autocast again, as accelerate's does."""
+    if not holds_shards(model):
+        return functools.partial(type(model).forward, model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with plain_forward(model):
+            return model(*args, **kwargs)  # with the hooks that gather its parameters
+
+    return call
 
 
 def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -401,7 +488,8 @@ def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None
     Raises:
         RuntimeError: the model would wait for other ranks, or keep gathered parameters, whose gradients `zero_grad` misses.
     """
-    if holds_shards(model):
+    lockstep = Lockstep.now() if holds_shards(model) else None
+    if holds_shards(model) and (lockstep is None or not recovers(model)):
         raise RuntimeError("its parameters are sharded, and gathering them would wait for the other processes")
     buffers = [(at, name, x, x.clone()) for at in model.modules() for name, x in at.named_buffers(recurse=False)]
     plain = [  # attribute → what it is and a copy of what it holds, for what is neither torch's own machinery nor a hook
@@ -418,7 +506,8 @@ def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
-            with _NoCollectives() if is_distributed() else nullcontext():  # type: ignore[no-untyped-call]
+            alone: Any = _NoCollectives() if is_distributed() else nullcontext()  # type: ignore[no-untyped-call]
+            with alone if lockstep is None else lockstep.guarding(model):
                 yield
         finally:
             with torch.no_grad():
