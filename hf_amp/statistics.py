@@ -139,6 +139,27 @@ def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
     return tuple(packed.unbind())
 
 
+def all_gather_max(*values: Tensor, part_of_norm: Tensor) -> tuple[Tensor, ...]:
+    """The same, and last the 2-norm over all ranks, of which each gives its part; in one all-gather. No GPU-CPU sync."""
+    packed = torch.stack([*values, part_of_norm]).float().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, packed)
+    everyone = torch.stack(of_ranks)
+    return (*everyone[:, :-1].amax(0).unbind(), torch.linalg.vector_norm(everyone[:, -1]))
+
+
+def copies_of(gradient: Tensor) -> float:
+    """How many ranks hold each element of `gradient`: all where it is no DTensor, none where each holds a term of a sum."""
+    parts, world = 1, dist.get_world_size() if is_distributed() else 1
+    if is_sharded(gradient):
+        held = cast(Any, gradient)
+        if any(placement.is_partial() for placement in held.placements):
+            return 0
+        sizes = zip(held.placements, held.device_mesh.shape, strict=True)
+        parts = math.prod(size for placement, size in sizes if not placement.is_replicate())
+    return world / parts
+
+
 def all_reduce_max_to_host(values: Tensor) -> list[float]:
     """The element-wise maximum over all ranks of a tensor of shape [n], float32, finite, in one all-reduce and one GPU-CPU sync."""
     return to_host_list(all_reduce_max(values))

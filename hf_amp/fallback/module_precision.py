@@ -274,6 +274,7 @@ class PlanRunner:
         self._of_plan: list[Callable[[], None]] = []
         self.sharded = False
         self.limits = ""
+        self._shards: weakref.WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = weakref.WeakKeyDictionary()
         self.fp32_parameters: frozenset[int] = frozenset()
         self.loop_autocasts = False
         self._asked_for = default
@@ -339,9 +340,16 @@ class PlanRunner:
         ]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(qualified name, parameter) of every parameter of every trained model, under the same names."""
+        """(qualified name, parameter) of every parameter of every trained model, under the same names.
+
+        Of a shard that is gathered now the shard, which the optimizer holds.
+        """
         for prefix, model in self._trained():
-            yield from model.named_parameters(prefix=prefix)
+            shards = self._shards.setdefault(model, {})
+            for name, p in model.named_parameters():
+                if is_sharded(p):
+                    shards[name] = p
+                yield f"{prefix}.{name}" if prefix else name, shards.get(name, p)
 
     def names_of(self, modules: Collection[nn.Module]) -> tuple[str, ...]:
         """Qualified names of `modules`, in order of the models."""
