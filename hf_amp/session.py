@@ -31,6 +31,7 @@ from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
+from hf_amp.fallback.sharded import leave_casts_to_autocast
 from hf_amp.monitoring.frozen import FrozenDetector, HalfParameter, remedies_in_words
 from hf_amp.monitoring.modules import LOST, ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
@@ -520,6 +521,11 @@ class AmpSession(EventRecorder):
         self.patches.on_undo(self._fallback.recorder.watch(called, model))
         if scripted := [name or "the model" for name, module in model.named_modules() if not takes_hooks(module)]:
             self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
+        if is_trained and not self.scaler.no_scaling and self.config.automatic_fallback:
+            undo, casts = leave_casts_to_autocast(model)
+            self.patches.on_undo(undo)
+            if casts:
+                self.note(EventKind.SETUP, f"{casts} of FSDP: {_CASTS}")
         if isinstance(called, nn.parallel.DistributedDataParallel):
             self.patches.set_attribute(called, "join_hook", self._refuse_join)
         if is_trained:
@@ -785,6 +791,10 @@ _MADE_THEM = (
     " made them non-finite (by a norm or a root of 0, as with eps=0), or code that wrote to the parameters after it. "
 )
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
+_CASTS = (
+    "what enters and leaves its units is no longer cast, so that modules can run in FP32; autocast casts inside of them. "
+    "automatic_fallback=False leaves that as it was."
+)
 _SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."
 
 

@@ -21,7 +21,7 @@ from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
-from hf_amp.fallback.sharded import Lockstep
+from hf_amp.fallback.sharded import Lockstep, beyond_gathered_format
 from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
@@ -459,6 +459,7 @@ class Diagnoser:
         forwards = self._recorder.forwards_of(skip.step)
         if (lockstep := Lockstep.now()) is not None:
             source = non_finite_source(skip.parameters, forwards, skip.optimizer_state, skip.applied_before)
+            source = source or self._in_gathering()
             seen = source is not None and source.confirmed
             if lockstep.anyone(seen):  # a replay would find what others see before it
                 return source if seen and source else _SEEN_ELSEWHERE
@@ -497,6 +498,19 @@ class Diagnoser:
         if not (found.confirmed or found.already_fixed) and forwards and self._recorder.has_let_go(skip.step):
             return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, confirmed=False)
         return found
+
+    def _in_gathering(self) -> Diagnosis | None:
+        """The diagnosis of parameters that FSDP2 makes inf of, as it gathers them in half precision; None where it does not."""
+        names = [
+            joined(self._runner.name_of(m), name) for m in self._runner.models() for name in beyond_gathered_format(m)
+        ]
+        if not names:
+            return None
+        return Diagnosis(
+            Cause.WEIGHTS,
+            f"FSDP gathers parameters in half precision, whose range {counted_names(names)} leave. No module in FP32 cures that: "
+            "shard the model with param_dtype=None in its MixedPrecisionPolicy, and autocast casts what it can.",
+        )
 
     def _in_fixed_parameters(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
         """The diagnosis of parameters that hold inf or NaN and that this optimizer does not hold; None where none does."""

@@ -7,7 +7,9 @@ nobody waits in vain, and every rank knows as much as it would alone. Costs smal
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_amp.errors import in_one_line
 from hf_amp.fallback.module_precision import is_unit
 from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import extremes, is_distributed, is_sharded, local_part, to_host_list
 
 _DONE, _ASKS, _COLLECTIVE, _ENDS, _FAILED, MODULES, OPERATORS, BACKWARD = range(8)
@@ -202,6 +205,43 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_collective and not self._lockstep.is_talking:
             self._lockstep.before(func, args)
         return func(*args, **(kwargs or {}))
+
+
+def leave_casts_to_autocast(model: nn.Module) -> tuple[Callable[[], None], str]:
+    """Has FSDP2 cast neither inputs nor outputs of its units to half precision, which no module in FP32 would cure; its effect is at once.
+
+    Reads and sets a private attribute; tests/contract fails by name if it goes.
+
+    Returns:
+        What undoes it, and what it was, in words; "" where nothing was cast.
+    """
+    former = []
+    for unit in filter(is_unit, model.modules()):
+        state = cast(Any, unit)._get_fsdp_state()
+        policy = state._mp_policy
+        inputs = policy.cast_forward_inputs and policy.param_dtype in HALF_DTYPES
+        if inputs or policy.output_dtype in HALF_DTYPES:
+            former.append((state, policy))
+            state._mp_policy = dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None)
+
+    def undo() -> None:
+        for state, policy in former:
+            state._mp_policy = policy
+
+    return undo, f"{former[0][1]}" if former else ""
+
+
+def beyond_gathered_format(model: nn.Module) -> list[str]:
+    """Names of the parameters that are finite, and not in the half precision that FSDP2 gathers them in. One GPU-CPU sync."""
+    found = []
+    for prefix, unit in model.named_modules():
+        dtype = cast(Any, unit)._get_fsdp_state()._mp_policy.param_dtype if is_unit(unit) else None
+        if dtype in HALF_DTYPES:
+            found += [
+                (name, local_part(p.detach()), torch.finfo(dtype).max) for name, p in unit.named_parameters(prefix)
+            ]
+    ends = to_host_list(extremes(x).abs().amax() for _, x, _ in found)
+    return list(dict.fromkeys(n for (n, _, most), end in zip(found, ends, strict=True) if most < end < math.inf))
 
 
 def needs_others(module: nn.Module) -> bool:

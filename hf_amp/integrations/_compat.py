@@ -25,10 +25,10 @@ WHOLE = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=Fal
 """FSDP2 gathers parameters in FP32, and leaves all casts to autocast: the residual stream, and modules in FP32, are as without it."""
 
 
-def gathers_half(accelerator: Accelerator) -> bool:
-    """Whether FSDP2 casts the parameters that it gathers for `accelerator`."""
+def gathers_bf16(accelerator: Accelerator) -> bool:
+    """Whether FSDP2 casts the parameters that it gathers for `accelerator` to BF16."""
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy
-    return policy is not None and policy.param_dtype in (torch.float16, torch.bfloat16)
+    return policy is not None and policy.param_dtype == torch.bfloat16
 
 
 def gathers_whole_by_default(accelerator: Accelerator, also_bf16: bool) -> bool:

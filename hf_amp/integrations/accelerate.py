@@ -34,7 +34,7 @@ from hf_amp.integrations._compat import (
     WHOLE,
     forget_skip,
     forward_before_autocast,
-    gathers_half,
+    gathers_bf16,
     gathers_whole_by_default,
     has_step_hooks,
     in_its_ddp,
@@ -130,8 +130,8 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         why = "under FSDP modules run as its mixed_precision_policy says"
         if not accelerator.is_fsdp2:
             limits = "; under FSDP it scales and skips, and modules do not fall back"
-        elif gathers_half(accelerator) and not gathers_whole_by_default(accelerator, bool(config.fp32_modules)):
-            limits = "; FSDP gathers parameters in half precision, so modules do not fall back"
+        elif gathers_bf16(accelerator) and not gathers_whole_by_default(accelerator, bool(config.fp32_modules)):
+            limits = "; FSDP gathers parameters in BF16, so modules do not fall back"
         if limits:
             config.refuse(["fp32_modules"], why)
             config = dataclasses.replace(config, automatic_fallback=False)
@@ -405,7 +405,7 @@ class AttachedAccelerator:
             return
         self._registered.add(model)
         # accelerate enters no autocast where FSDP2 shards.
-        enters = self._fp16_on_cpu or (self._fsdp2 and is_trained and not gathers_half(self._accelerator))
+        enters = self._fp16_on_cpu or (self._fsdp2 and is_trained and not gathers_bf16(self._accelerator))
         if enters:
             everywhere = self._fp16_on_cpu or session.requested_mode is PrecisionMode.FP32
             session.patches.on_undo(self._context.install(model, everywhere=everywhere))
