@@ -346,9 +346,8 @@ class _Replay:
             together = lockstep is not None and (name == "" or needs_others(module)) and lockstep.anyone(bad)
             if not bad:
                 self._clear(name, (arguments, options))
-                if together:  # another rank needs it
-                    self._in_fp32(name, module, arguments, options)
-                return None
+                # Where another rank needs it, a part of what is spread over ranks has to be like the others.
+                return self._in_fp32(name, module, arguments, options) if together else None
             cured = self._cured(name, module, output, arguments, options)
             if name == "" and cured is None:
                 self.blame_candidate()

@@ -131,7 +131,7 @@ class Lockstep:
         Raises:
             RanksParted: they are not.
         """
-        shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        shapes = [(tuple(x.shape), x.dtype) for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
         self._meet(_COLLECTIVE, zlib.crc32(f"{collective} {shapes}".encode()))
 
     def _meet(self, kind: int, value: int = 0, reason: str = "") -> list[int]:

@@ -17,6 +17,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_amp
@@ -295,7 +296,7 @@ class _Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "to_local") for kind in types):
             return NotImplemented
-        if "c10d" in func.namespace and "wait" not in func.__name__:
+        if "c10d" in func.namespace and not {"wait", "wrap"} & set(func.__name__.split("_")):
             self.seen.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -411,5 +412,55 @@ def actor_and_reference(steps: int = 6, parts: int = 2) -> dict[str, Any]:
         losses.append(mean_over_ranks(loss))
         divergences.append(mean_over_ranks(divergence))
     found = {**told(session), "losses": losses, "divergences": divergences, "clipped": float(norm)}
+    session.detach()
+    return found
+
+
+class Block(nn.Module):
+    """Two layers; the first can be spread over ranks by its outputs, the second by its inputs. `gain` makes it overflow in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.gain = nn.Linear(16, 32), nn.Linear(32, 16), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(nn.functional.softsign(self.up(x) * self.gain))
+        return nn.functional.softsign(x)
+
+
+def on_two_axes(kind: str, fault: str, steps: int = 6) -> dict[str, Any]:
+    """Four ranks, 2 by 2: FSDP in groups that hold copies ("HSDP"), or FSDP of layers that are spread over ranks ("TP")."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    names = ("replicate", "shard") if kind == "HSDP" else ("shard", "tensor")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    if kind == "TP":
+        for block in model:
+            parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if fault == "one part" and dist.get_rank() % 2:  # of what is spread over ranks, this rank's alone
+        model[1].up.weight.data.to_local().mul_(1e7)
+    over = mesh if kind == "HSDP" else mesh["shard"]
+    sharded(model, "Block", over)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    session = AmpSession.for_model(model, optimizer, init_scale=1024.0)
+    data_rank = dist.get_rank() if kind == "HSDP" else dist.get_rank() // 2
+    norms, losses = [], []
+    for number in range(1, steps + 1):
+        here = number == 3 and data_rank == 1
+        torch.manual_seed(10 * number + data_rank)
+        x = torch.randn(4, 16)
+        model[1].gain = 1e7 if here and fault == "activation" else 1.0
+        x = x * torch.nan if here and fault == "NaN batch" else x
+        loss = model(x).square().mean()
+        loss = loss * torch.inf if here and fault == "loss" else loss
+        session.scaler.scale(loss).backward()
+        whole = torch.cat([p.grad.full_tensor().reshape(-1) for p in model.parameters()])
+        norms.append(float(whole.norm()) / session.scaler.get_scale())
+        session.scaler.step(optimizer)
+        session.scaler.update()
+        optimizer.zero_grad()
+        losses.append(mean_over_ranks(loss))
+    whole = [p.full_tensor() for p in model.parameters()]
+    found = {**told(session), "norms": norms, "losses": losses, "weights": [p.double().sum().item() for p in whole]}
     session.detach()
     return found
