@@ -15,7 +15,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -90,6 +90,7 @@ class AmpSession(EventRecorder):
         stall: whether anything can be learned yet.
         throughput: how fast the run goes.
         patches: what was changed on the instances attached to; undone by `detach`.
+        without_scaler: makes a context in which prepared optimizers take steps that are not training's.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class AmpSession(EventRecorder):
         self.requested_mode = mode
         self.folds_clipping = False
         self.patches = PatchLog()
+        self.without_scaler: Callable[[], AbstractContextManager[None]] = nullcontext
         self.monitor = PrecisionMonitor()
         self.monitor.scale = scaler.get_scale()  # known before the first step, and on the host
         self.stall = StallDetector(config.patience)

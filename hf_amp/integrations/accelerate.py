@@ -231,6 +231,8 @@ class AttachedAccelerator:
         self._known_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         session.patches.set_attribute(accelerator, _SESSION, session)
         self._optimizers = PreparedOptimizers(accelerator, session)
+        if accelerator.distributed_type is DistributedType.FSDP:
+            session.without_scaler = self._optimizers.without_scaler
         self._stock: dict[str, Any] = {}
         for name, replacement in self.replacements().items():
             self._stock[name] = former = getattr(accelerator, name)
