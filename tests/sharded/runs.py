@@ -73,8 +73,13 @@ def step(session: AmpSession, optimizer: torch.optim.Optimizer, loss: Tensor) ->
     optimizer.zero_grad()
 
 
-def raw(name: str, steps: int, mode: str, shards: bool = True, **options: Any) -> dict[str, Any]:
-    """A loop of `AmpSession.for_model`; without shards every rank trains the whole model on the whole batch."""
+def raw(
+    name: str, steps: int, mode: str, shards: bool = True, leaves_out_first: bool = False, **options: Any
+) -> dict[str, Any]:
+    """A loop of `AmpSession.for_model`; without shards every rank trains the whole model on the whole batch.
+
+    `leaves_out_first`: of the optimizer's steps, as where it was skipped.
+    """
     case: RescaledModel = CASES[name]
     model, batches, make_optimizer = case.build(seed=0)
     if shards:
@@ -82,31 +87,31 @@ def raw(name: str, steps: int, mode: str, shards: bool = True, **options: Any) -
     optimizer = make_optimizer(model)
     session = AmpSession.for_model(model, optimizer, precision_mode=mode, init_scale=1024.0)
     losses = []
-    for _ in range(steps):
+    for number in range(steps):
         batch = next(batches)
         loss = model(**(part_of(batch) if shards else batch)).loss
-        step(session, optimizer, loss)
+        if not (leaves_out_first and number == 0):
+            step(session, optimizer, loss)
         losses.append(mean_over_ranks(loss))
     found = {**told(session), "losses": losses}
     session.detach()
     return found
 
 
-def accelerator_of_fsdp2(mode: str, block: str, policy: Any = None) -> Accelerator:
+def accelerator_of_fsdp2(mode: str, block: str) -> Accelerator:
     """An Accelerator whose FSDP2 path runs on a CPU: accelerate makes one for accelerators alone, of the same parts."""
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(mixed_precision=mode, cpu=True)
-    as_fsdp2(accelerator.state, mode, block, policy)
+    as_fsdp2(accelerator.state, mode, block)
     return accelerator
 
 
-def as_fsdp2(state: AcceleratorState, mode: str, block: str, policy: Any = None) -> None:
+def as_fsdp2(state: AcceleratorState, mode: str, block: str) -> None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=[block],
         reshard_after_forward=True,
-        mixed_precision_policy=policy,
         state_dict_type="SHARDED_STATE_DICT",
     )
     if mode != "no":
@@ -115,27 +120,29 @@ def as_fsdp2(state: AcceleratorState, mode: str, block: str, policy: Any = None)
 
 
 def accelerated(
-    name: str, steps: int, mode: str, policy: Any = None, first: bool = False, **options: Any
+    name: str, steps: int, mode: str, first: bool = False, leaves_out_first: bool = False
 ) -> dict[str, Any]:
-    """An Accelerate loop that clips; `first`: attached after `prepare`."""
+    """An Accelerate loop that clips; `first`: attached after `prepare`; `leaves_out_first`: as of `raw`."""
     model, batches, make_optimizer = CASES[name].build(seed=0)
-    accelerator = accelerator_of_fsdp2(mode, BLOCKS[name], policy)
+    accelerator = accelerator_of_fsdp2(mode, BLOCKS[name])
     optimizer = make_optimizer(model)
     if first:
         model, optimizer = accelerator.prepare(model, optimizer)
-    session = hf_amp.attach(accelerator, init_scale=1024.0, **options)
+    session = hf_amp.attach(accelerator, init_scale=1024.0)
     if not first:
         model, optimizer = accelerator.prepare(model, optimizer)
     losses, norms, skips = [], [], 0
-    for _ in range(steps):
+    for number in range(steps):
         loss = model(**part_of(next(batches))).loss
+        losses.append(mean_over_ranks(loss))
+        if leaves_out_first and number == 0:
+            continue
         accelerator.backward(loss)
         norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 1e6)))
         optimizer.step()
         skips += optimizer.step_was_skipped
         optimizer.zero_grad()
-        losses.append(mean_over_ranks(loss))
-    found = {**told(session), "losses": losses, "norms": norms, "skipped": skips, "describes": session.describe()}
+    found = {**told(session), "losses": losses, "norms": norms, "skipped": skips}
     session.detach()
     return found
 

@@ -37,8 +37,7 @@ class SequentialTrainer(Trainer):
 
 
 def by_trainer(kind: str, folder: str) -> dict[str, Any]:
-    """`kind`: "fp16" with hf_amp, which saves in the middle; "resumed" from there; or "no" precision but FP32, without hf_amp."""
-    mode = "no" if kind == "no" else "fp16"
+    """`kind`: "fp16", which saves in the middle, or "resumed" from there."""
     AcceleratorState._reset_state(reset_partial_state=False)
     AcceleratorState.__init__ = _make_state_of_fsdp2
     try:
@@ -59,17 +58,14 @@ def by_trainer(kind: str, folder: str) -> dict[str, Any]:
             disable_tqdm=True,
             lr_scheduler_type="constant",
             max_grad_norm=1e6,
-            fp16=mode == "fp16",
+            fp16=True,
         )
         callback = MixedPrecisionCallback(init_scale=1024.0)
-        callbacks = [callback] if mode == "fp16" else []
-        trainer = SequentialTrainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks)
+        trainer = SequentialTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
         trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}" if kind == "resumed" else None)
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        found = {"kind": trainer.accelerator.distributed_type.value, "history": history}
-        if callback.session is not None:
-            found |= told(callback.session)
-            callback.session.detach()
+        found = {"kind": trainer.accelerator.distributed_type.value, "history": history, **told(callback.session)}
+        callback.session.detach()
         return found
     finally:
         AcceleratorState.__init__ = _make_state

@@ -5,7 +5,9 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,8 @@ SECONDS = 120
 """After which a rank that waits in vain is ended."""
 HALF = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
 FAULTS = ("none", "activation", "root", "division", "NaN batch", "raises", "leaves out")
+LONG = 40
+"""Steps after which a step that was skipped at the beginning is no longer felt."""
 RESHARDS = {"GPT-2": True, "Llama": False, "T5": True}
 """Whether units let go of their parameters after forward."""
 
@@ -33,20 +37,20 @@ def models(steps: int) -> dict[str, Run]:
     for name, reshard in RESHARDS.items():
         options = {"reshard_after_forward": reshard}
         found[f"{name}, FP16"] = lambda name=name, options=options: runs.raw(name, steps, "MIXED", **options)
-        found[f"{name}, FP32"] = lambda name=name: runs.raw(name, steps, "FP32")
+        found[f"{name}, FP32"] = lambda name=name: runs.raw(name, steps, "FP32", leaves_out_first=steps < LONG)
         found[f"{name}, whole"] = lambda name=name: runs.raw(name, 2, "MIXED", shards=False)
-        found[f"{name}, stock"] = lambda name=name: runs.stock(name, 4)
+        found[f"{name}, stock"] = lambda name=name: runs.stock(name, 3)
     return found
 
 
 def accelerated(steps: int) -> dict[str, Run]:
+    found: dict[str, Run] = {}
+    for name in ("GPT-2", "Llama") if steps >= LONG else ("GPT-2",):
+        found[f"{name}, fp16"] = lambda name=name: runs.accelerated(name, steps, "fp16")
+        found[f"{name}, no"] = lambda name=name: runs.accelerated(name, steps, "no", leaves_out_first=steps < LONG)
     return {
-        **{
-            f"{name}, {mode}": lambda name=name, mode=mode: runs.accelerated(name, steps, mode)
-            for name in ("GPT-2", "Llama")
-            for mode in ("fp16", "no")
-        },
-        "attached late": lambda: runs.accelerated("GPT-2", 3, "fp16", first=True),
+        **found,
+        "attached late": lambda: runs.accelerated("GPT-2", 2, "fp16", first=True),
         "BF16 head": lambda: runs.chosen("accelerate BF16"),
     }
 
@@ -86,14 +90,15 @@ def storm(steps: int, seed: int) -> dict[str, Run]:
 def main(what: str, *arguments: str) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("gloo", **alone)
     chosen: dict[str, Run] = {}
     if what == "models":
         chosen = models(int(arguments[0]))
     elif what == "accelerate":
         chosen = accelerated(int(arguments[0]))
     elif what == "trainer":
-        chosen = {kind: lambda kind=kind: by_trainer(kind, arguments[0]) for kind in ("fp16", "resumed", "no")}
+        chosen = {kind: lambda kind=kind: by_trainer(kind, arguments[0]) for kind in ("fp16", "resumed")}
     elif what == "faults":
         chosen = faults()
     elif what == "axes":
@@ -107,7 +112,9 @@ def main(what: str, *arguments: str) -> None:
     results = {}
     for name, run in chosen.items():
         faulthandler.dump_traceback_later(SECONDS, exit=True)
+        began = time.monotonic()
         results[name] = run()
+        print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, results)
     if dist.get_rank() == 0:
