@@ -163,8 +163,8 @@ class AmpSession(EventRecorder):
             session.scaler.update()
 
         Args:
-            model: plain, sharded, or in DataParallel or DistributedDataParallel; on its device. Of a sharded one no forward
-                pass is repeated, because the other ranks would have to: causes are looked for in weights and batches.
+            model: plain, sharded by FSDP2 or tensor parallel, or in DataParallel or DistributedDataParallel; on its device. Of
+                FSDP1's no forward pass is repeated: causes are looked for in weights and batches.
             optimizer: of that model; before its first step.
             config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
             options: options as keywords, in place of a config.
@@ -524,10 +524,10 @@ class AmpSession(EventRecorder):
         if scripted := [name or "the model" for name, module in model.named_modules() if not takes_hooks(module)]:
             self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
         if is_trained and not self.scaler.no_scaling and self.config.automatic_fallback:
-            undo, casts = leave_casts_to_autocast(model)
+            undo, message = leave_casts_to_autocast(model)
             self.patches.on_undo(undo)
-            if casts:
-                self.note(EventKind.SETUP, f"{casts} of FSDP: {_CASTS}")
+            if message:
+                self.note(EventKind.SETUP, message)
         if isinstance(called, nn.parallel.DistributedDataParallel):
             self.patches.set_attribute(called, "join_hook", self._refuse_join)
         if is_trained:
@@ -793,10 +793,6 @@ _MADE_THEM = (
     " made them non-finite (by a norm or a root of 0, as with eps=0), or code that wrote to the parameters after it. "
 )
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
-_CASTS = (
-    "what enters and leaves its units is no longer cast, so that modules can run in FP32; autocast casts inside of them. "
-    "automatic_fallback=False leaves that as it was."
-)
 _SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."
 
 

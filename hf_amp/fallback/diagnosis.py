@@ -458,11 +458,10 @@ class Diagnoser:
     def _found(self, skip: SkippedStep) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
         if (lockstep := Lockstep.now()) is not None:
-            source = non_finite_source(skip.parameters, forwards, skip.optimizer_state, skip.applied_before)
-            source = source or self._in_gathering()
-            seen = source is not None and source.confirmed
-            if lockstep.anyone(seen):  # a replay would find what others see before it
-                return source if seen and source else _SEEN_ELSEWHERE
+            known = (skip.parameters, forwards, skip.optimizer_state, skip.applied_before)
+            source = non_finite_source(*known) or self._in_gathering() or _SEEN_ELSEWHERE
+            if lockstep.anyone(source.confirmed):  # a replay would find what others see before it
+                return source
         used = self._recorder.forwards_of(skip.step, left_out=False)
         if len(used) < len(forwards):
             found = self._found_in(used, skip)
@@ -501,10 +500,8 @@ class Diagnoser:
 
     def _in_gathering(self) -> Diagnosis | None:
         """The diagnosis of parameters that FSDP2 makes inf of, as it gathers them in half precision; None where it does not."""
-        names = [
-            joined(self._runner.name_of(m), name) for m in self._runner.models() for name in beyond_gathered_format(m)
-        ]
-        if not names:
+        models = [(self._runner.name_of(model), model) for model in self._runner.models()]
+        if not (names := [joined(prefix, name) for prefix, m in models for name in beyond_gathered_format(m)]):
             return None
         return Diagnosis(
             Cause.WEIGHTS,

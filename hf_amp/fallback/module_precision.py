@@ -294,7 +294,8 @@ class PlanRunner:
         _forget_compiled_code()  # of steps before
         if is_trained and holds_shards(model):
             self.sharded = True
-            self.limits = self.limits or ("" if recovers(model) else _NOT_REPEATED)
+            if not recovers(model):
+                self.limits = "; of these shards no forward pass is repeated, modules do not fall back"
         models = self._models if is_trained else self._evaluated
         free = next((index for index, reference in enumerate(models) if reference() is None), len(models))
         if free < len(models):
@@ -340,10 +341,7 @@ class PlanRunner:
         ]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(qualified name, parameter) of every parameter of every trained model, under the same names.
-
-        Of a shard that is gathered now the shard, which the optimizer holds.
-        """
+        """(qualified name, parameter) of every parameter of every trained model, under the same names; of one that is gathered, the shard."""
         for prefix, model in self._trained():
             shards = self._shards.setdefault(model, {})
             for name, p in model.named_parameters():
@@ -424,12 +422,9 @@ def holds_shards(model: nn.Module) -> bool:
 
 
 def recovers(model: nn.Module) -> bool:
-    """Whether a pass of a sharded `model` that fails leaves it whole: not in FSDP1, nor in PyTorch before 2.13."""
-    units = [m for m in model.modules() if is_unit(m) or hasattr(m, "_fsdp_wrapped_module")]
+    """Whether a pass of a sharded `model` that fails leaves it whole: not in FSDP1, nor where PyTorch has no `reset_iter_state`."""
+    units = (m for m in model.modules() if is_unit(m) or hasattr(m, "_fsdp_wrapped_module"))
     return all(hasattr(unit, "reset_iter_state") for unit in units)
-
-
-_NOT_REPEATED = "; of these shards no forward pass is repeated, modules do not fall back"
 
 
 def is_unit(module: nn.Module) -> bool:

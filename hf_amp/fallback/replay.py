@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import math
 import sys
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import in_one_line
+from hf_amp.fallback import sharded
 from hf_amp.fallback.module_precision import (
     CurrentPrecision,
     ForwardContext,
@@ -30,20 +30,10 @@ from hf_amp.fallback.module_precision import (
     recovers,
     to_float32,
 )
-from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of
+from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of, is_reentrant
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
-from hf_amp.fallback.sharded import (
-    BACKWARD,
-    MODULES,
-    OPERATORS,
-    GatheredGradients,
-    Lockstep,
-    Pass,
-    needs_others,
-    plain_forward,
-    silent_around_gathering,
-)
-from hf_amp.patch_log import takes_hooks
+from hf_amp.fallback.sharded import GatheredGradients, Lockstep
+from hf_amp.patch_log import removal, takes_hooks
 from hf_amp.precision import PrecisionMode, upcast
 from hf_amp.statistics import all_finite, extremes, is_distributed, local_part, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
@@ -102,42 +92,34 @@ def replay(
     return found
 
 
-def take_part(current: CurrentPrecision, wanted: Pass, forward: RecordedForward) -> None:
+def take_part(current: CurrentPrecision, wanted: sharded.Pass, forward: RecordedForward) -> None:
     """Makes a pass that another rank of a sharded run wants, with this rank's own batch."""
-    if wanted.kind == MODULES:
-        _replay_modules(forward, current, (), gradients=bool(wanted.variant))
-    elif wanted.kind == OPERATORS:
-        _replay_operators(forward, current, gradients=bool(wanted.variant))
+    variant = bool(wanted.variant)
+    if wanted.kind == sharded.MODULES:
+        _replay_modules(forward, current, (), variant)
+    elif wanted.kind == sharded.OPERATORS:
+        _replay_operators(forward, current, variant)
     else:
-        replay_backward(forward, current, 1.0, 1.0, in_fp32=bool(wanted.variant))
+        replay_backward(forward, current, 1.0, 1.0, variant)
 
 
 def _replay_operators(
     forward: RecordedForward, current: CurrentPrecision, gradients: bool
 ) -> Mapping[str, BadOperator]:
-    """By module, the first operator to blame; none where tensors are spread over ranks, which no rank can compute again by itself."""
-    trace = OperatorTrace(current)
-    _wait_for_turn(OPERATORS, forward, gradients)
-    with suppress(Exception), ExitStack() as stack:
-        stack.enter_context(_nothing_changes(forward.model, gradients))
-        stack.enter_context(current())
-        stack.enter_context(trace.watching(forward.model))
-        units = [unit for unit in forward.model.modules() if is_unit(unit)]
-        stack.enter_context(silent_around_gathering(units, trace.pause))
+    """By module, the first operator to blame."""
+    trace, model = OperatorTrace(current), forward.model
+    sharded.wait_for_turn(sharded.OPERATORS, forward, gradients)
+    silent = sharded.silent_while_gathering(model, lambda on: setattr(trace, "is_silent", on))
+    with suppress(Exception), _nothing_changes(model, gradients), current(), trace.watching(model), silent:
         _repeat(forward)
     return trace.found
-
-
-def _wait_for_turn(kind: int, forward: RecordedForward, variant: bool) -> None:
-    if holds_shards(forward.model) and (lockstep := Lockstep.now()) is not None:
-        lockstep.turn(kind, forward, variant)
 
 
 def _replay_modules(
     forward: RecordedForward, current: CurrentPrecision, without: Collection[str], gradients: bool
 ) -> ReplayFindings:
     watch = _Replay(current, Lockstep.now() if holds_shards(forward.model) else None)
-    _wait_for_turn(MODULES, forward, gradients)
+    sharded.wait_for_turn(sharded.MODULES, forward, gradients)
     handles = []
     for name, module in [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]:
         before, after = watch.look_at(name)
@@ -159,8 +141,7 @@ def _replay_modules(
         watch.findings.error = in_one_line(error)
         watch.blame_candidate()
     finally:
-        for handle in handles:
-            handle.remove()
+        removal(handles)()
     return watch.findings
 
 
@@ -209,24 +190,26 @@ def replay_backward(
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
     trace = OperatorTrace(current, forward=False) if by_operator else None
     gathered = GatheredGradients() if holds_shards(forward.model) else None
-    _wait_for_turn(BACKWARD, forward, in_fp32)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(_nothing_changes(forward.model, gradients=True))
-            stack.enter_context(hooks_silent([p for _, p in named]))
-            if in_fp32:
-                stack.enter_context(ForwardContext.suspended())
-            stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
-            stack.enter_context(gathered.watching(forward.model) if gathered else nullcontext())
-            with trace.watching(forward.model) if trace else nullcontext():
-                output, _ = _repeat(forward, in_fp32)
-                starts, *about = _starts(output, forward, factor, scale)
-                if (ends := _backward(starts, output, named, trace, gathered)) is None:
-                    return None
-    except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
+    sharded.wait_for_turn(sharded.BACKWARD, forward, in_fp32)
+    found = None  # where memory runs out, or whatever the model raises: then nothing is claimed
+    with suppress(Exception), ExitStack() as stack:
+        stack.enter_context(_nothing_changes(forward.model, gradients=True))
+        stack.enter_context(hooks_silent([p for _, p in named]))
+        if in_fp32:
+            stack.enter_context(ForwardContext.suspended())
+        stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
+        stack.enter_context(gathered.watching(forward.model) if gathered else nullcontext())
+        with trace.watching(forward.model) if trace else nullcontext():
+            output, _ = _repeat(forward, in_fp32)
+            starts, *about = _starts(output, forward, factor, scale)
+            if trace is not None and starts:
+                trace.repeats_backward = True
+                trace.watch_backward([x for x, _ in starts])
+            found = gathered.backward(starts, output) if gathered else _backward(starts, named)
+    if found is None:
         return None
-    host = to_host_list(end for _, end in ends)
-    by_name = [(name, pair) for (name, _), pair in zip(ends, zip(host[::2], host[1::2], strict=True), strict=True)]
+    ends = to_host_list(end for _, pair in found for end in pair)
+    by_name = [(name, pair) for (name, _), pair in zip(found, zip(ends[::2], ends[1::2], strict=True), strict=True)]
     bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
     moved = frozenset(name for name, pair in by_name if any(pair))
     output_is_finite = not (bad and non_finite_tensors(output))
@@ -269,28 +252,14 @@ def _starts(
 
 
 def _backward(
-    starts: Sequence[tuple[Tensor, Tensor]],
-    output: Any,
-    named: Sequence[tuple[str, Tensor]],
-    trace: OperatorTrace | None,
-    gathered: GatheredGradients | None,
+    starts: Sequence[tuple[Tensor, Tensor]], named: Sequence[tuple[str, Tensor]]
 ) -> list[tuple[str, Tensor]] | None:
     """(name of a parameter, the least and the largest element of its gradient); None where nothing is known."""
-    is_known = bool(starts)
-    if gathered and not is_known:  # the other ranks wait for this one's part all the same
-        starts = [(x, torch.zeros_like(x)) for _, x in float_tensors(output) if x.requires_grad]
     if not starts:
         return None
-    parameters = [p for _, p in named]
-    ends, seeds = zip(*starts, strict=True)
-    if trace is not None:
-        trace.repeats_backward = True
-        trace.watch_backward(ends)
-    reentrant = any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends]))
-    if gathered:
-        gathered.backward(starts, reentrant)
-        return gathered.ends if is_known else None
-    if not reentrant:
+    (ends, seeds), parameters = zip(*starts, strict=True), [p for _, p in named]
+    gradients: Sequence[Tensor | None]
+    if not is_reentrant(ends):
         gradients = torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
     elif is_distributed():
         return None  # what waits for the other ranks hangs on the gradients' accumulation
@@ -300,7 +269,7 @@ def _backward(
             for p in parameters:
                 p.grad = None
             torch.autograd.backward(ends, seeds)
-            gradients = tuple(p.grad for p in parameters)  # type: ignore[misc]
+            gradients = [p.grad for p in parameters]
         finally:
             for p, gradient in zip(parameters, former, strict=True):
                 p.grad = gradient
@@ -342,8 +311,8 @@ class _Replay:
                 return None
             if name == "":
                 self.findings.returns_loss = any(x.dim() == 0 for _, x in float_tensors(output))
-            bad, lockstep = bool(non_finite_tensors(output)), self._lockstep
-            together = lockstep is not None and (name == "" or needs_others(module)) and lockstep.anyone(bad)
+            bad, asks = bool(non_finite_tensors(output)), self._lockstep
+            together = asks is not None and (name == "" or sharded.needs_others(module)) and asks.anyone(bad)
             if not bad:
                 self._clear(name, (arguments, options))
                 # Where another rank needs it, a part of what is spread over ranks has to be like the others.
@@ -377,7 +346,7 @@ class _Replay:
         self._repeats = True
         try:
             with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
-                forward = (module.forward if is_unit(module) else module) if name else _whole_in_fp32(module)
+                forward = (module.forward if is_unit(module) else module) if name else sharded.without_wrapper(module)
                 return forward(*to_float32(arguments), **to_float32(options))
         finally:
             self._repeats = False
@@ -409,9 +378,8 @@ def _finite_only_in(exact: Any, output: Any) -> bool:
 
 def _holds_nan_or_inf(inputs: Any) -> bool:
     """Whether they hold NaN or inf; -inf may be a mask. One GPU-CPU sync."""
-    return any(
-        to_host_list((x.isnan() | x.isposinf()).any() for x in (local_part(x) for _, x in float_tensors(inputs)))
-    )
+    found = [local_part(x) for _, x in float_tensors(inputs)]
+    return any(to_host_list((x.isnan() | x.isposinf()).any() for x in found))
 
 
 def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
@@ -435,20 +403,8 @@ def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]
     model: Callable[..., Any] = forward.model
     if in_fp32:
         arguments, options = to_float32(arguments), to_float32(options)
-        model = _whole_in_fp32(forward.model)
+        model = sharded.without_wrapper(forward.model)
     return model(*arguments, **options), before.has_moved()
-
-
-def _whole_in_fp32(model: nn.Module) -> Callable[..., Any]:
-    """What to call: the model's own `forward` may be a wrapper that enters autocast again, as accelerate's does."""
-    if not holds_shards(model):
-        return functools.partial(type(model).forward, model)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with plain_forward(model):
-            return model(*args, **kwargs)  # with the hooks that gather its parameters
-
-    return call
 
 
 def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,8 +1,7 @@
 """Replays of a sharded model (FSDP2, tensor parallel), whose forward and backward passes are collectives: in lockstep, or not at all.
 
-Every rank diagnoses by itself. When one wants a pass, all make it, those with nothing to ask too. Before each collective inside of a
-pass all ranks say that they are about to make it: where one has raised, or goes another way, all stop there, with the reason. So
-nobody waits in vain, and every rank knows as much as it would alone. Costs small all-gathers, after a skipped step only.
+Every rank diagnoses by itself. When one wants a pass, all make it. Before each collective in it all ranks say that they are about to
+make it: where one has raised, or goes another way, all stop, with the reason. Costs small all-gathers, after a skipped step only.
 """
 
 from __future__ import annotations
@@ -22,10 +21,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.errors import in_one_line
-from hf_amp.fallback.module_precision import is_unit
-from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.fallback.module_precision import holds_shards, is_unit
+from hf_amp.fallback.operators import is_reentrant
+from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
+from hf_amp.patch_log import removal
 from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import extremes, is_distributed, is_sharded, local_part, to_host_list
+from hf_amp.tree import tensors_in
 
 _DONE, _ASKS, _COLLECTIVE, _ENDS, _FAILED, MODULES, OPERATORS, BACKWARD = range(8)
 """What a rank is about to do; the last three are passes."""
@@ -36,17 +38,13 @@ class RanksParted(RuntimeError):
 
 
 class Pass(NamedTuple):
-    """A pass that all ranks make.
-
-    Attributes:
-        kind: `MODULES`, `OPERATORS` or `BACKWARD`.
-        number: of the forward pass, among those of the step.
-        variant: whether gradients are on; of a backward pass, whether all is in FP32.
-    """
+    """A pass that all ranks make."""
 
     kind: int
     number: int
+    """Of the forward pass, among those of the step."""
     variant: int
+    """Whether gradients are on; of a backward pass, whether all is in FP32."""
 
 
 class Lockstep:
@@ -72,7 +70,7 @@ class Lockstep:
 
     @classmethod
     def now(cls) -> Lockstep | None:
-        """The one that this thread is inside of."""
+        """The one that this thread is in."""
         return cls._of_thread.__dict__.get("now")
 
     @contextmanager
@@ -189,6 +187,12 @@ class Lockstep:
             self.is_talking = False
 
 
+def wait_for_turn(kind: int, forward: RecordedForward, variant: bool) -> None:
+    """Before a pass; at once where it is nobody else's business."""
+    if holds_shards(forward.model) and (lockstep := Lockstep.now()) is not None:
+        lockstep.turn(kind, forward, variant)
+
+
 class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Has all ranks meet before whatever collective the model makes: FSDP's, a tensor-parallel layer's, a gathered loss's."""
 
@@ -208,12 +212,9 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def leave_casts_to_autocast(model: nn.Module) -> tuple[Callable[[], None], str]:
-    """Has FSDP2 cast neither inputs nor outputs of its units to half precision, which no module in FP32 would cure; its effect is at once.
+    """Has FSDP2 cast neither inputs nor outputs of its units to half precision, which no module in FP32 would cure; from now on.
 
-    Reads and sets a private attribute; tests/contract fails by name if it goes.
-
-    Returns:
-        What undoes it, and what it was, in words; "" where nothing was cast.
+    Returns what undoes it, and what was done, in words. Sets a private attribute; tests/contract fails by name if it goes.
     """
     former = []
     for unit in filter(is_unit, model.modules()):
@@ -228,7 +229,13 @@ def leave_casts_to_autocast(model: nn.Module) -> tuple[Callable[[], None], str]:
         for state, policy in former:
             state._mp_policy = policy
 
-    return undo, f"{former[0][1]}" if former else ""
+    return undo, f"{former[0][1]} of FSDP: {_LEFT_OUT}" if former else ""
+
+
+_LEFT_OUT = (
+    "what enters and leaves its units is no longer cast, so that modules can run in FP32; autocast casts inside of them. "
+    "automatic_fallback=False leaves that as it was."
+)
 
 
 def beyond_gathered_format(model: nn.Module) -> list[str]:
@@ -258,40 +265,43 @@ def _reshard(model: nn.Module) -> None:
             inside.update(module.modules())
 
 
-@contextmanager
-def plain_forward(model: nn.Module) -> Iterator[None]:
-    """Inside of it `model` is called without what accelerate has put in the place of its `forward`, which enters autocast again."""
-    own = vars(model).pop("forward", None)
-    try:
-        yield
-    finally:
-        if own is not None:
-            vars(model)["forward"] = own
+def without_wrapper(model: nn.Module) -> Callable[..., Any]:
+    """What to call in `model`'s place: its own `forward` may be a wrapper that enters autocast again, as accelerate's does."""
+    if not holds_shards(model):
+        return functools.partial(type(model).forward, model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        own = vars(model).pop("forward", None)
+        try:
+            return model(*args, **kwargs)  # with the hooks that gather its parameters
+        finally:
+            if own is not None:
+                vars(model)["forward"] = own
+
+    return call
 
 
 @contextmanager
-def silent_around_gathering(units: Sequence[nn.Module], silence: Callable[[bool], None]) -> Iterator[None]:
-    """`silence(True)` before FSDP's own hooks on `units`, `silence(False)` after them: what they compute is not the model's."""
+def silent_while_gathering(model: nn.Module, silence: Callable[[bool], None]) -> Iterator[None]:
+    """`silence(True)` before FSDP's own hooks, `silence(False)` after them: what they compute is not the model's."""
 
     def hook(on: bool, *_: Any) -> None:
         silence(on)
 
-    begin, end = functools.partial(hook, True), functools.partial(hook, False)
-    handles = []
-    for unit in units:
+    begin, end, handles = functools.partial(hook, True), functools.partial(hook, False), []
+    for unit in filter(is_unit, model.modules()):
         handles += [unit.register_forward_pre_hook(begin, prepend=True), unit.register_forward_pre_hook(end)]
         handles += [unit.register_forward_hook(begin, prepend=True), unit.register_forward_hook(end)]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        removal(handles)()
 
 
 class GatheredGradients:
-    """A backward pass that looks at each gradient of a gathered parameter as it comes, and lets go of it: nothing is reduced or kept.
+    """A backward pass that looks at each gradient of a gathered parameter, this rank's own, as it comes, and lets go of it.
 
-    Gradients are this rank's own, so that the rank to blame is known. `.grad` of the shards stays what it is.
+    Nothing is reduced or kept; `.grad` of the shards stays what it is.
     """
 
     def __init__(self) -> None:
@@ -310,8 +320,7 @@ class GatheredGradients:
         try:
             yield
         finally:
-            for handle in self._handles:
-                handle.remove()
+            removal(self._handles)()
 
     def _note(self, prefix: str, unit: nn.Module, *_: Any) -> None:
         for name, p in unit.named_parameters(prefix):
@@ -326,14 +335,16 @@ class GatheredGradients:
             gradient = local_part(gradient.detach())
             self.ends.append((name, extremes(gradient.coalesce().values() if gradient.is_sparse else gradient)))
 
-    def backward(self, starts: Sequence[tuple[Tensor, Tensor]], reentrant: bool) -> None:
-        """From (output, its gradient); `reentrant` where checkpointing is, which wants all leaves to be reached."""
-        outputs, seeds = zip(*starts, strict=True)
+    def backward(self, starts: Sequence[tuple[Tensor, Tensor]], output: Any) -> list[tuple[str, Tensor]] | None:
+        """From (output, its gradient), to `ends`; where nothing is known to start from, None, and the part that others wait for."""
+        found = [x for _, x in tensors_in(output, depth=OBJECTS_DEEP) if x.requires_grad]
+        outputs, seeds = zip(*(starts or [(x, torch.zeros_like(x)) for x in found]), strict=True)
         kept = [(p, p.grad) for p in self._leaves.values()]
         try:
             for p, _ in kept:
                 p.grad = None
-            torch.autograd.backward(outputs, seeds, inputs=None if reentrant else list(self._leaves.values()))
+            torch.autograd.backward(outputs, seeds, inputs=None if is_reentrant(outputs) else [p for p, _ in kept])
         finally:
             for p, gradient in kept:
                 p.grad = gradient
+        return self.ends if starts else None

@@ -76,10 +76,9 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
 
     Args:
         accelerator: with `mixed_precision` "fp16", "bf16", "fp8" or "no", which is followed; one process, or several with
-            DistributedDataParallel or FSDP. Under FSDP1 modules do not fall back, and causes are looked for in weights
-            only: a forward pass of a shard cannot be repeated by one rank. FSDP2 (`fsdp_version=2`) is like DDP, where it
-            gathers parameters in FP32 and autocast casts them: attach before `prepare` has it do so under "fp16", and for
-            `fp32_modules`, unless the plugin has a `mixed_precision_policy` of yours. FP8, which another library runs, is
+            DistributedDataParallel or FSDP. Under FSDP1 modules do not fall back, and causes are looked for in weights only.
+            FSDP2 is as DDP; attached before `prepare`, it gathers parameters in FP32 under "fp16" and for `fp32_modules`, and
+            autocast casts them, unless the plugin has a `mixed_precision_policy` of yours. FP8, which another library runs, is
             checked as BF16 is, without fallback. DeepSpeed, which scales and skips by itself, is only observed.
         config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
         options: options as keywords, in place of a config.
@@ -127,13 +126,12 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
     """A session that decides which optimizer steps are applied, and what else it leaves alone, for people."""
     limits = ""
     if accelerator.distributed_type is DistributedType.FSDP and config.enabled:
-        why = "under FSDP modules run as its mixed_precision_policy says"
         if not accelerator.is_fsdp2:
             limits = "; under FSDP it scales and skips, and modules do not fall back"
         elif gathers_bf16(accelerator) and not gathers_whole_by_default(accelerator, bool(config.fp32_modules)):
             limits = "; FSDP gathers parameters in BF16, so modules do not fall back"
         if limits:
-            config.refuse(["fp32_modules"], why)
+            config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
             config = dataclasses.replace(config, automatic_fallback=False)
     runner = _float8_runner(accelerator)
     if runner is not None:  # which owns the precision of the modules
@@ -359,8 +357,6 @@ class AttachedAccelerator:
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """Prepares a model that FSDP2 shards with the optimizers that hold its shards from then on."""
         accelerator, is_known = self._accelerator, set(map(id, prepared_models(self._accelerator)))
-        for model in [each for each in args if isinstance(each, nn.Module)]:
-            self._session.detach_previous_session(accelerator.unwrap_model(model, keep_torch_compile=False))
         prepared = self._stock["prepare"](*args, **kwargs)
         for model in prepared_models(accelerator):
             if id(model) not in is_known:
@@ -409,8 +405,7 @@ class AttachedAccelerator:
         # accelerate enters no autocast where FSDP2 shards.
         enters = self._fp16_on_cpu or (self._fsdp2 and is_trained and not gathers_bf16(self._accelerator))
         if enters:
-            everywhere = self._fp16_on_cpu or session.requested_mode is PrecisionMode.FP32
-            session.patches.on_undo(self._context.install(model, everywhere=everywhere))
+            session.patches.on_undo(self._context.install(model, everywhere=self._fp16_on_cpu))
         if enters and takes_hooks(model):  # before the session, which keeps what these outputs are given
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
         session.register_model(model, entry_point=prepared, is_trained=is_trained)

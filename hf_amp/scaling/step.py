@@ -23,12 +23,10 @@ from hf_amp.precision import FP16_FORMAT, FP32_FORMAT
 from hf_amp.scaling.policies import Observation
 from hf_amp.statistics import (
     PendingTransfer,
-    all_gather_max,
     all_reduce_max,
     argument,
     by_device_and_dtype,
     collect,
-    copies_of,
     count_non_finite,
     elements_of,
     exact_norm,
@@ -42,6 +40,7 @@ from hf_amp.statistics import (
     to_host,
     total_amax,
     underflow_fraction,
+    with_copies,
 )
 
 EXTRA = "extra "
@@ -393,9 +392,8 @@ def check(
     if (sharded or request.agree) and is_distributed():
         bad = None if loss_flags is None else loss_flags.isnan().float().amax()
         sizes = () if underflow is None else underflow.unbind()
-        part = norm if sharded else None
         worst, bad, amax, bounded_amax, wanted, *sizes_of_all, whole = _agreed(
-            found_inf, bad, amax, bounded_amax, wanted, *sizes, part_of_norm=part
+            found_inf, bad, amax, bounded_amax, wanted, *sizes, part_of_norm=norm if sharded else None
         )
         norm = whole if sharded else norm
         found_inf = cast(Tensor, worst)
@@ -478,32 +476,20 @@ def _agreed(*values: Tensor | None, part_of_norm: Tensor | None = None) -> list[
     """The largest over all ranks of each, and last the norm; None stays, which all ranks have in the same places."""
     if not is_distributed():
         return [*values, part_of_norm]
-    known = [value for value in values if value is not None]
-    if part_of_norm is None:
-        agreed = iter(all_reduce_max(*known))
-    else:
-        agreed = iter(all_gather_max(*known, part_of_norm=part_of_norm))
+    known = (value for value in values if value is not None)
+    agreed = iter(all_reduce_max(*known, part_of_norm=part_of_norm))
     return [None if value is None else next(agreed) for value in (*values, part_of_norm)]
 
 
 def _part_of_norm(optimizer: torch.optim.Optimizer, norm: Tensor, device: torch.device) -> Tensor | None:
-    """This rank's part of the norm of sharded gradients, whose local `norm` is given: what several ranks hold counts once.
-
-    None where some are sums that are not made yet.
-    """
+    """This rank's part of the norm of sharded gradients, of which several may hold copies; None where sums are still to be made."""
     held: dict[float, list[Tensor]] = {}
-    for p in held_by(optimizer):
-        if p.grad is not None:
-            held.setdefault(copies_of(p.grad), []).append(local_part(p.grad))
-    if 0 in held:
-        return None
-    if len(held) <= 1:
-        return norm * math.sqrt(1 / next(iter(held), 1.0))
-    parts = [
-        cast(Tensor, norm_and_amax(gradients, device, amax=False)[0]) * copies**-0.5
-        for copies, gradients in held.items()
-    ]
-    return cast(Tensor, torch.linalg.vector_norm(torch.stack(parts)))
+    for copies, gradient in with_copies([p.grad for p in held_by(optimizer) if p.grad is not None]):
+        held.setdefault(copies, []).append(gradient)
+    if 0 in held or len(held) <= 1:
+        return None if 0 in held else norm * math.sqrt(1 / next(iter(held), 1.0))
+    parts = (norm_and_amax([local_part(g) for g in each], device, amax=False)[0] for each in held.values())
+    return torch.stack([cast(Tensor, part).square() / n for part, n in zip(parts, held, strict=True)]).sum().sqrt_()
 
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16)
