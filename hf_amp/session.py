@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
+from hf_amp.fallback.sharded import leave_casts_to_autocast
 from hf_amp.monitoring.frozen import FrozenDetector, HalfParameter, remedies_in_words
 from hf_amp.monitoring.modules import LOST, ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
@@ -90,6 +91,7 @@ class AmpSession(EventRecorder):
         stall: whether anything can be learned yet.
         throughput: how fast the run goes.
         patches: what was changed on the instances attached to; undone by `detach`.
+        without_scaler: makes a context in which prepared optimizers take steps that are not training's.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class AmpSession(EventRecorder):
         self.requested_mode = mode
         self.folds_clipping = False
         self.patches = PatchLog()
+        self.without_scaler: Callable[[], AbstractContextManager[None]] = nullcontext
         self.monitor = PrecisionMonitor()
         self.monitor.scale = scaler.get_scale()  # known before the first step, and on the host
         self.stall = StallDetector(config.patience)
@@ -162,8 +165,8 @@ class AmpSession(EventRecorder):
             session.scaler.update()
 
         Args:
-            model: plain, sharded, or in DataParallel or DistributedDataParallel; on its device. Of a sharded one no forward
-                pass is repeated, because the other ranks would have to: causes are looked for in weights and batches.
+            model: plain, sharded by FSDP2 or tensor parallel, or in DataParallel or DistributedDataParallel; on its device. Of
+                FSDP1's no forward pass is repeated: causes are looked for in weights and batches.
             optimizer: of that model; before its first step.
             config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
             options: options as keywords, in place of a config.
@@ -226,9 +229,7 @@ class AmpSession(EventRecorder):
             return "without hf_amp, which the config disables"
         if self._description is not None:
             return self._description
-        limits = "; its parameters are sharded: no forward pass is repeated, modules do not fall back"
-        described = self.hardware.describe(self.plan.default, self.config.emulate)
-        return described + limits * self._fallback.runner.sharded
+        return self.hardware.describe(self.plan.default, self.config.emulate) + self._fallback.runner.limits
 
     def run_metadata(self) -> dict[str, Any]:
         """What a log begins with: the precision, the options in force, the model, and what it runs on, as plain data."""
@@ -469,6 +470,8 @@ class AmpSession(EventRecorder):
         diagnosis = self._fallback.diagnose(skip, self.scaler.ranks_agree)
         elements = sum(p.grad.numel() for _, p in parameters if p.grad is not None)
         fraction = outcome.non_finite_fraction(elements)
+        if self._fallback.runner.sharded and is_distributed():  # each rank has counted its own part
+            (fraction,) = all_reduce_max_to_host(torch.tensor([fraction], device=self._fallback.runner.device))
         change = self._fallback.after_skipped(diagnosis, fraction, outcome.scale)
         self._finding = _Finding(diagnosis, change, outcome.backward, {id(optimizer)})
         return self._finding
@@ -526,6 +529,11 @@ class AmpSession(EventRecorder):
         self.patches.on_undo(self._fallback.recorder.watch(called, model))
         if scripted := [name or "the model" for name, module in model.named_modules() if not takes_hooks(module)]:
             self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
+        if is_trained and not self.scaler.no_scaling and self.config.automatic_fallback:
+            undo, message = leave_casts_to_autocast(model)
+            self.patches.on_undo(undo)
+            if message:
+                self.note(EventKind.SETUP, message)
         if isinstance(called, nn.parallel.DistributedDataParallel):
             self.patches.set_attribute(called, "join_hook", self._refuse_join)
         if callable(generate := getattr(model, "generate", None)):  # it raises where the logits are NaN

@@ -248,7 +248,6 @@ class ForwardRecorder:
         is_paused: whether nothing is noted, because forward passes are repeated.
         gradient_bytes: of what the loss gives to outputs, so many are kept of a step at most.
         compiled: whether what is called in a model's place was made by torch.compile.
-        compiled: whether what is called in a model's place was made by torch.compile.
         functional_step: the newest step in which torch.func has called a model, which cannot be repeated.
         one_graph: whether compiled code that may not break its graph calls a model.
         on_error: called with what a training model's forward pass has raised.

@@ -31,8 +31,11 @@ from hf_amp.fallback.module_precision import ForwardContext
 from hf_amp.fallback.plan import common_to_ranks
 from hf_amp.integrations import deepspeed
 from hf_amp.integrations._compat import (
+    WHOLE,
     forget_skip,
     forward_before_autocast,
+    gathers_bf16,
+    gathers_whole_by_default,
     has_step_hooks,
     in_its_ddp,
     prepared_models,
@@ -73,10 +76,10 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
 
     Args:
         accelerator: with `mixed_precision` "fp16", "bf16", "fp8" or "no", which is followed; one process, or several with
-            DistributedDataParallel or FSDP. Under FSDP modules do not fall back, and causes are looked for in weights
-            only: a forward pass of a shard cannot be repeated by one rank. The same, and batches, where the model itself is
-            sharded (`DistributedConfig` of transformers, tensor parallel). FP8, which another library runs, is checked as
-            BF16 is, without fallback. DeepSpeed, which scales and skips by itself, is only observed.
+            DistributedDataParallel or FSDP. Under FSDP1 modules do not fall back, and causes are looked for in weights only.
+            FSDP2 is as DDP; attached before `prepare`, it gathers parameters in FP32 under "fp16" and for `fp32_modules`, and
+            autocast casts them, unless the plugin has a `mixed_precision_policy` of yours. FP8, which another library runs, is
+            checked as BF16 is, without fallback. DeepSpeed, which scales and skips by itself, is only observed.
         config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
         options: options as keywords, in place of a config.
 
@@ -122,11 +125,14 @@ def session_of(accelerator: Any) -> AmpSession | None:
 def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tuple[AmpSession, str]:
     """A session that decides which optimizer steps are applied, and what else it leaves alone, for people."""
     limits = ""
-    if accelerator.distributed_type is DistributedType.FSDP:
-        # Forward passes of a shard wait for those of the other ranks: none is repeated to find a cause, or changed.
-        config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
-        config = dataclasses.replace(config, automatic_fallback=False)
-        limits = "; under FSDP it scales and skips, and modules do not fall back"
+    if accelerator.distributed_type is DistributedType.FSDP and config.enabled:
+        if not accelerator.is_fsdp2:
+            limits = "; under FSDP it scales and skips, and modules do not fall back"
+        elif gathers_bf16(accelerator) and not gathers_whole_by_default(accelerator, bool(config.fp32_modules)):
+            limits = "; FSDP gathers parameters in BF16, so modules do not fall back"
+        if limits:
+            config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
+            config = dataclasses.replace(config, automatic_fallback=False)
     runner = _float8_runner(accelerator)
     if runner is not None:  # which owns the precision of the modules
         options = ("precision_mode", "half_parameters", "communication_precision", "fp32_modules")
@@ -205,7 +211,10 @@ class AttachedAccelerator:
     def __init__(self, accelerator: Accelerator, session: AmpSession) -> None:
         self._accelerator, self._session = accelerator, session
         self._masters = session.scaler.master_weights
-        self._sharded = accelerator.distributed_type is DistributedType.FSDP
+        self._fsdp2 = accelerator.is_fsdp2
+        self._sharded = accelerator.distributed_type is DistributedType.FSDP and not self._fsdp2
+        if self._fsdp2 and gathers_whole_by_default(accelerator, bool(session.config.fp32_modules)):
+            session.patches.set_attribute(accelerator.state.fsdp_plugin, "mixed_precision_policy", WHOLE)
         # On a CPU accelerate builds neither scaler nor autocast for "fp16", and runs FP32.
         self._fp16_on_cpu = not session.scaler.no_scaling and accelerator.device.type == "cpu"
         # Inside DDP a change of dtype would cut parameters off from the reduction of their gradients. accelerate lists
@@ -220,6 +229,8 @@ class AttachedAccelerator:
         self._known_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         session.patches.set_attribute(accelerator, _SESSION, session)
         self._optimizers = PreparedOptimizers(accelerator, session)
+        if accelerator.distributed_type is DistributedType.FSDP:
+            session.without_scaler = self._optimizers.without_scaler
         self._stock: dict[str, Any] = {}
         for name, replacement in self.replacements().items():
             self._stock[name] = former = getattr(accelerator, name)
@@ -247,6 +258,8 @@ class AttachedAccelerator:
             changed["clip_grad_norm_"] = self.clip_grad_norm_
         if not scales and self._masters is not None:
             changed["unscale_gradients"] = self.unscale_gradients
+        if self._fsdp2:
+            changed["prepare"] = self.prepare
         if not self._sharded:
             changed |= {"prepare_model": self.prepare_model, "autocast": self.autocast}
             if self._fp16_on_cpu:
@@ -341,9 +354,20 @@ class AttachedAccelerator:
         self._register_model(prepared, inner, is_trained=not evaluation_mode)
         return prepared
 
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepares a model that FSDP2 shards with the optimizers that hold its shards from then on."""
+        accelerator, is_known = self._accelerator, set(map(id, prepared_models(self._accelerator)))
+        prepared = self._stock["prepare"](*args, **kwargs)
+        for model in prepared_models(accelerator):
+            if id(model) not in is_known:
+                self._register_model(model, accelerator.unwrap_model(model, keep_torch_compile=False))
+        for optimizer in prepared_optimizers(accelerator):
+            self._register_optimizer(optimizer.optimizer)
+        return prepared
+
     def prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Prepares an optimizer whose steps the session's scaler decides."""
-        if not self._sharded:
+        if not self._sharded and not self._fsdp2:
             # Before, because preparing loads the optimizer's state, which rounds it to what its parameters are.
             self._register_optimizer(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
         prepared = self._stock["prepare_optimizer"](optimizer, *args, **kwargs)
@@ -378,12 +402,14 @@ class AttachedAccelerator:
         if model in self._registered:
             return
         self._registered.add(model)
-        if self._fp16_on_cpu:
-            session.patches.on_undo(self._context.install(model))
-        if self._fp16_on_cpu and takes_hooks(model):  # before the session, which keeps what these outputs are given
+        # accelerate enters no autocast where FSDP2 shards.
+        enters = self._fp16_on_cpu or (self._fsdp2 and is_trained and not gathers_bf16(self._accelerator))
+        if enters:
+            session.patches.on_undo(self._context.install(model, everywhere=self._fp16_on_cpu))
+        if enters and takes_hooks(model):  # before the session, which keeps what these outputs are given
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
-        if not self._fp16_on_cpu:
+        if not enters:
             session.follow_default(_changer_of_forward(weakref.ref(model), session))
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:

@@ -295,7 +295,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if record is None:
             unscale = Unscale.NONE if self.no_scaling else Unscale.FUSED
             record = self._check(optimizer, unscale, norm=True, order=order)
-            if in_place and record.norm is not None:
+            if (in_place or record.sharded) and record.norm is not None:
                 return record.clip_in_place(float(max_norm))
         if record.unscale is not Unscale.FUSED:
             return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
