@@ -81,7 +81,7 @@ def replay(
         found = found if again.error else again
     if by_operator and (found.overflowing or found.first_non_finite is not None):
         trace = OperatorTrace(current)
-        with suppress(Exception), _nothing_changes(forward.model, gradients), current(), trace.watching(forward.model):
+        with suppress(Exception), nothing_changes(forward.model, gradients), current(), trace.watching(forward.model):
             _repeat(forward)
         found.operators = trace.found
     return found
@@ -99,7 +99,7 @@ def _replay_modules(
     # Torch goes through the hooks of the model itself while it handles what its forward has raised: none may come or go.
     begin, end = watch.look_at("")
     try:
-        with _nothing_changes(forward.model, gradients), current():
+        with nothing_changes(forward.model, gradients), current():
             for x in (attrgetter(name)(forward.model) for name in without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
@@ -162,14 +162,14 @@ def replay_backward(
     trace = OperatorTrace(current, forward=False) if by_operator else None
     try:
         with ExitStack() as stack:
-            stack.enter_context(_nothing_changes(forward.model, gradients=True))
+            stack.enter_context(nothing_changes(forward.model, gradients=True))
             stack.enter_context(hooks_silent([p for _, p in named]))
             if in_fp32:
                 stack.enter_context(ForwardContext.suspended())
             stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
             with trace.watching(forward.model) if trace else nullcontext():
                 output, _ = _repeat(forward, in_fp32)
-                starts, *about = _starts(output, forward, factor, scale)
+                starts, *about = starts_of(output, forward, factor, scale)
                 gradients = _backward(starts, [p for _, p in named], trace) if starts else None
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
@@ -199,7 +199,7 @@ def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
             setattr(p, kind, hooks)
 
 
-def _starts(
+def starts_of(
     output: Any, forward: RecordedForward, factor: float, scale: float
 ) -> tuple[list[tuple[Tensor, Tensor]], bool, list[str], bool]:
     """(output, its gradient) of those that backward starts from, none where nothing is known; the rest as in `BackwardFindings`."""
@@ -354,7 +354,7 @@ def non_finite_tensors(value: Any) -> list[Tensor]:
 
 def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
     """What the model returns for the same batch and the same random numbers, and whether it draws any."""
-    arguments, options = _inputs_to_repeat(forward)
+    arguments, options = inputs_to_repeat(forward)
     if forward.random_state is not None:
         forward.random_state.restore()
     before = RandomState.now(devices_of(forward.model))
@@ -365,7 +365,7 @@ def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]
     return model(*arguments, **options), before.has_moved()
 
 
-def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The batch itself, in copies of whatever else holds it: a cache of keys and values would grow again.
 
     Raises:
@@ -394,7 +394,7 @@ class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+def nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """Buffers, with their versions, plain attributes (counters, caches) and random state are afterwards what they are now;
     nothing is compiled, and nothing recorded for backward, but with `gradients`.
 
