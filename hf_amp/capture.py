@@ -118,6 +118,13 @@ class Digest(NamedTuple):
         return float(torch.linalg.vector_norm(self.sketch - other.sketch))
 
 
+class Spacing(NamedTuple):
+    """What rounding to a format does: the spacing of its numbers at one, and of the smallest ones."""
+
+    eps: float
+    least: float
+
+
 class Key(NamedTuple):
     """Where a tensor is.
 
@@ -159,12 +166,13 @@ class Trace:
     facts: dict[str, Any] = field(default_factory=dict)
     raised: tuple[str, str] | None = None
 
-    def measure(self, perturbed: Trace, eps: float) -> None:
-        """Sets `deviations`: how far `perturbed`, the same step with noise of relative size `eps`, is from this one."""
+    def measure(self, perturbed: Trace, noise: Spacing) -> None:
+        """Sets `deviations`: how far `perturbed`, the same step with noise, is from this one, and a rounding more."""
         for key, digest in self.digests.items():
             other = perturbed.digests.get(key)
             moved = digest.distance(other) if other and other.shape == digest.shape else 0.0
-            self.deviations[key] = moved + eps * digest.norm
+            least = noise.least * math.sqrt(math.prod(digest.shape))
+            self.deviations[key] = moved + noise.eps * digest.norm + least
 
 
 class _Watched(torch.autograd.Function):
@@ -194,7 +202,7 @@ class Tracer:
         current: the precision; where an output leaves its range from inputs that do not, the step goes on with FP32's.
         forced: what every module takes, returns, and gets as gradients, in place of its own, by key, so that each is seen by
             itself; None for a free run.
-        noise: relative size of random changes to what modules return, and, where it is forced, to what they take.
+        noise: size of random changes to what modules return, and, where it is forced, to what they take.
         keeps: whether the tensors themselves are kept.
         size: of samples.
     """
@@ -203,7 +211,7 @@ class Tracer:
         self,
         current: CurrentPrecision,
         forced: Callable[[Key], Tensor | None] | None = None,
-        noise: float = 0.0,
+        noise: Spacing | None = None,
         keeps: bool = False,
         size: int = SAMPLE,
     ) -> None:
@@ -300,17 +308,17 @@ class Tracer:
         else:
             value = None
         if self._noise and x.is_floating_point() and (self._forced is not None or key.what.startswith("output")):
-            value = self._noisy(x.detach() if value is None else value)
+            value = self._noisy(x.detach() if value is None else value, self._noise)
         return value
 
-    def _noisy(self, x: Tensor) -> Tensor:
+    def _noisy(self, x: Tensor, noise: Spacing) -> Tensor:
         generator = self._generators.get(x.device)
         if generator is None:
             generator = self._generators[x.device] = torch.Generator(x.device).manual_seed(1)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.double() if x.dtype == torch.float64 else x.float()
             signs = torch.rand(x.shape, generator=generator, device=x.device).lt(0.5).to(wide.dtype) * 2 - 1
-            moved = (wide * (1 + self._noise * signs)).to(x.dtype)
+            moved = (wide + signs * (noise.eps * wide + noise.least)).to(x.dtype)
             return torch.where(x.abs() < torch.finfo(x.dtype).max / 2, moved, x)
 
     def watching(self, model: nn.Module, root: nn.Module) -> Iterator[Any]:
@@ -421,14 +429,15 @@ def _facts(model: nn.Module, current: CurrentPrecision) -> dict[str, Any]:
     }
 
 
-def eps_of(current: CurrentPrecision, model: nn.Module) -> float:
-    """The spacing at one of the coarsest format that a run computes in; TF32's (NVIDIA: 10 bits) where products run in it."""
+def spacing_of(current: CurrentPrecision, model: nn.Module) -> Spacing:
+    """That of the coarsest format that a run computes in; TF32's (NVIDIA: 10 bits) where products run in it."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1}
     if not current.is_over:
         dtypes.add(current.mode.number_format.dtype)
-    eps = max((torch.finfo(dtype).eps for dtype in dtypes or {torch.float32}), default=0.0)
-    on_cuda = any(device.type == "cuda" for device in devices_of(model))
-    return max(eps, 2.0**-10) if on_cuda and torch.backends.cuda.matmul.allow_tf32 else float(eps)
+    formats = [Spacing(f.eps, f.smallest_normal * f.eps) for f in map(torch.finfo, dtypes or {torch.float32})]
+    if any(device.type == "cuda" for device in devices_of(model)) and torch.backends.cuda.matmul.allow_tf32:
+        formats.append(Spacing(2.0**-10, 0.0))
+    return max(formats)
 
 
 def scale_for(forward: RecordedForward, current: CurrentPrecision) -> float:
@@ -447,12 +456,11 @@ def captured(forward: RecordedForward, current: CurrentPrecision, scale: float |
     After TTrace (arXiv 2506.09280): noise of the format's spacing at what every module returns, and its gradient, goes through
     the rest of the step and shows by how much rounding moves what comes after. Costs a third step in FP16 without `scale`.
     """
-    eps = eps_of(current, forward.model)
+    noise = spacing_of(current, forward.model)
     scale = scale_for(forward, current) if scale is None else scale
     trace = trace_step(forward, Tracer(current), scale)
     if trace.raised is None:
-        trace.measure(trace_step(forward, Tracer(current, noise=eps), scale), eps)
-    trace.facts["eps"] = eps
+        trace.measure(trace_step(forward, Tracer(current, noise=noise), scale), noise)
     return trace
 
 

@@ -20,7 +20,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hf_amp.capture import Digest, Key, Trace, Tracer, captured, eps_of, load_capture, scale_for, trace_step
+from hf_amp.capture import (
+    Digest,
+    Key,
+    Spacing,
+    Trace,
+    Tracer,
+    captured,
+    load_capture,
+    scale_for,
+    spacing_of,
+    trace_step,
+)
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import counted_names
@@ -274,12 +285,12 @@ class _Pair:
             return trace_step(forward, Tracer(current, **how), self._scale, self._called[side], eager)
 
     def compared(self) -> Comparison:
-        eps, scales = [], []
+        spacings, scales = [], []
         for side in (0, 1):
             with self._settings[side].entered(self._models[side]) as current:
-                eps.append(eps_of(current, self._models[side]))
+                spacings.append(spacing_of(current, self._models[side]))
                 scales.append(scale_for(self._forward(0), current))
-        self._scale, spacing = max(scales, key=lambda s: s != 1.0), max(eps)
+        self._scale, spacing = max(scales, key=lambda s: s != 1.0), max(spacings)
         own = self._trace(0, keeps=True)
         if own.raised:
             raise AttachError(
@@ -296,12 +307,12 @@ class _Pair:
             return found if eager.agrees else eager
         return self._by_module(own, spacing)
 
-    def _by_module(self, own: Trace, eps: float) -> Comparison:
+    def _by_module(self, own: Trace, spacing: Spacing) -> Comparison:
         free = self._trace(1)
         pairs = _pairs(own, free)
         if free.raised:
             return _compared(own, free, pairs, isolated=False)
-        own.measure(self._trace(0, forced=own.values.get, noise=eps), eps)
+        own.measure(self._trace(0, forced=own.values.get, noise=spacing), spacing)
         alone = self._trace(1, forced=lambda key: own.values.get(pairs[key]) if key in pairs else None)
         if alone.raised:
             found = _compared(own, free, pairs, isolated=False)
@@ -412,10 +423,12 @@ def _compared(a: Trace, b: Trace, pairs: Mapping[Key, Key], isolated: bool) -> C
         result.differences = [Difference(b.raised[0], "forward", b.raised[1], "raises")]
     if result.differences:
         result.first = _with_state(result.differences[0], result.state, named)
-        sources = (
-            result.differences if isolated else [result.first, *(d for d in result.differences if d.kind == "NaN")]
-        )
-        result.modules = list(dict.fromkeys(_with_state(each, result.state, named).module for each in sources))
+        spoilt = {key[:2] for key, each in found if key.what == "input" and each.kind == "NaN"}
+        own = [each for key, each in found if each.kind != "NaN" or not (key[:2] in spoilt and key.what == "output")]
+        own = [each for each in own if each.kind != "NaN" or each.direction == "forward" or not first_forward]
+        alone = [each for each in own if isolated or each.kind == "NaN"]
+        sources = [result.first, *(_with_state(each, result.state, named) for each in alone)]
+        result.modules = list(dict.fromkeys(each.module for each in sources))
     return result
 
 
@@ -463,10 +476,14 @@ def kind_of(a: Digest, b: Digest, bound: float, same_dtype: bool = True) -> tupl
         return "wrong dtype", distance / norm if norm else math.inf, bound / norm if norm else 0.0
     if distance <= bound:
         return None
-    return _kind(a, b, distance, bound), distance / norm if norm else math.inf, bound / norm if norm else 0.0
+    return (
+        _kind(a, b, distance, bound, same_dtype),
+        distance / norm if norm else math.inf,
+        bound / norm if norm else 0.0,
+    )
 
 
-def _kind(a: Digest, b: Digest, distance: float, bound: float) -> str:
+def _kind(a: Digest, b: Digest, distance: float, bound: float, same_dtype: bool) -> str:
     enough = max(bound, 0.02 * distance)  # what may be left over by an explanation
     x, y = a.sketch, b.sketch
     factor = float(x @ y) / (float(x @ x) or 1.0)
@@ -480,7 +497,7 @@ def _kind(a: Digest, b: Digest, distance: float, bound: float) -> str:
     if _is_permuted(a, b, distance):
         return "swapped order"
     sample, own = (b.sample, a.sample)
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16) if same_dtype else ():
         if torch.equal(sample.to(dtype).float(), sample) and not torch.equal(own.to(dtype).float(), own):
             return "wrong dtype (rounded to " + ("BF16)" if dtype is torch.bfloat16 else "FP16)")
     return "noise"

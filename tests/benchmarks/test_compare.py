@@ -40,9 +40,11 @@ def corruptions(count: int, captures: bool = True) -> list[Row]:
     verdicts: Counter[tuple[str, str]] = Counter()
     with TemporaryDirectory() as folder:
         for case in cases(count):
-            verdicts[case.corruption, judged(*case.compared())] += 1
-            if captures:
-                verdicts["all, from captures alone", from_captures(case, Path(folder))] += 1
+            verdicts[case.corruption, verdict := judged(*case.compared())] += 1
+            alone = from_captures(case, Path(folder)) if captures else ""
+            verdicts["all, from captures alone", alone] += captures
+            if {verdict, alone} - {"right", ""}:
+                print(f"{case}: {verdict}; from captures alone {alone}", flush=True)
     for (kind, verdict), number in list(verdicts.items()):
         if kind in CORRUPTIONS:
             verdicts["all", verdict] += number
@@ -56,6 +58,8 @@ def equal_code(count: int, compiled: bool = True) -> list[Row]:
     pairs: Counter[str] = Counter()
     for pair in equal_pairs(count, compiled):
         found = pair.compared()
+        if not found.agrees:
+            print(f"{pair}: {found.sentence()}", flush=True)
         for kind in (pair.what, "all"):
             pairs[kind] += 1
             alarms[kind] += not found.agrees or bool(found.state)
