@@ -371,14 +371,13 @@ def trace_step(
                 module.gradient_checkpointing = False  # type: ignore[assignment]  # it would run modules once more
         for handle in tracer.watching(model, model if eager else root):
             stack.callback(handle.remove)
-        stack.enter_context(tracer._current())
         try:
             arguments, options = inputs_to_repeat(forward)
             if forward.random_state is not None:
                 forward.random_state.restore()
-            output = (model if eager else root)(*arguments, **options)
-            pairs = _starts(output, forward, scale)
-            if pairs:
+            with tracer._current():
+                output = (model if eager else root)(*arguments, **options)
+            if pairs := _starts(output, forward, scale):
                 ends, seeds = zip(*pairs, strict=True)
                 found = torch.autograd.grad(ends, list(parameters.values()), seeds, allow_unused=True)
                 for (name, _), gradient in reversed(list(zip(parameters.items(), found, strict=True))):

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,9 +18,9 @@ from hf_amp.capture import captured, save_capture
 from hf_amp.comparison import Setting, compare
 from hf_amp.fallback.recorder import RecordedForward
 from tests.benchmarks.measuring import Row, parser, write
-from tests.corruptions import CORRUPTIONS, EQUAL_CODE, Case, cases, equal_pairs, judged
+from tests.corruptions import CORRUPTIONS, EQUAL_CODE, Case, EqualPair, cases, equal_pairs, judged
 
-CORRUPTED, EQUAL = 200, 100
+CORRUPTED, EQUAL, PROCESSES = 200, 100, 3
 
 
 def from_captures(case: Case, folder: Path) -> str:
@@ -35,40 +37,46 @@ def from_captures(case: Case, folder: Path) -> str:
     return judged(compare(*files), truth)
 
 
-def corruptions(count: int, captures: bool = True) -> list[Row]:
-    """A row a kind of corruption, one for all, and one for all from capture files alone."""
-    verdicts: Counter[tuple[str, str]] = Counter()
+def _verdicts(case: Case) -> tuple[str, str]:
+    """With both models at hand, and from captures alone."""
     with TemporaryDirectory() as folder:
-        for case in cases(count):
-            verdicts[case.corruption, verdict := judged(*case.compared())] += 1
-            alone = from_captures(case, Path(folder)) if captures else ""
-            verdicts["all, from captures alone", alone] += captures
-            if {verdict, alone} - {"right", ""}:
-                print(f"{case}: {verdict}; from captures alone {alone}", flush=True)
-    for (kind, verdict), number in list(verdicts.items()):
-        if kind in CORRUPTIONS:
-            verdicts["all", verdict] += number
-    names = [*CORRUPTIONS, "all", *["all, from captures alone"] * captures]
-    return [_row("corrupted", name, {v: verdicts[name, v] for v in ("right", "not seen", "wrong")}) for name in names]
+        verdicts = judged(*case.compared()), from_captures(case, Path(folder))
+    if set(verdicts) != {"right"}:
+        print(f"{case}: {verdicts[0]}; from captures alone {verdicts[1]}", flush=True)
+    return verdicts
 
 
-def equal_code(count: int, compiled: bool = True) -> list[Row]:
+def _alarms(pair: EqualPair) -> int:
+    found = pair.compared()
+    if not found.agrees:
+        print(f"{pair}: {found.sentence()}", flush=True)
+    return not found.agrees or bool(found.state)
+
+
+def corruptions(some: Sequence[Case], verdicts: Sequence[tuple[str, str]]) -> list[Row]:
+    """A row a kind of corruption, one for all, and one for all from capture files alone."""
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in (*CORRUPTIONS, "all", "all, from captures alone")}
+    for case, (with_models, alone) in zip(some, verdicts, strict=True):
+        for kind, verdict in (
+            (case.corruption, with_models),
+            ("all", with_models),
+            ("all, from captures alone", alone),
+        ):
+            counts[kind][verdict] += 1
+    return [_row("corrupted", kind, its) for kind, its in counts.items()]
+
+
+def equal_code(some: Sequence[EqualPair], alarms: Sequence[int]) -> list[Row]:
     """A row a kind of equal code, and one for all: how many of them were said to differ."""
-    alarms: Counter[str] = Counter()
-    pairs: Counter[str] = Counter()
-    for pair in equal_pairs(count, compiled):
-        found = pair.compared()
-        if not found.agrees:
-            print(f"{pair}: {found.sentence()}", flush=True)
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in (*EQUAL_CODE, "all")}
+    for pair, alarm in zip(some, alarms, strict=True):
         for kind in (pair.what, "all"):
-            pairs[kind] += 1
-            alarms[kind] += not found.agrees or bool(found.state)
-    kinds = [kind for kind in (*EQUAL_CODE, "all") if pairs[kind]]
-    return [_row("equal code", kind, {"right": pairs[kind] - alarms[kind], "wrong": alarms[kind]}) for kind in kinds]
+            counts[kind]["wrong" if alarm else "right"] += 1
+    return [_row("equal code", kind, its) for kind, its in counts.items() if its]
 
 
-def _row(pairs: str, what: str, counts: dict[str, int]) -> Row:
-    seen = {"right": 0, "not seen": 0, "wrong": 0} | counts
+def _row(pairs: str, what: str, counts: Mapping[str, int]) -> Row:
+    seen = {"right": 0, "not seen": 0, "wrong": 0, **counts}
     return {
         "pairs": pairs,
         "what": what,
@@ -80,17 +88,20 @@ def _row(pairs: str, what: str, counts: dict[str, int]) -> Row:
 def main() -> None:
     options = parser().parse_args()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    rows = corruptions(CORRUPTED) + equal_code(EQUAL)
+    some, equal = list(cases(CORRUPTED)), list(equal_pairs(EQUAL))
+    with get_context("fork").Pool(PROCESSES) as pool:  # before this process has computed anything
+        rows = corruptions(some, pool.map(_verdicts, some, 1)) + equal_code(equal, pool.map(_alarms, equal, 1))
     write("compare", {"rows": rows}, options.out)
 
 
 def test_the_rows_add_up() -> None:
-    """Seven corruptions, one of each kind, and six pairs of equal code: the row for all is the sum of the others."""
-    *rows, everything = corruptions(7, captures=False)
-    assert everything["tried"] == 7
-    assert sum(row["right"] for row in rows) == everything["right"] == 7
-    *rows, everything = equal_code(6, compiled=False)
-    assert sum(row["tried"] for row in rows) == everything["tried"] == everything["right"] == 6
+    """Of each kind a corruption, and one pair of equal code: the rows for all are the sum of the others."""
+    some = list(cases(7))
+    *rows, everything, _ = corruptions(some, [("right", "not seen")] * 6 + [_verdicts(some[6])])
+    assert everything["tried"] == sum(row["right"] for row in rows) == everything["right"] == 7
+    pairs = list(equal_pairs(2))
+    *rows, everything = equal_code(pairs, [_alarms(pairs[0]), 1])
+    assert (everything["tried"], everything["right"]) == (2, 1)
 
 
 if __name__ == "__main__":
