@@ -27,14 +27,8 @@ from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import StateError, in_one_line
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.fallback.replay import (
-    float_tensors,
-    hooks_silent,
-    inputs_to_repeat,
-    non_finite_tensors,
-    nothing_changes,
-    starts_of,
-)
+from hf_amp.fallback.replay import float_tensors, hooks_silent, inputs_to_repeat, nothing_changes, starts_of
+from hf_amp.fallback.replay import non_finite_tensors as bad_tensors
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, PrecisionMode
 from hf_amp.statistics import is_sharded
@@ -49,6 +43,7 @@ MOST_BYTES = 2**26
 """Of a capture file, but for the batch; samples get smaller where there are more tensors."""
 FILE_VERSION = 1
 _MOMENTS = 8
+_PLAIN = (bool, int, float, str, type(None))
 
 
 @functools.lru_cache(maxsize=8)
@@ -60,12 +55,8 @@ def _signs(device: torch.device) -> Tensor:
 class Digest(NamedTuple):
     """What is kept of a tensor.
 
-    Attributes:
-        shape: of the tensor.
-        dtype: of the tensor, such as "float32".
-        figures: shape [8 + BUCKETS], float64: elements that are NaN, inf, and -inf or the least of the dtype (a mask); of the
-            others sum, sum of squares, sum of cubes, least, largest; the sketch.
-        sample: elements at equal distances, at most `SAMPLE` or all, float32.
+    `figures`, shape [8 + BUCKETS], float64: how many elements are NaN, inf, and -inf or the least of the dtype (a mask); of the
+    others sum, sum of squares, sum of cubes, least, largest; the sketch. `sample`, float32: at most `SAMPLE` at equal distances.
     """
 
     shape: tuple[int, ...]
@@ -104,18 +95,13 @@ class Digest(NamedTuple):
         return self._replace(figures=self.figures * factor**powers, sample=self.sample * factor)
 
     @property
-    def sketch(self) -> Tensor:
-        """Shape [BUCKETS]."""
-        return self.figures[_MOMENTS:]
-
-    @property
     def norm(self) -> float:
         """The 2-norm of the finite elements."""
         return math.sqrt(float(self.figures[4]))
 
     def distance(self, other: Digest) -> float:
         """Estimate of the 2-norm of the difference; exactly 0 where the tensors are equal."""
-        return float(torch.linalg.vector_norm(self.sketch - other.sketch))
+        return float(torch.linalg.vector_norm(self.figures[_MOMENTS:] - other.figures[_MOMENTS:]))
 
 
 class Spacing(NamedTuple):
@@ -126,14 +112,10 @@ class Spacing(NamedTuple):
 
 
 class Key(NamedTuple):
-    """Where a tensor is.
+    """Where a tensor is: a module's name ("" is the model), which of its calls (-1: none), what it is to it, and inside of what.
 
-    Attributes:
-        module: qualified name; "" is the model itself.
-        call: 0 for the first time that the module ran; -1 for what belongs to no call.
-        what: "input", "output", "output gradient", "input gradient" (this module's part of it), "parameter gradient",
-            "parameter" or "buffer".
-        path: inside of what the module takes or returns; the name of a parameter.
+    `what`: "input", "output", "output gradient", "input gradient" (this module's part of it), "parameter gradient",
+    "parameter" or "buffer".
     """
 
     module: str
@@ -149,10 +131,10 @@ class Trace:
     Attributes:
         digests: of every tensor, in the order in which they were made.
         callers: (module, call) → the module whose forward called it.
-        calls: (module, call) in the order in which they returned, and the shapes that they returned.
+        calls: (module, call, shapes returned), in the order in which they returned.
         attributes: module → its public attributes that are numbers, flags or text, and its class.
         values: the tensors themselves, where they were asked for.
-        deviations: the 2-norm by which rounding was measured to move each tensor; empty where it was not measured.
+        deviations: the 2-norm by which rounding was measured to move each tensor; empty where it was not.
         facts: versions, precision, loss and the like, as plain data.
         raised: module and exception that ended the step; None where none did.
     """
@@ -244,15 +226,14 @@ class Tracer:
         """A forward hook."""
         if self._paused:
             return None
-        call = self._stack.pop()
+        call, exact = self._stack.pop(), None
         shapes = tuple(tuple(x.shape) for _, x in tensors_in(output) if x.is_floating_point())
         self.trace.calls.append((call.module, call.number, shapes))
-        exact = None
         half = self._current.mode.number_format is not FP32_FORMAT and not self._current.is_over
-        if half and self._forced is None and call.module and non_finite_tensors(output):
+        if half and self._forced is None and call.module and bad_tensors(output):
             exact = self._in_fp32(module, call)
-        for path, x in tensors_in(output) if exact is not None else ():
-            self.note(Key(call.module, call.number, "output", path), x)
+            for path, x in tensors_in(output) if exact is not None else ():
+                self.note(Key(call.module, call.number, "output", path), x)
         return self._watched(call.module, call.number, "output", output if exact is None else exact, exact is None)
 
     def _in_fp32(self, module: nn.Module, call: _Call) -> Any:
@@ -263,16 +244,15 @@ class Tracer:
                 exact = module(*to_float32(call.arguments), **to_float32(call.options))
         finally:
             self._paused = False
-        return None if non_finite_tensors(exact) else exact
+        return None if bad_tensors(exact) else exact
 
     def _watched(self, name: str, number: int, what: str, value: Any, notes: bool = True) -> Any:
         paths = {id(x): path for path, x in reversed(list(tensors_in(value)))}
-        done: dict[int, Tensor] = {}
+        done: dict[int, Tensor] = {}  # what is one object stays one
 
         def watch(x: Tensor) -> Tensor:
             if id(x) not in done:
-                key = Key(name, number, what, paths.get(id(x), ""))
-                done[id(x)] = self._watch(key, x, notes)
+                done[id(x)] = self._watch(Key(name, number, what, paths.get(id(x), "")), x, notes)
             return done[id(x)]
 
         return map_tensors(watch, value)
@@ -297,27 +277,26 @@ class Tracer:
     def _instead(self, key: Key, x: Tensor) -> Tensor | None:
         """What goes on in place of `x`, of its dtype unless that lacks the range; None for itself."""
         value = self._forced(key) if self._forced else None
-        if value is not None and value.shape == x.shape:
-            value = value.to(x.device)
-            if x.dtype in HALF_DTYPES and value.is_floating_point() and value.dtype != x.dtype:
-                masked, narrow = value <= torch.finfo(value.dtype).min, value.to(x.dtype)
-                beyond = bool((value.isfinite() & ~narrow.isfinite() & ~masked).any())
-                value = value if beyond else torch.where(masked, x, narrow)
-            else:
-                value = value.to(x.dtype)
-        else:
-            value = None
+        value = None if value is None or value.shape != x.shape else value.to(x.device)
+        if value is not None and x.dtype in HALF_DTYPES and value.is_floating_point() and value.dtype != x.dtype:
+            masked, narrow = value <= torch.finfo(value.dtype).min, value.to(x.dtype)
+            beyond = bool((value.isfinite() & ~narrow.isfinite() & ~masked).any())
+            value = value if beyond else torch.where(masked, x, narrow)
+        elif value is not None:
+            value = value.to(x.dtype)
         if self._noise and x.is_floating_point() and (self._forced is not None or key.what.startswith("output")):
             value = self._noisy(x.detach() if value is None else value, self._noise)
         return value
 
     def _noisy(self, x: Tensor, noise: Spacing) -> Tensor:
-        generator = self._generators.get(x.device)
-        if generator is None:
-            generator = self._generators[x.device] = torch.Generator(x.device).manual_seed(1)
+        if x.device not in self._generators:
+            self._generators[x.device] = torch.Generator(x.device).manual_seed(1)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.double() if x.dtype == torch.float64 else x.float()
-            signs = torch.rand(x.shape, generator=generator, device=x.device).lt(0.5).to(wide.dtype) * 2 - 1
+            signs = (
+                torch.rand(x.shape, generator=self._generators[x.device], device=x.device).lt(0.5).to(wide.dtype) * 2
+                - 1
+            )
             moved = (wide + signs * (noise.eps * wide + noise.least)).to(x.dtype)
             return torch.where(x.abs() < torch.finfo(x.dtype).max / 2, moved, x)
 
@@ -345,10 +324,10 @@ def trace_step(
 
     Backward begins from what the recorded step's loss gave to the outputs; else from the loss that the model returns; else from
     the same random numbers at every output. Gradients are not written into `.grad`. Memory: a copy of what goes through each
-    module while backward has not run; with `keeps`, until the trace is let go of.
+    module until backward has run.
 
     Args:
-        scale: what the loss is multiplied by, so that gradients stay in FP16's range; digests are of the scaled ones.
+        scale: what the loss is multiplied by; digests are of the scaled gradients.
         called: what is called in the model's place, such as the compiled module around it.
         eager: whether compiled code is run by Python, so that its modules can be watched.
 
@@ -398,9 +377,8 @@ def _starts(output: Any, forward: RecordedForward, scale: float) -> list[tuple[T
     outputs = [x for _, x in float_tensors(output) if x.requires_grad]
     if numbers := [x for x in outputs if x.dim() == 0]:
         return [(numbers[0], torch.full_like(numbers[0], scale))]
-    generator = torch.Generator().manual_seed(2)
-    seeds = [torch.randn(x.shape, generator=generator) * (scale / math.sqrt(max(1, x.numel()))) for x in outputs]
-    return [(x, seed.to(x)) for x, seed in zip(outputs, seeds, strict=True)]
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    return [(x, (draw(x.shape) * (scale / math.sqrt(max(1, x.numel())))).to(x)) for x in outputs]
 
 
 def _key_of(parameter: str, what: str) -> Key:
@@ -417,12 +395,12 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def _facts(model: nn.Module, current: CurrentPrecision) -> dict[str, Any]:
     known = {name: sys.modules.get(name) for name in ("hf_amp", "torch", "transformers", "accelerate")}
     versions = {name: str(cast(Any, module).__version__) for name, module in known.items() if module}
-    kinds = sorted({str(device) for device in devices_of(model)})
+    narrow = any(p.dtype in HALF_DTYPES for p in model.parameters())
     return {
         "model": type(model).__name__,
-        "precision": "as it is" if current.is_over else current.mode.value,
+        "precision": "as it is" if current.is_over and narrow else current.mode.value,
         "emulated": current.entry.emulate and not current.is_over,
-        "device": ", ".join(kinds) or "cpu",
+        "device": ", ".join(sorted(map(str, devices_of(model)))),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions},
     }
@@ -473,24 +451,15 @@ def save_capture(trace: Trace, forward: RecordedForward, path: str | Path, **fac
     path = Path(path)
     room = MOST_BYTES // (4 * max(1, len(trace.digests))) - 2 * (_MOMENTS + BUCKETS)
     samples = [digest.sample[: max(1, room)] for digest in trace.digests.values()]
-    tensors = {
-        "figures": torch.stack([digest.figures for digest in trace.digests.values()]),
-        "samples": torch.cat(samples),
-    }
-    plain: dict[str, Any] = {}
-    for name, value in (*((str(i), x) for i, x in enumerate(forward.arguments)), *forward.options.items()):
-        if isinstance(value, Tensor):
-            tensors[f"batch {name}"] = value.detach().cpu().contiguous().clone()
-        else:
-            plain[name] = (
-                value if isinstance(value, (bool, int, float, str, type(None))) else f"<{type(value).__name__}>"
-            )
-    for name, gradient in forward.output_gradients.items():
-        if gradient is not None:
-            tensors[f"start {name}"] = gradient.detach().float().cpu().contiguous()
+    batch = {**{str(i): x for i, x in enumerate(forward.arguments)}, **forward.options}
+    plain = {name: x if isinstance(x, _PLAIN) else f"<{type(x).__name__}>" for name, x in batch.items()}
+    held = {f"batch {name}": x for name, x in batch.items() if isinstance(x, Tensor)}
+    held |= {f"start {name}": g.float() for name, g in forward.output_gradients.items() if g is not None}
     if (state := forward.random_state) is not None:
-        tensors["random cpu"] = state.cpu.clone()
-        tensors |= {f"random {device}": x.cpu().clone() for device, x in state.others.items()}
+        held |= {"random cpu": state.cpu, **{f"random {device}": x for device, x in state.others.items()}}
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in held.items()}
+    tensors["figures"] = torch.stack([digest.figures for digest in trace.digests.values()])
+    tensors["samples"] = torch.cat(samples)
     rows = [
         (*key, list(d.shape), d.dtype, len(s), trace.deviations.get(key, 0.0))
         for (key, d), s in zip(trace.digests.items(), samples, strict=True)
@@ -501,7 +470,7 @@ def save_capture(trace: Trace, forward: RecordedForward, path: str | Path, **fac
         "callers": [[*call, caller] for call, caller in trace.callers.items()],
         "calls": trace.calls,
         "attributes": trace.attributes,
-        "arguments": plain,
+        "arguments": {name: x for name, x in plain.items() if f"batch {name}" not in held},
         "raised": trace.raised,
         "facts": {**trace.facts, **facts},
     }
@@ -550,13 +519,13 @@ def _forward_of(
             f"{path}: its batch holds {', '.join(bad)}, which a file without code cannot; compare it with another capture."
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batch = {
-        **plain,
-        **{name.removeprefix("batch "): x.to(device) for name, x in tensors.items() if name[:6] == "batch "},
-    }
+
+    def named(kind: str) -> dict[str, Tensor]:
+        return {name.removeprefix(kind): x for name, x in tensors.items() if name.startswith(kind)}
+
+    batch = {**plain, **{name: x.to(device) for name, x in named("batch ").items()}}
     arguments = tuple(batch.pop(name) for name in sorted((n for n in batch if n.isdecimal()), key=int))
-    starts = {name.removeprefix("start "): x.to(device) for name, x in tensors.items() if name.startswith("start ")}
-    states = {name.removeprefix("random "): x for name, x in tensors.items() if name.startswith("random ")}
+    starts, states = {name: x.to(device) for name, x in named("start ").items()}, named("random ")
     others = {torch.device(at): x for at, x in states.items() if at != "cpu" and torch.device(at).type == device.type}
     state = RandomState(states["cpu"], others, None, None) if "cpu" in states else None
     return RecordedForward(model, arguments, batch, state, None, starts)

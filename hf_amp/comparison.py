@@ -34,22 +34,18 @@ from hf_amp.capture import (
 )
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import AttachError, ConfigError
-from hf_amp.events import counted_names
+from hf_amp.events import counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.precision import PrecisionMode
+from hf_amp.precision import HALF_DTYPES, PrecisionMode
 from hf_amp.tree import map_tensors
 
 FACTOR = 3.0
 """Times the deviation that noise of the format's spacing makes: what rounding explains. Source: tests/benchmarks/test_compare.py."""
 WORST = 10
-_MODES = {
-    "FP32": PrecisionMode.FP32,
-    "FP16": PrecisionMode.MIXED,
-    "MIXED": PrecisionMode.MIXED,
-    "BF16": PrecisionMode.BF16,
-}
+_MODES = {mode.value: mode for mode in PrecisionMode} | {"FP16": PrecisionMode.MIXED}
+_MODES.pop("DYNAMIC")
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,8 @@ class Setting:
         entry = PrecisionEntry(device, emulate=device == "cpu" and mode is PrecisionMode.MIXED)
         if not self.fp32_modules:
             current = CurrentPrecision(entry, mode)
-            current.is_over = self.precision is None
+            narrow = any(p.dtype in HALF_DTYPES for p in model.parameters())
+            current.is_over = self.precision is None or (mode is PrecisionMode.FP32 and not narrow)
             yield current
             return
         runner = PlanRunner(entry, mode)
@@ -182,17 +179,13 @@ class Comparison:
 
     def sentence(self) -> str:
         """The answer."""
-        state = (
-            f" {counted_names([f'{each.module}.{each.tensor}' for each in self.state])} differ." if self.state else ""
-        )
+        differ = [f"{each.module}.{each.tensor}" for each in self.state]
+        state = f" {counted_names(differ)} differ." if differ else ""
         if (first := self.first) is None:
             near = f"; the nearest is at {self.closest:.2g} of its bound" if self.closest else ", to the last bit"
             return f"They agree: none of {self.compared} outputs and gradients differs by more than rounding explains{near}.{state}"
-        others = len(self.modules) - 1
-        more = (
-            f" {others} more module{'s differ' if others > 1 else ' differs'} by {'their' if others > 1 else 'its'} own doing."
-            * (others > 0)
-        )
+        others = self.modules[1:]
+        more = f" By their own doing differ as well: {join_names(others)}." if others else ""
         return f"They part in {first.module or 'the model itself'}, {first.direction}: {first.describe()}; {self.why(first.module)}.{more}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -402,11 +395,8 @@ def _compared(a: Trace, b: Trace, pairs: Mapping[Key, Key], isolated: bool) -> C
                 result.state.append(Difference(key.module, "state", key.path, *kind))
             continue
         result.compared += 1
-        moved = [
-            t.deviations.get(k, 0.0) / (s if of_gradient else 1.0)
-            for t, k, s in ((a, key, scales[0]), (b, other, scales[1]))
-        ]
-        bound = FACTOR * max(moved)
+        moved = a.deviations.get(key, 0.0), b.deviations.get(other, 0.0)
+        bound = FACTOR * max(m / (s if of_gradient else 1.0) for m, s in zip(moved, scales, strict=True))
         kind = kind_of(ours, theirs, bound, same)
         if kind is None:
             if distance := ours.distance(theirs):
@@ -485,12 +475,12 @@ def kind_of(a: Digest, b: Digest, bound: float, same_dtype: bool = True) -> tupl
 
 def _kind(a: Digest, b: Digest, distance: float, bound: float, same_dtype: bool) -> str:
     enough = max(bound, 0.02 * distance)  # what may be left over by an explanation
-    x, y = a.sketch, b.sketch
+    x, y = a.figures[8:], b.figures[8:]
     factor = float(x @ y) / (float(x @ x) or 1.0)
     if float(torch.linalg.vector_norm(y - factor * x)) <= enough:
         return f"scale ({factor:.4g} times)"
     count = math.prod(a.shape)
-    ones = Digest.of(torch.ones(a.shape)).sketch.double()
+    ones = Digest.of(torch.ones(a.shape)).figures[8:]
     shift = float(b.figures[3] - a.figures[3]) / max(1, count)
     if float(torch.linalg.vector_norm(y - x - shift * ones)) <= enough:
         return f"shift (by {shift:.4g})"

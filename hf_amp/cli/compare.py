@@ -16,7 +16,6 @@ from hf_amp.cli.preflight import batch_for, load_model
 from hf_amp.comparison import Comparison, Setting, compare
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import HfAmpError, in_one_line
-from hf_amp.events import join_names
 from hf_amp.fallback.recorder import RecordedForward
 
 _MODEL = (
@@ -24,7 +23,6 @@ _MODEL = (
 )
 _BATCH = "Rows to make up, or a .safetensors or .pt file with a batch."
 _LENGTH = "Tokens a row of a batch that is made up."
-MODULES_SHOWN = 12
 
 
 def diff(
@@ -49,7 +47,7 @@ def diff(
         models = [side for side in loaded if isinstance(side, nn.Module)]
         inputs = batch_for(models[0], batch, length) if len(models) == 2 else None  # type: ignore[arg-type]
     if compile_b and isinstance(loaded[1], nn.Module):
-        loaded[1] = torch.compile(loaded[1])  # type: ignore[assignment]
+        loaded[1] = torch.compile(loaded[1])
     options = ({"precision": precision_a}, {"precision": precision_b, "fp32_modules": tuple(fp32_modules_b or ())})
     try:
         with console.status("Comparing ..."):
@@ -131,17 +129,13 @@ def _print(console: Any, found: Comparison) -> None:
     from rich.table import Table
 
     console.print(found.sentence(), style="bold", markup=False, soft_wrap=True)
-    losses = [facts.get("loss") for facts in found.facts]
-    for side, facts, loss in zip("AB", found.facts, losses, strict=True):
-        known = ", ".join(f"{name} {facts[name]}" for name in ("model", "precision", "device") if name in facts)
-        console.print(f"{side}: {known}" + (f", loss {loss:.6g}" if loss is not None else ""), markup=False)
+    for side, facts in zip("AB", found.facts, strict=True):
+        known = ", ".join(
+            f"{name} {facts[name]}" for name in ("model", "precision", "device", "loss") if facts.get(name)
+        )
+        console.print(f"{side}: {known}", markup=False)
     for note in found.notes:
         console.print(note, markup=False, soft_wrap=True)
-    if len(found.modules) > 1:
-        console.print(
-            f"By their own doing: {join_names([m or 'the model itself' for m in found.modules], MODULES_SHOWN)}",
-            markup=False,
-        )
     if not found.worst:
         return
     table = Table("module", "tensor", "kind", "difference", "times rounding", title="The worst", title_justify="left")
