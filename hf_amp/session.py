@@ -24,9 +24,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hf_amp.capture import captured, save_capture
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
-from hf_amp.errors import AttachError, ConfigError, StateError
+from hf_amp.errors import AttachError, ConfigError, StateError, in_one_line
 from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, counted_names, join_names
 from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
@@ -342,6 +343,49 @@ class AmpSession(EventRecorder):
         if self._log is None:
             raise StateError("this run writes no log to make a report of: call session.log_to(folder) before training.")
         return InlinePage(read_run(self._log))
+
+    def capture(self, step: int, path: str | Path | None = None) -> Path:
+        """Writes a file that holds what optimizer step `step`, which is to come, did: for `hf-amp diff` and `hf_amp.compare`.
+
+        Once its gradients are there and before it moves anything, its newest forward pass and backward are repeated, twice.
+
+        Args:
+            path: of the file; None for `capture_step_{step}.safetensors` beside the log. Of several ranks each writes its own,
+                with `_rank{rank}` in its name.
+
+        Raises:
+            StateError: the step is over, or there is neither a log nor a path.
+        """
+        if step <= self.newest_step or (path is None and self._log is None):
+            raise StateError(
+                f"session.capture({step}): pass a step to come, from {self.newest_step + 1} on, and a path where there is no log."
+            )
+        target = Path(path) if path is not None else cast(Path, self._log).parent / f"capture_step_{step}.safetensors"
+        if is_distributed():
+            target = target.with_stem(f"{target.stem}_rank{torch.distributed.get_rank()}")
+
+        def take(record: GradientStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
+            if self.first_step + self.scaler.decided_steps >= step:
+                self.scaler.step_hooks = [hook for hook in self.scaler.step_hooks if hook is not take]
+                self._write_capture(step, target)
+            return {}
+
+        self.scaler.step_hooks.append(take)
+        return target
+
+    def _write_capture(self, step: int, path: Path) -> None:
+        recorder, scale = self._fallback.recorder, self.scaler.get_scale()
+        recorder.is_paused = True
+        try:
+            forward = recorder.newest()[-1]
+            given = {at: None if g is None else g.float() / scale for at, g in forward.output_gradients.items()}
+            forward = forward._replace(output_gradients=given)
+            save_capture(captured(forward, self._fallback.runner.current, scale), forward, path, step=step)
+            self.note(EventKind.SETUP, f"step {step} was captured in {path}.")
+        except Exception as error:  # a full disk, memory, a batch that was written into: training goes on
+            self.note(EventKind.SETUP, f"step {step} could not be captured: {in_one_line(error)}.")
+        finally:
+            recorder.is_paused = False
 
     def verdict(self) -> str:
         """What the report would say of the run now, in a sentence."""

@@ -35,6 +35,7 @@ PUBLIC = [
     "UnknownOptionError",
     "attach",
     "check_inference",
+    "compare",
     "emulate",
     "rescale_for_fp16",
 ]

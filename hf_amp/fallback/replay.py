@@ -115,7 +115,7 @@ def _replay_operators(
     trace, model = OperatorTrace(current), forward.model
     sharded.wait_for_turn(sharded.OPERATORS, forward, gradients)
     silent = sharded.silent_while_gathering(model, lambda on: setattr(trace, "is_silent", on))
-    with suppress(Exception), _nothing_changes(model, gradients), current(), trace.watching(model), silent:
+    with suppress(Exception), nothing_changes(model, gradients), current(), trace.watching(model), silent:
         _repeat(forward)
     return trace.found
 
@@ -133,7 +133,7 @@ def _replay_modules(
     # Torch goes through the hooks of the model itself while it handles what its forward has raised: none may come or go.
     begin, end = watch.look_at("")
     try:
-        with _nothing_changes(forward.model, gradients), watch.current():
+        with nothing_changes(forward.model, gradients), watch.current():
             for x in (attrgetter(name)(forward.model) for name in without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
@@ -199,7 +199,7 @@ def replay_backward(
     sharded.wait_for_turn(sharded.BACKWARD, forward, in_fp32)
     found = None  # where memory runs out, or whatever the model raises: then nothing is claimed
     with suppress(Exception), ExitStack() as stack:
-        stack.enter_context(_nothing_changes(forward.model, gradients=True))
+        stack.enter_context(nothing_changes(forward.model, gradients=True))
         stack.enter_context(hooks_silent([p for _, p in named]))
         if in_fp32:
             stack.enter_context(ForwardContext.suspended())
@@ -207,7 +207,7 @@ def replay_backward(
         stack.enter_context(gathered.watching(forward.model) if gathered else nullcontext())
         with trace.watching(forward.model) if trace else nullcontext():
             output, _ = _repeat(forward, in_fp32)
-            starts, *about = _starts(output, forward, factor, scale)
+            starts, *about = starts_of(output, forward, factor, scale)
             if trace is not None and starts:
                 trace.repeats_backward = True
                 trace.watch_backward([x for x, _ in starts])
@@ -237,7 +237,7 @@ def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
             setattr(p, kind, hooks)
 
 
-def _starts(
+def starts_of(
     output: Any, forward: RecordedForward, factor: float, scale: float
 ) -> tuple[list[tuple[Tensor, Tensor]], bool, list[str], bool]:
     """(output, its gradient) of those that backward starts from, none where nothing is known; the rest as in `BackwardFindings`."""
@@ -443,7 +443,7 @@ def non_finite_tensors(value: Any) -> list[Tensor]:
 
 def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
     """What the model returns for the same batch and the same random numbers, and whether it draws any."""
-    arguments, options = _inputs_to_repeat(forward)
+    arguments, options = inputs_to_repeat(forward)
     if forward.random_state is not None:
         forward.random_state.restore()
     before = RandomState.now(devices_of(forward.model))
@@ -454,7 +454,7 @@ def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]
     return model(*arguments, **options), before.has_moved()
 
 
-def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The batch itself, in copies of whatever else holds it: a cache of keys and values would grow again.
 
     Raises:
@@ -483,7 +483,7 @@ class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+def nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """Buffers, with their versions, plain attributes (counters, caches) and random state are afterwards what they are now;
     nothing is compiled, and nothing recorded for backward, but with `gradients`.
 
