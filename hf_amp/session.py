@@ -34,6 +34,7 @@ from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
 from hf_amp.monitoring.frozen import FrozenDetector, HalfParameter, remedies_in_words
 from hf_amp.monitoring.modules import LOST, ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
+from hf_amp.monitoring.rewind import Rewinder
 from hf_amp.monitoring.sinks.console import Console, say
 from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
@@ -88,6 +89,8 @@ class AmpSession(EventRecorder):
         monitor: counts and newest figures.
         stall: whether anything can be learned yet.
         throughput: how fast the run goes.
+        rewinder: which checkpoints are good, and whether to go back to one.
+        on_fault: goes back where an integration does so inside of a step; None where it does not.
         patches: what was changed on the instances attached to; undone by `detach`.
     """
 
@@ -110,6 +113,8 @@ class AmpSession(EventRecorder):
         self.monitor.scale = scaler.get_scale()  # known before the first step, and on the host
         self.stall = StallDetector(config.patience)
         self.throughput = ThroughputMonitor(device=hardware.device)
+        self.rewinder = Rewinder(config)
+        self.on_fault: Callable[[], bool] | None = None
         self._description = description
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._frozen = FrozenDetector()
@@ -141,6 +146,11 @@ class AmpSession(EventRecorder):
             throughput=self.throughput,
             frozen=self._frozen,
         )
+        if config.on_stalled == "rewind" or config.loss_spikes:
+            scaler.stateful["rewind"] = self.rewinder
+        if config.loss_spikes:
+            scaler.watch_loss = self.rewinder.note
+            scaler.step_hooks.append(self.rewinder.collect)
         if config.monitor_modules and config.enable_monitoring:
             scaler.step_hooks.append(self._module_statistics)
             self.patches.on_undo(self._modules.remove_hooks)
@@ -173,6 +183,11 @@ class AmpSession(EventRecorder):
         config = MixedPrecisionConfig.from_any(config, options, "AmpSession.for_model")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         session = cls.on_device(config, device, is_distributed())
+        if config.on_stalled == "rewind":
+            raise ConfigError(
+                "on_stalled='rewind' in AmpSession.for_model: hf_amp knows no checkpoints there; use a Trainer, hf_amp.attach or "
+                "AdvancedMixedPrecisionManager, or leave on_stalled out."
+            )
         if config.enabled:
             inner = unwrapped(model)
             session.register_model(inner, entry_point=model)
@@ -211,7 +226,7 @@ class AmpSession(EventRecorder):
         with self.lock:
             peak = peak_bytes(self._devices)
             memory = {} if peak is None else {"memory_bytes": float(peak)}
-            return {**self.monitor.metrics(), **self.throughput.metrics(), **memory}
+            return {**self.monitor.metrics(), **self.throughput.metrics(), **self.rewinder.metrics(), **memory}
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No GPU-CPU sync."""
@@ -278,9 +293,36 @@ class AmpSession(EventRecorder):
                     self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
+            if self.rewinder.watches or self.stall.stalled:
+                for event in self.rewinder.after_step(outcome, self.newest_step, self.stall.stalled):
+                    self.record(event)
             self._queued_in[self.scaler.decided_steps + 1] = self._fallback.runner.plan.default
             if self._fallback.recorder.one_graph:
                 self._fallback.recorder.begin_step()
+
+    def go_back(self, load: Callable[[Any], None], step: int | None = None) -> bool:
+        """Goes back to the newest good checkpoint, for the fault that the newest step has shown; between two steps, on all ranks.
+
+        Args:
+            load: makes model, optimizer, LR schedule, scaler, progress and random state what a checkpoint, given by its folder, holds.
+            step: what the steps so far are counted as; None for the newest that is known.
+
+        Returns:
+            Whether it did. Where not, that is reported.
+        """
+        self.scaler.flush()
+        at = self.newest_step if step is None else step
+        event = self.rewinder.go_back(load, at)
+        if event.kind is EventKind.REWOUND:
+            self.scaler.abandon_step()
+            self.begin_at(at)
+            self.throughput.pause()
+            self._fallback.recorder.forget()
+            self._finding, self._at_floor, self._loss_is_lost = None, False, False
+            self._queued_in.clear()
+            self._applied.clear()
+        self.record(event)
+        return event.kind is EventKind.REWOUND
 
     def begin_run(self, log: Path | None = None) -> None:
         """One console line that says what runs and where the log is. A session does it by itself before its first step."""
@@ -602,6 +644,11 @@ class AmpSession(EventRecorder):
         """Gives, at every call, a new context of the plan's default as it is by then."""
         return self._fallback.runner.current
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters of its models are shards."""
+        return self._fallback.runner.sharded
+
     def follow_default(self, change: Callable[[PrecisionMode], None]) -> None:
         """Has `change` called with every new default of the plan, for models that do not enter it by themselves."""
         self._fallback.runner.on_default_change.append(change)
@@ -755,8 +802,9 @@ class AmpSession(EventRecorder):
         """Gives everything that was attached to its former state; `why` is for the event. Harmless when called again."""
         if self.is_attached:
             self.scaler.observers.remove(self.on_step)
-            hooks, ours = self.scaler.step_hooks, self._module_statistics
-            hooks[:] = [hook for hook in hooks if hook != ours]
+            self.scaler.watch_loss = None
+            hooks, ours = self.scaler.step_hooks, (self._module_statistics, self.rewinder.collect)
+            hooks[:] = [hook for hook in hooks if hook not in ours]
             ForwardContext.leave_interrupted()
             self.end_run()
             self.patches.undo()

@@ -94,6 +94,10 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
         LOOP_OPTIONS,
         "only the trainers and the manager of hf_amp follow it; set what Trainer or Accelerator has for it",
     )
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if config.on_stalled == "rewind" and (sharded or accelerator.dataloader_config.use_stateful_dataloader):
+        what = "use_stateful_dataloader" if not sharded else accelerator.distributed_type.value
+        raise ConfigError(f"on_stalled='rewind' with {what}: hf_amp cannot go back there; use on_stalled='stop'.")
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         session, limits = deepspeed.observe(accelerator, config), deepspeed.LIMITS
         if config.enabled:
@@ -220,6 +224,8 @@ class AttachedAccelerator:
         self._known_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         session.patches.set_attribute(accelerator, _SESSION, session)
         self._optimizers = PreparedOptimizers(accelerator, session)
+        if session.config.on_stalled == "rewind":
+            session.on_fault = self.go_back
         self._stock: dict[str, Any] = {}
         for name, replacement in self.replacements().items():
             self._stock[name] = former = getattr(accelerator, name)
@@ -267,6 +273,14 @@ class AttachedAccelerator:
             if used != type(stock)(accelerator.device.type).state_dict():
                 scaler.load_state_dict(used)  # resumed, or made with GradScalerKwargs
         return scaler
+
+    def go_back(self) -> bool:
+        """Goes back to the newest good checkpoint of `save_state`, at the end of an optimizer's step; says whether it did."""
+        accelerator = self._accelerator
+        gone_back = self._session.go_back(lambda folder: accelerator.load_state(str(folder)))
+        for model in prepared_models(accelerator) if gone_back else ():
+            model.zero_grad(set_to_none=True)  # other optimizers of this backward have nothing to apply
+        return gone_back
 
     def backward(self, loss: Any, **kwargs: Any) -> None:
         """Lets the finite check see every loss, which accelerate shows to none but a scaler. No GPU-CPU sync."""
@@ -466,7 +480,7 @@ class PreparedOptimizers:
 
     def __init__(self, accelerator: Accelerator, session: AmpSession) -> None:
         self.registered: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
-        self._scaler = session.scaler
+        self._session, self._scaler = session, session.scaler
         self._former_scaler = accelerator.scaler
         self._on_undo = session.patches.on_undo
         # what a learning-rate scheduler has put in the place of an optimizer's own `step`, None for that one; and ours
@@ -506,7 +520,7 @@ class PreparedOptimizers:
         if optimizer.scaler is not self._scaler:
             replace_scaler(optimizer, self._scaler)
         former = vars(optimizer).get("step")
-        ours = _step_reporting_skips(former)
+        ours = _step_reporting_skips(former, self._session)
         optimizer.step = MethodType(ours, optimizer)
         self._steps[optimizer] = (former, ours)
         vars(optimizer)["__getstate__"] = functools.partial(self._state_without_session, weakref.ref(optimizer))
@@ -535,8 +549,9 @@ class PreparedOptimizers:
                 optimizer.step = former
 
 
-def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., Any]:
-    """A `step` for a prepared optimizer, for which a micro-step that ends no accumulation window is not a skipped one.
+def _step_reporting_skips(former: Callable[..., Any] | None, session: AmpSession) -> Callable[..., Any]:
+    """A `step` for a prepared optimizer, for which a micro-step that ends no accumulation window is not a skipped one, and one
+    after which the run has gone back is.
 
     Upstream keeps the verdict of the last window until the next one ends (accelerate#2828).
     """
@@ -549,6 +564,8 @@ def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., An
         newest = scaler and scaler.last_outcome  # the optimizer was called in any case, where it skips by itself
         syncs = optimizer.gradient_state.sync_gradients
         if newest and not newest.applied and newest.attempt == scaler.decided_steps and syncs:
+            forget_skip(optimizer, was_skipped=True)
+        if session.rewinder.fault and session.on_fault is not None and session.on_fault():
             forget_skip(optimizer, was_skipped=True)
         return result
 

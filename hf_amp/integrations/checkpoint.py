@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from accelerate.utils import SCALER_NAME
 
 from hf_amp.errors import StateError
 from hf_amp.events import EventKind, counted_names
+from hf_amp.monitoring.rewind import GOOD_FILE
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import load_file, parse
 from hf_amp.session import AmpSession
@@ -62,6 +63,7 @@ class AtomicCheckpoint:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.folder.rename(self.target)
             return
+        (self.target / GOOD_FILE).unlink(missing_ok=True)
         self.folder.rename(self.target / _WRITTEN)
         finish_interrupted(self.target)
         (self.target / stale).unlink(missing_ok=True)
@@ -100,10 +102,18 @@ def saving_whole(
 
     @functools.wraps(save_state)
     def save_whole(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        finite = [True]
+
+        def done(place: Path) -> Path:
+            if finite:
+                session.rewinder.written(place, session.newest_step)
+            return place
+
         def write(folder: Path) -> None:
             if bad := session.non_finite_parameters(on_any_rank=True, saved_buffers=True):
                 which = f"inf or NaN is in {counted_names(bad, 'tensor')} of this checkpoint"
                 session.note(EventKind.CHECKPOINT_NON_FINITE, f"{which}: do not resume from it.")
+                finite.clear()
             scaler = accelerator.scaler
             session.scaler.flush()  # where ranks agree on what still waits
             if not accelerator.is_local_main_process:
@@ -118,7 +128,7 @@ def saving_whole(
         if not project.automatic_checkpoint_naming:
             if output_dir is None:
                 return save_state(output_dir, *args, **kwargs)  # whose error says what is missing
-            return _save(accelerator, session, write, AtomicCheckpoint(Path(output_dir)))
+            return done(_save(accelerator, session, write, AtomicCheckpoint(Path(output_dir))))
         place = Path(accelerator.project_dir) / "checkpoints" / f"checkpoint_{accelerator.save_iteration}"
         staging = AtomicCheckpoint(place, beside=place.parents[1])
         if staging.replaces:
@@ -129,8 +139,9 @@ def saving_whole(
             _save(accelerator, session, write, staging)
         finally:
             project.automatic_checkpoint_naming = True
+        done(place)
         if accelerator.is_main_process and project.total_limit is not None:
-            _delete_oldest(place, keep=project.total_limit)
+            _delete_oldest(place, project.total_limit, session.rewinder.kept())
         return place
 
     return save_whole
@@ -168,12 +179,11 @@ def _save(
     return staging.target
 
 
-def _delete_oldest(newest: Path, keep: int) -> None:
-    """Leaves `keep` checkpoints, `newest` among them: a resumed run may have begun to count anew."""
-    numbered = {
-        int(path.name.rpartition("_")[2]): path for path in newest.parent.glob("checkpoint_[0-9]*") if path != newest
-    }
-    for number in sorted(numbered)[: max(len(numbered) + 1 - keep, 0)]:
+def _delete_oldest(newest: Path, keep: int, needed: Collection[Path]) -> None:
+    """Leaves `keep` checkpoints, `newest` and `needed` among them: a resumed run may have begun to count anew."""
+    others = [path for path in newest.parent.glob("checkpoint_[0-9]*") if path != newest]
+    numbered = {int(path.name.rpartition("_")[2]): path for path in others if path not in needed}
+    for number in sorted(numbered)[: max(len(others) + 1 - keep, 0)]:
         shutil.rmtree(numbered[number])
 
 
