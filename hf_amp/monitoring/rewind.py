@@ -39,26 +39,47 @@ _log = logging.getLogger("hf_amp")
 
 
 @dataclass
-class LossSpikes:
-    """Whether a loss is a spike. State of three numbers.
+class RollingMean:
+    """Exponential mean and variance with the mean age of a window of 100 values, so that a checkpoint holds two numbers of it.
 
-    Source: the spike score of OLMo 2 (arXiv:2501.00656), "at least seven standard deviations away from a rolling average of the
-    last 1,000 values". The average here is exponential, with the mean age of such a window, so that a checkpoint need not hold
-    it; and only what is above it counts. Source of the recursion: Finch, "Incremental calculation of weighted mean and variance"
-    (2009).
-
-    Attributes:
-        count: losses so far.
-        mean: of the losses.
-        variance: likewise.
+    Source of the window: LLM Foundry's `KillLossSpike`; of the recursion: Finch, "Incremental calculation of weighted mean and
+    variance" (2009).
     """
 
-    count: int = 0
     mean: float = 0.0
     variance: NotNegative = 0.0
 
-    DEVIATIONS = 7.0
-    WINDOW = 1000
+    WINDOW = 100
+
+    def deviations(self, value: float) -> float:
+        """How many standard deviations `value` is above the mean; 0 where nothing has varied."""
+        return (value - self.mean) / math.sqrt(self.variance) if self.variance else 0.0
+
+    def add(self, value: float, count: int) -> None:
+        """Takes a finite value, the `count`-th, into account."""
+        distance, weight = value - self.mean, max(1 / count, 2 / (self.WINDOW + 1))
+        self.mean += weight * distance
+        self.variance = (1 - weight) * (self.variance + weight * distance * distance)
+
+
+@dataclass
+class LossSpikes:
+    """Whether a loss is a spike: at least 7 standard deviations above the mean of the newest 100, and its logarithm 4.
+
+    Source of the 7: the spike score of OLMo 2 (arXiv:2501.00656), whose window is 1,000. The logarithm, which a loss that is not
+    positive has not, keeps small losses with heavy tails from false alarms. `tests/benchmarks/test_loss_spikes.py` compares rules.
+
+    Attributes:
+        count: losses so far.
+        plain: of the losses.
+        log: of their logarithms.
+    """
+
+    count: int = 0
+    plain: RollingMean = field(default_factory=RollingMean)
+    log: RollingMean = field(default_factory=RollingMean)
+
+    DEVIATIONS, LOG_DEVIATIONS = 7.0, 4.0
     FIRST = 100
     """Losses before which nothing is called a spike. Source: Megatron-LM's check for spiky losses, and LLM Foundry's."""
 
@@ -66,15 +87,17 @@ class LossSpikes:
         """Takes a finite loss into account.
 
         Returns:
-            How many standard deviations above the mean of those before it lies; 0 where that is not to be said.
+            How many standard deviations above the mean of those before it a spike is; 0 for any other loss.
         """
-        distance = loss - self.mean
-        above = distance / math.sqrt(self.variance) if self.count >= self.FIRST and self.variance else 0.0
+        logarithm = math.log(loss) if loss > 0 else None
+        above = self.plain.deviations(loss) if self.count >= self.FIRST else 0.0
+        is_spike = above >= self.DEVIATIONS
         self.count += 1
-        weight = max(1 / self.count, 2 / (self.WINDOW + 1))
-        self.mean += weight * distance
-        self.variance = (1 - weight) * (self.variance + weight * distance * distance)
-        return above
+        self.plain.add(loss, self.count)
+        if logarithm is not None:
+            is_spike &= self.log.deviations(logarithm) >= self.LOG_DEVIATIONS
+            self.log.add(logarithm, self.count)
+        return above if is_spike else 0.0
 
 
 @dataclass
@@ -160,7 +183,7 @@ class Rewinder:
         events = []
         loss = outcome.extras.get(LOSS, math.nan) if outcome.applied else math.nan
         above = self.spikes.add(loss) if math.isfinite(loss) else 0.0
-        if above >= LossSpikes.DEVIATIONS:
+        if above:
             fault = f"the loss of step {step}, {loss:.4g}, is {above:.1f} standard deviations above its mean before"
             message = f"{fault}: look at that step's batch."
             events.append(AmpEvent(step, EventKind.LOSS_SPIKE, message=message, figures={LOSS: loss}))

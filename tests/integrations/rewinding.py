@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_amp import EventKind, MixedPrecisionCallback
+from hf_amp.statistics import is_distributed, is_main_process
 from tests.integrations.trainers import arguments
+from tests.rank_end import leave_together
 from tests.reference import TIMINGS
 
-GOOD_AFTER, SAVE_STEPS = 4, 3
+GOOD_AFTER, SAVE_STEPS = 4, {"weights": 3, "stall": 3, "spike": 16}
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ PRECISIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"fp16": True}, {"init_scale": 1024.0, "growth_interval": 5}),
     ({"fp16": True}, {"scaling_strategy": "ADAPTIVE"}),
     ({"fp16": True, "optim": "adamw_torch_fused"}, {"scaling_strategy": "PERFORMANCE_OPTIMIZED"}),
-    ({"fp16": True, "half": True}, {"half_parameters": "master_weights"}),
+    ({"fp16": True, "half": True}, {"half_parameters": "master_weights", "init_scale": 1024.0}),
     ({"bf16": True, "half": True}, {"half_parameters": "kahan"}),
     ({"bf16": True, "half": True}, {"half_parameters": "stochastic_rounding"}),
 ]
@@ -105,7 +109,7 @@ def rows_for(case: Case, world: int = 1) -> list[dict[str, Any]]:
     if case.fault == "stall":
         x[first : first + 3 * size] = torch.nan
     elif case.fault == "spike":
-        labels[first : first + size] = 100.0
+        labels[first : first + size] = 3.0
     return [{"x": row.tolist(), "labels": label} for row, label in zip(x, labels.tolist(), strict=True)]
 
 
@@ -118,16 +122,10 @@ class Poison(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self._at - 1:
             with torch.no_grad():
-                kwargs["model"].get_parameter("hidden.weight" if not hasattr(kwargs["model"], "module") else "module.hidden.weight")[0, 0] = torch.nan
+                kwargs["model"].get_parameter(
+                    "hidden.weight" if not hasattr(kwargs["model"], "module") else "module.hidden.weight"
+                )[0, 0] = torch.nan
             self._at = 0
-
-
-class Rows(TrainerCallback):
-    """Notes a digest of what every step was fed: the data's position."""
-
-    def __init__(self) -> None:
-        self.fed: dict[int, list[float]] = {}
-        self.trainer: Trainer | None = None
 
 
 def trainer_of(case: Case, folder: Path, *callbacks: TrainerCallback, world: int = 1, seed: int = 3) -> Trainer:
@@ -137,11 +135,19 @@ def trainer_of(case: Case, folder: Path, *callbacks: TrainerCallback, world: int
     options = dict(case.arguments)
     if options.pop("half", False):
         dtype = torch.float16 if options.get("fp16") else torch.bfloat16
-        model.hidden.to(dtype), model.output.to(dtype)  # noqa: B018
-    defaults = {"fp16": False, "train_sampling_strategy": "sequential", "max_steps": case.steps, "save_strategy": "steps"}
+        for layer in (model.hidden, model.output):
+            layer.to(dtype)
+    defaults = {
+        "fp16": False,
+        "train_sampling_strategy": "sequential",
+        "max_steps": case.steps,
+        "save_strategy": "steps",
+    }
     if case.fault != "weights":
         options["train_sampling_strategy"] = "sequential"
-    given = arguments(folder, **{**defaults, "save_steps": SAVE_STEPS, "learning_rate": 1e-2, **options})
+    given = arguments(
+        folder, **{**defaults, "save_steps": SAVE_STEPS.get(case.fault, 3), "learning_rate": 1e-2, **options}
+    )
     return Trainer(model, given, train_dataset=rows_for(case, world), callbacks=list(callbacks))
 
 
@@ -163,7 +169,7 @@ def state_of(trainer: Trainer, callback: MixedPrecisionCallback) -> dict[str, An
         "step": trainer.state.global_step,
         "epoch": trainer.state.epoch,
         "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
+        "numpy": np.random.get_state()[1].tolist(),
         "python": random.getstate(),
         "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e][-3:],
     }
@@ -173,7 +179,11 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     """Where two nested states differ, to the last bit."""
     if isinstance(one, torch.Tensor):
         same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and one.shape == other.shape
-        return [] if same and one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(torch.uint8)) else [where]
+        return (
+            []
+            if same and one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(torch.uint8))
+            else [where]
+        )
     if isinstance(one, dict):
         if not isinstance(other, dict) or list(one) != list(other):
             return [f"{where}: keys {list(one)} {list(other) if isinstance(other, dict) else other}"]
@@ -188,10 +198,13 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 def edited(checkpoint: Path, folder: Path, step: int) -> Path:
     """A copy of a checkpoint that says that it is from after `step` steps."""
     place = folder / f"checkpoint-{step}"
-    shutil.copytree(checkpoint, place)
-    file = place / "trainer_state.json"
-    state = json.loads(file.read_text())
-    file.write_text(json.dumps({**state, "global_step": step}))
+    if is_main_process():
+        shutil.copytree(checkpoint, place)
+        file = place / "trainer_state.json"
+        state = json.loads(file.read_text())
+        file.write_text(json.dumps({**state, "global_step": step}))
+    if is_distributed():
+        dist.barrier()
     return place
 
 
@@ -204,16 +217,35 @@ def rewound_run(case: Case, folder: Path, world: int = 1) -> tuple[Trainer, Mixe
     return trainer, callback
 
 
-def compare(case: Case, folder: Path, world: int = 1) -> tuple[list[str], Any]:
-    """Where the run that goes back, and a manual resume without the batches in between, differ; and the event."""
+def resumed_run(case: Case, place: Path, folder: Path, world: int = 1) -> dict[str, Any]:
+    """The state at the end of a run of another process that goes on from a checkpoint."""
+    callback = MixedPrecisionCallback({**case.options, "on_stalled": "report"})
+    trainer = trainer_of(case, folder, callback, world=world, seed=77)
+    trainer.train(resume_from_checkpoint=str(place))
+    return state_of(trainer, callback)
+
+
+def compare(case: Case, folder: Path, world: int = 1) -> list[str]:
+    """Where a run that goes back once differs at its end from a manual resume without the batches in between."""
     trainer, callback = rewound_run(case, folder / "rewound", world)
     events = [e for e in callback.session.events if e.kind is EventKind.REWOUND]
     if len(events) != 1:
-        return [f"{len(events)} rewinds: {[e.message for e in callback.session.events]}"], None
-    (event,) = events
+        return [f"{len(events)} rewinds: {[e.message for e in callback.session.events]}"]
     ours = state_of(trainer, callback)
-    place = edited(folder / "rewound" / f"checkpoint-{event.after}", folder / "manual", int(event.before))
-    manual = MixedPrecisionCallback({**case.options, "on_stalled": "report"})
-    again = trainer_of(case, folder / "manual", manual, world=world, seed=77)
-    again.train(resume_from_checkpoint=str(place))
-    return differences(ours, state_of(again, manual)), event
+    place = edited(folder / "rewound" / f"checkpoint-{events[0].after}", folder / "manual", int(events[0].before))
+    return differences(ours, resumed_run(case, place, folder / "manual", world))
+
+
+def main() -> None:
+    """One of two processes: prints where rank 0 or rank 1 differs, by case."""
+    folder, *numbers = sys.argv[1:]
+    found = {n: compare(case_number(int(n)), Path(folder) / n, world=2) for n in numbers}
+    every: list[Any] = [None, None]
+    dist.all_gather_object(every, found)
+    if dist.get_rank() == 0:
+        print(json.dumps(every))
+    leave_together()
+
+
+if __name__ == "__main__":
+    main()
