@@ -301,14 +301,9 @@ class AmpSession(EventRecorder):
                 self._fallback.recorder.begin_step()
 
     def go_back(self, load: Callable[[Any], None], step: int | None = None) -> bool:
-        """Goes back to the newest good checkpoint, for the fault that the newest step has shown; between two steps, on all ranks.
+        """Goes back to the newest good checkpoint, which `load` loads from its folder; reports whether it did, and says so.
 
-        Args:
-            load: makes model, optimizer, LR schedule, scaler, progress and random state what a checkpoint, given by its folder, holds.
-            step: what the steps so far are counted as; None for the newest that is known.
-
-        Returns:
-            Whether it did. Where not, that is reported.
+        Between two steps, on all ranks. `step`: what the steps so far are counted as; None for the newest that is known.
         """
         self.scaler.flush()
         at = self.newest_step if step is None else step
@@ -319,8 +314,7 @@ class AmpSession(EventRecorder):
             self.throughput.pause()
             self._fallback.recorder.forget()
             self._finding, self._at_floor, self._loss_is_lost = None, False, False
-            self._queued_in.clear()
-            self._applied.clear()
+            self._queued_in, self._applied = {}, {}
         self.record(event)
         return event.kind is EventKind.REWOUND
 

@@ -30,11 +30,14 @@ class TrainerCheckpoints:
             kept have another name meanwhile.
         session: of its run.
         name: what its checkpoints call the callback, which keeps progress there.
+
+    Attributes:
+        random_state_of: the checkpoint whose random state is to be that of the next batch; None where none is.
     """
 
     def __init__(self, trainer: Trainer, session: AmpSession, name: str) -> None:
         self._trainer, self._session, self._name = trainer, session, name
-        self._random_state_of: Path | None = None
+        self.random_state_of: Path | None = None
         self._save = trainer._save_checkpoint
         session.patches.set_attribute(trainer, "_save_checkpoint", self.save)
 
@@ -54,7 +57,7 @@ class TrainerCheckpoints:
                 raise ConfigError(
                     f"on_stalled='rewind' with {wrong}: there is no checkpoint to go back to; set {remedy}."
                 )
-        self._random_state_of = None
+        self.random_state_of = None
         if args.output_dir:
             folder = Path(args.output_dir)
             for hidden in folder.glob(_KEPT.format("checkpoint-*")):  # a process was killed while it saved
@@ -80,6 +83,17 @@ class TrainerCheckpoints:
         if kept:
             _rotate(folder, limit, {place, Path(trainer.state.best_model_checkpoint or place), *kept})
 
+    def act_on_fault(self, step: int) -> str:
+        """What `on_stalled` says of a fault of the newest step, the `step`-th; why training is to stop, "" where it is not."""
+        session, rewinder = self._session, self._session.rewinder
+        fate, why = session.config.on_stalled, rewinder.fault
+        if why and fate == "rewind" and session.go_back(self.load, step):
+            return ""
+        rewinder.fault = ""
+        if session.stall.stalled:
+            return "the run is stalled" if fate != "report" else ""
+        return why if fate == "stop" else ""
+
     def load(self, folder: Path) -> None:
         """Makes model, optimizer, LR schedule, scaler, progress and random state what a checkpoint holds, as resuming does."""
         trainer = self._trainer
@@ -89,12 +103,12 @@ class TrainerCheckpoints:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         if ours := state.get("stateful_callbacks", {}).get(self._name):
             self._session.load_progress(ours["attributes"]["progress"])
-        self._random_state_of = folder
+        self.random_state_of = folder
         trainer._load_rng_state(str(folder))
 
     def resume_random_state(self) -> None:
         """After `load`, when the next batch is fetched and not yet run: when a Trainer that resumes does it."""
-        folder, self._random_state_of = self._random_state_of, None
+        folder, self.random_state_of = self.random_state_of, None
         if folder is not None:
             self._trainer._load_rng_state(str(folder))
 

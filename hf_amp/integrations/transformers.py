@@ -142,8 +142,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         if self.session is None and self._trainer is None:
             self._trainer = calling_trainer(self)
             _log.warning("MixedPrecisionCallback was added while training runs, and begins with the next train()")
-        if self._checkpoints is not None:
-            self._checkpoints.resume_random_state()
+        self.on_epoch_begin()
         # A Trainer calls no `step` in micro-steps, in which a prepared optimizer would take back what it last said.
         if self.config.enabled and isinstance(kwargs["optimizer"], AcceleratedOptimizer):
             forget_skip(kwargs["optimizer"])
@@ -152,8 +151,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         session = self.session
-        if session is not None and (session.rewinder.fault or session.stall.stalled):
-            self._act_on_fault(session, args, state, control)
+        if self._checkpoints is not None and session is not None and (session.rewinder.fault or session.stall.stalled):
+            self._stop(session, args, control, self._checkpoints.act_on_fault(state.global_step))
         # One with non-finite weights or buffers would rotate a good one out, and be resumed from.
         if control.should_save and self._are_weights_bad("this checkpoint is not written"):
             control.should_save = False
@@ -161,10 +160,8 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
 
     on_epoch_end = on_step_end
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._checkpoints is not None:
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self._checkpoints is not None and self._checkpoints.random_state_of is not None:
             self._checkpoints.resume_random_state()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -195,22 +192,9 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         progress = {} if self.session is None else self.session.progress()
         return {"args": {"config": self.config.to_dict()}, "attributes": {"progress": progress}}
 
-    def _act_on_fault(
-        self, session: AmpSession, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """What `on_stalled` says."""
-        rewinder = session.rewinder
-        if self.config.on_stalled == "rewind" and rewinder.fault and self._checkpoints is not None:
-            if session.go_back(self._checkpoints.load, state.global_step):
-                return
-        elif rewinder.fault and self.config.on_stalled == "stop":
-            self._stop(session, args, control, rewinder.fault)
-        rewinder.fault = ""
-        if session.stall.stalled and self.config.on_stalled != "report":
-            self._stop(session, args, control, "the run is stalled")
-
     def _stop(self, session: AmpSession, args: TrainingArguments, control: TrainerControl, why: str) -> None:
-        if control.should_training_stop:
+        """Stops the run for a reason, if there is one."""
+        if control.should_training_stop or not why:
             return
         control.should_training_stop = True
         folder = args.output_dir or "."

@@ -84,6 +84,8 @@ def overlaid(runs: Sequence[RunHistory]) -> Iterator[tuple[str, str, str]]:
         with _style():
             figure, axes = _empty(HEIGHT_INCHES, max(run.newest_step for run in runs))
             description = overlay.draw(axes, [_COLOR[role] for role in ("accent", "second", "bf16", "fp32")])
+            if axes.get_yscale() == "log":
+                axes.yaxis.set_major_formatter(FuncFormatter(_power_of_two))
             _legend(axes)
             label = html.escape(printable(f"{overlay.title} of {', '.join(overlay.names)}. {description}"))
             yield overlay.title, description, _to_svg(figure, f"overlay{number}", label)
