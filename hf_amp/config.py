@@ -158,11 +158,7 @@ REMOVED_OPTIONS: Mapping[str, tuple[Any, str]] = {
 
 
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` with those that have another name now under that one.
-
-    Raises:
-        ConfigError: the value of such a one is wrong.
-    """
+    """`options` with those that have another name now under that one; `ConfigError` where the value of such a one is wrong."""
     current = dict(options)
     for name in filter(current.__contains__, STOP_SWITCHES):
         stops = current.pop(name)

@@ -184,10 +184,7 @@ class AmpSession(EventRecorder):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         session = cls.on_device(config, device, is_distributed())
         if config.on_stalled == "rewind":
-            raise ConfigError(
-                "on_stalled='rewind' in AmpSession.for_model: hf_amp knows no checkpoints there; use a Trainer, hf_amp.attach or "
-                "AdvancedMixedPrecisionManager, or leave on_stalled out."
-            )
+            raise ConfigError(_NO_CHECKPOINTS)
         if config.enabled:
             inner = unwrapped(model)
             session.register_model(inner, entry_point=model)
@@ -826,6 +823,7 @@ _UNPREPARED = (
 _MADE_THEM = (
     " made them non-finite (by a norm or a root of 0, as with eps=0), or code that wrote to the parameters after it. "
 )
+_NO_CHECKPOINTS = "AmpSession.for_model(on_stalled='rewind'): hf_amp knows no checkpoints there; use a Trainer, hf_amp.attach or a manager."
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
 _SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."
 

@@ -41,6 +41,7 @@ from hf_amp.integrations._compat import (
     steps_in_backward,
 )
 from hf_amp.integrations.checkpoint import loading_from_any_precision, saving_whole
+from hf_amp.integrations.rewind import go_back_in_loop, refuse_what_cannot_go_back
 from hf_amp.integrations.trackers import logging_with_metrics
 from hf_amp.patch_log import PatchLog, UnpickledHook, takes_hooks
 from hf_amp.precision import PrecisionMode
@@ -94,10 +95,7 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
         LOOP_OPTIONS,
         "only the trainers and the manager of hf_amp follow it; set what Trainer or Accelerator has for it",
     )
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if config.on_stalled == "rewind" and (sharded or accelerator.dataloader_config.use_stateful_dataloader):
-        what = "use_stateful_dataloader" if not sharded else accelerator.distributed_type.value
-        raise ConfigError(f"on_stalled='rewind' with {what}: hf_amp cannot go back there; use on_stalled='stop'.")
+    refuse_what_cannot_go_back(accelerator, config)
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         session, limits = deepspeed.observe(accelerator, config), deepspeed.LIMITS
         if config.enabled:
@@ -225,7 +223,7 @@ class AttachedAccelerator:
         session.patches.set_attribute(accelerator, _SESSION, session)
         self._optimizers = PreparedOptimizers(accelerator, session)
         if session.config.on_stalled == "rewind":
-            session.on_fault = self.go_back
+            session.on_fault = functools.partial(go_back_in_loop, accelerator, session)
         self._stock: dict[str, Any] = {}
         for name, replacement in self.replacements().items():
             self._stock[name] = former = getattr(accelerator, name)
@@ -273,14 +271,6 @@ class AttachedAccelerator:
             if used != type(stock)(accelerator.device.type).state_dict():
                 scaler.load_state_dict(used)  # resumed, or made with GradScalerKwargs
         return scaler
-
-    def go_back(self) -> bool:
-        """Goes back to the newest good checkpoint of `save_state`, at the end of an optimizer's step; says whether it did."""
-        accelerator = self._accelerator
-        gone_back = self._session.go_back(lambda folder: accelerator.load_state(str(folder)))
-        for model in prepared_models(accelerator) if gone_back else ():
-            model.zero_grad(set_to_none=True)  # other optimizers of this backward have nothing to apply
-        return gone_back
 
     def backward(self, loss: Any, **kwargs: Any) -> None:
         """Lets the finite check see every loss, which accelerate shows to none but a scaler. No GPU-CPU sync."""

@@ -102,18 +102,10 @@ def saving_whole(
 
     @functools.wraps(save_state)
     def save_whole(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        finite = [True]
-
-        def done(place: Path) -> Path:
-            if finite:
-                session.rewinder.written(place, session.newest_step)
-            return place
-
         def write(folder: Path) -> None:
             if bad := session.non_finite_parameters(on_any_rank=True, saved_buffers=True):
                 which = f"inf or NaN is in {counted_names(bad, 'tensor')} of this checkpoint"
                 session.note(EventKind.CHECKPOINT_NON_FINITE, f"{which}: do not resume from it.")
-                finite.clear()
             scaler = accelerator.scaler
             session.scaler.flush()  # where ranks agree on what still waits
             if not accelerator.is_local_main_process:
@@ -128,7 +120,7 @@ def saving_whole(
         if not project.automatic_checkpoint_naming:
             if output_dir is None:
                 return save_state(output_dir, *args, **kwargs)  # whose error says what is missing
-            return done(_save(accelerator, session, write, AtomicCheckpoint(Path(output_dir))))
+            return _save(accelerator, session, write, AtomicCheckpoint(Path(output_dir)))
         place = Path(accelerator.project_dir) / "checkpoints" / f"checkpoint_{accelerator.save_iteration}"
         staging = AtomicCheckpoint(place, beside=place.parents[1])
         if staging.replaces:
@@ -139,7 +131,6 @@ def saving_whole(
             _save(accelerator, session, write, staging)
         finally:
             project.automatic_checkpoint_naming = True
-        done(place)
         if accelerator.is_main_process and project.total_limit is not None:
             _delete_oldest(place, project.total_limit, session.rewinder.kept())
         return place
@@ -176,6 +167,7 @@ def _save(
         if publishes:
             staging.publish(stale=SCALER_NAME if no_scaling else FINITE_CHECK_FILE)
         accelerator.wait_for_everyone()
+    session.rewinder.written(staging.target, session.newest_step)
     return staging.target
 
 

@@ -1,4 +1,4 @@
-"""A Trainer's checkpoints: which are good, kept from rotation, and loaded while it trains."""
+"""Going back in a Trainer and in an Accelerate loop: which checkpoints are good, kept from rotation, and loaded while it trains."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
+from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ConfigError
+from hf_amp.integrations._compat import prepared_models
 from hf_amp.monitoring.rewind import GOOD_FILE
 from hf_amp.session import AmpSession
 
@@ -111,6 +115,22 @@ class TrainerCheckpoints:
         folder, self.random_state_of = self.random_state_of, None
         if folder is not None:
             self._trainer._load_rng_state(str(folder))
+
+
+def refuse_what_cannot_go_back(accelerator: Accelerator, config: MixedPrecisionConfig) -> None:
+    """Raises `ConfigError` where `on_stalled="rewind"` is asked for and would not work."""
+    kind, sharded = accelerator.distributed_type, (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    what = kind.value if kind in sharded else "use_stateful_dataloader"
+    if config.on_stalled == "rewind" and (kind in sharded or accelerator.dataloader_config.use_stateful_dataloader):
+        raise ConfigError(f"on_stalled='rewind' with {what}: hf_amp cannot go back there; use on_stalled='stop'.")
+
+
+def go_back_in_loop(accelerator: Accelerator, session: AmpSession) -> bool:
+    """At the end of an optimizer's step, goes back to the newest good checkpoint of `save_state`; says whether it did."""
+    gone_back = session.go_back(lambda folder: accelerator.load_state(str(folder)))
+    for model in prepared_models(accelerator) if gone_back else ():
+        model.zero_grad(set_to_none=True)  # other optimizers of this backward have nothing to apply
+    return gone_back
 
 
 def _put_back(place: Path) -> None:

@@ -193,14 +193,12 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         return {"args": {"config": self.config.to_dict()}, "attributes": {"progress": progress}}
 
     def _stop(self, session: AmpSession, args: TrainingArguments, control: TrainerControl, why: str) -> None:
-        """Stops the run for a reason, if there is one."""
         if control.should_training_stop or not why:
             return
         control.should_training_stop = True
         folder = args.output_dir or "."
-        good = session.rewinder.good
         newest = get_last_checkpoint(folder) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
-        checkpoint = good.place if good else newest
+        checkpoint = session.rewinder.good.place if session.rewinder.good else newest
         session.note(
             EventKind.TRAINING_STOPPED,
             f"{why} and on_stalled is '{self.config.on_stalled}'; "

@@ -320,3 +320,17 @@ class Snapshot:
         for each, state in zip(self._trained, self._states, strict=True):
             each.load_state_dict(map_tensors(Tensor.clone, state))
         self._random.restore()
+
+
+def keep_or_go_back(session: Any, model: torch.nn.Module, *trained: Any) -> None:
+    """After a step of a loop without checkpoints: goes back where it has shown a fault, and makes a copy every `good_after` steps.
+
+    Args:
+        session: an `AmpSession`.
+        trained: optimizer and LR scheduler; None is passed over.
+    """
+    rewinder, session.on_fault = session.rewinder, None
+    if rewinder.fault:
+        session.go_back(Snapshot.restore)
+    if not rewinder.candidates:
+        rewinder.written(Snapshot([model, *filter(None, trained), session], model), session.newest_step)

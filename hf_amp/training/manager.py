@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, BatchError, StateError
-from hf_amp.monitoring.rewind import Snapshot
+from hf_amp.monitoring.rewind import keep_or_go_back
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.serialization import load_file, parse
 from hf_amp.statistics import to_host, to_host_list
@@ -165,7 +165,7 @@ class AdvancedMixedPrecisionManager:
                 losses.add(result["losses"], window)
                 if self.config.on_stalled == "rewind":
                     before = self._counters()
-                    self._keep_or_go_back(model, [model, optimizer, *filter(None, [scheduler])])
+                    keep_or_go_back(self.trainer.session, model, optimizer, scheduler)
                     applied_before += self._counters()[0] - before[0]  # what was left out was taken all the same
                     skipped_before += self._counters()[1] - before[1]
                 if not bar.disable and time.monotonic() - shown_at >= _SECONDS_BETWEEN_LOSSES:
@@ -187,15 +187,6 @@ class AdvancedMixedPrecisionManager:
             "precision_mode": self.trainer.session.plan.default,
             "epoch": self.epochs,
         }
-
-    def _keep_or_go_back(self, model: nn.Module, trained: Sequence[Any]) -> None:
-        """After a step: goes back where it has shown a fault, and copies what is trained every `good_after` steps."""
-        session = self.trainer.session
-        rewinder, session.on_fault = session.rewinder, None
-        if rewinder.fault:
-            session.go_back(Snapshot.restore)
-        if not rewinder.candidates:
-            rewinder.written(Snapshot([*trained, session], model), session.newest_step)
 
     def validate_epoch(
         self, dataloader: Iterable[Any], model: nn.Module, *, loss_fn: LossFunction | None = None
