@@ -76,6 +76,7 @@ def case_number(number: int) -> Case:
     if fault == "spike":
         at = draw.randint(104, 118)
         options["loss_spikes"] = True
+        options.pop("growth_interval", None)  # at a scale that overflows the step would be skipped, and nothing to go back from
     else:
         at = draw.randint(9, 26)
     micro = loop.get("gradient_accumulation_steps", 1)
