@@ -55,7 +55,7 @@ PRECISIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"bf16": True, "half": True}, {"half_parameters": "stochastic_rounding"}),
 ]
 LOOPS: list[dict[str, Any]] = [
-    {},
+    {"eval_strategy": "steps", "eval_steps": 1},  # which draws random numbers between two steps
     {"gradient_accumulation_steps": 2},
     {"optim": "sgd"},
     {"lr_scheduler_type": "cosine", "warmup_steps": 5},
@@ -76,7 +76,9 @@ def case_number(number: int) -> Case:
     if fault == "spike":
         at = draw.randint(104, 118)
         options["loss_spikes"] = True
-        options.pop("growth_interval", None)  # at a scale that overflows the step would be skipped, and nothing to go back from
+        options.pop(
+            "growth_interval", None
+        )  # at a scale that overflows the step would be skipped, and nothing to go back from
     else:
         at = draw.randint(9, 26)
     micro = loop.get("gradient_accumulation_steps", 1)
@@ -149,7 +151,8 @@ def trainer_of(case: Case, folder: Path, *callbacks: TrainerCallback, world: int
     given = arguments(
         folder, **{**defaults, "save_steps": SAVE_STEPS.get(case.fault, 3), "learning_rate": 1e-2, **options}
     )
-    return Trainer(model, given, train_dataset=rows_for(case, world), callbacks=list(callbacks))
+    rows = rows_for(case, world)
+    return Trainer(model, given, train_dataset=rows, eval_dataset=rows[:4], callbacks=list(callbacks))
 
 
 def state_of(trainer: Trainer, callback: MixedPrecisionCallback) -> dict[str, Any]:
