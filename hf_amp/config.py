@@ -117,6 +117,7 @@ def described_and_checked(config: type[_Config]) -> type[_Config]:
 
     @functools.wraps(init)
     def checked_init(self: _Config, *arguments: Any, **options: Any) -> None:
+        options = renamed(options)
         check_keywords(config, options)
         init(self, *arguments, **options)
 
@@ -142,8 +143,8 @@ KEEPS_UPDATES = ("master_weights", "stochastic_rounding", "kahan")
 """Values of `half_parameters` with which parameters stay in half precision and lose no update."""
 LOOP_OPTIONS = ("memory_efficient", "gradient_accumulation_friendly")
 """Options that only loops which are ours can follow."""
-RENAMED_OPTIONS = {"stop_when_hopeless": "stop_when_stalled"}
-"""Option of hf_amp 0.1 → what it is called now. Saved configs may hold it."""
+STOP_SWITCHES = ("stop_when_hopeless", "stop_when_stalled")
+"""What `on_stalled="stop"` was called before. Saved configs may hold them."""
 REMOVED_OPTIONS: Mapping[str, tuple[Any, str]] = {
     "consecutive_hysteresis": (False, "only a growth refills hysteresis"),
     "overflow_tolerance": (0.0, "use hysteresis, or scaling_strategy=ADAPTIVE"),
@@ -154,6 +155,18 @@ REMOVED_OPTIONS: Mapping[str, tuple[Any, str]] = {
     "clip_norm": (None, "pass clip_norm= to the trainer or manager"),
 }
 """Option of hf_amp 0.1 → its default, at which a saved config may hold it, and what to do instead."""
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` with those that have another name now under that one; `ConfigError` where the value of such a one is wrong."""
+    current = dict(options)
+    for name in filter(current.__contains__, STOP_SWITCHES):
+        stops = current.pop(name)
+        if not SWITCH.accepts(stops):
+            raise ConfigError(f"{name}={safe_repr(stops)}: it must be {SWITCH}; its name is on_stalled='stop' now.")
+        if stops:
+            current.setdefault("on_stalled", "stop")
+    return current
 
 
 @described_and_checked
@@ -189,7 +202,10 @@ class MixedPrecisionConfig:
     fallback_threshold: Annotated[float, FRACTION] = 1e-6
     recovery_steps: Annotated[int, STEPS] = 1000
     patience: Annotated[int, STEPS] = 50
-    stop_when_stalled: Annotated[bool, SWITCH] = False
+    on_stalled: Annotated[str, one_of("report", "stop", "rewind")] = "report"
+    loss_spikes: Annotated[bool, SWITCH] = False
+    max_rewinds: Annotated[int, COUNT] = 3
+    good_after: Annotated[int, STEPS] = 100
     memory_efficient: Annotated[bool, SWITCH] = False
     gradient_accumulation_friendly: Annotated[bool, SWITCH] = False
     distributed_amp: Annotated[bool, SWITCH] = False
@@ -267,8 +283,8 @@ class MixedPrecisionConfig:
                 "values."
             )
         kept = {
-            RENAMED_OPTIONS.get(name, name): value
-            for name, value in options.items()
+            name: value
+            for name, value in renamed(options).items()
             if name not in REMOVED_OPTIONS or value != REMOVED_OPTIONS[name][0]
         }
         check_keywords(cls, kept)

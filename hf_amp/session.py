@@ -37,6 +37,7 @@ from hf_amp.fallback.sharded import leave_casts_to_autocast
 from hf_amp.monitoring.frozen import FrozenDetector, HalfParameter, remedies_in_words
 from hf_amp.monitoring.modules import LOST, ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
+from hf_amp.monitoring.rewind import Rewinder
 from hf_amp.monitoring.sinks.console import Console, say
 from hf_amp.monitoring.stall import StallDetector
 from hf_amp.monitoring.throughput import ThroughputMonitor
@@ -91,6 +92,8 @@ class AmpSession(EventRecorder):
         monitor: counts and newest figures.
         stall: whether anything can be learned yet.
         throughput: how fast the run goes.
+        rewinder: which checkpoints are good, and whether to go back to one.
+        on_fault: goes back where an integration does so inside of a step; None where it does not.
         patches: what was changed on the instances attached to; undone by `detach`.
         without_scaler: makes a context in which prepared optimizers take steps that are not training's.
     """
@@ -115,6 +118,8 @@ class AmpSession(EventRecorder):
         self.monitor.scale = scaler.get_scale()  # known before the first step, and on the host
         self.stall = StallDetector(config.patience)
         self.throughput = ThroughputMonitor(device=hardware.device)
+        self.rewinder = Rewinder(config)
+        self.on_fault: Callable[[], bool] | None = None
         self._description = description
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._frozen = FrozenDetector()
@@ -147,6 +152,11 @@ class AmpSession(EventRecorder):
             throughput=self.throughput,
             frozen=self._frozen,
         )
+        if config.on_stalled == "rewind" or config.loss_spikes:
+            scaler.stateful["rewind"] = self.rewinder
+        if config.loss_spikes:
+            scaler.watch_loss = self.rewinder.note
+            scaler.step_hooks.append(self.rewinder.collect)
         if config.monitor_modules and config.enable_monitoring:
             scaler.step_hooks.append(self._module_statistics)
             self.patches.on_undo(self._modules.remove_hooks)
@@ -179,6 +189,8 @@ class AmpSession(EventRecorder):
         config = MixedPrecisionConfig.from_any(config, options, "AmpSession.for_model")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         session = cls.on_device(config, device, is_distributed())
+        if config.on_stalled == "rewind":
+            raise ConfigError(_NO_CHECKPOINTS)
         if config.enabled:
             inner = unwrapped(model)
             session.register_model(inner, entry_point=model)
@@ -217,7 +229,7 @@ class AmpSession(EventRecorder):
         with self.lock:
             peak = peak_bytes(self._devices)
             memory = {} if peak is None else {"memory_bytes": float(peak)}
-            return {**self.monitor.metrics(), **self.throughput.metrics(), **memory}
+            return {**self.monitor.metrics(), **self.throughput.metrics(), **self.rewinder.metrics(), **memory}
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No GPU-CPU sync."""
@@ -282,9 +294,30 @@ class AmpSession(EventRecorder):
                     self.record(stalled)
             else:
                 self._on_skipped(outcome, optimizer)
+            if self.rewinder.watches or self.stall.stalled:
+                for event in self.rewinder.after_step(outcome, self.newest_step, self.stall.stalled):
+                    self.record(event)
             self._queued_in[self.scaler.decided_steps + 1] = self._fallback.runner.plan.default
             if self._fallback.recorder.one_graph:
                 self._fallback.recorder.begin_step()
+
+    def go_back(self, load: Callable[[Any], None], step: int | None = None) -> bool:
+        """Goes back to the newest good checkpoint, which `load` loads from its folder; reports whether it did, and says so.
+
+        Between two steps, on all ranks. `step`: what the steps so far are counted as; None for the newest that is known.
+        """
+        self.scaler.flush()
+        at = self.newest_step if step is None else step
+        event = self.rewinder.go_back(load, at)
+        if event.kind is EventKind.REWOUND:
+            self.scaler.abandon_step()
+            self.begin_at(at)
+            self.throughput.pause()
+            self._fallback.recorder.forget()
+            self._finding, self._at_floor, self._loss_is_lost = None, False, False
+            self._queued_in, self._applied = {}, {}
+        self.record(event)
+        return event.kind is EventKind.REWOUND
 
     def begin_run(self, log: Path | None = None) -> None:
         """One console line that says what runs and where the log is. A session does it by itself before its first step."""
@@ -672,6 +705,11 @@ class AmpSession(EventRecorder):
         """Gives, at every call, a new context of the plan's default as it is by then."""
         return self._fallback.runner.current
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters of its models are shards."""
+        return self._fallback.runner.sharded
+
     def follow_default(self, change: Callable[[PrecisionMode], None]) -> None:
         """Has `change` called with every new default of the plan, for models that do not enter it by themselves."""
         self._fallback.runner.on_default_change.append(change)
@@ -831,8 +869,9 @@ class AmpSession(EventRecorder):
         """Gives everything that was attached to its former state; `why` is for the event. Harmless when called again."""
         if self.is_attached:
             self.scaler.observers.remove(self.on_step)
-            hooks, ours = self.scaler.step_hooks, self._module_statistics
-            hooks[:] = [hook for hook in hooks if hook != ours]
+            self.scaler.watch_loss = None
+            hooks, ours = self.scaler.step_hooks, (self._module_statistics, self.rewinder.collect)
+            hooks[:] = [hook for hook in hooks if hook not in ours]
             ForwardContext.leave_interrupted()
             self.end_run()
             self.patches.undo()
@@ -860,6 +899,7 @@ _UNPREPARED = (
 _MADE_THEM = (
     " made them non-finite (by a norm or a root of 0, as with eps=0), or code that wrote to the parameters after it. "
 )
+_NO_CHECKPOINTS = "AmpSession.for_model(on_stalled='rewind'): hf_amp knows no checkpoints there; use a Trainer, hf_amp.attach or a manager."
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
 _SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."
 

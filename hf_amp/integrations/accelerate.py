@@ -44,6 +44,7 @@ from hf_amp.integrations._compat import (
     steps_in_backward,
 )
 from hf_amp.integrations.checkpoint import loading_from_any_precision, saving_whole
+from hf_amp.integrations.rewind import go_back_in_loop, refuse_what_cannot_go_back
 from hf_amp.integrations.trackers import logging_with_metrics
 from hf_amp.patch_log import PatchLog, UnpickledHook, takes_hooks
 from hf_amp.precision import PrecisionMode
@@ -97,6 +98,7 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
         LOOP_OPTIONS,
         "only the trainers and the manager of hf_amp follow it; set what Trainer or Accelerator has for it",
     )
+    refuse_what_cannot_go_back(accelerator, config)
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         session, limits = deepspeed.observe(accelerator, config), deepspeed.LIMITS
         if config.enabled:
@@ -231,6 +233,8 @@ class AttachedAccelerator:
         self._optimizers = PreparedOptimizers(accelerator, session)
         if accelerator.distributed_type is DistributedType.FSDP:
             session.without_scaler = self._optimizers.without_scaler
+        if session.config.on_stalled == "rewind":
+            session.on_fault = functools.partial(go_back_in_loop, accelerator, session)
         self._stock: dict[str, Any] = {}
         for name, replacement in self.replacements().items():
             self._stock[name] = former = getattr(accelerator, name)
@@ -492,7 +496,7 @@ class PreparedOptimizers:
 
     def __init__(self, accelerator: Accelerator, session: AmpSession) -> None:
         self.registered: weakref.WeakSet[AcceleratedOptimizer] = weakref.WeakSet()
-        self._scaler = session.scaler
+        self._session, self._scaler = session, session.scaler
         self._former_scaler = accelerator.scaler
         self._on_undo = session.patches.on_undo
         # what a learning-rate scheduler has put in the place of an optimizer's own `step`, None for that one; and ours
@@ -532,7 +536,7 @@ class PreparedOptimizers:
         if optimizer.scaler is not self._scaler:
             replace_scaler(optimizer, self._scaler)
         former = vars(optimizer).get("step")
-        ours = _step_reporting_skips(former)
+        ours = _step_reporting_skips(former, self._session)
         optimizer.step = MethodType(ours, optimizer)
         self._steps[optimizer] = (former, ours)
         vars(optimizer)["__getstate__"] = functools.partial(self._state_without_session, weakref.ref(optimizer))
@@ -561,8 +565,9 @@ class PreparedOptimizers:
                 optimizer.step = former
 
 
-def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., Any]:
-    """A `step` for a prepared optimizer, for which a micro-step that ends no accumulation window is not a skipped one.
+def _step_reporting_skips(former: Callable[..., Any] | None, session: AmpSession) -> Callable[..., Any]:
+    """A `step` for a prepared optimizer, for which a micro-step that ends no accumulation window is not a skipped one, and one
+    after which the run has gone back is.
 
     Upstream keeps the verdict of the last window until the next one ends (accelerate#2828).
     """
@@ -575,6 +580,8 @@ def _step_reporting_skips(former: Callable[..., Any] | None) -> Callable[..., An
         newest = scaler and scaler.last_outcome  # the optimizer was called in any case, where it skips by itself
         syncs = optimizer.gradient_state.sync_gradients
         if newest and not newest.applied and newest.attempt == scaler.decided_steps and syncs:
+            forget_skip(optimizer, was_skipped=True)
+        if session.rewinder.fault and session.on_fault is not None and session.on_fault():
             forget_skip(optimizer, was_skipped=True)
         return result
 

@@ -132,6 +132,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         discard_forwards: called where gradients were cleared without a step, before the next backward; False where their
             losses are from the same forward pass as the next, and count on.
         note_loss: called with every loss that goes into backward, where somebody wants to know.
+        watch_loss: likewise, with whether it is the first of its step.
         is_waiting: says of an optimizer whether its gradients may be scaled now: a backward has begun since its last step, and
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
@@ -178,6 +179,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.stateful: dict[str, Stateful] = {}
         self.discard_forwards: Callable[[], bool] = lambda: True
         self.note_loss: Callable[[Tensor], None] | None = None
+        self.watch_loss: Callable[[Tensor, bool], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
         self.looks_closely = False
         self.master_weights = self._masters_for(config)
@@ -227,6 +229,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._figures_on = loss.device
         if self.note_loss is not None:
             self.note_loss(loss)
+        if self.watch_loss is not None:
+            self.watch_loss(loss, self._pending.losses.number == 1)
         # One on the CPU goes into the kernel as its argument.
         scaled = loss if self.no_scaling else loss * (scale if scale.device.type == "cpu" else scale.to(loss.device))
         scaled = emulated_in_backward(scaled)

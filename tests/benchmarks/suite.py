@@ -203,6 +203,18 @@ CPU = (
         threads=1,
     ),
     Benchmark(
+        "loss_spikes",
+        _module("loss_spikes"),
+        "False alarms of the rule for loss spikes in ten healthy runs of 1,000 steps, and spikes found within ten steps of those planted "
+        "(at least double the mean of the hundred losses before, and above them all).",
+        "OLMo 2's spike score, ZClip's and Megatron-LM's rules, and LLM Foundry's, on the same losses",
+        (
+            Target("one false alarm in 10,000 steps or less", "false_alarms_per_10000_steps", 1, lambda row: row["rule"] == "hf_amp"),
+            Target("40 of 50 planted spikes found", "missed", 10, lambda row: row["rule"] == "hf_amp"),
+        ),
+        threads=1,
+    ),
+    Benchmark(
         "startup_cost",
         _module("startup_cost"),
         "Time of an import in a fresh process.",
