@@ -13,8 +13,8 @@ from accelerate.utils import AORecipeKwargs
 from torch import Tensor, nn
 
 import hf_amp
-from hf_amp import ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
-from tests.each import for_each
+from hf_amp import AttachError, ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
+from tests.each import for_each, forget_accelerators
 from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot
 
 float8 = pytest.importorskip("torchao.float8", reason="needs torchao, which the extra hf_amp[peers] brings")
@@ -126,12 +126,7 @@ def test_attach_says_who_runs_what() -> None:
 
 @for_each(
     ("option", "value"),
-    [
-        ("precision_mode", "DYNAMIC"),
-        ("precision_mode", "BF16"),
-        ("precision_mode", "MIXED"),
-        ("half_parameters", "master_weights"),
-    ],
+    [("precision_mode", "DYNAMIC"), ("precision_mode", "MIXED"), ("half_parameters", "master_weights")],
 )
 def test_an_option_that_would_change_precision_is_refused(option: str, value: str) -> None:
     """The error names the option and who owns the precision; nothing is changed by the attempt."""
@@ -140,6 +135,109 @@ def test_an_option_that_would_change_precision_is_refused(option: str, value: st
     with pytest.raises(ConfigError, match=f"{option}=.*FP8 is run by torchao.*leave {option} out"):
         hf_amp.attach(accelerator, MixedPrecisionConfig(**{option: value}))
     assert vars(accelerator) == before
+
+
+class Wide(nn.Module):
+    """A stem, three layers that accelerate converts to FP8, of which the second has an outlier, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(16, 32)
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.head = nn.Linear(32, 16)
+        with torch.no_grad():
+            self.blocks[1].weight[0, 0] = 1e6  # one scale for all: the others are lost
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return {"logits": self.head(x)}
+
+
+ROWS = {"x": torch.randn(64, 16, generator=torch.Generator().manual_seed(1))}
+
+
+def converted(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, float8.float8_linear.Float8Linear)}
+
+
+@for_each(
+    ("chosen", "in_fp8"),
+    [
+        ([], {"blocks.0", "blocks.1", "blocks.2"}),
+        (["blocks.1"], {"blocks.0", "blocks.2"}),
+        (["blocks"], set()),
+        (["Linear"], set()),
+    ],
+)
+def test_fp32_modules_are_left_out_of_the_conversion(chosen: list[str], in_fp8: set[str]) -> None:
+    """By name, container and class, besides the first and the last; they compute in FP32, and detach gives the recipe back."""
+    accelerator = fp8_accelerator()
+    before = dict(vars(accelerator.ao_recipe_handler))
+    session = hf_amp.attach(accelerator, fp32_modules=chosen)
+    model = accelerator.prepare(Wide())
+    assert converted(model) == in_fp8
+    assert vars(accelerator.ao_recipe_handler) == before
+    if chosen == ["blocks.1"]:
+        seen: list[Any] = []
+        model.blocks[1].register_forward_hook(lambda module, given, output: seen.append((given[0], output)))
+        model(**ROWS)
+        ((given, output),) = seen
+        exact = nn.functional.linear(given.double(), model.blocks[1].weight.double(), model.blocks[1].bias.double())
+        assert (output.double() - exact).abs().max() < 1e-6 * exact.abs().max()
+    session.detach()
+    assert "prepare" not in vars(accelerator)
+
+
+def test_a_recipes_own_filter_goes_on() -> None:
+    """What it leaves out stays left out, and what accelerate leaves out by default is then up to it."""
+    wants = AORecipeKwargs(
+        config=float8.Float8LinearConfig(emulate=True), module_filter_func=lambda m, n: n != "blocks.0"
+    )
+    accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[wants], cpu=True)
+    hf_amp.attach(accelerator, fp32_modules=["blocks.1"])
+    assert converted(accelerator.prepare(Wide())) == {"stem", "blocks.2", "head"}
+
+
+def test_the_precision_around_it_may_be_said() -> None:
+    """As plans do; without a change of what runs."""
+    session = hf_amp.attach(fp8_accelerator(), precision_mode="BF16")
+    assert session.plan.default is hf_amp.PrecisionMode.BF16
+
+
+def test_a_model_that_is_converted_already_is_an_error() -> None:
+    """It says what to do."""
+    accelerator = fp8_accelerator()
+    accelerator.prepare(Wide())
+    with pytest.raises(AttachError, match=r"converted to FP8 already; call hf_amp.attach before prepare"):
+        hf_amp.attach(accelerator, fp32_modules=["blocks.1"])
+
+
+def test_the_layer_that_does_the_damage_is_named_and_left_out() -> None:
+    """The audit's error for scaled FP8 is that of the real conversion within a tenth; its plan for a fifth of it names the planted layer
+    first, and the real run with that plan is as exact as predicted."""
+    exact = Wide()(**ROWS)["logits"].log_softmax(-1)
+
+    def error_of(fp32_modules: Any, converts: Any = None) -> float:
+        forget_accelerators()
+        recipe = AORecipeKwargs(config=float8.Float8LinearConfig(emulate=True), module_filter_func=converts)
+        accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[recipe], cpu=True)
+        hf_amp.attach(accelerator, fp32_modules=fp32_modules)
+        found = accelerator.prepare(Wide())(**ROWS)["logits"].float().log_softmax(-1)
+        return (found - exact).square().mean().sqrt().item()
+
+    plan, table = hf_amp.choose_precision(Wide(), ROWS, number_format="scaled FP8", max_error=None)
+    assert table.modules[0].module == "blocks.1"
+    everything = error_of([], converts=lambda module, name: True)
+    assert table.formats["scaled FP8"].rms == pytest.approx(everything, rel=0.1)
+    assert "blocks.1" in plan.modules
+    left_out = error_of(list(plan.modules), converts=lambda module, name: True)
+    assert left_out == pytest.approx(table.chosen.rms, rel=0.1)
+    assert left_out < everything / 5
+    assert MixedPrecisionConfig(plan=plan).fp32_modules == tuple(plan.modules)
+    assert table.settings["accelerate.Accelerator"] == {"mixed_precision": "fp8"}
 
 
 def test_detach_restores_what_was_there() -> None:
