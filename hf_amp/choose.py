@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP32_FORMAT, NumberF
 DEFAULT_SHARE = 0.2
 """Of the error of the format: the bound where none is given."""
 METRICS = ("logprob", "loss")
-_TF32_BITS = 10
 
 
 # ---- formats -----------------------------------------------------------------------------------------------------
@@ -57,16 +56,15 @@ class AuditedFormat:
     block: int | None = None
 
     def converts(self, module: nn.Module) -> bool:
-        """Whether `module` is one of the layers that are converted to a format with a scale."""
-        block = self.block or 1
-        return isinstance(module, nn.Linear) and module.in_features % block == 0 and module.out_features % block == 0
+        """Whether `module` is one of the layers that are converted, where not all are."""
+        sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
+        return bool(self.block and sizes) and all(size % cast(int, self.block) == 0 for size in sizes)
 
 
 def _rounded_to_tf32(x: Tensor) -> Tensor:
     """FP32 with 10 bits of mantissa, to nearest, ties away from zero. Source: CUDA's `cvt.rna.tf32.f32`."""
-    dropped = 23 - _TF32_BITS
-    bits = x.contiguous().view(torch.int32) + (1 << (dropped - 1))
-    return (bits & -(1 << dropped)).view(torch.float32).where(x.isfinite(), x)
+    bits = x.contiguous().view(torch.int32) + (1 << 12)
+    return (bits & -(1 << 13)).view(torch.float32).where(x.isfinite(), x)
 
 
 def torchao_formats() -> list[AuditedFormat]:
@@ -85,20 +83,15 @@ def torchao_formats() -> list[AuditedFormat]:
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
-    def scaled(x: Tensor) -> Tensor:
-        return cast(
-            Tensor, hp_tensor_to_float8_dynamic(x, torch.float8_e4m3fn, LinearMMConfig()).to_original_precision()
-        )
-
-    def mxfp8(x: Tensor) -> Tensor:
-        return cast(Tensor, MXTensor.to_mx(x.contiguous(), torch.float8_e4m3fn, 32).dequantize(x.dtype))
-
-    def nvfp4(x: Tensor) -> Tensor:
-        scale = per_tensor_amax_to_scale(x.abs().amax())
-        return cast(Tensor, NVFP4Tensor.to_nvfp4(x.contiguous(), 16, scale).dequantize(x.dtype))
-
-    casts = zip(SCALED_FORMATS, (scaled, mxfp8, nvfp4), (16, 32, 16), strict=True)
-    return [AuditedFormat(name, BF16_FORMAT, cast_, block) for name, cast_, block in casts]
+    fp8, recipe = torch.float8_e4m3fn, LinearMMConfig()
+    casts: list[tuple[int, Callable[[Any], Any]]] = [
+        (16, lambda x: hp_tensor_to_float8_dynamic(x, fp8, recipe).to_original_precision()),
+        (32, lambda x: MXTensor.to_mx(x.contiguous(), fp8, 32).dequantize(x.dtype)),
+        (16, lambda x: NVFP4Tensor.to_nvfp4(x.contiguous(), 16, per_tensor_amax_to_scale(x.abs().amax())).dequantize(x.dtype)),
+    ]  # fmt: skip
+    return [
+        AuditedFormat(name, BF16_FORMAT, to, block) for name, (block, to) in zip(SCALED_FORMATS, casts, strict=True)
+    ]
 
 
 SCALED_FORMATS = ("scaled FP8", "MXFP8", "NVFP4")
@@ -226,7 +219,7 @@ class PrecisionTable:
         inference: whether half-precision copies were asked for, without autocast.
         max_error: the bound on the root mean square.
         formats: name of a format → its error where the whole model is in it.
-        missing: formats that this machine cannot emulate, and why.
+        missing: which formats cannot be emulated here, and why; "" where all can.
         number_format: the format of the plan; "FP32" where none met the bound.
         modules: in the order of their gain for each product.
         curve: from no module in FP32 to the plan.
@@ -238,7 +231,7 @@ class PrecisionTable:
     inference: bool
     max_error: float
     formats: dict[str, PrecisionError] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: str = ""
     number_format: str = "FP32"
     modules: list[ModuleError] = field(default_factory=list)
     curve: list[CurvePoint] = field(default_factory=list)
@@ -250,12 +243,11 @@ class PrecisionTable:
         return self.curve[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
-        return asdict(self)
+        """Plain data, fit for JSON; None for what is not finite."""
+        return asdict(self, dict_factory=lambda items: {k: None if v in (math.inf, math.nan) else v for k, v in items})
 
 
-@dataclass(frozen=True)
-class _Search:
+class _Search(NamedTuple):
     """What one format needs."""
 
     audited: AuditedFormat
@@ -308,13 +300,13 @@ def choose_precision(
         formats = _formats(table, needs_torchao=number_format in SCALED_FORMATS, inference=inference)
         if number_format not in (None, *formats):
             raise ConfigError(
-                f"number_format={number_format!r} with inference=True: use FP16 or BF16, or leave one of them out."
+                f"number_format={number_format!r} with inference=True: use FP16 or BF16, or leave one out."
             )
         table.formats = {"FP32": PrecisionError(0.0, 0.0)}
         table.formats |= {each.name: audit.of_format(each).error(()) for each in formats.values()}
         candidates = [formats[name] for name in ([number_format] if number_format else ["FP16", "BF16"])]
-        reference = table.formats[candidates[-1].name].rms
-        table.max_error = max_error if max_error is not None else DEFAULT_SHARE * reference
+        finite = [rms for name in (candidates[-1].name, "BF16") if math.isfinite(rms := table.formats[name].rms)]
+        table.max_error = max_error if max_error is not None else DEFAULT_SHARE * (finite or [0.0])[0]
         found = _best_search(audit, candidates, table)
         table.modules, table.curve = found.modules, found.curve
         if not found.met:
@@ -326,22 +318,18 @@ def choose_precision(
     return PrecisionPlan(mode, wide), table
 
 
-def format_errors(model: nn.Module, batch: Mapping[str, Any], names: Collection[str]) -> dict[str, PrecisionError]:
-    """The error of each of these formats by log-probabilities, for the whole model; as `choose_precision`, which says what is raised."""
+def scaled_format_errors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, PrecisionError]:
+    """Name of each format of torchao's → its error of log-probabilities; arguments and errors of `choose_precision`."""
     with torch.no_grad():
         audit = _Audit(model, batch, "logprob", inference=False)
-        audited = {**_PLAIN, **{each.name: each for each in torchao_formats()}} if set(names) - set(_PLAIN) else _PLAIN
-        return {name: audit.of_format(audited[name]).error(()) for name in names}
+        return {audited.name: audit.of_format(audited).error(()) for audited in torchao_formats()}
 
 
 def _check_arguments(metric: str, max_error: float | None, number_format: str | None) -> None:
     if metric not in METRICS:
         raise ConfigError(f"choose_precision(metric={metric!r}): metric must be one of {', '.join(METRICS)}.")
     if max_error is not None and not (is_real(max_error) and max_error > 0):
-        raise ConfigError(
-            f"choose_precision(max_error={max_error!r}): max_error must be a positive finite number; leave it out for a fifth of "
-            "the format's error."
-        )
+        raise ConfigError(f"choose_precision(max_error={max_error!r}): max_error must be a positive finite number.")
     known = [*_PLAIN, *SCALED_FORMATS]
     if number_format is not None and number_format not in known:
         raise ConfigError(f"choose_precision(number_format={number_format!r}): it must be one of {', '.join(known)}.")
@@ -356,7 +344,7 @@ def _formats(table: PrecisionTable, needs_torchao: bool, inference: bool) -> dic
         if needs_torchao:
             raise
         scaled = []
-        table.missing = dict.fromkeys(SCALED_FORMATS, str(error))
+        table.missing = str(error)
     return {each.name: each for each in (_TF32, *plain, *scaled)}
 
 
@@ -376,9 +364,7 @@ class _Audit:
         self.products, self.total = self._counted_products()
         self.exact = self.outcomes(self.model, torch.float32)
         if not bool(self.exact.isfinite().all()):
-            raise ConfigError(
-                "choose_precision: the model is not finite in FP32 either: fix the model or the batch first."
-            )
+            raise ConfigError("choose_precision: not finite in FP32 either; fix the model or the batch first.")
 
     def outcomes(self, model: nn.Module, dtype: torch.dtype) -> Tensor:
         """What the metric is of, FP64, of shape [tokens]."""
@@ -393,9 +379,11 @@ class _Audit:
 
     def _counted_products(self) -> tuple[dict[str, int], int]:
         """By PyTorch's FlopCounterMode; two floating-point operations are one product."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
-        with FlopCounterMode(display=False) as counter:
+        # A CPU's fused attention is not counted.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             try:
                 self.model(**self._batch)
             except Exception as error:  # whatever the model raises on this batch
@@ -415,29 +403,18 @@ class _FormatAudit:
 
     def __init__(self, audit: _Audit, audited: AuditedFormat, inference: bool) -> None:
         self.audit, self.audited = audit, audited
-        dtype = audited.around.dtype if inference else torch.float32
-        self._dtype = dtype
+        self._dtype = dtype = audited.around.dtype if inference else torch.float32
         self._model = audit.model if dtype == torch.float32 else half_copy(audit.model, dtype)[0]
-        self._converted = [n for n, m in self._model.named_modules() if audited.block and audited.converts(m)]
+        self._converted = [n for n, m in self._model.named_modules() if audited.converts(m)]
         self._runner = PlanRunner(_AuditEntry(audited=audited, inference=inference), PrecisionMode.FP32)
         self._runner.register_model(self._model)
 
-    def error(self, wide: Collection[str]) -> PrecisionError:
-        """With the modules `wide` in FP32, and the rest in the format."""
-        modules = dict.fromkeys(wide, PrecisionMode.FP32)
-        if not self.audited.block:
-            return self._measured(PrecisionPlan(PrecisionMode.MIXED, modules))
-        rest = {name: PrecisionMode.MIXED for name in self._converted if not _inside(name, wide)}
-        return self._measured(PrecisionPlan(PrecisionMode.BF16, {**modules, **rest}))
-
-    def error_alone(self, narrow: Collection[str]) -> PrecisionError:
-        """With the modules `narrow` in the format, and the rest in FP32."""
-        if not self.audited.block:
-            return self._measured(PrecisionPlan(PrecisionMode.FP32, dict.fromkeys(narrow, PrecisionMode.MIXED)))
-        inside = {name: PrecisionMode.MIXED for name in self._converted if _inside(name, narrow)}
-        return self._measured(
-            PrecisionPlan(PrecisionMode.FP32, {**dict.fromkeys(narrow, PrecisionMode.BF16), **inside})
-        )
+    def error(self, names: Collection[str], alone: bool = False) -> PrecisionError:
+        """With the modules of these names in FP32, and the rest in the format; `alone`: the other way round."""
+        around = PrecisionMode.BF16 if self.audited.block else PrecisionMode.MIXED
+        default, other = (PrecisionMode.FP32, around) if alone else (around, PrecisionMode.FP32)
+        converted = {each: PrecisionMode.MIXED for each in self._converted if _inside(each, names) == alone}
+        return self._measured(PrecisionPlan(default, {**dict.fromkeys(names, other), **converted}))
 
     def _measured(self, plan: PrecisionPlan) -> PrecisionError:
         try:
@@ -483,8 +460,7 @@ def _log_probabilities(model: nn.Module, output: Any, batch: Mapping[str, Any]) 
     logits = _of(output, "logits")
     if not isinstance(logits, Tensor):
         raise ConfigError(
-            "choose_precision(metric='logprob'): the model returns no logits; use metric='loss' with labels in the batch, or a model "
-            "with a head."
+            "choose_precision(metric='logprob'): the model returns no logits; use metric='loss', with labels."
         )
     found = logits.float().log_softmax(-1)
     tokens, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
@@ -518,8 +494,8 @@ def _best_search(audit: _Audit, candidates: Sequence[AuditedFormat], table: Prec
 def _search(audit: _FormatAudit, whole: PrecisionError, bound: float) -> _Search:
     """Greedy by gain for each product; the gain of a module is the squared error that it makes alone."""
     products, total = audit.audit.products, audit.audit.total
-    floor = audit.error_alone(()).rms ** 2  # of rounded parameters, which no arithmetic cures; 0 in training
-    alone = {name: max(0.0, audit.error_alone([name]).rms ** 2 - floor) for name in products}
+    floor = audit.error((), alone=True).rms ** 2  # of rounded parameters, which no arithmetic cures; 0 in training
+    alone = {name: max(0.0, audit.error([name], alone=True).rms ** 2 - floor) for name in products}
     overflowing = [name for name, square in alone.items() if math.isinf(square)]
     wide: list[str] = []
     error, curve, left = whole, [CurvePoint("", 1.0, whole.rms, whole.largest)], set(products)
@@ -557,7 +533,8 @@ def _search(audit: _FormatAudit, whole: PrecisionError, bound: float) -> _Search
         add_point("")
     order = sorted(products, key=lambda name: -alone[name] / products[name])
     modules = [ModuleError(name, products[name] / total, math.sqrt(alone[name])) for name in order]
-    return _Search(audit.audited, modules, curve, [name for name in products if name in wide], error.rms <= bound)
+    met = error.rms <= bound and sum(products[name] for name in wide) < total
+    return _Search(audit.audited, modules, curve, [name for name in products if name in wide], met)
 
 
 # ---- other tools -------------------------------------------------------------------------------------------------
@@ -572,17 +549,15 @@ def _settings(model: nn.Module, found: _Search, inference: bool) -> dict[str, An
     head = _head_of(model)
     wide_head = head is not None and _inside(head, found.wide)
     others = [name for name in found.wide if name != head]
-    half = {"FP16": ("fp16", "float16"), "BF16": ("bf16", "bfloat16")}.get(found.audited.name)
-    if half is None:
-        runs_fp8 = found.audited.name == "scaled FP8"
-        accelerate = {"accelerate.Accelerator": {"mixed_precision": "fp8"}} if runs_fp8 else {}
-        return {"hf_amp": {"fp32_modules": found.wide}, **accelerate, "leave_out_of_conversion": found.wide}
-    flag, dtype = half
-    settings: dict[str, Any] = {
-        "vllm": {"dtype": dtype, **({"hf_overrides": {"head_dtype": "float32"}} if wide_head else {})},
-        "sglang": {"dtype": dtype, **({"enable_fp32_lm_head": True} if wide_head else {})},
-        "without_setting": {"vllm": others, "sglang": others},
-    }
+    names = {"FP16": ("fp16", "float16"), "BF16": ("bf16", "bfloat16")}
+    if found.audited.name not in names:
+        runs = {"accelerate.Accelerator": {"mixed_precision": "fp8"}} if found.audited.name == "scaled FP8" else {}
+        return {"hf_amp": {"fp32_modules": found.wide}, **runs, "leave_out_of_conversion": found.wide}
+    flag, dtype = names[found.audited.name]
+    head_dtype = {"hf_overrides": {"head_dtype": "float32"}} if wide_head else {}
+    fp32_head = {"enable_fp32_lm_head": True} if wide_head else {}
+    settings: dict[str, Any] = {"vllm": {"dtype": dtype, **head_dtype}, "sglang": {"dtype": dtype, **fp32_head}}
+    settings["without_setting"] = {"vllm": others, "sglang": others}
     if inference:
         return settings
     trl = {"trl.GRPOConfig": {flag: True, "cast_lm_head_to_fp32": True}} if wide_head else {}
@@ -592,4 +567,4 @@ def _settings(model: nn.Module, found: _Search, inference: bool) -> dict[str, An
 
 def _head_of(model: nn.Module) -> str | None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+    return next((name for name, module in model.named_modules() if module is head), None)

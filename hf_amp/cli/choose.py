@@ -9,12 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from hf_amp.choose import PrecisionTable, choose_precision
-from hf_amp.cli.preflight import batch_for, load_model
+from hf_amp.cli.preflight import NAMES_SHOWN, batch_for, load_model
 from hf_amp.errors import HfAmpError
 from hf_amp.events import join_names
 from hf_amp.fallback.plan import PrecisionPlan
-
-MODULES_SHOWN = 12
 
 
 def choose(
@@ -95,7 +93,7 @@ def verdict(plan: PrecisionPlan, table: PrecisionTable) -> str:
             f"No set of modules brings the error from {start.rms:.2g} down to {table.max_error:.2g}: the best has {end.rms:.2g}, with "
             f"{end.half_products:.0%} of the products not in FP32. Use FP32, or a larger --max-error."
         )
-    where = "nowhere in FP32" if not plan.modules else f"in FP32: {join_names(list(plan.modules), MODULES_SHOWN)}"
+    where = "nowhere in FP32" if not plan.modules else f"in FP32: {join_names(list(plan.modules), NAMES_SHOWN)}"
     bf16 = table.formats["BF16"].rms
     times = f" ({table.chosen.rms / bf16:.2f} times BF16's)" if bf16 else ""
     return (
@@ -117,13 +115,13 @@ def _print(console: Any, plan: PrecisionPlan, table: PrecisionTable, made_up: bo
     for name, error in table.formats.items():
         errors.add_row(name, f"{error.rms:.2g}", f"{error.largest:.2g}")
     console.print(errors)
-    for name, why in list(table.missing.items())[:1]:
-        console.print(f"Not {name}: {why}", markup=False, soft_wrap=True)
+    if table.missing:
+        console.print(table.missing, markup=False, soft_wrap=True)
     modules = Table(
         "module", "products", "error alone",
         title="Modules alone in the format, by gain for each product", title_justify="left",
     )  # fmt: skip
-    for module in table.modules[:MODULES_SHOWN]:
+    for module in table.modules[:NAMES_SHOWN]:
         modules.add_row(module.module, f"{module.products:.1%}", f"{module.rms:.2g}")
     console.print(modules)
     for point in table.curve[1:]:

@@ -19,7 +19,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from hf_amp.choose import SCALED_FORMATS, format_errors
+from hf_amp.choose import SCALED_FORMATS, scaled_format_errors
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.errors import ConfigError, in_one_line
 from hf_amp.events import join_names
@@ -204,7 +204,7 @@ def _scaled_formats(console: Console, model: nn.Module, inputs: Mapping[str, Ten
     """Name of a format with a scale for each tensor or block → its error in log-probabilities, or why there is none."""
     try:
         with console.status(f"{', '.join(SCALED_FORMATS)} ..."):
-            return {name: error.rms for name, error in format_errors(model, inputs, SCALED_FORMATS).items()}
+            return {name: error.rms for name, error in scaled_format_errors(model, inputs).items()}
     except ConfigError as error:  # no torchao, or a model without logits
         return {", ".join(SCALED_FORMATS): str(error)}
 
