@@ -71,7 +71,8 @@ def torchao_formats() -> list[AuditedFormat]:
     """FP8 with a scale for each tensor, MXFP8 and NVFP4, by torchao's own casts; operands of `nn.Linear`, in a BF16 run.
 
     Sources: `torchao.float8` (dynamic, tensorwise, E4M3: the recipe that accelerate runs), `torchao.prototype.mx_formats`
-    (blocks of 32 and 16 along the dimension that is summed over; NVFP4 with a second scale for each tensor).
+    (blocks of 32 and 16 along the dimension that is summed over; powers of two rounded up for MXFP8, a second scale for each tensor
+    for NVFP4), as its inference configurations have it.
 
     Raises:
         ConfigError: torchao is not installed.
@@ -80,13 +81,14 @@ def torchao_formats() -> list[AuditedFormat]:
         raise ConfigError(f"{', '.join(SCALED_FORMATS)} are emulated by torchao: pip install torchao.")
     from torchao.float8.float8_linear import hp_tensor_to_float8_dynamic
     from torchao.float8.float8_training_tensor import LinearMMConfig
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
     fp8, recipe = torch.float8_e4m3fn, LinearMMConfig()
     casts: list[tuple[int, Callable[[Any], Any]]] = [
         (16, lambda x: hp_tensor_to_float8_dynamic(x, fp8, recipe).to_original_precision()),
-        (32, lambda x: MXTensor.to_mx(x.contiguous(), fp8, 32).dequantize(x.dtype)),
+        (32, lambda x: MXTensor.to_mx(x.contiguous(), fp8, 32, ScaleCalculationMode.RCEIL).dequantize(x.dtype)),
         (16, lambda x: NVFP4Tensor.to_nvfp4(x.contiguous(), 16, per_tensor_amax_to_scale(x.abs().amax())).dequantize(x.dtype)),
     ]  # fmt: skip
     return [

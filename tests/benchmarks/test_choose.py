@@ -180,47 +180,60 @@ def measured(model: nn.Module, batch: Batch, name: str, wide: Collection[str], i
 # ---- predicted ---------------------------------------------------------------------------------------------------
 
 
+def configurations(entry: Audited, model: nn.Module, batch: Batch, inference: bool) -> list[Row]:
+    """What is predicted and measured of each format with each set of modules in FP32."""
+    found = []
+    with torch.no_grad():
+        audit = _Audit(model, batch, "logprob", inference)
+        for name in DTYPES:
+            audited = audit.of_format(_PLAIN[name])
+            for what, wide in entry.sets(model).items():
+                if (
+                    not inference or what != "head and upper half"
+                ):  # whose FP32 blocks a half model cannot be followed by
+                    found.append(
+                        {
+                            "model": entry.name,
+                            "run": "inference" if inference else "autocast",
+                            "format": name,
+                            "in_FP32": what,
+                            "predicted": audited.error(wide).rms,
+                            "measured": measured(model, batch, name, wide, inference),
+                        }
+                    )
+    return found
+
+
 def compared(entry: Audited, steps: int) -> tuple[Row, list[Row]]:
     """The row of a model, and the rows of its configurations."""
     model, batch = entry.trained(steps)
-    configurations = []
-    for inference in (False, True):
-        with torch.no_grad():
-            audit = _Audit(model, batch, "logprob", inference)
-        sets = entry.sets(model) if not inference else {"nothing": [], "head": [entry.head]}
-        for name in DTYPES:
-            with torch.no_grad():
-                audited = audit.of_format(_PLAIN[name])
-                predicted = {what: audited.error(wide).rms for what, wide in sets.items()}
-            for what, wide in sets.items():
-                configurations.append(
-                    {
-                        "model": entry.name,
-                        "run": "inference" if inference else "autocast",
-                        "format": name,
-                        "in_FP32": what,
-                        "predicted": predicted[what],
-                        "measured": measured(model, batch, name, wide, inference),
-                    }
-                )
-    plan, table = choose_precision(model, batch)
-    bf16 = measured(model, batch, "BF16", [])
-    chosen = table.number_format
+    training, inference = (configurations(entry, model, batch, half) for half in (False, True))
     return {
         "model": entry.name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "pairs_out_of_order": out_of_order([c for c in configurations if c["run"] == "autocast"]),
-        "pairs_out_of_order_in_inference": out_of_order([c for c in configurations if c["run"] == "inference"]),
+        "pairs_out_of_order": out_of_order(training),
+        "pairs_out_of_order_in_inference": out_of_order(inference),
+        **chosen_plan(model, batch),
+        **bf16_plan(model, batch),
+    }, [*training, *inference]
+
+
+def chosen_plan(model: nn.Module, batch: Batch) -> Row:
+    """The plan, and its error as predicted and as measured."""
+    plan, table = choose_precision(model, batch)
+    chosen = table.number_format
+    error = measured(model, batch, chosen, plan.modules) if chosen in DTYPES else None
+    return {
         "plan": chosen + (f", FP32 in {', '.join(plan.modules)}" if plan.modules else ""),
         "error_predicted_over_BF16": round(table.chosen.rms / table.formats["BF16"].rms, 4),
-        "error_over_BF16": round(measured(model, batch, chosen, plan.modules) / bf16, 4) if chosen in DTYPES else None,
+        "error_over_BF16": None if error is None else round(error / measured(model, batch, "BF16", []), 4),
         "products_in_FP32": round(1 - table.chosen.half_products, 4),
-        **bf16_plan(model, batch, bf16),
-    }, configurations
+    }
 
 
-def bf16_plan(model: nn.Module, batch: Batch, bf16: float) -> Row:
+def bf16_plan(model: nn.Module, batch: Batch) -> Row:
     """What the same bound takes where FP16 is no choice."""
+    bf16 = measured(model, batch, "BF16", [])
     plan, table = choose_precision(model, batch, number_format="BF16")
     met = table.number_format == "BF16"
     return {
