@@ -33,7 +33,6 @@ from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP32_FORMAT, NumberF
 
 DEFAULT_SHARE = 0.2
 """Of the error of the format: the bound where none is given."""
-METRICS = ("logprob", "loss")
 
 
 # ---- formats -----------------------------------------------------------------------------------------------------
@@ -85,15 +84,18 @@ def torchao_formats() -> list[AuditedFormat]:
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
+    def nvfp4(x: Any) -> Any:  # without a scale of zero for a tensor of zeros
+        return NVFP4Tensor.to_nvfp4(
+            x.contiguous(), 16, per_tensor_amax_to_scale(x.abs().amax().clamp(2**-100))
+        ).dequantize()
+
     fp8, recipe = torch.float8_e4m3fn, LinearMMConfig()
     casts: list[tuple[int, Callable[[Any], Any]]] = [
         (16, lambda x: hp_tensor_to_float8_dynamic(x, fp8, recipe).to_original_precision()),
         (32, lambda x: MXTensor.to_mx(x.contiguous(), fp8, 32, ScaleCalculationMode.RCEIL).dequantize(x.dtype)),
-        (16, lambda x: NVFP4Tensor.to_nvfp4(x.contiguous(), 16, per_tensor_amax_to_scale(x.abs().amax())).dequantize(x.dtype)),
-    ]  # fmt: skip
-    return [
-        AuditedFormat(name, BF16_FORMAT, to, block) for name, (block, to) in zip(SCALED_FORMATS, casts, strict=True)
+        (16, nvfp4),
     ]
+    return [AuditedFormat(n, BF16_FORMAT, to, block) for n, (block, to) in zip(SCALED_FORMATS, casts, strict=True)]
 
 
 SCALED_FORMATS = ("scaled FP8", "MXFP8", "NVFP4")
@@ -328,8 +330,8 @@ def scaled_format_errors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str
 
 
 def _check_arguments(metric: str, max_error: float | None, number_format: str | None) -> None:
-    if metric not in METRICS:
-        raise ConfigError(f"choose_precision(metric={metric!r}): metric must be one of {', '.join(METRICS)}.")
+    if metric not in ("logprob", "loss"):
+        raise ConfigError(f"choose_precision(metric={metric!r}): metric must be one of logprob, loss.")
     if max_error is not None and not (is_real(max_error) and max_error > 0):
         raise ConfigError(f"choose_precision(max_error={max_error!r}): max_error must be a positive finite number.")
     known = [*_PLAIN, *SCALED_FORMATS]
@@ -369,7 +371,7 @@ class _Audit:
             raise ConfigError("choose_precision: not finite in FP32 either; fix the model or the batch first.")
 
     def outcomes(self, model: nn.Module, dtype: torch.dtype) -> Tensor:
-        """What the metric is of, FP64, of shape [tokens]."""
+        """What the metric is of; FP64, of shape [tokens]."""
         batch = {name: _cast(x, dtype) for name, x in self._batch.items()}
         if self._metric == "loss":
             return torch.stack([_loss_of(model(**rows)) for rows in _rows(batch)])
@@ -394,10 +396,9 @@ class _Audit:
                     f"({in_one_line(error)}); pass its arguments by name, as it takes them."
                 ) from error
         counts = {name: sum(of.values()) // 2 for name, of in counter.get_flop_counts().items()}
-        names = [name for name, _ in self.model.named_modules() if name]
-        root = type(self.model).__name__
-        found = {name: counts.get(f"{root}.{name}", 0) for name in names}
-        return {name: count for name, count in found.items() if count}, max(1, counts.get("Global", 0))
+        root, names = type(self.model).__name__, [name for name, _ in self.model.named_modules() if name]
+        found = {name: count for name in names if (count := counts.get(f"{root}.{name}"))}
+        return found, max(1, counts.get("Global", 0))
 
 
 class _FormatAudit:
@@ -446,7 +447,9 @@ def _of(output: Any, name: str) -> Any:
 def _loss_of(output: Any) -> Tensor:
     loss = _of(output, "loss")
     if loss is None:
-        raise ConfigError("choose_precision(metric='loss'): the model returns no loss: put labels into the batch.")
+        raise ConfigError(
+            "choose_precision: the model returns no loss; put labels into the batch, or use metric='logprob'."
+        )
     return torch.as_tensor(loss).double().mean()
 
 
@@ -461,9 +464,7 @@ def _log_probabilities(model: nn.Module, output: Any, batch: Mapping[str, Any]) 
     """Of the tokens or classes that are asked for, in FP64, flat."""
     logits = _of(output, "logits")
     if not isinstance(logits, Tensor):
-        raise ConfigError(
-            "choose_precision(metric='logprob'): the model returns no logits; use metric='loss', with labels."
-        )
+        raise ConfigError("choose_precision: the model returns no logits; use metric='loss', with labels in the batch.")
     found = logits.float().log_softmax(-1)
     tokens, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -526,7 +527,7 @@ def _search(audit: _FormatAudit, whole: PrecisionError, bound: float) -> _Search
             wide, error = tried, found
             add_point(name)
     taken = len(wide)
-    for name in sorted(wide, key=lambda each: -products[each]) if error.rms <= bound else ():
+    for name in sorted(wide, key=lambda each: (-products[each], alone[each])) if error.rms <= bound else ():
         kept = [other for other in wide if other != name]
         found = audit.error(kept)
         if found.rms <= bound:

@@ -26,9 +26,9 @@ ROWS = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
 
 
 class Tower(nn.Module):
-    """Four products in a row, whose rounding matters more and more, beside a wide one that hardly matters."""
+    """Four small products side by side, whose rounding matters more and more, and two large ones, which matter most, but less by product."""
 
-    SHARES = (0.05, 0.2, 1.0, 3.0)
+    SHARES = (0.1, 0.3, 0.6, 1.0)
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Tower(nn.Module):
         self.wide = nn.Sequential(nn.Linear(16, 256), nn.Tanh(), nn.Linear(256, 16))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        found = sum(share * step(x) for share, step in zip(self.SHARES, self.steps, strict=True)) + 0.01 * self.wide(x)
+        found = sum(share * step(x) for share, step in zip(self.SHARES, self.steps, strict=True)) + 3 * self.wide(x)
         labels = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
         return {"logits": found, "loss": nn.functional.cross_entropy(found.float(), labels)}
 
@@ -140,7 +140,7 @@ def test_the_set_is_the_smallest() -> None:
     sets = [each for size in range(len(names) + 1) for each in itertools.combinations(names, size)]
     errors = {each: measured(each) for each in sets}
     whole = errors[()]
-    for share in (0.9, 0.5, 0.2, 0.05):
+    for share in (0.9, 0.8, 0.6, 0.4, 0.1):
         plan, table = choose_precision(model, {"x": ROWS}, number_format="BF16", max_error=share * whole)
         best = min(sum(products[n] for n in each) for each, error in errors.items() if error <= share * whole)
         assert sum(products[name] for name in plan.modules) == best, (share, plan.modules)

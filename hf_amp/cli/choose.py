@@ -110,17 +110,12 @@ def _print(console: Any, plan: PrecisionPlan, table: PrecisionTable, made_up: bo
         console.print("The batch is made up, random: pass real data as --batch FILE.", markup=False, soft_wrap=True)
     what = "log-probabilities" if table.metric == "logprob" else "losses"
     errors = Table(
-        "format", "root mean square", "largest", title=f"Error of {table.tokens} {what}", title_justify="left"
-    )
+        "format", "root mean square", "largest", title=f"Error of {table.tokens} {what}", caption=table.missing or None
+    )  # fmt: skip
     for name, error in table.formats.items():
         errors.add_row(name, f"{error.rms:.2g}", f"{error.largest:.2g}")
     console.print(errors)
-    if table.missing:
-        console.print(table.missing, markup=False, soft_wrap=True)
-    modules = Table(
-        "module", "products", "error alone",
-        title="Modules alone in the format, by gain for each product", title_justify="left",
-    )  # fmt: skip
+    modules = Table("module", "products", "error alone", title="Alone in the format, by gain for each product")
     for module in table.modules[:NAMES_SHOWN]:
         modules.add_row(module.module, f"{module.products:.1%}", f"{module.rms:.2g}")
     console.print(modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import hf_amp
 from hf_amp import AttachError, ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
+from hf_amp.choose import RoundedOperands, torchao_formats
 from tests.each import for_each, forget_accelerators
 from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot
 
@@ -238,6 +240,42 @@ def test_the_layer_that_does_the_damage_is_named_and_left_out() -> None:
     assert left_out < everything / 5
     assert MixedPrecisionConfig(plan=plan).fp32_modules == tuple(plan.modules)
     assert table.settings["accelerate.Accelerator"] == {"mixed_precision": "fp8"}
+
+
+@for_each("name", ["scaled FP8", "MXFP8"])
+def test_a_scaled_format_is_torchaos_own(name: str) -> None:
+    """A layer that torchao has converted, with its emulated product, gives the same bits."""
+    from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
+    from torchao.quantization import quantize_
+    from torchao.quantization.quantize_.common import KernelPreference
+
+    layer, x = nn.Sequential(nn.Linear(64, 96, bias=False)).bfloat16(), torch.randn(10, 64).bfloat16()
+    converted = copy.deepcopy(layer)
+    if name == "MXFP8":
+        quantize_(converted, MXDynamicActivationMXWeightConfig(kernel_preference=KernelPreference.EMULATED))
+    else:
+        float8.convert_to_float8_training(converted, config=float8.Float8LinearConfig(emulate=True))
+    (audited,) = [each for each in torchao_formats() if each.name == name]
+    with torch.no_grad():
+        expected = converted(x)
+        with hf_amp.emulate(torch.bfloat16, autocast=False), RoundedOperands(audited.rounded):
+            found = layer(x)
+        assert not torch.equal(layer(x), expected)
+    assert torch.equal(found, expected)
+
+
+def test_nvfp4_is_its_definition() -> None:
+    """Blocks of 16 values of E2M1, times a scale of E4M3, times one for the tensor; a tensor of zeros stays one."""
+    (nvfp4,) = [each for each in torchao_formats() if each.name == "NVFP4"]
+    x = torch.randn(8, 64) * torch.logspace(-0.5, 0.5, 8).unsqueeze(1)
+    whole = x.abs().max() / (448 * 6)
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    blocks = x.reshape(-1, 16)
+    scales = (blocks.abs().amax(1, keepdim=True) / 6 / whole).to(torch.float8_e4m3fn).float() * whole
+    nearest = grid[((blocks / scales).abs().unsqueeze(-1) - grid).abs().argmin(-1)]
+    expected = (nearest * blocks.sign() * scales).reshape(x.shape)
+    torch.testing.assert_close(nvfp4.rounded(x), expected, rtol=1e-5, atol=0)
+    assert torch.equal(nvfp4.rounded(torch.zeros(2, 16)), torch.zeros(2, 16))
 
 
 def test_detach_restores_what_was_there() -> None:
