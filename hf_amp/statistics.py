@@ -417,31 +417,32 @@ def sample_underflow(gradients: Sequence[Tensor], number_format: NumberFormat, s
     return Underflow(kinds.float(), enough.float().exp2() * (enough > -_BITS))
 
 
-def underflow_fraction(counts: Sequence[float]) -> float:
-    """Share of gradient elements that are subnormal, or zero by the format, of the `counts` of `Underflow`; NaN where only zeros
-    were seen."""
-    zeros, _, _, small, normal = counts
-    return (small + _flushed(*counts)) / (zeros + small + normal) if small + normal else math.nan
-
-
 _WIDTHS = 1.44
 """Octaves that round to the smallest subnormal number (log2(1.5 / 0.5) = 1.58), to those that round to its four- to sevenfold
 (log2(7.5 / 3.5) = 1.10)."""
-_BEYOND, _FEW, _DEVIATIONS = 1.5, 32, 4.0
-"""See `_flushed`; elements that show no trend; deviations of a difference of counts beyond which it is not chance."""
+_BEYOND, _FEW, _DEVIATIONS, _DOUBT = 1.5, 32, 4.0, 0.1
+"""See `underflow_fraction`; elements that show no trend; deviations of a difference of counts beyond which it is not chance; the share of
+elements that may be in doubt, which is the metric's limit."""
 
 
-def _flushed(zeros: Any, last: Any, third: Any, small: Any, normal: Any) -> Any:
-    """How many of the zeros the format has made; the rest are zero in FP32 too, as rows of an embedding that no token asks for.
+def underflow_fraction(counts: Sequence[float]) -> float:
+    """Share of gradient elements that the format has made subnormal or zero, of the `counts` of `Underflow`; NaN where unknown.
 
-    A gradient has magnitudes over many octaves, and what is flushed to zero is the end of them. Where they become fewer towards that
-    end, no more is taken to be beyond it than 1.5 times what the last octave holds: between the half that is where they are spread
-    evenly near zero, and the double where they fill ten octaves and more. Where they become more, or a few are left and none of
-    them normal, all zeros are. Measured against FP32 in the tests. Numbers, or tensors of one shape.
+    The other zeros are zero in FP32 too, as rows of an embedding that no token asks for. A gradient has magnitudes over many octaves,
+    and what is flushed to zero is the end of them. Where they become fewer towards that end, no more is taken to be beyond it than 1.5
+    times what the last octave holds: between the half that is where they are spread evenly near zero, and the double where they fill
+    ten octaves and more. Where they become more, or a few are left and none of them normal, it may be all zeros or some of them, and
+    nothing tells which: NaN, if they are more than a tenth of all elements. So it is where only zeros are seen. Measured against FP32
+    in the tests.
     """
-    grows = (last - _WIDTHS * third > _DEVIATIONS * (last + third) ** 0.5) | ((normal == 0) & (small < _FEW))
-    fewer = (zeros + _BEYOND * last - abs(zeros - _BEYOND * last)) / 2  # the smaller of the two
-    return fewer + (zeros - fewer) * grows
+    zeros, last, third, small, normal = counts
+    total = zeros + small + normal
+    flushed = min(zeros, _BEYOND * last)
+    if last - _WIDTHS * third > _DEVIATIONS * (last + third) ** 0.5 or (normal == 0 and small < _FEW):
+        if zeros - flushed > _DOUBT * total:
+            return math.nan
+        flushed = zeros
+    return (small + flushed) / total if small + normal else math.nan
 
 
 class LostUpdates:
@@ -545,7 +546,7 @@ def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def underflow_of_each(tensors: Sequence[Tensor], number_format: NumberFormat, factor: Tensor, seed: int) -> Tensor:
-    """Share of elements of each tensor times `factor` that are zero or subnormal in `number_format`. No GPU-CPU sync.
+    """Of each tensor times `factor`, what `underflow_fraction` takes. No GPU-CPU sync.
 
     Args:
         tensors: gradients; of large ones about 1,024 elements are looked at.
@@ -553,15 +554,14 @@ def underflow_of_each(tensors: Sequence[Tensor], number_format: NumberFormat, fa
         seed: chooses the sample. The global random state is not touched.
 
     Returns:
-        Shape [n], float32, on `factor`'s device.
+        Shape [n, 5], float32, on `factor`'s device.
     """
-    shares = [torch.zeros(0, device=factor.device)]
+    tiny, edge = number_format.smallest_subnormal, number_format.smallest_normal
+    kinds = [torch.zeros(0, 5, device=factor.device)]
     for tensor in tensors:
         sample = (to_device(random_elements([tensor], seed, most=1024), factor.device) * factor).abs_()
-        tiny, edge = number_format.smallest_subnormal, number_format.smallest_normal
-        bounds = (0.0, 0.5 * tiny, 1.5 * tiny, 3.5 * tiny, 7.5 * tiny, edge)
-        zeros, *below = torch.stack([(sample <= bounds[0]).sum(), *((sample < b).sum() for b in bounds[1:])]).float()
-        small, normal = below[4] - zeros, sample.numel() - below[4]
-        lost = small + _flushed(zeros, below[1] - below[0], below[3] - below[2], small, normal)
-        shares.append((lost / max(sample.numel(), 1)).reshape(1))
-    return torch.cat(shares)
+        zeros, bounds = (sample <= 0).sum(), (0.5 * tiny, 1.5 * tiny, 3.5 * tiny, 7.5 * tiny, edge)
+        below = [(sample < bound).sum() for bound in bounds]
+        counts = (zeros, below[1] - below[0], below[3] - below[2], below[4] - zeros, sample.numel() - below[4])
+        kinds.append(torch.stack(counts).float().reshape(1, 5))
+    return torch.cat(kinds)

@@ -66,8 +66,8 @@ _RANKS = 2**16
 """More than there are: a severity and a rank make one number."""
 _ALREADY_FIXED = Diagnosis(
     Cause.ACTIVATION,
-    "the step ran before the newest change of precision took effect, and a forward value left the range of its format. Now the "
-    "same batch gives finite values: nothing to do.",
+    "the step ran before the newest change of precision took effect, and a value left the range of its format. Now the same "
+    "batch gives finite values: nothing to do.",
     confirmed=False,
 )
 
@@ -140,8 +140,12 @@ def diagnose(loss_finite: bool | None, forwards: Sequence[RecordedForward], runn
             return _left_format(found, runner.name_of(forward.model), runner.current)
         if found.first_non_finite is not None:
             return _non_finite_in_fp32(found, forward, runner.name_of(forward.model))
-    ran_before = any(forward.plan not in (None, runner.plan) for forward in forwards)
-    return _nothing_found(loss_finite, findings, ran_before)
+    return _nothing_found(loss_finite, findings, _ran_before(forwards, runner))
+
+
+def _ran_before(forwards: Sequence[RecordedForward], runner: PlanRunner) -> bool:
+    """Whether any of them ran in another plan than the one in force."""
+    return any(forward.plan not in (None, runner.plan) for forward in forwards)
 
 
 def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision, rank: int) -> str:
@@ -538,7 +542,7 @@ class Diagnoser:
         current = self._runner.current
         tried = bool(forwards) and skip.step != self._recorder.functional_step
         for index, forward in reversed(list(enumerate(forwards))):
-            bad = replay_backward(forward, current, 1.0, skip.scale)
+            bad = replay_backward(forward, current, 1.0, skip.scale, first_only=True)
             tried &= bad is not None and not bad.is_probe
             if bad is None or not (bad.parameters or bad.outside):
                 continue
@@ -552,7 +556,9 @@ class Diagnoser:
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)
-            in_fp32 = replay_backward(forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True)
+            in_fp32 = replay_backward(
+                forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True, first_only=True
+            )
             if in_fp32 is not None and in_fp32.parameters:
                 return self._derivative(forward, in_fp32)
             if hidden := self._hidden_overflow(forward):
@@ -561,6 +567,10 @@ class Diagnoser:
                 why = "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
                 return Diagnosis(Cause.UNKNOWN, f"{why} {Cause.UNKNOWN.facts.remedy}", confirmed=False)
             return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
+        if tried and _ran_before(forwards, self._runner):
+            again = [replay_backward(forward, current, skip.scale, skip.scale) for forward in forwards]
+            if all(found is not None and not (found.parameters or found.outside) for found in again):
+                return _ALREADY_FIXED
         if tried or not forwards:
             return Diagnosis(Cause.SCALE, SCALE_WILL_FIX_IT, confirmed=tried)
         self._recorder.keep_more_gradients()

@@ -45,6 +45,7 @@ class ReplayFindings:
             as the first.
         operators: module → its first operator that gives what is not finite; where any module does.
         error: why the pass could not be repeated; None where it could.
+        is_inside: whether the whole model in FP32 cures what a module in it makes in FP32 too: a closer look says where.
     """
 
     overflowing: list[str] = field(default_factory=list)
@@ -54,6 +55,7 @@ class ReplayFindings:
     draws: bool = False
     operators: Mapping[str, BadOperator] = field(default_factory=dict)
     error: str | None = None
+    is_inside: bool = False
 
     def operator_of(self, module: str) -> BadOperator | None:
         """The first operator to blame inside of the module of that name; None where none was seen."""
@@ -74,11 +76,13 @@ def replay(
     force fields do, are repeated with gradients on. Reads the host once a module: for steps that went wrong only. Never raises.
     In the buffers named in `without`, 1 stands for whatever is not finite.
     """
-    found = _replay_modules(forward, current, without, gradients=False)
+    found = _replay_modules(forward, _Replay(forward.model, current), without, gradients=False)
     gradients = found.error is not None
     if gradients:
-        again = _replay_modules(forward, current, without, gradients=True)
+        again = _replay_modules(forward, _Replay(forward.model, current), without, gradients=True)
         found = found if again.error else again
+    if found.is_inside:
+        found = _replay_modules(forward, _Replay(forward.model, current, all_of_them=True), without, gradients)
     if by_operator and (found.overflowing or found.first_non_finite is not None):
         trace = OperatorTrace(current)
         with suppress(Exception), _nothing_changes(forward.model, gradients), current(), trace.watching(forward.model):
@@ -88,9 +92,8 @@ def replay(
 
 
 def _replay_modules(
-    forward: RecordedForward, current: CurrentPrecision, without: Collection[str], gradients: bool
+    forward: RecordedForward, watch: _Replay, without: Collection[str], gradients: bool
 ) -> ReplayFindings:
-    watch = _Replay(current)
     handles = []
     for name, module in [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]:
         before, after = watch.look_at(name)
@@ -99,7 +102,7 @@ def _replay_modules(
     # Torch goes through the hooks of the model itself while it handles what its forward has raised: none may come or go.
     begin, end = watch.look_at("")
     try:
-        with _nothing_changes(forward.model, gradients), current():
+        with _nothing_changes(forward.model, gradients), watch.current():
             for x in (attrgetter(name)(forward.model) for name in without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
@@ -149,6 +152,7 @@ def replay_backward(
     scale: float,
     in_fp32: bool = False,
     by_operator: bool = False,
+    first_only: bool = False,
 ) -> BackwardFindings | None:
     """Repeats `forward` and its backward from `factor` times the loss, and finds which gradients are not finite.
 
@@ -156,7 +160,8 @@ def replay_backward(
     from the loss that the model returns, or small random numbers at its single output, on which a loss must depend.
     None where nothing is known: there are several, or the repetition failed. Costs one step without its optimizer, and
     memory for the gradients; nothing of the run changes.
-    `by_operator` looks for the operator as well, with one GPU-CPU sync each.
+    `by_operator` looks for the operator as well, with one GPU-CPU sync each. `first_only` ends at the first parameter whose gradient
+    is not finite, which alone is told; of a sharded model all ranks must go on together.
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
     trace = OperatorTrace(current, forward=False) if by_operator else None
@@ -170,7 +175,8 @@ def replay_backward(
             with trace.watching(forward.model) if trace else nullcontext():
                 output, _ = _repeat(forward, in_fp32)
                 starts, *about = _starts(output, forward, factor, scale)
-                gradients = _backward(starts, [p for _, p in named], trace) if starts else None
+                first_only = first_only and not holds_shards(forward.model)
+                gradients = _backward(starts, [p for _, p in named], trace, first_only) if starts else None
     except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
         return None
     if gradients is None:
@@ -220,14 +226,18 @@ def _starts(
 
 
 def _backward(
-    starts: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Tensor], trace: OperatorTrace | None
+    starts: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Tensor], trace: OperatorTrace | None, first_only: bool
 ) -> Sequence[Tensor | None] | None:
     ends, seeds = zip(*starts, strict=True)
     if trace is not None:
         trace.repeats_backward = True
         trace.watch_backward(ends)
     if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends])):
-        return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
+        return (
+            _until_first(ends, parameters, seeds)
+            if first_only
+            else torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
+        )
     if is_distributed():
         return None  # what waits for the other ranks hangs on the gradients' accumulation
     # Reentrant checkpointing refuses `autograd.grad`.
@@ -242,6 +252,31 @@ def _backward(
             p.grad = gradient
 
 
+def _until_first(
+    ends: Sequence[Tensor], parameters: Sequence[Tensor], seeds: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """The gradients of `parameters`; as soon as one of them is not finite, that alone. One GPU-CPU sync each."""
+    first: list[Tensor | None] = [None] * len(parameters)
+
+    def look(index: int, gradient: Tensor) -> None:
+        if not all(map(math.isfinite, to_host_list(extremes(gradient)))):
+            first[index] = gradient
+            raise _Found
+
+    handles = [cast(Any, p).register_hook(functools.partial(look, index)) for index, p in enumerate(parameters)]
+    try:
+        return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
+    except _Found:
+        return first
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Found(Exception):
+    """Ends a backward that has shown what was looked for."""
+
+
 class _Candidate(NamedTuple):
     """A module whose output is not finite in FP32 either: whether all of that is a single number, or -inf."""
 
@@ -251,11 +286,17 @@ class _Candidate(NamedTuple):
 
 
 class _Replay:
-    """Looks at the output of every module as it returns, innermost first."""
+    """Looks at the output of every module as it returns, innermost first.
 
-    def __init__(self, current: CurrentPrecision) -> None:
+    Where one has made NaN or inf in FP32 too, those around it show whether the half-precision values that it was given were to blame.
+    Of them one that is most of the model is left out, unless `all_of_them` are wanted, for the whole model shows it as well.
+    """
+
+    def __init__(self, model: nn.Module, current: CurrentPrecision, all_of_them: bool = False) -> None:
+        self._elements = sum(p.numel() for p in model.parameters())
         self.findings = ReplayFindings()
-        self._current = current
+        self.current = current
+        self._all_of_them = all_of_them
         self._repeats = False
         self._candidate: _Candidate | None = None
 
@@ -279,7 +320,11 @@ class _Replay:
             if not non_finite_tensors(output):
                 self._clear(name, (arguments, options))
                 return None
+            known = self._candidate is not None and not self._candidate.may_be_mask and not self._all_of_them
+            if known and name and self._candidate_is_in(name) and self._is_most_of_it(module):
+                return None
             cured = self._cured(name, module, output, arguments, options)
+            self.findings.is_inside = known and name == "" and cured is not None
             if name == "" and cured is None:
                 self.blame_candidate()
             return cured
@@ -295,7 +340,7 @@ class _Replay:
         """The output in FP32 where that is finite, but for a mask of -inf with values of `output` beside it; None otherwise."""
         self._repeats = True
         try:
-            with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
+            with ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
                 # With its hooks, which may change its output. The whole model's own attribute may be a wrapper that enters
                 # autocast again, as accelerate's does.
                 forward = module if name else functools.partial(type(module).forward, module)
@@ -323,9 +368,14 @@ class _Replay:
 
     def _clear(self, name: str, inputs: Any) -> None:
         """Lets go of a candidate whose infinities the module of this name has made finite values of, as masks are meant to."""
-        candidate = self._candidate
-        if candidate is not None and (f"{candidate.name}.".startswith(f"{name}.") or non_finite_tensors(inputs)):
+        if self._candidate is not None and (self._candidate_is_in(name) or non_finite_tensors(inputs)):
             self._candidate = None
+
+    def _is_most_of_it(self, module: nn.Module) -> bool:
+        return 2 * sum(p.numel() for p in module.parameters()) > self._elements
+
+    def _candidate_is_in(self, name: str) -> bool:
+        return self._candidate is not None and f"{self._candidate.name}.".startswith(f"{name}.")
 
 
 def _finite_only_in(exact: Any, output: Any) -> bool:

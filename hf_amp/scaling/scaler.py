@@ -459,8 +459,12 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._pending.scale = late.after_overflow if skipped else late.after_clean
         if not self.no_scaling:
             self._former_state, self._observed = self._state, late.pending[-1].attempt
-            # Where the scale was given back meanwhile, an overflow still is that of the one that these were made with.
-            made_with = self._state._replace(scale=late.records[0].scale) if skipped else self._state
+            # Where the scale was given back meanwhile, an overflow still is that of the one that these were made with. A loss that was
+            # not finite is none of the scale's, which the device has lowered for want of knowing.
+            bad_losses = sum(record.outcome.non_finite_losses for record in late.records if record.outcome)
+            made_with = self._state
+            if skipped and not bad_losses:
+                made_with = made_with._replace(scale=late.records[0].scale)
             self._state = self._policy.next_state(made_with, seen)
 
     def abandon_step(self) -> None:

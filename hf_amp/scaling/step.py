@@ -189,7 +189,7 @@ class GradientStep:
             amax = host["amax"] / host["scale"]
             host = {**host, "amax": amax if amax <= FP32_FORMAT.largest else math.inf}
         self.host = host
-        share = underflow_fraction(elements_of(host, "underflow")) if "underflow[0]" in host else math.nan
+        sizes = elements_of(host, "underflow") if "underflow[0]" in host else None
         flags = [host["loss_flags"]] if "loss_flags" in host else elements_of(host, "loss_flags")
         bad_losses = sum(map(math.isnan, flags)) if flags else None
         self.outcome = StepOutcome(
@@ -204,7 +204,7 @@ class GradientStep:
             has_gradients=self.has_gradients,
             grad_norm=finite("norm") if applied else None,
             grad_amax=finite("amax") if applied else None,
-            underflow_fraction=None if math.isnan(share) else share,
+            underflow_fraction=None if sizes is None else underflow_fraction(sizes),
             lost_update_fraction=finite(EXTRA + "lost_update_fraction"),
             inf_elements=counts[0] if counts else None,
             nan_elements=counts[1] if counts else None,
