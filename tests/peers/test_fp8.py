@@ -298,6 +298,20 @@ def test_detach_restores_what_was_there() -> None:
     assert [build(owner) for owner in owners] == before
 
 
+def test_a_trainer_leaves_modules_out_of_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The callback is there before the Trainer prepares its model."""
+    from transformers import Trainer, TrainingArguments
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    rows = [{"x": torch.full((16,), 0.1 * i), "labels": torch.zeros(16)} for i in range(16)]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+    callback = MixedPrecisionCallback(fp32_modules=["middle"])
+    trainer = Trainer(Model(), arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    assert type(trainer.model.middle) is nn.Linear
+    assert dict(callback.session.plan.modules) == {"middle": hf_amp.PrecisionMode.FP32}
+
+
 def test_a_trainer_that_accelerate_runs_in_fp8_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TrainingArguments has no word for FP8, the environment of accelerate has: the batch with NaN costs one step."""
     from transformers import Trainer, TrainingArguments
