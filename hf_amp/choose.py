@@ -202,7 +202,7 @@ class CurvePoint:
 
     Attributes:
         module: which; "" for the start, where none is, and for the end, where needless ones are back in the format.
-        half_products: share of multiply-accumulates that are left in the format.
+        half_products: share of multiply-accumulates that are not in FP32; of a format of torchao's, some are in BF16.
         rms: the error.
         largest: its largest magnitude.
     """

@@ -98,7 +98,7 @@ def verdict(plan: PrecisionPlan, table: PrecisionTable) -> str:
     times = f" ({table.chosen.rms / bf16:.2f} times BF16's)" if bf16 else ""
     return (
         f"{table.number_format}, {where}: error {table.chosen.rms:.2g}{times}, bound {table.max_error:.2g}, with "
-        f"{table.chosen.half_products:.1%} of the products in {table.number_format}."
+        f"{table.chosen.half_products:.1%} of the products not in FP32."
     )
 
 
