@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
+import functools
 import logging
 import math
 import platform
@@ -15,7 +16,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -123,6 +124,7 @@ class AmpSession(EventRecorder):
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
         self._runs = self._at_exit = False
+        self._excepthook: functools.partial[None] | None = None
         self._log: Path | None = None
         self._losses: deque[tuple[int, float]] = deque(maxlen=LAST_LOSSES + 1)
         self._close_log: Callable[[], None] | None = None
@@ -292,6 +294,8 @@ class AmpSession(EventRecorder):
         if not self._at_exit:
             self._at_exit = True
             atexit.register(_end_at_exit, weakref.ref(self))
+        self._excepthook = functools.partial(_explain_uncaught, weakref.ref(self), sys.excepthook)
+        sys.excepthook = self._excepthook
         if is_main_process():
             scaled = self.config.enabled and not self.scaler.no_scaling
             scaling = f", {self.config.scaling_strategy.value}" if scaled else ""
@@ -306,6 +310,8 @@ class AmpSession(EventRecorder):
         if not self._runs:
             return
         self._runs = False
+        if self._excepthook is not None and sys.excepthook is self._excepthook:
+            sys.excepthook = self._excepthook.args[1]
         self.scaler.flush()
         summary = self.summary() if self.config.enabled else "hf_amp, which the config disables, counted nothing"
         self.note(EventKind.TRAINING_ENDED, f"{why}: {summary}.", **self.metrics())
@@ -522,6 +528,18 @@ class AmpSession(EventRecorder):
             self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
         if isinstance(called, nn.parallel.DistributedDataParallel):
             self.patches.set_attribute(called, "join_hook", self._refuse_join)
+        if callable(generate := getattr(model, "generate", None)):  # it raises where the logits are NaN
+
+            @functools.wraps(generate)
+            def generate_again(*arguments: Any, **options: Any) -> Any:
+                while True:
+                    try:
+                        return generate(*arguments, **options)
+                    except Exception as error:
+                        if not self._explain_error(error):
+                            raise
+
+            self.patches.set_attribute(model, "generate", generate_again)
         if is_trained:
             self._note_trained(model)
         if change := self._fallback.keep_in_fp32(self.config.fp32_modules):
@@ -634,8 +652,12 @@ class AmpSession(EventRecorder):
             model.zero_grad(set_to_none=True)
         return True
 
-    def _explain_error(self, error: BaseException) -> bool:
-        """Reports an exception that values which are not finite have caused; whether the plan has changed since, for a new try."""
+    def _explain_error(self, error: BaseException, is_the_end: bool = False) -> bool:
+        """Reports an exception that values which are not finite have caused; whether the plan has changed since, for a new try.
+
+        Args:
+            is_the_end: nobody has caught it, so that there is no such try.
+        """
         if id(error) == self._explained_error:
             return self._fallback.newest_change is not None
         if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError):
@@ -647,9 +669,11 @@ class AmpSession(EventRecorder):
             if diagnosis is None:
                 return False
             self._explained_error = id(error)
-            alone = not (self.scaler.ranks_agree and is_distributed())
+            alone = not is_the_end and not (self.scaler.ranks_agree and is_distributed())
             change = self._fallback.after_skipped(diagnosis, 1.0, self.scaler.get_scale()) if alone else None
             then = " The next try runs under another plan." if change else ""
+            if is_the_end and diagnosis.cause.facts.moves_precision and 0 < len(diagnosis.modules) <= 8:
+                then = f" Start again with fp32_modules={list(diagnosis.modules)}."
             message = f"{type(error).__name__} was raised: {diagnosis.message}{then}"
             seen = (diagnosis.cause, None, None, diagnosis.modules, message)
             self.record(AmpEvent(self.newest_step + 1, EventKind.FORWARD_RAISED, *seen))
@@ -813,6 +837,15 @@ def _end_at_exit(session: Callable[[], AmpSession | None]) -> None:
         run.end_run("the process ended")
         if run._close_log is not None:
             run._close_log()
+
+
+def _explain_uncaught(session: Callable[[], AmpSession | None], former: Any, kind: Any, error: Any, trace: Any) -> None:
+    """Instead of `sys.excepthook`, while a run goes on: says why before Python prints the traceback, as after text generation in FP16."""
+    run = session()
+    if run is not None and run._runs:
+        with suppress(Exception):
+            run._explain_error(error, is_the_end=True)
+    former(kind, error, trace)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -268,6 +268,7 @@ class ForwardRecorder:
         self._devices: dict[weakref.ref[nn.Module], set[torch.device]] = {}
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
+        self._without_gradients: tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]] | None = None
         self.on_error: Callable[[Exception], Any] = lambda error: None
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
@@ -291,7 +292,7 @@ class ForwardRecorder:
         if _is_functional(model):
             self.functional_step = self._steps.decided_steps + 1
         elif torch.is_grad_enabled():
-            now = self._now()
+            now, self._without_gradients = self._now(), None
             self._let_go_of_known_steps()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
@@ -304,6 +305,9 @@ class ForwardRecorder:
                 now.has_let_go = True
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
+        else:  # as in generation, whose cache must not be kept alive
+            weak = {name: _weakly(x) for name, x in options.items()}
+            self._without_gradients = reference, tuple(map(_weakly, arguments)), weak
 
     def note_end(self, reference: weakref.ref[nn.Module], output: Any) -> bool:
         """After a call: one that has raised has no output, and torch calls this while it handles the exception.
@@ -355,7 +359,11 @@ class ForwardRecorder:
                 its.buffers.clear()
 
     def newest(self) -> list[RecordedForward]:
-        """The newest forward pass of the step to come, if there is one."""
+        """The newest forward pass of the step to come, if there is one; one without gradients where that came after it."""
+        if (last := self._without_gradients) is not None:
+            reference, weak, by_name = last
+            arguments, options = tuple(map(_revived, weak)), {name: _revived(x) for name, x in by_name.items()}
+            return _repeatable([self._kept(reference, arguments, options)._replace(random_state=None)])
         return _repeatable(list(self._now().calls)[-1:])
 
     def _now(self) -> _OfStep:
@@ -467,6 +475,17 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
             is_intact = kept.versions == _versions(tensors_of(kept[1:3]))
             repeatable.append(RecordedForward(model, *kept[1:5], given, is_intact))
     return repeatable
+
+
+def _weakly(value: Any) -> Any:
+    """A tensor itself; a cache, which may be large, so that it is not kept alive, and None where it is empty and will be filled."""
+    if isinstance(value, Tensor) or not hasattr(value, "__dict__"):
+        return value
+    return weakref.ref(value) if any(True for _ in tensors_in(value, depth=OBJECTS_DEEP)) else None
+
+
+def _revived(value: Any) -> Any:
+    return value() if isinstance(value, weakref.ref) else value
 
 
 def _is_functional(model: nn.Module) -> bool:
