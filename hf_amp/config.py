@@ -71,6 +71,9 @@ NAMES = Allowed(
     "a list of names, globs or classes of modules",
     lambda v: isinstance(v, tuple) and all(isinstance(name, str) and name for name in v),
 )
+PLAN = Allowed(
+    "None or a plan of hf_amp.choose_precision, a dict of one, or the path of its JSON file", lambda v: v is None
+)
 SWITCH = Allowed("True or False", lambda v: isinstance(v, bool))
 POSITIVE = Allowed("a positive finite number", lambda v: is_real(v) and v > 0)
 AT_LEAST_ONE = Allowed("a finite number of at least 1", lambda v: is_real(v) and v >= 1)
@@ -198,6 +201,7 @@ class MixedPrecisionConfig:
     log_all_metrics: Annotated[bool, SWITCH] = False
     emulate: Annotated[bool, SWITCH] = True
     fp32_modules: Annotated[tuple[str, ...], NAMES] = ()
+    plan: Annotated[str | None, PLAN] = None
     automatic_fallback: Annotated[bool, SWITCH] = True
     fallback_threshold: Annotated[float, FRACTION] = 1e-6
     recovery_steps: Annotated[int, STEPS] = 1000
@@ -213,6 +217,7 @@ class MixedPrecisionConfig:
     sync_grad_scaler: Annotated[bool, SWITCH] = False
 
     def __post_init__(self) -> None:
+        self._take_plan()
         for name, enumeration in (
             ("precision_mode", PrecisionMode),
             ("scaling_strategy", ScalingStrategy),
@@ -234,6 +239,37 @@ class MixedPrecisionConfig:
                 )
         _check_formats(self)
         _check_scale(self)
+
+    def _take_plan(self) -> None:
+        """Turns `plan` into the options that it stands for; what is none stays, and is refused as any wrong value."""
+        given: Any = self.plan
+        found = given.to_plain() if hasattr(given, "to_plain") else given
+        if isinstance(found, (str, Path)):
+            try:
+                found = json.loads(Path(found).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"MixedPrecisionConfig(plan={safe_repr(given)}): cannot be read ({safe_repr(error)[:200]}); it must be the "
+                    "path of a JSON file that hf-amp choose --out wrote."
+                ) from error
+        found = found.get("plan", found) if isinstance(found, Mapping) else None
+        modules = found.get("modules") if isinstance(found, Mapping) else None
+        if not isinstance(found, Mapping) or set(found) != {"default", "modules"} or not isinstance(modules, Mapping):
+            return
+        mode = PrecisionMode.__members__.get(str(found["default"]))
+        if mode is None or set(modules.values()) - {PrecisionMode.FP32.value} or not NAMES.accepts(tuple(modules)):
+            return
+        asked = self.precision_mode
+        if asked is not None and str(getattr(asked, "value", asked)).upper() != mode.value:
+            raise ConfigError(
+                f"MixedPrecisionConfig(plan={safe_repr(given)}, precision_mode={safe_repr(asked)}): the plan is for "
+                f"{mode.value}; leave precision_mode out."
+            )
+        object.__setattr__(self, "precision_mode", mode)
+        if isinstance(self.fp32_modules, (list, tuple)):
+            named = [name for name in modules if name not in self.fp32_modules]
+            object.__setattr__(self, "fp32_modules", (*self.fp32_modules, *named))
+        object.__setattr__(self, "plan", None)
 
     @classmethod
     def or_default(cls, config: Any, whose: str, besides: str = "") -> MixedPrecisionConfig:

@@ -58,6 +58,11 @@ KINDS = {
     "names": (
         "a list of names, globs or classes of modules", ["lm_head", [1], [""], {"lm_head": 1}, True, 2], ["fp32_modules"],
     ),
+    "plan": (
+        "None or a plan of hf_amp.choose_precision, a dict of one, or the path of its JSON file",
+        [1, True, ["lm_head"], {}, {"plan": {}}, {"default": "FP8", "modules": {}}, {"default": "BF16", "modules": {"a": "BF16"}}],
+        ["plan"],
+    ),
     "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis", "max_rewinds"]),
     "mode": (
         "None or one of FP32, FP16, MIXED, BF16, DYNAMIC", ["FP8", "", "FP 16", 16, True, ["FP32"]], ["precision_mode"],

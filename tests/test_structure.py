@@ -12,6 +12,8 @@ from tests.step_trace import traced_step
 PACKAGE = Path(hf_amp.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 APART = {
+    "choose.py",
+    "cli/choose.py",
     "rescale.py",
     "rescale_rules.py",
     "cli/rescale.py",

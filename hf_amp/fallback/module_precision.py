@@ -8,7 +8,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -334,11 +334,7 @@ class PlanRunner:
 
     def names_like(self, pattern: str) -> list[str]:
         """Names of the modules that `pattern` is the name, a glob, or a class of."""
-        return [
-            name
-            for name, module in self.named_modules()
-            if fnmatch.fnmatchcase(name, pattern) or any(pattern == kind.__name__ for kind in type(module).__mro__[:-1])
-        ]
+        return names_like(pattern, self.named_modules())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(qualified name, parameter) of every parameter of every trained model, under the same names; of one that is gathered, the shard."""
@@ -413,6 +409,15 @@ class PlanRunner:
         """Takes every context back, and the default that the run asked for."""
         self.apply(PrecisionPlan(self._asked_for))
         _forget_compiled_code()
+
+
+def names_like(pattern: str, named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """Names of the modules that `pattern` is the name, a glob, or a class of."""
+    return [
+        name
+        for name, module in named_modules
+        if fnmatch.fnmatchcase(name, pattern) or any(pattern == kind.__name__ for kind in type(module).__mro__[:-1])
+    ]
 
 
 def holds_shards(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import AutocastKwargs, DDPCommunicationHookType, DistributedType, convert_outputs_to_fp32
+from accelerate.utils.ao import filter_linear_layers, find_first_last_linear_layers
 from accelerate.utils.dataclasses import FP8BackendType
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -27,7 +28,7 @@ from hf_amp.config import LOOP_OPTIONS, MixedPrecisionConfig
 from hf_amp.device import probe
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
-from hf_amp.fallback.module_precision import ForwardContext
+from hf_amp.fallback.module_precision import ForwardContext, names_like
 from hf_amp.fallback.plan import common_to_ranks
 from hf_amp.integrations import deepspeed
 from hf_amp.integrations._compat import (
@@ -80,7 +81,8 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
             DistributedDataParallel or FSDP. Under FSDP1 modules do not fall back, and causes are looked for in weights only.
             FSDP2 is as DDP; attached before `prepare`, it gathers parameters in FP32 under "fp16" and for `fp32_modules`, and
             autocast casts them, unless the plugin has a `mixed_precision_policy` of yours. FP8, which another library runs, is
-            checked as BF16 is, without fallback. DeepSpeed, which scales and skips by itself, is only observed.
+            checked as BF16 is, without fallback; `fp32_modules` stay out of torchao's conversion, where attach comes before
+            prepare. DeepSpeed, which scales and skips by itself, is only observed.
         config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
         options: options as keywords, in place of a config.
 
@@ -137,7 +139,9 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
             config = dataclasses.replace(config, automatic_fallback=False)
     runner = _float8_runner(accelerator)
     if runner is not None:  # which owns the precision of the modules
-        options = ("precision_mode", "half_parameters", "communication_precision", "fp32_modules")
+        options = ["half_parameters", "communication_precision"]
+        options += ["precision_mode"] * (config.precision_mode is not PrecisionMode.BF16)  # which is around it
+        options += ["fp32_modules"] * (accelerator.ao_recipe_handler is None)
         config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
         config = dataclasses.replace(config, automatic_fallback=False)
         limits = f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
@@ -230,6 +234,11 @@ class AttachedAccelerator:
         self._evaluating: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._known_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         session.patches.set_attribute(accelerator, _SESSION, session)
+        self._leaves_out_of_fp8 = bool(accelerator.mixed_precision == "fp8" and session.config.fp32_modules)
+        if self._leaves_out_of_fp8 and prepared_models(accelerator):
+            raise AttachError(
+                "fp32_modules after accelerator.prepare(): the model is converted to FP8 already; call hf_amp.attach before prepare."
+            )
         self._optimizers = PreparedOptimizers(accelerator, session)
         if accelerator.distributed_type is DistributedType.FSDP:
             session.without_scaler = self._optimizers.without_scaler
@@ -254,6 +263,8 @@ class AttachedAccelerator:
             "save_state": saving_whole(accelerator, session, optimizers.without_scaler),
             "load_state": loading_from_any_precision(accelerator, session, optimizers.without_scaler),
         }
+        if self._leaves_out_of_fp8:
+            changed["prepare"] = self.prepare
         if scales:
             changed["scaler"] = self._scaler_that_goes_on()
         else:
@@ -334,6 +345,28 @@ class AttachedAccelerator:
         with self._stock["join_uneven_inputs"](joinables, even_batches):
             allowed.undo()
             yield
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepares with the modules of `fp32_modules` left out of torchao's conversion to FP8, besides what its recipe leaves out."""
+        recipe, patterns = self._accelerator.ao_recipe_handler, self._session.config.fp32_modules
+        wanted, left_out = recipe.module_filter_func, set()
+        for model in (each for each in args if isinstance(each, nn.Module)):
+            modules = dict(model.named_modules())
+            held = [name for pattern in patterns for name in names_like(pattern, modules.items())]
+            left_out |= {inner for name in held for inner in modules[name].modules()}
+            if wanted is None:  # then accelerate leaves out the first and the last, and so with our filter in its place
+                left_out |= {modules[name] for name in find_first_last_linear_layers(model) if name is not None}
+
+        def converts(module: nn.Module, name: str) -> bool:
+            others = functools.partial(filter_linear_layers, layers_to_filter=[]) if wanted is None else wanted
+            return module not in left_out and bool(others(module, name))
+
+        patches = PatchLog()
+        patches.set_attribute(recipe, "module_filter_func", converts)
+        try:
+            return self._stock["prepare"](*args, **kwargs)
+        finally:
+            patches.undo()
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False

@@ -215,6 +215,20 @@ CPU = (
         threads=1,
     ),
     Benchmark(
+        "choose",
+        _module("choose"),
+        "`hf_amp.choose_precision` on six trained tiny models: pairs of six configurations (FP16 or BF16 autocast; nothing, the head, the head and "
+        "the upper half in FP32) that the audit orders otherwise than PyTorch's half kernels for CPUs, and the same of four in inference; the plan "
+        "that it chooses, and what the half kernels make of it; the plan where BF16 is the only choice.",
+        "PyTorch's half kernels without hf_amp; FP32",
+        (
+            Target("six configurations in the measured order", "pairs_out_of_order", 0),
+            Target("at most a fifth of BF16's error", "error_over_BF16", 0.2),
+            Target("at least 90% of the products in half precision", "products_in_FP32", 0.1),
+        ),
+        threads=1,
+    ),
+    Benchmark(
         "startup_cost",
         _module("startup_cost"),
         "Time of an import in a fresh process.",
