@@ -22,6 +22,7 @@ import torch
 
 from hf_amp.errors import ConfigError, UnknownOptionError
 from hf_amp.precision import FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE, PrecisionMode, ScalingStrategy
+from hf_amp.schedule import WORDS, PrecisionSchedule
 
 LARGEST_COUNT = torch.iinfo(torch.int32).max
 """Steps are counted in int32 on the device."""
@@ -84,6 +85,7 @@ COUNT = Allowed(
     lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= LARGEST_COUNT,
 )
 STEPS = Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", COUNT.accepts)
+_SCHEDULE = Allowed(WORDS, lambda v: isinstance(v, PrecisionSchedule))
 _COMMUNICATION = Allowed("FP16 or BF16", lambda v: v is PrecisionMode.FP16 or v is PrecisionMode.BF16)
 
 
@@ -202,6 +204,8 @@ class MixedPrecisionConfig:
     emulate: Annotated[bool, SWITCH] = True
     fp32_modules: Annotated[tuple[str, ...], NAMES] = ()
     plan: Annotated[str | None, PLAN] = None
+    precision_schedule: Annotated[PrecisionSchedule | None, or_none(_SCHEDULE)] = None
+    total_steps: Annotated[int | None, or_none(STEPS)] = None
     automatic_fallback: Annotated[bool, SWITCH] = True
     fallback_threshold: Annotated[float, FRACTION] = 1e-6
     recovery_steps: Annotated[int, STEPS] = 1000
@@ -226,6 +230,8 @@ class MixedPrecisionConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value.upper() in enumeration.__members__:
                 object.__setattr__(self, name, enumeration[value.upper()])
+        if self.precision_schedule is not None and not isinstance(self.precision_schedule, PrecisionSchedule):
+            object.__setattr__(self, "precision_schedule", PrecisionSchedule(self.precision_schedule))
         if isinstance(self.fp32_modules, (list, tuple)):
             names = tuple(each.__name__ if isinstance(each, type) else each for each in self.fp32_modules)
             if NAMES.accepts(names):
@@ -365,6 +371,7 @@ class MixedPrecisionConfig:
         """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""
         plain = dataclasses.asdict(self)
         plain["fp32_modules"] = list(self.fp32_modules)
+        plain["precision_schedule"] = self.precision_schedule and self.precision_schedule.to_plain()
         return {name: value.value if isinstance(value, enum.Enum) else value for name, value in plain.items()}
 
 
@@ -391,6 +398,8 @@ def _check_formats(config: MixedPrecisionConfig) -> None:
             f"MixedPrecisionConfig(precision_mode=DYNAMIC, half_parameters={config.half_parameters!r}): DYNAMIC moves between "
             "precisions, which needs FP32 parameters; leave half_parameters out, or choose another precision_mode."
         )
+    if config.precision_schedule is not None:
+        config.precision_schedule.check_options(config.precision_mode, config.total_steps)
     if config.communication_precision is not None and not config.distributed_amp:
         raise ConfigError(
             f"MixedPrecisionConfig(communication_precision={config.communication_precision.value}): nothing is sent "

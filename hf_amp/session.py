@@ -34,6 +34,7 @@ from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
 from hf_amp.fallback.sharded import leave_casts_to_autocast
+from hf_amp.monitoring.energy import EnergyMeter
 from hf_amp.monitoring.frozen import FrozenDetector, HalfParameter, remedies_in_words
 from hf_amp.monitoring.modules import LOST, ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
@@ -49,6 +50,7 @@ from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.optimizer_step import LOST_OF_EACH, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
+from hf_amp.schedule import ScheduledPrecision
 from hf_amp.serialization import parse
 from hf_amp.statistics import (
     all_reduce_max_to_host,
@@ -89,6 +91,7 @@ class AmpSession(EventRecorder):
     Attributes:
         requested_mode: `mode`.
         folds_clipping: whether clipping by norm may be fused into the optimizer step: nobody looks at gradients before it.
+        total_steps: optimizer steps of the run, in which fractions of `precision_schedule` count; a Trainer sets it.
         monitor: counts and newest figures.
         stall: whether anything can be learned yet.
         throughput: how fast the run goes.
@@ -123,6 +126,9 @@ class AmpSession(EventRecorder):
         self._description = description
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._frozen = FrozenDetector()
+        self.total_steps = config.total_steps
+        self._schedule_due: int | None = None
+        self._energy: EnergyMeter | None = None
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
@@ -142,6 +148,8 @@ class AmpSession(EventRecorder):
         self._unheld: dict[str, tuple[Tensor, int]] | None = None
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
+        if config.precision_schedule is not None and config.enabled:
+            scaler.after_update = self._follow_schedule_when_due
         scaler.discard_forwards = self._fallback.recorder.discard
         scaler.note_loss = self._note_loss
         scaler.not_sampled = lambda: self._fallback.runner.fp32_parameters
@@ -229,7 +237,14 @@ class AmpSession(EventRecorder):
         with self.lock:
             peak = peak_bytes(self._devices)
             memory = {} if peak is None else {"memory_bytes": float(peak)}
-            return {**self.monitor.metrics(), **self.throughput.metrics(), **self.rewinder.metrics(), **memory}
+            energy = {} if self._energy is None else self._energy.metrics(self.monitor.applied_steps)
+            return {
+                **self.monitor.metrics(),
+                **self.throughput.metrics(),
+                **self.rewinder.metrics(),
+                **memory,
+                **energy,
+            }
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No GPU-CPU sync."""
@@ -260,6 +275,25 @@ class AmpSession(EventRecorder):
             },
             "process": this_process(),
         }
+
+    def follow_schedule(self) -> None:
+        """Puts the plan where `precision_schedule` has it after as many steps as there were; every change is an event."""
+        completed = self.first_step - 1 + self.scaler.decided_steps
+        schedule = self.config.precision_schedule if self.config.enabled else None
+        asked = (
+            ScheduledPrecision(None, {}, None)
+            if schedule is None
+            else schedule.precision_at(completed, self.total_steps)
+        )
+        self._schedule_due = asked.until
+        with self.lock:
+            for change in self._fallback.follow_schedule(asked, self.scaler.get_scale()):
+                self._report_change(change, None, completed, by_choice=True)
+            self._queued_in[self.scaler.decided_steps + 1] = self.plan.default
+
+    def _follow_schedule_when_due(self) -> None:
+        if self._schedule_due is not None and self.first_step - 1 + self.scaler.decided_steps >= self._schedule_due:
+            self.follow_schedule()
 
     def on_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         """An observer of the scaler: what follows from the outcome of one step of `optimizer`."""
@@ -324,8 +358,15 @@ class AmpSession(EventRecorder):
         if self._runs:
             return
         for pattern in self.config.fp32_modules if self.config.enabled else ():
-            self._check_is_known(pattern)
+            self._check_is_known(pattern, "fp32_modules")
+        if (schedule := self.config.precision_schedule) is not None and self.config.enabled:
+            runner = self._fallback.runner
+            schedule.check_run(self.total_steps, runner.sharded, runner.names_like, self.config.fp32_modules)
+            for pattern in schedule.patterns():
+                self._check_is_known(pattern, "precision_schedule")
         self._runs, self._log = True, log
+        if self.config.enable_monitoring:
+            self._energy = EnergyMeter(self.hardware.device, self.monitor.applied_steps)
         if not self._at_exit:
             self._at_exit = True
             atexit.register(_end_at_exit, weakref.ref(self))
@@ -354,16 +395,14 @@ class AmpSession(EventRecorder):
             figures = self._figures_in_words()
             say(f"{why}. Verdict: {self.verdict()}" + (f" At the end: {figures}." if figures else ""))
 
-    def _check_is_known(self, pattern: str) -> None:
+    def _check_is_known(self, pattern: str, option: str) -> None:
         runner = self._fallback.runner
         if not runner.names_like(pattern):
             known = {name for name, _ in runner.named_modules() if name}
             known |= {type(module).__name__ for _, module in runner.named_modules()}
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
             hint = f"; near it are {', '.join(near)}" if near else ""
-            raise ConfigError(
-                f"fp32_modules: no module is called {pattern!r}, by name, as a glob, or by its class{hint}."
-            )
+            raise ConfigError(f"{option}: no module is called {pattern!r}, by name, as a glob, or by its class{hint}.")
 
     def show(self) -> Any:
         """The report of the run so far, which a notebook shows where a cell ends with it.
@@ -553,15 +592,23 @@ class AmpSession(EventRecorder):
         self._finding = _Finding(diagnosis, change, outcome.backward, {id(optimizer)})
         return self._finding
 
-    def _report_change(self, change: PrecisionChange, cause: Cause | None, step: int | None = None) -> None:
+    def _report_change(
+        self, change: PrecisionChange, cause: Cause | None, step: int | None = None, by_choice: bool = False
+    ) -> None:
         """Reports a change of plan, and restores the scale where the whole model is back in FP16."""
-        self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
+        if by_choice and not step:  # where the run begins
+            self.monitor.modules_in_fp32 = len(change.after.modules)
+        else:
+            self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
         self._note_models()
         if change.scale_at_rest is not None:
             self.scaler.set_scale(min(change.scale_at_rest, self.scaler.get_scale()))
+            self.scaler._growth_tracker = 0  # clean steps in another precision say nothing of a larger scale
         before, after = (plan.precision_of(change.modules).value for plan in (change.before, change.after))
         at = self.newest_step if step is None else step
-        self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, change.message))
+        figures = {"by_choice": True} if by_choice else {}
+        seen = (cause, before, after, change.modules, change.message, figures)
+        self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, *seen))
 
     def _report_floor(self, outcome: StepOutcome, next_scale: float, diagnosis: Diagnosis) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
@@ -627,6 +674,8 @@ class AmpSession(EventRecorder):
             self.patches.set_attribute(model, "generate", generate_again)
         if is_trained:
             self._note_trained(model)
+        if self.config.precision_schedule is not None:
+            self.follow_schedule()
         if change := self._fallback.keep_in_fp32(self.config.fp32_modules):
             self.monitor.modules_in_fp32 = len(change.after.modules)
             self._note_models()
@@ -859,6 +908,7 @@ class AmpSession(EventRecorder):
         """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""
         self.first_step = completed_steps + 1 - self.scaler.decided_steps
         self.newest_step = completed_steps
+        self.follow_schedule()
 
     @property
     def is_attached(self) -> bool:

@@ -355,27 +355,37 @@ def _joined(tensors: list[Tensor], elements: int) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
+def plain_parts(x: Tensor) -> Iterator[Tensor]:
+    """The tensors that `x` is made of, such as the integers and scales of torchao's quantized weights; else `x` itself."""
+    if type(x) is Tensor or not hasattr(x, "__tensor_flatten__"):
+        yield x
+        return
+    for name in cast(Any, x).__tensor_flatten__()[0]:
+        yield from plain_parts(getattr(x, name))
+
+
 @torch.no_grad()
 def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     """Of each tensor whether all its elements are. One GPU-CPU sync, and few kernels.
 
-    Integers are, FP8 counts as such, and a tensor on `meta` has no elements.
+    Integers are, FP8 counts as such, and a tensor on `meta` has no elements. Quantized ones are where their scales are.
     """
-    finite, groups = [True] * len(tensors), dict[tuple[torch.device, torch.dtype], list[int]]()
-    for index, x in enumerate(tensors):
-        if x.numel() and not x.is_meta and x.element_size() > 1 and (x.is_floating_point() or x.is_complex()):
-            groups.setdefault((x.device, x.dtype), []).append(index)
+    finite, groups = [True] * len(tensors), dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]]()
+    for index, whole in enumerate(tensors):
+        for x in plain_parts(whole):
+            if x.numel() and not x.is_meta and x.element_size() > 1 and (x.is_floating_point() or x.is_complex()):
+                groups.setdefault((x.device, x.dtype), []).append((index, x))
     peaks: dict[str, Tensor] = {}
-    for number, ((device, _), indices) in enumerate(groups.items()):
-        group = [tensors[index] for index in indices]
+    for number, ((device, _), parts) in enumerate(groups.items()):
+        group = [x for _, x in parts]
         if device.type == "cpu":  # where an inf-norm is slow
             peaks[str(number)] = torch.stack([x.isfinite().all() for x in group]).float().reciprocal()
         else:
             peaks[str(number)] = torch.stack(torch._foreach_norm(group, math.inf))
     host = to_host(peaks)
-    for number, indices in enumerate(groups.values()):
-        for index, peak in zip(indices, elements_of(host, str(number)), strict=True):
-            finite[index] = math.isfinite(peak)
+    for number, parts in enumerate(groups.values()):
+        for (index, _), peak in zip(parts, elements_of(host, str(number)), strict=True):
+            finite[index] &= math.isfinite(peak)
     return finite
 
 

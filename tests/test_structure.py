@@ -12,6 +12,8 @@ from tests.step_trace import traced_step
 PACKAGE = Path(hf_amp.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 APART = {
+    "schedule.py",
+    "fallback/scheduled.py",
     "choose.py",
     "cli/choose.py",
     "rescale.py",
@@ -22,6 +24,7 @@ APART = {
     "cli/compare.py",
     "scaling/stochastic_rounding.py",
     "monitoring/frozen.py",
+    "monitoring/energy.py",
     "fallback/inference.py",
     "fallback/sharded.py",
     "monitoring/rewind.py",

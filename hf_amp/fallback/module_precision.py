@@ -208,7 +208,7 @@ class PrecisionEntry:
     def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
         """A new context manager in which what autocast would cast runs in `precision`, whatever is around it."""
         number_format = precision.number_format
-        if self.emulate:
+        if self.emulate and precision is not PrecisionMode.BF16:  # for which a CPU has kernels
             return EmulatedPrecision(number_format)
         if number_format.dtype == torch.float32:
             return _float32_kernels(self.device_type)

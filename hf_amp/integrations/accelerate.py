@@ -137,9 +137,11 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         if limits:
             config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
             config = dataclasses.replace(config, automatic_fallback=False)
+    if accelerator.distributed_type is DistributedType.FSDP:
+        config.refuse(["precision_schedule"], "under FSDP the run stays in the format that parameters are gathered in")
     runner = _float8_runner(accelerator)
     if runner is not None:  # which owns the precision of the modules
-        options = ["half_parameters", "communication_precision"]
+        options = ["half_parameters", "communication_precision", "precision_schedule"]
         options += ["precision_mode"] * (config.precision_mode is not PrecisionMode.BF16)  # which is around it
         options += ["fp32_modules"] * (accelerator.ao_recipe_handler is None)
         config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
@@ -263,8 +265,6 @@ class AttachedAccelerator:
             "save_state": saving_whole(accelerator, session, optimizers.without_scaler),
             "load_state": loading_from_any_precision(accelerator, session, optimizers.without_scaler),
         }
-        if self._leaves_out_of_fp8:
-            changed["prepare"] = self.prepare
         if scales:
             changed["scaler"] = self._scaler_that_goes_on()
         else:
@@ -274,7 +274,9 @@ class AttachedAccelerator:
         if not scales and self._masters is not None:
             changed["unscale_gradients"] = self.unscale_gradients
         if self._fsdp2:
-            changed["prepare"] = self.prepare
+            changed["prepare"] = self.prepare_sharded
+        if self._leaves_out_of_fp8:
+            changed["prepare"] = self.prepare_in_part
         if not self._sharded:
             changed |= {"prepare_model": self.prepare_model, "autocast": self.autocast}
             if self._fp16_on_cpu:
@@ -346,7 +348,7 @@ class AttachedAccelerator:
             allowed.undo()
             yield
 
-    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_in_part(self, *args: Any, **kwargs: Any) -> Any:
         """Prepares with the modules of `fp32_modules` left out of torchao's conversion to FP8, besides what its recipe leaves out."""
         recipe, patterns = self._accelerator.ao_recipe_handler, self._session.config.fp32_modules
         wanted, left_out = recipe.module_filter_func, set()
@@ -364,7 +366,8 @@ class AttachedAccelerator:
         patches = PatchLog()
         patches.set_attribute(recipe, "module_filter_func", converts)
         try:
-            return self._stock["prepare"](*args, **kwargs)
+            prepare = self.prepare_sharded if self._fsdp2 else self._stock["prepare"]
+            return prepare(*args, **kwargs)
         finally:
             patches.undo()
 
@@ -391,7 +394,7 @@ class AttachedAccelerator:
         self._register_model(prepared, inner, is_trained=not evaluation_mode)
         return prepared
 
-    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_sharded(self, *args: Any, **kwargs: Any) -> Any:
         """Prepares a model that FSDP2 shards with the optimizers that hold its shards from then on."""
         accelerator, is_known = self._accelerator, set(map(id, prepared_models(self._accelerator)))
         prepared = self._stock["prepare"](*args, **kwargs)
@@ -447,7 +450,9 @@ class AttachedAccelerator:
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if not enters:
-            session.follow_default(_changer_of_forward(weakref.ref(model), session))
+            change = _changer_of_forward(weakref.ref(model), session)
+            session.follow_default(change)
+            change(session.plan.default)
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:
         session = self._session

@@ -103,6 +103,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         session.scaler.abandon_step()
         self._save_valid_json(state)
         # Where it has no entry of ours, saving fails with a KeyError.
+        session.total_steps = self.config.total_steps or state.max_steps
         saved = cast(Any, state.stateful_callbacks).setdefault(type(self).__name__, self.state())
         precision_before = session.load_progress(saved["attributes"]["progress"] if state.global_step else {})
         session.begin_at(state.global_step)

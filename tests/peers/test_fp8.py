@@ -128,7 +128,12 @@ def test_attach_says_who_runs_what() -> None:
 
 @for_each(
     ("option", "value"),
-    [("precision_mode", "DYNAMIC"), ("precision_mode", "MIXED"), ("half_parameters", "master_weights")],
+    [
+        ("precision_mode", "DYNAMIC"),
+        ("precision_mode", "MIXED"),
+        ("half_parameters", "master_weights"),
+        ("precision_schedule", {5: "FP32"}),
+    ],
 )
 def test_an_option_that_would_change_precision_is_refused(option: str, value: str) -> None:
     """The error names the option and who owns the precision; nothing is changed by the attempt."""
