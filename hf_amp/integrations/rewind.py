@@ -7,19 +7,20 @@ import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import sort_checkpoints
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ConfigError
 from hf_amp.integrations._compat import prepared_models
 from hf_amp.monitoring.rewind import GOOD_FILE
 from hf_amp.session import AmpSession
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 _KEPT = ".{}.kept"
 
@@ -142,6 +143,8 @@ def _put_back(place: Path) -> None:
 
 def _rotate(folder: Path, limit: int, kept: Collection[Path]) -> None:
     """As transformers' `rotate_checkpoints`, which knows of one to keep."""
+    from transformers.trainer_utils import sort_checkpoints  # not loaded by an Accelerate loop
+
     checkpoints = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
     others = [path for path in checkpoints if path not in kept]
     for path in others[: max(0, len(checkpoints) - max(limit, len(checkpoints) - len(others)))]:
