@@ -665,11 +665,12 @@ class AmpSession(EventRecorder):
             @functools.wraps(generate)
             def generate_again(*arguments: Any, **options: Any) -> Any:
                 while True:
-                    try:
-                        return generate(*arguments, **options)
-                    except Exception as error:
-                        if not self._explain_error(error):
-                            raise
+                    with self._fallback.recorder.generating():
+                        try:
+                            return generate(*arguments, **options)
+                        except Exception as error:
+                            if not self._explain_error(error):
+                                raise
 
             self.patches.set_attribute(model, "generate", generate_again)
         if is_trained:

@@ -8,7 +8,8 @@ import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
@@ -267,6 +268,7 @@ class ForwardRecorder:
         self._devices: dict[weakref.ref[nn.Module], set[torch.device]] = {}
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
+        self._generates = False
         self._without_gradients: tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]] | None = None
         self.on_error: Callable[[Exception], Any] = lambda error: None
 
@@ -291,7 +293,7 @@ class ForwardRecorder:
         if _is_functional(model):
             self.functional_step = self._steps.decided_steps + 1
         elif torch.is_grad_enabled():
-            now, self._without_gradients = self._now(), None
+            now = self._now()
             self._let_go_of_known_steps()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
             now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
@@ -304,7 +306,7 @@ class ForwardRecorder:
                 now.has_let_go = True
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
-        else:  # as in generation, whose cache must not be kept alive
+        elif self._generates:  # with a cache, which must not be kept alive
             weak = {name: _weakly(x) for name, x in options.items()}
             self._without_gradients = reference, tuple(map(_weakly, arguments)), weak
 
@@ -364,6 +366,15 @@ class ForwardRecorder:
             arguments, options = tuple(map(_revived, weak)), {name: _revived(x) for name, x in by_name.items()}
             return _repeatable([self._kept(reference, arguments, options)._replace(random_state=None)])
         return _repeatable(list(self._now().calls)[-1:])
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside of it a model makes text or the like: its newest forward pass is kept, although it has no gradients."""
+        self._generates = True
+        try:
+            yield
+        finally:
+            self._generates, self._without_gradients = False, None
 
     def _now(self) -> _OfStep:
         step = self._steps.decided_steps + 1
