@@ -129,14 +129,34 @@ def is_main_process() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
+def all_reduce_max(*values: Tensor, part_of_norm: Tensor | None = None) -> tuple[Tensor, ...]:
     """The element-wise maximum over all ranks of tensors of one shape, float32, in one all-reduce. No GPU-CPU sync.
 
-    NaN, of which MAX loses track on some backends, travels as inf.
+    NaN, of which MAX loses track on some backends, travels as inf. With `part_of_norm`, shape [], last the 2-norm of all ranks'
+    parts: in one all-gather.
     """
-    packed = torch.stack([value.float().nan_to_num(nan=torch.inf, posinf=torch.inf) for value in values])
-    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    return tuple(packed.unbind())
+    parts = () if part_of_norm is None else (part_of_norm,)
+    packed = torch.stack([value.float().nan_to_num(nan=torch.inf, posinf=torch.inf) for value in (*values, *parts)])
+    if part_of_norm is None:
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+        return tuple(packed.unbind())
+    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, packed)
+    everyone = torch.stack(of_ranks)
+    return (*everyone[:, :-1].amax(0).unbind(), torch.linalg.vector_norm(everyone[:, -1]))
+
+
+def with_copies(gradients: Iterable[Tensor]) -> Iterator[tuple[float, Tensor]]:
+    """(how many ranks hold each of its elements, gradient): all where it is no DTensor, none where each holds a term of a sum."""
+    world, known = (dist.get_world_size() if is_distributed() else 1), dict[Any, float]()
+    for gradient in gradients:
+        spec = cast(Any, gradient)._spec if is_sharded(gradient) else None
+        key = spec and (id(spec.mesh), spec.placements)
+        if key not in known:
+            sizes = zip(spec.placements, spec.mesh.shape, strict=True) if spec else ()
+            parts = [math.inf if kind.is_partial() else size for kind, size in sizes if not kind.is_replicate()]
+            known[key] = world / math.prod(parts)
+        yield known[key], gradient
 
 
 def all_reduce_max_to_host(values: Tensor) -> list[float]:
@@ -199,7 +219,6 @@ def by_device_and_dtype(gradients: Iterable[Tensor]) -> dict[tuple[torch.device,
     return groups
 
 
-@torch.no_grad()
 @torch.no_grad()
 def extremes(x: Tensor) -> Tensor:
     """The least and the largest element of `x`, floating or complex; shape [2]. NaN where it holds NaN, 0 where it is empty.

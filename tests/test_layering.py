@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"config", "device", "errors", "events", "patch_log", "precision", "schedule", "serialization", "tree"},
     {"emulation", "rescale_rules", "statistics"},
     {"scaling", "fallback", "monitoring"},
-    {"report", "rescale", "session"},
+    {"capture", "choose", "comparison", "report", "rescale", "session"},
     {"integrations", "training"},
     {"cli"},
 ]

@@ -462,7 +462,7 @@ class FallbackController:
         return self._decide(facts)
 
     def _decide(self, facts: StepFacts) -> PrecisionChange | None:
-        if not self._acts or self.runner.sharded:
+        if not self._acts or self.runner.limits:
             return None
         former = self._state
         self._state = state = self._policy.next_state(former, facts)

@@ -46,6 +46,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("inf_elements", "elements", "infinite gradient elements in the newest skipped step", "read the cause", "skipped steps"),
     Metric("nan_elements", "elements", "NaN gradient elements in the newest skipped step", "read the cause", "skipped steps"),
     Metric("precision_changes", "changes", "changes of the precision plan since the run began", "one after another: read the events", "every change"),
+    Metric("rewinds", "times", "how often the run has gone back to a good checkpoint, with `on_stalled=\"rewind\"`", "again and again: read the events, lower the learning rate", "every step"),
     Metric("modules_in_fp32", "modules", "modules that the plan runs in FP32 inside of a half-precision run", "most of the model: train in BF16", "every change"),
     Metric("fp16_seconds", "s", "time of steps in a run whose default was FP16 then, pauses left out; a resumed run adds to it", "small beside fp32_seconds: the run has fallen back"),
     Metric("bf16_seconds", "s", "the same for BF16", "as fp32_seconds, where it is not what you asked for"),
@@ -68,7 +69,7 @@ BY_MODULE: tuple[Metric, ...] = (
 BRIEF = ("scale", "skipped_steps", "grad_norm", "headroom_bits", "underflow_fraction")
 """What an entry of `log_history` holds, where known, and as much of the next as makes it six, of what is not zero."""
 BRIEF_WHERE_NOT_ZERO = (
-    "modules_in_fp32", "non_finite_loss_fraction", "lost_update_fraction", "precision_changes",
+    "rewinds", "modules_in_fp32", "non_finite_loss_fraction", "lost_update_fraction", "precision_changes",
     *(f"skipped_steps_{cause.lower()}" for cause in Cause), "eval_non_finite_batches",
 )  # fmt: skip
 MOST_IN_BRIEF = 6

@@ -132,6 +132,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         discard_forwards: called where gradients were cleared without a step, before the next backward; False where their
             losses are from the same forward pass as the next, and count on.
         note_loss: called with every loss that goes into backward, where somebody wants to know.
+        watch_loss: likewise, with whether it is the first of its step.
         is_waiting: says of an optimizer whether its gradients may be scaled now: a backward has begun since its last step, and
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
@@ -179,6 +180,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.stateful: dict[str, Stateful] = {}
         self.discard_forwards: Callable[[], bool] = lambda: True
         self.note_loss: Callable[[Tensor], None] | None = None
+        self.watch_loss: Callable[[Tensor, bool], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
         self.after_update: Callable[[], None] | None = None
         self.looks_closely = False
@@ -229,6 +231,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._figures_on = loss.device
         if self.note_loss is not None:
             self.note_loss(loss)
+        if self.watch_loss is not None:
+            self.watch_loss(loss, self._pending.losses.number == 1)
         # One on the CPU goes into the kernel as its argument.
         scaled = loss if self.no_scaling else loss * (scale if scale.device.type == "cpu" else scale.to(loss.device))
         scaled = emulated_in_backward(scaled)
@@ -297,7 +301,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if record is None:
             unscale = Unscale.NONE if self.no_scaling else Unscale.FUSED
             record = self._check(optimizer, unscale, norm=True, order=order)
-            if in_place and record.norm is not None:
+            if (in_place or record.sharded) and record.norm is not None:
                 return record.clip_in_place(float(max_norm))
         if record.unscale is not Unscale.FUSED:
             return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
