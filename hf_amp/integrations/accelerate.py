@@ -129,6 +129,8 @@ def session_of(accelerator: Any) -> AmpSession | None:
 def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tuple[AmpSession, str]:
     """A session that decides which optimizer steps are applied, and what else it leaves alone, for people."""
     limits = ""
+    if accelerator.distributed_type is DistributedType.FSDP:
+        config.refuse(["precision_schedule"], "under FSDP the run stays in the format that parameters are gathered in")
     if accelerator.distributed_type is DistributedType.FSDP and config.enabled:
         if not accelerator.is_fsdp2:
             limits = "; under FSDP it scales and skips, and modules do not fall back"
@@ -137,8 +139,6 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         if limits:
             config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
             config = dataclasses.replace(config, automatic_fallback=False)
-    if accelerator.distributed_type is DistributedType.FSDP:
-        config.refuse(["precision_schedule"], "under FSDP the run stays in the format that parameters are gathered in")
     runner = _float8_runner(accelerator)
     if runner is not None:  # which owns the precision of the modules
         options = ["half_parameters", "communication_precision", "precision_schedule"]

@@ -318,7 +318,8 @@ def test_where_another_library_runs_the_precision_it_is_refused() -> None:
     sharding = Accelerator(cpu=True)
     PartialState().distributed_type = sharding.state.distributed_type = DistributedType.FSDP  # which needs a GPU
     with pytest.raises(
-        ConfigError, match=r"precision_schedule=.*under FSDP modules run as its mixed_precision_policy says"
+        ConfigError,
+        match=r"precision_schedule=.*under FSDP the run stays in the format that parameters are gathered in",
     ):
         hf_amp.attach(sharding, precision_schedule={5: "FP32"})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
