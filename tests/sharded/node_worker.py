@@ -40,7 +40,10 @@ def main(folder: str, victim: int) -> None:
     everyone = accelerator.gather(torch.stack([p.detach().double().sum() for p in model.parameters()]).sum()[None])
     found = {"weights": everyone.tolist(), "steps": session.scaler.decided_steps, "restarts": restarts}
     if accelerator.is_main_process:
-        print(json.dumps(found | {"skipped": session.scaler.skipped_steps, "scale": session.scaler.get_scale()}), flush=True)
+        print(
+            json.dumps(found | {"skipped": session.scaler.skipped_steps, "scale": session.scaler.get_scale()}),
+            flush=True,
+        )
     leave_together()
 
 
