@@ -138,8 +138,8 @@ class AmpSession(EventRecorder):
         self._at_floor = self._loss_is_lost = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
-        self._runs = self._at_exit = False
         self._excepthook: functools.partial[None] | None = None
+        self._runs = self._at_exit = self._speaks = False
         self._log: Path | None = None
         self._losses: deque[tuple[int, float]] = deque(maxlen=LAST_LOSSES + 1)
         self._close_log: Callable[[], None] | None = None
@@ -372,7 +372,8 @@ class AmpSession(EventRecorder):
             atexit.register(_end_at_exit, weakref.ref(self))
         self._excepthook = functools.partial(_explain_uncaught, weakref.ref(self), sys.excepthook)
         sys.excepthook = self._excepthook
-        if is_main_process():
+        self._speaks = is_main_process()  # as the process ends, nobody knows any more who else there was
+        if self._speaks:
             scaled = self.config.enabled and not self.scaler.no_scaling
             scaling = f", {self.config.scaling_strategy.value}" if scaled else ""
             where = "no log: session.log_to(folder) opens one" if log is None else f"log in {log}"
@@ -391,7 +392,7 @@ class AmpSession(EventRecorder):
         self.scaler.flush()
         summary = self.summary() if self.config.enabled else "hf_amp, which the config disables, counted nothing"
         self.note(EventKind.TRAINING_ENDED, f"{why}: {summary}.", **self.metrics())
-        if self.config.enabled and is_main_process():
+        if self.config.enabled and self._speaks:
             figures = self._figures_in_words()
             say(f"{why}. Verdict: {self.verdict()}" + (f" At the end: {figures}." if figures else ""))
 

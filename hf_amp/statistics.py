@@ -146,17 +146,12 @@ def all_reduce_max(*values: Tensor, part_of_norm: Tensor | None = None) -> tuple
     return (*everyone[:, :-1].amax(0).unbind(), torch.linalg.vector_norm(everyone[:, -1]))
 
 
-def with_copies(gradients: Iterable[Tensor]) -> Iterator[tuple[float, Tensor]]:
-    """(how many ranks hold each of its elements, gradient): all where it is no DTensor, none where each holds a term of a sum."""
-    world, known = (dist.get_world_size() if is_distributed() else 1), dict[Any, float]()
-    for gradient in gradients:
-        spec = cast(Any, gradient)._spec if is_sharded(gradient) else None
-        key = spec and (id(spec.mesh), spec.placements)
-        if key not in known:
-            sizes = zip(spec.placements, spec.mesh.shape, strict=True) if spec else ()
-            parts = [math.inf if kind.is_partial() else size for kind, size in sizes if not kind.is_replicate()]
-            known[key] = world / math.prod(parts)
-        yield known[key], gradient
+def copies_of(gradient: Tensor) -> float:
+    """How many ranks hold each element of `gradient`: all where it is no DTensor, none where each holds a term of a sum."""
+    parts, held = 1.0, cast(Any, gradient)
+    for placement, size in zip(held.placements, held.device_mesh.shape, strict=True) if is_sharded(gradient) else ():
+        parts *= math.inf if placement.is_partial() else 1 if placement.is_replicate() else size
+    return (dist.get_world_size() if is_distributed() else 1) / parts
 
 
 def all_reduce_max_to_host(values: Tensor) -> list[float]:

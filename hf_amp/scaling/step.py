@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from hf_amp.statistics import (
     argument,
     by_device_and_dtype,
     collect,
+    copies_of,
     count_non_finite,
     elements_of,
     exact_norm,
@@ -40,7 +41,6 @@ from hf_amp.statistics import (
     to_host,
     total_amax,
     underflow_fraction,
-    with_copies,
 )
 
 EXTRA = "extra "
@@ -483,13 +483,14 @@ def _agreed(*values: Tensor | None, part_of_norm: Tensor | None = None) -> list[
 
 def _part_of_norm(optimizer: torch.optim.Optimizer, norm: Tensor, device: torch.device) -> Tensor | None:
     """This rank's part of the norm of sharded gradients, of which several may hold copies; None where sums are still to be made."""
-    held: dict[float, list[Tensor]] = {}
-    for copies, gradient in with_copies([p.grad for p in held_by(optimizer) if p.grad is not None]):
-        held.setdefault(copies, []).append(gradient)
+    gradients = [cast(Any, p.grad) for p in held_by(optimizer) if p.grad is not None]
+    kinds = {getattr(g, "placements", None) and (id(g.device_mesh), g.placements): g for g in gradients}
+    held = {copies_of(gradient) for gradient in kinds.values()}
     if 0 in held or len(held) <= 1:
         return None if 0 in held else norm * math.sqrt(1 / next(iter(held), 1.0))
-    parts = (norm_and_amax([local_part(g) for g in each], device, amax=False)[0] for each in held.values())
-    return torch.stack([cast(Tensor, part).square() / n for part, n in zip(parts, held, strict=True)]).sum().sqrt_()
+    parts = [(n, [local_part(g) for g in gradients if copies_of(g) == n]) for n in held]
+    squares = [cast(Tensor, norm_and_amax(each, device, amax=False)[0]).square() / n for n, each in parts]
+    return torch.stack(squares).sum().sqrt_()
 
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16)

@@ -164,10 +164,40 @@ def test_accelerate_optimizer_keeps_its_skip() -> None:
     assert not optimizer.step_was_skipped
 
 
+def test_torch_has_what_a_replay_of_shards_needs() -> None:
+    """`fully_shard`: how a unit is known, its casts, read anew in each pass, and what recovers from a pass that has failed."""
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    for name in ("set_requires_gradient_sync", "reset_iter_state", "_get_fsdp_state"):
+        assert hasattr(FSDPModule, name), name
+    for method in (FSDPState._cast_forward_inputs, FSDPState._cast_output_dtype):
+        assert "self._mp_policy" in inspect.getsource(method)
+    policy = MixedPrecisionPolicy(param_dtype=torch.float16, output_dtype=torch.float16)
+    assert policy.cast_forward_inputs
+    # FSDP gathers before our hooks, which are appended, and lets go after those that are prepended.
+    source = inspect.getsource(FSDPState.init)
+    assert "self._pre_forward, prepend=True" in source
+    assert "self._post_forward, prepend=False" in source
+
+
+def test_accelerate_makes_the_policy_that_is_taken_for_its_default() -> None:
+    """`set_mixed_precision` of a plugin for FSDP2, which attach replaces where the user gives none."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("fp16")
+    half = torch.float16
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
+
+
 @for_each(
     ("caller", "name"),
     [
         ("_prepare_for_training", "self._load_scaler(resume_from_checkpoint)"),
+        ("_prepare_for_training", "self._load_optimizer_and_scheduler(resume_from_checkpoint)"),
+        ("_save_checkpoint", "self._save_optimizer_and_scheduler(output_dir)"),
         ("_inner_training_loop", "self._tr_loss = torch.tensor(0.0"),
         ("_maybe_log_save_evaluate", "tr_loss -= tr_loss"),
         ("evaluation_loop", "self.prediction_step(model, inputs"),

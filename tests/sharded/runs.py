@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -180,7 +183,7 @@ class Layers(nn.Module):
     """Four layers of width 16 and a loss, with a fault of this rank that is switched on from outside.
 
     Faults: "activation" (the output of the second layer is beyond FP16's range), "root" (the derivative of a root at zero), "division",
-    "loss"; in a replay alone "raises" and "leaves out" (of a layer, which is a unit).
+    "loss"; in a replay alone "raises", "leaves out" (a layer, which is a unit) and "dies".
     """
 
     def __init__(self) -> None:
@@ -197,13 +200,15 @@ class Layers(nn.Module):
                 raise MemoryError("nothing is left")
             if repeated and index == 2 and self.fault == "leaves out":
                 continue
+            if repeated and index == 2 and self.fault == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
             layer.gain = 1e6 if self.fault == "activation" and index == 1 else 1.0
             x = nn.functional.softsign(layer(x))
         if self.fault == "root":
             x = x + (x - x.detach()).abs().sqrt()
         if self.fault == "division":
             x = x * ((x - x) / (x - x))
-        if self.fault in ("loss", "raises", "leaves out"):
+        if self.fault in ("loss", "raises", "leaves out", "dies"):
             x = x * torch.inf
         return x.square().mean()
 
@@ -469,5 +474,33 @@ def on_two_axes(kind: str, fault: str, steps: int = 6) -> dict[str, Any]:
         losses.append(mean_over_ranks(loss))
     whole = [p.full_tensor() for p in model.parameters()]
     found = {**told(session), "norms": norms, "losses": losses, "weights": [p.double().sum().item() for p in whole]}
+    session.detach()
+    return found
+
+
+def one_of_many(kind: str, steps: int = 4) -> dict[str, Any]:
+    """The rescaled Llama as people train it: with checkpointing, adapters, frozen parameters, another strategy."""
+    model, batches, _ = CASES["Llama"].build(seed=0)
+    if kind.startswith("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": kind.endswith("reentrant")})
+    if kind == "LoRA":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    if kind == "frozen":
+        model.model.embed_tokens.weight.requires_grad_(False)
+    sharded(model, BLOCKS["Llama"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    options = {"scaling_strategy": kind} if kind.isupper() else {}
+    session = AmpSession.for_model(model, optimizer, init_scale=1024.0, **options)
+    for _ in range(steps):
+        batch = part_of(next(batches))
+        output = model(**{name: x for name, x in batch.items() if name != "labels" or kind != "loss outside"})
+        if kind == "loss outside":
+            logits, taken = output.logits.float()[:, :-1], batch["input_ids"][:, 1:]
+            step(session, optimizer, nn.functional.cross_entropy(logits.flatten(0, 1), taken.flatten()))
+        else:
+            step(session, optimizer, output.loss)
+    session.scaler.flush()
+    found = told(session)
     session.detach()
     return found

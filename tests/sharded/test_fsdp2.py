@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.each import for_each
-from tests.forking import printed_by
+from tests.forking import printed_by, run_program
 
 MODELS = ("GPT-2", "Llama", "T5")
 Ranks = list[dict[str, Any]]
@@ -230,3 +232,33 @@ def axes() -> Callable[[], Ranks]:
         return kept[0]
 
     return run
+
+
+def test_what_people_put_together(full_size: bool) -> None:
+    """Checkpointing of both kinds, LoRA, frozen parameters, a loss outside of the model, other strategies: the same four modules."""
+    kinds = [
+        "checkpointing, reentrant",
+        "LoRA",
+        "checkpointing",
+        "frozen",
+        "loss outside",
+        "ADAPTIVE",
+        "PERFORMANCE_OPTIMIZED",
+    ]
+    first, second = told_by("kinds", *kinds[: None if full_size else 2])
+    for kind, run in first.items():
+        assert run["decided"] == second[kind]["decided"]
+        skip = run["decided"]["events"][0]
+        assert skip[:3] == [1, "step_skipped", "ACTIVATION"]
+        expected = {f"model.layers.{n}.{m}" for n in (0, 1) for m in ("self_attn.o_proj", "mlp.down_proj")}
+        assert {name.removeprefix("base_model.model.") for name in skip[3]} == expected, kind
+        assert len(run["skips"]) <= 2
+
+
+def test_a_rank_that_is_killed_in_a_replay_ends_the_other(full_size_only: None) -> None:
+    """SIGKILL in the middle of what both repeat: the other ends with an error of its own, within the minute."""
+    began = time.monotonic()
+    ended = run_program("tests.sharded.worker", "dies", ranks=2, ACCELERATE_USE_CPU="true")
+    assert ended.codes == [1, -signal.SIGKILL], ended.output[-4000:]
+    assert "onnect" in ended.output or "closed" in ended.output
+    assert time.monotonic() - began < 60

@@ -101,6 +101,10 @@ def main(what: str, *arguments: str) -> None:
         chosen = {kind: lambda kind=kind: by_trainer(kind, arguments[0]) for kind in ("fp16", "resumed")}
     elif what == "faults":
         chosen = faults()
+    elif what == "kinds":
+        chosen = {kind: lambda kind=kind: runs.one_of_many(kind) for kind in arguments}
+    elif what == "dies":
+        chosen = {"dies": lambda: runs.one_fault("dies")}
     elif what == "axes":
         chosen = axes()
     elif what == "storm":
