@@ -221,6 +221,14 @@ class EventKind(str, enum.Enum):
     """A checkpoint with non-finite weights or buffers was not written."""
     CHECKPOINT_NON_FINITE = "checkpoint_non_finite"
     """`save_state` has written such a checkpoint, as it was told to."""
+    CHECKPOINT_GOOD = "checkpoint_good"
+    """So many clean steps came after a checkpoint that it is good."""
+    LOSS_SPIKE = "loss_spike"
+    """The loss of an applied step is far above those before it."""
+    REWOUND = "rewound"
+    """The run has gone back to a good checkpoint, without the steps since."""
+    NOT_REWOUND = "not_rewound"
+    """It was to go back, and could not."""
     STATE_LOADED = "state_loaded"
     TRAINING_STARTED = "training_started"
     TRAINING_ENDED = "training_ended"
@@ -240,6 +248,7 @@ _AS_EXPECTED = (
     EventKind.UPDATES_ROUNDED,
     EventKind.METRICS,
     EventKind.BUFFERS_RESTORED,
+    EventKind.CHECKPOINT_GOOD,
     EventKind.TRAINING_STARTED,
     EventKind.TRAINING_ENDED,
 )

@@ -129,14 +129,34 @@ def is_main_process() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
+def all_reduce_max(*values: Tensor, part_of_norm: Tensor | None = None) -> tuple[Tensor, ...]:
     """The element-wise maximum over all ranks of tensors of one shape, float32, in one all-reduce. No GPU-CPU sync.
 
-    NaN, of which MAX loses track on some backends, travels as inf.
+    NaN, of which MAX loses track on some backends, travels as inf. With `part_of_norm`, shape [], last the 2-norm of all ranks'
+    parts: in one all-gather.
     """
-    packed = torch.stack([value.float().nan_to_num(nan=torch.inf, posinf=torch.inf) for value in values])
-    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    return tuple(packed.unbind())
+    parts = () if part_of_norm is None else (part_of_norm,)
+    packed = torch.stack([value.float().nan_to_num(nan=torch.inf, posinf=torch.inf) for value in (*values, *parts)])
+    if part_of_norm is None:
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+        return tuple(packed.unbind())
+    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, packed)
+    everyone = torch.stack(of_ranks)
+    return (*everyone[:, :-1].amax(0).unbind(), torch.linalg.vector_norm(everyone[:, -1]))
+
+
+def with_copies(gradients: Iterable[Tensor]) -> Iterator[tuple[float, Tensor]]:
+    """(how many ranks hold each of its elements, gradient): all where it is no DTensor, none where each holds a term of a sum."""
+    world, known = (dist.get_world_size() if is_distributed() else 1), dict[Any, float]()
+    for gradient in gradients:
+        spec = cast(Any, gradient)._spec if is_sharded(gradient) else None
+        key = spec and (id(spec.mesh), spec.placements)
+        if key not in known:
+            sizes = zip(spec.placements, spec.mesh.shape, strict=True) if spec else ()
+            parts = [math.inf if kind.is_partial() else size for kind, size in sizes if not kind.is_replicate()]
+            known[key] = world / math.prod(parts)
+        yield known[key], gradient
 
 
 def all_reduce_max_to_host(values: Tensor) -> list[float]:
@@ -199,7 +219,6 @@ def by_device_and_dtype(gradients: Iterable[Tensor]) -> dict[tuple[torch.device,
     return groups
 
 
-@torch.no_grad()
 @torch.no_grad()
 def extremes(x: Tensor) -> Tensor:
     """The least and the largest element of `x`, floating or complex; shape [2]. NaN where it holds NaN, 0 where it is empty.
@@ -336,27 +355,37 @@ def _joined(tensors: list[Tensor], elements: int) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
+def plain_parts(x: Tensor) -> Iterator[Tensor]:
+    """The tensors that `x` is made of, such as the integers and scales of torchao's quantized weights; else `x` itself."""
+    if type(x) is Tensor or not hasattr(x, "__tensor_flatten__"):
+        yield x
+        return
+    for name in cast(Any, x).__tensor_flatten__()[0]:
+        yield from plain_parts(getattr(x, name))
+
+
 @torch.no_grad()
 def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     """Of each tensor whether all its elements are. One GPU-CPU sync, and few kernels.
 
-    Integers are, FP8 counts as such, and a tensor on `meta` has no elements.
+    Integers are, FP8 counts as such, and a tensor on `meta` has no elements. Quantized ones are where their scales are.
     """
-    finite, groups = [True] * len(tensors), dict[tuple[torch.device, torch.dtype], list[int]]()
-    for index, x in enumerate(tensors):
-        if x.numel() and not x.is_meta and x.element_size() > 1 and (x.is_floating_point() or x.is_complex()):
-            groups.setdefault((x.device, x.dtype), []).append(index)
+    finite, groups = [True] * len(tensors), dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]]()
+    for index, whole in enumerate(tensors):
+        for x in plain_parts(whole):
+            if x.numel() and not x.is_meta and x.element_size() > 1 and (x.is_floating_point() or x.is_complex()):
+                groups.setdefault((x.device, x.dtype), []).append((index, x))
     peaks: dict[str, Tensor] = {}
-    for number, ((device, _), indices) in enumerate(groups.items()):
-        group = [tensors[index] for index in indices]
+    for number, ((device, _), parts) in enumerate(groups.items()):
+        group = [x for _, x in parts]
         if device.type == "cpu":  # where an inf-norm is slow
             peaks[str(number)] = torch.stack([x.isfinite().all() for x in group]).float().reciprocal()
         else:
             peaks[str(number)] = torch.stack(torch._foreach_norm(group, math.inf))
     host = to_host(peaks)
-    for number, indices in enumerate(groups.values()):
-        for index, peak in zip(indices, elements_of(host, str(number)), strict=True):
-            finite[index] = math.isfinite(peak)
+    for number, parts in enumerate(groups.values()):
+        for (index, _), peak in zip(parts, elements_of(host, str(number)), strict=True):
+            finite[index] &= math.isfinite(peak)
     return finite
 
 
@@ -417,31 +446,32 @@ def sample_underflow(gradients: Sequence[Tensor], number_format: NumberFormat, s
     return Underflow(kinds.float(), enough.float().exp2() * (enough > -_BITS))
 
 
-def underflow_fraction(counts: Sequence[float]) -> float:
-    """Share of gradient elements that are subnormal, or zero by the format, of the `counts` of `Underflow`; NaN where only zeros
-    were seen."""
-    zeros, _, _, small, normal = counts
-    return (small + _flushed(*counts)) / (zeros + small + normal) if small + normal else math.nan
-
-
 _WIDTHS = 1.44
 """Octaves that round to the smallest subnormal number (log2(1.5 / 0.5) = 1.58), to those that round to its four- to sevenfold
 (log2(7.5 / 3.5) = 1.10)."""
-_BEYOND, _FEW, _DEVIATIONS = 1.5, 32, 4.0
-"""See `_flushed`; elements that show no trend; deviations of a difference of counts beyond which it is not chance."""
+_BEYOND, _FEW, _DEVIATIONS, _DOUBT = 1.5, 32, 4.0, 0.1
+"""See `underflow_fraction`; elements that show no trend; deviations of a difference of counts beyond which it is not chance; the share of
+elements that may be in doubt, which is the metric's limit."""
 
 
-def _flushed(zeros: Any, last: Any, third: Any, small: Any, normal: Any) -> Any:
-    """How many of the zeros the format has made; the rest are zero in FP32 too, as rows of an embedding that no token asks for.
+def underflow_fraction(counts: Sequence[float]) -> float:
+    """Share of gradient elements that the format has made subnormal or zero, of the `counts` of `Underflow`; NaN where unknown.
 
-    A gradient has magnitudes over many octaves, and what is flushed to zero is the end of them. Where they become fewer towards that
-    end, no more is taken to be beyond it than 1.5 times what the last octave holds: between the half that is where they are spread
-    evenly near zero, and the double where they fill ten octaves and more. Where they become more, or a few are left and none of
-    them normal, all zeros are. Measured against FP32 in the tests. Numbers, or tensors of one shape.
+    The other zeros are zero in FP32 too, as rows of an embedding that no token asks for. A gradient has magnitudes over many octaves,
+    and what is flushed to zero is the end of them. Where they become fewer towards that end, no more is taken to be beyond it than 1.5
+    times what the last octave holds: between the half that is where they are spread evenly near zero, and the double where they fill
+    ten octaves and more. Where they become more, or a few are left and none of them normal, it may be all zeros or some of them, and
+    nothing tells which: NaN, if they are more than a tenth of all elements. So it is where only zeros are seen. Measured against FP32
+    in the tests.
     """
-    grows = (last - _WIDTHS * third > _DEVIATIONS * (last + third) ** 0.5) | ((normal == 0) & (small < _FEW))
-    fewer = (zeros + _BEYOND * last - abs(zeros - _BEYOND * last)) / 2  # the smaller of the two
-    return fewer + (zeros - fewer) * grows
+    zeros, last, third, small, normal = counts
+    total = zeros + small + normal
+    flushed = min(zeros, _BEYOND * last)
+    if last - _WIDTHS * third > _DEVIATIONS * (last + third) ** 0.5 or (normal == 0 and small < _FEW):
+        if zeros - flushed > _DOUBT * total:
+            return math.nan
+        flushed = zeros
+    return (small + flushed) / total if small + normal else math.nan
 
 
 class LostUpdates:
@@ -545,7 +575,7 @@ def amax_of_each(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def underflow_of_each(tensors: Sequence[Tensor], number_format: NumberFormat, factor: Tensor, seed: int) -> Tensor:
-    """Share of elements of each tensor times `factor` that are zero or subnormal in `number_format`. No GPU-CPU sync.
+    """Of each tensor times `factor`, what `underflow_fraction` takes. No GPU-CPU sync.
 
     Args:
         tensors: gradients; of large ones about 1,024 elements are looked at.
@@ -553,15 +583,14 @@ def underflow_of_each(tensors: Sequence[Tensor], number_format: NumberFormat, fa
         seed: chooses the sample. The global random state is not touched.
 
     Returns:
-        Shape [n], float32, on `factor`'s device.
+        Shape [n, 5], float32, on `factor`'s device.
     """
-    shares = [torch.zeros(0, device=factor.device)]
+    tiny, edge = number_format.smallest_subnormal, number_format.smallest_normal
+    kinds = [torch.zeros(0, 5, device=factor.device)]
     for tensor in tensors:
         sample = (to_device(random_elements([tensor], seed, most=1024), factor.device) * factor).abs_()
-        tiny, edge = number_format.smallest_subnormal, number_format.smallest_normal
-        bounds = (0.0, 0.5 * tiny, 1.5 * tiny, 3.5 * tiny, 7.5 * tiny, edge)
-        zeros, *below = torch.stack([(sample <= bounds[0]).sum(), *((sample < b).sum() for b in bounds[1:])]).float()
-        small, normal = below[4] - zeros, sample.numel() - below[4]
-        lost = small + _flushed(zeros, below[1] - below[0], below[3] - below[2], small, normal)
-        shares.append((lost / max(sample.numel(), 1)).reshape(1))
-    return torch.cat(shares)
+        zeros, bounds = (sample <= 0).sum(), (0.5 * tiny, 1.5 * tiny, 3.5 * tiny, 7.5 * tiny, edge)
+        below = [(sample < bound).sum() for bound in bounds]
+        counts = (zeros, below[1] - below[0], below[3] - below[2], below[4] - zeros, sample.numel() - below[4])
+        kinds.append(torch.stack(counts).float().reshape(1, 5))
+    return torch.cat(kinds)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import hf_amp
 from hf_amp import ConfigError, MixedPrecisionConfig, PrecisionMode, ScalingStrategy, UnknownOptionError
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE
+from hf_amp.schedule import WORDS
 from tests.each import for_each
 
 OPTIONS = {option.name: option for option in dataclasses.fields(MixedPrecisionConfig)}
@@ -39,7 +40,7 @@ KINDS = {
         [
             "enabled", "enable_monitoring", "log_all_metrics", "monitor_modules", "emulate", "automatic_fallback",
             "memory_efficient", "gradient_accumulation_friendly", "distributed_amp", "sync_grad_scaler",
-            "stop_when_stalled",
+            "loss_spikes",
         ],
     ),
     "positive": (
@@ -53,12 +54,23 @@ KINDS = {
     "switch or none": ("None or True or False", [0, 1, 0.0, "yes", [True]], ["fold_clipping"]),
     "steps": (
         "a whole number of steps from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS],
-        ["growth_interval", "monitoring_interval", "recovery_steps", "patience"],
+        ["growth_interval", "monitoring_interval", "recovery_steps", "patience", "good_after"],
     ),
     "names": (
         "a list of names, globs or classes of modules", ["lm_head", [1], [""], {"lm_head": 1}, True, 2], ["fp32_modules"],
     ),
-    "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis"]),
+    "schedule": (
+        f"None or {WORDS}",
+        [{}, [], "FP32", {1.0: "FP32"}, {1.5: "FP32"}, {-1: "FP32"}, {True: "FP32"}, {"a": "FP32"}, {0: "FP8"}, {0: {}}, {0: {1: "FP32"}}],
+        ["precision_schedule"],
+    ),
+    "steps or none": ("None or a whole number of steps from 1 to 2147483647", [0, -1, 2.0, "9"], ["total_steps"]),
+    "plan": (
+        "None or a plan of hf_amp.choose_precision, a dict of one, or the path of its JSON file",
+        [1, True, ["lm_head"], {}, {"plan": {}}, {"default": "FP8", "modules": {}}, {"default": "BF16", "modules": {"a": "BF16"}}],
+        ["plan"],
+    ),
+    "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis", "max_rewinds"]),
     "mode": (
         "None or one of FP32, FP16, MIXED, BF16, DYNAMIC", ["FP8", "", "FP 16", 16, True, ["FP32"]], ["precision_mode"],
     ),
@@ -66,6 +78,7 @@ KINDS = {
         "None or one of 'error', 'upcast', 'master_weights', 'stochastic_rounding', 'kahan'",
         ["", "UPCAST", "warn", 16, True, ["error"]], ["half_parameters"],
     ),
+    "fate": ("one of 'report', 'stop', 'rewind'", ["", "STOP", True, None, 3], ["on_stalled"]),
     "half": ("None or FP16 or BF16", ["FP8", "", 16, True, ["FP16"], PrecisionMode.FP32], ["communication_precision"]),
     "strategy": (
         "one of CONSTANT, DYNAMIC, ADAPTIVE, PERFORMANCE_OPTIMIZED",
@@ -301,6 +314,16 @@ def test_a_key_like_no_option_is_still_a_clear_error(key):
     """Whatever the key, the answer is an UnknownOptionError, which is a ConfigError."""
     with pytest.raises(UnknownOptionError, match="Allowed: enabled"):
         MixedPrecisionConfig.from_dict({key: 1})
+
+
+@for_each("old", ["stop_when_stalled", "stop_when_hopeless"])
+def test_former_names_of_stop_work(old):
+    """As keywords, in plain data and in files of earlier versions; a wrong value is refused by that name."""
+    for made in (MixedPrecisionConfig(**{old: True}), MixedPrecisionConfig.from_dict({old: True})):
+        assert made == MixedPrecisionConfig(on_stalled="stop")
+    assert MixedPrecisionConfig.from_dict({old: False}).on_stalled == "report"
+    assert MixedPrecisionConfig.from_dict({old: True, "on_stalled": "rewind"}).on_stalled == "rewind"
+    assert "its name is on_stalled='stop' now" in refusal(**{old: "yes"})
 
 
 @for_each("options", [[("init_scale", 2.0)], "init_scale", None, 3])

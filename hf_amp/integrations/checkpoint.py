@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from accelerate.utils import SCALER_NAME
 
 from hf_amp.errors import StateError
 from hf_amp.events import EventKind, counted_names
+from hf_amp.monitoring.rewind import GOOD_FILE
 from hf_amp.precision import PrecisionMode
 from hf_amp.serialization import load_file, parse
 from hf_amp.session import AmpSession
@@ -62,6 +63,7 @@ class AtomicCheckpoint:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.folder.rename(self.target)
             return
+        (self.target / GOOD_FILE).unlink(missing_ok=True)
         self.folder.rename(self.target / _WRITTEN)
         finish_interrupted(self.target)
         (self.target / stale).unlink(missing_ok=True)
@@ -130,7 +132,7 @@ def saving_whole(
         finally:
             project.automatic_checkpoint_naming = True
         if accelerator.is_main_process and project.total_limit is not None:
-            _delete_oldest(place, keep=project.total_limit)
+            _delete_oldest(place, project.total_limit, session.rewinder.kept())
         return place
 
     return save_whole
@@ -165,15 +167,15 @@ def _save(
         if publishes:
             staging.publish(stale=SCALER_NAME if no_scaling else FINITE_CHECK_FILE)
         accelerator.wait_for_everyone()
+    session.rewinder.written(staging.target, session.newest_step)
     return staging.target
 
 
-def _delete_oldest(newest: Path, keep: int) -> None:
-    """Leaves `keep` checkpoints, `newest` among them: a resumed run may have begun to count anew."""
-    numbered = {
-        int(path.name.rpartition("_")[2]): path for path in newest.parent.glob("checkpoint_[0-9]*") if path != newest
-    }
-    for number in sorted(numbered)[: max(len(numbered) + 1 - keep, 0)]:
+def _delete_oldest(newest: Path, keep: int, needed: Collection[Path]) -> None:
+    """Leaves `keep` checkpoints, `newest` and `needed` among them: a resumed run may have begun to count anew."""
+    others = [path for path in newest.parent.glob("checkpoint_[0-9]*") if path != newest]
+    numbered = {int(path.name.rpartition("_")[2]): path for path in others if path not in needed}
+    for number in sorted(numbered)[: max(len(others) + 1 - keep, 0)]:
         shutil.rmtree(numbered[number])
 
 

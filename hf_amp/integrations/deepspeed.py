@@ -98,7 +98,7 @@ _MODES = {
     "no": PrecisionMode.FP32,
 }
 _OBSERVING = {
-    "enabled", "automatic_fallback", "enable_monitoring", "monitoring_interval", "patience", "stop_when_stalled",
+    "enabled", "automatic_fallback", "enable_monitoring", "monitoring_interval", "patience", "on_stalled",
 }  # fmt: skip
 """Options that do not act on a step."""
 LIMITS = ", which scales losses and skips steps by itself: hf_amp only observes it"

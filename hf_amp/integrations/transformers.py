@@ -24,6 +24,7 @@ from hf_amp.errors import AttachError
 from hf_amp.events import LOG_FILE, Cause, EventKind, counted_names
 from hf_amp.integrations._compat import forget_skip
 from hf_amp.integrations.accelerate import attach, session_of
+from hf_amp.integrations.rewind import TrainerCheckpoints
 from hf_amp.integrations.trackers import log_entry
 from hf_amp.monitoring.metrics import INCIDENT, LOG_PREFIX, in_brief
 from hf_amp.session import AmpSession, counted
@@ -69,6 +70,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self.config = MixedPrecisionConfig.from_any(config, options, type(self).__name__)
         self.session: AmpSession | None = None
         self._trainer: Trainer | None = None
+        self._checkpoints: TrainerCheckpoints | None = None
         self._accelerator: Accelerator | None = None
         self._sink: JsonLinesSink | None = None
         self._is_copied = False
@@ -80,7 +82,14 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
     def __getstate__(self) -> dict[str, Any]:
         """A copied Trainer has a copy of its callback, which makes a session of its own when that Trainer trains."""
         self._is_copied = True
-        return {**vars(self), "session": None, "_trainer": None, "_accelerator": None, "_sink": None}
+        return {
+            **vars(self),
+            "session": None,
+            "_trainer": None,
+            "_accelerator": None,
+            "_sink": None,
+            "_checkpoints": None,
+        }
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._attach_to(calling_trainer(self))
@@ -94,9 +103,12 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         session.scaler.abandon_step()
         self._save_valid_json(state)
         # Where it has no entry of ours, saving fails with a KeyError.
+        session.total_steps = self.config.total_steps or state.max_steps
         saved = cast(Any, state.stateful_callbacks).setdefault(type(self).__name__, self.state())
         precision_before = session.load_progress(saved["attributes"]["progress"] if state.global_step else {})
         session.begin_at(state.global_step)
+        if self._checkpoints is not None:
+            self._checkpoints.begin(args, state.global_step)
         session.throughput.pause()
         session.throughput.samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.config.fold_clipping is None:
@@ -131,6 +143,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         if self.session is None and self._trainer is None:
             self._trainer = calling_trainer(self)
             _log.warning("MixedPrecisionCallback was added while training runs, and begins with the next train()")
+        self.on_epoch_begin()
         # A Trainer calls no `step` in micro-steps, in which a prepared optimizer would take back what it last said.
         if self.config.enabled and isinstance(kwargs["optimizer"], AcceleratedOptimizer):
             forget_skip(kwargs["optimizer"])
@@ -139,14 +152,18 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         session = self.session
-        if session is not None and session.stall.stalled and self.config.stop_when_stalled:
-            self._stop(session, args, control)
+        if self._checkpoints is not None and session is not None and (session.rewinder.fault or session.stall.stalled):
+            self._stop(session, args, control, self._checkpoints.act_on_fault(state.global_step))
         # One with non-finite weights or buffers would rotate a good one out, and be resumed from.
         if control.should_save and self._are_weights_bad("this checkpoint is not written"):
             control.should_save = False
         return control
 
     on_epoch_end = on_step_end
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self._checkpoints is not None and self._checkpoints.random_state_of is not None:
+            self._checkpoints.resume_random_state()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # `save_strategy="best"` decides after this, and what a broken model scores can be the best so far.
@@ -176,15 +193,16 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         progress = {} if self.session is None else self.session.progress()
         return {"args": {"config": self.config.to_dict()}, "attributes": {"progress": progress}}
 
-    def _stop(self, session: AmpSession, args: TrainingArguments, control: TrainerControl) -> None:
-        if control.should_training_stop:
+    def _stop(self, session: AmpSession, args: TrainingArguments, control: TrainerControl, why: str) -> None:
+        if control.should_training_stop or not why:
             return
         control.should_training_stop = True
         folder = args.output_dir or "."
-        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
+        newest = get_last_checkpoint(folder) if Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
+        checkpoint = session.rewinder.good.place if session.rewinder.good else newest
         session.note(
             EventKind.TRAINING_STOPPED,
-            "the run is stalled and stop_when_stalled is set; "
+            f"{why} and on_stalled is '{self.config.on_stalled}'; "
             + (f"the last good checkpoint is {checkpoint}." if checkpoint else "there is no checkpoint."),
         )
 
@@ -215,9 +233,12 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         self.session = session = attach(accelerator, self.config)
         self._trainer, self._accelerator = trainer, accelerator
         session.patches.set_attribute(trainer, _CALLBACK, self)
+        session.on_fault = None  # `on_step_end` goes back
         if self.config.enabled:
             patch_logging(trainer, session)
             load_scaler_where_there_is_one(trainer, session)
+            keep_state_without_scaler(trainer, session)
+            self._checkpoints = TrainerCheckpoints(trainer, session, type(self).__name__)
         return session
 
     def _take_over(self, trainer: Trainer) -> None:
@@ -226,7 +247,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         if self.session is None and former is not None and former not in trainer.callback_handler.callbacks:
             self.config = former.config
             self.session, self._trainer, self._accelerator = former.session, trainer, former._accelerator
-            self._sink = former._sink
+            self._sink, self._checkpoints = former._sink, former._checkpoints
             former.session.patches.set_attribute(trainer, _CALLBACK, self)
 
     def _save_valid_json(self, state: TrainerState) -> None:
@@ -295,6 +316,18 @@ def load_scaler_where_there_is_one(trainer: Trainer, session: AmpSession) -> Non
             load_scaler(checkpoint)
 
     session.patches.set_attribute(trainer, "_load_scaler", load_or_leave)
+
+
+def keep_state_without_scaler(trainer: Trainer, session: AmpSession) -> None:
+    """Lets an optimizer of shards be saved and loaded, which steps it on gradients of zero (accelerate#4289), outside of our count."""
+    for name in ("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"):
+        keep = getattr(trainer, name)  # private; tests/contract fails by name if one goes
+
+        def without_scaler(*args: Any, keep: Callable[..., Any] = keep, **kwargs: Any) -> Any:
+            with session.without_scaler():
+                return keep(*args, **kwargs)
+
+        session.patches.set_attribute(trainer, name, functools.wraps(keep)(without_scaler))
 
 
 def patch_logging(trainer: Trainer, session: AmpSession) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_amp.monitoring.metrics import BY_MODULE
 from hf_amp.patch_log import compile_disabled, takes_hooks
 from hf_amp.precision import FP16_FORMAT
-from hf_amp.statistics import amax_of_each, elements_of, to_device, total_amax, underflow_of_each
+from hf_amp.statistics import amax_of_each, elements_of, to_device, total_amax, underflow_fraction, underflow_of_each
 
 HEADROOM, UNDERFLOW, ACTIVATION, LOST = (metric.name for metric in BY_MODULE)
 
@@ -110,7 +110,7 @@ class ModuleMonitor:
                 factor = torch.ones_like(scale) if scaled else scale
                 asked[HEADROOM] = asked[UNDERFLOW] = [name.rpartition(".")[0] for name in names()]
                 figures[HEADROOM] = amax_of_each(gradients, scale.device) * factor
-                figures[UNDERFLOW] = underflow_of_each(gradients, FP16_FORMAT, factor, decided_steps)
+                figures[UNDERFLOW] = underflow_of_each(gradients, FP16_FORMAT, factor, decided_steps).reshape(-1)
         if self.is_sampled(decided_steps + 1):
             self.install_hooks()
         return figures
@@ -119,8 +119,13 @@ class ModuleMonitor:
         """Takes in what `collect` asked for, as the host has read it; nothing where this step did not ask."""
         for name, modules in self._asked.get(optimizer, {}).items():
             values, largest = elements_of(host, name), dict[str, float]()
+            if name == UNDERFLOW:
+                values = [underflow_fraction(values[i : i + 5]) for i in range(0, len(values), 5)]
             for module, value in zip(modules, values, strict=True) if len(modules) == len(values) else ():
-                largest[module] = max(value, largest.get(module, value))  # a module's worst parameter speaks for it
+                if name == UNDERFLOW and math.isnan(value):
+                    self._newest[name].pop(module, None)
+                else:
+                    largest[module] = max(value, largest.get(module, value))  # a module's worst parameter speaks for it
             if name == HEADROOM:
                 bounded = {module: peak for module, peak in largest.items() if 0 < peak < math.inf}
                 largest = {module: math.log2(FP16_FORMAT.largest / peak) for module, peak in bounded.items()}

@@ -232,8 +232,8 @@ class PrecisionMonitor:
             self.scale = outcome.scale
             if outcome.grad_amax is not None:
                 self.grad_amax = outcome.grad_amax
-            if outcome.underflow_fraction is not None:
-                self.underflow_fraction = outcome.underflow_fraction
+            if (share := outcome.underflow_fraction) is not None:
+                self.underflow_fraction = None if math.isnan(share) else share
         else:
             self.skipped_by_cause[cause.value] += 1
             self.scale = outcome.scale if next_scale is None else next_scale

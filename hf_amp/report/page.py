@@ -29,6 +29,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.events import Cause, printable
 from hf_amp.monitoring.metrics import CATALOGUE
 from hf_amp.precision import FP16_FORMAT
+from hf_amp.report.overlay import circumstances, overlays_of
 from hf_amp.report.reader import RunHistory, Series
 from hf_amp.report.verdict import formatted, verdict_on
 
@@ -77,15 +78,33 @@ class Picture:
 WIDTH_INCHES, HEIGHT_INCHES, ROW_INCHES = 5.2, 2.3, 0.17
 
 
+def overlaid(runs: Sequence[RunHistory]) -> Iterator[tuple[str, str, str]]:
+    """Pictures that show several runs together: what people read above them, what is to be seen, and an `<svg>` element."""
+    for number, overlay in enumerate(overlays_of(runs)):
+        with _style():
+            figure, axes = _empty(HEIGHT_INCHES, max(run.newest_step for run in runs))
+            description = overlay.draw(axes, [_COLOR[role] for role in ("accent", "second", "bf16", "fp32")])
+            if axes.get_yscale() == "log":
+                axes.yaxis.set_major_formatter(FuncFormatter(_power_of_two))
+            _legend(axes)
+            label = html.escape(printable(f"{overlay.title} of {', '.join(overlay.names)}. {description}"))
+            yield overlay.title, description, _to_svg(figure, f"overlay{number}", label)
+
+
 def _drawn(picture: Picture, run: RunHistory) -> tuple[Figure, str | None]:
     height = max(HEIGHT_INCHES, 0.65 + ROW_INCHES * (picture.rows(run) if picture.rows else 0))
+    figure, axes = _empty(height, run.newest_step)
+    return figure, picture.draw(axes, run)
+
+
+def _empty(height: float, newest_step: int) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.set_xlabel("optimizer step")
-    axes.set_xlim(0, max(run.newest_step, 1) * 1.01)
-    return figure, picture.draw(axes, run)
+    axes.set_xlim(0, max(newest_step, 1) * 1.01)
+    return figure, axes
 
 
 def _share_ranges(all_axes: Sequence[Axes]) -> None:
@@ -429,6 +448,7 @@ PICTURES = (
     _of_figure("lost_update_fraction", "Updates lost to rounding", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
     _of_figure("grad_norm", "Gradient norm before clipping", shown=lambda norm: f"{norm:.3g}", log=True),
     _of_figure("step_seconds", "Step time", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
+    _of_figure("joules_per_step", "Energy an applied step", shown=lambda joules: f"{joules:,.4g} J"),
     _of_figure("memory_bytes", "Memory", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
     _of_modules(
         "module_headroom_bits", "Headroom by module", worst=lambda s: min(s.values), limits=(0, 16), unit="bits"
@@ -467,6 +487,8 @@ def page(runs: Sequence[RunHistory], made_by: str) -> str:
         version=made_by,
         verdict_on=verdict_on,
         causes=Cause,
+        overlays=list(overlaid(runs)) if len(runs) > 1 else [],
+        circumstances=circumstances(runs) if len(runs) > 1 else [],
         pictures=_common_first(list(pictures_of(runs)), len(runs)),
         metrics=metrics,
         figures=[(name, [figures.get(name) for figures in latest]) for name in in_order],

@@ -12,7 +12,7 @@ from typing import Any
 from hf_amp.events import Cause, EventKind, join_names
 from hf_amp.monitoring.metrics import CATALOGUE
 from hf_amp.precision import PrecisionMode
-from hf_amp.report.reader import Incident, LoggedEvent, RunHistory
+from hf_amp.report.reader import Incident, LoggedEvent, RunHistory, Series
 
 SKIP_RATE_TO_WATCH = 0.01
 """The catalogue's limit for `skip_rate` after the first steps."""
@@ -72,8 +72,14 @@ def verdict_on(run: RunHistory) -> Verdict:
             Level.WATCH,
             f"Training, but rounding loses the updates of {which} since step {frozen.last_step:,}: {counted}.",
         )
-    if changed := {name: it for name, it in run.changed_modules.items() if it.cause or it.step}:  # else by choice
+    if changed := {
+        name: it for name, it in run.changed_modules.items() if it.cause or (it.step and not it.by_choice)
+    }:  # else by choice
         return Verdict(Level.WATCH, f"Training, {_precision_in_words(changed)}: {counted}.{_cure_of_the_model(run)}")
+    if rewound := _newest(run, EventKind.REWOUND):
+        times = "once" if rewound.count == 1 else f"{rewound.count:,} times"
+        at = f"at step {rewound.last_step:,} to step {formatted(rewound.after)}"
+        return Verdict(Level.WATCH, f"Training, after going back {times} to a good checkpoint, last {at}: {counted}.")
     if set(run.skipped_by_cause) - {Cause.SCALE.value}:
         return Verdict(Level.WATCH, f"Training, but not every skip came from the scale: {counted}.")
     headroom = run.latest.get("headroom_bits", math.inf)
@@ -85,14 +91,21 @@ def verdict_on(run: RunHistory) -> Verdict:
 
 def _failure(run: RunHistory, skipped: int, total: int, counted: str) -> str | None:
     """Why this run does not train, where it does not: a sentence."""
-    if Cause.WEIGHTS.value in run.skipped_by_cause:
+    rewound = _newest(run, EventKind.REWOUND)
+    gone_back = rewound.last_step if rewound else -1
+    if lost := [step for step in run.skips.get(Cause.WEIGHTS.value, Series()).steps if step > gone_back]:
         return (
-            f"Not training since step {run.skips[Cause.WEIGHTS.value].steps[0]:,}: parameters hold non-finite values, which no "
+            f"Not training since step {lost[0]:,}: parameters hold non-finite values, which no "
             "step can fix; go back to the last good checkpoint."
         )
     stalled = _newest(run, EventKind.STALLED)
     moves_nothing = run.latest.get("grad_norm") == 0
-    if stalled and skipped < total and (moves_nothing or _skips_since(run, stalled.last_step)):
+    if (
+        stalled
+        and stalled.last_step > gone_back
+        and skipped < total
+        and (moves_nothing or _skips_since(run, stalled.last_step))
+    ):
         return f"Not training since step {stalled.last_step:,}: {stalled.message}"
     if skipped >= total or _skips_since(run, run.newest_step - LAST_STEPS):
         newest = "" if skipped >= total else f"the newest {LAST_STEPS} steps were all skipped; "
@@ -104,9 +117,9 @@ def _failure(run: RunHistory, skipped: int, total: int, counted: str) -> str | N
     recent = _skips_after(run, run.newest_step - RECENT_STEPS)
     if 2 * recent > RECENT_STEPS:
         return f"Hardly training: {recent} of the newest {RECENT_STEPS} steps were skipped; {counted}."
-    lost = _newest_losses_lost(run)
-    if lost and len(lost) in (LAST_LOSSES, len(_losses(run))):
-        return f"Not training: no finite loss has been logged since step {lost[-1]:,}; {counted}."
+    not_finite = _newest_losses_lost(run)
+    if not_finite and len(not_finite) in (LAST_LOSSES, len(_losses(run))):
+        return f"Not training: no finite loss has been logged since step {not_finite[-1]:,}; {counted}."
     return None
 
 

@@ -132,10 +132,12 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         discard_forwards: called where gradients were cleared without a step, before the next backward; False where their
             losses are from the same forward pass as the next, and count on.
         note_loss: called with every loss that goes into backward, where somebody wants to know.
+        watch_loss: likewise, with whether it is the first of its step.
         is_waiting: says of an optimizer whether its gradients may be scaled now: a backward has begun since its last step, and
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
             do not count in the underflow fraction.
+        after_update: called at the end of every update, and wherever outcomes are delivered.
         looks_closely: whether every step is sampled for lost updates.
         master_weights: FP32 copies of half-precision parameters, or what rounds their updates in the place of copies; None
             where the config asks for none.
@@ -178,7 +180,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.stateful: dict[str, Stateful] = {}
         self.discard_forwards: Callable[[], bool] = lambda: True
         self.note_loss: Callable[[Tensor], None] | None = None
+        self.watch_loss: Callable[[Tensor, bool], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
+        self.after_update: Callable[[], None] | None = None
         self.looks_closely = False
         self.master_weights = self._masters_for(config)
         if isinstance(self.master_weights, RoundedWeights):
@@ -227,6 +231,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._figures_on = loss.device
         if self.note_loss is not None:
             self.note_loss(loss)
+        if self.watch_loss is not None:
+            self.watch_loss(loss, self._pending.losses.number == 1)
         # One on the CPU goes into the kernel as its argument.
         scaled = loss if self.no_scaling else loss * (scale if scale.device.type == "cpu" else scale.to(loss.device))
         scaled = emulated_in_backward(scaled)
@@ -295,7 +301,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if record is None:
             unscale = Unscale.NONE if self.no_scaling else Unscale.FUSED
             record = self._check(optimizer, unscale, norm=True, order=order)
-            if in_place and record.norm is not None:
+            if (in_place or record.sharded) and record.norm is not None:
                 return record.clip_in_place(float(max_norm))
         if record.unscale is not Unscale.FUSED:
             return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
@@ -459,8 +465,12 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self._pending.scale = late.after_overflow if skipped else late.after_clean
         if not self.no_scaling:
             self._former_state, self._observed = self._state, late.pending[-1].attempt
-            # Where the scale was given back meanwhile, an overflow still is that of the one that these were made with.
-            made_with = self._state._replace(scale=late.records[0].scale) if skipped else self._state
+            # Where the scale was given back meanwhile, an overflow still is that of the one that these were made with. A loss that was
+            # not finite is none of the scale's, which the device has lowered for want of knowing.
+            bad_losses = sum(record.outcome.non_finite_losses for record in late.records if record.outcome)
+            made_with = self._state
+            if skipped and not bad_losses:
+                made_with = made_with._replace(scale=late.records[0].scale)
             self._state = self._policy.next_state(made_with, seen)
 
     def abandon_step(self) -> None:
@@ -502,6 +512,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 self._say_skipped(outcome)
         late = self._late.pending if self._late is not None else []
         self.known_steps = self.decided_steps - len(late) - len(self._queued)
+        if self.after_update is not None:
+            self.after_update()
 
     def _say_skipped(self, outcome: StepOutcome) -> None:
         """A console line, as `RepeatLimit` allows: nobody else speaks of it."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import AttachError, BatchError, StateError
+from hf_amp.monitoring.rewind import keep_or_go_back
 from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.serialization import load_file, parse
 from hf_amp.statistics import to_host, to_host_list
@@ -162,6 +163,11 @@ class AdvancedMixedPrecisionManager:
                 if scheduler is not None and result["stepped"] and not result["skipped"]:
                     scheduler.step()
                 losses.add(result["losses"], window)
+                if self.config.on_stalled == "rewind":
+                    before = self._counters()
+                    keep_or_go_back(self.trainer.session, model, optimizer, scheduler)
+                    applied_before += self._counters()[0] - before[0]  # what was left out was taken all the same
+                    skipped_before += self._counters()[1] - before[1]
                 if not bar.disable and time.monotonic() - shown_at >= _SECONDS_BETWEEN_LOSSES:
                     shown_at = time.monotonic()
                     bar.set_postfix_str(_newest(result), refresh=False)

@@ -217,6 +217,32 @@ CPU = (
         threads=1,
     ),
     Benchmark(
+        "loss_spikes",
+        _module("loss_spikes"),
+        "False alarms of the rule for loss spikes in ten healthy runs of 1,000 steps, and spikes found within ten steps of those planted "
+        "(at least double the mean of the hundred losses before, and above them all).",
+        "OLMo 2's spike score, ZClip's and Megatron-LM's rules, and LLM Foundry's, on the same losses",
+        (
+            Target("one false alarm in 10,000 steps or less", "false_alarms_per_10000_steps", 1, lambda row: row["rule"] == "hf_amp"),
+            Target("40 of 50 planted spikes found", "missed", 10, lambda row: row["rule"] == "hf_amp"),
+        ),
+        threads=1,
+    ),
+    Benchmark(
+        "choose",
+        _module("choose"),
+        "`hf_amp.choose_precision` on six trained tiny models: pairs of six configurations (FP16 or BF16 autocast; nothing, the head, the head and "
+        "the upper half in FP32) that the audit orders otherwise than PyTorch's half kernels for CPUs, and the same of four in inference; the plan "
+        "that it chooses, and what the half kernels make of it; the plan where BF16 is the only choice.",
+        "PyTorch's half kernels without hf_amp; FP32",
+        (
+            Target("six configurations in the measured order", "pairs_out_of_order", 0),
+            Target("at most a fifth of BF16's error", "error_over_BF16", 0.2),
+            Target("at least 90% of the products in half precision", "products_in_FP32", 0.1),
+        ),
+        threads=1,
+    ),
+    Benchmark(
         "startup_cost",
         _module("startup_cost"),
         "Time of an import in a fresh process.",

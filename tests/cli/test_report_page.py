@@ -114,8 +114,8 @@ def test_every_picture_has_words(document: str) -> None:
 
 
 def test_several_runs_stand_beside_each_other(page_of_both: str) -> None:
-    """Every kind of picture is there for each, in its column."""
-    assert page_of_both.count("<svg ") == 28
+    """Every kind of picture is there for each, in its column, after those that show both."""
+    assert page_of_both.count("<svg ") == 28 + 3
     assert page_of_both.count("--column: 1") == page_of_both.count("--column: 2") == 14
 
 
@@ -154,6 +154,41 @@ def test_the_browser_would_have_told(tmp_path: Path) -> None:
     assert "script" in Parts(seen.dom).tags
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of two runs that differ, one of which has a hostile name."""
+    one, other = full_run(), full_run()
+    other.figures["loss"].add(41, 9.0)
+    other.facts = {"device": "cpu: another", "versions": {"torch": "9.9"}}
+    path = tmp_path_factory.mktemp("compared") / "report.html"
+    path.write_text(page([one, other], "0"), encoding="utf-8")
+    return path
+
+
+@needs_chromium
+def test_chromium_shows_two_runs_in_one_picture(compared: Path) -> None:
+    """Their lines, a table whose rows say what differs, nothing asked for, no complaint, and nothing cut off on a phone."""
+    seen = visit(compared, compared.parent)
+    parts = Parts(seen.dom)
+    assert (seen.complaints, seen.requests) == ([], [])
+    assert "The runs compared" in parts.text
+    assert "The same at all 40 steps that both have logged." in parts.text
+    assert seen.dom.count("<small>differs</small>") == 2
+    assert "script" not in parts.tags
+    assert "width 360 of 360" in width_on_a_phone(compared)
+
+
+def width_on_a_phone(file: Path) -> str:
+    """What a frame of 360 pixels has to scroll sideways."""
+    frame = file.parent / "phone.html"
+    frame.write_text(
+        f'<body><iframe id="f" src="{file.name}" style="width:360px;height:800px;border:0"></iframe><p id="p"></p>'
+        "<script>onload = () => { const d = document.getElementById('f').contentDocument.documentElement;"
+        "document.getElementById('p').textContent = `width ${d.scrollWidth} of ${d.clientWidth}`; }</script>"
+    )
+    return Parts(visit(frame, frame.parent, "--allow-file-access-from-files").dom).text
+
+
 def brightness(picture: Path) -> float:
     """Median brightness of a picture, from 0 to 1."""
     return float(np.median(imread(picture)[..., :3].mean(axis=-1)))
@@ -181,14 +216,7 @@ def test_it_can_be_printed(file: Path) -> None:
 @needs_chromium
 def test_nothing_is_cut_off_on_a_phone(file: Path) -> None:
     """In 360 pixels nothing reaches beyond the right edge: a frame of that width has nothing to scroll sideways."""
-    frame = file.parent / "phone.html"
-    frame.write_text(
-        f'<body><iframe id="f" src="{file.name}" style="width:360px;height:800px;border:0"></iframe><p id="p"></p>'
-        "<script>onload = () => { const d = document.getElementById('f').contentDocument.documentElement;"
-        "document.getElementById('p').textContent = `width ${d.scrollWidth} of ${d.clientWidth}`; }</script>"
-    )
-    measured = Parts(visit(frame, frame.parent, "--allow-file-access-from-files").dom).text
-    assert "width 360 of 360" in measured
+    assert "width 360 of 360" in width_on_a_phone(file)
 
 
 def test_a_whole_model_is_named() -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.ao import filter_linear_layers, find_first_last_linear_layers
 from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode
 from transformers import Trainer, TrainerCallback
 
 import hf_amp
+from hf_amp.choose import RoundedOperands, torchao_formats
 from hf_amp.emulation import _COMPOSITE, _FUSED, _PROMOTED, _REDUCED, _WITHOUT_HALF_KERNEL
 from hf_amp.fallback.module_precision import has_compiled
 from hf_amp.integrations._compat import (
@@ -172,6 +174,11 @@ def test_accelerate_optimizer_keeps_its_skip() -> None:
         ("evaluate", "self.evaluation_loop("),
         ("predict", "self.evaluation_loop("),
         ("_save_checkpoint", "self.state.save_to_json("),
+        ("_save_checkpoint", "self._get_output_dir(trial=trial)"),
+        ("_maybe_log_save_evaluate", "self._save_checkpoint(model, trial)"),
+        ("train", "self._load_from_checkpoint(resume_from_checkpoint)"),
+        ("_prepare_for_training", "self._load_optimizer_and_scheduler(resume_from_checkpoint)"),
+        ("_run_epoch", "self._load_rng_state(resume_from_checkpoint)"),
         ("_init_training_state", "stateful_callbacks=["),
         ("train", "self.is_in_train = True"),
     ],
@@ -297,3 +304,28 @@ def test_torch_numbers_operations_in_order() -> None:
     before = torch.autograd._get_sequence_nr()
     y = x * 2
     assert before <= y.grad_fn._sequence_nr() < torch.autograd._get_sequence_nr()
+
+
+def test_torch_names_its_products() -> None:
+    """The operators whose operands the audit rounds, below autograd, and modules by class and name in FlopCounterMode."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name in RoundedOperands._OPERANDS:
+        assert hasattr(torch.ops.aten, name.removeprefix("aten::")), name
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.Sequential(torch.nn.Linear(2, 3))(torch.ones(5, 2))
+    assert {name: sum(of.values()) for name, of in counter.get_flop_counts().items()} == dict.fromkeys(
+        ["Global", "Sequential", "Sequential.0"], 2 * 5 * 2 * 3
+    )
+
+
+def test_torchao_casts_to_its_formats() -> None:
+    """What the audit takes from `torchao.prototype` and `torchao.float8`, and what accelerate asks before it converts a layer."""
+    pytest.importorskip("torchao", reason="the extra hf_amp[peers] brings it")
+    from accelerate.utils import AORecipeKwargs
+
+    assert [each.rounded(torch.ones(2, 32)).tolist() for each in torchao_formats()] == [torch.ones(2, 32).tolist()] * 3
+    assert AORecipeKwargs().module_filter_func is None
+    assert find_first_last_linear_layers(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())) == ("0", "0")
+    assert filter_linear_layers(torch.nn.Linear(16, 16), "0", [])
+    assert not filter_linear_layers(torch.nn.Linear(15, 16), "0", [])

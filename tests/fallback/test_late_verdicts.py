@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_amp import AmpSession, EventKind, MixedPrecisionConfig, PrecisionMode, statistics
+from hf_amp import AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode, statistics
 from hf_amp.fallback import recorder
 from hf_amp.fallback.controller import TIMED_STEPS, WARMUP_STEPS
 
@@ -93,6 +93,57 @@ def test_late_verdicts_lead_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         assert (late.causes, late.plan) == (on_time.causes, on_time.plan)
         for ours, theirs in zip(late.buffers, on_time.buffers, strict=True):
             assert torch.equal(ours, theirs)
+
+
+class Amplifies(nn.Module):
+    """Its gradient leaves FP16 in backward only, at any scale, and what lies before it must run in FP32 too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.gain = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x))
+        return self.last(x + (x - x.detach()) * self.gain).float().square().mean()
+
+
+def test_a_step_that_ran_before_the_cure_of_backward_lowers_no_scale() -> None:
+    """While one step is looked at the next has run in the old plan, and overflows again: its scale was not to blame."""
+    model = Amplifies()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-20, fused=True)
+    session = AmpSession.for_model(model, optimizer, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=64.0)
+    for step in range(1, 9):
+        model.gain = 1e16 if step > 2 else 1.0
+        optimizer.zero_grad()
+        session.scaler.scale(model(torch.randn(16, 8))).backward()
+        session.scaler.step(optimizer)
+        session.scaler.update()
+    session.scaler.flush()
+    skips = [e for e in session.events if e.kind is EventKind.STEP_SKIPPED]
+    assert {e.cause for e in skips} == {Cause.ACTIVATION}
+    assert any("ran before the newest change of precision" in e.message for e in skips)
+    assert [e.step for e in skips] == [3, 4, 5]
+    assert len({e.after for e in skips}) == 1
+
+
+def test_a_loss_that_is_not_finite_lowers_no_scale() -> None:
+    """The loop makes it, so that no replay confirms it; the device, which lowers the scale of the next step meanwhile, is put right."""
+    model = Amplifies()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    session = AmpSession.for_model(model, optimizer, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=64.0)
+    for step in range(8):
+        optimizer.zero_grad()
+        loss = model(torch.randn(16, 8))
+        session.scaler.scale(loss + torch.log((loss - loss).abs()) if step in (3, 4, 5) else loss).backward()
+        session.scaler.step(optimizer)
+        session.scaler.update()
+    session.scaler.flush()
+    skips = [e for e in session.events if e.kind is EventKind.STEP_SKIPPED]
+    assert [e.cause for e in skips] == [Cause.LOSS] * 3
+    assert len({e.after for e in skips}) == 1
+    assert session.scaler.get_scale() >= 64.0
 
 
 def test_a_step_is_timed_in_the_precision_that_it_was_queued_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import hf_amp
@@ -96,6 +97,23 @@ def test_modules_whose_gradients_underflow_are_named(options: dict[str, Any]) ->
             expected = underflows(scaled)
         assert session.module_metrics()["module_underflow_fraction"] == pytest.approx(expected)
     assert len(set(expected.values())) > 1
+
+
+def test_a_lora_that_has_not_begun_to_learn_does_not_underflow() -> None:
+    """Its B is zero at the start, and so is the gradient of its A: the format has flushed nothing of it."""
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["twice"], modules_to_save=["first"])
+    model = get_peft_model(Net(), config)  # type: ignore[arg-type]
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    session = hf_amp.attach(accelerator, MixedPrecisionConfig(monitor_modules=True, init_scale=1024.0))
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    accelerator.backward(prepared(torch.randn(4, 8)))
+    optimizer.step()
+    assert set(session.module_metrics()["module_underflow_fraction"]) == {
+        "base_model.model.first.modules_to_save.default",
+        "base_model.model.twice.lora_B.default",
+    }
+    assert session.metrics()["underflow_fraction"] < 0.05
 
 
 def test_a_deferred_verdict_brings_them_a_step_later() -> None:

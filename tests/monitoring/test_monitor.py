@@ -90,6 +90,8 @@ def test_a_sampled_figure_stays_until_the_next_sample(monitor):
     for sampled in (0.25, None, None):
         record_applied(monitor, 4.0, 1.0, 1.0, sampled)
         assert monitor.metrics()["underflow_fraction"] == 0.25
+    record_applied(monitor, 4.0, 1.0, 1.0, math.nan)  # a sample that did not tell
+    assert "underflow_fraction" not in monitor.metrics()
     record_applied(monitor, 4.0, 1.0, 1.0, 0.0)
     assert monitor.metrics()["underflow_fraction"] == 0.0
 

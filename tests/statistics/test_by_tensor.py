@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from hf_amp.precision import FP16_FORMAT
-from hf_amp.statistics import amax_of_each, underflow_of_each
+from hf_amp.statistics import amax_of_each, underflow_fraction, underflow_of_each
 from tests.host_reads import count_host_reads
 
 
@@ -36,14 +38,14 @@ def test_what_is_not_finite_shows() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 2.0**10])
 def test_underflow_is_that_of_each(factor: float) -> None:
-    """The share below FP16's smallest normal number, after scaling; of large tensors to the sample's precision."""
+    """The share below FP16's smallest normal number, after scaling; of large tensors to the sample's precision; NaN of zeros alone."""
     with count_host_reads() as reads:
-        shares = underflow_of_each(tensors(), FP16_FORMAT, torch.tensor(factor), seed=3)
+        counts = underflow_of_each(tensors(), FP16_FORMAT, torch.tensor(factor), seed=3)
     assert reads.count == 0
-    for share, x in zip(shares.tolist(), tensors(), strict=True):
+    for found, x in zip(counts.tolist(), tensors(), strict=True):
         small = (x.float() * factor).abs() < FP16_FORMAT.smallest_normal
-        expected = float(small.float().mean()) if x.numel() else 0.0
-        assert share == pytest.approx(expected, abs=0.05 if x.numel() > 1024 else 1e-6)
+        expected = float(small.float().mean()) if x.any() else math.nan
+        assert underflow_fraction(found) == pytest.approx(expected, abs=0.05 if x.numel() > 1024 else 1e-6, nan_ok=True)
 
 
 def test_the_sample_depends_on_the_seed_alone() -> None:
@@ -57,4 +59,4 @@ def test_the_sample_depends_on_the_seed_alone() -> None:
 def test_nothing_gives_nothing() -> None:
     """No tensors, no figures."""
     assert amax_of_each([], torch.device("cpu")).shape == (0,)
-    assert underflow_of_each([], FP16_FORMAT, torch.ones(()), seed=0).shape == (0,)
+    assert underflow_of_each([], FP16_FORMAT, torch.ones(()), seed=0).shape == (0, 5)
