@@ -176,6 +176,20 @@ CPU = (
         threads=1,
     ),
     Benchmark(
+        "compare",
+        _module("compare"),
+        "`hf_amp.compare` on 200 pairs of tiny models of six architectures of which one has a corrupted module (weight, kernel result, "
+        "dtype, transposed, dropped residual, wrong epsilon, stale buffer), in FP32, BF16 and emulated FP16: whether that module is "
+        "named; every third also from two capture files alone. And on 100 pairs of the same function in other code: whether it is said "
+        "to differ.",
+        "what was corrupted",
+        (
+            Target("190 of 200 named", "not_seen", 10, lambda row: row["what"] == "all" and row["pairs"] == "corrupted"),
+            Target("none named wrong, no false alarm", "wrong", 0),
+        ),
+        threads=1,
+    ),
+    Benchmark(
         "situations",
         _module("situations"),
         "27 situations of users in which training goes wrong, one and the same loop for all contenders, in emulated FP16: which "
