@@ -7,19 +7,20 @@ import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import sort_checkpoints
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.errors import ConfigError
 from hf_amp.integrations._compat import prepared_models
 from hf_amp.monitoring.rewind import GOOD_FILE
 from hf_amp.session import AmpSession
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 _KEPT = ".{}.kept"
 
@@ -71,6 +72,7 @@ class TrainerCheckpoints:
     def save(self, model: nn.Module, trial: Any = None, *args: Any, **kwargs: Any) -> None:
         """As `Trainer._save_checkpoint`."""
         trainer, rewinder = self._trainer, self._session.rewinder
+        self._session.scaler.flush()  # on all ranks, which agree on what still waits: a Trainer asks one of them for our state
         folder, limit = Path(trainer._get_output_dir(trial)), trainer.args.save_total_limit or 0
         place = folder / f"checkpoint-{trainer.state.global_step}"
         (place / GOOD_FILE).unlink(missing_ok=True)  # of a run before
@@ -142,6 +144,8 @@ def _put_back(place: Path) -> None:
 
 def _rotate(folder: Path, limit: int, kept: Collection[Path]) -> None:
     """As transformers' `rotate_checkpoints`, which knows of one to keep."""
+    from transformers.trainer_utils import sort_checkpoints  # not loaded by `attach`
+
     checkpoints = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
     others = [path for path in checkpoints if path not in kept]
     for path in others[: max(0, len(checkpoints) - max(limit, len(checkpoints) - len(others)))]:
