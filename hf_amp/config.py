@@ -422,6 +422,6 @@ def _check_scale(config: MixedPrecisionConfig) -> None:
         )
     if not config.min_scale <= config.init_scale <= config.max_scale:
         raise ConfigError(
-            f"MixedPrecisionConfig(init_scale={config.init_scale!r}): init_scale must lie in [min_scale, "
-            f"max_scale] = [{config.min_scale!r}, {config.max_scale!r}]; move it or widen the bounds."
+            f"MixedPrecisionConfig(min_scale={config.min_scale!r}, init_scale={config.init_scale!r}, max_scale={config.max_scale!r}): "
+            "init_scale must lie between the others; move it or widen the bounds."
         )

@@ -72,6 +72,7 @@ class TrainerCheckpoints:
     def save(self, model: nn.Module, trial: Any = None, *args: Any, **kwargs: Any) -> None:
         """As `Trainer._save_checkpoint`."""
         trainer, rewinder = self._trainer, self._session.rewinder
+        self._session.scaler.flush()  # on all ranks, which agree on what still waits: a Trainer asks one of them for our state
         folder, limit = Path(trainer._get_output_dir(trial)), trainer.args.save_total_limit or 0
         place = folder / f"checkpoint-{trainer.state.global_step}"
         (place / GOOD_FILE).unlink(missing_ok=True)  # of a run before
@@ -143,7 +144,7 @@ def _put_back(place: Path) -> None:
 
 def _rotate(folder: Path, limit: int, kept: Collection[Path]) -> None:
     """As transformers' `rotate_checkpoints`, which knows of one to keep."""
-    from transformers.trainer_utils import sort_checkpoints  # not loaded by an Accelerate loop
+    from transformers.trainer_utils import sort_checkpoints  # not loaded by `attach`
 
     checkpoints = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
     others = [path for path in checkpoints if path not in kept]

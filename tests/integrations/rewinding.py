@@ -76,9 +76,8 @@ def case_number(number: int) -> Case:
     if fault == "spike":
         at = draw.randint(104, 118)
         options["loss_spikes"] = True
-        options.pop(
-            "growth_interval", None
-        )  # at a scale that overflows the step would be skipped, and nothing to go back from
+        options.setdefault("init_scale", 1024.0)  # a step that overflows is skipped, and nothing to go back from
+        options.pop("growth_interval", None)
     else:
         at = draw.randint(9, 26)
     micro = loop.get("gradient_accumulation_steps", 1)

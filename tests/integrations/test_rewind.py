@@ -187,39 +187,38 @@ def test_a_killed_save_leaves_the_good_one(tmp_path: Path) -> None:
 
 
 def loop(
-    folder: Path, precision: str, poisoned_at: int = 0, resume: tuple[int, int] | None = None
+    folder: Path, precision: str, case: Case, resume: tuple[int, int] | None = None
 ) -> tuple[AmpSession, dict[str, Any]]:
-    """A loop of 20 steps with `save_state` every third; or one that skips to a batch and loads the state of a step there."""
+    """A loop with `save_state` every third step; or one that skips to a batch and loads the state of a step there."""
     forget_accelerators()
     torch.manual_seed(5)
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
-    session = hf_amp.attach(accelerator, on_stalled="rewind", good_after=4, init_scale=1024.0)
-    rows = rows_for(Case("none", 0, 20, 80))
+    options = {"on_stalled": "rewind", "good_after": 4, "init_scale": 1024.0, "loss_spikes": True}
+    session = hf_amp.attach(accelerator, options)
     data = DataLoader(
-        rows,
+        rows_for(case),
         batch_size=4,
-        collate_fn=lambda batch: {k: torch.tensor([row[k] for row in batch]) for k in ("x", "labels")},
+        collate_fn=lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0]},
     )
     model = Noisy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     model, optimizer, data, schedule = accelerator.prepare(model, optimizer, data, schedule)
-    begin = 1
-    batches = iter(data)
+    begin, batches = 1, iter(data)
     if resume is not None:
         begin = resume[0] + 1
         batches = iter(accelerator.skip_first_batches(data, resume[0]))
         batches = itertools.chain([next(batches)], batches)
         accelerator.load_state(str(folder / f"state-{resume[1]}"))
     for step, batch in enumerate(batches, begin):
-        if step == poisoned_at:
+        if step == case.at and case.fault == "weights":
             with torch.no_grad():
                 model.hidden.weight[0, 0] = torch.nan
         accelerator.backward(model(**batch)["loss"])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 3 == 0 and resume is None:
+        if step % 3 == 0 and step > case.at - 12 and resume is None:
             accelerator.save_state(str(folder / f"state-{step}"))
     scaler = session.scaler.state_dict()
     scaler.get("hf_amp", {}).get("stateful", {}).clear()
@@ -230,15 +229,24 @@ def loop(
     return session, state
 
 
-@for_each("precision", ["fp16", "no"])
-def test_an_accelerate_loop_goes_back(tmp_path_factory: pytest.TempPathFactory, precision: str) -> None:
+@for_each(
+    ("precision", "case", "after"),
+    [
+        ("fp16", Case("weights", 11, 20, 80), 6),
+        ("no", Case("weights", 11, 20, 80), 6),
+        ("bf16", Case("spike", 107, 116, 4 * 116), 102),  # its step was applied, and still the schedule does not move
+    ],
+)
+def test_an_accelerate_loop_goes_back(
+    tmp_path_factory: pytest.TempPathFactory, precision: str, case: Case, after: int
+) -> None:
     """By itself, in `optimizer.step`: as a loop that skips to the batch after the fault and loads the state."""
     folder = tmp_path_factory.mktemp("run")
-    session, ours = loop(folder, precision, poisoned_at=11)
+    session, ours = loop(folder, precision, case)
     (rewound,) = [e for e in session.events if e.kind is EventKind.REWOUND]
-    assert (rewound.before, rewound.after) == (11, 6)
-    assert (folder / "state-6" / GOOD_FILE).is_file()
-    _, manual = loop(folder, precision, resume=(11, 6))
+    assert (rewound.before, rewound.after) == (case.at, after)
+    assert (folder / f"state-{after}" / GOOD_FILE).is_file()
+    _, manual = loop(folder, precision, case, resume=(case.at, after))
     assert differences(ours, manual) == []
 
 
