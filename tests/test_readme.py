@@ -75,4 +75,4 @@ def test_names_and_causes_in_the_readme_exist() -> None:
     rows = re.findall(r"^\| `([A-Z_]+)`", readme, flags=re.MULTILINE)
     assert set(rows) == {*hf_amp.Cause.__members__, *hf_amp.ScalingStrategy.__members__}
     benchmarks = {benchmark.name for benchmark in SUITES["cpu"]}
-    assert {*re.findall(r"\(`(\w+)`\)", readme), *re.findall(r"--only (.+)", readme)[0].split()} <= benchmarks
+    assert set(re.findall(r"\(`(\w+)`\)", readme)) <= benchmarks
