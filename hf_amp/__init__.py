@@ -26,6 +26,8 @@ from hf_amp.training.trainers import (
 )
 
 if TYPE_CHECKING:
+    from hf_amp.choose import choose_precision
+    from hf_amp.comparison import compare
     from hf_amp.integrations.accelerate import attach
     from hf_amp.integrations.transformers import MixedPrecisionCallback
     from hf_amp.rescale import rescale_for_fp16
@@ -37,12 +39,15 @@ __all__ = [
     "Cause", "ConfigError", "DynamicMixedPrecisionTrainer", "EventKind", "HfAmpError", "MixedPrecisionCallback",
     "MixedPrecisionConfig", "NumberFormat", "PerformanceOptimizedMixedPrecisionTrainer", "PerformanceTracker",
     "PrecisionMode", "PrecisionMonitor", "ScalerError", "ScalingStrategy", "StandardMixedPrecisionTrainer",
-    "StateError", "UnknownOptionError", "attach", "check_inference", "emulate", "rescale_for_fp16",
+    "StateError", "UnknownOptionError", "attach", "check_inference", "choose_precision", "compare", "emulate",
+    "rescale_for_fp16",
 ]  # fmt: skip
 
 _LAZY = {
     "MixedPrecisionCallback": "hf_amp.integrations.transformers",
     "attach": "hf_amp.integrations.accelerate",
+    "choose_precision": "hf_amp.choose",
+    "compare": "hf_amp.comparison",
     "rescale_for_fp16": "hf_amp.rescale",
 }
 

@@ -22,6 +22,7 @@ import torch
 
 from hf_amp.errors import ConfigError, UnknownOptionError
 from hf_amp.precision import FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE, PrecisionMode, ScalingStrategy
+from hf_amp.schedule import WORDS, PrecisionSchedule
 
 LARGEST_COUNT = torch.iinfo(torch.int32).max
 """Steps are counted in int32 on the device."""
@@ -71,6 +72,9 @@ NAMES = Allowed(
     "a list of names, globs or classes of modules",
     lambda v: isinstance(v, tuple) and all(isinstance(name, str) and name for name in v),
 )
+PLAN = Allowed(
+    "None or a plan of hf_amp.choose_precision, a dict of one, or the path of its JSON file", lambda v: v is None
+)
 SWITCH = Allowed("True or False", lambda v: isinstance(v, bool))
 POSITIVE = Allowed("a positive finite number", lambda v: is_real(v) and v > 0)
 AT_LEAST_ONE = Allowed("a finite number of at least 1", lambda v: is_real(v) and v >= 1)
@@ -81,6 +85,7 @@ COUNT = Allowed(
     lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= LARGEST_COUNT,
 )
 STEPS = Allowed(f"a whole number of steps from 1 to {LARGEST_COUNT}", COUNT.accepts)
+_SCHEDULE = Allowed(WORDS, lambda v: isinstance(v, PrecisionSchedule))
 _COMMUNICATION = Allowed("FP16 or BF16", lambda v: v is PrecisionMode.FP16 or v is PrecisionMode.BF16)
 
 
@@ -198,6 +203,9 @@ class MixedPrecisionConfig:
     log_all_metrics: Annotated[bool, SWITCH] = False
     emulate: Annotated[bool, SWITCH] = True
     fp32_modules: Annotated[tuple[str, ...], NAMES] = ()
+    plan: Annotated[str | None, PLAN] = None
+    precision_schedule: Annotated[PrecisionSchedule | None, or_none(_SCHEDULE)] = None
+    total_steps: Annotated[int | None, or_none(STEPS)] = None
     automatic_fallback: Annotated[bool, SWITCH] = True
     fallback_threshold: Annotated[float, FRACTION] = 1e-6
     recovery_steps: Annotated[int, STEPS] = 1000
@@ -213,6 +221,7 @@ class MixedPrecisionConfig:
     sync_grad_scaler: Annotated[bool, SWITCH] = False
 
     def __post_init__(self) -> None:
+        self._take_plan()
         for name, enumeration in (
             ("precision_mode", PrecisionMode),
             ("scaling_strategy", ScalingStrategy),
@@ -221,6 +230,8 @@ class MixedPrecisionConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value.upper() in enumeration.__members__:
                 object.__setattr__(self, name, enumeration[value.upper()])
+        if self.precision_schedule is not None and not isinstance(self.precision_schedule, PrecisionSchedule):
+            object.__setattr__(self, "precision_schedule", PrecisionSchedule(self.precision_schedule))
         if isinstance(self.fp32_modules, (list, tuple)):
             names = tuple(each.__name__ if isinstance(each, type) else each for each in self.fp32_modules)
             if NAMES.accepts(names):
@@ -234,6 +245,37 @@ class MixedPrecisionConfig:
                 )
         _check_formats(self)
         _check_scale(self)
+
+    def _take_plan(self) -> None:
+        """Turns `plan` into the options that it stands for; what is none stays, and is refused as any wrong value."""
+        given: Any = self.plan
+        found = given.to_plain() if hasattr(given, "to_plain") else given
+        if isinstance(found, (str, Path)):
+            try:
+                found = json.loads(Path(found).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"MixedPrecisionConfig(plan={safe_repr(given)}): cannot be read ({safe_repr(error)[:200]}); it must be the "
+                    "path of a JSON file that hf-amp choose --out wrote."
+                ) from error
+        found = found.get("plan", found) if isinstance(found, Mapping) else None
+        modules = found.get("modules") if isinstance(found, Mapping) else None
+        if not isinstance(found, Mapping) or set(found) != {"default", "modules"} or not isinstance(modules, Mapping):
+            return
+        mode = PrecisionMode.__members__.get(str(found["default"]))
+        if mode is None or set(modules.values()) - {PrecisionMode.FP32.value} or not NAMES.accepts(tuple(modules)):
+            return
+        asked = self.precision_mode
+        if asked is not None and str(getattr(asked, "value", asked)).upper() != mode.value:
+            raise ConfigError(
+                f"MixedPrecisionConfig(plan={safe_repr(given)}, precision_mode={safe_repr(asked)}): the plan is for "
+                f"{mode.value}; leave precision_mode out."
+            )
+        object.__setattr__(self, "precision_mode", mode)
+        if isinstance(self.fp32_modules, (list, tuple)):
+            named = [name for name in modules if name not in self.fp32_modules]
+            object.__setattr__(self, "fp32_modules", (*self.fp32_modules, *named))
+        object.__setattr__(self, "plan", None)
 
     @classmethod
     def or_default(cls, config: Any, whose: str, besides: str = "") -> MixedPrecisionConfig:
@@ -329,6 +371,7 @@ class MixedPrecisionConfig:
         """Plain data that `from_dict` turns back into an equal config; fit for JSON and YAML."""
         plain = dataclasses.asdict(self)
         plain["fp32_modules"] = list(self.fp32_modules)
+        plain["precision_schedule"] = self.precision_schedule and self.precision_schedule.to_plain()
         return {name: value.value if isinstance(value, enum.Enum) else value for name, value in plain.items()}
 
 
@@ -355,6 +398,8 @@ def _check_formats(config: MixedPrecisionConfig) -> None:
             f"MixedPrecisionConfig(precision_mode=DYNAMIC, half_parameters={config.half_parameters!r}): DYNAMIC moves between "
             "precisions, which needs FP32 parameters; leave half_parameters out, or choose another precision_mode."
         )
+    if config.precision_schedule is not None:
+        config.precision_schedule.check_options(config.precision_mode, config.total_steps)
     if config.communication_precision is not None and not config.distributed_amp:
         raise ConfigError(
             f"MixedPrecisionConfig(communication_precision={config.communication_precision.value}): nothing is sent "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
+import functools
 import logging
 import math
 import platform
@@ -15,7 +16,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,14 +24,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hf_amp.capture import captured, save_capture
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
-from hf_amp.errors import AttachError, ConfigError, StateError
+from hf_amp.errors import AttachError, ConfigError, StateError, in_one_line
 from hf_amp.events import LOG_FILE, AmpEvent, Cause, EventKind, EventRecorder, StepOutcome, counted_names, join_names
 from hf_amp.fallback.controller import FallbackController, PrecisionChange
 from hf_amp.fallback.diagnosis import Diagnosis, SkippedStep, joined, non_finite_names
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext
 from hf_amp.fallback.plan import PrecisionPlan, common_to_ranks
+from hf_amp.fallback.sharded import leave_casts_to_autocast
+from hf_amp.monitoring.energy import EnergyMeter
 from hf_amp.monitoring.frozen import FrozenDetector, HalfParameter, remedies_in_words
 from hf_amp.monitoring.modules import LOST, ModuleMonitor
 from hf_amp.monitoring.monitor import PrecisionMonitor
@@ -46,6 +50,7 @@ from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.optimizer_step import LOST_OF_EACH, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import GradientStep, Unscale
+from hf_amp.schedule import ScheduledPrecision
 from hf_amp.serialization import parse
 from hf_amp.statistics import (
     all_reduce_max_to_host,
@@ -86,12 +91,14 @@ class AmpSession(EventRecorder):
     Attributes:
         requested_mode: `mode`.
         folds_clipping: whether clipping by norm may be fused into the optimizer step: nobody looks at gradients before it.
+        total_steps: optimizer steps of the run, in which fractions of `precision_schedule` count; a Trainer sets it.
         monitor: counts and newest figures.
         stall: whether anything can be learned yet.
         throughput: how fast the run goes.
         rewinder: which checkpoints are good, and whether to go back to one.
         on_fault: goes back where an integration does so inside of a step; None where it does not.
         patches: what was changed on the instances attached to; undone by `detach`.
+        without_scaler: makes a context in which prepared optimizers take steps that are not training's.
     """
 
     def __init__(
@@ -109,6 +116,7 @@ class AmpSession(EventRecorder):
         self.requested_mode = mode
         self.folds_clipping = False
         self.patches = PatchLog()
+        self.without_scaler: Callable[[], AbstractContextManager[None]] = nullcontext
         self.monitor = PrecisionMonitor()
         self.monitor.scale = scaler.get_scale()  # known before the first step, and on the host
         self.stall = StallDetector(config.patience)
@@ -118,6 +126,9 @@ class AmpSession(EventRecorder):
         self._description = description
         self._modules = ModuleMonitor(config.monitoring_interval)
         self._frozen = FrozenDetector()
+        self.total_steps = config.total_steps
+        self._schedule_due: int | None = None
+        self._energy: EnergyMeter | None = None
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
         self._explained_error: int | None = None
@@ -127,7 +138,8 @@ class AmpSession(EventRecorder):
         self._at_floor = self._loss_is_lost = False
         self._applied: dict[int, int] = {}  # the newest step that has moved what an optimizer, by its `id`, holds
         self._zeros_tried_at = 0.0
-        self._runs = self._at_exit = False
+        self._excepthook: functools.partial[None] | None = None
+        self._runs = self._at_exit = self._speaks = False
         self._log: Path | None = None
         self._losses: deque[tuple[int, float]] = deque(maxlen=LAST_LOSSES + 1)
         self._close_log: Callable[[], None] | None = None
@@ -136,6 +148,8 @@ class AmpSession(EventRecorder):
         self._unheld: dict[str, tuple[Tensor, int]] | None = None
         self.patches.on_undo(self._fallback.remove)
         scaler.observers.append(self.on_step)
+        if config.precision_schedule is not None and config.enabled:
+            scaler.after_update = self._follow_schedule_when_due
         scaler.discard_forwards = self._fallback.recorder.discard
         scaler.note_loss = self._note_loss
         scaler.not_sampled = lambda: self._fallback.runner.fp32_parameters
@@ -170,8 +184,8 @@ class AmpSession(EventRecorder):
             session.scaler.update()
 
         Args:
-            model: plain, sharded, or in DataParallel or DistributedDataParallel; on its device. Of a sharded one no forward
-                pass is repeated, because the other ranks would have to: causes are looked for in weights and batches.
+            model: plain, sharded by FSDP2 or tensor parallel, or in DataParallel or DistributedDataParallel; on its device. Of
+                FSDP1's no forward pass is repeated: causes are looked for in weights and batches.
             optimizer: of that model; before its first step.
             config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
             options: options as keywords, in place of a config.
@@ -223,7 +237,14 @@ class AmpSession(EventRecorder):
         with self.lock:
             peak = peak_bytes(self._devices)
             memory = {} if peak is None else {"memory_bytes": float(peak)}
-            return {**self.monitor.metrics(), **self.throughput.metrics(), **self.rewinder.metrics(), **memory}
+            energy = {} if self._energy is None else self._energy.metrics(self.monitor.applied_steps)
+            return {
+                **self.monitor.metrics(),
+                **self.throughput.metrics(),
+                **self.rewinder.metrics(),
+                **memory,
+                **energy,
+            }
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No GPU-CPU sync."""
@@ -236,9 +257,7 @@ class AmpSession(EventRecorder):
             return "without hf_amp, which the config disables"
         if self._description is not None:
             return self._description
-        limits = "; its parameters are sharded: no forward pass is repeated, modules do not fall back"
-        described = self.hardware.describe(self.plan.default, self.config.emulate)
-        return described + limits * self._fallback.runner.sharded
+        return self.hardware.describe(self.plan.default, self.config.emulate) + self._fallback.runner.limits
 
     def run_metadata(self) -> dict[str, Any]:
         """What a log begins with: the precision, the options in force, the model, and what it runs on, as plain data."""
@@ -256,6 +275,25 @@ class AmpSession(EventRecorder):
             },
             "process": this_process(),
         }
+
+    def follow_schedule(self) -> None:
+        """Puts the plan where `precision_schedule` has it after as many steps as there were; every change is an event."""
+        completed = self.first_step - 1 + self.scaler.decided_steps
+        schedule = self.config.precision_schedule if self.config.enabled else None
+        asked = (
+            ScheduledPrecision(None, {}, None)
+            if schedule is None
+            else schedule.precision_at(completed, self.total_steps)
+        )
+        self._schedule_due = asked.until
+        with self.lock:
+            for change in self._fallback.follow_schedule(asked, self.scaler.get_scale()):
+                self._report_change(change, None, completed, by_choice=True)
+            self._queued_in[self.scaler.decided_steps + 1] = self.plan.default
+
+    def _follow_schedule_when_due(self) -> None:
+        if self._schedule_due is not None and self.first_step - 1 + self.scaler.decided_steps >= self._schedule_due:
+            self.follow_schedule()
 
     def on_step(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         """An observer of the scaler: what follows from the outcome of one step of `optimizer`."""
@@ -320,12 +358,22 @@ class AmpSession(EventRecorder):
         if self._runs:
             return
         for pattern in self.config.fp32_modules if self.config.enabled else ():
-            self._check_is_known(pattern)
+            self._check_is_known(pattern, "fp32_modules")
+        if (schedule := self.config.precision_schedule) is not None and self.config.enabled:
+            runner = self._fallback.runner
+            schedule.check_run(self.total_steps, runner.sharded, runner.names_like, self.config.fp32_modules)
+            for pattern in schedule.patterns():
+                self._check_is_known(pattern, "precision_schedule")
         self._runs, self._log = True, log
+        if self.config.enable_monitoring:
+            self._energy = EnergyMeter(self.hardware.device, self.monitor.applied_steps)
         if not self._at_exit:
             self._at_exit = True
             atexit.register(_end_at_exit, weakref.ref(self))
-        if is_main_process():
+        self._excepthook = functools.partial(_explain_uncaught, weakref.ref(self), sys.excepthook)
+        sys.excepthook = self._excepthook
+        self._speaks = is_main_process()  # as the process ends, nobody knows any more who else there was
+        if self._speaks:
             scaled = self.config.enabled and not self.scaler.no_scaling
             scaling = f", {self.config.scaling_strategy.value}" if scaled else ""
             where = "no log: session.log_to(folder) opens one" if log is None else f"log in {log}"
@@ -339,23 +387,23 @@ class AmpSession(EventRecorder):
         if not self._runs:
             return
         self._runs = False
+        if self._excepthook is not None and sys.excepthook is self._excepthook:
+            sys.excepthook = self._excepthook.args[1]
         self.scaler.flush()
         summary = self.summary() if self.config.enabled else "hf_amp, which the config disables, counted nothing"
         self.note(EventKind.TRAINING_ENDED, f"{why}: {summary}.", **self.metrics())
-        if self.config.enabled and is_main_process():
+        if self.config.enabled and self._speaks:
             figures = self._figures_in_words()
             say(f"{why}. Verdict: {self.verdict()}" + (f" At the end: {figures}." if figures else ""))
 
-    def _check_is_known(self, pattern: str) -> None:
+    def _check_is_known(self, pattern: str, option: str) -> None:
         runner = self._fallback.runner
         if not runner.names_like(pattern):
             known = {name for name, _ in runner.named_modules() if name}
             known |= {type(module).__name__ for _, module in runner.named_modules()}
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
             hint = f"; near it are {', '.join(near)}" if near else ""
-            raise ConfigError(
-                f"fp32_modules: no module is called {pattern!r}, by name, as a glob, or by its class{hint}."
-            )
+            raise ConfigError(f"{option}: no module is called {pattern!r}, by name, as a glob, or by its class{hint}.")
 
     def show(self) -> Any:
         """The report of the run so far, which a notebook shows where a cell ends with it.
@@ -368,6 +416,49 @@ class AmpSession(EventRecorder):
         if self._log is None:
             raise StateError("this run writes no log to make a report of: call session.log_to(folder) before training.")
         return InlinePage(read_run(self._log))
+
+    def capture(self, step: int, path: str | Path | None = None) -> Path:
+        """Writes a file that holds what optimizer step `step`, which is to come, did: for `hf-amp diff` and `hf_amp.compare`.
+
+        Once its gradients are there and before it moves anything, its newest forward pass and backward are repeated, twice.
+
+        Args:
+            path: of the file; None for `capture_step_{step}.safetensors` beside the log. Of several ranks each writes its own,
+                with `_rank{rank}` in its name.
+
+        Raises:
+            StateError: the step is over, or there is neither a log nor a path.
+        """
+        if step <= self.newest_step or (path is None and self._log is None):
+            raise StateError(
+                f"session.capture({step}): pass a step to come, from {self.newest_step + 1} on, and a path where there is no log."
+            )
+        target = Path(path) if path is not None else cast(Path, self._log).parent / f"capture_step_{step}.safetensors"
+        if is_distributed():
+            target = target.with_stem(f"{target.stem}_rank{torch.distributed.get_rank()}")
+
+        def take(record: GradientStep, optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
+            if self.first_step + self.scaler.decided_steps >= step:
+                self.scaler.step_hooks = [hook for hook in self.scaler.step_hooks if hook is not take]
+                self._write_capture(step, target)
+            return {}
+
+        self.scaler.step_hooks.append(take)
+        return target
+
+    def _write_capture(self, step: int, path: Path) -> None:
+        recorder, scale = self._fallback.recorder, self.scaler.get_scale()
+        recorder.is_paused = True
+        try:
+            forward = recorder.newest()[-1]
+            given = {at: None if g is None else g.float() / scale for at, g in forward.output_gradients.items()}
+            forward = forward._replace(output_gradients=given)
+            save_capture(captured(forward, self._fallback.runner.current, scale), forward, path, step=step)
+            self.note(EventKind.SETUP, f"step {step} was captured in {path}.")
+        except Exception as error:  # a full disk, memory, a batch that was written into: training goes on
+            self.note(EventKind.SETUP, f"step {step} could not be captured: {in_one_line(error)}.")
+        finally:
+            recorder.is_paused = False
 
     def verdict(self) -> str:
         """What the report would say of the run now, in a sentence."""
@@ -496,19 +587,29 @@ class AmpSession(EventRecorder):
         diagnosis = self._fallback.diagnose(skip, self.scaler.ranks_agree)
         elements = sum(p.grad.numel() for _, p in parameters if p.grad is not None)
         fraction = outcome.non_finite_fraction(elements)
+        if self._fallback.runner.sharded and is_distributed():  # each rank has counted its own part
+            (fraction,) = all_reduce_max_to_host(torch.tensor([fraction], device=self._fallback.runner.device))
         change = self._fallback.after_skipped(diagnosis, fraction, outcome.scale)
         self._finding = _Finding(diagnosis, change, outcome.backward, {id(optimizer)})
         return self._finding
 
-    def _report_change(self, change: PrecisionChange, cause: Cause | None, step: int | None = None) -> None:
+    def _report_change(
+        self, change: PrecisionChange, cause: Cause | None, step: int | None = None, by_choice: bool = False
+    ) -> None:
         """Reports a change of plan, and restores the scale where the whole model is back in FP16."""
-        self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
+        if by_choice and not step:  # where the run begins
+            self.monitor.modules_in_fp32 = len(change.after.modules)
+        else:
+            self.monitor.record_plan(len(change.after.modules), is_fallback=cause is not None)
         self._note_models()
         if change.scale_at_rest is not None:
             self.scaler.set_scale(min(change.scale_at_rest, self.scaler.get_scale()))
+            self.scaler._growth_tracker = 0  # clean steps in another precision say nothing of a larger scale
         before, after = (plan.precision_of(change.modules).value for plan in (change.before, change.after))
         at = self.newest_step if step is None else step
-        self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, cause, before, after, change.modules, change.message))
+        figures = {"by_choice": True} if by_choice else {}
+        seen = (cause, before, after, change.modules, change.message, figures)
+        self.record(AmpEvent(at, EventKind.PRECISION_CHANGED, *seen))
 
     def _report_floor(self, outcome: StepOutcome, next_scale: float, diagnosis: Diagnosis) -> None:
         if not outcome.loss_finite or outcome.scale > self.config.min_scale or self._at_floor:
@@ -553,10 +654,30 @@ class AmpSession(EventRecorder):
         self.patches.on_undo(self._fallback.recorder.watch(called, model))
         if scripted := [name or "the model" for name, module in model.named_modules() if not takes_hooks(module)]:
             self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
+        if is_trained and not self.scaler.no_scaling and self.config.automatic_fallback:
+            undo, message = leave_casts_to_autocast(model)
+            self.patches.on_undo(undo)
+            if message:
+                self.note(EventKind.SETUP, message)
         if isinstance(called, nn.parallel.DistributedDataParallel):
             self.patches.set_attribute(called, "join_hook", self._refuse_join)
+        if callable(generate := getattr(model, "generate", None)):  # it raises where the logits are NaN
+
+            @functools.wraps(generate)
+            def generate_again(*arguments: Any, **options: Any) -> Any:
+                while True:
+                    with self._fallback.recorder.generating():
+                        try:
+                            return generate(*arguments, **options)
+                        except Exception as error:
+                            if not self._explain_error(error):
+                                raise
+
+            self.patches.set_attribute(model, "generate", generate_again)
         if is_trained:
             self._note_trained(model)
+        if self.config.precision_schedule is not None:
+            self.follow_schedule()
         if change := self._fallback.keep_in_fp32(self.config.fp32_modules):
             self.monitor.modules_in_fp32 = len(change.after.modules)
             self._note_models()
@@ -672,8 +793,12 @@ class AmpSession(EventRecorder):
             model.zero_grad(set_to_none=True)
         return True
 
-    def _explain_error(self, error: BaseException) -> bool:
-        """Reports an exception that values which are not finite have caused; whether the plan has changed since, for a new try."""
+    def _explain_error(self, error: BaseException, is_the_end: bool = False) -> bool:
+        """Reports an exception that values which are not finite have caused; whether the plan has changed since, for a new try.
+
+        Args:
+            is_the_end: nobody has caught it, so that there is no such try.
+        """
         if id(error) == self._explained_error:
             return self._fallback.newest_change is not None
         if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError):
@@ -685,9 +810,11 @@ class AmpSession(EventRecorder):
             if diagnosis is None:
                 return False
             self._explained_error = id(error)
-            alone = not (self.scaler.ranks_agree and is_distributed())
+            alone = not is_the_end and not (self.scaler.ranks_agree and is_distributed())
             change = self._fallback.after_skipped(diagnosis, 1.0, self.scaler.get_scale()) if alone else None
             then = " The next try runs under another plan." if change else ""
+            if is_the_end and diagnosis.cause.facts.moves_precision and 0 < len(diagnosis.modules) <= 8:
+                then = f" Start again with fp32_modules={list(diagnosis.modules)}."
             message = f"{type(error).__name__} was raised: {diagnosis.message}{then}"
             seen = (diagnosis.cause, None, None, diagnosis.modules, message)
             self.record(AmpEvent(self.newest_step + 1, EventKind.FORWARD_RAISED, *seen))
@@ -783,6 +910,7 @@ class AmpSession(EventRecorder):
         """Makes step numbers in events go on from `completed_steps`, which a resumed run has behind it."""
         self.first_step = completed_steps + 1 - self.scaler.decided_steps
         self.newest_step = completed_steps
+        self.follow_schedule()
 
     @property
     def is_attached(self) -> bool:
@@ -853,6 +981,15 @@ def _end_at_exit(session: Callable[[], AmpSession | None]) -> None:
         run.end_run("the process ended")
         if run._close_log is not None:
             run._close_log()
+
+
+def _explain_uncaught(session: Callable[[], AmpSession | None], former: Any, kind: Any, error: Any, trace: Any) -> None:
+    """Instead of `sys.excepthook`, while a run goes on: says why before Python prints the traceback, as after text generation in FP16."""
+    run = session()
+    if run is not None and run._runs:
+        with suppress(Exception):
+            run._explain_error(error, is_the_end=True)
+    former(kind, error, trace)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

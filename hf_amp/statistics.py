@@ -129,14 +129,29 @@ def is_main_process() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def all_reduce_max(*values: Tensor) -> tuple[Tensor, ...]:
+def all_reduce_max(*values: Tensor, part_of_norm: Tensor | None = None) -> tuple[Tensor, ...]:
     """The element-wise maximum over all ranks of tensors of one shape, float32, in one all-reduce. No GPU-CPU sync.
 
-    NaN, of which MAX loses track on some backends, travels as inf.
+    NaN, of which MAX loses track on some backends, travels as inf. With `part_of_norm`, shape [], last the 2-norm of all ranks'
+    parts: in one all-gather.
     """
-    packed = torch.stack([value.float().nan_to_num(nan=torch.inf, posinf=torch.inf) for value in values])
-    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
-    return tuple(packed.unbind())
+    parts = () if part_of_norm is None else (part_of_norm,)
+    packed = torch.stack([value.float().nan_to_num(nan=torch.inf, posinf=torch.inf) for value in (*values, *parts)])
+    if part_of_norm is None:
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+        return tuple(packed.unbind())
+    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, packed)
+    everyone = torch.stack(of_ranks)
+    return (*everyone[:, :-1].amax(0).unbind(), torch.linalg.vector_norm(everyone[:, -1]))
+
+
+def copies_of(gradient: Tensor) -> float:
+    """How many ranks hold each element of `gradient`: all where it is no DTensor, none where each holds a term of a sum."""
+    parts, held = 1.0, cast(Any, gradient)
+    for placement, size in zip(held.placements, held.device_mesh.shape, strict=True) if is_sharded(gradient) else ():
+        parts *= math.inf if placement.is_partial() else 1 if placement.is_replicate() else size
+    return (dist.get_world_size() if is_distributed() else 1) / parts
 
 
 def all_reduce_max_to_host(values: Tensor) -> list[float]:
@@ -199,7 +214,6 @@ def by_device_and_dtype(gradients: Iterable[Tensor]) -> dict[tuple[torch.device,
     return groups
 
 
-@torch.no_grad()
 @torch.no_grad()
 def extremes(x: Tensor) -> Tensor:
     """The least and the largest element of `x`, floating or complex; shape [2]. NaN where it holds NaN, 0 where it is empty.
@@ -336,27 +350,37 @@ def _joined(tensors: list[Tensor], elements: int) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
+def plain_parts(x: Tensor) -> Iterator[Tensor]:
+    """The tensors that `x` is made of, such as the integers and scales of torchao's quantized weights; else `x` itself."""
+    if type(x) is Tensor or not hasattr(x, "__tensor_flatten__"):
+        yield x
+        return
+    for name in cast(Any, x).__tensor_flatten__()[0]:
+        yield from plain_parts(getattr(x, name))
+
+
 @torch.no_grad()
 def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     """Of each tensor whether all its elements are. One GPU-CPU sync, and few kernels.
 
-    Integers are, FP8 counts as such, and a tensor on `meta` has no elements.
+    Integers are, FP8 counts as such, and a tensor on `meta` has no elements. Quantized ones are where their scales are.
     """
-    finite, groups = [True] * len(tensors), dict[tuple[torch.device, torch.dtype], list[int]]()
-    for index, x in enumerate(tensors):
-        if x.numel() and not x.is_meta and x.element_size() > 1 and (x.is_floating_point() or x.is_complex()):
-            groups.setdefault((x.device, x.dtype), []).append(index)
+    finite, groups = [True] * len(tensors), dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]]()
+    for index, whole in enumerate(tensors):
+        for x in plain_parts(whole):
+            if x.numel() and not x.is_meta and x.element_size() > 1 and (x.is_floating_point() or x.is_complex()):
+                groups.setdefault((x.device, x.dtype), []).append((index, x))
     peaks: dict[str, Tensor] = {}
-    for number, ((device, _), indices) in enumerate(groups.items()):
-        group = [tensors[index] for index in indices]
+    for number, ((device, _), parts) in enumerate(groups.items()):
+        group = [x for _, x in parts]
         if device.type == "cpu":  # where an inf-norm is slow
             peaks[str(number)] = torch.stack([x.isfinite().all() for x in group]).float().reciprocal()
         else:
             peaks[str(number)] = torch.stack(torch._foreach_norm(group, math.inf))
     host = to_host(peaks)
-    for number, indices in enumerate(groups.values()):
-        for index, peak in zip(indices, elements_of(host, str(number)), strict=True):
-            finite[index] = math.isfinite(peak)
+    for number, parts in enumerate(groups.values()):
+        for (index, _), peak in zip(parts, elements_of(host, str(number)), strict=True):
+            finite[index] &= math.isfinite(peak)
     return finite
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import hf_amp
 from hf_amp import ConfigError, MixedPrecisionConfig, PrecisionMode, ScalingStrategy, UnknownOptionError
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT, LARGEST_SCALE, SMALLEST_SCALE
+from hf_amp.schedule import WORDS
 from tests.each import for_each
 
 OPTIONS = {option.name: option for option in dataclasses.fields(MixedPrecisionConfig)}
@@ -57,6 +58,17 @@ KINDS = {
     ),
     "names": (
         "a list of names, globs or classes of modules", ["lm_head", [1], [""], {"lm_head": 1}, True, 2], ["fp32_modules"],
+    ),
+    "schedule": (
+        f"None or {WORDS}",
+        [{}, [], "FP32", {1.0: "FP32"}, {1.5: "FP32"}, {-1: "FP32"}, {True: "FP32"}, {"a": "FP32"}, {0: "FP8"}, {0: {}}, {0: {1: "FP32"}}],
+        ["precision_schedule"],
+    ),
+    "steps or none": ("None or a whole number of steps from 1 to 2147483647", [0, -1, 2.0, "9"], ["total_steps"]),
+    "plan": (
+        "None or a plan of hf_amp.choose_precision, a dict of one, or the path of its JSON file",
+        [1, True, ["lm_head"], {}, {"plan": {}}, {"default": "FP8", "modules": {}}, {"default": "BF16", "modules": {"a": "BF16"}}],
+        ["plan"],
     ),
     "count": ("a whole number from 1 to 2147483647", [0, -1, 2.0, 0.5, *NOT_NUMBERS], ["hysteresis", "max_rewinds"]),
     "mode": (

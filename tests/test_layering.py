@@ -14,10 +14,10 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 # From the bottom to the top: what stands in one row may import the rows below it.
 LAYERS: list[set[str]] = [
-    {"config", "device", "errors", "events", "patch_log", "precision", "serialization", "tree"},
+    {"config", "device", "errors", "events", "patch_log", "precision", "schedule", "serialization", "tree"},
     {"emulation", "rescale_rules", "statistics"},
     {"scaling", "fallback", "monitoring"},
-    {"report", "rescale", "session"},
+    {"capture", "choose", "comparison", "report", "rescale", "session"},
     {"integrations", "training"},
     {"cli"},
 ]

@@ -35,6 +35,8 @@ PUBLIC = [
     "UnknownOptionError",
     "attach",
     "check_inference",
+    "choose_precision",
+    "compare",
     "emulate",
     "rescale_for_fp16",
 ]

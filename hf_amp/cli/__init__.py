@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from hf_amp.cli.choose import choose
+from hf_amp.cli.compare import capture, diff
 from hf_amp.cli.demo import demo
 from hf_amp.cli.doctor import doctor
 from hf_amp.cli.preflight import preflight
@@ -11,7 +13,7 @@ from hf_amp.cli.report import report, watch
 from hf_amp.cli.rescale import rescale
 
 app = typer.Typer(name="hf-amp", no_args_is_help=True, pretty_exceptions_show_locals=False)
-for command in (demo, doctor, preflight, report, rescale, watch):
+for command in (capture, choose, demo, diff, doctor, preflight, report, rescale, watch):
     app.command()(command)
 
 

@@ -19,8 +19,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from hf_amp.choose import SCALED_FORMATS, scaled_format_errors
 from hf_amp.emulation import EmulatedPrecision
-from hf_amp.errors import in_one_line
+from hf_amp.errors import ConfigError, in_one_line
 from hf_amp.events import join_names
 from hf_amp.fallback.inference import Headroom, InferenceCheck, check_inference, largest_output, operators_in
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry
@@ -78,11 +79,13 @@ def preflight(
     facts = _facts(loaded) | {"half_parameters": _half_parameters(loaded, lr)}  # before the model is cast to FP32
     runs = [] if inputs is None or inference else _dry_runs(console, loaded, inputs)
     checks = _inference_checks(console, loaded, inputs) if inputs is not None and inference else []
+    scaled = {} if inputs is None else _scaled_formats(console, loaded, inputs)
     verdict = _verdict(runs, checks, facts["non_finite_parameters"])
     facts["batch"] = None if inputs is None else _described_batch(inputs, str(batch))
     if as_json:
         found: dict[str, Any] = {"dry_runs": [run.to_dict() for run in runs]}
         found |= {"inference": [check.to_dict() for check in checks]} if inference else {}
+        found |= {"scaled_formats": scaled}
         typer.echo(json.dumps({"model": model, "verdict": verdict, **facts, **found}, indent=2))
         return
     if verdict:
@@ -98,6 +101,9 @@ def preflight(
         console.print("With --batch 1 a dry run says which modules would leave the range of FP16, BF16 and FP8.")
     for line in [line for check in checks for line in _lines_of(check)]:
         console.print(line, markup=False, soft_wrap=True)
+    for name, error in scaled.items():
+        words = error if isinstance(error, str) else f"{error:.2g} from FP32's (root mean square)"
+        console.print(f"{name} log-probabilities: {words}", markup=False, soft_wrap=True)
     if not runs:
         return
     table = Table(
@@ -192,6 +198,15 @@ def _cannot_run(model: PreTrainedModel, inputs: Mapping[str, Tensor], error: Exc
         f"--batch: {type(model).__name__} cannot be run on {', '.join(inputs)} ({in_one_line(error)}); pass its arguments by "
         "name, as it takes them in training."
     )
+
+
+def _scaled_formats(console: Console, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, float | str]:
+    """Name of a format with a scale for each tensor or block → its error in log-probabilities, or why there is none."""
+    try:
+        with console.status(f"{', '.join(SCALED_FORMATS)} ..."):
+            return {name: error.rms for name, error in scaled_format_errors(model, inputs).items()}
+    except ConfigError as error:  # no torchao, or a model without logits
+        return {", ".join(SCALED_FORMATS): str(error)}
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _write_page(histories: list[RunHistory], path: Path) -> None:
 INCIDENTS_SHOWN = 8
 _FIGURES = (
     "loss", "scale", "applied_steps", "skipped_steps", "skip_rate", "grad_norm", "headroom_bits", "underflow_fraction",
-    "modules_in_fp32", "step_seconds", "samples_per_second", "memory_bytes",
+    "modules_in_fp32", "step_seconds", "samples_per_second", "joules_per_step", "memory_bytes",
 )  # fmt: skip
 _STYLES = {"sound": "green", "watch": "yellow", "broken": "red", "empty": "dim"}
 _BARS = "▁▂▃▄▅▆▇█"

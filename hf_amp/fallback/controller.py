@@ -23,8 +23,10 @@ from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
 from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, has_compiled
 from hf_amp.fallback.plan import PrecisionPlan, precision_order
 from hf_amp.fallback.recorder import LARGE_GRADIENTS, CountsSteps, ForwardRecorder
+from hf_amp.fallback.scheduled import follow, moved_in_words
 from hf_amp.patch_log import PatchLog, takes_hooks
-from hf_amp.precision import PrecisionMode
+from hf_amp.precision import FP16_FORMAT, PrecisionMode
+from hf_amp.schedule import ScheduledPrecision
 from hf_amp.serialization import NotNegative, Positive, parse
 from hf_amp.statistics import all_reduce_max_to_host, is_distributed
 
@@ -144,6 +146,7 @@ class FallbackState:
         scale_at_rest: the loss scale when the whole model left the precision that the run asked for; None while it is there.
             What the scale has grown to meanwhile says nothing about FP16.
         was_skipped: in a saved state, as of the controller.
+        scheduled: in a saved state, what a schedule had the whole model run in; None for what the run asked for.
     """
 
     plan: PrecisionPlan
@@ -155,6 +158,7 @@ class FallbackState:
     no_room_until: int = 0
     scale_at_rest: Positive | None = None
     was_skipped: bool = False
+    scheduled: PrecisionMode | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, strings, lists and mappings of them."""
@@ -164,6 +168,7 @@ class FallbackState:
             "demotions": dict(self.demotions),
             "unresolved": [list(entry) for entry in self.unresolved],
             "unknown_steps": list(self.unknown_steps),
+            "scheduled": self.scheduled and self.scheduled.value,
         }
 
     @classmethod
@@ -191,6 +196,7 @@ class FallbackPolicy:
         threshold: share of non-finite gradient elements over the window, among uncured overflows, that is tolerated.
         recovery_steps: clean steps before the first way back.
         by_choice: modules that are to be in FP32, and stay there.
+        level: place in `order` of what a schedule asks for: the way back ends there.
     """
 
     order: tuple[PrecisionMode, ...]
@@ -198,6 +204,7 @@ class FallbackPolicy:
     recovery_steps: int
     window: int = 128
     by_choice: frozenset[str] = frozenset()
+    level: int = 0
 
     def init_state(self) -> FallbackState:
         """The state before the first step: everything in the precision that the run asked for."""
@@ -241,7 +248,7 @@ class FallbackPolicy:
     def _after_clean_step(self, state: FallbackState) -> FallbackState:
         plan = state.plan
         if level := self.order.index(plan.default):
-            is_due = state.clean_steps >= self.patience(state, WHOLE_MODEL)
+            is_due = level > self.level and state.clean_steps >= self.patience(state, WHOLE_MODEL)
             return self.changed(state, plan.with_default(self.order[level - 1]), []) if is_due else state
         by_themselves = (name for name in plan.modules if name not in self.by_choice)
         due = [name for name in by_themselves if state.clean_steps >= self.patience(state, name)]
@@ -323,9 +330,7 @@ def describe_change(
     if before.default is after.default:
         order = [*before.modules, *after.modules]
         names = tuple(sorted(set(before.modules) ^ set(after.modules), key=order.index))
-    who, runs = (f"these {len(names)} modules", "run") if len(names) > 1 else ("this module", "runs")
-    old, new = (plan.precision_of(names).value if names else plan.describe() for plan in (before, after))
-    moved = f"{who if names else 'the model'} {runs} in {new}, no longer in {old}."
+    moved = f"{moved_in_words(before, after, names)}."
     if facts.cause is None:
         message = f"after {former.clean_steps + 1} clean steps {moved}"
     else:
@@ -362,10 +367,15 @@ class FallbackController:
         self.diagnoser = Diagnoser(self.runner, self.recorder)
         half = mode is PrecisionMode.FP16 or config.half_parameters in KEEPS_UPDATES
         # The CPU has no kernels that mix FP32 with half-precision parameters, as autocast makes of others.
-        self._acts = config.automatic_fallback and not (half and hardware.device == "cpu" and not emulate)
-        self._policy = FallbackPolicy(
-            precision_order(mode, hardware, emulate), config.fallback_threshold, config.recovery_steps
-        )
+        halves_on_cpu = half and hardware.device == "cpu" and not emulate
+        self._acts = config.automatic_fallback and not halves_on_cpu
+        order, schedule = precision_order(mode, hardware, emulate), config.precision_schedule
+        if schedule is not None and config.enabled:
+            if schedule.names_bf16() and order[0].number_format is FP16_FORMAT:
+                order = (mode, PrecisionMode.BF16, PrecisionMode.FP32)
+            schedule.check(order, mode, may_change=not halves_on_cpu)
+        self._policy = FallbackPolicy(order, config.fallback_threshold, config.recovery_steps)
+        self._by_schedule: frozenset[str] = frozenset()
         self._state = self._policy.init_state()
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
         self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
@@ -381,19 +391,34 @@ class FallbackController:
 
     def keep_in_fp32(self, patterns: Sequence[str]) -> PrecisionChange | None:
         """Puts every module in FP32 that one of `patterns` is the name, a glob or a class of, for good."""
-        names: list[str] = []
-        for pattern in patterns:
-            for name in self.runner.names_like(pattern):
-                if not any(name == held or name.startswith(f"{held}.") for held in names):
-                    names.append(name)
+        names = self._outermost(patterns)
         before, fresh = self.plan, [name for name in names if name not in self.plan.modules]
         self._policy = replace(self._policy, by_choice=self._policy.by_choice | set(names))
-        if not fresh or before.default is PrecisionMode.FP32:
+        if not fresh or self._policy.order[0] is PrecisionMode.FP32:
             return None
         self._state = replace(self._state, plan=before.with_modules(fresh, PrecisionMode.FP32))
         self._apply_plan()
         several = f"these {len(fresh)} modules run" if len(fresh) > 1 else "this module runs"
         return PrecisionChange(before, self.plan, tuple(fresh), f"{several} in FP32, because fp32_modules says so.")
+
+    def _outermost(self, patterns: Sequence[str]) -> list[str]:
+        """Names of the modules that one of `patterns` is the name, a glob or a class of, without those inside of others."""
+        names: list[str] = []
+        for pattern in patterns:
+            for name in self.runner.names_like(pattern):
+                if not any(name == held or name.startswith(f"{held}.") for held in names):
+                    names.append(name)
+        return names
+
+    def follow_schedule(self, asked: ScheduledPrecision, scale: float) -> list[PrecisionChange]:
+        """Puts the plan where a schedule has it, as `follow` says; the changes that it makes."""
+        self._policy, self._state, self._by_schedule, changes = follow(
+            self._policy, self._state, asked, scale, self._by_schedule, self._outermost
+        )
+        if changes:
+            self.newest_change = None
+            self._apply_plan()
+        return [PrecisionChange(*change) for change in changes]
 
     def diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped. `agree`: exchange what was found with the other ranks, which all call this."""
@@ -437,7 +462,7 @@ class FallbackController:
         return self._decide(facts)
 
     def _decide(self, facts: StepFacts) -> PrecisionChange | None:
-        if not self._acts or self.runner.sharded:
+        if not self._acts or self.runner.limits:
             return None
         former = self._state
         self._state = state = self._policy.next_state(former, facts)
@@ -554,7 +579,9 @@ class FallbackController:
     def state_dict(self) -> dict[str, Any]:
         """The controller's state: numbers, strings, lists and mappings of them."""
         tuner = self._autotuner
-        state = replace(self._state, was_skipped=self.was_skipped)
+        level = self._policy.level
+        scheduled = self._policy.order[level] if level else None
+        state = replace(self._state, was_skipped=self.was_skipped, scheduled=scheduled)
         return {**state.to_plain(), "autotuner": None if tuner is None else tuner.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -570,5 +597,7 @@ class FallbackController:
             self._autotuner.load_state_dict(saved)
             self._policy = replace(self._policy, order=self._autotuner.choices())
         self._state = self._policy.restored(state)
+        order = self._policy.order
+        self._policy = replace(self._policy, level=order.index(state.scheduled) if state.scheduled in order else 0)
         self.was_skipped = state.was_skipped
         self._apply_plan()

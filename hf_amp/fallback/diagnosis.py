@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
-from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner
+from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
-from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward
+from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
+from hf_amp.fallback.sharded import Lockstep, beyond_gathered_format
 from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
@@ -64,6 +67,7 @@ _BY_SEVERITY = {
 
 _RANKS = 2**16
 """More than there are: a severity and a rank make one number."""
+_SEEN_ELSEWHERE = Diagnosis(Cause.UNKNOWN, "nothing was found here.", confirmed=False)
 _ALREADY_FIXED = Diagnosis(
     Cause.ACTIVATION,
     "the step ran before the newest change of precision took effect, and a value left the range of its format. Now the same "
@@ -416,12 +420,22 @@ class Diagnoser:
             found = [replay_backward(each, self._runner.current, scale, scale, in_fp32) for each in forwards]
             return [bool(each.moved) for each in found if each is not None and not each.is_probe]
 
-        return any(moved(in_fp32=True)) and not any(moved(in_fp32=False))
+        with self._in_lockstep(step):
+            return any(moved(in_fp32=True)) and not any(moved(in_fp32=False))
+
+    def _in_lockstep(self, step: int) -> AbstractContextManager[None]:
+        """Where replays of `step`, which all ranks look at, are collectives: what lets them make them together."""
+        if not self._runner.sharded or self._runner.limits:
+            return nullcontext()
+        forwards = [*self._recorder.forwards_of(step), *self._recorder.evaluations_of(step)]
+        sharded = [forward for forward in forwards if holds_shards(forward.model)]
+        return Lockstep(self._runner.device, sharded, functools.partial(take_part, self._runner.current)).entered()
 
     def _diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         try:
             self._recorder.is_paused = True
-            found = self._found(skip)
+            with self._in_lockstep(skip.step):
+                found = self._found(skip)
         except Exception as error:  # a rank that fails here must not keep the others waiting
             why = f"looking for the cause failed ({in_one_line(error)})."
             found = Diagnosis(Cause.UNKNOWN, why, confirmed=False)
@@ -437,15 +451,21 @@ class Diagnoser:
         forwards = self._recorder.newest() if step is None else self._recorder.forwards_of(step)
         try:
             self._recorder.is_paused = True
-            found = non_finite_source(parameters, forwards)
-            if found is None and forwards and self.repeats_forwards:
-                found = diagnose(None, forwards, self._runner)
+            with nullcontext() if step is None else self._in_lockstep(step):
+                found = non_finite_source(parameters, forwards)
+                if found is None and forwards and self.repeats_forwards:
+                    found = diagnose(None, forwards, self._runner)
         finally:
             self._recorder.is_paused = False
         return found if found is not None and found.confirmed else None
 
     def _found(self, skip: SkippedStep) -> Diagnosis:
         forwards = self._recorder.forwards_of(skip.step)
+        if (lockstep := Lockstep.now()) is not None:
+            known = (skip.parameters, forwards, skip.optimizer_state, skip.applied_before)
+            source = non_finite_source(*known) or self._in_gathering() or _SEEN_ELSEWHERE
+            if lockstep.anyone(source.confirmed):  # a replay would find what others see before it
+                return source
         used = self._recorder.forwards_of(skip.step, left_out=False)
         if len(used) < len(forwards):
             found = self._found_in(used, skip)
@@ -481,6 +501,17 @@ class Diagnoser:
         if not (found.confirmed or found.already_fixed) and forwards and self._recorder.has_let_go(skip.step):
             return Diagnosis(Cause.UNKNOWN, _NOT_KEPT, confirmed=False)
         return found
+
+    def _in_gathering(self) -> Diagnosis | None:
+        """The diagnosis of parameters that FSDP2 makes inf of, as it gathers them in half precision; None where it does not."""
+        models = [(self._runner.name_of(model), model) for model in self._runner.models()]
+        if not (names := [joined(prefix, name) for prefix, m in models for name in beyond_gathered_format(m)]):
+            return None
+        return Diagnosis(
+            Cause.WEIGHTS,
+            f"FSDP gathers parameters in half precision, whose range {counted_names(names)} leave. No module in FP32 cures that: "
+            "shard the model with param_dtype=None in its MixedPrecisionPolicy, and autocast casts what it can.",
+        )
 
     def _in_fixed_parameters(self, forwards: Sequence[RecordedForward]) -> Diagnosis | None:
         """The diagnosis of parameters that hold inf or NaN and that this optimizer does not hold; None where none does."""

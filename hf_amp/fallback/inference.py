@@ -103,17 +103,7 @@ def _checked(
     exact: nn.Module, batch: Mapping[str, Any], expected: Tensor | None, number_format: NumberFormat
 ) -> InferenceCheck:
     dtype = number_format.dtype
-    twin = copy.deepcopy(exact).to(dtype)
-    kept = {*(getattr(exact, "_keep_in_fp32_modules_strict", None) or ())}
-    kept |= {*(getattr(exact, "_keep_in_fp32_modules", None) or ())} if dtype == torch.float16 else set()
-    beyond = []
-    originals = {**dict(exact.named_parameters()), **dict(exact.named_buffers())}
-    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        original = originals[name].detach()
-        if tensor.is_floating_point() and not torch.equal(tensor.isfinite(), original.isfinite()):
-            beyond.append(name)  # in FP32 from here on, to see the rest
-        if name in beyond[-1:] or kept & set(name.split(".")):
-            tensor.data = original.clone()
+    twin, beyond = half_copy(exact, dtype)
     inputs = {name: _cast(x, dtype) for name, x in batch.items()}
     current = CurrentPrecision(HalfModelEntry(number_format=number_format), PrecisionMode.MIXED)
     found = replay(RecordedForward(twin, (), inputs), current)
@@ -133,6 +123,25 @@ def _checked(
             error = (actual - expected).square().mean().sqrt().item()
             result.log_probability_error = error if math.isfinite(error) else None
     return result
+
+
+def half_copy(exact: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    """A copy of an FP32 model in half precision, and the names of parameters and buffers that are beyond its range.
+
+    Those stay in FP32, as do modules that transformers keeps in FP32.
+    """
+    twin = copy.deepcopy(exact).to(dtype)
+    kept = {*(getattr(exact, "_keep_in_fp32_modules_strict", None) or ())}
+    kept |= {*(getattr(exact, "_keep_in_fp32_modules", None) or ())} if dtype == torch.float16 else set()
+    beyond = []
+    originals = {**dict(exact.named_parameters()), **dict(exact.named_buffers())}
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        original = originals[name].detach()
+        if tensor.is_floating_point() and not torch.equal(tensor.isfinite(), original.isfinite()):
+            beyond.append(name)  # in FP32 from here on, to see the rest
+        if name in beyond[-1:] or kept & set(name.split(".")):
+            tensor.data = original.clone()
+    return twin, beyond
 
 
 def operators_in(found: Mapping[str, BadOperator]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -208,7 +208,7 @@ class PrecisionEntry:
     def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
         """A new context manager in which what autocast would cast runs in `precision`, whatever is around it."""
         number_format = precision.number_format
-        if self.emulate:
+        if self.emulate and precision is not PrecisionMode.BF16:  # for which a CPU has kernels
             return EmulatedPrecision(number_format)
         if number_format.dtype == torch.float32:
             return _float32_kernels(self.device_type)
@@ -258,6 +258,7 @@ class PlanRunner:
         current: the context of the default, for whoever runs a forward pass.
         on_default_change: called with the new default.
         sharded: whether a trained model's parameters are shards.
+        limits: a phrase on what is not done because of that; "" where all is.
         fp32_parameters: `id` of the parameters that only modules which the plan names hold.
         loop_autocasts: whether the loop itself, too, runs something in the default.
         plan: what the next forward passes follow.
@@ -272,6 +273,8 @@ class PlanRunner:
         self._inner: dict[str, Callable[[], None]] = {}
         self._of_plan: list[Callable[[], None]] = []
         self.sharded = False
+        self.limits = ""
+        self._shards: weakref.WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = weakref.WeakKeyDictionary()
         self.fp32_parameters: frozenset[int] = frozenset()
         self.loop_autocasts = False
         self._asked_for = default
@@ -289,7 +292,10 @@ class PlanRunner:
             self._evaluated = [reference for reference in self._evaluated if reference() is not model]
             self._forget_contexts()  # those under the names that it leaves, and that others take
         _forget_compiled_code()  # of steps before
-        self.sharded |= is_trained and holds_shards(model)
+        if is_trained and holds_shards(model):
+            self.sharded = True
+            if not recovers(model):
+                self.limits = "; of these shards no forward pass is repeated, modules do not fall back"
         models = self._models if is_trained else self._evaluated
         free = next((index for index, reference in enumerate(models) if reference() is None), len(models))
         if free < len(models):
@@ -328,16 +334,16 @@ class PlanRunner:
 
     def names_like(self, pattern: str) -> list[str]:
         """Names of the modules that `pattern` is the name, a glob, or a class of."""
-        return [
-            name
-            for name, module in self.named_modules()
-            if fnmatch.fnmatchcase(name, pattern) or any(pattern == kind.__name__ for kind in type(module).__mro__[:-1])
-        ]
+        return names_like(pattern, self.named_modules())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(qualified name, parameter) of every parameter of every trained model, under the same names."""
+        """(qualified name, parameter) of every parameter of every trained model, under the same names; of one that is gathered, the shard."""
         for prefix, model in self._trained():
-            yield from model.named_parameters(prefix=prefix)
+            shards = self._shards.setdefault(model, {})
+            for name, p in model.named_parameters():
+                if is_sharded(p):
+                    shards[name] = p
+                yield f"{prefix}.{name}" if prefix else name, shards.get(name, p)
 
     def names_of(self, modules: Collection[nn.Module]) -> tuple[str, ...]:
         """Qualified names of `modules`, in order of the models."""
@@ -405,9 +411,30 @@ class PlanRunner:
         _forget_compiled_code()
 
 
+def names_like(pattern: str, named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """Names of the modules that `pattern` is the name, a glob, or a class of."""
+    return [
+        name
+        for name, module in named_modules
+        if fnmatch.fnmatchcase(name, pattern) or any(pattern == kind.__name__ for kind in type(module).__mro__[:-1])
+    ]
+
+
 def holds_shards(model: nn.Module) -> bool:
     """Whether this process holds a part of `model`'s parameters only: DTensors of FSDP2 or tensor parallelism, or FSDP1."""
-    return any(map(is_sharded, model.parameters())) or any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules())
+    by_fsdp = any(is_unit(m) or hasattr(m, "_fsdp_wrapped_module") for m in model.modules())
+    return by_fsdp or any(map(is_sharded, model.parameters()))
+
+
+def recovers(model: nn.Module) -> bool:
+    """Whether a pass of a sharded `model` that fails leaves it whole: not in FSDP1, nor where PyTorch has no `reset_iter_state`."""
+    units = (m for m in model.modules() if is_unit(m) or hasattr(m, "_fsdp_wrapped_module"))
+    return all(hasattr(unit, "reset_iter_state") for unit in units)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers parameters around `module`'s forward pass."""
+    return hasattr(module, "set_requires_gradient_sync")
 
 
 def has_compiled() -> bool:

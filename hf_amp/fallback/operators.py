@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -53,6 +53,7 @@ class OperatorTrace(TorchFunctionMode):
     Attributes:
         found: by module, its first operator that leaves the format, or else the first that is not defined on its inputs.
         in_backward: the first operator whose derivative is not finite, from finite gradients; None where none.
+        is_silent: whether nothing is looked at, because what runs is not the model's.
         repeats_backward: whether `autograd.grad` is called from outside of the model, and not by its forward.
     """
 
@@ -66,7 +67,7 @@ class OperatorTrace(TorchFunctionMode):
         self._minus_inf: BadOperator | None = None
         self._modules = [""]
         self._is_entered: list[bool] = []
-        self._is_inside = False
+        self.is_silent = False
         self._thread = threading.get_ident()
         self._watched: set[Any] = set()
 
@@ -106,13 +107,13 @@ class OperatorTrace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         outer = func is torch.autograd.grad and self.repeats_backward
-        if self._is_inside or outer or getattr(func, "__name__", "__get__") in _NOT_EXAMINED:
+        if self.is_silent or outer or getattr(func, "__name__", "__get__") in _NOT_EXAMINED:
             return func(*args, **kwargs)
-        self._is_inside = True
+        self.is_silent = True
         try:
             return self._examined(func, args, kwargs)
         finally:
-            self._is_inside = False
+            self.is_silent = False
 
     def _examined(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.autograd.grad:
@@ -195,6 +196,11 @@ def graph_of(ends: list[Any], key: Any = None) -> Iterator[tuple[Any, Any]]:
             data = node.metadata.get(key, data)  # several nodes may make one operator
             yield node, data
             queue += [(behind, data) for behind, _ in node.next_functions]
+
+
+def is_reentrant(ends: Iterable[Tensor]) -> bool:
+    """Whether the graph behind `ends` holds reentrant checkpointing."""
+    return any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends]))
 
 
 _MOVES_ONLY = "(Unsafe)?(View|Transpose|Permute|T|Slice|Select|Split|Squeeze|Unsqueeze)Backward|.*AccumulateGrad"

@@ -8,7 +8,8 @@ import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
@@ -248,7 +249,6 @@ class ForwardRecorder:
         is_paused: whether nothing is noted, because forward passes are repeated.
         gradient_bytes: of what the loss gives to outputs, so many are kept of a step at most.
         compiled: whether what is called in a model's place was made by torch.compile.
-        compiled: whether what is called in a model's place was made by torch.compile.
         functional_step: the newest step in which torch.func has called a model, which cannot be repeated.
         one_graph: whether compiled code that may not break its graph calls a model.
         on_error: called with what a training model's forward pass has raised.
@@ -268,6 +268,8 @@ class ForwardRecorder:
         self._devices: dict[weakref.ref[nn.Module], set[torch.device]] = {}
         self._draws_outside: set[weakref.ref[nn.Module]] = set()
         self.is_paused = False
+        self._generates = False
+        self._without_gradients: tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]] | None = None
         self.on_error: Callable[[Exception], Any] = lambda error: None
 
     def watch(self, entry_point: nn.Module, model: nn.Module) -> Callable[[], None]:
@@ -304,6 +306,9 @@ class ForwardRecorder:
                 now.has_let_go = True
         elif self._runner.evaluates(model):
             self._now().evaluations.append(self._kept(reference, arguments, options))
+        elif self._generates:  # with a cache, which must not be kept alive
+            weak = {name: _weakly(x) for name, x in options.items()}
+            self._without_gradients = reference, tuple(map(_weakly, arguments)), weak
 
     def note_end(self, reference: weakref.ref[nn.Module], output: Any) -> bool:
         """After a call: one that has raised has no output, and torch calls this while it handles the exception.
@@ -355,8 +360,21 @@ class ForwardRecorder:
                 its.buffers.clear()
 
     def newest(self) -> list[RecordedForward]:
-        """The newest forward pass of the step to come, if there is one."""
+        """The newest forward pass of the step to come, if there is one; one without gradients where that came after it."""
+        if (last := self._without_gradients) is not None:
+            reference, weak, by_name = last
+            arguments, options = tuple(map(_revived, weak)), {name: _revived(x) for name, x in by_name.items()}
+            return _repeatable([self._kept(reference, arguments, options)._replace(random_state=None)])
         return _repeatable(list(self._now().calls)[-1:])
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside of it a model makes text or the like: its newest forward pass is kept, although it has no gradients."""
+        self._generates = True
+        try:
+            yield
+        finally:
+            self._generates, self._without_gradients = False, None
 
     def _now(self) -> _OfStep:
         step = self._steps.decided_steps + 1
@@ -467,6 +485,17 @@ def _repeatable(calls: Collection[_Kept]) -> list[RecordedForward]:
             is_intact = kept.versions == _versions(tensors_of(kept[1:3]))
             repeatable.append(RecordedForward(model, *kept[1:5], given, is_intact))
     return repeatable
+
+
+def _weakly(value: Any) -> Any:
+    """A tensor itself; a cache, which may be large, so that it is not kept alive, and None where it is empty and will be filled."""
+    if isinstance(value, Tensor) or not hasattr(value, "__dict__"):
+        return value
+    return weakref.ref(value) if any(True for _ in tensors_in(value, depth=OBJECTS_DEEP)) else None
+
+
+def _revived(value: Any) -> Any:
+    return value() if isinstance(value, weakref.ref) else value
 
 
 def _is_functional(model: nn.Module) -> bool:

@@ -22,12 +22,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import in_one_line
-from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, holds_shards, to_float32
-from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of
+from hf_amp.fallback import sharded
+from hf_amp.fallback.module_precision import (
+    CurrentPrecision,
+    ForwardContext,
+    holds_shards,
+    is_unit,
+    recovers,
+    to_float32,
+)
+from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of, is_reentrant
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
-from hf_amp.patch_log import takes_hooks
+from hf_amp.fallback.sharded import GatheredGradients, Lockstep
+from hf_amp.patch_log import removal, takes_hooks
 from hf_amp.precision import PrecisionMode, upcast
-from hf_amp.statistics import all_finite, extremes, is_distributed, to_host_list
+from hf_amp.statistics import all_finite, extremes, is_distributed, local_part, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
 
 
@@ -84,25 +93,47 @@ def replay(
     if found.is_inside:
         found = _replay_modules(forward, _Replay(forward.model, current, all_of_them=True), without, gradients)
     if by_operator and (found.overflowing or found.first_non_finite is not None):
-        trace = OperatorTrace(current)
-        with suppress(Exception), _nothing_changes(forward.model, gradients), current(), trace.watching(forward.model):
-            _repeat(forward)
-        found.operators = trace.found
+        found.operators = _replay_operators(forward, current, gradients)
     return found
+
+
+def take_part(current: CurrentPrecision, wanted: sharded.Pass, forward: RecordedForward) -> None:
+    """Makes a pass that another rank of a sharded run wants, with this rank's own batch."""
+    variant = bool(wanted.variant)
+    if wanted.kind == sharded.MODULES:
+        _replay_modules(forward, _Replay(forward.model, current), (), variant)
+    elif wanted.kind == sharded.OPERATORS:
+        _replay_operators(forward, current, variant)
+    else:
+        replay_backward(forward, current, 1.0, 1.0, variant)
+
+
+def _replay_operators(
+    forward: RecordedForward, current: CurrentPrecision, gradients: bool
+) -> Mapping[str, BadOperator]:
+    """By module, the first operator to blame."""
+    trace, model = OperatorTrace(current), forward.model
+    sharded.wait_for_turn(sharded.OPERATORS, forward, gradients)
+    silent = sharded.silent_while_gathering(model, lambda on: setattr(trace, "is_silent", on))
+    with suppress(Exception), nothing_changes(model, gradients), current(), trace.watching(model), silent:
+        _repeat(forward)
+    return trace.found
 
 
 def _replay_modules(
     forward: RecordedForward, watch: _Replay, without: Collection[str], gradients: bool
 ) -> ReplayFindings:
+    sharded.wait_for_turn(sharded.MODULES, forward, gradients)
     handles = []
     for name, module in [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]:
         before, after = watch.look_at(name)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
+        # Before FSDP lets go of what it has gathered.
+        handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=is_unit(module)))
     # Torch goes through the hooks of the model itself while it handles what its forward has raised: none may come or go.
     begin, end = watch.look_at("")
     try:
-        with _nothing_changes(forward.model, gradients), watch.current():
+        with nothing_changes(forward.model, gradients), watch.current():
             for x in (attrgetter(name)(forward.model) for name in without):
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
@@ -114,8 +145,7 @@ def _replay_modules(
         watch.findings.error = in_one_line(error)
         watch.blame_candidate()
     finally:
-        for handle in handles:
-            handle.remove()
+        removal(handles)()
     return watch.findings
 
 
@@ -165,25 +195,27 @@ def replay_backward(
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
     trace = OperatorTrace(current, forward=False) if by_operator else None
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(_nothing_changes(forward.model, gradients=True))
-            stack.enter_context(hooks_silent([p for _, p in named]))
-            if in_fp32:
-                stack.enter_context(ForwardContext.suspended())
-            stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
-            with trace.watching(forward.model) if trace else nullcontext():
-                output, _ = _repeat(forward, in_fp32)
-                starts, *about = _starts(output, forward, factor, scale)
-                first_only = first_only and not holds_shards(forward.model)
-                gradients = _backward(starts, [p for _, p in named], trace, first_only) if starts else None
-    except Exception:  # out of memory, or whatever the model raises: then nothing is claimed
+    gathered = GatheredGradients() if holds_shards(forward.model) else None
+    sharded.wait_for_turn(sharded.BACKWARD, forward, in_fp32)
+    found = None  # where memory runs out, or whatever the model raises: then nothing is claimed
+    with suppress(Exception), ExitStack() as stack:
+        stack.enter_context(nothing_changes(forward.model, gradients=True))
+        stack.enter_context(hooks_silent([p for _, p in named]))
+        if in_fp32:
+            stack.enter_context(ForwardContext.suspended())
+        stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
+        stack.enter_context(gathered.watching(forward.model) if gathered else nullcontext())
+        with trace.watching(forward.model) if trace else nullcontext():
+            output, _ = _repeat(forward, in_fp32)
+            starts, *about = starts_of(output, forward, factor, scale)
+            if trace is not None and starts:
+                trace.repeats_backward = True
+                trace.watch_backward([x for x, _ in starts])
+            found = gathered.backward(starts, output) if gathered else _backward(starts, named, first_only)
+    if found is None:
         return None
-    if gradients is None:
-        return None
-    known = [(name, g.detach()) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
-    ends = to_host_list(end for _, g in known for end in extremes(g))
-    by_name = [(name, pair) for (name, _), pair in zip(known, zip(ends[::2], ends[1::2], strict=True), strict=True)]
+    ends = to_host_list(end for _, pair in found for end in pair)
+    by_name = [(name, pair) for (name, _), pair in zip(found, zip(ends[::2], ends[1::2], strict=True), strict=True)]
     bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
     moved = frozenset(name for name, pair in by_name if any(pair))
     output_is_finite = not (bad and non_finite_tensors(output))
@@ -205,7 +237,7 @@ def hooks_silent(parameters: Sequence[Tensor]) -> Iterator[None]:
             setattr(p, kind, hooks)
 
 
-def _starts(
+def starts_of(
     output: Any, forward: RecordedForward, factor: float, scale: float
 ) -> tuple[list[tuple[Tensor, Tensor]], bool, list[str], bool]:
     """(output, its gradient) of those that backward starts from, none where nothing is known; the rest as in `BackwardFindings`."""
@@ -226,30 +258,29 @@ def _starts(
 
 
 def _backward(
-    starts: Sequence[tuple[Tensor, Tensor]], parameters: Sequence[Tensor], trace: OperatorTrace | None, first_only: bool
-) -> Sequence[Tensor | None] | None:
-    ends, seeds = zip(*starts, strict=True)
-    if trace is not None:
-        trace.repeats_backward = True
-        trace.watch_backward(ends)
-    if not any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends])):
-        return (
-            _until_first(ends, parameters, seeds)
-            if first_only
-            else torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
-        )
-    if is_distributed():
+    starts: Sequence[tuple[Tensor, Tensor]], named: Sequence[tuple[str, Tensor]], first_only: bool
+) -> list[tuple[str, Tensor]] | None:
+    """(name of a parameter, the least and the largest element of its gradient); None where nothing is known."""
+    if not starts:
+        return None
+    (ends, seeds), parameters = zip(*starts, strict=True), [p for _, p in named]
+    gradients: Sequence[Tensor | None]
+    if not is_reentrant(ends):
+        find = _until_first if first_only else functools.partial(torch.autograd.grad, allow_unused=True)
+        gradients = find(ends, parameters, seeds)
+    elif is_distributed():
         return None  # what waits for the other ranks hangs on the gradients' accumulation
-    # Reentrant checkpointing refuses `autograd.grad`.
-    former = [p.grad for p in parameters]
-    try:
-        for p in parameters:
-            p.grad = None
-        torch.autograd.backward(ends, seeds)
-        return [p.grad for p in parameters]
-    finally:
-        for p, gradient in zip(parameters, former, strict=True):
-            p.grad = gradient
+    else:  # reentrant checkpointing refuses `autograd.grad`
+        former = [p.grad for p in parameters]
+        try:
+            for p in parameters:
+                p.grad = None
+            torch.autograd.backward(ends, seeds)
+            gradients = [p.grad for p in parameters]
+        finally:
+            for p, gradient in zip(parameters, former, strict=True):
+                p.grad = gradient
+    return [(name, extremes(g.detach())) for (name, _), g in zip(named, gradients, strict=True) if g is not None]
 
 
 def _until_first(
@@ -296,7 +327,8 @@ class _Replay:
         self._elements = sum(p.numel() for p in model.parameters())
         self.findings = ReplayFindings()
         self.current = current
-        self._all_of_them = all_of_them
+        self._lockstep = Lockstep.now() if holds_shards(model) else None
+        self._all_of_them = all_of_them or self._lockstep is not None
         self._repeats = False
         self._candidate: _Candidate | None = None
 
@@ -317,9 +349,12 @@ class _Replay:
                 return None
             if name == "":
                 self.findings.returns_loss = any(x.dim() == 0 for _, x in float_tensors(output))
-            if not non_finite_tensors(output):
+            bad, asks = bool(non_finite_tensors(output)), self._lockstep
+            together = asks is not None and (name == "" or sharded.needs_others(module)) and asks.anyone(bad)
+            if not bad:
                 self._clear(name, (arguments, options))
-                return None
+                # Where another rank needs it, a part of what is spread over ranks has to be like the others.
+                return self._in_fp32(name, module, arguments, options) if together else None
             known = self._candidate is not None and not self._candidate.may_be_mask and not self._all_of_them
             if known and name and self._candidate_is_in(name) and self._is_most_of_it(module):
                 return None
@@ -338,15 +373,7 @@ class _Replay:
 
     def _cured(self, name: str, module: nn.Module, output: Any, arguments: tuple[Any, ...], options: Any) -> Any:
         """The output in FP32 where that is finite, but for a mask of -inf with values of `output` beside it; None otherwise."""
-        self._repeats = True
-        try:
-            with ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
-                # With its hooks, which may change its output. The whole model's own attribute may be a wrapper that enters
-                # autocast again, as accelerate's does.
-                forward = module if name else functools.partial(type(module).forward, module)
-                exact = forward(*to_float32(arguments), **to_float32(options))
-        finally:
-            self._repeats = False
+        exact = self._in_fp32(name, module, arguments, options)
         broken_in_fp32 = non_finite_tensors(exact)
         masked = broken_in_fp32 and not _holds_nan_or_inf(exact) and _finite_only_in(exact, output)
         if broken_in_fp32 and not masked:
@@ -355,6 +382,16 @@ class _Replay:
         if name not in self.findings.overflowing:
             self.findings.overflowing.append(name)
         return exact
+
+    def _in_fp32(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
+        """With its hooks, which may change its output; but for those of FSDP, which has gathered its parameters already."""
+        self._repeats = True
+        try:
+            with ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
+                forward = (module.forward if is_unit(module) else module) if name else sharded.without_wrapper(module)
+                return forward(*to_float32(arguments), **to_float32(options))
+        finally:
+            self._repeats = False
 
     def _likelier_candidate(self, name: str, inputs: Any, outputs: list[Tensor]) -> _Candidate | None:
         """Who is to blame if the model's output is not finite: the first whose own inputs were, unless it made a mask."""
@@ -382,12 +419,14 @@ def _finite_only_in(exact: Any, output: Any) -> bool:
     """Whether an element is finite in `exact` alone: both hold a mask, and `output` more than that. One GPU-CPU sync."""
     ours = dict(float_tensors(output))
     pairs = [(x, ours[path]) for path, x in float_tensors(exact) if path in ours and ours[path].shape == x.shape]
+    pairs = [(local_part(x), local_part(y)) for x, y in pairs]
     return any(to_host_list((x.isfinite() & ~y.isfinite()).any() for x, y in pairs))
 
 
 def _holds_nan_or_inf(inputs: Any) -> bool:
     """Whether they hold NaN or inf; -inf may be a mask. One GPU-CPU sync."""
-    return any(to_host_list((x.isnan() | x.isposinf()).any() for _, x in float_tensors(inputs)))
+    found = [local_part(x) for _, x in float_tensors(inputs)]
+    return any(to_host_list((x.isnan() | x.isposinf()).any() for x in found))
 
 
 def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
@@ -398,24 +437,24 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
 def non_finite_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors inside of `value` that hold inf or NaN. One GPU-CPU sync."""
     found = [x for _, x in float_tensors(value)]
-    finite = to_host_list(map(all_finite, found))
+    finite = to_host_list(all_finite(local_part(x)) for x in found)
     return [x for x, is_finite in zip(found, finite, strict=True) if not is_finite]
 
 
 def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
     """What the model returns for the same batch and the same random numbers, and whether it draws any."""
-    arguments, options = _inputs_to_repeat(forward)
+    arguments, options = inputs_to_repeat(forward)
     if forward.random_state is not None:
         forward.random_state.restore()
     before = RandomState.now(devices_of(forward.model))
     model: Callable[..., Any] = forward.model
-    if in_fp32:  # the model's own attribute may be a wrapper that enters autocast again, as accelerate's does
+    if in_fp32:
         arguments, options = to_float32(arguments), to_float32(options)
-        model = functools.partial(type(forward.model).forward, forward.model)
+        model = sharded.without_wrapper(forward.model)
     return model(*arguments, **options), before.has_moved()
 
 
-def _inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The batch itself, in copies of whatever else holds it: a cache of keys and values would grow again.
 
     Raises:
@@ -444,14 +483,15 @@ class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+def nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """Buffers, with their versions, plain attributes (counters, caches) and random state are afterwards what they are now;
     nothing is compiled, and nothing recorded for backward, but with `gradients`.
 
     Raises:
         RuntimeError: the model would wait for other ranks, or keep gathered parameters, whose gradients `zero_grad` misses.
     """
-    if holds_shards(model):
+    lockstep = Lockstep.now() if holds_shards(model) else None
+    if holds_shards(model) and (lockstep is None or not recovers(model)):
         raise RuntimeError("its parameters are sharded, and gathering them would wait for the other processes")
     buffers = [(at, name, x, x.clone()) for at in model.modules() for name, x in at.named_buffers(recurse=False)]
     plain = [  # attribute → what it is and a copy of what it holds, for what is neither torch's own machinery nor a hook
@@ -468,7 +508,8 @@ def _nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
-            with _NoCollectives() if is_distributed() else nullcontext():  # type: ignore[no-untyped-call]
+            alone: Any = _NoCollectives() if is_distributed() else nullcontext()  # type: ignore[no-untyped-call]
+            with alone if lockstep is None else lockstep.guarding(model):
                 yield
         finally:
             with torch.no_grad():

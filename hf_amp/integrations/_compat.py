@@ -13,11 +13,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def prepared_models(accelerator: Accelerator) -> list[nn.Module]:
     """The models that `accelerator` has prepared."""
     return list(accelerator._models)
+
+
+WHOLE = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+"""FSDP2 gathers parameters in FP32, and leaves all casts to autocast: the residual stream, and modules in FP32, are as without it."""
+
+
+def gathers_bf16(accelerator: Accelerator) -> bool:
+    """Whether FSDP2 casts the parameters that it gathers for `accelerator` to BF16."""
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    return policy is not None and policy.param_dtype == torch.bfloat16
+
+
+def gathers_whole_by_default(accelerator: Accelerator, also_bf16: bool) -> bool:
+    """Whether FSDP2 may gather in FP32 what it is to prepare: the policy is the one that accelerate makes where the user gives none."""
+    dtypes = {"fp16": torch.float16, **({"bf16": torch.bfloat16} if also_bf16 else {})}
+    dtype = dtypes.get(accelerator.mixed_precision)
+    default = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, output_dtype=dtype)
+    is_default = dtype is not None and accelerator.state.fsdp_plugin.mixed_precision_policy == default
+    return is_default and not prepared_models(accelerator)
 
 
 def in_its_ddp(model: nn.Module) -> nn.Module:

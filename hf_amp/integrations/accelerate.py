@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import AutocastKwargs, DDPCommunicationHookType, DistributedType, convert_outputs_to_fp32
+from accelerate.utils.ao import filter_linear_layers, find_first_last_linear_layers
 from accelerate.utils.dataclasses import FP8BackendType
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -27,12 +28,15 @@ from hf_amp.config import LOOP_OPTIONS, MixedPrecisionConfig
 from hf_amp.device import probe
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import EventKind
-from hf_amp.fallback.module_precision import ForwardContext
+from hf_amp.fallback.module_precision import ForwardContext, names_like
 from hf_amp.fallback.plan import common_to_ranks
 from hf_amp.integrations import deepspeed
 from hf_amp.integrations._compat import (
+    WHOLE,
     forget_skip,
     forward_before_autocast,
+    gathers_bf16,
+    gathers_whole_by_default,
     has_step_hooks,
     in_its_ddp,
     prepared_models,
@@ -74,10 +78,11 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
 
     Args:
         accelerator: with `mixed_precision` "fp16", "bf16", "fp8" or "no", which is followed; one process, or several with
-            DistributedDataParallel or FSDP. Under FSDP modules do not fall back, and causes are looked for in weights
-            only: a forward pass of a shard cannot be repeated by one rank. The same, and batches, where the model itself is
-            sharded (`DistributedConfig` of transformers, tensor parallel). FP8, which another library runs, is checked as
-            BF16 is, without fallback. DeepSpeed, which scales and skips by itself, is only observed.
+            DistributedDataParallel or FSDP. Under FSDP1 modules do not fall back, and causes are looked for in weights only.
+            FSDP2 is as DDP; attached before `prepare`, it gathers parameters in FP32 under "fp16" and for `fp32_modules`, and
+            autocast casts them, unless the plugin has a `mixed_precision_policy` of yours. FP8, which another library runs, is
+            checked as BF16 is, without fallback; `fp32_modules` stay out of torchao's conversion, where attach comes before
+            prepare. DeepSpeed, which scales and skips by itself, is only observed.
         config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
         options: options as keywords, in place of a config.
 
@@ -125,13 +130,20 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
     """A session that decides which optimizer steps are applied, and what else it leaves alone, for people."""
     limits = ""
     if accelerator.distributed_type is DistributedType.FSDP:
-        # Forward passes of a shard wait for those of the other ranks: none is repeated to find a cause, or changed.
-        config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
-        config = dataclasses.replace(config, automatic_fallback=False)
-        limits = "; under FSDP it scales and skips, and modules do not fall back"
+        config.refuse(["precision_schedule"], "under FSDP the run stays in the format that parameters are gathered in")
+    if accelerator.distributed_type is DistributedType.FSDP and config.enabled:
+        if not accelerator.is_fsdp2:
+            limits = "; under FSDP it scales and skips, and modules do not fall back"
+        elif gathers_bf16(accelerator) and not gathers_whole_by_default(accelerator, bool(config.fp32_modules)):
+            limits = "; FSDP gathers parameters in BF16, so modules do not fall back"
+        if limits:
+            config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
+            config = dataclasses.replace(config, automatic_fallback=False)
     runner = _float8_runner(accelerator)
     if runner is not None:  # which owns the precision of the modules
-        options = ("precision_mode", "half_parameters", "communication_precision", "fp32_modules")
+        options = ["half_parameters", "communication_precision", "precision_schedule"]
+        options += ["precision_mode"] * (config.precision_mode is not PrecisionMode.BF16)  # which is around it
+        options += ["fp32_modules"] * (accelerator.ao_recipe_handler is None)
         config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
         config = dataclasses.replace(config, automatic_fallback=False)
         limits = f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
@@ -207,7 +219,10 @@ class AttachedAccelerator:
     def __init__(self, accelerator: Accelerator, session: AmpSession) -> None:
         self._accelerator, self._session = accelerator, session
         self._masters = session.scaler.master_weights
-        self._sharded = accelerator.distributed_type is DistributedType.FSDP
+        self._fsdp2 = accelerator.is_fsdp2
+        self._sharded = accelerator.distributed_type is DistributedType.FSDP and not self._fsdp2
+        if self._fsdp2 and gathers_whole_by_default(accelerator, bool(session.config.fp32_modules)):
+            session.patches.set_attribute(accelerator.state.fsdp_plugin, "mixed_precision_policy", WHOLE)
         # On a CPU accelerate builds neither scaler nor autocast for "fp16", and runs FP32.
         self._fp16_on_cpu = not session.scaler.no_scaling and accelerator.device.type == "cpu"
         # Inside DDP a change of dtype would cut parameters off from the reduction of their gradients. accelerate lists
@@ -221,7 +236,14 @@ class AttachedAccelerator:
         self._evaluating: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._known_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         session.patches.set_attribute(accelerator, _SESSION, session)
+        self._leaves_out_of_fp8 = bool(accelerator.mixed_precision == "fp8" and session.config.fp32_modules)
+        if self._leaves_out_of_fp8 and prepared_models(accelerator):
+            raise AttachError(
+                "fp32_modules after accelerator.prepare(): the model is converted to FP8 already; call hf_amp.attach before prepare."
+            )
         self._optimizers = PreparedOptimizers(accelerator, session)
+        if accelerator.distributed_type is DistributedType.FSDP:
+            session.without_scaler = self._optimizers.without_scaler
         if session.config.on_stalled == "rewind":
             session.on_fault = functools.partial(go_back_in_loop, accelerator, session)
         self._stock: dict[str, Any] = {}
@@ -251,6 +273,10 @@ class AttachedAccelerator:
             changed["clip_grad_norm_"] = self.clip_grad_norm_
         if not scales and self._masters is not None:
             changed["unscale_gradients"] = self.unscale_gradients
+        if self._fsdp2:
+            changed["prepare"] = self.prepare_sharded
+        if self._leaves_out_of_fp8:
+            changed["prepare"] = self.prepare_in_part
         if not self._sharded:
             changed |= {"prepare_model": self.prepare_model, "autocast": self.autocast}
             if self._fp16_on_cpu:
@@ -322,6 +348,29 @@ class AttachedAccelerator:
             allowed.undo()
             yield
 
+    def prepare_in_part(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepares with the modules of `fp32_modules` left out of torchao's conversion to FP8, besides what its recipe leaves out."""
+        recipe, patterns = self._accelerator.ao_recipe_handler, self._session.config.fp32_modules
+        wanted, left_out = recipe.module_filter_func, set()
+        for model in (each for each in args if isinstance(each, nn.Module)):
+            modules = dict(model.named_modules())
+            held = [name for pattern in patterns for name in names_like(pattern, modules.items())]
+            left_out |= {inner for name in held for inner in modules[name].modules()}
+            if wanted is None:  # then accelerate leaves out the first and the last, and so with our filter in its place
+                left_out |= {modules[name] for name in find_first_last_linear_layers(model) if name is not None}
+
+        def converts(module: nn.Module, name: str) -> bool:
+            others = functools.partial(filter_linear_layers, layers_to_filter=[]) if wanted is None else wanted
+            return module not in left_out and bool(others(module, name))
+
+        patches = PatchLog()
+        patches.set_attribute(recipe, "module_filter_func", converts)
+        try:
+            prepare = self.prepare_sharded if self._fsdp2 else self._stock["prepare"]
+            return prepare(*args, **kwargs)
+        finally:
+            patches.undo()
+
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> Any:
@@ -345,9 +394,20 @@ class AttachedAccelerator:
         self._register_model(prepared, inner, is_trained=not evaluation_mode)
         return prepared
 
+    def prepare_sharded(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepares a model that FSDP2 shards with the optimizers that hold its shards from then on."""
+        accelerator, is_known = self._accelerator, set(map(id, prepared_models(self._accelerator)))
+        prepared = self._stock["prepare"](*args, **kwargs)
+        for model in prepared_models(accelerator):
+            if id(model) not in is_known:
+                self._register_model(model, accelerator.unwrap_model(model, keep_torch_compile=False))
+        for optimizer in prepared_optimizers(accelerator):
+            self._register_optimizer(optimizer.optimizer)
+        return prepared
+
     def prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Prepares an optimizer whose steps the session's scaler decides."""
-        if not self._sharded:
+        if not self._sharded and not self._fsdp2:
             # Before, because preparing loads the optimizer's state, which rounds it to what its parameters are.
             self._register_optimizer(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
         prepared = self._stock["prepare_optimizer"](optimizer, *args, **kwargs)
@@ -382,13 +442,17 @@ class AttachedAccelerator:
         if model in self._registered:
             return
         self._registered.add(model)
-        if self._fp16_on_cpu:
-            session.patches.on_undo(self._context.install(model))
-        if self._fp16_on_cpu and takes_hooks(model):  # before the session, which keeps what these outputs are given
+        # accelerate enters no autocast where FSDP2 shards.
+        enters = self._fp16_on_cpu or (self._fsdp2 and is_trained and not gathers_bf16(self._accelerator))
+        if enters:
+            session.patches.on_undo(self._context.install(model, everywhere=self._fp16_on_cpu))
+        if enters and takes_hooks(model):  # before the session, which keeps what these outputs are given
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
-        if not self._fp16_on_cpu:
-            session.follow_default(_changer_of_forward(weakref.ref(model), session))
+        if not enters:
+            change = _changer_of_forward(weakref.ref(model), session)
+            session.follow_default(change)
+            change(session.plan.default)
 
     def _convert_model(self, model: nn.Module, fixed: bool) -> None:
         session = self._session

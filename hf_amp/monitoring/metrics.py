@@ -54,6 +54,7 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric("step_seconds", "s", "time from one optimizer step to the next, median of the newest nine", "rises: look at the data loader, at modules_in_fp32 and at memory_bytes"),
     Metric("samples_per_second", "samples/s", "rows of all batches of all processes in a step, through step_seconds; in a Trainer", "falls: as step_seconds"),
     Metric("memory_saving_fraction", "1", "share of training memory that precision saves over FP32, as the calibration step of `hf_amp.training` estimates it; negative where precision costs memory", "below 0: casts outweigh what is saved; a larger batch, or FP32", "once"),
+    Metric("joules_per_step", "J", "energy of the CUDA device, or of the CPU packages with all that runs on them, since training began, through the steps applied since; absent where nothing counts it (NVML by `pynvml`; RAPL where it may be read)", "rises: as step_seconds; skipped steps cost too", "when logged"),
     Metric("memory_bytes", "B", "most memory that PyTorch had allocated at once on the CUDA device that trains, or on the fullest of several", "near the device's: smaller batches or gradient checkpointing", "when logged"),
 )  # fmt: skip
 

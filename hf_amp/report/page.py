@@ -448,6 +448,7 @@ PICTURES = (
     _of_figure("lost_update_fraction", "Updates lost to rounding", shown=lambda x: f"{x:.3g}%", unit=0.01, color="second"),
     _of_figure("grad_norm", "Gradient norm before clipping", shown=lambda norm: f"{norm:.3g}", log=True),
     _of_figure("step_seconds", "Step time", shown=lambda ms: f"{ms:,.4g} ms", unit=1e-3),
+    _of_figure("joules_per_step", "Energy an applied step", shown=lambda joules: f"{joules:,.4g} J"),
     _of_figure("memory_bytes", "Memory", shown=lambda x: f"{x:.3g} GiB", unit=2**30, color="second"),
     _of_modules(
         "module_headroom_bits", "Headroom by module", worst=lambda s: min(s.values), limits=(0, 16), unit="bits"

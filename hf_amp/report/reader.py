@@ -243,6 +243,7 @@ class LoggedEvent:
     before: float | str | None
     after: float | str | None
     message: str
+    by_choice: bool
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> LoggedEvent:
@@ -255,6 +256,7 @@ class LoggedEvent:
             before=_plain(line.get("before")),
             after=_plain(line.get("after")),
             message=str(line.get("message", "")),
+            by_choice=line.get("by_choice") is True,
         )
 
 

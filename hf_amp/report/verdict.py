@@ -72,7 +72,9 @@ def verdict_on(run: RunHistory) -> Verdict:
             Level.WATCH,
             f"Training, but rounding loses the updates of {which} since step {frozen.last_step:,}: {counted}.",
         )
-    if changed := {name: it for name, it in run.changed_modules.items() if it.cause or it.step}:  # else by choice
+    if changed := {
+        name: it for name, it in run.changed_modules.items() if it.cause or (it.step and not it.by_choice)
+    }:  # else by choice
         return Verdict(Level.WATCH, f"Training, {_precision_in_words(changed)}: {counted}.{_cure_of_the_model(run)}")
     if rewound := _newest(run, EventKind.REWOUND):
         times = "once" if rewound.count == 1 else f"{rewound.count:,} times"

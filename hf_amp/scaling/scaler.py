@@ -137,6 +137,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             it is not stepping.
         not_sampled: gives `id` of the parameters that FP16 does not bound, because a plan runs their modules in FP32; they
             do not count in the underflow fraction.
+        after_update: called at the end of every update, and wherever outcomes are delivered.
         looks_closely: whether every step is sampled for lost updates.
         master_weights: FP32 copies of half-precision parameters, or what rounds their updates in the place of copies; None
             where the config asks for none.
@@ -181,6 +182,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.note_loss: Callable[[Tensor], None] | None = None
         self.watch_loss: Callable[[Tensor, bool], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
+        self.after_update: Callable[[], None] | None = None
         self.looks_closely = False
         self.master_weights = self._masters_for(config)
         if isinstance(self.master_weights, RoundedWeights):
@@ -299,7 +301,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         if record is None:
             unscale = Unscale.NONE if self.no_scaling else Unscale.FUSED
             record = self._check(optimizer, unscale, norm=True, order=order)
-            if in_place and record.norm is not None:
+            if (in_place or record.sharded) and record.norm is not None:
                 return record.clip_in_place(float(max_norm))
         if record.unscale is not Unscale.FUSED:
             return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
@@ -510,6 +512,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 self._say_skipped(outcome)
         late = self._late.pending if self._late is not None else []
         self.known_steps = self.decided_steps - len(late) - len(self._queued)
+        if self.after_update is not None:
+            self.after_update()
 
     def _say_skipped(self, outcome: StepOutcome) -> None:
         """A console line, as `RepeatLimit` allows: nobody else speaks of it."""

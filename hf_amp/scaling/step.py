@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,11 +27,13 @@ from hf_amp.statistics import (
     argument,
     by_device_and_dtype,
     collect,
+    copies_of,
     count_non_finite,
     elements_of,
     exact_norm,
     held_by,
     is_distributed,
+    local_part,
     norm_and_amax,
     reciprocal,
     sample_underflow,
@@ -172,7 +174,7 @@ class GradientStep:
         if counts and self.inferred and (self.agrees or not any(counts)):
             self._verify()
             host = to_host(self.figures())
-        if not host["found_inf"] and not math.isfinite(host.get("norm", 0.0)):
+        if not host["found_inf"] and not math.isfinite(host.get("norm", 0.0)) and not self.sharded:
             self._recompute_norm()
             host = to_host(self.figures())
         return self.outcome_from(attempt, host, counts if host["found_inf"] else None)
@@ -279,7 +281,7 @@ class GradientStep:
         if self.found_while_dividing is not None:
             self.found_inf = torch.maximum(self.found_inf, self.found_while_dividing)
         if self.agrees:
-            self.found_inf, self.amax = cast("list[Tensor]", _agreed(self.found_inf, self.amax))
+            self.found_inf, self.amax = cast("list[Tensor]", _agreed(self.found_inf, self.amax)[:2])
         self.inferred = self.amax_is_scaled = False
 
     def _recompute_norm(self) -> None:
@@ -371,8 +373,10 @@ def check(
         refuse_fp16(gradients)
         found_while_dividing = unscale_and_check_(gradients, inverse, device)
     takes_amax = request.amax or sharded or request.agree
-    takes_norm = (request.norm and not sharded) or not takes_amax
+    takes_norm = request.norm or not takes_amax
     norm, amax = norm_and_amax(gradients, device, norm=takes_norm, amax=takes_amax)
+    if sharded and norm is not None:
+        norm = _part_of_norm(optimizer, norm, device)
     if unscale is Unscale.FUSED:
         norm = None if norm is None else norm * inverse
         amax = amax if norm is not None or amax is None else amax * inverse
@@ -382,15 +386,16 @@ def check(
         bounded_amax = bounded_amax * inverse
     # Looked for in the unscaled figures: dividing by a scale below 1 can overflow as well. In the norm where there is one, because
     # a clip by one that is inf would leave nothing.
-    found_inf = not_finite(cast(Tensor, amax if norm is None else norm))
+    found_inf = not_finite(cast(Tensor, amax if norm is None or sharded else norm))
     if found_while_dividing is not None:
         found_inf = torch.maximum(found_inf, found_while_dividing)
     if (sharded or request.agree) and is_distributed():
         bad = None if loss_flags is None else loss_flags.isnan().float().amax()
         sizes = () if underflow is None else underflow.unbind()
-        worst, bad, amax, bounded_amax, wanted, *sizes_of_all = _agreed(
-            found_inf, bad, amax, bounded_amax, wanted, *sizes
+        worst, bad, amax, bounded_amax, wanted, *sizes_of_all, whole = _agreed(
+            found_inf, bad, amax, bounded_amax, wanted, *sizes, part_of_norm=norm if sharded else None
         )
+        norm = whole if sharded else norm
         found_inf = cast(Tensor, worst)
         underflow = torch.stack(cast(list[Tensor], sizes_of_all)) if sizes else None
         loss_flags = None if bad is None else torch.where(bad > 0, torch.nan, 0.0)
@@ -409,7 +414,7 @@ def check(
         underflow=underflow,
         wanted_scale=wanted,
         found_while_dividing=found_while_dividing,
-        inferred=norm is not None,
+        inferred=norm is not None and not sharded,
         amax_is_scaled=unscale is Unscale.FUSED and norm is not None,
         agrees=sharded or request.agree,
         sharded=sharded,
@@ -467,12 +472,25 @@ def refuse_fp16(gradients: list[Tensor]) -> None:
         )
 
 
-def _agreed(*values: Tensor | None) -> list[Tensor | None]:
-    """The largest over all ranks of each; None stays, which all ranks have in the same places."""
+def _agreed(*values: Tensor | None, part_of_norm: Tensor | None = None) -> list[Tensor | None]:
+    """The largest over all ranks of each, and last the norm; None stays, which all ranks have in the same places."""
     if not is_distributed():
-        return list(values)
-    agreed = iter(all_reduce_max(*(value for value in values if value is not None)))
-    return [None if value is None else next(agreed) for value in values]
+        return [*values, part_of_norm]
+    known = (value for value in values if value is not None)
+    agreed = iter(all_reduce_max(*known, part_of_norm=part_of_norm))
+    return [None if value is None else next(agreed) for value in (*values, part_of_norm)]
+
+
+def _part_of_norm(optimizer: torch.optim.Optimizer, norm: Tensor, device: torch.device) -> Tensor | None:
+    """This rank's part of the norm of sharded gradients, of which several may hold copies; None where sums are still to be made."""
+    gradients = [cast(Any, p.grad) for p in held_by(optimizer) if p.grad is not None]
+    kinds = {getattr(g, "placements", None) and (id(g.device_mesh), g.placements): g for g in gradients}
+    held = {copies_of(gradient) for gradient in kinds.values()}
+    if 0 in held or len(held) <= 1:
+        return None if 0 in held else norm * math.sqrt(1 / next(iter(held), 1.0))
+    parts = [(n, [local_part(g) for g in gradients if copies_of(g) == n]) for n in held]
+    squares = [cast(Tensor, norm_and_amax(each, device, amax=False)[0]).square() / n for n, each in parts]
+    return torch.stack(squares).sum().sqrt_()
 
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16)

@@ -176,6 +176,20 @@ CPU = (
         threads=1,
     ),
     Benchmark(
+        "compare",
+        _module("compare"),
+        "`hf_amp.compare` on 200 pairs of tiny models of six architectures of which one has a corrupted module (weight, kernel result, "
+        "dtype, transposed, dropped residual, wrong epsilon, stale buffer), in FP32, BF16 and emulated FP16: whether that module is "
+        "named; every third also from two capture files alone. And on 100 pairs of the same function in other code: whether it is said "
+        "to differ.",
+        "what was corrupted",
+        (
+            Target("190 of 200 named", "not_seen", 10, lambda row: row["what"] == "all" and row["pairs"] == "corrupted"),
+            Target("none named wrong, no false alarm", "wrong", 0),
+        ),
+        threads=1,
+    ),
+    Benchmark(
         "situations",
         _module("situations"),
         "27 situations of users in which training goes wrong, one and the same loop for all contenders, in emulated FP16: which "
@@ -211,6 +225,20 @@ CPU = (
         (
             Target("one false alarm in 10,000 steps or less", "false_alarms_per_10000_steps", 1, lambda row: row["rule"] == "hf_amp"),
             Target("40 of 50 planted spikes found", "missed", 10, lambda row: row["rule"] == "hf_amp"),
+        ),
+        threads=1,
+    ),
+    Benchmark(
+        "choose",
+        _module("choose"),
+        "`hf_amp.choose_precision` on six trained tiny models: pairs of six configurations (FP16 or BF16 autocast; nothing, the head, the head and "
+        "the upper half in FP32) that the audit orders otherwise than PyTorch's half kernels for CPUs, and the same of four in inference; the plan "
+        "that it chooses, and what the half kernels make of it; the plan where BF16 is the only choice.",
+        "PyTorch's half kernels without hf_amp; FP32",
+        (
+            Target("six configurations in the measured order", "pairs_out_of_order", 0),
+            Target("at most a fifth of BF16's error", "error_over_BF16", 0.2),
+            Target("at least 90% of the products in half precision", "products_in_FP32", 0.1),
         ),
         threads=1,
     ),

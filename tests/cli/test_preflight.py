@@ -80,6 +80,18 @@ def test_an_ordinary_model_needs_nothing_in_half_precision() -> None:
         assert runs[name].underflow_fraction < 0.01
 
 
+def test_formats_with_scales_are_told_by_their_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torchao's casts, in training and inference; without torchao the reason stands in their place."""
+    pytest.importorskip("torchao", reason="the extra hf_amp[peers] brings it")
+    for inference in ([], ["--inference"]):
+        found = json.loads(preflight(folder, "--batch", 1, "--json", *inference).stdout)["scaled_formats"]
+        assert list(found) == ["scaled FP8", "MXFP8", "NVFP4"]
+        assert 0 < found["MXFP8"] < found["NVFP4"]
+    assert "NVFP4 log-probabilities: " in preflight(folder, "--batch", 1).output
+    monkeypatch.setattr("hf_amp.choose.find_spec", lambda name: None)
+    assert "pip install torchao" in preflight(folder, "--batch", 1).output
+
+
 def test_zeros_that_fp32_has_too_are_not_called_lost() -> None:
     """Rows of an embedding that the batch does not use have a gradient of zero in every format."""
     model = tiny_gpt2()

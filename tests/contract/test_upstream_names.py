@@ -8,10 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.ao import filter_linear_layers, find_first_last_linear_layers
 from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode
 from transformers import Trainer, TrainerCallback
 
 import hf_amp
+from hf_amp.choose import RoundedOperands, torchao_formats
 from hf_amp.emulation import _COMPOSITE, _FUSED, _PROMOTED, _REDUCED, _WITHOUT_HALF_KERNEL
 from hf_amp.fallback.module_precision import has_compiled
 from hf_amp.integrations._compat import (
@@ -162,10 +164,40 @@ def test_accelerate_optimizer_keeps_its_skip() -> None:
     assert not optimizer.step_was_skipped
 
 
+def test_torch_has_what_a_replay_of_shards_needs() -> None:
+    """`fully_shard`: how a unit is known, its casts, read anew in each pass, and what recovers from a pass that has failed."""
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    for name in ("set_requires_gradient_sync", "reset_iter_state", "_get_fsdp_state"):
+        assert hasattr(FSDPModule, name), name
+    for method in (FSDPState._cast_forward_inputs, FSDPState._cast_output_dtype):
+        assert "self._mp_policy" in inspect.getsource(method)
+    policy = MixedPrecisionPolicy(param_dtype=torch.float16, output_dtype=torch.float16)
+    assert policy.cast_forward_inputs
+    # FSDP gathers before our hooks, which are appended, and lets go after those that are prepended.
+    source = inspect.getsource(FSDPState.init)
+    assert "self._pre_forward, prepend=True" in source
+    assert "self._post_forward, prepend=False" in source
+
+
+def test_accelerate_makes_the_policy_that_is_taken_for_its_default() -> None:
+    """`set_mixed_precision` of a plugin for FSDP2, which attach replaces where the user gives none."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("fp16")
+    half = torch.float16
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
+
+
 @for_each(
     ("caller", "name"),
     [
         ("_prepare_for_training", "self._load_scaler(resume_from_checkpoint)"),
+        ("_prepare_for_training", "self._load_optimizer_and_scheduler(resume_from_checkpoint)"),
+        ("_save_checkpoint", "self._save_optimizer_and_scheduler(output_dir)"),
         ("_inner_training_loop", "self._tr_loss = torch.tensor(0.0"),
         ("_maybe_log_save_evaluate", "tr_loss -= tr_loss"),
         ("evaluation_loop", "self.prediction_step(model, inputs"),
@@ -302,3 +334,28 @@ def test_torch_numbers_operations_in_order() -> None:
     before = torch.autograd._get_sequence_nr()
     y = x * 2
     assert before <= y.grad_fn._sequence_nr() < torch.autograd._get_sequence_nr()
+
+
+def test_torch_names_its_products() -> None:
+    """The operators whose operands the audit rounds, below autograd, and modules by class and name in FlopCounterMode."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name in RoundedOperands._OPERANDS:
+        assert hasattr(torch.ops.aten, name.removeprefix("aten::")), name
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.Sequential(torch.nn.Linear(2, 3))(torch.ones(5, 2))
+    assert {name: sum(of.values()) for name, of in counter.get_flop_counts().items()} == dict.fromkeys(
+        ["Global", "Sequential", "Sequential.0"], 2 * 5 * 2 * 3
+    )
+
+
+def test_torchao_casts_to_its_formats() -> None:
+    """What the audit takes from `torchao.prototype` and `torchao.float8`, and what accelerate asks before it converts a layer."""
+    pytest.importorskip("torchao", reason="the extra hf_amp[peers] brings it")
+    from accelerate.utils import AORecipeKwargs
+
+    assert [each.rounded(torch.ones(2, 32)).tolist() for each in torchao_formats()] == [torch.ones(2, 32).tolist()] * 3
+    assert AORecipeKwargs().module_filter_func is None
+    assert find_first_last_linear_layers(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())) == ("0", "0")
+    assert filter_linear_layers(torch.nn.Linear(16, 16), "0", [])
+    assert not filter_linear_layers(torch.nn.Linear(15, 16), "0", [])

@@ -70,6 +70,21 @@ def test_the_overflow_is_told(
     assert lines[2].endswith(f"1 steps applied, 1 skipped; ended in MIXED; in FP32: {large}")
 
 
+@pytest.mark.parametrize(("precision", "trials", "why"), [("fp16", 3, "skipped"), ("bf16", 5, "lost updates")])
+def test_a_search_prunes_by_what_precision_costs(tmp_path: Path, precision: str, trials: int, why: str) -> None:
+    """Trials that skip most steps, or lose most updates, and no others; each has a session that has ended."""
+    search = runpy.run_path(str(EXAMPLES / "trainer_search.py"))["search"]
+    study = search(precision, trials, 8, tmp_path)
+    assert len(study.trials) == trials
+    pruned = [trial.state.name == "PRUNED" for trial in study.trials]
+    assert pruned == [trial.user_attrs[why] > 0.5 for trial in study.trials]
+    assert any(pruned)
+    assert np.isfinite(study.best_value)
+    lines = [json.loads(line) for line in (tmp_path / "amp_events.jsonl").read_text().splitlines()]
+    ended = [line["run_id"] for line in lines if line["event"] == "training_ended"]
+    assert len(set(ended)) == len(ended) == trials
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte pairs of the sentences above."""
     inner = Tokenizer(models.BPE())

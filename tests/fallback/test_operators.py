@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -307,6 +309,39 @@ def test_a_forward_that_raises_because_of_an_overflow_is_examined_first() -> Non
     loop.optimizer.zero_grad()
     loop.step({"x": X, "labels": LABELS})
     assert loop.session.metrics()["applied_steps"] == 1
+
+
+UNCAUGHT = """
+import sys, torch
+from tests.fallback.test_operators import LABELS, X, Loop, Draws
+
+class Loss(Draws):
+    def forward(self, x, labels):
+        return self.head(torch.tanh(self.big(x) * 1e-6))
+
+def shown(*of_error):
+    print("traceback follows", of_error[0].__name__, file=sys.stderr)
+
+sys.excepthook = shown
+loop = Loop(Loss(), "fp16", init_scale=64.0)
+loop.session.begin_run()
+if len(sys.argv) > 1:
+    loop.session.end_run()
+    assert sys.excepthook is shown
+torch.distributions.Categorical(logits=loop.model(x=X, labels=LABELS).float(), validate_args=True)
+"""
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_nobody_catches_is_explained_before_python_shows_it(ended: bool) -> None:
+    """The loop's own code raises: modules, and what to begin with the next time; nothing, and no hook, where the run has ended."""
+    command = [sys.executable, "-c", UNCAUGHT, *(["ended"] if ended else [])]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    before, traceback, _ = ran.stderr.partition("traceback follows ValueError")
+    assert traceback
+    assert ("forward_raised (ACTIVATION) in big" in before) is not ended
+    assert ("Start again with fp32_modules=['big']." in before) is not ended
 
 
 def test_an_exception_of_another_kind_is_left_alone() -> None:

@@ -87,3 +87,12 @@ def test_ranks_choose_one_precision_by_the_slowest_of_them(ranks: list[dict[str,
     assert first == second
     assert first["bf16"] == "slow"
     assert [first["defaults"].count(mode) for mode in ("MIXED", "FP32")] == [12, 18]
+
+
+def test_ranks_follow_a_schedule_together(ranks: list[dict[str, Any]]) -> None:
+    """Both in FP32 from the third step to the sixth, one step skipped for both; equal weights and scale."""
+    first, second = (results["scheduled"] for results in ranks)
+    assert first == second
+    assert first["defaults"] == ["MIXED"] * 2 + ["FP32"] * 4 + ["MIXED"] * 2
+    assert first["changes"] == [[2, "MIXED", "FP32"], [6, "FP32", "MIXED"]]
+    assert first["skips"] == 1

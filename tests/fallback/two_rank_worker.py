@@ -124,6 +124,29 @@ def trial(rank: int) -> dict[str, Any]:
     return {"defaults": defaults, "bf16": session.hardware.bf16}
 
 
+def scheduled(rank: int) -> dict[str, Any]:
+    """A run whose schedule changes precision twice; rank 1 meets a NaN in between."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    schedule = {0.25: "FP32", 0.75: "FP16"}
+    session = hf_amp.attach(accelerator, precision_schedule=schedule, total_steps=8, init_scale=1024.0)
+    plain = Network()
+    model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
+    defaults = []
+    for step in range(8):
+        x = torch.randn(3, 8) * (torch.nan if rank == 1 and step == 3 else 1)
+        labels = torch.tensor([0, 1, 2])
+        loss = nn.functional.cross_entropy(model(x, labels=labels)[0], labels)
+        defaults.append(session.plan.default.value)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    changes = [(e.step, e.before, e.after) for e in session.events if e.kind is EventKind.PRECISION_CHANGED]
+    weights = [p.double().sum().item() for p in plain.parameters()]
+    skips, scale = session.metrics()["skipped_steps"], session.scaler.get_scale()
+    session.detach()
+    return {"defaults": defaults, "changes": changes, "weights": weights, "skips": skips, "scale": scale}
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -132,6 +155,10 @@ def main() -> None:
         AcceleratorState._reset_state(reset_partial_state=False)
         torch.manual_seed(rank)
         runs[fault] = run(fault, rank)
+    AcceleratorState._reset_state(reset_partial_state=False)
+    torch.manual_seed(rank)
+    runs["scheduled"] = scheduled(rank)
+    AcceleratorState._reset_state(reset_partial_state=False)
     runs["trial"] = trial(rank)
     gathered: list[Any] = [None, None]
     dist.all_gather_object(gathered, runs)

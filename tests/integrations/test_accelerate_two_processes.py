@@ -136,7 +136,7 @@ def test_fsdp2_through_accelerate_skips_on_both(ranks: Ranks, run: str) -> None:
         second[name] for name in ("skipped", "causes", "saved")
     ]
     assert first["skipped"] == [False, False, True, False, True, False]
-    assert first["causes"] == ["SCALE", "UNKNOWN"]
+    assert first["causes"] == ["SCALE", "LOSS"]
     for records in (first, second):
         assert records["finite"]
         assert records["loaded"] == records["saved"]

@@ -202,6 +202,7 @@ def test_the_floor_is_told_before_deepspeed_ends_the_run() -> None:
         ("growth_interval", 7),
         ("fold_clipping", True),
         ("fallback_threshold", 0.5),
+        ("precision_schedule", {5: "FP32"}),
         ("sync_grad_scaler", True),
         ("monitor_modules", True),
     ],

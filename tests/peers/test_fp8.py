@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from accelerate.utils import AORecipeKwargs
 from torch import Tensor, nn
 
 import hf_amp
-from hf_amp import ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
-from tests.each import for_each
+from hf_amp import AttachError, ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
+from hf_amp.choose import RoundedOperands, torchao_formats
+from tests.each import for_each, forget_accelerators
 from tests.reference import OverflowInBackward, assert_bitwise_equal, snapshot
 
 float8 = pytest.importorskip("torchao.float8", reason="needs torchao, which the extra hf_amp[peers] brings")
@@ -128,9 +130,9 @@ def test_attach_says_who_runs_what() -> None:
     ("option", "value"),
     [
         ("precision_mode", "DYNAMIC"),
-        ("precision_mode", "BF16"),
         ("precision_mode", "MIXED"),
         ("half_parameters", "master_weights"),
+        ("precision_schedule", {5: "FP32"}),
     ],
 )
 def test_an_option_that_would_change_precision_is_refused(option: str, value: str) -> None:
@@ -140,6 +142,145 @@ def test_an_option_that_would_change_precision_is_refused(option: str, value: st
     with pytest.raises(ConfigError, match=f"{option}=.*FP8 is run by torchao.*leave {option} out"):
         hf_amp.attach(accelerator, MixedPrecisionConfig(**{option: value}))
     assert vars(accelerator) == before
+
+
+class Wide(nn.Module):
+    """A stem, three layers that accelerate converts to FP8, of which the second has an outlier, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(16, 32)
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.head = nn.Linear(32, 16)
+        with torch.no_grad():
+            self.blocks[1].weight[0, 0] = 1e6  # one scale for all: the others are lost
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return {"logits": self.head(x)}
+
+
+ROWS = {"x": torch.randn(64, 16, generator=torch.Generator().manual_seed(1))}
+
+
+def converted(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, float8.float8_linear.Float8Linear)}
+
+
+@for_each(
+    ("chosen", "in_fp8"),
+    [
+        ([], {"blocks.0", "blocks.1", "blocks.2"}),
+        (["blocks.1"], {"blocks.0", "blocks.2"}),
+        (["blocks"], set()),
+        (["Linear"], set()),
+    ],
+)
+def test_fp32_modules_are_left_out_of_the_conversion(chosen: list[str], in_fp8: set[str]) -> None:
+    """By name, container and class, besides the first and the last; they compute in FP32, and detach gives the recipe back."""
+    accelerator = fp8_accelerator()
+    before = dict(vars(accelerator.ao_recipe_handler))
+    session = hf_amp.attach(accelerator, fp32_modules=chosen)
+    model = accelerator.prepare(Wide())
+    assert converted(model) == in_fp8
+    assert vars(accelerator.ao_recipe_handler) == before
+    if chosen == ["blocks.1"]:
+        seen: list[Any] = []
+        model.blocks[1].register_forward_hook(lambda module, given, output: seen.append((given[0], output)))
+        model(**ROWS)
+        ((given, output),) = seen
+        exact = nn.functional.linear(given.double(), model.blocks[1].weight.double(), model.blocks[1].bias.double())
+        assert (output.double() - exact).abs().max() < 1e-6 * exact.abs().max()
+    session.detach()
+    assert "prepare" not in vars(accelerator)
+
+
+def test_a_recipes_own_filter_goes_on() -> None:
+    """What it leaves out stays left out, and what accelerate leaves out by default is then up to it."""
+    wants = AORecipeKwargs(
+        config=float8.Float8LinearConfig(emulate=True), module_filter_func=lambda m, n: n != "blocks.0"
+    )
+    accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[wants], cpu=True)
+    hf_amp.attach(accelerator, fp32_modules=["blocks.1"])
+    assert converted(accelerator.prepare(Wide())) == {"stem", "blocks.2", "head"}
+
+
+def test_the_precision_around_it_may_be_said() -> None:
+    """As plans do; without a change of what runs."""
+    session = hf_amp.attach(fp8_accelerator(), precision_mode="BF16")
+    assert session.plan.default is hf_amp.PrecisionMode.BF16
+
+
+def test_a_model_that_is_converted_already_is_an_error() -> None:
+    """It says what to do."""
+    accelerator = fp8_accelerator()
+    accelerator.prepare(Wide())
+    with pytest.raises(AttachError, match=r"converted to FP8 already; call hf_amp.attach before prepare"):
+        hf_amp.attach(accelerator, fp32_modules=["blocks.1"])
+
+
+def test_the_layer_that_does_the_damage_is_named_and_left_out() -> None:
+    """The audit's error for scaled FP8 is that of the real conversion within a tenth; its plan for a fifth of it names the planted layer
+    first, and the real run with that plan is as exact as predicted."""
+    exact = Wide()(**ROWS)["logits"].log_softmax(-1)
+
+    def error_of(fp32_modules: Any, converts: Any = None) -> float:
+        forget_accelerators()
+        recipe = AORecipeKwargs(config=float8.Float8LinearConfig(emulate=True), module_filter_func=converts)
+        accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[recipe], cpu=True)
+        hf_amp.attach(accelerator, fp32_modules=fp32_modules)
+        found = accelerator.prepare(Wide())(**ROWS)["logits"].float().log_softmax(-1)
+        return (found - exact).square().mean().sqrt().item()
+
+    plan, table = hf_amp.choose_precision(Wide(), ROWS, number_format="scaled FP8", max_error=None)
+    assert table.modules[0].module == "blocks.1"
+    everything = error_of([], converts=lambda module, name: True)
+    assert table.formats["scaled FP8"].rms == pytest.approx(everything, rel=0.1)
+    assert "blocks.1" in plan.modules
+    left_out = error_of(list(plan.modules), converts=lambda module, name: True)
+    assert left_out == pytest.approx(table.chosen.rms, rel=0.1)
+    assert left_out < everything / 5
+    assert MixedPrecisionConfig(plan=plan).fp32_modules == tuple(plan.modules)
+    assert table.settings["accelerate.Accelerator"] == {"mixed_precision": "fp8"}
+
+
+@for_each("name", ["scaled FP8", "MXFP8"])
+def test_a_scaled_format_is_torchaos_own(name: str) -> None:
+    """A layer that torchao has converted, with its emulated product, gives the same bits."""
+    from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
+    from torchao.quantization import quantize_
+    from torchao.quantization.quantize_.common import KernelPreference
+
+    layer, x = nn.Sequential(nn.Linear(64, 96, bias=False)).bfloat16(), torch.randn(10, 64).bfloat16()
+    converted = copy.deepcopy(layer)
+    if name == "MXFP8":
+        quantize_(converted, MXDynamicActivationMXWeightConfig(kernel_preference=KernelPreference.EMULATED))
+    else:
+        float8.convert_to_float8_training(converted, config=float8.Float8LinearConfig(emulate=True))
+    (audited,) = [each for each in torchao_formats() if each.name == name]
+    with torch.no_grad():
+        expected = converted(x)
+        with hf_amp.emulate(torch.bfloat16, autocast=False), RoundedOperands(audited.rounded):
+            found = layer(x)
+        assert not torch.equal(layer(x), expected)
+    assert torch.equal(found, expected)
+
+
+def test_nvfp4_is_its_definition() -> None:
+    """Blocks of 16 values of E2M1, times a scale of E4M3, times one for the tensor; a tensor of zeros stays one."""
+    (nvfp4,) = [each for each in torchao_formats() if each.name == "NVFP4"]
+    x = torch.randn(8, 64) * torch.logspace(-0.5, 0.5, 8).unsqueeze(1)
+    whole = x.abs().max() / (448 * 6)
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    blocks = x.reshape(-1, 16)
+    scales = (blocks.abs().amax(1, keepdim=True) / 6 / whole).to(torch.float8_e4m3fn).float() * whole
+    nearest = grid[((blocks / scales).abs().unsqueeze(-1) - grid).abs().argmin(-1)]
+    expected = (nearest * blocks.sign() * scales).reshape(x.shape)
+    torch.testing.assert_close(nvfp4.rounded(x), expected, rtol=1e-5, atol=0)
+    assert torch.equal(nvfp4.rounded(torch.zeros(2, 16)), torch.zeros(2, 16))
 
 
 def test_detach_restores_what_was_there() -> None:
@@ -160,6 +301,20 @@ def test_detach_restores_what_was_there() -> None:
         assert [build(owner) for owner in owners] != before
         train(accelerator, model, optimizer, {2: "input"})
     assert [build(owner) for owner in owners] == before
+
+
+def test_a_trainer_leaves_modules_out_of_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The callback is there before the Trainer prepares its model."""
+    from transformers import Trainer, TrainingArguments
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    rows = [{"x": torch.full((16,), 0.1 * i), "labels": torch.zeros(16)} for i in range(16)]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+    callback = MixedPrecisionCallback(fp32_modules=["middle"])
+    trainer = Trainer(Model(), arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    assert type(trainer.model.middle) is nn.Linear
+    assert dict(callback.session.plan.modules) == {"middle": hf_amp.PrecisionMode.FP32}
 
 
 def test_a_trainer_that_accelerate_runs_in_fp8_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

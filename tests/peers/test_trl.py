@@ -112,11 +112,13 @@ def distinct_letters(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(completion))) for completion in completions]
 
 
-def grpo(folder: Path, precision: str, callbacks: list[Any], reward: Any = distinct_letters) -> Trainer:
+def grpo(
+    folder: Path, precision: str, callbacks: list[Any], reward: Any = distinct_letters, overflows: bool = False
+) -> Trainer:
     """Generates before every second step, and takes each batch twice."""
     options = {"num_generations": 4, "max_completion_length": 8, "steps_per_generation": 1, "num_iterations": 2}
     return trl.GRPOTrainer(
-        llama(),
+        llama(overflows),
         reward,
         arguments(trl.GRPOConfig, folder, precision, **options),
         train_dataset=rows("prompt"),
@@ -210,6 +212,18 @@ def test_grpo_generates_under_the_plan(tmp_path: Path) -> None:
     assert callback.session.metrics()["applied_steps"] == STEPS - 1
     callback.session.detach()
     assert hooks_on(trainer.model) == hooks_on(stock.model)
+
+
+def test_grpo_of_a_model_that_overflows_from_the_start_generates_again(tmp_path: Path) -> None:
+    """Sampling raises on NaN before the first step, which ends stock's run: the modules are named, and the text is made in FP32."""
+    callback = MixedPrecisionCallback()
+    trainer = trained(grpo, tmp_path, "fp16", [callback], overflows=True)
+    (raised,) = reported(callback, EventKind.FORWARD_RAISED)
+    assert raised.cause is Cause.ACTIVATION
+    assert set(OVERFLOWING) <= set(raised.modules)
+    assert callback.session.metrics()["applied_steps"] == trainer.state.global_step == STEPS
+    callback.session.detach()
+    assert "generate" not in vars(trainer.model)
 
 
 def test_equal_rewards_are_named_where_nothing_is_learned(tmp_path: Path) -> None:

@@ -1,0 +1,531 @@
+"""A step as it can be compared: digests of what goes through every module, forward and backward, and the file that holds them.
+
+A digest of a tensor is its shape and dtype, eight moments, a sketch (256 sums of elements with fixed random signs, whose
+distance estimates that of the tensors, Charikar, Chen and Farach-Colton 2002) and a sample of elements. A capture file is one
+safetensors file: digests, the batch, the states of random generators, and, as JSON in its header, names, versions and what
+rounding was measured to do. No code is run from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_amp.device import RandomState, devices_of
+from hf_amp.errors import StateError, in_one_line
+from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
+from hf_amp.fallback.recorder import RecordedForward
+from hf_amp.fallback.replay import float_tensors, hooks_silent, inputs_to_repeat, nothing_changes, starts_of
+from hf_amp.fallback.replay import non_finite_tensors as bad_tensors
+from hf_amp.patch_log import takes_hooks
+from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, PrecisionMode
+from hf_amp.statistics import is_sharded
+from hf_amp.tree import map_tensors, tensors_in
+
+BUCKETS = 256
+"""Of a sketch: its estimate of a squared distance is off by a factor of 1 ± sqrt(2 / BUCKETS)."""
+PERIOD = 65_537
+"""Signs of a sketch repeat after so many elements; a prime, so that rows of a power of two meet other signs."""
+SAMPLE = 1024
+MOST_BYTES = 2**26
+"""Of a capture file, but for the batch; samples get smaller where there are more tensors."""
+FILE_VERSION = 1
+_MOMENTS = 8
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@functools.lru_cache(maxsize=8)
+def _signs(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(0, 2, (PERIOD,), generator=generator, dtype=torch.int8) * 2 - 1).to(device)
+
+
+class Digest(NamedTuple):
+    """What is kept of a tensor.
+
+    `figures`, shape [8 + BUCKETS], float64: how many elements are NaN, inf, and -inf or the least of the dtype (a mask); of the
+    others sum, sum of squares, sum of cubes, least, largest; the sketch. `sample`, float32: at most `SAMPLE` at equal distances.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    figures: Tensor
+    sample: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, size: int = SAMPLE) -> Digest:
+        """On the tensor's device; no GPU-CPU sync."""
+        x = tensor.detach().flatten()
+        x = torch.view_as_real(x).flatten() if x.is_complex() else x
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            floats = x.is_floating_point()
+            masked = (x <= torch.finfo(x.dtype).min) if floats else torch.zeros_like(x, dtype=torch.bool)
+            y = x.to(wide)
+            odd = torch.stack([y.isnan().sum(), y.isposinf().sum(), masked.sum()]).to(wide)
+            y = y.where(y.isfinite() & ~masked, 0.0) if floats else y
+            ends = torch.stack([y.min(), y.max()]) if y.numel() else y.new_zeros(2)
+            squares = y * y
+            sums = torch.stack([y.sum(), squares.sum(), (squares * y).sum()])
+            signs = _signs(x.device).repeat(-(-y.numel() // PERIOD))[: y.numel()]
+            signed = nn.functional.pad(y * signs, (0, -y.numel() % BUCKETS))
+            figures = torch.cat([odd, sums, ends, signed.view(-1, BUCKETS).sum(0)])
+            at = torch.arange(min(size, y.numel()), device=x.device) * y.numel() // max(1, min(size, y.numel()))
+            return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), figures, x[at].float())
+
+    def to_host(self) -> Digest:
+        """The same on the CPU, in float64."""
+        return self._replace(figures=self.figures.cpu().double(), sample=self.sample.cpu())
+
+    def times(self, factor: float) -> Digest:
+        """Of the tensor times `factor`, which is above 0."""
+        powers = self.figures.new_tensor([0, 0, 0, 1, 2, 3, 1, 1] + [1] * BUCKETS)
+        return self._replace(figures=self.figures * factor**powers, sample=self.sample * factor)
+
+    @property
+    def norm(self) -> float:
+        """The 2-norm of the finite elements."""
+        return math.sqrt(float(self.figures[4]))
+
+    def distance(self, other: Digest) -> float:
+        """Estimate of the 2-norm of the difference; exactly 0 where the tensors are equal."""
+        return float(torch.linalg.vector_norm(self.figures[_MOMENTS:] - other.figures[_MOMENTS:]))
+
+
+class Spacing(NamedTuple):
+    """What rounding to a format does: the spacing of its numbers at one, and of the smallest ones."""
+
+    eps: float
+    least: float
+
+
+class Key(NamedTuple):
+    """Where a tensor is: a module's name ("" is the model), which of its calls (-1: none), what it is to it, and inside of what.
+
+    `what`: "input", "output", "output gradient", "input gradient" (this module's part of it), "parameter gradient",
+    "parameter" or "buffer".
+    """
+
+    module: str
+    call: int
+    what: str
+    path: str
+
+
+@dataclass
+class Trace:
+    """One step of one model.
+
+    Attributes:
+        digests: of every tensor, in the order in which they were made.
+        callers: (module, call) → the module whose forward called it.
+        calls: (module, call, shapes returned), in the order in which they returned.
+        attributes: module → its public attributes that are numbers, flags or text, and its class.
+        values: the tensors themselves, where they were asked for.
+        deviations: the 2-norm by which rounding was measured to move each tensor; empty where it was not.
+        facts: versions, precision, loss and the like, as plain data.
+        raised: module and exception that ended the step; None where none did.
+    """
+
+    digests: dict[Key, Digest] = field(default_factory=dict)
+    callers: dict[tuple[str, int], str] = field(default_factory=dict)
+    calls: list[tuple[str, int, tuple[tuple[int, ...], ...]]] = field(default_factory=list)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    values: dict[Key, Tensor] = field(default_factory=dict)
+    deviations: dict[Key, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    raised: tuple[str, str] | None = None
+
+    def measure(self, perturbed: Trace, noise: Spacing) -> None:
+        """Sets `deviations`: how far `perturbed`, the same step with noise, is from this one, and a rounding more."""
+        for key, digest in self.digests.items():
+            other = perturbed.digests.get(key)
+            moved = digest.distance(other) if other and other.shape == digest.shape else 0.0
+            least = noise.least * math.sqrt(math.prod(digest.shape))
+            self.deviations[key] = moved + noise.eps * digest.norm + least
+
+
+class _Watched(torch.autograd.Function):
+    """Passes on a tensor, or another in its place, and in backward what `note` makes of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, instead: Tensor | None, note: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.note = note
+        return (x if instead is None else instead).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return ctx.note(gradients[0]), None, None
+
+
+class _Call(NamedTuple):
+    module: str
+    number: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Tracer:
+    """Hooks on all modules of a model that is run once, which fill a `Trace`.
+
+    Args:
+        current: the precision; where an output leaves its range from inputs that do not, the step goes on with FP32's.
+        forced: what every module takes, returns, and gets as gradients, in place of its own, by key, so that each is seen by
+            itself; None for a free run.
+        noise: size of random changes to what modules return, and, where it is forced, to what they take.
+        keeps: whether the tensors themselves are kept.
+        size: of samples.
+    """
+
+    def __init__(
+        self,
+        current: CurrentPrecision,
+        forced: Callable[[Key], Tensor | None] | None = None,
+        noise: Spacing | None = None,
+        keeps: bool = False,
+        size: int = SAMPLE,
+    ) -> None:
+        self.trace = Trace()
+        self._current, self._forced, self._noise, self._keeps, self._size = current, forced, noise, keeps, size
+        self._stack: list[_Call] = []
+        self._numbers: Counter[str] = Counter()
+        self._paused = False
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def note(self, key: Key, x: Tensor) -> None:
+        """Adds the digest of `x`."""
+        if not (x.is_sparse or x.is_meta or is_sharded(x)):
+            self.trace.digests[key] = Digest.of(x, self._size)
+            if self._keeps:
+                self.trace.values[key] = x.detach().clone()
+
+    def before(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """A forward pre-hook."""
+        if self._paused:
+            return None
+        number = self._numbers[name]
+        self._numbers[name] += 1
+        self.trace.callers[name, number] = self._stack[-1].module if self._stack else ""
+        given = self._watched(name, number, "input", (arguments, options))
+        self._stack.append(_Call(name, number, *given))
+        return given
+
+    def after(self, module: nn.Module, arguments: Any, options: Any, output: Any) -> Any:
+        """A forward hook."""
+        if self._paused:
+            return None
+        call, exact = self._stack.pop(), None
+        shapes = tuple(tuple(x.shape) for _, x in tensors_in(output) if x.is_floating_point())
+        self.trace.calls.append((call.module, call.number, shapes))
+        half = self._current.mode.number_format is not FP32_FORMAT and not self._current.is_over
+        if half and self._forced is None and call.module and bad_tensors(output):
+            exact = self._in_fp32(module, call)
+            for path, x in tensors_in(output) if exact is not None else ():
+                self.note(Key(call.module, call.number, "output", path), x)
+        return self._watched(call.module, call.number, "output", output if exact is None else exact, exact is None)
+
+    def _in_fp32(self, module: nn.Module, call: _Call) -> Any:
+        """What the module returns in FP32 where that is finite."""
+        self._paused = True
+        try:
+            with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
+                exact = module(*to_float32(call.arguments), **to_float32(call.options))
+        finally:
+            self._paused = False
+        return None if bad_tensors(exact) else exact
+
+    def _watched(self, name: str, number: int, what: str, value: Any, notes: bool = True) -> Any:
+        paths = {id(x): path for path, x in reversed(list(tensors_in(value)))}
+        done: dict[int, Tensor] = {}  # what is one object stays one
+
+        def watch(x: Tensor) -> Tensor:
+            if id(x) not in done:
+                done[id(x)] = self._watch(Key(name, number, what, paths.get(id(x), "")), x, notes)
+            return done[id(x)]
+
+        return map_tensors(watch, value)
+
+    def _watch(self, key: Key, x: Tensor, notes: bool) -> Tensor:
+        if notes:
+            self.note(key, x)
+        elif self._keeps:
+            self.trace.values[key] = x.detach().clone()
+        instead = self._instead(key, x)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x if instead is None else instead.clone()
+        of_gradient = key._replace(what=f"{key.what} gradient")
+
+        def note(gradient: Tensor) -> Tensor:
+            self.note(of_gradient, gradient)
+            other = self._instead(of_gradient, gradient)
+            return gradient if other is None else other
+
+        return cast(Tensor, _Watched.apply(x, instead, note))  # type: ignore[no-untyped-call]
+
+    def _instead(self, key: Key, x: Tensor) -> Tensor | None:
+        """What goes on in place of `x`, of its dtype unless that lacks the range; None for itself."""
+        value = self._forced(key) if self._forced else None
+        value = None if value is None or value.shape != x.shape else value.to(x.device)
+        if value is not None and x.dtype in HALF_DTYPES and value.is_floating_point() and value.dtype != x.dtype:
+            masked, narrow = value <= torch.finfo(value.dtype).min, value.to(x.dtype)
+            beyond = bool((value.isfinite() & ~narrow.isfinite() & ~masked).any())
+            value = value if beyond else torch.where(masked, x, narrow)
+        elif value is not None:
+            value = value.to(x.dtype)
+        if self._noise and x.is_floating_point() and (self._forced is not None or key.what.startswith("output")):
+            value = self._noisy(x.detach() if value is None else value, self._noise)
+        return value
+
+    def _noisy(self, x: Tensor, noise: Spacing) -> Tensor:
+        if x.device not in self._generators:
+            self._generators[x.device] = torch.Generator(x.device).manual_seed(1)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.double() if x.dtype == torch.float64 else x.float()
+            signs = (
+                torch.rand(x.shape, generator=self._generators[x.device], device=x.device).lt(0.5).to(wide.dtype) * 2
+                - 1
+            )
+            moved = (wide + signs * (noise.eps * wide + noise.least)).to(x.dtype)
+            return torch.where(x.abs() < torch.finfo(x.dtype).max / 2, moved, x)
+
+    def watching(self, model: nn.Module, root: nn.Module) -> Iterator[Any]:
+        """Handles of hooks on all modules but those inside of compiled ones, whose code would not call them."""
+        compiled = [n for n, m in model.named_modules() if m is not root and m._compiled_call_impl is not None]
+        hidden = [*compiled, *([""] if root is not model or root._compiled_call_impl is not None else [])]
+        for name, module in [("", root), *[each for each in model.named_modules() if each[0]]]:
+            if name and any(name == each or name.startswith(f"{each}." if each else "") for each in hidden):
+                continue
+            if takes_hooks(module) and not (name == "" and root._compiled_call_impl is not None):
+                yield module.register_forward_pre_hook(functools.partial(self.before, name), with_kwargs=True)
+                yield module.register_forward_hook(self.after, with_kwargs=True)
+
+    @property
+    def running(self) -> str:
+        """The innermost module that has not returned."""
+        return self._stack[-1].module if self._stack else ""
+
+
+def trace_step(
+    forward: RecordedForward, tracer: Tracer, scale: float = 1.0, called: nn.Module | None = None, eager: bool = True
+) -> Trace:
+    """Runs one forward and backward of `forward.model` on its batch under the hooks of `tracer`; nothing of the model changes.
+
+    Backward begins from what the recorded step's loss gave to the outputs; else from the loss that the model returns; else from
+    the same random numbers at every output. Gradients are not written into `.grad`. Memory: a copy of what goes through each
+    module until backward has run.
+
+    Args:
+        scale: what the loss is multiplied by; digests are of the scaled gradients.
+        called: what is called in the model's place, such as the compiled module around it.
+        eager: whether compiled code is run by Python, so that its modules can be watched.
+
+    Raises:
+        RuntimeError: parameters are sharded, or the batch was written into since.
+    """
+    model, root = forward.model, forward.model if called is None else called
+    trace, parameters = tracer.trace, {n: p for n, p in forward.model.named_parameters() if p.requires_grad}
+    trace.attributes = {name: _attributes(module) for name, module in model.named_modules()}
+    for what, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, x in tensors:
+            tracer.note(_key_of(name, what), x)
+    with ExitStack() as stack:
+        stack.enter_context(nothing_changes(model, gradients=True))
+        stack.enter_context(hooks_silent(list(parameters.values())))
+        if not eager:
+            stack.enter_context(torch.compiler.set_stance("default"))
+        for module in model.modules():
+            if vars(module).get("gradient_checkpointing") is True:
+                module.gradient_checkpointing = False  # type: ignore[assignment]  # it would run modules once more
+        for handle in tracer.watching(model, model if eager else root):
+            stack.callback(handle.remove)
+        try:
+            arguments, options = inputs_to_repeat(forward)
+            if forward.random_state is not None:
+                forward.random_state.restore()
+            with tracer._current():
+                output = (model if eager else root)(*arguments, **options)
+            if pairs := _starts(output, forward, scale):
+                ends, seeds = zip(*pairs, strict=True)
+                found = torch.autograd.grad(ends, list(parameters.values()), seeds, allow_unused=True)
+                for (name, _), gradient in reversed(list(zip(parameters.items(), found, strict=True))):
+                    if gradient is not None:
+                        tracer.note(_key_of(name, "parameter gradient"), gradient)
+        except Exception as error:  # whatever the model raises on this batch
+            trace.raised = (tracer.running, in_one_line(error))
+            output = None
+    numbers = [x.detach() for _, x in float_tensors(output) if x.dim() == 0]
+    trace.digests = {key: digest.to_host() for key, digest in trace.digests.items()}
+    trace.facts |= {"loss": float(numbers[0]) if numbers else None, "scale": scale, **_facts(model, tracer._current)}
+    return trace
+
+
+def _starts(output: Any, forward: RecordedForward, scale: float) -> list[tuple[Tensor, Tensor]]:
+    if forward.output_gradients:
+        return starts_of(output, forward, scale, 1.0)[0]
+    outputs = [x for _, x in float_tensors(output) if x.requires_grad]
+    if numbers := [x for x in outputs if x.dim() == 0]:
+        return [(numbers[0], torch.full_like(numbers[0], scale))]
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    return [(x, (draw(x.shape) * (scale / math.sqrt(max(1, x.numel())))).to(x)) for x in outputs]
+
+
+def _key_of(parameter: str, what: str) -> Key:
+    module, _, name = parameter.rpartition(".")
+    return Key(module, -1, what, name)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    plain = {name: value for name, value in own.items() if isinstance(value, (bool, int, float, str))}
+    return {"class": type(module).__name__, **plain}
+
+
+def _facts(model: nn.Module, current: CurrentPrecision) -> dict[str, Any]:
+    known = {name: sys.modules.get(name) for name in ("hf_amp", "torch", "transformers", "accelerate")}
+    versions = {name: str(cast(Any, module).__version__) for name, module in known.items() if module}
+    narrow = any(p.dtype in HALF_DTYPES for p in model.parameters())
+    return {
+        "model": type(model).__name__,
+        "precision": "as it is" if current.is_over and narrow else current.mode.value,
+        "emulated": current.entry.emulate and not current.is_over,
+        "device": ", ".join(sorted(map(str, devices_of(model)))),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def spacing_of(current: CurrentPrecision, model: nn.Module) -> Spacing:
+    """That of the coarsest format that a run computes in; TF32's (NVIDIA: 10 bits) where products run in it."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1}
+    if not current.is_over:
+        dtypes.add(current.mode.number_format.dtype)
+    formats = [Spacing(f.eps, f.smallest_normal * f.eps) for f in map(torch.finfo, dtypes or {torch.float32})]
+    if any(device.type == "cuda" for device in devices_of(model)) and torch.backends.cuda.matmul.allow_tf32:
+        formats.append(Spacing(2.0**-10, 0.0))
+    return max(formats)
+
+
+def scale_for(forward: RecordedForward, current: CurrentPrecision) -> float:
+    """1 but in FP16: there the power of two that brings FP32's largest gradient to within 2 bits of the range."""
+    if current.is_over or current.mode.number_format is not FP16_FORMAT:
+        return 1.0
+    exact = trace_step(forward, Tracer(CurrentPrecision(current.entry, PrecisionMode.FP32), size=1))
+    gradients = [d for key, d in exact.digests.items() if key.what.endswith("gradient")]
+    largest = max((float(d.figures[6:8].abs().max()) for d in gradients), default=0.0)
+    return 2.0 ** max(-24, min(24, math.floor(math.log2(FP16_FORMAT.largest / largest)) - 2)) if largest else 1.0
+
+
+def captured(forward: RecordedForward, current: CurrentPrecision, scale: float | None = None) -> Trace:
+    """A trace of the step in a free run, with what rounding was measured to do: two steps, one of them perturbed.
+
+    After TTrace (arXiv 2506.09280): noise of the format's spacing at what every module returns, and its gradient, goes through
+    the rest of the step and shows by how much rounding moves what comes after. Costs a third step in FP16 without `scale`.
+    """
+    noise = spacing_of(current, forward.model)
+    scale = scale_for(forward, current) if scale is None else scale
+    trace = trace_step(forward, Tracer(current), scale)
+    if trace.raised is None:
+        trace.measure(trace_step(forward, Tracer(current, noise=noise), scale), noise)
+    return trace
+
+
+def save_capture(trace: Trace, forward: RecordedForward, path: str | Path, **facts: Any) -> Path:
+    """Writes `trace`, and the batch of `forward` with its random state, into one safetensors file; returns where.
+
+    Takes at most `MOST_BYTES` and the batch. Plain arguments that are no tensors are kept where JSON can hold them.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    room = MOST_BYTES // (4 * max(1, len(trace.digests))) - 2 * (_MOMENTS + BUCKETS)
+    samples = [digest.sample[: max(1, room)] for digest in trace.digests.values()]
+    batch = {**{str(i): x for i, x in enumerate(forward.arguments)}, **forward.options}
+    plain = {name: x if isinstance(x, _PLAIN) else f"<{type(x).__name__}>" for name, x in batch.items()}
+    held = {f"batch {name}": x for name, x in batch.items() if isinstance(x, Tensor)}
+    held |= {f"start {name}": g.float() for name, g in forward.output_gradients.items() if g is not None}
+    if (state := forward.random_state) is not None:
+        held |= {"random cpu": state.cpu, **{f"random {device}": x for device, x in state.others.items()}}
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in held.items()}
+    tensors["figures"] = torch.stack([digest.figures for digest in trace.digests.values()])
+    tensors["samples"] = torch.cat(samples)
+    rows = [
+        (*key, list(d.shape), d.dtype, len(s), trace.deviations.get(key, 0.0))
+        for (key, d), s in zip(trace.digests.items(), samples, strict=True)
+    ]
+    header = {
+        "version": FILE_VERSION,
+        "tensors": rows,
+        "callers": [[*call, caller] for call, caller in trace.callers.items()],
+        "calls": trace.calls,
+        "attributes": trace.attributes,
+        "arguments": {name: x for name, x in plain.items() if f"batch {name}" not in held},
+        "raised": trace.raised,
+        "facts": {**trace.facts, **facts},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, {"hf_amp capture": json.dumps(header)})
+    return path
+
+
+def load_capture(path: str | Path) -> tuple[Trace, Callable[[nn.Module], RecordedForward]]:
+    """The trace in a capture file, and what makes the captured step of a model, on the model's device.
+
+    Raises:
+        StateError: it is no capture file, or damaged. The second raises it where the batch holds what JSON and tensors do not.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["hf_amp capture"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        if header["version"] != FILE_VERSION:
+            raise ValueError(f"it is of version {header['version']}, and this hf_amp reads {FILE_VERSION}")
+        trace = Trace(facts=dict(header["facts"]), raised=tuple(header["raised"]) if header["raised"] else None)
+        samples = tensors["samples"].split([row[6] for row in header["tensors"]])
+        for row, figures, sample in zip(header["tensors"], tensors["figures"], samples, strict=True):
+            key = Key(str(row[0]), int(row[1]), str(row[2]), str(row[3]))
+            trace.digests[key] = Digest(tuple(row[4]), str(row[5]), figures, sample)
+            trace.deviations[key] = float(row[7])
+            if figures.shape != (_MOMENTS + BUCKETS,):
+                raise ValueError(f"figures of shape {tuple(figures.shape)}")
+        trace.callers = {(str(name), int(call)): str(caller) for name, call, caller in header["callers"]}
+        trace.calls = [(str(n), int(c), tuple(tuple(s) for s in shapes)) for n, c, shapes in header["calls"]]
+        trace.attributes = {str(name): dict(its) for name, its in header["attributes"].items()}
+    except Exception as error:  # safetensors, JSON and the system raise of many kinds
+        raise StateError(
+            f"{path}: is no capture, or damaged ({in_one_line(error)}); make one with `hf-amp capture` or session.capture."
+        ) from error
+    return trace, functools.partial(_forward_of, str(path), tensors, dict(header["arguments"]))
+
+
+def _forward_of(
+    path: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], model: nn.Module
+) -> RecordedForward:
+    if bad := [name for name, value in plain.items() if isinstance(value, str) and value.startswith("<")]:
+        raise StateError(
+            f"{path}: its batch holds {', '.join(bad)}, which a file without code cannot; compare it with another capture."
+        )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def named(kind: str) -> dict[str, Tensor]:
+        return {name.removeprefix(kind): x for name, x in tensors.items() if name.startswith(kind)}
+
+    batch = {**plain, **{name: x.to(device) for name, x in named("batch ").items()}}
+    arguments = tuple(batch.pop(name) for name in sorted((n for n in batch if n.isdecimal()), key=int))
+    starts, states = {name: x.to(device) for name, x in named("start ").items()}, named("random ")
+    others = {torch.device(at): x for at, x in states.items() if at != "cpu" and torch.device(at).type == device.type}
+    state = RandomState(states["cpu"], others, None, None) if "cpu" in states else None
+    return RecordedForward(model, arguments, batch, state, None, starts)

@@ -1,0 +1,573 @@
+"""`choose_precision`: which modules of a model need a wider format, by measurement instead of by rule of thumb.
+
+Each format runs on a CPU as on a device with units for it, and its error is what it changes of the model's log-probabilities, or
+of its loss, against FP32. Then each module computes in the format alone, the rest in FP32: squared errors of modules are about
+independent, so what a module adds by itself is what it would save in FP32, without the noise of all others. Modules go to FP32 in
+the order of that gain for each of their products, each step is measured, until the bound holds; then what turns out to be
+needless goes back. Forward passes alone are looked at: what a loss scale needs says `hf-amp preflight`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_amp.config import is_real
+from hf_amp.emulation import EmulatedPrecision
+from hf_amp.errors import ConfigError, in_one_line
+from hf_amp.fallback.inference import half_copy
+from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
+from hf_amp.fallback.plan import PrecisionPlan
+from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP32_FORMAT, NumberFormat, PrecisionMode
+
+DEFAULT_SHARE = 0.2
+"""Of the error of the format: the bound where none is given."""
+
+
+# ---- formats -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AuditedFormat:
+    """A format as a run would use it.
+
+    Attributes:
+        around: what autocast casts to; FP32 for none.
+        rounded: what operands of matrix products are rounded to besides, along their last dimension; None for nothing else.
+        block: None where every product is; else it is `nn.Linear` alone, with inner and outer dimension multiples of this, which
+            is what torchao converts.
+    """
+
+    name: str
+    around: NumberFormat
+    rounded: Callable[[Tensor], Tensor] | None = None
+    block: int | None = None
+
+    def converts(self, module: nn.Module) -> bool:
+        """Whether `module` is one of the layers that are converted, where not all are."""
+        sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
+        return bool(self.block and sizes) and all(size % cast(int, self.block) == 0 for size in sizes)
+
+
+def _rounded_to_tf32(x: Tensor) -> Tensor:
+    """FP32 with 10 bits of mantissa, to nearest, ties away from zero. Source: CUDA's `cvt.rna.tf32.f32`."""
+    bits = x.contiguous().view(torch.int32) + (1 << 12)
+    return (bits & -(1 << 13)).view(torch.float32).where(x.isfinite(), x)
+
+
+def torchao_formats() -> list[AuditedFormat]:
+    """FP8 with a scale for each tensor, MXFP8 and NVFP4, by torchao's own casts; operands of `nn.Linear`, in a BF16 run.
+
+    Sources: `torchao.float8` (dynamic, tensorwise, E4M3: the recipe that accelerate runs), `torchao.prototype.mx_formats`
+    (blocks of 32 and 16 along the dimension that is summed over; powers of two rounded up for MXFP8, a second scale for each tensor
+    for NVFP4), as its inference configurations have it.
+
+    Raises:
+        ConfigError: torchao is not installed.
+    """
+    if find_spec("torchao") is None:
+        raise ConfigError(f"{', '.join(SCALED_FORMATS)} are emulated by torchao: pip install torchao.")
+    from torchao.float8.float8_linear import hp_tensor_to_float8_dynamic
+    from torchao.float8.float8_training_tensor import LinearMMConfig
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+
+    def nvfp4(x: Any) -> Any:  # without a scale of zero for a tensor of zeros
+        return NVFP4Tensor.to_nvfp4(
+            x.contiguous(), 16, per_tensor_amax_to_scale(x.abs().amax().clamp(2**-100))
+        ).dequantize()
+
+    fp8, recipe = torch.float8_e4m3fn, LinearMMConfig()
+    casts: list[tuple[int, Callable[[Any], Any]]] = [
+        (16, lambda x: hp_tensor_to_float8_dynamic(x, fp8, recipe).to_original_precision()),
+        (32, lambda x: MXTensor.to_mx(x.contiguous(), fp8, 32, ScaleCalculationMode.RCEIL).dequantize(x.dtype)),
+        (16, nvfp4),
+    ]
+    return [AuditedFormat(n, BF16_FORMAT, to, block) for n, (block, to) in zip(SCALED_FORMATS, casts, strict=True)]
+
+
+SCALED_FORMATS = ("scaled FP8", "MXFP8", "NVFP4")
+_TF32 = AuditedFormat("TF32", FP32_FORMAT, _rounded_to_tf32)
+_PLAIN = {each.name: AuditedFormat(each.name, each) for each in EMULATED_FORMATS}
+
+
+class RoundedOperands(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it, matrix products of this thread have operands that are rounded by a function; the innermost one acts.
+
+    Args:
+        rounded: rounds along the last dimension; None for no rounding.
+    """
+
+    _of_thread: ClassVar[threading.local] = threading.local()
+    _OPERANDS: ClassVar[dict[str, tuple[int, ...]]] = {
+        "aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2), "aten::baddbmm": (1, 2), "aten::convolution": (0, 1),
+        "aten::_scaled_dot_product_flash_attention_for_cpu": (0, 1, 2),
+    }  # fmt: skip
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rounded = rounded
+
+    def __enter__(self) -> Any:
+        self._outer = self._of_thread.__dict__.get("innermost")
+        self._of_thread.innermost = self
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        self._of_thread.innermost = self._outer
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0]
+        operands = self._OPERANDS.get(name, ())
+        if self._rounded is None or self._of_thread.innermost is not self or not operands:
+            return func(*args, **(kwargs or {}))
+        given = list(args)
+        for place in operands:
+            second_of_a_product = place == operands[1] and name.endswith("mm")  # summed over along its rows
+            x = given[place].mT if second_of_a_product else given[place]
+            given[place] = self._rounded(x).mT if second_of_a_product else self._rounded(x)
+        return func(*given, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class _AuditEntry(PrecisionEntry):
+    """MIXED stands for the format, BF16 for what is around it, FP32 for FP32, each by emulation."""
+
+    device_type: str = "cpu"
+    emulate: bool = True
+    audited: AuditedFormat = _TF32
+    inference: bool = False
+
+    def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
+        rounded = self.audited.rounded if precision is PrecisionMode.MIXED else None
+        rounding = nullcontext() if self.audited.rounded is None else RoundedOperands(rounded)
+        if precision is PrecisionMode.FP32:
+            return _nested(EmulatedPrecision(FP32_FORMAT), rounding)
+        around = EmulatedPrecision(self.audited.around, autocast=not self.inference, casts_mixed=self.inference)
+        return _nested(around, rounding)
+
+
+@contextmanager
+def _nested(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+# ---- results -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrecisionError:
+    """What a format changes, against FP32: of log-probabilities in nats, or of losses.
+
+    Attributes:
+        rms: root mean square over the tokens (or rows); inf where something is not finite.
+        largest: the largest magnitude.
+    """
+
+    rms: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """One module computing in the format, all others in FP32.
+
+    Attributes:
+        products: its share of the model's multiply-accumulates, with those inside of it.
+        rms: the error that it makes alone.
+    """
+
+    module: str
+    products: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """After one more module is in FP32.
+
+    Attributes:
+        module: which; "" for the start, where none is, and for the end, where needless ones are back in the format.
+        half_products: share of multiply-accumulates that are not in FP32; of a format of torchao's, some are in BF16.
+        rms: the error.
+        largest: its largest magnitude.
+    """
+
+    module: str
+    half_products: float
+    rms: float
+    largest: float
+
+
+@dataclass
+class PrecisionTable:
+    """What was measured.
+
+    Attributes:
+        metric: "logprob" or "loss".
+        tokens: how many log-probabilities, or losses, the errors are over.
+        inference: whether half-precision copies were asked for, without autocast.
+        max_error: the bound on the root mean square.
+        formats: name of a format → its error where the whole model is in it.
+        missing: which formats cannot be emulated here, and why; "" where all can.
+        number_format: the format of the plan; "FP32" where none met the bound.
+        modules: in the order of their gain for each product.
+        curve: from no module in FP32 to the plan.
+        settings: tool → its settings for this plan.
+    """
+
+    metric: str
+    tokens: int
+    inference: bool
+    max_error: float
+    formats: dict[str, PrecisionError] = field(default_factory=dict)
+    missing: str = ""
+    number_format: str = "FP32"
+    modules: list[ModuleError] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> CurvePoint:
+        """The plan's own point."""
+        return self.curve[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON; None for what is not finite."""
+        return asdict(self, dict_factory=lambda items: {k: None if v in (math.inf, math.nan) else v for k, v in items})
+
+
+class _Search(NamedTuple):
+    """What one format needs."""
+
+    audited: AuditedFormat
+    modules: list[ModuleError]
+    curve: list[CurvePoint]
+    wide: list[str]
+    met: bool
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+def choose_precision(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    metric: Literal["logprob", "loss"] = "logprob",
+    max_error: float | None = None,
+    number_format: str | None = None,
+    inference: bool = False,
+) -> tuple[PrecisionPlan, PrecisionTable]:
+    """The smallest set of modules in FP32 with which a half-precision run of `model` meets a bound on its error.
+
+    Runs on the CPU on a copy in FP32, in about two forward passes a module; `model` stays as it is. GPU-CPU syncs: many.
+
+    Args:
+        model: any module whose output has `logits`, or `loss` for that metric; on any device, of any floating-point dtype.
+        batch: its arguments by name, as real as can be; shapes as the model takes them.
+        metric: "logprob" for the log-probability of each token that follows (of `labels` but -100, where the model is no
+            causal one; of all classes where there are none), which is what trainer and rollout of RL differ by; "loss" for the
+            loss of each row.
+        max_error: the largest root mean square error allowed; None for a fifth of that of `number_format`, or BF16.
+        number_format: "FP16", "BF16", "FP8 E4M3", "FP8 E5M2", "scaled FP8", "MXFP8" or "NVFP4"; None for FP16 or BF16, whichever
+            leaves fewer products in FP32.
+        inference: half-precision copies of the parameters without autocast, as vLLM runs them, in place of autocast over FP32
+            ones, as training does. FP8 without a scale is left out there.
+
+    Returns:
+        The plan, for `MixedPrecisionConfig(plan=...)`, and what was measured. FP32 alone where no format meets the bound. Of a
+        format narrower than half, the plan says what is around it, BF16, and `fp32_modules` what is left out of it.
+
+    Raises:
+        ConfigError: an argument is wrong, the model cannot be run, gives nothing of that metric, or is not finite in FP32;
+            torchao is missing.
+    """
+    _check_arguments(metric, max_error, number_format)
+    with torch.no_grad():
+        audit = _Audit(model, batch, metric, inference)
+        table = PrecisionTable(metric, audit.exact.numel(), inference, math.nan)
+        formats = _formats(table, needs_torchao=number_format in SCALED_FORMATS, inference=inference)
+        if number_format not in (None, *formats):
+            raise ConfigError(
+                f"number_format={number_format!r} with inference=True: use FP16 or BF16, or leave one out."
+            )
+        table.formats = {"FP32": PrecisionError(0.0, 0.0)}
+        table.formats |= {each.name: audit.of_format(each).error(()) for each in formats.values()}
+        candidates = [formats[name] for name in ([number_format] if number_format else ["FP16", "BF16"])]
+        finite = [rms for name in (candidates[-1].name, "BF16") if math.isfinite(rms := table.formats[name].rms)]
+        table.max_error = max_error if max_error is not None else DEFAULT_SHARE * (finite or [0.0])[0]
+        found = _best_search(audit, candidates, table)
+        table.modules, table.curve = found.modules, found.curve
+        if not found.met:
+            return PrecisionPlan(PrecisionMode.FP32), table
+        table.number_format = found.audited.name
+        table.settings = _settings(audit.model, found, inference)
+    mode = PrecisionMode.MIXED if found.audited.name == "FP16" else PrecisionMode.BF16
+    wide = MappingProxyType(dict.fromkeys(found.wide, PrecisionMode.FP32))
+    return PrecisionPlan(mode, wide), table
+
+
+def scaled_format_errors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, PrecisionError]:
+    """Name of each format of torchao's → its error of log-probabilities; arguments and errors of `choose_precision`."""
+    with torch.no_grad():
+        audit = _Audit(model, batch, "logprob", inference=False)
+        return {audited.name: audit.of_format(audited).error(()) for audited in torchao_formats()}
+
+
+def _check_arguments(metric: str, max_error: float | None, number_format: str | None) -> None:
+    if metric not in ("logprob", "loss"):
+        raise ConfigError(f"choose_precision(metric={metric!r}): metric must be one of logprob, loss.")
+    if max_error is not None and not (is_real(max_error) and max_error > 0):
+        raise ConfigError(f"choose_precision(max_error={max_error!r}): max_error must be a positive finite number.")
+    known = [*_PLAIN, *SCALED_FORMATS]
+    if number_format is not None and number_format not in known:
+        raise ConfigError(f"choose_precision(number_format={number_format!r}): it must be one of {', '.join(known)}.")
+
+
+def _formats(table: PrecisionTable, needs_torchao: bool, inference: bool) -> dict[str, AuditedFormat]:
+    """The formats that can be emulated here, narrower than FP32."""
+    plain = [each for each in _PLAIN.values() if not (inference and each.name.startswith("FP8"))]
+    try:
+        scaled = torchao_formats()
+    except ConfigError as error:
+        if needs_torchao:
+            raise
+        scaled = []
+        table.missing = str(error)
+    return {each.name: each for each in (_TF32, *plain, *scaled)}
+
+
+class _Audit:
+    """An FP32 copy of a model, a batch, and what it gives in FP32.
+
+    Attributes:
+        exact: log-probabilities or losses in FP32; FP64, of shape [tokens].
+        products: module → its multiply-accumulates, with those inside of it; without the model itself.
+        total: the model's.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], metric: str, inference: bool) -> None:
+        self.model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+        self._batch = {name: _cast(x, torch.float32) for name, x in batch.items()}
+        self._metric, self._inference = metric, inference
+        self.products, self.total = self._counted_products()
+        self.exact = self.outcomes(self.model, torch.float32)
+        if not bool(self.exact.isfinite().all()):
+            raise ConfigError("choose_precision: not finite in FP32 either; fix the model or the batch first.")
+
+    def outcomes(self, model: nn.Module, dtype: torch.dtype) -> Tensor:
+        """What the metric is of; FP64, of shape [tokens]."""
+        batch = {name: _cast(x, dtype) for name, x in self._batch.items()}
+        if self._metric == "loss":
+            return torch.stack([_loss_of(model(**rows)) for rows in _rows(batch)])
+        return _log_probabilities(model, model(**batch), batch)
+
+    def of_format(self, audited: AuditedFormat) -> _FormatAudit:
+        """The same in one format."""
+        return _FormatAudit(self, audited, self._inference)
+
+    def _counted_products(self) -> tuple[dict[str, int], int]:
+        """By PyTorch's FlopCounterMode; two floating-point operations are one product."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+
+        # A CPU's fused attention is not counted.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            try:
+                self.model(**self._batch)
+            except Exception as error:  # whatever the model raises on this batch
+                raise ConfigError(
+                    f"choose_precision: {type(self.model).__name__} cannot be run on {', '.join(self._batch)} "
+                    f"({in_one_line(error)}); pass its arguments by name, as it takes them."
+                ) from error
+        counts = {name: sum(of.values()) // 2 for name, of in counter.get_flop_counts().items()}
+        root, names = type(self.model).__name__, [name for name, _ in self.model.named_modules() if name]
+        found = {name: count for name in names if (count := counts.get(f"{root}.{name}"))}
+        return found, max(1, counts.get("Global", 0))
+
+
+class _FormatAudit:
+    """An `_Audit` in one format."""
+
+    def __init__(self, audit: _Audit, audited: AuditedFormat, inference: bool) -> None:
+        self.audit, self.audited = audit, audited
+        self._dtype = dtype = audited.around.dtype if inference else torch.float32
+        self._model = audit.model if dtype == torch.float32 else half_copy(audit.model, dtype)[0]
+        self._converted = [n for n, m in self._model.named_modules() if audited.converts(m)]
+        self._runner = PlanRunner(_AuditEntry(audited=audited, inference=inference), PrecisionMode.FP32)
+        self._runner.register_model(self._model)
+
+    def error(self, names: Collection[str], alone: bool = False) -> PrecisionError:
+        """With the modules of these names in FP32, and the rest in the format; `alone`: the other way round."""
+        around = PrecisionMode.BF16 if self.audited.block else PrecisionMode.MIXED
+        default, other = (PrecisionMode.FP32, around) if alone else (around, PrecisionMode.FP32)
+        converted = {each: PrecisionMode.MIXED for each in self._converted if _inside(each, names) == alone}
+        return self._measured(PrecisionPlan(default, {**dict.fromkeys(names, other), **converted}))
+
+    def _measured(self, plan: PrecisionPlan) -> PrecisionError:
+        try:
+            self._runner.apply(plan)
+            with self._runner.current():
+                found = self.audit.outcomes(self._model, self._dtype)
+        finally:
+            self._runner.remove()
+        difference = (found - self.audit.exact).abs()
+        if not bool(difference.isfinite().all()):
+            return PrecisionError(math.inf, math.inf)
+        return PrecisionError(difference.square().mean().sqrt().item(), difference.amax().item())
+
+
+def _inside(name: str, of: Collection[str]) -> bool:
+    return any(name == held or name.startswith(f"{held}.") for held in of)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to("cpu", dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+
+
+def _of(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = _of(output, "loss")
+    if loss is None:
+        raise ConfigError(
+            "choose_precision: the model returns no loss; put labels into the batch, or use metric='logprob'."
+        )
+    return torch.as_tensor(loss).double().mean()
+
+
+def _rows(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Row by row, where every argument has as many; else all at once."""
+    sizes = {len(x) if isinstance(x, Tensor) and x.dim() else 0 for x in batch.values()}
+    (size,) = sizes if len(sizes) == 1 else (0,)
+    return [{name: x[row : row + 1] for name, x in batch.items()} for row in range(size)] or [batch]
+
+
+def _log_probabilities(model: nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Of the tokens or classes that are asked for, in FP64, flat."""
+    logits = _of(output, "logits")
+    if not isinstance(logits, Tensor):
+        raise ConfigError("choose_precision: the model returns no logits; use metric='loss', with labels in the batch.")
+    found = logits.float().log_softmax(-1)
+    tokens, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    generates = bool(getattr(model, "can_generate", lambda: False)())
+    if generates and not encoder_decoder and isinstance(tokens, Tensor) and found.shape[:-1] == tokens.shape:
+        asked = tokens if labels is None else labels
+        asked = asked if mask is None or mask.shape != asked.shape else asked.masked_fill(mask == 0, -100)
+        found, asked = found[:, :-1], asked[:, 1:]
+    else:
+        asked = labels if labels is not None else batch.get("decoder_input_ids")
+    if not isinstance(asked, Tensor) or asked.shape != found.shape[:-1] or asked.is_floating_point():
+        return found.double().flatten()
+    kept = asked >= 0
+    return found[kept].gather(-1, asked[kept].long().unsqueeze(-1)).double().flatten()
+
+
+# ---- choosing ----------------------------------------------------------------------------------------------------
+
+
+def _best_search(audit: _Audit, candidates: Sequence[AuditedFormat], table: PrecisionTable) -> _Search:
+    """The one with the most products left in its format; the first that needs nothing ends the search."""
+    done: list[_Search] = []
+    for audited in candidates:
+        done.append(_search(audit.of_format(audited), table.formats[audited.name], table.max_error))
+        if done[-1].met and not done[-1].wide:
+            break
+    return max(done, key=lambda each: (each.met, each.curve[-1].half_products if each.met else -each.curve[-1].rms))
+
+
+def _search(audit: _FormatAudit, whole: PrecisionError, bound: float) -> _Search:
+    """Greedy by gain for each product; the gain of a module is the squared error that it makes alone."""
+    products, total = audit.audit.products, audit.audit.total
+    floor = audit.error((), alone=True).rms ** 2  # of rounded parameters, which no arithmetic cures; 0 in training
+    alone = {name: max(0.0, audit.error([name], alone=True).rms ** 2 - floor) for name in products}
+    overflowing = [name for name, square in alone.items() if math.isinf(square)]
+    wide: list[str] = []
+    error, curve, left = whole, [CurvePoint("", 1.0, whole.rms, whole.largest)], set(products)
+
+    def gain(name: str) -> float:
+        if name in overflowing:  # because of what is inside of it, or by itself
+            inside = [other for other in overflowing if other != name and _inside(other, [name])]
+            by_itself = not inside or (math.isinf(error.rms) and all(_inside(other, wide) for other in inside))
+            return math.inf if by_itself else 0.0
+        held = [other for other in wide if _inside(other, [name])]
+        saved = alone[name] - sum(alone[other] for other in held)
+        return saved / max(1, products[name] - sum(products[other] for other in held))
+
+    def add_point(module: str) -> None:
+        share = 1 - sum(products[name] for name in wide) / total
+        curve.append(CurvePoint(module, share, error.rms, error.largest))
+
+    while error.rms > bound and left:
+        name = max(sorted(left), key=gain)
+        left.discard(name)
+        if gain(name) <= 0 or _inside(name, wide):
+            continue
+        tried = [other for other in wide if not _inside(other, [name])] + [name]
+        found = audit.error(tried)
+        if found.rms < error.rms or math.isinf(error.rms):
+            wide, error = tried, found
+            add_point(name)
+    taken = len(wide)
+    for name in sorted(wide, key=lambda each: (-products[each], alone[each])) if error.rms <= bound else ():
+        kept = [other for other in wide if other != name]
+        found = audit.error(kept)
+        if found.rms <= bound:
+            wide, error = kept, found
+    if len(wide) < taken:
+        add_point("")
+    order = sorted(products, key=lambda name: -alone[name] / products[name])
+    modules = [ModuleError(name, products[name] / total, math.sqrt(alone[name])) for name in order]
+    met = error.rms <= bound and sum(products[name] for name in wide) < total
+    return _Search(audit.audited, modules, curve, [name for name in products if name in wide], met)
+
+
+# ---- other tools -------------------------------------------------------------------------------------------------
+
+
+def _settings(model: nn.Module, found: _Search, inference: bool) -> dict[str, Any]:
+    """What the plan is called elsewhere, as keyword arguments.
+
+    Sources: vLLM's `head_dtype` (vllm#48390), SGLang's `--enable-fp32-lm-head` (sglang#10729), TRL's `GRPOConfig`; none of them has
+    a setting for other modules, which `without_setting` lists.
+    """
+    head = _head_of(model)
+    wide_head = head is not None and _inside(head, found.wide)
+    others = [name for name in found.wide if name != head]
+    names = {"FP16": ("fp16", "float16"), "BF16": ("bf16", "bfloat16")}
+    if found.audited.name not in names:
+        runs = {"accelerate.Accelerator": {"mixed_precision": "fp8"}} if found.audited.name == "scaled FP8" else {}
+        return {"hf_amp": {"fp32_modules": found.wide}, **runs, "leave_out_of_conversion": found.wide}
+    flag, dtype = names[found.audited.name]
+    head_dtype = {"hf_overrides": {"head_dtype": "float32"}} if wide_head else {}
+    fp32_head = {"enable_fp32_lm_head": True} if wide_head else {}
+    settings: dict[str, Any] = {"vllm": {"dtype": dtype, **head_dtype}, "sglang": {"dtype": dtype, **fp32_head}}
+    settings["without_setting"] = {"vllm": others, "sglang": others}
+    if inference:
+        return settings
+    trl = {"trl.GRPOConfig": {flag: True, "cast_lm_head_to_fp32": True}} if wide_head else {}
+    training = {"transformers.TrainingArguments": {flag: True}, "accelerate.Accelerator": {"mixed_precision": flag}}
+    return {"hf_amp": {"fp32_modules": found.wide}, **training, **trl, **settings}
+
+
+def _head_of(model: nn.Module) -> str | None:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((name for name, module in model.named_modules() if module is head), None)
