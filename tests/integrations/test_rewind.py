@@ -40,8 +40,8 @@ from tests.integrations.rewinding import (
     trainer_of,
 )
 
-NUMBER, IN_CI = 50, (0, 2, 4, 6)
-"""FP32 and NaN in a weight; FP16 and NaN batches; a spike in PERFORMANCE_OPTIMIZED; BF16 parameters with kept rounding errors."""
+NUMBER, IN_CI = 50, (0, 2, 4)
+"""FP32 and NaN in a weight; FP16 and NaN batches; a spike in PERFORMANCE_OPTIMIZED."""
 
 
 @pytest.mark.parametrize("number", range(NUMBER))
@@ -61,8 +61,8 @@ def test_a_run_that_went_back_resumes_exactly(tmp_path: Path) -> None:
 
 
 def test_two_ranks(tmp_path: Path, full_size: bool) -> None:
-    """The same on each of two ranks over gloo, with a fault that both have and a spike that is in the mean of both."""
-    numbers = [str(n) for n in (range(0, NUMBER, 5) if full_size else (0, 7))]
+    """The same on each of two ranks over gloo, with a spike that is in the mean of both."""
+    numbers = [str(n) for n in (range(0, NUMBER, 5) if full_size else (7,))]
     if full_size:
         program = ["-m", "tests.integrations.rewinding", str(tmp_path), *numbers]
         printed = launch("cpu_2_processes.yaml", *program)
