@@ -159,7 +159,7 @@ class Rewinder:
     @property
     def watches(self) -> bool:
         """Whether there is anything to follow."""
-        return bool(self.candidates) or self._config.loss_spikes
+        return self._config.loss_spikes or self.candidates != []
 
     def note(self, loss: Tensor, first: bool) -> None:
         """A loss that goes into backward, of any shape; `first`: of a step. No GPU-CPU sync."""

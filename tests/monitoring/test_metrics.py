@@ -2,10 +2,11 @@
 
 import itertools
 
-from hf_amp import Cause
+from hf_amp import Cause, MixedPrecisionConfig
 from hf_amp.events import StepOutcome
 from hf_amp.monitoring.metrics import BRIEF, BY_MODULE, CATALOGUE, LOG_PREFIX, NAMES, in_brief
 from hf_amp.monitoring.monitor import PrecisionMonitor
+from hf_amp.monitoring.rewind import Rewinder
 from hf_amp.monitoring.throughput import ThroughputMonitor
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT
 from tests.each import for_each
@@ -60,6 +61,7 @@ def test_whatever_is_in_the_catalogue_can_be_reported():
     """No metric is promised that the monitor never gives."""
     reported = {name for cause in Cause for name in full_monitor(cause).metrics()}
     reported |= set(full_pace().metrics()) | {"memory_bytes", "joules_per_step"}  # where the hardware counts
+    reported |= set(Rewinder(MixedPrecisionConfig(on_stalled="rewind")).metrics())
     assert reported >= NAMES
 
 
@@ -78,5 +80,5 @@ def test_the_log_prefix_makes_a_group():
 def test_an_entry_in_brief_has_six_at_most() -> None:
     """The five that say how a run is, and one more; what is zero is none."""
     brief = in_brief(dict.fromkeys(NAMES, 1.0))
-    assert list(brief) == [*BRIEF, "modules_in_fp32"]
+    assert list(brief) == [*BRIEF, "rewinds"]
     assert list(in_brief({**dict.fromkeys(NAMES, 0.0), "precision_changes": 2.0})) == [*BRIEF, "precision_changes"]
