@@ -202,7 +202,7 @@ class GradientStep:
             loss_finite=None if bad_losses is None else bad_losses == 0,
             losses=self.losses,
             non_finite_losses=min(bad_losses or 0, self.losses),
-            zero_gradients=self.has_gradients and min(host.get("norm", 1.0), host.get("amax", 1.0)) == 0,
+            zero_gradients=self.has_gradients and 0 in (host.get("norm"), host.get("amax")),
             has_gradients=self.has_gradients,
             grad_norm=finite("norm") if applied else None,
             grad_amax=finite("amax") if applied else None,
