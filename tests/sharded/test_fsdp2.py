@@ -55,7 +55,7 @@ def _modules_named(run: dict[str, Any]) -> set[str]:
 def _same_as_whole(results: dict[str, Any], name: str) -> None:
     """At most two skips, the modules of one process, and within 1% the loss of FP32; stock's scaler moves no parameter.
 
-    Six steps are compared with FP32's that leaves the first one out; forty, in full size, with FP32's whole.
+    Six steps, forty in full size, are compared with those of FP32 that leave the first one out: it is the batch that the skip has cost.
     """
     run, fp32, whole = (results[f"{name}, {how}"] for how in ("FP16", "FP32", "whole"))
     assert len(run["skips"]) <= 2

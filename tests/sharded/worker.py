@@ -25,7 +25,7 @@ SECONDS = 120
 HALF = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
 FAULTS = ("none", "activation", "root", "division", "NaN batch", "raises", "leaves out")
 LONG = 40
-"""Steps after which a step that was skipped at the beginning is no longer felt."""
+"""Steps of a run in full size."""
 RESHARDS = {"GPT-2": True, "Llama": False, "T5": True}
 """Whether units let go of their parameters after forward."""
 
@@ -37,7 +37,7 @@ def models(steps: int) -> dict[str, Run]:
     for name, reshard in RESHARDS.items():
         options = {"reshard_after_forward": reshard}
         found[f"{name}, FP16"] = lambda name=name, options=options: runs.raw(name, steps, "MIXED", **options)
-        found[f"{name}, FP32"] = lambda name=name: runs.raw(name, steps, "FP32", leaves_out_first=steps < LONG)
+        found[f"{name}, FP32"] = lambda name=name: runs.raw(name, steps, "FP32", leaves_out_first=True)
         found[f"{name}, whole"] = lambda name=name: runs.raw(name, 2, "MIXED", shards=False)
         found[f"{name}, stock"] = lambda name=name: runs.stock(name, 3)
     return found
@@ -47,7 +47,7 @@ def accelerated(steps: int) -> dict[str, Run]:
     found: dict[str, Run] = {}
     for name in ("GPT-2", "Llama") if steps >= LONG else ("GPT-2",):
         found[f"{name}, fp16"] = lambda name=name: runs.accelerated(name, steps, "fp16")
-        found[f"{name}, no"] = lambda name=name: runs.accelerated(name, steps, "no", leaves_out_first=steps < LONG)
+        found[f"{name}, no"] = lambda name=name: runs.accelerated(name, steps, "no", leaves_out_first=True)
     return {
         **found,
         "attached late": lambda: runs.accelerated("GPT-2", 2, "fp16", first=True),
