@@ -452,7 +452,10 @@ class AmpSession(EventRecorder):
             forward = recorder.newest()[-1]
             given = {at: None if g is None else g.float() / scale for at, g in forward.output_gradients.items()}
             forward = forward._replace(output_gradients=given)
-            save_capture(captured(forward, self._fallback.runner.current, scale), forward, path, step=step)
+            wide = sorted(self.plan.modules)
+            save_capture(
+                captured(forward, self._fallback.runner.current, scale), forward, path, step=step, fp32_modules=wide
+            )
             self.note(EventKind.SETUP, f"step {step} was captured in {path}.")
         except Exception as error:  # a full disk, memory, a batch that was written into: training goes on
             self.note(EventKind.SETUP, f"step {step} could not be captured: {in_one_line(error)}.")
