@@ -140,10 +140,13 @@ class Difference:
 
     def describe(self) -> str:
         """One phrase."""
+        if self.kind == "NaN":
+            return f"{self.tensor} has other elements that are inf, NaN or masked"
         if not math.isfinite(self.relative):
             return f"{self.tensor}: {self.kind}"
         times = f", {self.times_bound:.3g} times what rounding explains" if self.bound else ""
-        return f"{self.tensor}: {self.kind}, {self.relative:.2g} of its norm{times}"
+        kind = "" if self.kind == "noise" else f" ({self.kind})"
+        return f"{self.tensor} differs{kind} by {self.relative:.2g} of its norm{times}"
 
 
 @dataclass
@@ -184,7 +187,7 @@ class Comparison:
     def why(self, module: str) -> str:
         """What is known of a module that differs: its parameters, buffers and attributes."""
         held = [each for each in self.state if each.module == module]
-        parts = [f"{each.tensor} differs ({each.kind})" for each in held]
+        parts = [f"{each.tensor} differs" + f" ({each.kind})" * (each.kind != "noise") for each in held]
         parts += [f"{name} is {a!r} in A and {b!r} in B" for name, (a, b) in self.attributes.get(module, {}).items()]
         return "; ".join(parts) or "its parameters, buffers and attributes are equal"
 

@@ -464,7 +464,7 @@ class AmpSession(EventRecorder):
 
     def verdict(self) -> str:
         """What the report would say of the run now, in a sentence."""
-        run = RunHistory("", Path())
+        run = RunHistory("", Path(), newest_step=self.newest_step)
         for event in self.events:
             run.take(event)
         for step, loss in self._losses:

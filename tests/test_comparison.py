@@ -284,7 +284,8 @@ def test_what_is_no_capture_is_an_error(content: bytes | str, tmp_path: Path) ->
         )
     else:
         path.write_bytes(content)
-    with pytest.raises(StateError, match="is no capture, or damaged"):
+    words = "it holds other tensors" if content == "safetensors" else ""
+    with pytest.raises(StateError, match=rf"is no capture, or damaged \(.*{words}"):
         compare(path, path)
 
 
