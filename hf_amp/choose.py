@@ -362,11 +362,20 @@ class _Audit:
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any], metric: str, inference: bool) -> None:
+        if not isinstance(batch, Mapping):
+            raise ConfigError(
+                f"choose_precision: the batch is a {type(batch).__name__}; pass the model's arguments by name, in a dict."
+            )
+        model = getattr(model, "_orig_mod", model)  # compiled, it would be compiled anew for every module
         self.model = copy.deepcopy(model).to("cpu", torch.float32).eval()
         self._batch = {name: _cast(x, torch.float32) for name, x in batch.items()}
         self._metric, self._inference = metric, inference
         self.products, self.total = self._counted_products()
         self.exact = self.outcomes(self.model, torch.float32)
+        if not self.exact.numel():
+            raise ConfigError(
+                "choose_precision: nothing to measure; pass rows of two tokens and more, and labels other than -100."
+            )
         if not bool(self.exact.isfinite().all()):
             raise ConfigError("choose_precision: not finite in FP32 either; fix the model or the batch first.")
 

@@ -133,10 +133,10 @@ class PrecisionSchedule:
         names = " or ".join(mode.value for mode in order)
         for name, precision in self._entries():
             if self.of_run(precision, run) not in order:
-                hint = "fp16=True or bf16=True of Trainer or mixed_precision of Accelerator make it"
+                hint = "start the run with fp16=True or bf16=True (Trainer) or mixed_precision (Accelerator) for"
                 raise _refused(
                     self,
-                    f"{precision.value} is narrower than the run's {run.value}, or none of {names}; {hint} another",
+                    f"a run that starts in {run.value} can run in {names}, not in {precision.value}; {hint} another",
                 )
             if name and precision is not PrecisionMode.FP32 and self.of_run(precision, run) is not run:
                 raise _refused(
@@ -243,7 +243,7 @@ def _modules(value: Any, given: Any) -> dict[str, PrecisionMode]:
     for name, precision in chosen.items():
         text = precision.value if isinstance(precision, PrecisionMode) else precision
         if not isinstance(name, str) or not isinstance(text, str) or text.upper() not in _NAMES:
-            raise _wrong(given, f"{precision!r} for {name!r} is no precision of a module")
+            raise _wrong(given, f"{precision!r} for {name or 'the whole model'!r} is no precision of a module")
         modules[name] = _NAMES[text.upper()]
     if not modules:
         raise _wrong(given, "an entry names no module")

@@ -281,6 +281,31 @@ def test_a_model_in_a_run_is_measured_without_the_run_s_precision() -> None:
         assert choose_precision(model, batch)[1].formats == alone.formats
 
 
+@for_each(
+    ("batch", "words"),
+    [
+        ([ROWS], "by name, in a dict"),
+        ({"input_ids": torch.tensor([[5]])}, "rows of two tokens and more"),
+        ({"input_ids": torch.ones(1, 8, dtype=torch.long), "labels": torch.full((1, 8), -100)}, "other than -100"),
+    ],
+)
+def test_a_batch_with_nothing_to_measure_is_an_error(batch: Any, words: str) -> None:
+    """It says what to pass."""
+    with pytest.raises(ConfigError, match=words):
+        choose_precision(tiny_gpt2(), batch)
+
+
+def test_a_compiled_model_is_measured_as_it_is() -> None:
+    """Nothing is compiled for it, and the names are the model's own."""
+
+    def refused(graph: Any, _inputs: Any) -> Any:
+        pytest.fail("it is compiled")
+
+    model, batch = Tower().eval(), {"x": ROWS}
+    compiled: Any = torch.compile(model, backend=refused)
+    assert choose_precision(compiled, batch)[1].modules == choose_precision(model, batch)[1].modules
+
+
 def test_a_plan_that_contradicts_or_is_none_is_an_error(tmp_path: Path) -> None:
     """Of another precision than the config's; a file that is not there, or holds something else."""
     plain = {"default": "BF16", "modules": {"lm_head": "FP32"}}

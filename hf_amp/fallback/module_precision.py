@@ -136,7 +136,7 @@ class ForwardContext:
 @contextmanager
 def without_its_precision(model: nn.Module) -> Iterator[None]:
     """Inside of it `model` runs in what is around it, also where a session, or `Accelerator.prepare`, has given it a precision."""
-    own = vars(model)
+    own = vars(getattr(model, "_orig_mod", model))  # compiled, it hands names on
     wrapped = (
         own.get("forward") if "_original_forward" in own else None
     )  # private; tests/contract fails by name if it goes

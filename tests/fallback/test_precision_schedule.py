@@ -298,7 +298,7 @@ def test_modules_by_name_glob_and_class_and_fp32_modules_beside_them() -> None:
         ({"precision_schedule": {5: {"nowhere": "FP32"}}}, "no module is called 'nowhere'"),
         ({"precision_schedule": {5: {"0": "FP16"}}, "fp32_modules": ["Linear"]}, "fp32_modules keeps '0' in FP32 for good"),
         ({"precision_schedule": {5: {"0": "BF16"}}}, "'0' can run in FP32, or again in the run's MIXED"),
-        ({"precision_schedule": {5: "FP16"}, "precision_mode": "BF16"}, "FP16 is narrower than the run's BF16"),
+        ({"precision_schedule": {5: "FP16"}, "precision_mode": "BF16"}, "a run that starts in BF16 can run in BF16 or FP32, not in FP16"),
         ({"precision_schedule": {5: "FP32"}, "precision_mode": "FP16", "emulate": False}, "a CPU's half kernels"),
         ({"precision_schedule": {0.5: "FP32", 2: "FP16"}, "total_steps": 4}, "2 and 0.5 are both step 2 of 4"),
         ({"precision_schedule": {5: "FP32"}, "precision_mode": "DYNAMIC"}, "both choose the precision"),
