@@ -489,7 +489,9 @@ def load_capture(path: str | Path) -> tuple[Trace, Callable[[nn.Module], Recorde
 
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads(file.metadata()["hf_amp capture"])
+            if "hf_amp capture" not in (known := file.metadata() or {}):
+                raise ValueError("it holds other tensors")
+            header = json.loads(known["hf_amp capture"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         if header["version"] != FILE_VERSION:
             raise ValueError(f"it is of version {header['version']}, and this hf_amp reads {FILE_VERSION}")

@@ -27,7 +27,7 @@ from hf_amp.config import is_real
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.errors import ConfigError, in_one_line
 from hf_amp.fallback.inference import half_copy
-from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry
+from hf_amp.fallback.module_precision import PlanRunner, PrecisionEntry, without_its_precision
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP32_FORMAT, NumberFormat, PrecisionMode
 
@@ -298,7 +298,7 @@ def choose_precision(
             torchao is missing.
     """
     _check_arguments(metric, max_error, number_format)
-    with torch.no_grad():
+    with torch.no_grad(), without_its_precision(model):
         audit = _Audit(model, batch, metric, inference)
         table = PrecisionTable(metric, audit.exact.numel(), inference, math.nan)
         formats = _formats(table, needs_torchao=number_format in SCALED_FORMATS, inference=inference)
@@ -324,7 +324,7 @@ def choose_precision(
 
 def scaled_format_errors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, PrecisionError]:
     """Name of each format of torchao's → its error of log-probabilities; arguments and errors of `choose_precision`."""
-    with torch.no_grad():
+    with torch.no_grad(), without_its_precision(model):
         audit = _Audit(model, batch, "logprob", inference=False)
         return {audited.name: audit.of_format(audited).error(()) for audited in torchao_formats()}
 

@@ -12,7 +12,7 @@ import difflib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +35,7 @@ from hf_amp.capture import (
 from hf_amp.device import RandomState, devices_of
 from hf_amp.errors import AttachError, ConfigError
 from hf_amp.events import counted_names, join_names
-from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry
+from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry, without_its_precision
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.precision import HALF_DTYPES, PrecisionMode
@@ -69,15 +69,26 @@ class Setting:
         """
         given, known = dict(options or {}), {"precision", "fp32_modules"}
         precision = given.get("precision")
-        if given.keys() - known or not (precision is None or str(precision).upper() in _MODES):
+        if given.keys() - known:
             raise ConfigError(f"{side}={given}: options are precision (FP16, BF16 or FP32) and fp32_modules.")
+        if not (precision is None or str(precision).upper() in _MODES):
+            raise ConfigError(
+                f"precision {precision!r} of {side}: use FP16, BF16 or FP32; leave it out for the model as it is."
+            )
+        if isinstance(given.get("fp32_modules"), str):
+            raise ConfigError(f"{side}={given}: fp32_modules is a list of names, globs or classes: ['lm_head'].")
         if precision is None and given.get("fp32_modules"):
             raise ConfigError(f"{side}={given}: fp32_modules are exceptions; add precision='FP16' or 'BF16'.")
         return cls(**given)
 
     @contextmanager
     def entered(self, model: nn.Module) -> Iterator[CurrentPrecision]:
-        """The precision that `model` runs in; its modules in FP32 are so inside of this context."""
+        """The precision that `model` runs in, whatever a session gives it; its modules in FP32 are so inside of this context."""
+        with nullcontext() if self.precision is None else without_its_precision(model), self._entered(model) as current:
+            yield current
+
+    @contextmanager
+    def _entered(self, model: nn.Module) -> Iterator[CurrentPrecision]:
         device = next((p.device.type for p in model.parameters()), "cpu")
         mode = _MODES[(self.precision or "FP32").upper()]
         entry = PrecisionEntry(device, emulate=device == "cpu" and mode is PrecisionMode.MIXED)
@@ -129,10 +140,13 @@ class Difference:
 
     def describe(self) -> str:
         """One phrase."""
+        if self.kind == "NaN":
+            return f"{self.tensor} has other elements that are inf, NaN or masked"
         if not math.isfinite(self.relative):
             return f"{self.tensor}: {self.kind}"
         times = f", {self.times_bound:.3g} times what rounding explains" if self.bound else ""
-        return f"{self.tensor}: {self.kind}, {self.relative:.2g} of its norm{times}"
+        kind = "" if self.kind == "noise" else f" ({self.kind})"
+        return f"{self.tensor} differs{kind} by {self.relative:.2g} of its norm{times}"
 
 
 @dataclass
@@ -173,7 +187,7 @@ class Comparison:
     def why(self, module: str) -> str:
         """What is known of a module that differs: its parameters, buffers and attributes."""
         held = [each for each in self.state if each.module == module]
-        parts = [f"{each.tensor} differs ({each.kind})" for each in held]
+        parts = [f"{each.tensor} differs" + f" ({each.kind})" * (each.kind != "noise") for each in held]
         parts += [f"{name} is {a!r} in A and {b!r} in B" for name, (a, b) in self.attributes.get(module, {}).items()]
         return "; ".join(parts) or "its parameters, buffers and attributes are equal"
 
@@ -184,7 +198,7 @@ class Comparison:
         if (first := self.first) is None:
             near = f"; the nearest is at {self.closest:.2g} of its bound" if self.closest else ", to the last bit"
             return f"They agree: none of {self.compared} outputs and gradients differs by more than rounding explains{near}.{state}"
-        others = self.modules[1:]
+        others = [name or "the model itself" for name in self.modules[1:]]
         more = f" By their own doing differ as well: {join_names(others)}." if others else ""
         return f"They part in {first.module or 'the model itself'}, {first.direction}: {first.describe()}; {self.why(first.module)}.{more}"
 
@@ -249,11 +263,13 @@ def _traced_as(file: Any, model: Any, setting: Setting) -> Trace:
     """The captured step, on a model."""
     trace, forward_of = file
     if setting.precision is None and trace.facts.get("precision") in _MODES:
-        setting = Setting(trace.facts["precision"], setting.fp32_modules)
+        setting = Setting(trace.facts["precision"], setting.fp32_modules or trace.facts.get("fp32_modules") or ())
     with setting.entered(model) as current:
         forward = forward_of(model)
         scale = trace.facts["scale"] if trace.facts.get("precision") == current.mode.value else None
-        return captured(forward, current, scale)
+        found = captured(forward, current, scale)
+        found.facts["fp32_modules"] = sorted(setting.fp32_modules)
+        return found
 
 
 class _Pair:
@@ -275,7 +291,9 @@ class _Pair:
     def _trace(self, side: int, eager: bool = True, **how: Any) -> Trace:
         forward = self._forward(side)
         with self._settings[side].entered(forward.model) as current:
-            return trace_step(forward, Tracer(current, **how), self._scale, self._called[side], eager)
+            trace = trace_step(forward, Tracer(current, **how), self._scale, self._called[side], eager)
+        trace.facts["fp32_modules"] = sorted(self._settings[side].fp32_modules)
+        return trace
 
     def compared(self) -> Comparison:
         spacings, scales = [], []
@@ -376,7 +394,8 @@ def _compared(a: Trace, b: Trace, pairs: Mapping[Key, Key], isolated: bool) -> C
             f"Module names differ: {calls} of {len(b.calls)} calls were matched in order; names are A's."
         )
     result.attributes = _attributes_that_differ(a, b, pairs)
-    same = a.facts.get("precision") == b.facts.get("precision")
+    runs = [(trace.facts.get("precision"), list(trace.facts.get("fp32_modules") or ())) for trace in (a, b)]
+    same = runs[0] == runs[1]
     scales = [float(trace.facts.get("scale") or 1.0) for trace in (a, b)]
     found: list[tuple[Key, Difference]] = []
     named = {key.module for key in by_a if key.call >= 0}

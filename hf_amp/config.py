@@ -268,8 +268,8 @@ class MixedPrecisionConfig:
         asked = self.precision_mode
         if asked is not None and str(getattr(asked, "value", asked)).upper() != mode.value:
             raise ConfigError(
-                f"MixedPrecisionConfig(plan={safe_repr(given)}, precision_mode={safe_repr(asked)}): the plan is for "
-                f"{mode.value}; leave precision_mode out."
+                f"MixedPrecisionConfig(precision_mode={safe_repr(asked)}) with a plan: the plan is for {mode.value}; leave "
+                "precision_mode out, which the plan sets."
             )
         object.__setattr__(self, "precision_mode", mode)
         if isinstance(self.fp32_modules, (list, tuple)):

@@ -131,7 +131,6 @@ class AmpSession(EventRecorder):
         self._energy: EnergyMeter | None = None
         self._fallback = FallbackController(config, mode, hardware, scaler)
         self._finding: _Finding | None = None
-        self._explained_error: int | None = None
         self._fallback.recorder.on_error = self._explain_error
         self._fallback.on_withdrawn = lambda change: self._report_change(change, cause=None)
         self._queued_in: dict[int, PrecisionMode] = {}  # attempt → the plan's default when its forward pass began
@@ -308,7 +307,7 @@ class AmpSession(EventRecorder):
                 self._take_lost_updates(outcome, optimizer)
             if outcome.applied:
                 self.monitor.after_step(outcome)
-                self._at_floor, self._explained_error = False, None
+                self._at_floor = False
                 if change := self._fallback.after_applied(step_seconds, self.scaler.ranks_agree, ran_in):
                     self._report_change(change, cause=None)
                 self._applied[id(optimizer)] = 0 if outcome.loss_finite is False else self.newest_step
@@ -453,7 +452,10 @@ class AmpSession(EventRecorder):
             forward = recorder.newest()[-1]
             given = {at: None if g is None else g.float() / scale for at, g in forward.output_gradients.items()}
             forward = forward._replace(output_gradients=given)
-            save_capture(captured(forward, self._fallback.runner.current, scale), forward, path, step=step)
+            wide = sorted(self.plan.modules)
+            save_capture(
+                captured(forward, self._fallback.runner.current, scale), forward, path, step=step, fp32_modules=wide
+            )
             self.note(EventKind.SETUP, f"step {step} was captured in {path}.")
         except Exception as error:  # a full disk, memory, a batch that was written into: training goes on
             self.note(EventKind.SETUP, f"step {step} could not be captured: {in_one_line(error)}.")
@@ -462,7 +464,7 @@ class AmpSession(EventRecorder):
 
     def verdict(self) -> str:
         """What the report would say of the run now, in a sentence."""
-        run = RunHistory("", Path())
+        run = RunHistory("", Path(), newest_step=self.newest_step)
         for event in self.events:
             run.take(event)
         for step, loss in self._losses:
@@ -666,11 +668,12 @@ class AmpSession(EventRecorder):
             @functools.wraps(generate)
             def generate_again(*arguments: Any, **options: Any) -> Any:
                 while True:
+                    plan = self.plan
                     with self._fallback.recorder.generating():
                         try:
                             return generate(*arguments, **options)
                         except Exception as error:
-                            if not self._explain_error(error):
+                            if not self._explain_error(error) or self.plan == plan:
                                 raise
 
             self.patches.set_attribute(model, "generate", generate_again)
@@ -799,7 +802,7 @@ class AmpSession(EventRecorder):
         Args:
             is_the_end: nobody has caught it, so that there is no such try.
         """
-        if id(error) == self._explained_error:
+        if vars(error).get(_EXPLAINED) == self.run_id:
             return self._fallback.newest_change is not None
         if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError):
             return False
@@ -809,7 +812,7 @@ class AmpSession(EventRecorder):
             diagnosis = self._fallback.diagnoser.explain_forwards(parameters)
             if diagnosis is None:
                 return False
-            self._explained_error = id(error)
+            vars(error)[_EXPLAINED] = self.run_id  # its `id` would be the next one's
             alone = not is_the_end and not (self.scaler.ranks_agree and is_distributed())
             change = self._fallback.after_skipped(diagnosis, 1.0, self.scaler.get_scale()) if alone else None
             then = " The next try runs under another plan." if change else ""
@@ -939,6 +942,8 @@ class AmpSession(EventRecorder):
         self.detach()
 
 
+_EXPLAINED = "_hf_amp_explained_in"
+"""What an exception is marked with."""
 _AT_FLOOR = (
     "the gradients overflow even at the smallest scale, so the scale is not the cause; train in BF16 or FP32 and look for "
     "activations beyond 65504."

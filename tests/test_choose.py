@@ -273,6 +273,14 @@ def test_a_trainer_follows_the_plan(tmp_path: Path) -> None:
     assert callback.session.plan == plan
 
 
+def test_a_model_in_a_run_is_measured_without_the_run_s_precision() -> None:
+    """In a session in emulated FP16: the errors are those of the same model alone, and not of FP16 against itself."""
+    model, batch = Tower().eval(), {"x": ROWS}
+    _, alone = choose_precision(model, batch)
+    with hf_amp.AmpSession.for_model(model, torch.optim.SGD(model.parameters(), lr=0.1)):
+        assert choose_precision(model, batch)[1].formats == alone.formats
+
+
 def test_a_plan_that_contradicts_or_is_none_is_an_error(tmp_path: Path) -> None:
     """Of another precision than the config's; a file that is not there, or holds something else."""
     plain = {"default": "BF16", "modules": {"lm_head": "FP32"}}

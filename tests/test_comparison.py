@@ -84,6 +84,32 @@ def test_nothing_of_the_models_changes() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_model_in_a_run_is_in_the_precision_that_was_asked_for() -> None:
+    """In a session, or prepared by stock accelerate: what is found is that of the model alone, and its `forward` is what it was."""
+    batch, settings = {"input": torch.randn(6, 4)}, {"a": {"precision": "FP32"}, "b": {"precision": "BF16"}}
+    alone = tiny_mlp()
+    expected = compare(alone, alone, batch, **settings)
+    assert expected.closest
+    prepared, held = copy.deepcopy(alone), copy.deepcopy(alone)
+    forget_accelerators()
+    Accelerator(mixed_precision="bf16", cpu=True).prepare(prepared)
+    forward = prepared.forward
+    session = AmpSession.for_model(held, torch.optim.SGD(held.parameters(), lr=0.1))
+    for model in (prepared, held):
+        found = compare(model, model, batch, **settings)
+        assert (found.agrees, found.closest) == (expected.agrees, expected.closest)
+    assert prepared.forward is forward
+    session.detach()
+
+
+def test_modules_in_fp32_by_choice_are_no_difference() -> None:
+    """FP16 against FP16 with a module in FP32: what it returns has another dtype, as asked for."""
+    model = tiny_mlp()
+    found = compare(model, model, [torch.randn(6, 4)], a=FP16, b={**FP16, "fp32_modules": ["2"]})
+    assert found.agrees, found.sentence()
+    assert found.facts[1]["fp32_modules"] == ["2"]
+
+
 def test_other_names_are_matched_in_order() -> None:
     """Another implementation, of which one layer's weight differs: named as A names it, and said."""
 
@@ -258,14 +284,16 @@ def test_what_is_no_capture_is_an_error(content: bytes | str, tmp_path: Path) ->
         )
     else:
         path.write_bytes(content)
-    with pytest.raises(StateError, match="is no capture, or damaged"):
+    words = "it holds other tensors" if content == "safetensors" else ""
+    with pytest.raises(StateError, match=rf"is no capture, or damaged \(.*{words}"):
         compare(path, path)
 
 
 @for_each(
     ("options", "words"),
     [
-        ({"a": {"precision": "INT8"}}, "options are precision"),
+        ({"a": {"precision": "INT8"}}, "precision 'INT8' of a: use FP16, BF16 or FP32"),
+        ({"b": {"precision": "FP16", "fp32_modules": "0"}}, "fp32_modules is a list"),
         ({"b": {"precison": "FP16"}}, "options are precision"),
         ({"b": {"fp32_modules": ["0"]}}, "add precision"),
         ({"b": {"precision": "FP16", "fp32_modules": ["nine"]}}, "no module is called nine"),

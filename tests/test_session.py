@@ -154,3 +154,11 @@ def test_a_session_shows_what_runs_and_how_far() -> None:
     run = Run()
     run.step()
     assert repr(run.session) == f"<AmpSession {run.session.run_id}: {run.session.describe()}, step 1>"
+
+
+def test_a_verdict_while_it_runs_knows_the_newest_step() -> None:
+    """Skips are over when steps were applied after them, also where no event says so."""
+    run = Run()
+    for kind in ["finite"] * 30 + ["nan"] * 6 + ["finite"] * 10:
+        run.step(kind)
+    assert run.session.verdict().startswith("Training, but with many skips: 6 of 46 steps")

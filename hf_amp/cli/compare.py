@@ -127,7 +127,9 @@ def _print(console: Any, found: Comparison) -> None:
     console.print(found.sentence(), style="bold", markup=False, soft_wrap=True)
     for side, facts in zip("AB", found.facts, strict=True):
         known = ", ".join(
-            f"{name} {facts[name]}" for name in ("model", "precision", "device", "loss") if facts.get(name)
+            f"{name} {facts[name]}"
+            for name in ("model", "precision", "fp32_modules", "device", "loss")
+            if facts.get(name)
         )
         console.print(f"{side}: {known}", markup=False)
     for note in found.notes:

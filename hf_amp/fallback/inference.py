@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.emulation import EmulatedPrecision
-from hf_amp.fallback.module_precision import CurrentPrecision, PrecisionEntry
+from hf_amp.fallback.module_precision import CurrentPrecision, PrecisionEntry, without_its_precision
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import float_tensors, replay
@@ -93,7 +93,7 @@ def check_inference(model: nn.Module, batch: Mapping[str, Any]) -> list[Inferenc
     Returns:
         One for FP16 and one for BF16.
     """
-    with torch.no_grad():
+    with torch.no_grad(), without_its_precision(model):
         exact = copy.deepcopy(model).float().eval()
         expected = _log_probabilities(exact, {name: _cast(x, torch.float32) for name, x in batch.items()})
         return [_checked(exact, batch, expected, number_format) for number_format in (FP16_FORMAT, BF16_FORMAT)]

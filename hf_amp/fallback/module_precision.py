@@ -40,6 +40,7 @@ class ForwardContext:
         self._make_context = make_context
         self._of_thread = threading.local()  # DataParallel calls replicas from several threads
         self._is_copy = False
+        self._made_in = self.suspensions()
 
     def install(self, model: nn.Module, everywhere: bool = True) -> Callable[[], None]:
         """Puts `model` inside the context from now on; returns what undoes it.
@@ -59,7 +60,7 @@ class ForwardContext:
 
     @unpickled
     def _enter(self, module: nn.Module, arguments: Any) -> None:
-        if self._all_of_thread.__dict__.get("is_suspended"):
+        if self.suspensions() > self._made_in:
             return
         running = self._running()
         if not running:
@@ -98,13 +99,17 @@ class ForwardContext:
     @classmethod
     @contextmanager
     def suspended(cls) -> Iterator[None]:
-        """Inside of it, forward passes of this thread enter no context: they run in what is around them."""
-        of_thread = cls._all_of_thread.__dict__
-        former, of_thread["is_suspended"] = of_thread.get("is_suspended", False), True
+        """Inside of it, forward passes of this thread enter no context but those made inside of it."""
+        cls._all_of_thread.suspensions = cls.suspensions() + 1
         try:
             yield
         finally:
-            of_thread["is_suspended"] = former
+            cls._all_of_thread.suspensions -= 1
+
+    @classmethod
+    def suspensions(cls) -> int:
+        """How many times `suspended` this thread is inside of."""
+        return int(cls._all_of_thread.__dict__.get("suspensions", 0))
 
     @classmethod
     def _entered(cls) -> list[ForwardContext]:
@@ -120,12 +125,29 @@ class ForwardContext:
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardContext:
         """A copied model runs inside a context of its own, unless it is in a session by itself, which enters its own before."""
         twin = type(self)(copy.deepcopy(self._make_context, memo))
-        twin._is_copy = type(self) is ForwardContext
+        twin._is_copy, twin._made_in = type(self) is ForwardContext, self._made_in
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled model runs inside of none."""
         return nullcontext, ()
+
+
+@contextmanager
+def without_its_precision(model: nn.Module) -> Iterator[None]:
+    """Inside of it `model` runs in what is around it, also where a session, or `Accelerator.prepare`, has given it a precision."""
+    own = vars(model)
+    wrapped = (
+        own.get("forward") if "_original_forward" in own else None
+    )  # private; tests/contract fails by name if it goes
+    if wrapped is not None:
+        own["forward"] = own["_original_forward"]
+    try:
+        with ForwardContext.suspended():
+            yield
+    finally:
+        if wrapped is not None:
+            own["forward"] = wrapped
 
 
 not_compiled_alone(ForwardContext._enter)

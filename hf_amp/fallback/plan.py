@@ -63,7 +63,8 @@ class PrecisionPlan:
 
     def describe(self) -> str:
         """One phrase."""
-        inside = f" with {len(self.modules)} module{'s' * (len(self.modules) > 1)} in FP32" if self.modules else ""
+        differ = len(self.modules) if self.default is not PrecisionMode.FP32 else 0
+        inside = f" with {differ} module{'s' * (differ > 1)} in FP32" if differ else ""
         return f"{self.default.value}{inside}"
 
     def to_plain(self) -> dict[str, Any]:

@@ -240,14 +240,15 @@ class Rewinder:
         """
         (fault, self.fault), why_not, rewinds = (self.fault, ""), self._refusal(), self.rewinds + 1
         if why_not or self.good is None:
-            message = f"{fault}, and the run does not go back: {why_not}."
+            message = f"{fault}, and hf_amp cannot go back to a checkpoint: {why_not}."
             return AmpEvent(step, EventKind.NOT_REWOUND, message=message)
         good, left_out = self.good, step - self.good.step
         load(good.place)
         self.rewinds = rewinds
         message = (
-            f"{fault}. The run is what it was after step {good.step:,}, by {good.place}; it goes on with the next batch, without those "
-            f"of the {left_out:,} steps since. Time {rewinds} of at most {self._config.max_rewinds}."
+            f"{fault}: hf_amp has loaded {good.place}, and the run is what it was after step {good.step:,}. It goes on with the next "
+            f"batch; what the {left_out:,} steps since have learned is lost. This is rewind {rewinds} of at most "
+            f"{self._config.max_rewinds} (max_rewinds). If it comes again, look at these batches or lower the learning rate."
         )
         figures = {"left_out_steps": left_out, "rewinds": rewinds, "checkpoint": str(good.place)}
         return AmpEvent(step, EventKind.REWOUND, before=step, after=good.step, message=message, figures=figures)
@@ -256,11 +257,10 @@ class Rewinder:
         if self._config.on_stalled != "rewind":
             return "on_stalled is not 'rewind'"
         if self.rewinds >= self._config.max_rewinds:
-            return f"it has gone back {self.rewinds} times, as often as max_rewinds allows"
+            times = "once" if self.rewinds == 1 else f"{self.rewinds} times"
+            return f"it has gone back {times}, as often as max_rewinds allows; lower the learning rate, or look for a fault in the data"
         if self.good is None:
-            return (
-                f"no checkpoint is known to be good, with {self._config.good_after} clean steps (good_after) after it"
-            )
+            return f"none is good yet, which takes {self._config.good_after} clean steps after it; save more often, or lower good_after"
         return "" if self.good.is_there else f"{self.good.place} is not there any more"
 
     def metrics(self) -> dict[str, float]:

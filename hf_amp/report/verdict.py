@@ -53,6 +53,8 @@ def verdict_on(run: RunHistory) -> Verdict:
     """The verdict on a run, finished or not: the worst that holds."""
     skipped = max(int(run.latest.get("skipped_steps", 0)), run.skipped_by_cause.total())
     total = max(skipped, sum(int(run.latest.get(name, 0)) for name in ("applied_steps", "skipped_steps")))
+    if rewound := _newest(run, EventKind.REWOUND):
+        total = max(total, run.newest_step)  # counters went back with the run
     if total <= 0:
         return Verdict(Level.EMPTY, "Nothing has been trained here yet: no optimizer step is in the log.")
     counted = _steps_in_words(run, skipped, total) + _causes_in_words(run)
@@ -63,6 +65,10 @@ def verdict_on(run: RunHistory) -> Verdict:
         return Verdict(Level.WATCH, f"In doubt: the newest logged loss is not finite; {counted}.")
     if _skips_since(run, run.newest_step - STREAK):
         return Verdict(Level.WATCH, f"In doubt: the newest {STREAK} steps were all skipped; {counted}.")
+    if rewound:
+        times = "once" if rewound.count == 1 else f"{rewound.count:,} times"
+        at = f"at step {rewound.last_step:,} to step {formatted(rewound.after)}"
+        return Verdict(Level.WATCH, f"Training, after going back {times} to a good checkpoint, last {at}: {counted}.")
     late_skips = _skips_after(run, FIRST_STEPS)
     if late_skips > max(1.0, SKIP_RATE_TO_WATCH * total):
         return Verdict(Level.WATCH, f"Training, but with many skips: {counted}.")
@@ -76,10 +82,6 @@ def verdict_on(run: RunHistory) -> Verdict:
         name: it for name, it in run.changed_modules.items() if it.cause or (it.step and not it.by_choice)
     }:  # else by choice
         return Verdict(Level.WATCH, f"Training, {_precision_in_words(changed)}: {counted}.{_cure_of_the_model(run)}")
-    if rewound := _newest(run, EventKind.REWOUND):
-        times = "once" if rewound.count == 1 else f"{rewound.count:,} times"
-        at = f"at step {rewound.last_step:,} to step {formatted(rewound.after)}"
-        return Verdict(Level.WATCH, f"Training, after going back {times} to a good checkpoint, last {at}: {counted}.")
     if set(run.skipped_by_cause) - {Cause.SCALE.value}:
         return Verdict(Level.WATCH, f"Training, but not every skip came from the scale: {counted}.")
     headroom = run.latest.get("headroom_bits", math.inf)

@@ -344,6 +344,27 @@ def test_what_nobody_catches_is_explained_before_python_shows_it(ended: bool) ->
     assert ("Start again with fp32_modules=['big']." in before) is not ended
 
 
+class Generates(Draws):
+    tries = 0
+
+    @torch.no_grad()
+    def generate(self, x: Tensor) -> None:
+        self.tries += 1
+        if self.tries > 5:
+            pytest.fail("it is tried again and again")
+        if self(x, LABELS).isfinite():
+            raise ValueError("no room for the text")
+
+
+def test_generation_that_raises_for_another_reason_is_not_tried_for_ever() -> None:
+    """Again after the overflow, and then its own exception goes on, although it is where the former one was in memory."""
+    loop = Loop(Generates(), "fp16", init_scale=64.0)
+    loop.model.eval()
+    with pytest.raises(ValueError, match="no room for the text"):
+        loop.model.generate(X)
+    assert loop.model.tries == 2
+
+
 def test_an_exception_of_another_kind_is_left_alone() -> None:
     """Nothing is said, and nothing changes, where forward raises from finite values."""
     loop = Loop(Regression(), "fp16")

@@ -28,6 +28,7 @@ from hf_amp import (
 )
 from hf_amp.events import Cause
 from hf_amp.fallback.diagnosis import Diagnosis
+from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.report.reader import read_run
 from hf_amp.report.verdict import Level, verdict_on
 from tests.each import for_each, forget_accelerators
@@ -360,3 +361,10 @@ def test_a_compiled_model_is_compiled_anew() -> None:
     at(session, 1)
     assert compiled(torch.ones(2, 4)).dtype is torch.float32
     torch._dynamo.reset()
+
+
+def test_a_plan_in_fp32_does_not_count_modules_in_fp32() -> None:
+    """Of a run that is all in FP32 there are no exceptions to speak of."""
+    wide = {"lm_head": PrecisionMode.FP32}
+    assert PrecisionPlan(PrecisionMode.FP32, wide).describe() == "FP32"
+    assert PrecisionPlan(PrecisionMode.MIXED, wide).describe() == "MIXED with 1 module in FP32"

@@ -99,8 +99,11 @@ def test_it_reaches_log_metrics_and_session(tmp_path: Path) -> None:
 @for_each(
     ("options", "why"),
     [
-        ({"max_rewinds": 1, "on_stalled": "rewind"}, "it has gone back 1 times, as often as max_rewinds allows"),
-        ({"good_after": 100}, "no checkpoint is known to be good"),
+        (
+            {"max_rewinds": 1, "on_stalled": "rewind"},
+            "it has gone back once, as often as max_rewinds allows; lower the learning rate",
+        ),
+        ({"good_after": 100}, "none is good yet, which takes 100 clean steps after it; save more often"),
     ],
 )
 def test_it_stops_where_it_cannot_go_back(

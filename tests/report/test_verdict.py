@@ -36,6 +36,16 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
         Level.WATCH,
         "Training, but with many skips: 20 of 100 steps (20%) were skipped so far",
     ),
+    "gone back, with skips that were left out": (
+        [
+            started(),
+            *map(skipped, range(151, 154)),
+            line("rewound", 154, before=154, after=120),
+            line("metrics", 200, applied_steps=166, skipped_steps=0),
+        ],
+        Level.WATCH,
+        "Training, after going back once to a good checkpoint, last at step 154 to step 120: 3 of 200 steps (1.5%) were skipped so far",
+    ),
     "data": (
         [started(), skipped(3, "INPUT"), metrics(1000, 1)],
         Level.WATCH,
