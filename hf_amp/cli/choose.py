@@ -49,10 +49,6 @@ def choose(
 
     console = Console(highlight=False, stderr=as_json)
     with console.status("Loading ..."):
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         inputs = batch_for(loaded, batch, length)
     try:

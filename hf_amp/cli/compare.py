@@ -109,10 +109,6 @@ def _side(name: str) -> Any:
 def _model(name: str) -> nn.Module:
     file, _, function = name.rpartition(":")
     if not file.endswith(".py"):
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         return load_model(name, trust_remote_code=False)
     try:
         made = runpy.run_path(file)[function]()

@@ -69,10 +69,6 @@ def preflight(
 
     console = Console(highlight=False, stderr=as_json)
     with console.status("Loading ..."):
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         batch = "1" if batch is None and inference else batch
         inputs = batch_for(loaded, batch, length) if batch is not None else None
@@ -278,7 +274,10 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
     """
     import transformers
     from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise typer.BadParameter(f"{name}: no such folder; pass a folder that save_pretrained wrote, or a hub name.")

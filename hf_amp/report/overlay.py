@@ -9,7 +9,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from hf_amp.comparison import compare
 from hf_amp.config import MixedPrecisionConfig
+from hf_amp.errors import HfAmpError
 from hf_amp.events import printable
 from hf_amp.report.reader import RunHistory, Series
 from hf_amp.report.verdict import formatted
@@ -70,7 +72,8 @@ def _same(one: float, other: float) -> bool:
 
 def overlays_of(runs: Sequence[RunHistory]) -> Iterator[Overlay]:
     """Loss, loss scale, skipped steps, learning rate and evaluation metrics, as far as two of the runs have them."""
-    evaluated = sorted({name for run in runs for name in run.figures if name.startswith("eval_")})
+    logged = {name for run in runs for name in run.figures if name.startswith("eval_")}
+    evaluated = sorted(name for name in logged if not name.endswith(("_runtime", "_per_second", "_non_finite_batches")))
     for name in [*_TITLES, *evaluated]:
         curves = [_skipped(run) if name == SKIPPED else dict(run.figures.get(name, ())) for run in runs]
         if name == "scale" and all(value == 1 for curve in curves for value in curve.values()):
@@ -94,6 +97,37 @@ def _added(series: Series) -> Iterator[tuple[int, int]]:
     for step, count in zip(series.steps, series.counts, strict=True):
         yield step, count - former
         former = count
+
+
+@dataclass(frozen=True)
+class ComparedStep:
+    """A step that the first two runs have captured, by `session.capture`: what `compare` says of it, in words and as rows.
+
+    Attributes:
+        rows: of what differs the most: module, tensor, kind, difference over its norm, times what rounding explains.
+    """
+
+    title: str
+    sentence: str
+    rows: list[list[str]]
+
+
+def compared_steps(runs: Sequence[RunHistory]) -> Iterator[ComparedStep]:
+    """Of each capture file that has the same name in the folders of the first two runs."""
+    one, other = (run.path.parent for run in runs[:2])
+    names = {path.name for path in one.glob("capture_step_*.safetensors")}
+    for name in sorted(names & {path.name for path in other.glob("capture_step_*.safetensors")}):
+        title = name.removesuffix(".safetensors").replace("_", " ").removeprefix("capture ").capitalize()
+        try:
+            found = compare(one / name, other / name)
+        except HfAmpError as error:  # such as a file that was cut off
+            yield ComparedStep(title, str(error), [])
+            continue
+        rows = [
+            [each.module or "the model itself", each.tensor, each.kind, formatted(each.relative), formatted(each.times_bound)]
+            for each in found.worst
+        ]  # fmt: skip
+        yield ComparedStep(title, found.sentence(), rows)
 
 
 @dataclass(frozen=True)

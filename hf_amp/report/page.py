@@ -29,7 +29,7 @@ from hf_amp.config import MixedPrecisionConfig
 from hf_amp.events import Cause, printable
 from hf_amp.monitoring.metrics import CATALOGUE
 from hf_amp.precision import FP16_FORMAT
-from hf_amp.report.overlay import circumstances, overlays_of
+from hf_amp.report.overlay import circumstances, compared_steps, overlays_of
 from hf_amp.report.reader import RunHistory, Series
 from hf_amp.report.verdict import formatted, verdict_on
 
@@ -489,6 +489,7 @@ def page(runs: Sequence[RunHistory], made_by: str) -> str:
         causes=Cause,
         overlays=list(overlaid(runs)) if len(runs) > 1 else [],
         circumstances=circumstances(runs) if len(runs) > 1 else [],
+        compared_steps=list(compared_steps(runs)) if len(runs) > 1 else [],
         pictures=_common_first(list(pictures_of(runs)), len(runs)),
         metrics=metrics,
         figures=[(name, [figures.get(name) for figures in latest]) for name in in_order],

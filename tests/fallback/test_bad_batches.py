@@ -30,7 +30,7 @@ class Weighted(nn.Module):
 
 
 class Learned(NamedTuple):
-    """Where a run has got to: its loss on rows of its own, its scale, its mean underflow, and how many steps it skipped for
+    """Where a run has got to: its mean loss over the last quarter (of batches that are whole in both), its scale, its mean underflow, and how many steps it skipped for
     another cause than the scale."""
 
     loss: float
@@ -49,11 +49,10 @@ def learned(strategy: str, bad: str, steps: int, every: int) -> Learned:
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
     session = hf_amp.attach(accelerator, MixedPrecisionConfig(scaling_strategy=strategy, monitoring_interval=10))
     plain, text = Weighted(), torch.tensor([row["input_ids"] for row in text_rows()])
-    seen, unseen = text[:-32], text[-32:]
     model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=2e-3))
-    underflow = []
+    underflow, losses = [], []
     for step in range(1, steps + 1):
-        ids, weights = seen[torch.randint(len(seen), (4,), generator=rows)], torch.ones(4)
+        ids, weights = text[torch.randint(len(text), (4,), generator=rows)], torch.ones(4)
         if step % every == 0:
             if bad == "left out":
                 ids, weights = ids[1:], weights[1:]
@@ -64,8 +63,9 @@ def learned(strategy: str, bad: str, steps: int, every: int) -> Learned:
         optimizer.step()
         optimizer.zero_grad()
         underflow.append(session.metrics().get("underflow_fraction", 0.0))
-    with torch.no_grad():
-        loss = plain.float()(unseen).mean().item()
+        losses += [] if step % every == 0 else [loss.item()]
+    newest = losses[-steps // 4 :]
+    loss = sum(newest) / len(newest)
     skipped = sum(e.kind is EventKind.STEP_SKIPPED and e.cause is not Cause.SCALE for e in session.events)
     scale = session.scaler.get_scale()
     session.detach()

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from hf_amp.report.overlay import circumstances, overlays_of
-from hf_amp.report.reader import RunHistory
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_amp import AmpSession
+from hf_amp.report.overlay import circumstances, compared_steps, overlays_of
+from hf_amp.report.page import page
+from hf_amp.report.reader import RunHistory, read_run
 from tests.each import for_each
 from tests.report.test_run_history import history, line, skipped, started
 
@@ -55,3 +62,45 @@ def test_circumstances_that_differ_come_first() -> None:
         ("option init_scale", ["2", "4"]),
     ]
     assert [row.name for row in rows if not row.differs] == ["ran", "precision"]
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x))).square().mean()
+
+
+def captured_run(folder: Path, factor: float) -> RunHistory:
+    """Two steps, the second captured, of a model whose last weights are `factor` times as large."""
+    torch.manual_seed(0)
+    model = Layers()
+    with torch.no_grad():
+        model.second.weight.mul_(factor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    session = AmpSession.for_model(model, optimizer)
+    session.log_to(folder)
+    session.capture(2)
+    for _ in range(2):
+        session.scaler.scale(model(torch.randn(4, 8))).backward()
+        session.scaler.step(optimizer)
+        session.scaler.update()
+        optimizer.zero_grad()
+    session.detach()
+    return read_run(folder)
+
+
+def test_captured_steps_of_two_runs_are_compared(tmp_path: Path) -> None:
+    """By module, in a table of the page; a file that cannot be read says so, and the page is made."""
+    runs = [captured_run(tmp_path / name, factor) for name, factor in (("a", 1.0), ("b", 3.0))]
+    (step,) = compared_steps(runs)
+    assert step.title == "Step 2"
+    assert "They part in second, forward" in step.sentence
+    assert {row[0] for row in step.rows} >= {"second"}
+    assert "They part in second, forward" in page(runs, "0")
+    (tmp_path / "b" / "capture_step_2.safetensors").write_bytes(b"cut off")
+    (step,) = compared_steps(runs)
+    assert step.rows == []
+    assert "capture_step_2" in step.sentence
