@@ -72,10 +72,13 @@ def learned(strategy: str, bad: str, steps: int, every: int) -> Learned:
     return Learned(loss, scale, sum(underflow[steps // 2 :]) / (steps - steps // 2), skipped)
 
 
-@for_each("bad", ["input", "label"])
-@for_each("strategy", ["DYNAMIC", "ADAPTIVE"])
+@for_each(
+    ("strategy", "bad"), [("DYNAMIC", "input"), ("ADAPTIVE", "label"), ("ADAPTIVE", "input"), ("DYNAMIC", "label")]
+)
 def test_bad_rows_cost_their_batches_alone(strategy: str, bad: str, full_size: bool) -> None:
-    """NaN in a row, also in labels of a loss that the loop makes: scale, underflow and loss are as without that row."""
+    """NaN in a row, also in a loss that the loop makes: scale, underflow and loss are as without that row."""
+    if not full_size and (strategy, bad) in (("ADAPTIVE", "input"), ("DYNAMIC", "label")):
+        return  # the same steps
     steps, every = (1500, 50) if full_size else (200, 50)
     without, with_them = learned(strategy, "left out", steps, every), learned(strategy, bad, steps, every)
     print(f"\n{strategy} {bad}: {with_them} against {without}")
