@@ -199,7 +199,7 @@ def _mode_of(accelerator: Accelerator, config: MixedPrecisionConfig) -> Precisio
         raise ConfigError(
             f"MixedPrecisionConfig(precision_mode={config.precision_mode.value}) contradicts "
             f"mixed_precision={accelerator.mixed_precision!r} of the Accelerator (in a Trainer: fp16 and bf16 of "
-            f"TrainingArguments), which is {mode.value}: leave precision_mode, or a plan that sets it, out, or make the two agree."
+            f"TrainingArguments), which is {mode.value}: leave precision_mode out (or the plan that sets it), or make the two agree."
         )
     return mode
 
