@@ -444,7 +444,7 @@ def names_like(pattern: str, named_modules: Iterable[tuple[str, nn.Module]]) -> 
 
 def holds_shards(model: nn.Module) -> bool:
     """Whether this process holds a part of `model`'s parameters only: DTensors of FSDP2 or tensor parallelism, or FSDP1."""
-    by_fsdp = any(is_unit(m) or hasattr(m, "_fsdp_wrapped_module") for m in model.modules())
+    by_fsdp = any(is_unit(m) or "_fsdp_wrapped_module" in m._modules for m in model.modules())
     return by_fsdp or any(map(is_sharded, model.parameters()))
 
 
@@ -456,7 +456,7 @@ def recovers(model: nn.Module) -> bool:
 
 def is_unit(module: nn.Module) -> bool:
     """Whether FSDP2 gathers parameters around `module`'s forward pass."""
-    return hasattr(module, "set_requires_gradient_sync")
+    return hasattr(type(module), "set_requires_gradient_sync")  # of the class that fully_shard gives it
 
 
 def has_compiled() -> bool:

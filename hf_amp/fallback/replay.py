@@ -327,7 +327,8 @@ class _Replay:
         self._elements = sum(p.numel() for p in model.parameters())
         self.findings = ReplayFindings()
         self.current = current
-        self._lockstep = Lockstep.now() if holds_shards(model) else None
+        lockstep = Lockstep.now()
+        self._lockstep = lockstep if lockstep is not None and holds_shards(model) else None
         self._all_of_them = all_of_them or self._lockstep is not None
         self._repeats = False
         self._candidate: _Candidate | None = None
@@ -338,14 +339,14 @@ class _Replay:
         called_with: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if threading.get_ident() == thread:
+            if threading.get_ident() == thread and not self._repeats:
                 called_with.append(copy_containers((arguments, options), OBJECTS_DEEP))
 
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
-            if threading.get_ident() != thread:
+            if threading.get_ident() != thread or self._repeats:
                 return None
             arguments, options = called_with.pop()  # what it was given may hold its output by now
-            if self._repeats or self.findings.first_non_finite is not None:
+            if self.findings.first_non_finite is not None:
                 return None
             if name == "":
                 self.findings.returns_loss = any(x.dim() == 0 for _, x in float_tensors(output))
@@ -490,8 +491,9 @@ def nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]
     Raises:
         RuntimeError: the model would wait for other ranks, or keep gathered parameters, whose gradients `zero_grad` misses.
     """
-    lockstep = Lockstep.now() if holds_shards(model) else None
-    if holds_shards(model) and (lockstep is None or not recovers(model)):
+    is_whole = not holds_shards(model)
+    lockstep = None if is_whole else Lockstep.now()
+    if not is_whole and (lockstep is None or not recovers(model)):
         raise RuntimeError("its parameters are sharded, and gathering them would wait for the other processes")
     buffers = [(at, name, x, x.clone()) for at in model.modules() for name, x in at.named_buffers(recurse=False)]
     plain = [  # attribute → what it is and a copy of what it holds, for what is neither torch's own machinery nor a hook

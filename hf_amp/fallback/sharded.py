@@ -189,7 +189,7 @@ class Lockstep:
 
 def wait_for_turn(kind: int, forward: RecordedForward, variant: bool) -> None:
     """Before a pass; at once where it is nobody else's business."""
-    if holds_shards(forward.model) and (lockstep := Lockstep.now()) is not None:
+    if (lockstep := Lockstep.now()) is not None and holds_shards(forward.model):
         lockstep.turn(kind, forward, variant)
 
 
