@@ -491,7 +491,10 @@ def _weakly(value: Any) -> Any:
     """A tensor itself; a cache, which may be large, so that it is not kept alive, and None where it is empty and will be filled."""
     if isinstance(value, Tensor) or not hasattr(value, "__dict__"):
         return value
-    return weakref.ref(value) if any(True for _ in tensors_in(value, depth=OBJECTS_DEEP)) else None
+    try:
+        return weakref.ref(value) if any(True for _ in tensors_in(value, depth=OBJECTS_DEEP)) else None
+    except TypeError:  # a tuple with names, such as PackedSequence
+        return value
 
 
 def _revived(value: Any) -> Any:

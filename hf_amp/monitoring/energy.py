@@ -32,7 +32,10 @@ class EnergyMeter:
 
     def metrics(self, applied: int) -> dict[str, float]:
         """`joules_per_step`, where anything counts and a step was applied since; `applied`: steps applied so far."""
-        joules = sum(counter() for counter in self._counters)
+        try:
+            joules = sum(counter() for counter in self._counters)
+        except Exception:  # no longer to be read: NVML has errors of its own, and training goes on
+            joules, self._counters = 0.0, []
         steps = applied - self._applied
         return {"joules_per_step": joules / steps} if self._counters and steps > 0 else {}
 

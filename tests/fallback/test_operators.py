@@ -401,3 +401,26 @@ def test_what_could_not_be_tried_in_fp32_is_not_claimed() -> None:
     assert len(passes) >= 3
     assert loop.skips[0].cause is Cause.UNKNOWN
     assert "could not be repeated in FP32" in loop.skips[0].message
+
+
+class Speaks(nn.Module):
+    """Is given its batch in a tuple that cannot be held weakly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, packed: Any) -> Tensor:
+        return self.layer(packed.data)
+
+    @torch.no_grad()
+    def generate(self, packed: Any) -> Tensor:
+        return self(packed)
+
+
+def test_generation_from_packed_sequences_is_as_without_hf_amp() -> None:
+    """What a call is given is noted there, whatever it is."""
+    model, packed = Speaks(), nn.utils.rnn.pack_sequence([torch.ones(3, 8)])
+    expected = model.generate(packed)
+    loop = Loop(model, "no")
+    assert torch.equal(loop.plain.generate(packed), expected)

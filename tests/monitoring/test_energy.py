@@ -38,6 +38,16 @@ def test_packages_are_added_up_and_wrap_around(tmp_path: Path) -> None:
     assert meter.metrics(14) == {"joules_per_step": pytest.approx(2.0)}
 
 
+def test_a_counter_that_goes_away_ends_no_run(tmp_path: Path) -> None:
+    """As where rights are taken back: the metric is absent from then on."""
+    counter = zone(tmp_path, "intel-rapl:0", 1_000_000)
+    meter = EnergyMeter("cpu", 0, tmp_path)
+    counter.unlink()
+    assert meter.metrics(1) == {}
+    counter.write_text("9000000")
+    assert meter.metrics(2) == {}
+
+
 def test_where_nothing_counts_it_is_absent(tmp_path: Path) -> None:
     """No folder, a counter that cannot be read, and a device without one."""
     assert EnergyMeter("cpu", 0, tmp_path / "nowhere").metrics(1) == {}
