@@ -121,8 +121,8 @@ def units_apart(x: Tensor, y: Tensor) -> float:
     return (x - y)[finite].abs().max().item() / unit
 
 
-def compare(name: str, kind: Callable[[Tensor], Tensor] | None, half: bool) -> float:
-    """Asserts that both give the same; returns the largest difference of an output, in units of the last place."""
+def built(name: str, kind: Callable[[Tensor], Tensor] | None, half: bool) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A tiny model of an architecture with an overflow of that kind in it, and a batch; always the same."""
     torch.manual_seed(0)
     family = MODELS[name]
     try:
@@ -141,7 +141,18 @@ def compare(name: str, kind: Callable[[Tensor], Tensor] | None, half: bool) -> f
     if half:
         model = model.half()
         batch = {key: x.half() if x.is_floating_point() else x for key, x in batch.items()}
-    ours = Tried(model, model, batch, hf_amp.emulate(torch.float16, autocast=not half))
+    return model, batch
+
+
+def emulated(model: nn.Module, batch: dict[str, Tensor], half: bool) -> Tried:
+    """What hf_amp computes."""
+    return Tried(model, model, batch, hf_amp.emulate(torch.float16, autocast=not half))
+
+
+def compare(name: str, kind: Callable[[Tensor], Tensor] | None, half: bool) -> float:
+    """Asserts that both give the same; returns the largest difference of an output, in units of the last place."""
+    model, batch = built(name, kind, half)
+    ours = emulated(model, batch, half)
     on_cuda = {key: OnDevice(x) for key, x in batch.items()}
     theirs = Tried(model, on_device(model), on_cuda, cuda_rules(None if half else torch.float16))
     worst = 0.0

@@ -85,7 +85,9 @@ def measure_skips(size: str, rounds: int, device: str) -> list[Row]:
     causes = (Cause.SCALE, Cause.ACTIVATION, Cause.DERIVATIVE, Cause.MODEL)
     contenders = {"an applied step": skipped_step(size, device, None)}
     contenders |= {f"a skip by {cause.value}": skipped_step(size, device, cause) for cause in causes}
-    return compared(interleaved(contenders, rounds, "thread"), "an applied step", parameters=size)
+    return compared(
+        interleaved(contenders, rounds, "thread" if device == "cpu" else "wall"), "an applied step", parameters=size
+    )
 
 
 def measure(size: str, rounds: int, device: str) -> list[Row]:

@@ -1,0 +1,63 @@
+"""Emulated FP16 on a CPU beside the real one of a device: tiny models of 31 architectures, eight kinds of overflow, both semantics."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from tests.test_cuda_rules import ALL, Tried, built, emulated, units_apart
+
+
+def differences(number: int, device: str) -> dict[str, Any]:
+    """One case of `ALL`, by its number: what is not the same, in words, and the largest difference of an output.
+
+    Compared are the modules that are called, dtype and finite elements of every output, and finite elements of every gradient.
+    Where `device` is the CPU, both are emulated.
+    """
+    name, kind, half = ALL[number]
+    case = f"{name} {kind.__name__ if kind else 'healthy'} {'half' if half else 'autocast'}"
+    torch.backends.cudnn.allow_tf32 = False
+    model, batch = built(name, kind, half)
+    twin, there = copy.deepcopy(model).to(device), {key: x.to(device) for key, x in batch.items()}
+    ours = emulated(model, batch, half)
+    if device == "cpu":
+        theirs = emulated(twin, there, half)
+    else:
+        theirs = Tried(twin, twin, there, torch.autocast(device, torch.float16, enabled=not half))
+    found, worst = [], 0.0
+    if [module for module, _ in ours.outputs] != [module for module, _ in theirs.outputs]:
+        found.append("other modules are called")
+    for (module, x), (_, on_device) in zip(ours.outputs, theirs.outputs, strict=False):
+        y = on_device.cpu()
+        if x.dtype != y.dtype:
+            found.append(f"{module} is {x.dtype} here and {y.dtype} there")
+        elif not torch.equal(x.isfinite(), y.isfinite()):
+            found.append(
+                f"{module}: {int((~x.isfinite()).sum())} of {x.numel()} are not finite here, {int((~y.isfinite()).sum())} there"
+            )
+        worst = max(worst, units_apart(x, y))
+    if ours.gradients.keys() != theirs.gradients.keys():
+        found.append("other parameters have a gradient")
+    for parameter, g in ours.gradients.items():
+        there = theirs.gradients.get(parameter, g).cpu()
+        if not torch.equal(g.isfinite(), there.isfinite()):
+            found.append(
+                f"gradient of {parameter}: {int((~g.isfinite()).sum())} of {g.numel()} are not finite here, {int((~there.isfinite()).sum())} there"
+            )
+    return {"case": case, "differs": found, "units_apart": round(worst, 2)}
+
+
+def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, and the cases that differ."""
+    kept = [case for case in cases if "differs" in case]
+    return {
+        "cases": len(cases),
+        "equal": sum(not case["differs"] for case in kept),
+        "within 2 units of the last place": sum(case["units_apart"] <= 2 for case in kept),
+        "largest difference in units of the last place": max((case["units_apart"] for case in kept), default=None),
+        "failed": [case for case in cases if "error" in case],
+        "different": {case["case"]: case["differs"][:3] for case in kept if case["differs"]},
+        "beyond 2 units": {case["case"]: case["units_apart"] for case in kept if case["units_apart"] > 2},
+    }
