@@ -49,7 +49,7 @@ _PLAIN = (bool, int, float, str, type(None))
 @functools.lru_cache(maxsize=8)
 def _signs(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 2, (PERIOD,), generator=generator, dtype=torch.int8) * 2 - 1).to(device)
+    return (torch.randint(0, 2, (PERIOD,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1).to(device)
 
 
 class Digest(NamedTuple):
@@ -377,7 +377,7 @@ def _starts(output: Any, forward: RecordedForward, scale: float) -> list[tuple[T
     outputs = [x for _, x in float_tensors(output) if x.requires_grad]
     if numbers := [x for x in outputs if x.dim() == 0]:
         return [(numbers[0], torch.full_like(numbers[0], scale))]
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2), device="cpu")
     return [(x, (draw(x.shape) * (scale / math.sqrt(max(1, x.numel())))).to(x)) for x in outputs]
 
 

@@ -389,6 +389,14 @@ def _without_half_kernel(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, 
     return kernel.half(keyset, args, kwargs)
 
 
+def _of_another_package(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    """As torchvision's operators have it under autocast: in FP32, with results in the dtype of the first operand."""
+    if not _holds_half(args, kwargs):
+        return kernel.plain(keyset, args, kwargs)
+    first = next(x for x in tensors_of((args, kwargs)) if _is_cast(x))
+    return _to(kernel.alone(upcast, args, kwargs), first.dtype)
+
+
 def _widens(mode: EmulatedPrecision, args: Any, kwargs: Any) -> bool:
     return mode.number_format.dtype == torch.float32 and _holds_half(args, kwargs)
 
@@ -456,13 +464,20 @@ def _register_kernels() -> None:
             (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted), (_UNSAFE, _unsafe)
         ):  # fmt: skip
             policies |= {f"aten::{name}": policy for name in names}
+        policies |= dict.fromkeys((name for name in policies if not name.startswith("aten::")), _of_another_package)
+        kernels = [(name, _Kernel(_operator(name), policy, name in lacking)) for name, policy in policies.items()]
         fallthrough = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
         fallthrough.fallback(torch.library.fallthrough_kernel, _KEY)  # type: ignore[no-untyped-call]
-        kernels = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-        for name, policy in policies.items():
-            base, _, overload = name.removeprefix("aten::").partition(".")
-            operator = getattr(getattr(torch.ops.aten, base), overload or "default")
-            kernels.impl(name, _Kernel(operator, policy, name in lacking), _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
-        _REGISTERED.extend(
-            [kernels, torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU), fallthrough]
-        )
+        libraries = {name.split("::")[0]: None for name in policies}
+        libraries = {namespace: torch.library.Library(namespace, "IMPL") for namespace in libraries}  # type: ignore[no-untyped-call]
+        for name, kernel in kernels:
+            libraries[name.split("::")[0]].impl(name, kernel, _KEY, with_keyset=True)
+        below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
+        _REGISTERED.extend([libraries, below, fallthrough])
+
+
+def _operator(name: str) -> Any:
+    """That of a qualified name, such as "aten::add.Tensor"."""
+    namespace, _, name = name.partition("::")
+    base, _, overload = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -407,3 +409,29 @@ def test_models_are_told_that_autocast_is_on() -> None:
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
     assert not torch.is_autocast_enabled()
+
+
+_OTHER_PACKAGE = """
+import torch
+
+library = torch.library.Library("other_package", "DEF")
+library.define("double(Tensor x, Tensor factor) -> Tensor")
+library.impl("double", lambda x, factor: x * factor + 2.0**-12, "CompositeExplicitAutograd")
+library.impl("double", lambda x, factor: x, "AutocastCUDA")
+
+import hf_amp
+
+x, factor = torch.ones(3, dtype=torch.float16), torch.full((3,), 2.0)
+for context in (hf_amp.emulate(), hf_amp.emulate()):
+    with context:
+        y = torch.ops.other_package.double(x, factor)
+        z = torch.ops.other_package.double(x.float(), factor)
+assert y.dtype == torch.float16 and z.dtype == torch.float32, (y.dtype, z.dtype)
+assert y.eq(2).all() and z.gt(2).all()
+"""
+
+
+def test_operators_of_other_packages_that_autocast_knows() -> None:
+    """torchvision registers its own with autocast: they compute in FP32, and give the dtype that they were given."""
+    done = subprocess.run([sys.executable, "-c", _OTHER_PACKAGE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ def launches_of_steps(scaler: Any, clip: Clip, device: torch.device, factor: int
             scaler.update()
             if is_cuda:
                 torch.cuda.synchronize()
-        names = [event.name for event in seen.events() if event.device_type is DeviceType.CUDA] if is_cuda else []
+        names = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA] if is_cuda else []
         moved = [name for name in names if name.startswith(("Memcpy", "Memset"))]
         kernels = Counter(name[:60] for name in names if not name.startswith(("Memcpy", "Memset")))
         for what, number in STEPS.items():
