@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -97,7 +98,9 @@ def side_by_side(function: Callable[..., Any], each: list[tuple[Any, ...]], tiny
     tasks = [(function, arguments) for arguments in each]
     if tiny:
         return [_attempt(task) for task in tasks]
-    with ProcessPoolExecutor(12, multiprocessing.get_context("spawn")) as pool:
+    workers = max(1, min(12, (os.cpu_count() or 1) - 2))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(_attempt, tasks))
 
 
