@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from hf_amp.device import RandomState, devices_of
+from hf_amp.device import RandomState, devices_of, products_use_tf32
 from hf_amp.errors import StateError, in_one_line
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.fallback.recorder import RecordedForward
@@ -412,7 +412,7 @@ def spacing_of(current: CurrentPrecision, model: nn.Module) -> Spacing:
     if not current.is_over:
         dtypes.add(current.mode.number_format.dtype)
     formats = [Spacing(f.eps, f.smallest_normal * f.eps) for f in map(torch.finfo, dtypes or {torch.float32})]
-    if any(device.type == "cuda" for device in devices_of(model)) and torch.backends.cuda.matmul.allow_tf32:
+    if any(device.type == "cuda" for device in devices_of(model)) and products_use_tf32():
         formats.append(Spacing(2.0**-10, 0.0))
     return max(formats)
 

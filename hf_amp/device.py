@@ -174,6 +174,11 @@ def devices_of(model: nn.Module) -> set[torch.device]:
     return {parameter.device for parameter in model.parameters()}
 
 
+def products_use_tf32() -> bool:
+    """Whether matrix products of FP32 tensors on a GPU run in TF32. `allow_tf32` raises where the newer setting was used."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def room_on(device: torch.device) -> tuple[int, int] | None:
     """Between steps: bytes that PyTorch could still allocate on `device`, its own reserve included, and the most that a step has
     taken so far beyond what is there now; None where it cannot say. No GPU-CPU sync."""

@@ -468,10 +468,12 @@ def _register_kernels() -> None:
         kernels = [(name, _Kernel(_operator(name), policy, name in lacking)) for name, policy in policies.items()]
         fallthrough = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
         fallthrough.fallback(torch.library.fallthrough_kernel, _KEY)  # type: ignore[no-untyped-call]
-        libraries = {name.split("::")[0]: None for name in policies}
-        libraries = {namespace: torch.library.Library(namespace, "IMPL") for namespace in libraries}  # type: ignore[no-untyped-call]
+        libraries: dict[str, Any] = {}
         for name, kernel in kernels:
-            libraries[name.split("::")[0]].impl(name, kernel, _KEY, with_keyset=True)
+            namespace = name.partition("::")[0]
+            if namespace not in libraries:
+                libraries[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+            libraries[namespace].impl(name, kernel, _KEY, with_keyset=True)
         below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
         _REGISTERED.extend([libraries, below, fallthrough])
 

@@ -451,11 +451,12 @@ def observe(records: Sequence[GradientStep]) -> Observation:
 
     def largest(name: str, rather: str = "") -> Tensor:
         known = [record.host.get(rather, record.host.get(name, 0.0)) for record in records]
-        return scalar(max(known, key=lambda value: math.inf if math.isnan(value) else value))
+        worst = max(known, key=lambda value: math.inf if math.isnan(value) else value)
+        return torch.tensor(worst, dtype=torch.float32, device="cpu")
 
     return Observation(
         found_inf=largest("found_inf"),
-        loss_non_finite=scalar(max(outcome.non_finite_losses for outcome in outcomes)),
+        loss_non_finite=torch.tensor(float(max(outcome.non_finite_losses for outcome in outcomes)), device="cpu"),
         grad_amax=largest("amax", rather="bounded_amax"),
         wanted_scale=largest("wanted_scale") if any("wanted_scale" in record.host for record in records) else None,
         known_clean=all(record.known_clean for record in records),
