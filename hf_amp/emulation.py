@@ -47,10 +47,13 @@ _PROMOTED = [
 # What the CPU's half kernels round on the way, or what it has none for, beside transforms of Fourier: FP32, rounded once.
 # Source: a comparison of the operators in PyTorch's OpInfo that have half kernels for CPUs, but for products and linear algebra.
 _WITHOUT_HALF_KERNEL = [
-    "_adaptive_avg_pool3d", "_log_softmax", "addr", "avg_pool3d", "grid_sampler_2d", "grid_sampler_3d", "logit", "mean",
+    "_adaptive_avg_pool3d", "_log_softmax", "addr", "avg_pool3d", "col2im", "grid_sampler_2d", "grid_sampler_3d", "logit", "mean",
     "mean.dim", "polygamma", "prod", "prod.dim_int", "round.decimals", "rrelu", "upsample_bicubic2d", "upsample_linear1d",
     "upsample_trilinear3d",
 ]  # fmt: skip
+# Whose derivative sums in half precision there, and in FP32 on CUDA: the same, where gradients are on.
+# Source: EmbeddingBackwardKernel.cu, EmbeddingBag.cu, im2col.cuh and layer_norm_kernel.cu of aten/src/ATen/native/cuda.
+_WITHOUT_HALF_DERIVATIVE = ["embedding", "embedding_bag", "embedding_bag.padding_idx", "im2col", "layer_norm"]
 # What PyTorch takes for the whole of an attention, or of an encoder layer, where no gradient is asked for.
 _FUSED = ["_native_multi_head_attention", "_transformer_encoder_layer_fwd"]
 _UNSAFE = ["binary_cross_entropy"]
@@ -290,9 +293,9 @@ def _holds_half(args: Any, kwargs: Any) -> bool:
 class _Kernel:
     """What one operator does inside of the context."""
 
-    def __init__(self, operator: Any, policy: Callable[..., Any] | None, lacks_half: bool) -> None:
+    def __init__(self, operator: Any, policy: Callable[..., Any] | None, lacks: str) -> None:
         self._operator = operator
-        self.lacks_half = lacks_half
+        self._lacks = lacks  # a kernel of half precision: "", "both" or "backward"
         self._in_fp32 = _attention if operator is torch.ops.aten.scaled_dot_product_attention.default else operator
         self._policy = policy
 
@@ -315,6 +318,9 @@ class _Kernel:
                 return self._in_fp32(*args, **kwargs)
         finally:
             _ACTIVE.kernel = False
+
+    def lacks_half(self) -> bool:
+        return self._lacks == "both" or (self._lacks == "backward" and torch.is_grad_enabled())
 
     def half(self, keyset: Any, args: Any, kwargs: Any) -> Any:
         """Half-precision tensors without autocast: the FP32 result, rounded; anything else as it is."""
@@ -365,7 +371,7 @@ def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwar
         return _reduced(kernel, mode, keyset, args, kwargs)
     if (on or _widens(mode, args, kwargs)) and _holds_half(args, kwargs) and not _is_asked_for_dtype(args, kwargs):
         return kernel.alone(upcast, args, kwargs)
-    return (kernel.half if kernel.lacks_half else kernel.plain)(keyset, args, kwargs)
+    return (kernel.half if kernel.lacks_half() else kernel.plain)(keyset, args, kwargs)
 
 
 def _promoted(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
@@ -386,7 +392,7 @@ def _unsafe(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kw
 
 
 def _without_half_kernel(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    return kernel.half(keyset, args, kwargs)
+    return (kernel.half if kernel.lacks_half() else kernel.plain)(keyset, args, kwargs)
 
 
 def _widens(mode: EmulatedPrecision, args: Any, kwargs: Any) -> bool:
@@ -449,7 +455,9 @@ def _register_kernels() -> None:
         if _REGISTERED:
             return
         on_cuda, on_cpu = map(torch._C._dispatch_get_registrations_for_dispatch_key, ("AutocastCUDA", "AutocastCPU"))
-        lacking = {f"aten::{name}" for name in _WITHOUT_HALF_KERNEL} | {n for n in on_cpu if n.startswith("aten::fft_")}
+        lacking = {f"aten::{name}": "backward" for name in _WITHOUT_HALF_DERIVATIVE}
+        lacking |= dict.fromkeys([f"aten::{name}" for name in _WITHOUT_HALF_KERNEL], "both")
+        lacking |= dict.fromkeys([name for name in on_cpu if name.startswith("aten::fft_")], "both")
         policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(lacking, _without_half_kernel)
         policies |= dict.fromkeys(on_cuda, _full)
         for names, policy in (
@@ -462,7 +470,7 @@ def _register_kernels() -> None:
         for name, policy in policies.items():
             base, _, overload = name.removeprefix("aten::").partition(".")
             operator = getattr(getattr(torch.ops.aten, base), overload or "default")
-            kernels.impl(name, _Kernel(operator, policy, name in lacking), _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
+            kernels.impl(name, _Kernel(operator, policy, lacking.get(name, "")), _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
         _REGISTERED.extend(
             [kernels, torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU), fallthrough]
         )

@@ -127,9 +127,16 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
     with torch.no_grad():
-        dtypes = iter([x.dtype for x in tree_leaves(func(*meta[0], **meta[1])) if isinstance(x, Tensor)])
-    args, kwargs = tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in half else x, (args, kwargs))
-    return tree_map(lambda x: x.to(next(dtypes)) if isinstance(x, Tensor) else x, func(*args, **kwargs))
+        dtypes = [x.dtype for x in tree_leaves(func(*meta[0], **meta[1])) if isinstance(x, Tensor)]
+
+    def operand(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float32 and dtypes[0] in half:
+            return x.to(dtypes[0]).float()  # a number beside tensors of the format is one of theirs, on CUDA as on a CPU
+        return x.float() if isinstance(x, Tensor) and x.dtype in half else x
+
+    args, kwargs = tree_map(operand, (args, kwargs))
+    results = iter(dtypes)
+    return tree_map(lambda x: x.to(next(results)) if isinstance(x, Tensor) else x, func(*args, **kwargs))
 
 
 def _cast(func: Any, args: Any, kwargs: Any) -> Any:
@@ -213,6 +220,23 @@ class _Placement(TorchFunctionMode):
         return _placed(func(*args, **kwargs))
 
 
+def _apply(kind: Any, *args: Any) -> Any:
+    """An `autograd.Function` of the device: in the graph of what is held, with forward and backward on tensors of the device."""
+
+    def on_held(function: Any) -> Any:
+        return staticmethod(lambda ctx, *given: tree_map(_held, function(ctx, *tree_map(_placed, given))))
+
+    names = ("forward", "backward") if kind.setup_context is torch.autograd.Function.setup_context else ("backward",)
+    twin = type(kind.__name__, (kind,), {name: on_held(getattr(kind, name)) for name in names})
+    if "forward" not in names:
+        twin.forward = staticmethod(lambda *given: tree_map(_held, kind.forward(*tree_map(_placed, given))))
+        twin.setup_context = staticmethod(lambda ctx, *given: kind.setup_context(ctx, *tree_map(_placed, given)))
+    return tree_map(_placed, _FUNCTION_APPLY(twin, *tree_map(_held, args)))
+
+
+_FUNCTION_APPLY = torch.autograd.Function.apply.__func__
+
+
 class _Factories(TorchDispatchMode):
     """The same for what composite functions make."""
 
@@ -230,10 +254,12 @@ def cuda_rules(dtype: torch.dtype | None) -> Iterator[None]:
     torch.set_autocast_enabled("cuda", dtype is not None)
     torch.set_autocast_dtype("cuda", dtype or former[1])
     torch.autocast_increment_nesting()
+    torch.autograd.Function.apply = classmethod(_apply)  # which no mode of torch's sees
     try:
         with _Placement(), _Factories():
             yield
     finally:
+        torch.autograd.Function.apply = classmethod(_FUNCTION_APPLY)
         torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()
         torch.set_autocast_enabled("cuda", former[0])
