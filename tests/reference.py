@@ -131,7 +131,9 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
 
     def operand(x: Any) -> Any:
         if isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float32 and dtypes[0] in half:
-            return x.to(dtypes[0]).float()  # a number beside tensors of the format is one of theirs, on CUDA as on a CPU
+            return x.to(
+                dtypes[0]
+            ).float()  # a number beside tensors of the format is one of theirs, on CUDA as on a CPU
         return x.float() if isinstance(x, Tensor) and x.dtype in half else x
 
     args, kwargs = tree_map(operand, (args, kwargs))
