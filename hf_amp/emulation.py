@@ -415,6 +415,14 @@ def _without_half_kernel(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, 
     return (kernel.half if kernel.lacks_half() else kernel.plain)(keyset, args, kwargs)
 
 
+def _fourier(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    """Transforms of half-precision tensors, whose complex results are half precision too; a device has them for powers of two."""
+    if not {x.dtype for x in tensors_of((args, kwargs))} & {torch.float16, torch.complex32}:
+        return kernel.half(keyset, args, kwargs)
+    result = kernel.alone(lambda x: x.to(torch.complex64) if x.dtype == torch.complex32 else upcast(x), args, kwargs)
+    return result.to(torch.complex32 if result.is_complex() else torch.float16)
+
+
 def _widens(mode: EmulatedPrecision, args: Any, kwargs: Any) -> bool:
     return mode.number_format.dtype == torch.float32 and _holds_half(args, kwargs)
 
@@ -480,8 +488,8 @@ def _register_kernels() -> None:
         on_cuda, on_cpu = map(torch._C._dispatch_get_registrations_for_dispatch_key, ("AutocastCUDA", "AutocastCPU"))
         lacking = {f"aten::{name}": "backward" for name in _WITHOUT_HALF_DERIVATIVE}
         lacking |= dict.fromkeys([f"aten::{name}" for name in _WITHOUT_HALF_KERNEL], "both")
-        lacking |= dict.fromkeys([name for name in on_cpu if name.startswith("aten::fft_")], "both")
         policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(lacking, _without_half_kernel)
+        policies |= dict.fromkeys([name for name in policies if name.startswith("aten::fft_")], _fourier)
         policies |= dict.fromkeys(on_cuda, _full)
         for names, policy in (
             (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted), (_UNSAFE, _unsafe)

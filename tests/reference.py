@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def _placed(x: Any) -> Any:
 def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     """What a CUDA kernel gives for half-precision operands: FP32's result, rounded once to the dtype that it has there."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    half = {x.dtype for x in tensors} & {torch.float16, torch.bfloat16}
+    half = {x.dtype for x in tensors} & {torch.float16, torch.bfloat16, torch.complex32}
     aliases = any(result.alias_info is not None for result in func._schema.returns)
     if not half or aliases or func._schema.is_mutable:
         return func(*args, **kwargs)
@@ -134,7 +135,9 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
             return x.to(
                 dtypes[0]
             ).float()  # a number beside tensors of the format is one of theirs, on CUDA as on a CPU
-        return x.float() if isinstance(x, Tensor) and x.dtype in half else x
+        if isinstance(x, Tensor) and x.dtype in half:
+            return x.to(torch.complex64) if x.is_complex() else x.float()
+        return x
 
     args, kwargs = tree_map(operand, (args, kwargs))
     results = iter(dtypes)
@@ -196,6 +199,15 @@ _ASKING_CUDA = (Tensor.__getitem__, Tensor.__setitem__, Tensor.contiguous, Tenso
 """They move or read values only, and ask CUDA for its current device by themselves; as whatever has no float."""
 
 
+_MULTI_HEAD: Any = nn.functional.multi_head_attention_forward
+_ATTENTION_OF_TORCH = FunctionType(
+    _MULTI_HEAD.__code__,
+    {**_MULTI_HEAD.__globals__, "has_torch_function": lambda _: False},
+    argdefs=_MULTI_HEAD.__defaults__,
+)
+"""What it is made of, which otherwise no mode sees."""
+
+
 class _Placement(TorchFunctionMode):
     """What is made on the CUDA device is made on the CPU, and taken for one of the device."""
 
@@ -203,6 +215,9 @@ class _Placement(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
+        if func is nn.functional.multi_head_attention_forward:
+            with self:
+                return _ATTENTION_OF_TORCH(*args, **kwargs)
         if func == Tensor.requires_grad.__set__ and isinstance(args[0], OnDevice):
             return None  # what is held has its own
         moved = [x for x in tree_leaves((args, kwargs)) if isinstance(x, OnDevice)]

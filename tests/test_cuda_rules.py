@@ -19,7 +19,7 @@ import hf_amp
 from hf_amp.emulation import EmulatedPrecision, _set_active
 from hf_amp.errors import in_one_line
 from hf_amp.tree import tensors_of
-from tests.fallback.random_models import FAMILIES, Family, _of, is_layer, random_batch
+from tests.fallback.random_models import _BOTH_SIDES, FAMILIES, Family, _of, is_layer, random_batch
 from tests.reference import OnDevice, cuda_rules, on_device
 
 _TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -36,6 +36,17 @@ MODELS: dict[str, Family] = FAMILIES | {
     "electra": Family(_of(hf.ElectraForMaskedLM, hf.ElectraConfig, max_position_embeddings=32, embedding_size=16)),
     "albert": Family(_of(hf.AlbertForMaskedLM, hf.AlbertConfig, max_position_embeddings=32, embedding_size=8)),
     "deberta": Family(_of(hf.DebertaV2ForMaskedLM, hf.DebertaV2Config, max_position_embeddings=32, relative_attention=True)),
+    "falcon": Family(_of(hf.FalconForCausalLM, hf.FalconConfig)),
+    "gptj": Family(_of(hf.GPTJForCausalLM, hf.GPTJConfig, n_positions=32, rotary_dim=4)),
+    "gpt_oss": Family(_of(hf.GptOssForCausalLM, hf.GptOssConfig, num_key_value_heads=1, head_dim=8, num_local_experts=2, num_experts_per_tok=1, experts_implementation="eager")),
+    "lfm2": Family(_of(hf.Lfm2ForCausalLM, hf.Lfm2Config, num_key_value_heads=1)),
+    "xlnet": Family(_of(hf.XLNetLMHeadModel, hf.XLNetConfig, d_model=16, n_layer=2, n_head=2, d_inner=32)),
+    "fnet": Family(_of(hf.FNetForMaskedLM, hf.FNetConfig, max_position_embeddings=32)),
+    "longt5": Family(_of(hf.LongT5ForConditionalGeneration, hf.LongT5Config, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, local_radius=3), "two texts"),
+    "dinov2": Family(_of(hf.Dinov2ForImageClassification, hf.Dinov2Config, patch_size=4, **_PIXELS), "image"),
+    "detr": Family(_of(hf.DetrForObjectDetection, hf.DetrConfig, num_queries=3, num_channels=1, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=hf.ResNetConfig(embedding_size=8, layer_type="basic", out_features=["stage2"], **_STAGES), **_BOTH_SIDES), "image"),
+    "segformer": Family(_of(hf.SegformerForImageClassification, hf.SegformerConfig, num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], num_channels=1, num_labels=3), "image"),
+    "hubert": Family(_of(hf.HubertModel, hf.HubertConfig, conv_dim=[8], conv_stride=[2], conv_kernel=[4], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, mask_time_prob=0.0, layerdrop=0.0, feat_extract_norm="layer"), "audio"),
     "resnet": Family(_of(hf.ResNetForImageClassification, hf.ResNetConfig, embedding_size=8, layer_type="basic", **_STAGES), "image"),
     "convnext": Family(_of(hf.ConvNextForImageClassification, hf.ConvNextConfig, num_stages=2, patch_size=4, **_STAGES), "image"),
     "swin": Family(_of(hf.SwinForImageClassification, hf.SwinConfig, patch_size=2, embed_dim=8, depths=[1, 1], num_attention_heads=[2, 2], window_size=2, **_PIXELS), "image"),
