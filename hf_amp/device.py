@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,11 @@ def widest_float(device: torch.device) -> torch.dtype:
     """FP64 where `device` has it, else FP32, as on MPS and some XPUs."""
     lacks_it = device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
     return torch.float32 if lacks_it else torch.float64
+
+
+def runs_backward() -> bool:
+    """Whether this thread runs a backward. That of a GPU runs in a thread of PyTorch's own, and so does what it recomputes."""
+    return bool(cast(Any, torch._C)._current_graph_task_id() != -1)
 
 
 def is_capturing(device: torch.device) -> bool:

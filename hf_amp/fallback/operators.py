@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from hf_amp.device import runs_backward
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import PrecisionMode
@@ -90,8 +91,12 @@ class OperatorTrace(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
+    def _is_of_pass(self) -> bool:
+        """Whether this thread makes the pass: a GPU's backward, and what it recomputes, runs in one of PyTorch's own."""
+        return threading.get_ident() == self._thread or (self.repeats_backward and runs_backward())
+
     def _enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
-        if threading.get_ident() == self._thread:
+        if self._is_of_pass():
             is_innermost = _get_current_function_mode() is self  # type: ignore[no-untyped-call]
             self._modules.append(name)
             self._is_entered.append(not is_innermost)
@@ -99,7 +104,7 @@ class OperatorTrace(TorchFunctionMode):
                 self.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave_module(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if threading.get_ident() == self._thread and len(self._modules) > 1:
+        if self._is_of_pass() and len(self._modules) > 1:
             self._modules.pop()
             if self._is_entered.pop():
                 self.__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.device import RandomState, devices_of
+from hf_amp.emulation import in_backward
 from hf_amp.errors import in_one_line
 from hf_amp.fallback import sharded
 from hf_amp.fallback.module_precision import (
@@ -203,10 +204,12 @@ def replay_backward(
         stack.enter_context(hooks_silent([p for _, p in named]))
         if in_fp32:
             stack.enter_context(ForwardContext.suspended())
-        stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
+        stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else nullcontext())
         stack.enter_context(gathered.watching(forward.model) if gathered else nullcontext())
         with trace.watching(forward.model) if trace else nullcontext():
-            output, _ = _repeat(forward, in_fp32)
+            with nullcontext() if in_fp32 else current() as precision:
+                output, _ = _repeat(forward, in_fp32)
+            stack.enter_context(in_backward(precision))
             starts, *about = starts_of(output, forward, factor, scale)
             if trace is not None and starts:
                 trace.repeats_backward = True

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.test_cuda_rules import ALL, Tried, built, emulated, units_apart
+import hf_amp
+from tests.test_cuda_rules import ALL, Tried, case, units_apart
 
 
 def differences(number: int, device: str) -> dict[str, Any]:
@@ -17,13 +18,13 @@ def differences(number: int, device: str) -> dict[str, Any]:
     is not finite: how far a NaN spreads within one is a matter of kernels. Where `device` is the CPU, both are emulated.
     """
     name, kind, half = ALL[number]
-    case = f"{name} {kind.__name__ if kind else 'healthy'} {'half' if half else 'autocast'}"
+    what = f"{name} {kind.__name__ if kind else 'healthy'} {'half' if half else 'autocast'}"
     torch.backends.cudnn.allow_tf32 = False
-    model, batch = built(name, kind, half)
+    model, batch = case(name, kind, half)
     twin, there = copy.deepcopy(model).to(device), {key: x.to(device) for key, x in batch.items()}
-    ours = emulated(model, batch, half)
+    ours = Tried(model, model, batch, hf_amp.emulate(torch.float16, autocast=not half))
     if device == "cpu":
-        theirs = emulated(twin, there, half)
+        theirs = Tried(twin, twin, there, hf_amp.emulate(torch.float16, autocast=not half))
     else:
         theirs = Tried(twin, twin, there, torch.autocast(device, torch.float16, enabled=not half))
     found, worst = [], 0.0
@@ -44,7 +45,7 @@ def differences(number: int, device: str) -> dict[str, Any]:
     for where, names in (("here", overflows[0] - overflows[1]), ("there", overflows[1] - overflows[0])):
         if names:
             found.append(f"only {where} a gradient overflows, of {', '.join(sorted(names)[:3])}")
-    return {"case": case, "differs": found, "units_apart": round(worst, 2)}
+    return {"case": what, "differs": found, "units_apart": round(worst, 2)}
 
 
 def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
