@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import PrecisionMode
-from hf_amp.statistics import all_finite, to_host
+from hf_amp.statistics import all_finite, extremes, to_host
 from hf_amp.tree import map_tensors, tensors_in
 
 
@@ -72,14 +72,17 @@ class OperatorTrace(TorchFunctionMode):
         self._watched: set[Any] = set()
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """In every module of `model` the innermost mode, entered anew where it is not: contexts of the plan are entered there too."""
+    def watching(self, model: nn.Module, prefix: str = "") -> Iterator[None]:
+        """In every module of `model` the innermost mode, entered anew where it is not: contexts of the plan are entered there too.
+
+        Its own name is `prefix`.
+        """
         handles = []
-        for name, module in model.named_modules():
+        for name, module in model.named_modules(prefix=prefix):
             if not takes_hooks(module):
                 continue
             handles.append(module.register_forward_pre_hook(functools.partial(self._enter_module, name)))
-            if name:  # the model's own may be what torch goes through now, while it handles what forward has raised
+            if module is not model:  # its own may be what torch goes through now, while it handles what forward has raised
                 handles.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))
         try:
             with self:
@@ -213,7 +216,7 @@ _OTHERS = tuple(str(Path(at).parent) for at in (torch.__file__, str(Path(__file_
 def _source() -> tuple[str, int]:
     """File and line of the innermost line outside of torch and hf_amp, in transformers of a model's own file; "" where none is."""
     frame, innermost = sys._getframe(1), ("", 0)
-    while frame is not None and not frame.f_code.co_filename.endswith("fallback/replay.py"):
+    while frame is not None and not (frame.f_code.co_name == "_repeat" and "fallback" in frame.f_code.co_filename):
         file = frame.f_code.co_filename
         if not file.startswith(_OTHERS):
             if "/transformers/" not in file or "/transformers/models/" in file:
@@ -238,7 +241,7 @@ def _is_finite(x: Tensor) -> bool:
 
 def _spoilt(value: Any) -> bool:
     """Whether a tensor holds NaN or inf; -inf may be a mask."""
-    return any(bool((x.isnan() | x.isposinf()).any()) for x in map(Tensor.detach, _floats(value)))
+    return not all(bool(extremes(x.detach())[1] < math.inf) for x in _floats(value))
 
 
 def _is_told_to(value: Any) -> bool:

@@ -36,7 +36,7 @@ from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.fallback.sharded import GatheredGradients, Lockstep
 from hf_amp.patch_log import removal, takes_hooks
 from hf_amp.precision import PrecisionMode, upcast
-from hf_amp.statistics import all_finite, extremes, is_distributed, local_part, to_host_list
+from hf_amp.statistics import extremes, is_distributed, local_part, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
 
 
@@ -53,6 +53,7 @@ class ReplayFindings:
         draws: whether the model has drawn random numbers or counts its calls, so that the pass may not have been the same
             as the first.
         operators: module → its first operator that gives what is not finite; where any module does.
+        operators_in: the same of what was seen in a module that was run alone, on finite values.
         error: why the pass could not be repeated; None where it could.
         is_inside: whether the whole model in FP32 cures what a module in it makes in FP32 too: a closer look says where.
     """
@@ -63,6 +64,7 @@ class ReplayFindings:
     returns_loss: bool = False
     draws: bool = False
     operators: Mapping[str, BadOperator] = field(default_factory=dict)
+    operators_in: dict[str, Mapping[str, BadOperator]] = field(default_factory=dict)
     error: str | None = None
     is_inside: bool = False
 
@@ -81,7 +83,8 @@ def replay(
     A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
     with the FP32 output, so that one pass finds every such module. Nothing of the run changes: no gradients, buffers
     and random state are put back, caches are not used. Dropout draws what it drew.
-    Where something is found, the pass is repeated once more, operator by operator, unless `by_operator` is False. Models that differentiate in forward, as
+    Operator by operator such a module is run alone, where what it was given is finite, or else the pass, unless `by_operator` is
+    False. Models that differentiate in forward, as
     force fields do, are repeated with gradients on. Reads the host once a module: for steps that went wrong only. Never raises.
     In the buffers named in `without`, 1 stands for whatever is not finite.
     """
@@ -92,8 +95,11 @@ def replay(
         found = found if again.error else again
     if found.is_inside:
         found = _replay_modules(forward, _Replay(forward.model, current, all_of_them=True), without, gradients)
-    if by_operator and (found.overflowing or found.first_non_finite is not None):
+    blamed = found.overflowing or [name for name in [found.first_non_finite] if name is not None]
+    if by_operator and not found.operators_in.keys() >= {*blamed}:
         found.operators = _replay_operators(forward, current, gradients)
+    elif by_operator:
+        found.operators = {at: op for name in blamed for at, op in found.operators_in[name].items()}
     return found
 
 
@@ -125,7 +131,9 @@ def _replay_modules(
 ) -> ReplayFindings:
     sharded.wait_for_turn(sharded.MODULES, forward, gradients)
     handles = []
-    for name, module in [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]:
+    only_end = without and Lockstep.now() is None  # is asked for
+    inner = [] if only_end else [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]
+    for name, module in inner:
         before, after = watch.look_at(name)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         # Before FSDP lets go of what it has gathered.
@@ -330,22 +338,25 @@ class _Replay:
         lockstep = Lockstep.now()
         self._lockstep = lockstep if lockstep is not None and holds_shards(model) else None
         self._all_of_them = all_of_them or self._lockstep is not None
+        self._devices = devices_of(model)
+        self._drawn_from: RandomState | None = None
         self._repeats = False
         self._candidate: _Candidate | None = None
 
     def look_at(self, name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
         """Forward hooks for the module of that name, one before and one after it has run in this thread."""
         thread = threading.get_ident()
-        called_with: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        called_with: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], RandomState]] = []
 
         def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
             if threading.get_ident() == thread and not self._repeats:
-                called_with.append(copy_containers((arguments, options), OBJECTS_DEEP))
+                random_state = RandomState.now(self._devices, only_torch=True)
+                called_with.append((copy_containers((arguments, options), OBJECTS_DEEP), random_state))
 
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
             if threading.get_ident() != thread or self._repeats:
                 return None
-            arguments, options = called_with.pop()  # what it was given may hold its output by now
+            (arguments, options), self._drawn_from = called_with.pop()  # what it was given may hold its output by now
             if self.findings.first_non_finite is not None:
                 return None
             if name == "":
@@ -357,8 +368,10 @@ class _Replay:
                 # Where another rank needs it, a part of what is spread over ranks has to be like the others.
                 return self._in_fp32(name, module, arguments, options) if together else None
             known = self._candidate is not None and not self._candidate.may_be_mask and not self._all_of_them
-            if known and name and self._candidate_is_in(name) and self._is_most_of_it(module):
-                return None
+            if known and name:
+                is_around = self._candidate_is_in(name)
+                if self._is_most_of_it(module) if is_around else _holds_nan_or_inf((arguments, options)):
+                    return None
             cured = self._cured(name, module, output, arguments, options)
             self.findings.is_inside = known and name == "" and cured is not None
             if name == "" and cured is None:
@@ -378,21 +391,43 @@ class _Replay:
         broken_in_fp32 = non_finite_tensors(exact)
         masked = broken_in_fp32 and not _holds_nan_or_inf(exact) and _finite_only_in(exact, output)
         if broken_in_fp32 and not masked:
-            self._candidate = self._likelier_candidate(name, (arguments, options), broken_in_fp32)
+            former, self._candidate = self._candidate, self._likelier_candidate(name, (arguments, options), broken_in_fp32)
+            if self._candidate is not None and self._candidate is not former and not self._candidate.may_be_mask:
+                self._look_inside(name, module, arguments, options)
             return None
         if name not in self.findings.overflowing:
             self.findings.overflowing.append(name)
+            self._look_inside(name, module, arguments, options)
         return exact
+
+    def _look_inside(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> None:
+        """Operator by operator, where all that it was given is finite, and so none before it is to blame."""
+        if name and not self._lockstep and not torch.is_grad_enabled() and not non_finite_tensors((arguments, options)):
+            trace = OperatorTrace(self.current)
+            with suppress(Exception), self._repeating(), trace.watching(module, name):
+                module(*arguments, **options)
+            # What it holds itself is no operator's doing.
+            if trace.found or non_finite_tensors([*module.parameters(), *module.buffers()]):
+                self.findings.operators_in[name] = trace.found
 
     def _in_fp32(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
         """With its hooks, which may change its output; but for those of FSDP, which has gathered its parameters already."""
+        with self._repeating(), ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
+            forward = (module.forward if is_unit(module) else module) if name else sharded.without_wrapper(module)
+            return forward(*to_float32(arguments), **to_float32(options))
+
+    @contextmanager
+    def _repeating(self) -> Iterator[None]:
+        """A module runs inside of it once more: it draws what it drew, and what follows draws as if it had not."""
+        random_state = RandomState.now(self._devices, only_torch=True)
         self._repeats = True
         try:
-            with ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
-                forward = (module.forward if is_unit(module) else module) if name else sharded.without_wrapper(module)
-                return forward(*to_float32(arguments), **to_float32(options))
+            if self._drawn_from is not None:
+                self._drawn_from.restore()
+            yield
         finally:
             self._repeats = False
+            random_state.restore()
 
     def _likelier_candidate(self, name: str, inputs: Any, outputs: list[Tensor]) -> _Candidate | None:
         """Who is to blame if the model's output is not finite: the first whose own inputs were, unless it made a mask."""
@@ -426,8 +461,8 @@ def _finite_only_in(exact: Any, output: Any) -> bool:
 
 def _holds_nan_or_inf(inputs: Any) -> bool:
     """Whether they hold NaN or inf; -inf may be a mask. One GPU-CPU sync."""
-    found = [local_part(x) for _, x in float_tensors(inputs)]
-    return any(to_host_list((x.isnan() | x.isposinf()).any() for x in found))
+    ends = to_host_list(extremes(local_part(x)) for _, x in float_tensors(inputs))
+    return not all(most < math.inf for most in ends[1::2])
 
 
 def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
@@ -438,8 +473,9 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
 def non_finite_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors inside of `value` that hold inf or NaN. One GPU-CPU sync."""
     found = [x for _, x in float_tensors(value)]
-    finite = to_host_list(all_finite(local_part(x)) for x in found)
-    return [x for x, is_finite in zip(found, finite, strict=True) if not is_finite]
+    ends = to_host_list(extremes(local_part(x)) for x in found)
+    pairs = zip(found, ends[::2], ends[1::2], strict=True)
+    return [x for x, *of_x in pairs if not all(map(math.isfinite, of_x))]
 
 
 def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
