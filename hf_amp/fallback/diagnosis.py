@@ -20,7 +20,7 @@ from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
-from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
+from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, replay_block, take_part
 from hf_amp.fallback.sharded import Lockstep, beyond_gathered_format
 from hf_amp.precision import HALF_DTYPES
 from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
@@ -587,7 +587,7 @@ class Diagnoser:
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)
-            in_fp32 = replay_backward(
+            in_fp32 = replay_block(forward, current, bad) or replay_backward(
                 forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True, first_only=True
             )
             if in_fp32 is not None and in_fp32.parameters:

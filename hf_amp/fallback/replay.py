@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,7 +38,7 @@ from hf_amp.fallback.sharded import GatheredGradients, Lockstep
 from hf_amp.patch_log import removal, takes_hooks
 from hf_amp.precision import PrecisionMode, upcast
 from hf_amp.statistics import extremes, is_distributed, local_part, to_host_list
-from hf_amp.tree import copy_containers, tensors_in
+from hf_amp.tree import copy_containers, map_tensors, tensors_in
 
 
 @dataclass
@@ -172,6 +173,7 @@ class BackwardFindings(NamedTuple):
         outside: paths of outputs to which something that is not finite came.
         is_from_outside: whether all of that came from outside of the model, and not in part through another output.
         output_is_finite: whether what the model returned is.
+        came_to: block → path of its output → the gradient that came to it, where the block ran once; see `replay_block`.
     """
 
     parameters: list[str]
@@ -181,6 +183,7 @@ class BackwardFindings(NamedTuple):
     outside: Sequence[str] = ()
     is_from_outside: bool = False
     output_is_finite: bool = True
+    came_to: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 
 def replay_backward(
@@ -205,6 +208,7 @@ def replay_backward(
     trace = OperatorTrace(current, forward=False) if by_operator else None
     gathered = GatheredGradients() if holds_shards(forward.model) else None
     sharded.wait_for_turn(sharded.BACKWARD, forward, in_fp32)
+    came_to: dict[str, dict[str, Tensor]] = {}
     found = None  # where memory runs out, or whatever the model raises: then nothing is claimed
     with suppress(Exception), ExitStack() as stack:
         stack.enter_context(nothing_changes(forward.model, gradients=True))
@@ -214,6 +218,8 @@ def replay_backward(
         stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
         stack.enter_context(gathered.watching(forward.model) if gathered else nullcontext())
         with trace.watching(forward.model) if trace else nullcontext():
+            if first_only and not in_fp32 and not gathered:
+                stack.callback(_watch_blocks(forward.model, came_to))
             output, _ = _repeat(forward, in_fp32)
             starts, *about = starts_of(output, forward, factor, scale)
             if trace is not None and starts:
@@ -227,8 +233,60 @@ def replay_backward(
     bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
     moved = frozenset(name for name, pair in by_name if any(pair))
     output_is_finite = not (bad and non_finite_tensors(output))
-    seen = (*cast(Any, about), output_is_finite)
+    seen = (*cast(Any, about), output_is_finite, came_to)
     return BackwardFindings(bad, moved, trace.in_backward if trace else None, *seen)
+
+
+def _watch_blocks(model: nn.Module, came_to: dict[str, dict[str, Tensor]]) -> Callable[[], None]:
+    """Notes what comes to the outputs of blocks, the members of lists of modules, in backward; returns what ends that."""
+
+    def note(name: str, _block: nn.Module, _arguments: Any, output: Any) -> None:
+        gradients = came_to[name] = (
+            {} if name not in came_to else {"": torch.tensor(math.nan)}
+        )  # twice: not one gradient
+        for path, x in float_tensors(output):
+            if x.requires_grad:
+                cast(Any, x).register_hook(functools.partial(gradients.__setitem__, path))
+
+    lists = [(at, its) for at, its in model.named_modules() if isinstance(its, (nn.ModuleList, nn.Sequential))]
+    blocks = [(f"{at}.{name}".lstrip("."), block) for at, its in lists for name, block in its.named_children()]
+    hooks = [block.register_forward_hook(functools.partial(note, name)) for name, block in blocks if takes_hooks(block)]
+    return removal(hooks)
+
+
+def replay_block(forward: RecordedForward, current: CurrentPrecision, bad: BackwardFindings) -> BackwardFindings | None:
+    """Whether, and where, the derivative of the block that holds the first bad parameter is not finite in FP32.
+
+    It is given what the model in FP32 gives it, and in backward what came to it. None where that is finite, or not known.
+    Costs at most a forward pass of the model, and the backward pass of one block.
+    """
+    around = [name for name in bad.came_to if bad.parameters and bad.parameters[0].startswith(f"{name}.")]
+    name = max(around, key=len, default="")
+    if not name or not bad.came_to[name] or non_finite_tensors(bad.came_to[name]):
+        return None
+    block, trace = forward.model.get_submodule(name), OperatorTrace(current, forward=False)
+    named = [(f"{name}.{path}", p) for path, p in block.named_parameters() if p.requires_grad]
+    found: list[tuple[str, Tensor]] = []
+
+    def look(_block: nn.Module, arguments: Any, options: Any) -> None:
+        handle.remove()
+        with torch.enable_grad(), trace.watching(block, name):
+            cut = map_tensors(lambda x: x.detach().requires_grad_(x.is_floating_point()), (arguments, options))
+            outputs = dict(float_tensors(block(*cut[0], **cut[1])))
+            starts = [(outputs[path], gradient.to(outputs[path])) for path, gradient in bad.came_to[name].items()]
+            trace.repeats_backward = True
+            trace.watch_backward([x for x, _ in starts])
+            found.extend(_backward(starts, named, first_only=True) or ())
+        raise _Found
+
+    handle = block.register_forward_pre_hook(look, with_kwargs=True)
+    in_fp32 = current.entry.context(PrecisionMode.FP32)
+    silent = hooks_silent([p for _, p in named])
+    with suppress(Exception), nothing_changes(forward.model), silent, ForwardContext.suspended(), in_fp32:
+        _repeat(forward, in_fp32=True)
+    handle.remove()
+    wrong = [path for path, ends in found if not all(map(math.isfinite, to_host_list([ends])))]
+    return BackwardFindings(wrong, frozenset(wrong), trace.in_backward) if wrong else None
 
 
 @contextmanager
@@ -340,6 +398,7 @@ class _Replay:
         self._all_of_them = all_of_them or self._lockstep is not None
         self._devices = devices_of(model)
         self._drawn_from: RandomState | None = None
+        self._is_own_state = False
         self._repeats = False
         self._candidate: _Candidate | None = None
 
@@ -372,7 +431,8 @@ class _Replay:
                 is_around = self._candidate_is_in(name)
                 if self._is_most_of_it(module) if is_around else _holds_nan_or_inf((arguments, options)):
                     return None
-            cured = self._cured(name, module, output, arguments, options)
+            is_clear = known and name == "" and self._is_own_state  # the candidate's NaN is in FP32 what it is here
+            cured = None if is_clear else self._cured(name, module, output, arguments, options)
             self.findings.is_inside = known and name == "" and cured is not None
             if name == "" and cured is None:
                 self.blame_candidate()
@@ -391,7 +451,10 @@ class _Replay:
         broken_in_fp32 = non_finite_tensors(exact)
         masked = broken_in_fp32 and not _holds_nan_or_inf(exact) and _finite_only_in(exact, output)
         if broken_in_fp32 and not masked:
-            former, self._candidate = self._candidate, self._likelier_candidate(name, (arguments, options), broken_in_fp32)
+            former, self._candidate = (
+                self._candidate,
+                self._likelier_candidate(name, (arguments, options), broken_in_fp32),
+            )
             if self._candidate is not None and self._candidate is not former and not self._candidate.may_be_mask:
                 self._look_inside(name, module, arguments, options)
             return None
@@ -406,8 +469,8 @@ class _Replay:
             trace = OperatorTrace(self.current)
             with suppress(Exception), self._repeating(), trace.watching(module, name):
                 module(*arguments, **options)
-            # What it holds itself is no operator's doing.
-            if trace.found or non_finite_tensors([*module.parameters(), *module.buffers()]):
+            self._is_own_state = not trace.found and bool(non_finite_tensors([*module.parameters(), *module.buffers()]))
+            if trace.found or self._is_own_state:  # which is no operator's doing
                 self.findings.operators_in[name] = trace.found
 
     def _in_fp32(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
