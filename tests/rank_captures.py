@@ -15,25 +15,27 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_amp import AmpSession
 from tests.rank_end import leave_together
 
-ROWS = 6
+ROWS, WORDS = 6, 40
 
 
-def model() -> GPT2LMHeadModel:
-    """Two layers without dropout; equal parameters at every call."""
-    torch.manual_seed(0)
-    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16}
-    return GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
+def model(width: int = 16, layers: int = 2) -> GPT2LMHeadModel:
+    """Without dropout; equal parameters at every call, on every machine."""
+    shape = {"n_embd": width, "n_layer": layers, "n_head": 2, "vocab_size": WORDS, "n_positions": 16}
+    made = GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
+    for index, p in enumerate(made.parameters()):
+        p.data = ((torch.arange(p.numel()) * 37 + index * 11) % 101 - 50).reshape(p.shape) / 256
+    return made
 
 
-def whole_batch() -> dict[str, Tensor]:
+def whole_batch(rows: int = ROWS) -> dict[str, Tensor]:
     """Of all ranks."""
-    tokens = torch.randint(40, (ROWS, 9), generator=torch.Generator().manual_seed(1))
+    tokens = (torch.arange(9 * rows) * 7 % WORDS).reshape(rows, 9)
     return {"input_ids": tokens, "labels": tokens}
 
 
-def capture(path: Path, precision: str, rows: slice = slice(None)) -> None:
+def capture(path: Path, precision: str, rows: slice = slice(None), trained: torch.nn.Module | None = None) -> None:
     """Writes what a step on these rows did."""
-    trained: torch.nn.Module = model()
+    trained = model() if trained is None else trained
     entry = DistributedDataParallel(trained) if dist.is_initialized() else trained
     optimizer = torch.optim.SGD(entry.parameters(), lr=0.1)
     session = AmpSession.for_model(entry, optimizer, precision_mode=precision, init_scale=256.0)

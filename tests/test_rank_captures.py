@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 from hf_amp import StateError, compare
@@ -72,6 +74,34 @@ def test_ranks_that_do_not_fit_together_are_an_error(folder: Path, tmp_path: Pat
     (tmp_path / "a_rank0.safetensors").write_bytes(kept)
     with pytest.raises(StateError, match=r"captures of ranks 0 to 0 of 1 belong together; these are of \[\(0, 2\)\]"):
         compare(tmp_path / "a.safetensors", model())
+
+
+def test_a_capture_of_another_version_of_transformers(tmp_path: Path) -> None:
+    """Transformers 5.17.0's GPT-2, by `capture(path, "MIXED", slice(1), model(4, 1))`; another epsilon is found all the same."""
+    recorded = Path(__file__).parent / "data" / "capture_of_transformers_5.17.safetensors.gz"
+    path = tmp_path / "capture.safetensors"
+    path.write_bytes(gzip.decompress(recorded.read_bytes()))
+    other = model(4, 1)
+    found = compare(path, other)
+    assert found.agrees, found.sentence()
+    assert not found.state
+    versions = [facts["versions"]["transformers"] for facts in found.facts]
+    assert versions == ["5.17.0", transformers.__version__]
+    other.transformer.h[0].ln_2.eps = 0.1
+    assert "eps is 1e-05 in A and 0.1 in B" in compare(path, other).sentence()
+
+
+@pytest.mark.gpu
+def test_a_capture_of_a_cpu_agrees_on_a_device(tmp_path: Path) -> None:
+    """FP16 is emulated in the file, and real on the device; the captured batch and model come along."""
+    for precision in ("FP32", "MIXED"):
+        capture(tmp_path / f"{precision}.safetensors", precision)
+        found = compare(tmp_path / f"{precision}.safetensors", model().to("cuda"))
+        assert found.agrees, found.sentence()
+        assert [facts["device"] for facts in found.facts] == ["cpu", "cuda:0"]
+    other = model().to("cuda")
+    other.transformer.h[1].mlp.c_fc.weight.data.mul_(1.1)
+    assert compare(tmp_path / "FP32.safetensors", other).modules[0] == "transformer.h.1.mlp.c_fc"
 
 
 def test_the_command_takes_ranks(folder: Path) -> None:

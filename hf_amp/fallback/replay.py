@@ -132,6 +132,7 @@ def _replay_modules(
 ) -> ReplayFindings:
     sharded.wait_for_turn(sharded.MODULES, forward, gradients)
     handles = []
+    watch.only_torch = forward.random_state is None or forward.random_state.python is None
     only_end = without and Lockstep.now() is None  # is asked for
     inner = [] if only_end else [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]
     for name, module in inner:
@@ -397,7 +398,9 @@ class _Replay:
         self._lockstep = lockstep if lockstep is not None and holds_shards(model) else None
         self._all_of_them = all_of_them or self._lockstep is not None
         self._devices = devices_of(model)
+        self.only_torch = True
         self._drawn_from: RandomState | None = None
+        self._bad_buffers = non_finite_tensors(list(model.buffers()))  # forward may write into others
         self._is_own_state = False
         self._repeats = False
         self._candidate: _Candidate | None = None
@@ -409,7 +412,7 @@ class _Replay:
 
         def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
             if threading.get_ident() == thread and not self._repeats:
-                random_state = RandomState.now(self._devices, only_torch=True)
+                random_state = RandomState.now(self._devices, self.only_torch)
                 called_with.append((copy_containers((arguments, options), OBJECTS_DEEP), random_state))
 
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
@@ -469,7 +472,10 @@ class _Replay:
             trace = OperatorTrace(self.current)
             with suppress(Exception), self._repeating(), trace.watching(module, name):
                 module(*arguments, **options)
-            self._is_own_state = not trace.found and bool(non_finite_tensors([*module.parameters(), *module.buffers()]))
+            held = {id(x) for x in (*non_finite_tensors(list(module.parameters())), *self._bad_buffers)}
+            self._is_own_state = not trace.found and not held.isdisjoint(
+                map(id, (*module.parameters(), *module.buffers()))
+            )
             if trace.found or self._is_own_state:  # which is no operator's doing
                 self.findings.operators_in[name] = trace.found
 
@@ -482,7 +488,7 @@ class _Replay:
     @contextmanager
     def _repeating(self) -> Iterator[None]:
         """A module runs inside of it once more: it draws what it drew, and what follows draws as if it had not."""
-        random_state = RandomState.now(self._devices, only_torch=True)
+        random_state = RandomState.now(self._devices, self.only_torch)
         self._repeats = True
         try:
             if self._drawn_from is not None:
