@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from hf_amp.device import RandomState, devices_of
+from hf_amp.device import RandomState, devices_of, products_use_tf32
 from hf_amp.errors import StateError, in_one_line
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.fallback.recorder import RecordedForward
@@ -49,7 +49,7 @@ _PLAIN = (bool, int, float, str, type(None))
 @functools.lru_cache(maxsize=8)
 def _signs(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 2, (PERIOD,), generator=generator, dtype=torch.int8) * 2 - 1).to(device)
+    return (torch.randint(0, 2, (PERIOD,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1).to(device)
 
 
 class Digest(NamedTuple):
@@ -385,7 +385,7 @@ def _starts(output: Any, forward: RecordedForward, scale: float) -> list[tuple[T
     outputs = [x for _, x in float_tensors(output) if x.requires_grad]
     if numbers := [x for x in outputs if x.dim() == 0]:
         return [(numbers[0], torch.full_like(numbers[0], scale))]
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2), device="cpu")
     return [(x, (draw(x.shape) * (scale / math.sqrt(max(1, x.numel())))).to(x)) for x in outputs]
 
 
@@ -420,7 +420,7 @@ def spacing_of(current: CurrentPrecision, model: nn.Module) -> Spacing:
     if not current.is_over:
         dtypes.add(current.mode.number_format.dtype)
     formats = [Spacing(f.eps, f.smallest_normal * f.eps) for f in map(torch.finfo, dtypes or {torch.float32})]
-    if any(device.type == "cuda" for device in devices_of(model)) and torch.backends.cuda.matmul.allow_tf32:
+    if any(device.type == "cuda" for device in devices_of(model)) and products_use_tf32():
         formats.append(Spacing(2.0**-10, 0.0))
     return max(formats)
 

@@ -522,7 +522,7 @@ def _kind(a: Digest, b: Digest, distance: float, bound: float, same_dtype: bool)
     if float(torch.linalg.vector_norm(y - factor * x)) <= enough:
         return f"scale ({factor:.4g} times)"
     count = math.prod(a.shape)
-    ones = Digest.of(torch.ones(a.shape)).figures[8:]
+    ones = Digest.of(torch.ones(a.shape, device="cpu")).figures[8:]
     shift = float(b.figures[3] - a.figures[3]) / max(1, count)
     if float(torch.linalg.vector_norm(y - x - shift * ones)) <= enough:
         return f"shift (by {shift:.4g})"
@@ -540,5 +540,7 @@ def _is_permuted(a: Digest, b: Digest, distance: float) -> bool:
     if distance < 1e-3 * a.norm:
         return False
     size = float(a.figures[6:8].abs().max())
-    scales = torch.tensor([math.sqrt(math.prod(a.shape)) * a.norm, a.norm**2, a.norm**2 * size, size, size])
+    scales = torch.tensor(
+        [math.sqrt(math.prod(a.shape)) * a.norm, a.norm**2, a.norm**2 * size, size, size], device="cpu"
+    )
     return bool(((a.figures[3:8] - b.figures[3:8]).abs() <= 1e-5 * scales).all())

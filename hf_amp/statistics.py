@@ -484,7 +484,8 @@ class LostUpdates:
     @torch.no_grad()
     def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
         self._held = [local_part(p.detach()) for p in parameters]
-        self._drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        self._drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator, device="cpu")
         self._before, self._device = self._sample(self._held), self._held[0].device
         dense = [None if p.grad is None or p.grad.is_sparse else local_part(p.grad) for p in parameters]
         gradients = [
@@ -519,7 +520,7 @@ class LostUpdates:
         """
         lost = self._due & (self._sample(self._held) == self._before)
         taken = [min(x.numel(), SAMPLES_PER_TENSOR) for x in self._held]
-        ends = torch.tensor([0, *itertools.accumulate(taken)])
+        ends = torch.tensor([0, *itertools.accumulate(taken)], device="cpu")
         sums = (
             torch.stack([lost, self._due]).int().cumsum(1, dtype=torch.int32)
         )  # of floats it is an error in CUDA's deterministic mode
@@ -528,7 +529,8 @@ class LostUpdates:
             [
                 [float(m) * x.numel() / max(n, 1) for m, x, n in zip(moves, self._held, taken, strict=True)],
                 [1.0 if m and j else math.nan for m, j in zip(moves, judged, strict=True)],
-            ]
+            ],
+            device="cpu",
         )
         whole, own = to_device(weights, self._device)
         all_lost, all_due = (sums * whole).sum(1)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.device import RandomState, devices_of
+from hf_amp.emulation import in_backward
 from hf_amp.errors import in_one_line
 from hf_amp.fallback import sharded
 from hf_amp.fallback.module_precision import (
@@ -32,13 +32,14 @@ from hf_amp.fallback.module_precision import (
     recovers,
     to_float32,
 )
+from hf_amp.fallback.one_module import ModuleAlone
 from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of, is_reentrant
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.fallback.sharded import GatheredGradients, Lockstep
 from hf_amp.patch_log import removal, takes_hooks
 from hf_amp.precision import PrecisionMode, upcast
 from hf_amp.statistics import extremes, is_distributed, local_part, to_host_list
-from hf_amp.tree import copy_containers, map_tensors, tensors_in
+from hf_amp.tree import copy_containers, tensors_in
 
 
 @dataclass
@@ -89,13 +90,13 @@ def replay(
     force fields do, are repeated with gradients on. Reads the host once a module: for steps that went wrong only. Never raises.
     In the buffers named in `without`, 1 stands for whatever is not finite.
     """
-    found = _replay_modules(forward, _Replay(forward.model, current), without, gradients=False)
+    found = _replay_modules(forward, _Replay(forward, current), without, gradients=False)
     gradients = found.error is not None
     if gradients:
-        again = _replay_modules(forward, _Replay(forward.model, current), without, gradients=True)
+        again = _replay_modules(forward, _Replay(forward, current), without, gradients=True)
         found = found if again.error else again
     if found.is_inside:
-        found = _replay_modules(forward, _Replay(forward.model, current, all_of_them=True), without, gradients)
+        found = _replay_modules(forward, _Replay(forward, current, all_of_them=True), without, gradients)
     blamed = found.overflowing or [name for name in [found.first_non_finite] if name is not None]
     if by_operator and not found.operators_in.keys() >= {*blamed}:
         found.operators = _replay_operators(forward, current, gradients)
@@ -108,7 +109,7 @@ def take_part(current: CurrentPrecision, wanted: sharded.Pass, forward: Recorded
     """Makes a pass that another rank of a sharded run wants, with this rank's own batch."""
     variant = bool(wanted.variant)
     if wanted.kind == sharded.MODULES:
-        _replay_modules(forward, _Replay(forward.model, current), (), variant)
+        _replay_modules(forward, _Replay(forward, current), (), variant)
     elif wanted.kind == sharded.OPERATORS:
         _replay_operators(forward, current, variant)
     else:
@@ -123,7 +124,7 @@ def _replay_operators(
     sharded.wait_for_turn(sharded.OPERATORS, forward, gradients)
     silent = sharded.silent_while_gathering(model, lambda on: setattr(trace, "is_silent", on))
     with suppress(Exception), nothing_changes(model, gradients), current(), trace.watching(model), silent:
-        _repeat(forward)
+        repeat_forward(forward)
     return trace.found
 
 
@@ -132,7 +133,6 @@ def _replay_modules(
 ) -> ReplayFindings:
     sharded.wait_for_turn(sharded.MODULES, forward, gradients)
     handles = []
-    watch.only_torch = forward.random_state is None or forward.random_state.python is None
     only_end = without and Lockstep.now() is None  # is asked for
     inner = [] if only_end else [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]
     for name, module in inner:
@@ -148,7 +148,7 @@ def _replay_modules(
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
             counters = _counters(forward.model)
-            output, watch.findings.draws = _repeat(forward)
+            output, watch.findings.draws = repeat_forward(forward)
             watch.findings.draws |= _counters(forward.model) != counters
             end(forward.model, (), {}, output)
     except Exception as error:  # out of memory, or whatever the model raises on this batch
@@ -174,7 +174,6 @@ class BackwardFindings(NamedTuple):
         outside: paths of outputs to which something that is not finite came.
         is_from_outside: whether all of that came from outside of the model, and not in part through another output.
         output_is_finite: whether what the model returned is.
-        came_to: block → path of its output → the gradient that came to it, where the block ran once; see `replay_block`.
     """
 
     parameters: list[str]
@@ -184,7 +183,6 @@ class BackwardFindings(NamedTuple):
     outside: Sequence[str] = ()
     is_from_outside: bool = False
     output_is_finite: bool = True
-    came_to: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 
 def replay_backward(
@@ -209,24 +207,23 @@ def replay_backward(
     trace = OperatorTrace(current, forward=False) if by_operator else None
     gathered = GatheredGradients() if holds_shards(forward.model) else None
     sharded.wait_for_turn(sharded.BACKWARD, forward, in_fp32)
-    came_to: dict[str, dict[str, Tensor]] = {}
     found = None  # where memory runs out, or whatever the model raises: then nothing is claimed
     with suppress(Exception), ExitStack() as stack:
         stack.enter_context(nothing_changes(forward.model, gradients=True))
         stack.enter_context(hooks_silent([p for _, p in named]))
         if in_fp32:
             stack.enter_context(ForwardContext.suspended())
-        stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
+        stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else nullcontext())
         stack.enter_context(gathered.watching(forward.model) if gathered else nullcontext())
         with trace.watching(forward.model) if trace else nullcontext():
-            if first_only and not in_fp32 and not gathered:
-                stack.callback(_watch_blocks(forward.model, came_to))
-            output, _ = _repeat(forward, in_fp32)
+            with nullcontext() if in_fp32 else current() as precision:
+                output, _ = repeat_forward(forward, in_fp32)
+            stack.enter_context(in_backward(precision))
             starts, *about = starts_of(output, forward, factor, scale)
             if trace is not None and starts:
                 trace.repeats_backward = True
                 trace.watch_backward([x for x, _ in starts])
-            found = gathered.backward(starts, output) if gathered else _backward(starts, named, first_only)
+            found = gathered.backward(starts, output) if gathered else gradient_ends(starts, named, first_only)
     if found is None:
         return None
     ends = to_host_list(end for _, pair in found for end in pair)
@@ -234,60 +231,8 @@ def replay_backward(
     bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
     moved = frozenset(name for name, pair in by_name if any(pair))
     output_is_finite = not (bad and non_finite_tensors(output))
-    seen = (*cast(Any, about), output_is_finite, came_to)
+    seen = (*cast(Any, about), output_is_finite)
     return BackwardFindings(bad, moved, trace.in_backward if trace else None, *seen)
-
-
-def _watch_blocks(model: nn.Module, came_to: dict[str, dict[str, Tensor]]) -> Callable[[], None]:
-    """Notes what comes to the outputs of blocks, the members of lists of modules, in backward; returns what ends that."""
-
-    def note(name: str, _block: nn.Module, _arguments: Any, output: Any) -> None:
-        gradients = came_to[name] = (
-            {} if name not in came_to else {"": torch.tensor(math.nan)}
-        )  # twice: not one gradient
-        for path, x in float_tensors(output):
-            if x.requires_grad:
-                cast(Any, x).register_hook(functools.partial(gradients.__setitem__, path))
-
-    lists = [(at, its) for at, its in model.named_modules() if isinstance(its, (nn.ModuleList, nn.Sequential))]
-    blocks = [(f"{at}.{name}".lstrip("."), block) for at, its in lists for name, block in its.named_children()]
-    hooks = [block.register_forward_hook(functools.partial(note, name)) for name, block in blocks if takes_hooks(block)]
-    return removal(hooks)
-
-
-def replay_block(forward: RecordedForward, current: CurrentPrecision, bad: BackwardFindings) -> BackwardFindings | None:
-    """Whether, and where, the derivative of the block that holds the first bad parameter is not finite in FP32.
-
-    It is given what the model in FP32 gives it, and in backward what came to it. None where that is finite, or not known.
-    Costs at most a forward pass of the model, and the backward pass of one block.
-    """
-    around = [name for name in bad.came_to if bad.parameters and bad.parameters[0].startswith(f"{name}.")]
-    name = max(around, key=len, default="")
-    if not name or not bad.came_to[name] or non_finite_tensors(bad.came_to[name]):
-        return None
-    block, trace = forward.model.get_submodule(name), OperatorTrace(current, forward=False)
-    named = [(f"{name}.{path}", p) for path, p in block.named_parameters() if p.requires_grad]
-    found: list[tuple[str, Tensor]] = []
-
-    def look(_block: nn.Module, arguments: Any, options: Any) -> None:
-        handle.remove()
-        with torch.enable_grad(), trace.watching(block, name):
-            cut = map_tensors(lambda x: x.detach().requires_grad_(x.is_floating_point()), (arguments, options))
-            outputs = dict(float_tensors(block(*cut[0], **cut[1])))
-            starts = [(outputs[path], gradient.to(outputs[path])) for path, gradient in bad.came_to[name].items()]
-            trace.repeats_backward = True
-            trace.watch_backward([x for x, _ in starts])
-            found.extend(_backward(starts, named, first_only=True) or ())
-        raise _Found
-
-    handle = block.register_forward_pre_hook(look, with_kwargs=True)
-    in_fp32 = current.entry.context(PrecisionMode.FP32)
-    silent = hooks_silent([p for _, p in named])
-    with suppress(Exception), nothing_changes(forward.model), silent, ForwardContext.suspended(), in_fp32:
-        _repeat(forward, in_fp32=True)
-    handle.remove()
-    wrong = [path for path, ends in found if not all(map(math.isfinite, to_host_list([ends])))]
-    return BackwardFindings(wrong, frozenset(wrong), trace.in_backward) if wrong else None
 
 
 @contextmanager
@@ -324,7 +269,7 @@ def starts_of(
     return [(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], True, [], False
 
 
-def _backward(
+def gradient_ends(
     starts: Sequence[tuple[Tensor, Tensor]], named: Sequence[tuple[str, Tensor]], first_only: bool
 ) -> list[tuple[str, Tensor]] | None:
     """(name of a parameter, the least and the largest element of its gradient); None where nothing is known."""
@@ -359,19 +304,19 @@ def _until_first(
     def look(index: int, gradient: Tensor) -> None:
         if not all(map(math.isfinite, to_host_list(extremes(gradient)))):
             first[index] = gradient
-            raise _Found
+            raise Found
 
     handles = [cast(Any, p).register_hook(functools.partial(look, index)) for index, p in enumerate(parameters)]
     try:
         return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
-    except _Found:
+    except Found:
         return first
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Found(Exception):
+class Found(Exception):
     """Ends a backward that has shown what was looked for."""
 
 
@@ -390,19 +335,14 @@ class _Replay:
     Of them one that is most of the model is left out, unless `all_of_them` are wanted, for the whole model shows it as well.
     """
 
-    def __init__(self, model: nn.Module, current: CurrentPrecision, all_of_them: bool = False) -> None:
-        self._elements = sum(p.numel() for p in model.parameters())
-        self.findings = ReplayFindings()
+    def __init__(self, forward: RecordedForward, current: CurrentPrecision, all_of_them: bool = False) -> None:
+        self._elements = sum(p.numel() for p in forward.model.parameters())
         self.current = current
         lockstep = Lockstep.now()
-        self._lockstep = lockstep if lockstep is not None and holds_shards(model) else None
+        self._lockstep = lockstep if lockstep is not None and holds_shards(forward.model) else None
         self._all_of_them = all_of_them or self._lockstep is not None
-        self._devices = devices_of(model)
-        self.only_torch = True
-        self._drawn_from: RandomState | None = None
-        self._bad_buffers = non_finite_tensors(list(model.buffers()))  # forward may write into others
-        self._is_own_state = False
-        self._repeats = False
+        self._alone = ModuleAlone(forward, current)
+        self.findings = ReplayFindings(operators_in=self._alone.found)
         self._candidate: _Candidate | None = None
 
     def look_at(self, name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -411,14 +351,15 @@ class _Replay:
         called_with: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], RandomState]] = []
 
         def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if threading.get_ident() == thread and not self._repeats:
-                random_state = RandomState.now(self._devices, self.only_torch)
-                called_with.append((copy_containers((arguments, options), OBJECTS_DEEP), random_state))
+            if threading.get_ident() == thread and not self._alone.runs:
+                called_with.append((copy_containers((arguments, options), OBJECTS_DEEP), self._alone.random_state()))
 
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
-            if threading.get_ident() != thread or self._repeats:
+            if threading.get_ident() != thread or self._alone.runs:
                 return None
-            (arguments, options), self._drawn_from = called_with.pop()  # what it was given may hold its output by now
+            (arguments, options), self._alone.drawn_from = (
+                called_with.pop()
+            )  # what it was given may hold its output by now
             if self.findings.first_non_finite is not None:
                 return None
             if name == "":
@@ -434,7 +375,9 @@ class _Replay:
                 is_around = self._candidate_is_in(name)
                 if self._is_most_of_it(module) if is_around else _holds_nan_or_inf((arguments, options)):
                     return None
-            is_clear = known and name == "" and self._is_own_state  # the candidate's NaN is in FP32 what it is here
+            is_clear = (
+                known and name == "" and self._alone.is_own_state
+            )  # the candidate's NaN is in FP32 what it is here
             cured = None if is_clear else self._cured(name, module, output, arguments, options)
             self.findings.is_inside = known and name == "" and cured is not None
             if name == "" and cured is None:
@@ -454,49 +397,21 @@ class _Replay:
         broken_in_fp32 = non_finite_tensors(exact)
         masked = broken_in_fp32 and not _holds_nan_or_inf(exact) and _finite_only_in(exact, output)
         if broken_in_fp32 and not masked:
-            former, self._candidate = (
-                self._candidate,
-                self._likelier_candidate(name, (arguments, options), broken_in_fp32),
-            )
-            if self._candidate is not None and self._candidate is not former and not self._candidate.may_be_mask:
-                self._look_inside(name, module, arguments, options)
-            return None
-        if name not in self.findings.overflowing:
+            former, likelier = self._candidate, self._likelier_candidate(name, (arguments, options), broken_in_fp32)
+            self._candidate, exact = likelier, None
+            to_blame = likelier is not None and likelier is not former and not likelier.may_be_mask
+        elif to_blame := name not in self.findings.overflowing:
             self.findings.overflowing.append(name)
-            self._look_inside(name, module, arguments, options)
+        to_blame &= bool(name) and not self._lockstep and not torch.is_grad_enabled()
+        if to_blame and not non_finite_tensors((arguments, options)):
+            self._alone.look_inside(name, module, arguments, options)
         return exact
-
-    def _look_inside(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> None:
-        """Operator by operator, where all that it was given is finite, and so none before it is to blame."""
-        if name and not self._lockstep and not torch.is_grad_enabled() and not non_finite_tensors((arguments, options)):
-            trace = OperatorTrace(self.current)
-            with suppress(Exception), self._repeating(), trace.watching(module, name):
-                module(*arguments, **options)
-            held = {id(x) for x in (*non_finite_tensors(list(module.parameters())), *self._bad_buffers)}
-            self._is_own_state = not trace.found and not held.isdisjoint(
-                map(id, (*module.parameters(), *module.buffers()))
-            )
-            if trace.found or self._is_own_state:  # which is no operator's doing
-                self.findings.operators_in[name] = trace.found
 
     def _in_fp32(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
         """With its hooks, which may change its output; but for those of FSDP, which has gathered its parameters already."""
-        with self._repeating(), ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
+        with self._alone.running(), ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
             forward = (module.forward if is_unit(module) else module) if name else sharded.without_wrapper(module)
             return forward(*to_float32(arguments), **to_float32(options))
-
-    @contextmanager
-    def _repeating(self) -> Iterator[None]:
-        """A module runs inside of it once more: it draws what it drew, and what follows draws as if it had not."""
-        random_state = RandomState.now(self._devices, self.only_torch)
-        self._repeats = True
-        try:
-            if self._drawn_from is not None:
-                self._drawn_from.restore()
-            yield
-        finally:
-            self._repeats = False
-            random_state.restore()
 
     def _likelier_candidate(self, name: str, inputs: Any, outputs: list[Tensor]) -> _Candidate | None:
         """Who is to blame if the model's output is not finite: the first whose own inputs were, unless it made a mask."""
@@ -547,7 +462,7 @@ def non_finite_tensors(value: Any) -> list[Tensor]:
     return [x for x, *of_x in pairs if not all(map(math.isfinite, of_x))]
 
 
-def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
+def repeat_forward(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
     """What the model returns for the same batch and the same random numbers, and whether it draws any."""
     arguments, options = inputs_to_repeat(forward)
     if forward.random_state is not None:

@@ -19,6 +19,7 @@ from hf_amp.events import AmpEvent, Cause, EventKind, StepOutcome
 from hf_amp.integrations.checkpoint import FINITE_CHECK_FILE
 from hf_amp.integrations.trackers import logging_with_metrics
 from hf_amp.precision import PrecisionMode
+from hf_amp.scaling.policies import scalar
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import SeenLosses
 from hf_amp.serialization import load_file
@@ -65,7 +66,7 @@ class ObservedScaler(AdvancedGradScaler):
         bad = torch.zeros((), device=self._device) if flags is None else flags.isnan().float().sum()
         if not applied and self.ranks_agree and is_distributed():
             (bad,) = all_reduce_max(bad)
-        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())
+        norm = grad_norm.detach().reshape(()) if isinstance(grad_norm, Tensor) else scalar(grad_norm or math.nan)
         figures = PendingTransfer({"bad": bad, "norm": to_device(norm, bad.device)})
         attempt = self.decided_steps
         self._newest = StepOutcome(attempt, applied, scale, attempt, losses=seen.number), optimizer, figures

@@ -447,8 +447,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         else:
             # What an overflow leads to, from the scale that these gradients were made with.
             former = self._state._replace(scale=records[0].scale)
-            nothing = torch.zeros(())
-            overflow = Observation(torch.ones(()), nothing, torch.tensor(math.inf))
+            nothing = scalar(0.0)
+            overflow = Observation(scalar(1.0), nothing, scalar(math.inf))
             clean, low = self._state.scale, self._policy.next_state(former, overflow).scale
         self._late = LateUpdate.choose(pending, records, clean, low)
 

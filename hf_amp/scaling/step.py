@@ -20,7 +20,7 @@ from torch.utils.weak import TensorWeakRef
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT
-from hf_amp.scaling.policies import Observation
+from hf_amp.scaling.policies import Observation, scalar
 from hf_amp.statistics import (
     PendingTransfer,
     all_reduce_max,
@@ -230,7 +230,7 @@ class GradientStep:
 
     def clip_in_place(self, max_norm: float) -> Tensor:
         """Divides the gradients by the scale and clips them at once. Returns their norm before it, unscaled; no GPU-CPU sync."""
-        norm, factor = cast(Tensor, self.norm), torch.ones(())
+        norm, factor = cast(Tensor, self.norm), scalar(1.0)
         if self.unscale is Unscale.FUSED:
             refuse_fp16(self.gradients)
             factor = reciprocal(self.scale)
@@ -451,11 +451,12 @@ def observe(records: Sequence[GradientStep]) -> Observation:
 
     def largest(name: str, rather: str = "") -> Tensor:
         known = [record.host.get(rather, record.host.get(name, 0.0)) for record in records]
-        return torch.tensor(max(known, key=lambda value: math.inf if math.isnan(value) else value), dtype=torch.float32)
+        worst = max(known, key=lambda value: math.inf if math.isnan(value) else value)
+        return torch.tensor(worst, dtype=torch.float32, device="cpu")
 
     return Observation(
         found_inf=largest("found_inf"),
-        loss_non_finite=torch.tensor(float(max(outcome.non_finite_losses for outcome in outcomes))),
+        loss_non_finite=torch.tensor(float(max(outcome.non_finite_losses for outcome in outcomes)), device="cpu"),
         grad_amax=largest("amax", rather="bounded_amax"),
         wanted_scale=largest("wanted_scale") if any("wanted_scale" in record.host for record in records) else None,
         known_clean=all(record.known_clean for record in records),

@@ -113,7 +113,9 @@ def measure_skips(size: str, rounds: int, device: str) -> list[Row]:
     for cause in IN_A_BLOCK:
         for block, where in enumerate(("first", "last")):
             contenders[f"a skip by {cause.value}, {where} block"] = skipped_step(size, device, cause, -block)
-    return compared(interleaved(contenders, rounds, "thread"), "an applied step", parameters=size)
+    return compared(
+        interleaved(contenders, rounds, "thread" if device == "cpu" else "wall"), "an applied step", parameters=size
+    )
 
 
 def measure(size: str, rounds: int, device: str) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 import hf_amp
 from hf_amp.choose import RoundedOperands, torchao_formats
+from hf_amp.device import runs_backward
 from hf_amp.emulation import _COMPOSITE, _FUSED, _PROMOTED, _REDUCED, _WITHOUT_HALF_KERNEL
 from hf_amp.fallback.module_precision import has_compiled
 from hf_amp.integrations._compat import (
@@ -359,3 +361,15 @@ def test_torchao_casts_to_its_formats() -> None:
     assert find_first_last_linear_layers(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())) == ("0", "0")
     assert filter_linear_layers(torch.nn.Linear(16, 16), "0", [])
     assert not filter_linear_layers(torch.nn.Linear(15, 16), "0", [])
+
+
+def test_torch_says_which_thread_runs_a_backward() -> None:
+    """A hook of a node is in it, in whatever thread that is; the thread that only waits for it is not."""
+    seen = {"here": runs_backward()}
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.grad_fn.register_hook(lambda *_: seen.update(backward=runs_backward()))  # type: ignore[union-attr]
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
+    assert seen == {"here": False, "backward": True}
