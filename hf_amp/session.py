@@ -452,10 +452,11 @@ class AmpSession(EventRecorder):
             forward = recorder.newest()[-1]
             given = {at: None if g is None else g.float() / scale for at, g in forward.output_gradients.items()}
             forward = forward._replace(output_gradients=given)
-            wide = sorted(self.plan.modules)
-            save_capture(
-                captured(forward, self._fallback.runner.current, scale), forward, path, step=step, fp32_modules=wide
+            rank, ranks = (
+                (0, 1) if not is_distributed() else (torch.distributed.get_rank(), torch.distributed.get_world_size())
             )
+            facts = {"step": step, "fp32_modules": sorted(self.plan.modules), "rank": rank, "ranks": ranks}
+            save_capture(captured(forward, self._fallback.runner.current, scale, rank), forward, path, **facts)
             self.note(EventKind.SETUP, f"step {step} was captured in {path}.")
         except Exception as error:  # a full disk, memory, a batch that was written into: training goes on
             self.note(EventKind.SETUP, f"step {step} could not be captured: {in_one_line(error)}.")

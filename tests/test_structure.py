@@ -26,6 +26,8 @@ APART = {
     "monitoring/frozen.py",
     "monitoring/energy.py",
     "fallback/inference.py",
+    "fallback/one_block.py",
+    "fallback/one_module.py",
     "fallback/sharded.py",
     "monitoring/rewind.py",
     "integrations/rewind.py",

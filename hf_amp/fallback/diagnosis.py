@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
+from hf_amp.fallback.one_block import BlockGradients
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
@@ -573,7 +574,8 @@ class Diagnoser:
         current = self._runner.current
         tried = bool(forwards) and skip.step != self._recorder.functional_step
         for index, forward in reversed(list(enumerate(forwards))):
-            bad = replay_backward(forward, current, 1.0, skip.scale, first_only=True)
+            with BlockGradients(forward.model) as blocks:
+                bad = replay_backward(forward, current, 1.0, skip.scale, first_only=True)
             tried &= bad is not None and not bad.is_probe
             if bad is None or not (bad.parameters or bad.outside):
                 continue
@@ -587,7 +589,7 @@ class Diagnoser:
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)
-            in_fp32 = replay_backward(
+            in_fp32 = blocks.replay(forward, current, bad) or replay_backward(
                 forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True, first_only=True
             )
             if in_fp32 is not None and in_fp32.parameters:
