@@ -252,7 +252,7 @@ def emulate(dtype: torch.dtype = torch.float16, *, autocast: bool = True) -> Emu
     return EmulatedPrecision(formats[dtype], autocast)
 
 
-def in_backward(forward: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
+def in_backward(forward: Any) -> AbstractContextManager[Any]:
     """What the backward of a forward pass inside of the context `forward` runs in: no autocast, as on a device.
 
     But what gradient checkpointing recomputes is emulated, and what a function of `custom_bwd` multiplies is cast, for which
