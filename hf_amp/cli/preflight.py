@@ -290,14 +290,18 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or [""])[0]
-        factory: Any = AutoModel if trust_remote_code else getattr(transformers, architecture, AutoModel)
+        # Code that comes with the model says which of transformers' classes loads it.
+        own = {of.rpartition(".")[2]: kind for kind, of in (getattr(config, "auto_map", None) or {}).items()}
+        factory: Any = getattr(transformers, own.get(architecture, architecture), AutoModel)
         model: PreTrainedModel = factory.from_pretrained(
             name, dtype="auto", trust_remote_code=trust_remote_code, weights_only=True
         )
     except Exception as error:  # transformers raises of many kinds
+        remedy = "pass a folder that save_pretrained wrote, or a hub name"
+        if "trust_remote_code" in str(error):
+            remedy = "pass --trust-remote-code, if you trust the code that comes with it"
         raise typer.BadParameter(
-            f"{name}: cannot be loaded ({type(error).__name__}: {str(error)[:400]}); pass a folder that save_pretrained wrote, or "
-            "a hub name."
+            f"{name}: cannot be loaded ({type(error).__name__}: {str(error)[:400]}); {remedy}."
         ) from error
     return model
 
