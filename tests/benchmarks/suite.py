@@ -209,7 +209,7 @@ CPU = (
         "Tiny models with factors of 2^24 between their parameters that leave the function as it is and FP16 behind: in "
         "hand-written ways, in pairs of parameters that were found by trying, and at random, several at once. Below, what a large one "
         "takes in a process of its own, of which PyTorch itself is a part. KL is over 192 tokens or 16 images that no rescaling has "
-        "seen; twins are 20 copies of the model without the factors whose weights, where they lie within 2% of a tie between two numbers "
+        "seen; twins are 100 copies of the model without the factors whose weights, where they lie within 2% of a tie between two numbers "
         "of FP16, are rounded to either: what chance makes of it.",
         "the same model without the factors",
         (

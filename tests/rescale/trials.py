@@ -17,7 +17,7 @@ from tests.rescale import architectures
 from tests.rescale.families import FAMILIES, LAYERS, Family
 
 BITS = 24
-JUDGED_ROWS, TWINS, TIE = 16, 20, 0.02
+JUDGED_ROWS, TWINS, TIE = 16, 100, 0.02
 """Rows of the batch that divergences are over, which no rescaling has seen; twins, and how near to a tie they round at random."""
 FURTHER = [
     "OPTForCausalLM",
