@@ -363,6 +363,8 @@ class AmpSession(EventRecorder):
             schedule.check_run(self.total_steps, runner.sharded, runner.names_like, self.config.fp32_modules)
             for pattern in schedule.patterns():
                 self._check_is_known(pattern, "precision_schedule")
+            for sentence in schedule.passed_over(self.total_steps):
+                self.note(EventKind.SETUP, sentence)
         self._runs, self._log = True, log
         if self.config.enable_monitoring:
             self._energy = EnergyMeter(self.hardware.device, self.monitor.applied_steps)

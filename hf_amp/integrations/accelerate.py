@@ -146,7 +146,7 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         options += ["fp32_modules"] * (accelerator.ao_recipe_handler is None)
         config.refuse(options, f"FP8 is run by {runner}, and hf_amp only observes and checks it")
         config = dataclasses.replace(config, automatic_fallback=False)
-        limits = f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back"
+        limits = f"; FP8 is run by {runner}: hf_amp observes and checks, modules do not fall back; hf_amp.choose_precision names those to leave out"
     mode, device = _mode_of(accelerator, config), accelerator.device
     scaler = AdvancedGradScaler(dataclasses.replace(config, precision_mode=mode), device)
     scaler.ranks_agree = scaler.ranks_agree or accelerator.num_processes > 1
