@@ -46,6 +46,7 @@ from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, HALF_DTYPES, PrecisionMode
 from hf_amp.report.reader import RunHistory, read_run, this_process
 from hf_amp.report.verdict import LAST_LOSSES, verdict_on
+from hf_amp.scaling.left_out import LEFT_OUT, JoinLeftOutStep
 from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.optimizer_step import LOST_OF_EACH, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
@@ -548,7 +549,7 @@ class AmpSession(EventRecorder):
         diagnosis, cause = finding.diagnosis, finding.diagnosis.cause
         # A loss may be the scale's trace, as after an adversarial step by scaled gradients. Then the next step shows it too.
         is_trace = cause.facts.moves_scale or not (diagnosis.confirmed or (cause is Cause.LOSS and not was_skipped))
-        if finding.change or diagnosis.already_fixed or not is_trace:
+        if finding.change or diagnosis.already_fixed or not is_trace or outcome.left_out_by is not None:
             self.scaler.forget_step(outcome)  # the scale was not to blame
         next_scale = self.scaler.get_scale()
         self.monitor.after_step(outcome, cause, next_scale)
@@ -572,6 +573,9 @@ class AmpSession(EventRecorder):
         if former and former.backward == outcome.backward and id(optimizer) not in former.optimizers:
             former.optimizers.add(id(optimizer))
             return former
+        if outcome.left_out_by is not None:
+            left_out = Diagnosis(Cause.UNKNOWN, LEFT_OUT.format(outcome.left_out_by), confirmed=False)
+            return _Finding(left_out, None, outcome.backward, {id(optimizer)})
         parameters = self._named_parameters(optimizer)
         state = (
             (f"{key} of {name}", value)
@@ -654,6 +658,8 @@ class AmpSession(EventRecorder):
         self._fallback.runner.register_model(model, is_trained)
         called = model if entry_point is None else entry_point
         self.patches.on_undo(self._fallback.recorder.watch(called, model))
+        if is_trained and self.scaler.ranks_agree and takes_hooks(called):
+            self.patches.on_undo(called.register_forward_pre_hook(JoinLeftOutStep(self.scaler), prepend=True).remove)
         if scripted := [name or "the model" for name, module in model.named_modules() if not takes_hooks(module)]:
             self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
         if is_trained and not self.scaler.no_scaling and self.config.automatic_fallback:
