@@ -46,7 +46,7 @@ from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, HALF_DTYPES, PrecisionMode
 from hf_amp.report.reader import RunHistory, read_run, this_process
 from hf_amp.report.verdict import LAST_LOSSES, verdict_on
-from hf_amp.scaling.left_out import LEFT_OUT, JoinLeftOutStep
+from hf_amp.scaling.left_out import LEFT_OUT, ended_in_words, join_left_out_steps
 from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.optimizer_step import LOST_OF_EACH, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
@@ -207,6 +207,7 @@ class AmpSession(EventRecorder):
             is_upcast = half and session.requested_mode is PrecisionMode.FP32
             everywhere = session._fallback.runner.entry.emulate or is_upcast
             session.patches.on_undo(context.install(inner, everywhere=everywhere))
+            session.patches.on_undo(join_left_out_steps(session.scaler, model))
             session.register_optimizer(model, optimizer)
             session.patches.on_undo(install_refusal(optimizer, session.scaler.is_waiting))
         session.note(EventKind.ATTACHED, f"hf_amp is attached: {session.describe()}.")
@@ -658,8 +659,6 @@ class AmpSession(EventRecorder):
         self._fallback.runner.register_model(model, is_trained)
         called = model if entry_point is None else entry_point
         self.patches.on_undo(self._fallback.recorder.watch(called, model))
-        if is_trained and self.scaler.ranks_agree and takes_hooks(called):
-            self.patches.on_undo(called.register_forward_pre_hook(JoinLeftOutStep(self.scaler), prepend=True).remove)
         if scripted := [name or "the model" for name, module in model.named_modules() if not takes_hooks(module)]:
             self.note(EventKind.SETUP, f"TorchScript runs {join_names(scripted)} by itself{_SCRIPTED}")
         if is_trained and not self.scaler.no_scaling and self.config.automatic_fallback:
@@ -989,6 +988,8 @@ def _end_at_exit(session: Callable[[], AmpSession | None]) -> None:
     """At the end of the process: a run that nobody has ended ends here."""
     run = session()
     if run is not None and run.is_attached:
+        if is_distributed():  # nothing is exchanged any more: this rank may be the only one that has come so far
+            run.scaler.observers.clear()
         run.end_run("the process ended")
         if run._close_log is not None:
             run._close_log()
@@ -1000,6 +1001,8 @@ def _explain_uncaught(session: Callable[[], AmpSession | None], former: Any, kin
     if run is not None and run._runs:
         with suppress(Exception):
             run._explain_error(error, is_the_end=True)
+            if is_distributed():
+                say(ended_in_words(error, run.newest_step + 1, run._fallback.recorder.without_backward))
     former(kind, error, trace)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_amp.device import copies_without_waiting, new_event, widest_float
+from hf_amp.errors import ScalerError, in_one_line
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat
 
 
@@ -137,13 +138,21 @@ def all_reduce_max(*values: Tensor, part_of_norm: Tensor | None = None) -> tuple
     """
     parts = () if part_of_norm is None else (part_of_norm,)
     packed = torch.stack([value.float().nan_to_num(nan=torch.inf, posinf=torch.inf) for value in (*values, *parts)])
+    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())] if parts else []
+    try:
+        _ = dist.all_gather(of_ranks, packed) if parts else dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    except RuntimeError as error:
+        raise ScalerError(f"{_WAITED_IN_VAIN} ({in_one_line(error)})") from error
     if part_of_norm is None:
-        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
         return tuple(packed.unbind())
-    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_ranks, packed)
     everyone = torch.stack(of_ranks)
     return (*everyone[:, :-1].amax(0).unbind(), torch.linalg.vector_norm(everyone[:, -1]))
+
+
+_WAITED_IN_VAIN = (
+    "this rank has waited in vain for what the others found at the end of the step. One has ended, has had fewer batches, or has gone "
+    "another way through the loop: all ranks need the same number of steps, and of backward passes in each."
+)
 
 
 def copies_of(gradient: Tensor) -> float:

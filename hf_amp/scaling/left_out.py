@@ -7,12 +7,14 @@ nothing that it could make up for: the others wait in DistributedDataParallel's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from hf_amp.patch_log import UnpickledHook
+from hf_amp.errors import in_one_line
+from hf_amp.patch_log import UnpickledHook, takes_hooks
 from hf_amp.scaling.step import StepState, Unscale
 from hf_amp.statistics import held_by, is_distributed
 
@@ -26,7 +28,30 @@ LEFT_OUT = (
 )
 
 
-class JoinLeftOutStep(UnpickledHook):
+def ended_in_words(error: BaseException, step: int, without_backward: int) -> str:
+    """What a rank says of itself when an exception that nobody catches ends it: the others tell of a lost connection, or a timeout.
+
+    Args:
+        step: in which it ends.
+        without_backward: the newest step in which a forward pass of it had no backward; 0 for none.
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    hint = (
+        f" In step {without_backward} a forward pass of this rank was followed by another without a backward in between: where the other "
+        "ranks have made that backward, they wait in vain. Leave a step out on all ranks or on none."
+    )
+    return f"rank {rank} of {ranks} ends in step {step}: {in_one_line(error)}.{hint if without_backward else ''}"
+
+
+def join_left_out_steps(scaler: AdvancedGradScaler, called: nn.Module) -> Callable[[], None]:
+    """Has ranks that agree look for a step left out before each call of `called`; returns what undoes it. After all other hooks:
+    this one comes first."""
+    if not (scaler.ranks_agree and takes_hooks(called)):
+        return lambda: None
+    return called.register_forward_pre_hook(_JoinLeftOutStep(scaler), prepend=True).remove
+
+
+class _JoinLeftOutStep(UnpickledHook):
     """A hook that runs before a model's forward pass, and before FSDP's own. One look at a flag where no step was left out.
 
     Not with several optimizers, nor master weights, nor where verdicts are late.
@@ -36,8 +61,10 @@ class JoinLeftOutStep(UnpickledHook):
         self._scaler = scaler
 
     def __call__(self, module: nn.Module, arguments: Any) -> None:
-        pending = self._scaler._pending
-        if pending.losses.began and not pending.losses.ended and not torch.compiler.is_compiling() and is_distributed():
+        if torch.compiler.is_compiling():
+            return
+        losses = self._scaler._pending.losses
+        if losses.began and not losses.ended and is_distributed():
             self._join()
 
     def _join(self) -> None:

@@ -239,7 +239,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         scaled = emulated_in_backward(scaled)
         self._pending.losses.newest = weakref.ref(scaled)
         if self.ranks_agree and scaled.requires_grad:
-            scaled.register_hook(self._pending.losses.begin)
+            cast(Any, scaled).register_hook(self._pending.losses.begin)
         return scaled
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -531,14 +531,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         _log.warning("hf_amp: step %d was skipped: %s%s%s. %s", outcome.attempt, why, at, so_far, _WHERE_CAUSES_ARE)
 
     def _check(
-        self,
-        optimizer: torch.optim.Optimizer,
-        unscale: Unscale,
-        norm: bool = False,
-        order: Sequence[Tensor] = (),
-        left_out: bool = False,
+        self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False, **asked: Any
     ) -> GradientStep:
-        """Checks `optimizer`'s gradients, which are new, in one pass on their device."""
+        """Checks `optimizer`'s gradients, which are new, in one pass on their device. `asked`: of a `StatisticsRequest`."""
         self._learn()
         if self._state is None:
             if not self.no_scaling:
@@ -556,8 +551,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             sample_seed=self.decided_steps if samples else None,
             agree=self.ranks_agree,
             not_sampled=self.not_sampled() if samples or self._policy.needs_amax else (),
-            order=order,
-            left_out=left_out,
+            **asked,
         )
         self.newest_request = request
         if self.master_weights is not None:

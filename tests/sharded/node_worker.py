@@ -24,7 +24,9 @@ def main(folder: str, victim: int) -> None:
     plain = torch.nn.Linear(8, 4)
     model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.01))
     saved, begins = Path(folder, "saved"), 0
-    if saved.exists():  # a node that follows another's restart is told of none: TORCHELASTIC_RESTART_COUNT stays 0 there
+    if (
+        saved.exists()
+    ):  # a node that follows another's restart is told of none: TORCHELASTIC_RESTART_COUNT stays 0 there
         accelerator.load_state(str(saved))
         begins = session.scaler.decided_steps
     for number in range(begins, STEPS):
