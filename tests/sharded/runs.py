@@ -7,11 +7,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
@@ -440,21 +441,53 @@ class Block(nn.Module):
         return nn.functional.softsign(x)
 
 
-def on_two_axes(kind: str, fault: str, steps: int = 6) -> dict[str, Any]:
+@contextmanager
+def accelerator_on_two_axes(kind: str) -> Iterator[Accelerator]:
+    """One with accelerate's `parallelism_config`, ported to a CPU as `accelerator_of_fsdp2` is; its state is asked for in `prepare` too."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    make_state = AcceleratorState.__init__
+
+    def make_state_of_fsdp2(state: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        make_state(state, *args, **kwargs)
+        if state.__dict__.get("fsdp_plugin") is None:
+            as_fsdp2(state, "fp16", "Block")
+        state.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = make_state_of_fsdp2
+    try:
+        sizes = {"dp_replicate_size": 2} if kind == "HSDP" else {"tp_size": 2}
+        axes = ParallelismConfig(dp_shard_size=2, **sizes)
+        yield Accelerator(mixed_precision="fp16", cpu=True, parallelism_config=axes)
+    finally:
+        AcceleratorState.__init__ = make_state
+
+
+def on_two_axes(kind: str, fault: str, steps: int = 6, by_accelerate: bool = False) -> dict[str, Any]:
     """Four ranks, 2 by 2: FSDP in groups that hold copies ("HSDP"), or FSDP of layers that are spread over ranks ("TP")."""
+    with ExitStack() as stack:
+        return _on_two_axes(kind, fault, steps, by_accelerate, stack)
+
+
+def _on_two_axes(kind: str, fault: str, steps: int, by_accelerate: bool, stack: ExitStack) -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block())
-    names = ("replicate", "shard") if kind == "HSDP" else ("shard", "tensor")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    names = ("dp_replicate", "dp_shard") if kind == "HSDP" else ("dp_shard", "tp")
+    accelerator = stack.enter_context(accelerator_on_two_axes(kind)) if by_accelerate else None
+    mesh = accelerator.torch_device_mesh if accelerator else init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
     if kind == "TP":
         for block in model:
-            parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+            parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if fault == "one part" and dist.get_rank() % 2:  # of what is spread over ranks, this rank's alone
         model[1].up.weight.data.to_local().mul_(1e7)
-    over = mesh if kind == "HSDP" else mesh["shard"]
-    sharded(model, "Block", over)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    session = AmpSession.for_model(model, optimizer, init_scale=1024.0)
+    if accelerator:
+        session = hf_amp.attach(accelerator, init_scale=1024.0)
+        model, prepared = accelerator.prepare(model, optimizer)
+        optimizer = prepared.optimizer
+    else:
+        sharded(model, "Block", mesh if kind == "HSDP" else mesh["dp_shard"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        session = AmpSession.for_model(model, optimizer, init_scale=1024.0)
     data_rank = dist.get_rank() if kind == "HSDP" else dist.get_rank() // 2
     norms, losses = [], []
     for number in range(1, steps + 1):

@@ -204,9 +204,9 @@ def test_four_ranks_train_as_two(full_size_only: None) -> None:
         _same_as_whole(results, name)
 
 
-@for_each("kind", ["HSDP", "TP"])
+@for_each("kind", ["HSDP", "accelerate's HSDP", "TP"])
 def test_two_axes(full_size_only: None, axes: Callable[[], Ranks], kind: str) -> None:
-    """Copies of shards, and shards of layers that are spread over ranks: cause, module and norm; no rank differs."""
+    """Copies of shards, also by `parallelism_config`, and shards of layers that are spread over ranks: cause, module, norm; no rank differs."""
     results = axes()
     for fault, first in {
         "none": None,

@@ -72,10 +72,15 @@ def faults() -> dict[str, Run]:
 
 
 def axes() -> dict[str, Run]:
-    kinds = [(kind, fault) for kind in ("HSDP", "TP") for fault in ("none", "activation", "NaN batch", "loss")]
+    faults = ("none", "activation", "NaN batch", "loss")
+    by_hand = [(kind, fault) for kind in ("HSDP", "TP") for fault in faults] + [("TP", "one part")]
     return {
-        f"{kind}, {fault}": lambda kind=kind, fault=fault: runs.on_two_axes(kind, fault)
-        for kind, fault in [*kinds, ("TP", "one part")]
+        **{f"{kind}, {fault}": lambda kind=kind, fault=fault: runs.on_two_axes(kind, fault) for kind, fault in by_hand},
+        # accelerate 1.15's FSDP with tensor parallel imports what transformers 5.23 does not have
+        **{
+            f"accelerate's HSDP, {fault}": lambda fault=fault: runs.on_two_axes("HSDP", fault, by_accelerate=True)
+            for fault in faults
+        },
     }
 
 
