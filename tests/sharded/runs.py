@@ -301,6 +301,43 @@ def save_and_go_on(folder: str, resumes: bool) -> dict[str, Any]:
     return {"saved": saved, "losses": losses, "after": after}
 
 
+def killed_and_resumed(folder: str, how: str, steps: int = 10) -> dict[str, Any]:
+    """A run that saves every third step: "whole", "killed" (rank 1, in backward of the sixth step) or "resumed" from the newest save."""
+    model = layers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    session = AmpSession.for_model(model, optimizer, init_scale=1024.0, growth_interval=3, recovery_steps=4)
+    begins = 0
+    if how == "resumed":
+        begins = max(int(name) for name in os.listdir(folder) if name.isdigit())
+        state = _state_of(session, model, optimizer)
+        checkpoint.load(state, checkpoint_id=f"{folder}/{begins}")
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        session.load_state_dict(json.loads(state["amp"]))
+    for number in range(begins + 1, steps + 1):
+        torch.manual_seed(10 * number + dist.get_rank())
+        model.fault = {2: "activation", 5: "loss", 8: "activation"}.get(number, "none") if dist.get_rank() else "none"
+        loss = model(torch.randn(4, 16))
+        if how == "killed" and number == 6 and dist.get_rank() == 1:
+            loss.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+        step(session, optimizer, loss)
+        if number % 3 == 0 and how != "resumed":
+            checkpoint.save(_state_of(session, model, optimizer), checkpoint_id=f"{folder}/{number}")
+    decided = told(session)["decided"]
+    found = {"begins": begins, **{key: decided[key] for key in ("plan", "scale", "counts")}}
+    found["weights"] = [x for p in model.parameters() for x in p.full_tensor().reshape(-1).tolist()]
+    moments = [x for _, its in sorted(get_state_dict(model, optimizer)[1]["state"].items()) for x in its.values()]
+    found["moments"] = [
+        v for x in moments for v in (x.full_tensor() if hasattr(x, "full_tensor") else x).reshape(-1).tolist()
+    ]
+    session.detach()
+    return found
+
+
+def _state_of(session: AmpSession, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"amp": json.dumps(session.state_dict()), "model": model_state, "optimizer": optimizer_state}
+
+
 class _Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

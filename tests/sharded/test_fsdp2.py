@@ -262,3 +262,18 @@ def test_a_rank_that_is_killed_in_a_replay_ends_the_other(full_size_only: None) 
     assert ended.codes == [1, -signal.SIGKILL], ended.output[-4000:]
     assert "onnect" in ended.output or "closed" in ended.output
     assert time.monotonic() - began < 60
+
+
+def test_a_run_whose_rank_is_killed_resumes_exactly(full_size_only: None, tmp_path: Path) -> None:
+    """SIGKILL in a backward pass: the other rank ends, and from the newest checkpoint both go on, to the last bit as if nothing had been."""
+    whole = told_by("killed", str(tmp_path / "whole"), "whole")[0]["whole"]
+    ended = run_program(
+        "tests.sharded.worker", "killed", str(tmp_path / "cut"), "killed", ranks=2, ACCELERATE_USE_CPU="true"
+    )
+    assert ended.codes == [1, -signal.SIGKILL], ended.output[-4000:]
+    resumed = told_by("killed", str(tmp_path / "cut"), "resumed")[0]["resumed"]
+    assert resumed.pop("begins") == 3
+    assert whole.pop("begins") == 0
+    assert whole["counts"]["skipped_steps"] == 3
+    assert whole["plan"]["modules"]
+    assert resumed == whole

@@ -108,6 +108,8 @@ def main(what: str, *arguments: str) -> None:
         chosen = faults()
     elif what == "kinds":
         chosen = {kind: lambda kind=kind: runs.one_of_many(kind) for kind in arguments}
+    elif what == "killed":
+        chosen = {how: lambda how=how: runs.killed_and_resumed(arguments[0], how) for how in arguments[1:]}
     elif what == "dies":
         chosen = {"dies": lambda: runs.one_fault("dies")}
     elif what == "axes":
