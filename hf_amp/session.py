@@ -791,6 +791,8 @@ class AmpSession(EventRecorder):
         `error` keeps alive what has filled the memory. Several processes cannot recover so: the others wait in backward for
         the one that failed.
         """
+        if self.scaler.ranks_agree and is_distributed():
+            return False
         withdrawn = self._fallback.recover_from(error)
         if withdrawn is not None:
             self._report_change(withdrawn, cause=None)

@@ -493,12 +493,13 @@ def _agreed(*values: Tensor | None, part_of_norm: Tensor | None = None) -> list[
 
 def _part_of_norm(optimizer: torch.optim.Optimizer, norm: Tensor, device: torch.device) -> Tensor | None:
     """This rank's part of the norm of sharded gradients, of which several may hold copies; None where sums are still to be made."""
-    gradients = [cast(Any, p.grad) for p in held_by(optimizer) if p.grad is not None]
-    kinds = {getattr(g, "placements", None) and (id(g.device_mesh), g.placements): g for g in gradients}
+    gradients = (cast(Any, g) for p in held_by(optimizer) if (g := p.grad) is not None)
+    kinds = {(id(getattr(g, "placements", None)), id(getattr(g, "device_mesh", None))): g for g in gradients}
     held = {copies_of(gradient) for gradient in kinds.values()}
     if 0 in held or len(held) <= 1:
         return None if 0 in held else norm * math.sqrt(1 / next(iter(held), 1.0))
-    parts = [(n, [local_part(g) for g in gradients if copies_of(g) == n]) for n in held]
+    every = [g for p in held_by(optimizer) if (g := p.grad) is not None]
+    parts = [(n, [local_part(g) for g in every if copies_of(g) == n]) for n in held]
     squares = [cast(Tensor, norm_and_amax(each, device, amax=False)[0]).square() / n for n, each in parts]
     return torch.stack(squares).sum().sqrt_()
 

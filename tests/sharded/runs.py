@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_amp
-from hf_amp import AmpSession, EventKind
+from hf_amp import AmpSession, EventKind, MixedPrecisionConfig, StandardMixedPrecisionTrainer
 from tests.fallback.rescaled import ZOO, RescaledModel
 
 CASES = {case.name: case for case in ZOO}
@@ -99,6 +99,22 @@ def raw(
         losses.append(mean_over_ranks(loss))
     found = {**told(session), "losses": losses}
     session.detach()
+    return found
+
+
+def retried(name: str, steps: int) -> dict[str, Any]:
+    """As `raw`, by a trainer of hf_amp's that runs the batch of a skipped step again: all ranks do, for all know of the skip."""
+    model, batches, make_optimizer = CASES[name].build(seed=0)
+    sharded(model, BLOCKS[name])
+    optimizer = make_optimizer(model)
+    trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(init_scale=1024.0), on_overflow="retry")
+    losses, retries = [], 0
+    for _ in range(steps):
+        result = trainer.train_step(part_of(next(batches)), model, optimizer)
+        losses.append(mean_over_ranks(result["loss"]))
+        retries += result["retries"]
+    found = {**told(trainer.session), "losses": losses, "retries": retries}
+    trainer.session.detach()
     return found
 
 

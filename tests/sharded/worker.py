@@ -39,6 +39,9 @@ def models(steps: int) -> dict[str, Run]:
         found[f"{name}, FP16"] = lambda name=name, options=options: runs.raw(name, steps, "MIXED", **options)
         found[f"{name}, FP32"] = lambda name=name: runs.raw(name, steps, "FP32", leaves_out_first=True)
         found[f"{name}, whole"] = lambda name=name: runs.raw(name, 2, "MIXED", shards=False)
+        if steps >= LONG:
+            found[f"{name}, retried"] = lambda name=name: runs.retried(name, steps)
+            found[f"{name}, FP32 of all batches"] = lambda name=name: runs.raw(name, steps, "FP32")
         found[f"{name}, stock"] = lambda name=name: runs.stock(name, 3)
     return found
 
