@@ -445,6 +445,32 @@ def chosen(by: str) -> dict[str, Any]:
     return found
 
 
+class Angle(nn.Module):
+    """The mean angle of directions with themselves: where rounding makes a cosine greater than one, NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.normalize(x, dim=-1)
+        return torch.acos((x * x).sum(-1) * 0.999).square().mean()
+
+
+def rounding(**options: Any) -> dict[str, Any]:
+    """BF16 under accelerate's own FSDP2, of a model that only rounding keeps from training."""
+    torch.manual_seed(0)
+    accelerator = accelerator_of_fsdp2("bf16", "Layer")
+    session = hf_amp.attach(accelerator, **options)
+    model = nn.Sequential(Layer(16, 16), nn.Tanh(), Layer(16, 16), Angle())
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    for number in range(4):
+        torch.manual_seed(10 * number + dist.get_rank())
+        accelerator.backward(model(torch.randn(64, 16)))
+        optimizer.step()
+        optimizer.zero_grad()
+    attached = next(e.message for e in session.events if e.kind is EventKind.ATTACHED)
+    found = {**told(session), "attached": attached, "applied": session.metrics()["applied_steps"]}
+    session.detach()
+    return found
+
+
 def actor_and_reference(steps: int = 6, parts: int = 2) -> dict[str, Any]:
     """A policy update as verl makes it: a sharded actor, a sharded reference that is not trained, micro-batches, clipping.
 

@@ -155,6 +155,20 @@ def test_modules_run_in_fp32_by_choice(faults: Ranks, accelerated: Ranks) -> Non
         assert run["applied"] == 2
 
 
+def test_bf16s_default_policy_says_why_no_module_falls_back(accelerated: Ranks) -> None:
+    """The cause is named at every skip, and nothing changes; gathered in FP32, because of a choice, what rounds goes to FP32 too."""
+    run, chosen = (accelerated[0][f"BF16 {how}"] for how in ("by default", "with a choice"))
+    assert "FSDP rounds parameters to BF16 as it gathers them, so modules do not fall back" in run["attached"]
+    assert {tuple(event[1:3]) for event in run["decided"]["events"]} == {("step_skipped", "ROUNDING")}
+    assert run["applied"] == 0
+    assert "modules do not fall back" not in chosen["attached"]
+    assert [event[1:3] for event in chosen["decided"]["events"][1:]] == [
+        ["step_skipped", "ROUNDING"],
+        ["precision_changed", "ROUNDING"],
+    ]
+    assert chosen["applied"] == 3
+
+
 def test_an_actor_learns_beside_its_reference(faults: Ranks) -> None:
     """Two sharded models, micro-batches without gradient sync, clipping: the actor's modules go to FP32, then it learns."""
     run = faults[0]["actor"]

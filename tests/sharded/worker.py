@@ -55,6 +55,8 @@ def accelerated(steps: int) -> dict[str, Run]:
         **found,
         "attached late": lambda: runs.accelerated("GPT-2", 2, "fp16", first=True),
         "BF16 head": lambda: runs.chosen("accelerate BF16"),
+        "BF16 by default": runs.rounding,
+        "BF16 with a choice": lambda: runs.rounding(fp32_modules=["0"]),
     }
 
 
