@@ -835,13 +835,17 @@ class AmpSession(EventRecorder):
     def log_to(self, folder: str | Path) -> None:
         """Writes events, and what `log_metrics` gives, into `folder`, for `hf-amp report`, until `detach`.
 
-        For loops of your own, on one process; a Trainer's callback does it in `output_dir`.
+        For loops of your own; of several ranks the main process writes. A Trainer's callback does it in `output_dir`.
 
         Raises:
             OSError: the folder cannot be written to.
         """
         from hf_amp.monitoring.sinks.jsonl import JsonLinesSink  # loads structlog
 
+        if not is_main_process():
+            self._unwritten = None
+            self.begin_run(Path(folder) / LOG_FILE)
+            return
         sink = JsonLinesSink(Path(folder) / LOG_FILE, self.run_id, rank=0)
         self.begin_log(sink.write, f"training starts: {self.describe()}.", **self.run_metadata())
         self.begin_run(sink.path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -409,6 +411,35 @@ def one_fault(fault: str, steps: int = 4, at: int = 2, which: int = 1, **options
     found["weights"] = [p.full_tensor().double().sum().item() for p in model.parameters()]
     session.detach()
     return found
+
+
+def logged(folder: str) -> dict[str, Any]:
+    """Every rank of a raw loop opens the log and writes figures; the second has a fault. Who has written what, on the console and there."""
+    model, lines = layers(), list[str]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    logger = logging.getLogger("hf_amp")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    logging.disable(logging.NOTSET)
+    try:
+        with AmpSession.for_model(model, optimizer, init_scale=1024.0) as session:
+            session.log_to(folder)
+            for number in range(3):
+                model.fault = "activation" if number == 1 and dist.get_rank() else "none"
+                loss = model(torch.randn(4, 16))
+                step(session, optimizer, loss)
+                session.log_metrics(loss=loss)
+        dist.barrier()
+    finally:
+        logging.disable(logging.CRITICAL)
+        logger.removeHandler(handler)
+    written = [json.loads(line) for path in Path(folder).glob("*.jsonl") for line in path.read_text().splitlines()]
+    return {
+        "lines": lines,
+        "runs": len({line["run_id"] for line in written}),
+        "written": [line["event"] for line in written],
+    }
 
 
 def chosen(by: str) -> dict[str, Any]:

@@ -39,8 +39,8 @@ def accelerated(request: pytest.FixtureRequest) -> Ranks:
 
 
 @pytest.fixture(scope="module")
-def faults() -> Ranks:
-    return told_by("faults")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return told_by("faults", str(tmp_path_factory.mktemp("log")))
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,16 @@ def test_a_healthy_step_needs_no_collective_beyond_stocks(faults: Ranks) -> None
         of_fsdp = [name for name in stock if name.startswith("_")]
         assert ours == [*of_fsdp, "allgather_.default"]
         assert len(ours) <= len(stock)
+
+
+def test_one_console_and_one_log_tell_of_all_ranks(faults: Ranks) -> None:
+    """`log_to` on every rank writes one log, and the main process alone speaks, of the other's fault in the other's words."""
+    first, second = (results["logged"] for results in faults)
+    assert not second["lines"]
+    assert any("layers.1: found by rank 1: a forward value left the range" in line for line in first["lines"])
+    assert first["runs"] == second["runs"] == 1
+    assert first["written"].count("metrics") == 3
+    assert first["written"].count("step_skipped") == 1
 
 
 def test_modules_run_in_fp32_by_choice(faults: Ranks, accelerated: Ranks) -> None:

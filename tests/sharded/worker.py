@@ -60,8 +60,9 @@ def accelerated(steps: int) -> dict[str, Run]:
     }
 
 
-def faults() -> dict[str, Run]:
+def faults(folder: str) -> dict[str, Run]:
     return {
+        "logged": lambda: runs.logged(folder),
         **{fault: lambda fault=fault: runs.one_fault(fault) for fault in FAULTS},
         "FP16 head": lambda: runs.chosen("raw"),
         "half policy": lambda: runs.raw("GPT-2", 2, "MIXED", mp_policy=HALF),
@@ -110,7 +111,7 @@ def main(what: str, *arguments: str) -> None:
     elif what == "trainer":
         chosen = {kind: lambda kind=kind: by_trainer(kind, arguments[0]) for kind in ("fp16", "resumed")}
     elif what == "faults":
-        chosen = faults()
+        chosen = faults(arguments[0])
     elif what == "kinds":
         chosen = {kind: lambda kind=kind: runs.one_of_many(kind) for kind in arguments}
     elif what == "killed":
