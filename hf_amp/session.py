@@ -785,6 +785,11 @@ class AmpSession(EventRecorder):
         """Looks for causes in weights and batches only: a forward pass would run, and move, another library's scales."""
         self._fallback.diagnoser.repeats_forwards = False
 
+    @property
+    def tries_plan(self) -> bool:
+        """Whether no step was applied yet since the plan was widened."""
+        return self._fallback.newest_change is not None
+
     def recover(self, error: BaseException) -> bool:
         """Whether the step that raised `error` can be tried again, because the plan that caused it has changed.
 
