@@ -453,6 +453,7 @@ def hungry_in_fp32(callback: MixedPrecisionCallback, at: int) -> Callable[..., t
     return loss_of
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_backward_that_finds_no_memory_under_a_new_plan(tmp_path: Path) -> None:
     """The batch is trained under the former plan, and every later one; no step but the overflowing one is lost."""
     callback = MixedPrecisionCallback({"init_scale": 1024.0})
