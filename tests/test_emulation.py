@@ -419,7 +419,9 @@ def test_a_model_of_half_precision_keeps_nothing_in_fp32() -> None:
         assert half.pow(2).isinf().all()
         assert half.sum().isinf()
         assert half.mean() == 300.0  # one kernel, FP32 inside
-        assert torch.equal(steps.rsqrt(), steps.float().rsqrt().half())  # likewise
+        for x in steps.split(5):  # of so few, a CPU's kernels round on the way
+            assert torch.equal(x.rsqrt(), x.float().rsqrt().half())
+            assert torch.equal(x.erf(), x.float().erf().half())
         assert (half @ half.T * 0 + 1).isnan().all()
         with pytest.raises(RuntimeError, match="dtype"):
             half @ torch.ones(300, 2)
