@@ -785,6 +785,10 @@ class AmpSession(EventRecorder):
         """Looks for causes in weights and batches only: a forward pass would run, and move, another library's scales."""
         self._fallback.diagnoser.repeats_forwards = False
 
+    def on_trial(self, patch: Callable[[PatchLog], None]) -> None:
+        """Has `patch` called whenever a wider plan is tried out, with what takes changes back in its first forward pass."""
+        self._fallback.on_trial = patch
+
     def recover(self, error: BaseException) -> bool:
         """Whether the step that raised `error` can be tried again, because the plan that caused it has changed.
 

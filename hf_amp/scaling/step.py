@@ -176,8 +176,7 @@ class GradientStep:
         host = to_host(self.figures())
         self.skipped_on_device = bool(host["found_inf"])
         counts = count_non_finite(self.gradients) if host["found_inf"] else None
-        is_left_out = host.get("loss_flags", 0.0) >= LEFT_OUT
-        if counts and self.inferred and not is_left_out and (self.agrees or not any(counts)):
+        if counts and self.inferred and not _is_left_out(host) and (self.agrees or not any(counts)):
             self._verify()
             host = to_host(self.figures())
         if not host["found_inf"] and not math.isfinite(host.get("norm", 0.0)) and not self.sharded:
@@ -216,7 +215,7 @@ class GradientStep:
             lost_update_fraction=finite(EXTRA + "lost_update_fraction"),
             inf_elements=counts[0] if counts else None,
             nan_elements=counts[1] if counts else None,
-            left_out_by=next((int(flag - LEFT_OUT) for flag in flags if flag >= LEFT_OUT), None),
+            left_out_by=None if applied or not _is_left_out(host) else int(host["loss_flags"] - LEFT_OUT),
             extras={name.removeprefix(EXTRA): v for name, v in host.items() if name.startswith(EXTRA)},
         )
         return self.outcome
@@ -450,6 +449,11 @@ def _underflow(
         return None, None
     found = sample_underflow(bounded, FP16_FORMAT, cast(int, request.sample_seed))
     return to_device(found.counts, device), to_device(found.cure, device) * scale
+
+
+def _is_left_out(host: Mapping[str, float]) -> bool:
+    """Whether a rank takes no such step."""
+    return host.get("loss_flags", 0.0) >= LEFT_OUT
 
 
 def observe(records: Sequence[GradientStep]) -> Observation:

@@ -216,6 +216,7 @@ def test_accelerate_makes_the_policy_that_is_taken_for_its_default() -> None:
         ("_inner_training_loop", "self._tr_loss = torch.tensor(0.0"),
         ("_maybe_log_save_evaluate", "tr_loss -= tr_loss"),
         ("evaluation_loop", "self.prediction_step(model, inputs"),
+        ("_run_epoch", "self.training_step(model, inputs"),
         ("evaluate", "self.evaluation_loop("),
         ("predict", "self.evaluation_loop("),
         ("_save_checkpoint", "self.state.save_to_json("),
