@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from hf_amp import MixedPrecisionCallback
+from hf_amp.choose import errors_by_module
 
 HELD_OUT = 160
 
@@ -106,16 +107,6 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> float:
     return float(model.eval()(**batch)["loss"])
 
 
-def cost_of_each(model: nn.Module, batch: dict[str, Tensor], base: Any) -> dict[str, float]:
-    """What fake quantisation of each linear layer alone adds to the loss of `model`, which stays as it is; the dearest first."""
-    exact, costs = loss_of(model, batch), dict[str, float]()
-    for name in [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
-        alone = copy.deepcopy(model)
-        quantize_(alone, QATConfig(base, step="prepare"), filter_fn=lambda module, found, name=name: found == name)
-        costs[name] = loss_of(alone, batch) - exact
-    return dict(sorted(costs.items(), key=lambda pair: -pair[1]))
-
-
 def compare(name: str, bits: int, steps: int, folder: Path) -> dict[str, Any]:
     """Losses on held-out rows of post-training quantisation and of QAT, after as many steps from one seed; costs by module."""
     make, rows, rate = MODELS[name]
@@ -125,7 +116,8 @@ def compare(name: str, bits: int, steps: int, folder: Path) -> dict[str, Any]:
     set_seed(0)
     begun = trained(make(), data, steps, rate, folder)
     plain = trained(copy.deepcopy(begun), data, steps // 2, rate / 4, folder)
-    costs = cost_of_each(plain, held_out, base)
+    few = {key: x[:32] for key, x in held_out.items()}
+    costs = errors_by_module(plain, few, lambda twin: quantize_(twin, QATConfig(base, step="prepare")))
     losses = {"in FP32": loss_of(plain, held_out)}
     quantize_(plain, base)
 
@@ -144,9 +136,9 @@ def main() -> None:
     options = parser.parse_args()
     found = {name: compare(name, options.bits, options.steps, options.output_dir) for name in MODELS}
     for name, losses in found.items():
-        dearest, cost = next(iter(losses.pop("costs").items()))
+        dearest = losses.pop("costs")[0]
         figures = ", ".join(f"{what} {loss:.4f}" for what, loss in losses.items())
-        print(f"{name}: loss {figures}; the dearest alone is {dearest} (+{cost:.4f})")
+        print(f"{name}: loss {figures}; the dearest alone is {dearest.module}, {dearest.rms:.4f} a row")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`choose_precision`: which modules of a model need a wider format, by measurement instead of by rule of thumb.
 
 Each format runs on a CPU as on a device with units for it, and its error is what it changes of the model's log-probabilities, or
-of its loss, against FP32. Then each module computes in the format alone, the rest in FP32: squared errors of modules are about
+of its loss, against FP32. Then each module computes in the format alone, the rest in FP32, and at the end the other way round: squared errors of modules are about
 independent, so what a module adds by itself is what it would save in FP32, without the noise of all others. Modules go to FP32 in
 the order of that gain for each of their products, each step is measured, until the bound holds; then what turns out to be
 needless goes back. Forward passes alone are looked at: what a loss scale needs says `hf-amp preflight`.
@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -184,16 +184,19 @@ class PrecisionError:
 
 @dataclass(frozen=True)
 class ModuleError:
-    """One module computing in the format, all others in FP32.
+    """One module computing in the format, all others in FP32; and the other way round.
 
     Attributes:
         products: its share of the model's multiply-accumulates, with those inside of it.
         rms: the error that it makes alone.
+        widened: the other way round, the error that is left where it alone is in FP32 and all others are in the format; NaN where
+            that was not measured.
     """
 
     module: str
     products: float
     rms: float
+    widened: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,11 @@ class PrecisionTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON; None for what is not finite."""
-        return asdict(self, dict_factory=lambda items: {k: None if v in (math.inf, math.nan) else v for k, v in items})
+        return asdict(self, dict_factory=lambda items: {k: None if _is_not_finite(v) else v for k, v in items})
+
+
+def _is_not_finite(x: Any) -> bool:
+    return isinstance(x, float) and not math.isfinite(x)
 
 
 class _Search(NamedTuple):
@@ -275,17 +282,18 @@ def choose_precision(
 ) -> tuple[PrecisionPlan, PrecisionTable]:
     """The smallest set of modules in FP32 with which a half-precision run of `model` meets a bound on its error.
 
-    Runs on the CPU on a copy in FP32, in about two forward passes a module; `model` stays as it is. GPU-CPU syncs: many.
+    Runs on the CPU on a copy in FP32, in about three forward passes a module; `model` stays as it is. GPU-CPU syncs: many.
 
     Args:
-        model: any module whose output has `logits`, or `loss` for that metric; on any device, of any floating-point dtype.
+        model: any module whose output has `logits`, or `loss` for that metric; on any device, of any floating-point dtype, also one
+            that torchao has converted to FP8, in the middle of a run.
         batch: its arguments by name, as real as can be; shapes as the model takes them.
         metric: "logprob" for the log-probability of each token that follows (of `labels` but -100, where the model is no
             causal one; of all classes where there are none), which is what trainer and rollout of RL differ by; "loss" for the
             loss of each row.
         max_error: the largest root mean square error allowed; None for a fifth of that of `number_format`, or BF16.
-        number_format: "FP16", "BF16", "FP8 E4M3", "FP8 E5M2", "scaled FP8", "MXFP8" or "NVFP4"; None for FP16 or BF16, whichever
-            leaves fewer products in FP32.
+        number_format: "FP16", "BF16", "FP8 E4M3", "FP8 E5M2", "scaled FP8", "MXFP8" or "NVFP4", in any case; None for FP16 or
+            BF16, whichever leaves fewer products in FP32.
         inference: half-precision copies of the parameters without autocast, as vLLM runs them, in place of autocast over FP32
             ones, as training does. FP8 without a scale is left out there.
 
@@ -297,7 +305,8 @@ def choose_precision(
         ConfigError: an argument is wrong, the model cannot be run, gives nothing of that metric, or is not finite in FP32;
             torchao is missing.
     """
-    _check_arguments(metric, max_error, number_format)
+    number_format = _checked_format(number_format)
+    _check_arguments(metric, max_error)
     with torch.no_grad(), without_its_precision(model):
         audit = _Audit(model, batch, metric, inference)
         table = PrecisionTable(metric, audit.exact.numel(), inference, math.nan)
@@ -312,7 +321,9 @@ def choose_precision(
         finite = [rms for name in (candidates[-1].name, "BF16") if math.isfinite(rms := table.formats[name].rms)]
         table.max_error = max_error if max_error is not None else DEFAULT_SHARE * (finite or [0.0])[0]
         found = _best_search(audit, candidates, table)
-        table.modules, table.curve = found.modules, found.curve
+        in_format = audit.of_format(found.audited)
+        table.modules = [replace(each, widened=in_format.error([each.module]).rms) for each in found.modules]
+        table.curve = found.curve
         if not found.met:
             return PrecisionPlan(PrecisionMode.FP32), table
         table.number_format = found.audited.name
@@ -329,14 +340,69 @@ def scaled_format_errors(model: nn.Module, batch: Mapping[str, Any]) -> dict[str
         return {audited.name: audit.of_format(audited).error(()) for audited in torchao_formats()}
 
 
-def _check_arguments(metric: str, max_error: float | None, number_format: str | None) -> None:
+def errors_by_module(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    change: Callable[[nn.Module], Any],
+    *,
+    metric: Literal["logprob", "loss"] = "loss",
+) -> list[ModuleError]:
+    """What something that changes modules costs, such as a quantisation, module by module; the dearest first.
+
+    Runs on the CPU on two copies in FP32, in two forward passes a module that is changed; `model` stays as it is. GPU-CPU syncs: many.
+
+        errors_by_module(model, batch, lambda m: quantize_(m, QATConfig(base, step="prepare")))
+
+    Args:
+        model, batch, metric: as for `choose_precision`.
+        change: is given a copy, and changes or replaces modules of it in place.
+
+    Returns:
+        `rms` with one module changed alone, `widened` with all changed but that one, for each innermost module that was changed.
+
+    Raises:
+        ConfigError: as for `choose_precision`.
+    """
+    _check_arguments(metric, None)
+    with torch.no_grad(), without_its_precision(model):
+        audit = _Audit(model, batch, metric, inference=False)
+        changed = copy.deepcopy(audit.model)
+        change(changed)
+        inner = [name for name, module in audit.model.named_modules() if name and not any(module.children())]
+        names = [n for n in inner if _differ(audit.model.get_submodule(n), changed.get_submodule(n))]
+        pairs = {name: (audit.model.get_submodule(name), changed.get_submodule(name)) for name in names}
+
+        def measured(name: str) -> ModuleError:
+            (plain, other), errors = pairs[name], []
+            for held, given, back in ((audit.model, other, plain), (changed, plain, other)):
+                held.set_submodule(name, given)
+                errors.append(_error(audit.outcomes(held, torch.float32), audit.exact).rms)
+                held.set_submodule(name, back)
+            return ModuleError(name, audit.products.get(name, 0) / audit.total, *errors)
+
+        return sorted(map(measured, names), key=lambda each: -each.rms)
+
+
+def _differ(a: nn.Module, b: nn.Module) -> bool:
+    """In their kind, or in what they hold."""
+    before, after = a.state_dict(), b.state_dict()
+    same = type(a) is type(b) and before.keys() == after.keys()
+    return not (same and all(type(x) is type(after[k]) and torch.equal(x, after[k]) for k, x in before.items()))
+
+
+def _checked_format(given: str | None) -> str | None:
+    """As it is spelt here."""
+    known = {name.upper(): name for name in (*_PLAIN, *SCALED_FORMATS)}
+    if given is not None and str(given).upper() not in known:
+        raise ConfigError(f"choose_precision(number_format={given!r}): it must be one of {', '.join(known.values())}.")
+    return None if given is None else known[str(given).upper()]
+
+
+def _check_arguments(metric: str, max_error: float | None) -> None:
     if metric not in ("logprob", "loss"):
         raise ConfigError(f"choose_precision(metric={metric!r}): metric must be one of logprob, loss.")
     if max_error is not None and not (is_real(max_error) and max_error > 0):
         raise ConfigError(f"choose_precision(max_error={max_error!r}): max_error must be a positive finite number.")
-    known = [*_PLAIN, *SCALED_FORMATS]
-    if number_format is not None and number_format not in known:
-        raise ConfigError(f"choose_precision(number_format={number_format!r}): it must be one of {', '.join(known)}.")
 
 
 def _formats(table: PrecisionTable, needs_torchao: bool, inference: bool) -> dict[str, AuditedFormat]:
@@ -367,7 +433,11 @@ class _Audit:
                 f"choose_precision: the batch is a {type(batch).__name__}; pass the model's arguments by name, in a dict."
             )
         model = getattr(model, "_orig_mod", model)  # compiled, it would be compiled anew for every module
-        self.model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+        self.model = copy.deepcopy(model)
+        for module in self.model.modules():  # converted to FP8 by torchao, whose class casts in its forward pass
+            if type(module).__name__ == "Float8Linear" and isinstance(module, nn.Linear):
+                module.__class__ = nn.Linear
+        self.model = self.model.to("cpu", torch.float32).eval()
         self._batch = {name: _cast(x, torch.float32) for name, x in batch.items()}
         self._metric, self._inference = metric, inference
         self.products, self.total = self._counted_products()
@@ -435,10 +505,14 @@ class _FormatAudit:
                 found = self.audit.outcomes(self._model, self._dtype)
         finally:
             self._runner.remove()
-        difference = (found - self.audit.exact).abs()
-        if not bool(difference.isfinite().all()):
-            return PrecisionError(math.inf, math.inf)
-        return PrecisionError(difference.square().mean().sqrt().item(), difference.amax().item())
+        return _error(found, self.audit.exact)
+
+
+def _error(found: Tensor, exact: Tensor) -> PrecisionError:
+    difference = (found - exact).abs()
+    if not bool(difference.isfinite().all()):
+        return PrecisionError(math.inf, math.inf)
+    return PrecisionError(difference.square().mean().sqrt().item(), difference.amax().item())
 
 
 def _inside(name: str, of: Collection[str]) -> bool:

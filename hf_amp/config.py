@@ -267,8 +267,9 @@ class MixedPrecisionConfig:
             return
         asked = self.precision_mode
         if asked is not None and str(getattr(asked, "value", asked)).upper() != mode.value:
+            of = "FP16 autocast (MIXED)" if mode is PrecisionMode.MIXED else mode.value
             raise ConfigError(
-                f"MixedPrecisionConfig(precision_mode={safe_repr(asked)}) with a plan: the plan is for {mode.value}; leave "
+                f"MixedPrecisionConfig(precision_mode={safe_repr(asked)}) with a plan: the plan is for {of}; leave "
                 "precision_mode out, which the plan sets."
             )
         object.__setattr__(self, "precision_mode", mode)

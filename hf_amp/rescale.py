@@ -14,7 +14,7 @@ import inspect
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -34,8 +34,11 @@ UPPER_BITS = 14
 """Every amax on the batch is brought to 2^14 or less: two bits are left to inputs that give more."""
 LOWER_BITS = -8
 """No root mean square is brought below 2^-8 without need, so that few elements become subnormal (below 2^-14)."""
-LOST_BITS = -13
-"""What has its root mean square below is raised, if anything moves: more than half of its elements are subnormal."""
+RAISED_BITS = -10
+"""What has its root mean square below is raised to it, if anything moves. Subnormal numbers are 2^-24 apart, normal ones 2^-10 of
+their size at most, so that they add 4^(-13 - bits) to the squared rounding error of a tensor: 1.6% at 2^-10, 100% at 2^-13."""
+LOST_BITS = -12
+"""What is below is reason enough to move something where nothing overflows, and to let more move where that raises it."""
 LARGEST_EXPONENT = 60
 TOLERANCE = 1e-5
 """Relative difference of FP32 outputs that is accepted, where epsilons or 1 + weight do not move exactly."""
@@ -45,6 +48,8 @@ RANDOM_BATCHES = 2
 OBJECTS_DEEP = 1
 """How deep batch objects, such as graphs, are looked into for tensors."""
 NAMES_SHOWN = 6
+OFFSET_BITS = 0
+"""1 + weight is not brought below 1: the weight would be near -1, where FP16's numbers are 2^-11 apart, however small the sum is."""
 _OVER, _UNDER, _CHANGE = 1000.0, 1.0, 0.01
 """Costs of a bit: out of range above, below, and of a bit by which a parameter moves."""
 
@@ -119,6 +124,9 @@ class RescaleReport:
         if not self.exponents:
             return "Nothing to do: everything is in FP16's range already."
         overflowing = sum(before < 0 for before, _ in self.headroom_bits.values())
+        cured = f"{overflowing} modules left the range before, none does now"
+        if not overflowing:
+            cured = "nothing overflowed; what was too small for FP16's bits has them now"
         same = "the same to the last bit" if self.bitwise else f"the same within {self.relative_difference:.1g}"
         unused = (
             f" The batch left {len(self.unused)} parameters unused: what they make was not looked at."
@@ -127,8 +135,8 @@ class RescaleReport:
         )
         epsilons = f" and {len(self.epsilons)} epsilons" if self.epsilons else ""
         return (
-            f"Safe in FP16{' autocast' * self.autocast}: {len(self.exponents)} parameters{epsilons} were rescaled; {overflowing} modules left the range before, "
-            f"none does now. FP32 outputs are {same}.{unused}"
+            f"Safe in FP16{' autocast' * self.autocast}: {len(self.exponents)} parameters{epsilons} were rescaled; {cured}. "
+            f"FP32 outputs are {same}.{unused}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +153,7 @@ def rescale_for_fp16(model: nn.Module, batch: Any, *, partial: bool = False) -> 
     """Looks for powers of two that bring every activation of `model` into FP16's range, and verifies what they give.
 
     The given model is not changed. Takes about ten forward passes on the model's device, two of them in FP16, and, beside a
-    model in FP32, one and a half times its memory. Reads the host throughout.
+    model in FP32, once its memory. Reads the host throughout.
 
     Args:
         model: with floating-point parameters of any dtype, whole (not sharded, not quantised). It is run in evaluation mode.
@@ -160,7 +168,7 @@ def rescale_for_fp16(model: nn.Module, batch: Any, *, partial: bool = False) -> 
         BatchError: the model cannot be run on the batch, or gives nothing but NaN and inf in FP32.
     """
     _check(model)
-    return _Search(model, batch).run(partial)
+    return _Search(model, batch, partial).run()
 
 
 def parameter_groups(
@@ -337,14 +345,17 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _recorded(model: nn.Module, batches: list[Any]) -> Recording:
+def _recorded(made: Callable[[torch.dtype], nn.Module], batches: list[Any]) -> Recording:
     """The operators of forward passes in BF16, whose range is FP32's, and which shows by its dtypes what FP16 would hold.
 
     The later batches are run only where the first leaves parameters unused, as experts that no token is sent to.
+
+    Args:
+        made: gives the model in a dtype, to be used up.
     """
     errors = []
     for dtype in (torch.bfloat16, torch.float32):
-        traced = _converted(model, dtype)
+        traced = made(dtype)
         recording = Recording(traced, _named_tensors(traced), dtype)
         try:
             for batch in batches:
@@ -357,10 +368,10 @@ def _recorded(model: nn.Module, batches: list[Any]) -> Recording:
             continue
         recording.release()
         return recording
-    raise BatchError(f"{type(model).__name__} cannot be recorded: {errors[-1]}")
+    raise BatchError(f"{type(traced).__name__} cannot be recorded: {errors[-1]}")
 
 
-class _QuickProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class QuickProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Half products on a CPU with FP32 arithmetic inside of them, as a GPU has it: its own half kernels take ten times as long."""
 
     _PRODUCTS = frozenset(["aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution"])
@@ -382,39 +393,41 @@ class _Search:
         BatchError: the model cannot be run on the batch, or gives nothing but NaN and inf in FP32.
     """
 
-    def __init__(self, model: nn.Module, batch: Any) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, batch: Any, partial: bool) -> None:
+        self._model, self._partial = model, partial
         self._given = _converted(model, torch.float32)
         self._batches = [batch, *(_random_like(batch, seed) for seed in range(RANDOM_BATCHES))]
         self._wanted = [named_outputs(self._given, each) for each in self._batches]
         if not all(bool(x.isfinite().any()) for x in self._wanted[0].values() if x.numel()):
             raise BatchError(f"{type(model).__name__} gives NaN or inf on this batch in FP32: no rescaling cures that.")
-        self._recording = _recorded(self._given, self._batches)
+        self._recording = _recorded(functools.partial(_converted, self._given), self._batches)
         self._slices = find_slices(self._recording)
 
-    def run(self, partial: bool) -> RescaleReport:
-        best: tuple[float, Solution] | None = None
-        failed: RescaleReport | None = None
-        for stage in STAGES:
-            solution = Programme(self._given, self._recording, self._slices, stage).solve()
+    def run(self) -> RescaleReport:
+        first: RescaleReport | None = None
+        for solution in self._solutions():
             if solution.over_bits:
-                best = (
-                    min(best, (solution.over_bits, solution), key=lambda x: x[0])
-                    if best
-                    else (solution.over_bits, solution)
-                )
-                continue
+                break
             report = self._verified(solution)
             if report.safe:
                 return report
-            failed = failed or report
-        if failed is None and best is not None:
-            solution = best[1]
-            failed = self._verified(solution) if partial else self._report_on(solution)
-        assert failed is not None
-        if not partial:
-            failed.model = None
-        return failed
+            first = first or report
+        if solution.fits and (first is None or first.exponents):  # what is too small ends nothing
+            return self._verified(solution.unmoved())
+        if first is not None:
+            return first
+        return self._verified(solution) if self._partial else self._report_on(solution)
+
+    def _solutions(self) -> Iterator[Solution]:
+        """Stage by stage those that keep every margin, then the others, nearest to them first."""
+        strained = []
+        for stage in STAGES:
+            solution = Programme(self._given, self._recording, self._slices, stage).solve()
+            if solution.strained_bits:
+                strained.append(solution)
+            else:
+                yield solution
+        yield from sorted(strained, key=lambda each: (each.over_bits, each.strained_bits))
 
     def _report_on(self, solution: Solution) -> RescaleReport:
         report = RescaleReport(refused=list(solution.refused), unused=self._recording.unused())
@@ -430,7 +443,9 @@ class _Search:
                 report.exponents[variable.parameter] = tuple(rows)
             if variable.offset and exponent:
                 report.offsets[variable.parameter] = variable.offset
-        report.exponents = {n: e for n, e in report.exponents.items() if e and (isinstance(e, int) or any(e))}
+        uniform = {n: set(e) for n, e in report.exponents.items() if not isinstance(e, int)}
+        report.exponents |= {n: e.pop() for n, e in uniform.items() if len(e) == 1}
+        report.exponents = {n: e for n, e in report.exponents.items() if e}
         patterns = {re.sub(r"\d+", "#", name) for name in report.exponents}
         if left := [name for name in report.unused if re.sub(r"\d+", "#", name) in patterns]:
             report.refused.append(
@@ -441,33 +456,44 @@ class _Search:
     def _verified(self, solution: Solution) -> RescaleReport:
         """The rescaled copy, and whether it is what it should be."""
         report = self._report_on(solution)
-        report.model = rescaled = _converted(self._model, None)
-        solution.apply(rescaled, self._recording, report)
-        exact = _converted(rescaled, torch.float32)
+        made = functools.partial(self._made, solution, report)
+        exact = made(torch.float32)
         differences = [difference(x, named_outputs(exact, b)) for x, b in zip(self._wanted, self._batches, strict=True)]
+        del exact  # memory: one copy of the model at a time
         report.relative_difference = max(differences)
         report.bitwise = report.relative_difference == 0
         if not report.relative_difference <= TOLERANCE:
             report.refused.append(f"FP32 outputs would change by {report.relative_difference:.1g}")
-        again = _recorded(exact, self._batches) if report.exponents else self._recording
+        again = _recorded(made, self._batches) if report.exponents else self._recording
         report.refused += solution.disagreements(again, report.bitwise and not report.offsets)
         before, after = self._recording.amax_by_module(), again.amax_by_module()
         report.amax = {module: (amax, after.get(module, 0.0)) for module, amax in before.items()}
         if not report.refused:
             report.refused += [f"{m} comes to {x:.3g}" for m, (_, x) in report.amax.items() if x > FP16_FORMAT.largest]
-        self._run_in_half(rescaled, report)
+        self._run_in_half(made, report)
         report.safe = not report.refused
+        if report.safe or (self._partial and report.relative_difference <= TOLERANCE):
+            report.model = made(None)
         return report
 
-    def _run_in_half(self, rescaled: nn.Module, report: RescaleReport) -> None:
+    def _made(self, solution: Solution, report: RescaleReport, dtype: torch.dtype | None) -> nn.Module:
+        """A rescaled copy, with its floating-point tensors in `dtype`; None for the dtypes of the given model."""
+        made = _converted(self._model, None)
+        solution.apply(made, self._recording, report)
+        for x in (*made.parameters(), *made.buffers()):
+            if dtype is not None and x.is_floating_point():
+                x.data = x.data.to(dtype)
+        return made
+
+    def _run_in_half(self, made: Callable[[torch.dtype], nn.Module], report: RescaleReport) -> None:
         """Pure FP16, or, where the model cannot be run in it at all, what autocast computes."""
-        half, dtype = _converted(rescaled, FP16_FORMAT.dtype), FP16_FORMAT.dtype
-        within: AbstractContextManager[Any] = _QuickProducts()  # type: ignore[no-untyped-call]
+        half, dtype = made(FP16_FORMAT.dtype), FP16_FORMAT.dtype
+        within: AbstractContextManager[Any] = QuickProducts()  # type: ignore[no-untyped-call]
         for i, batch in enumerate(self._batches[:2]):
             try:
                 outputs = named_outputs(half, batch, dtype, within)
             except BatchError as error:
-                report.autocast, half, dtype = True, _converted(rescaled, torch.float32), torch.float32
+                report.autocast, half, dtype = True, made(torch.float32), torch.float32
                 if i or not isinstance(error.__cause__, RuntimeError):
                     report.refused.append(str(error))
                     return
@@ -507,14 +533,22 @@ class Solution:
         exponents: of `rules.variables`.
         epsilons: by how much each group of epsilons grows, as a power of two.
         over_bits: by how many bits in all the range is left.
+        strained_bits: by how many bits in all margins are missed: amax above `UPPER_BITS`, root mean squares below `LOST_BITS`.
+        fits: whether every amax was in range, with the margin, before.
         refused: what stays out of range and why, a sentence each.
     """
 
     rules: Rules
     exponents: list[int]
     epsilons: dict[EpsilonGroup, int]
-    over_bits: float
-    refused: list[str]
+    over_bits: float = 0.0
+    strained_bits: float = 0.0
+    fits: bool = False
+    refused: list[str] = field(default_factory=list)
+
+    def unmoved(self) -> Solution:
+        """The one that moves nothing."""
+        return Solution(self.rules, [0] * len(self.exponents), {}, fits=self.fits)
 
     def of(self, terms: Exponent) -> int:
         """The value of an exponent."""
@@ -592,6 +626,7 @@ class Programme:
         self._costs: list[float] = [0.0] * (self._count + len(self._group_list))
         self._equations: list[tuple[Exponent, str]] = []
         self._uppers: dict[Exponent, tuple[float, int, Node | str]] = {}
+        self._lowers: list[tuple[Exponent, float]] = []
 
     def _new(self, cost: float) -> int:
         """A further unknown, which is not negative."""
@@ -606,8 +641,10 @@ class Programme:
         self._equate()
         self._bound()
         whole = self._count + len(self._group_list)
-        if all(amax <= 2.0**UPPER_BITS for amax, _, _ in self._uppers.values()):
-            return Solution(self._rules, [0] * self._count, {}, 0.0, [])
+        fits = all(amax <= 2.0**UPPER_BITS for amax, _, _ in self._uppers.values())
+        unmoved = Solution(self._rules, [0] * self._count, {}, fits=fits)
+        if not self._strained_bits(unmoved):
+            return unmoved
         for index in range(whole):
             size = self._new(_CHANGE)
             self._rows += [({index: 1.0, size: -1.0}, -np.inf, 0.0), ({index: 1.0, size: 1.0}, 0.0, np.inf)]
@@ -623,9 +660,15 @@ class Programme:
                       options={"time_limit": 60.0, "mip_rel_gap": 1e-3})  # fmt: skip
         found = [0] * whole if result.x is None else [round(value) for value in result.x[:whole]]
         epsilons = dict(zip(self._group_list, found[self._count :], strict=True))
-        solution = Solution(self._rules, found[: self._count], epsilons, 0.0, [])
+        solution = Solution(self._rules, found[: self._count], epsilons, fits=fits)
+        solution.strained_bits = self._strained_bits(solution)
         self._name_what_is_left(solution)
         return solution
+
+    def _strained_bits(self, solution: Solution) -> float:
+        above = [math.log2(amax) + solution.of(terms) - UPPER_BITS for terms, (amax, _, _) in self._uppers.items()]
+        below = [LOST_BITS - bits - solution.of(terms) for terms, bits in self._lowers]
+        return sum(max(0.0, bits) for bits in (*above, *below))
 
     def _equate(self) -> None:
         """What must be 0 for the function to stay, epsilons included."""
@@ -677,7 +720,7 @@ class Programme:
             amax, rms = float(x.abs().amax()), float(torch.linalg.vector_norm(x)) / math.sqrt(x.numel())
             if amax and math.isfinite(amax):
                 self._upper(((index, 1),), amax, variable.parameter)
-                self._lower(((index, 1),), rms, x.ndim > 1)
+                self._lower(((index, 1),), rms, x.ndim > 1, OFFSET_BITS if variable.offset else LOWER_BITS)
         for terms, rms in lowers.items():
             self._lower(terms, rms, True)
         for terms, (amax, slack, _) in self._uppers.items():
@@ -690,14 +733,15 @@ class Programme:
         if known is None or known[0] < amax:
             self._uppers[terms] = (amax, known[1] if known else self._new(_OVER), where)
 
-    def _lower(self, terms: Exponent, rms: float, raised: bool) -> None:
+    def _lower(self, terms: Exponent, rms: float, raised: bool, wanted: int = LOWER_BITS) -> None:
+        """A root mean square stays at 2^wanted or above; one below that is not lowered, and raised to `RAISED_BITS` if `raised`."""
         if not rms:
             return
         bits = math.log2(rms)
-        least = (
-            LOWER_BITS - bits if bits >= LOWER_BITS else LOWER_BITS - 2 - bits if raised and bits < LOST_BITS else 0.0
-        )
+        least = wanted - bits if bits >= wanted else max(0.0, RAISED_BITS - bits) if raised else 0.0
         self._rows.append(({**{v: float(n) for v, n in terms}, self._new(_UNDER): 1.0}, least, math.inf))
+        if raised:
+            self._lowers.append((terms, bits))
 
     def _name_what_is_left(self, solution: Solution) -> None:
         left = []

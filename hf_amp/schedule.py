@@ -130,17 +130,16 @@ class PrecisionSchedule:
         Raises:
             ConfigError: it cannot.
         """
-        names = " or ".join(mode.value for mode in order)
+        names, start = " or ".join(mode.number_format.name for mode in order), run.number_format.name
         for name, precision in self._entries():
             if self.of_run(precision, run) not in order:
                 hint = "start the run with fp16=True or bf16=True (Trainer) or mixed_precision (Accelerator) for"
                 raise _refused(
-                    self,
-                    f"a run that starts in {run.value} can run in {names}, not in {precision.value}; {hint} another",
+                    self, f"a run that starts in {start} can run in {names}, not in {precision.value}; {hint} another"
                 )
             if name and precision is not PrecisionMode.FP32 and self.of_run(precision, run) is not run:
                 raise _refused(
-                    self, f"{name!r} can run in FP32, or again in the run's {run.value}, not in {precision.value}"
+                    self, f"{name!r} can run in FP32, or again in the run's {start}, not in {precision.value}"
                 )
         if not may_change:
             raise _refused(
@@ -182,6 +181,16 @@ class PrecisionSchedule:
         for pattern, precision in self._entries():
             if pattern and precision is not PrecisionMode.FP32 and (both := held & {*names_like(pattern)}):
                 raise _refused(self, f"fp32_modules keeps {min(both)!r} in FP32 for good: leave it out there, or here")
+
+    def passed_over(self, total_steps: int | None) -> Iterator[str]:
+        """A sentence about each entry that never holds, because the run ends before."""
+        for change in self.changes:
+            step = change.step(total_steps)
+            if total_steps and step is not None and step >= total_steps:
+                yield (
+                    f"precision_schedule's entry {change.at!r} never holds: the run ends after {total_steps:,} steps. Give a fraction "
+                    "of the run, such as 0.9, or an earlier step."
+                )
 
     def _entries(self) -> Iterator[tuple[str, PrecisionMode]]:
         for change in self.changes:

@@ -132,16 +132,19 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
 
     def operand(x: Any) -> Any:
         if isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float32 and dtypes[0] in half:
-            return x.to(
-                dtypes[0]
-            ).float()  # a number beside tensors of the format is one of theirs, on CUDA as on a CPU
+            return x.to(dtypes[0]).float()  # one of the format's, beside its tensors, on CUDA as on a CPU
         if isinstance(x, Tensor) and x.dtype in half:
             return x.to(torch.complex64) if x.is_complex() else x.float()
         return x
 
-    args, kwargs = tree_map(operand, (args, kwargs))
+    wide = tree_map(operand, (args, kwargs))
     results = iter(dtypes)
-    return tree_map(lambda x: x.to(next(results)) if isinstance(x, Tensor) else x, func(*args, **kwargs))
+    if torch.Tag.pointwise not in func.tags or len(dtypes) != 1:
+        return tree_map(lambda x: x.to(next(results)) if isinstance(x, Tensor) else x, func(*wide[0], **wide[1]))
+    result = func(*args, **kwargs)  # for PyTorch's own derivative, whose steps are rounded there, too
+    with torch.no_grad():
+        result.data.copy_(func(*wide[0], **wide[1]))
+    return result
 
 
 def _cast(func: Any, args: Any, kwargs: Any) -> Any:
@@ -215,13 +218,16 @@ class _Placement(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
+        if func is torch.autograd.grad:  # a derivative that forward takes: the graph is that of what is held
+            return tree_map(_placed, func(*tree_map(_held, args), **tree_map(_held, kwargs)))
         if func is nn.functional.multi_head_attention_forward:
             with self:
                 return _ATTENTION_OF_TORCH(*args, **kwargs)
         if func == Tensor.requires_grad.__set__ and isinstance(args[0], OnDevice):
             return None  # what is held has its own
         moved = [x for x in tree_leaves((args, kwargs)) if isinstance(x, OnDevice)]
-        without_floats = moved and not any(x.is_floating_point() for x in moved) and func is not torch.histc
+        has_floats = any(x.is_floating_point() for x in moved)
+        without_floats = moved and not has_floats and func is not torch.histc and func != Tensor.device.__get__
         if func in _ASKING_CUDA or without_floats:
             return tree_map(_placed, func(*tree_map(_held, args), **tree_map(_held, kwargs)))
 
@@ -233,7 +239,7 @@ class _Placement(TorchFunctionMode):
         if args and isinstance(args[0], OnDevice):
             args, kwargs = [x for x in args if not is_device(x)], {k: x for k, x in kwargs.items() if not is_device(x)}
             return func(*args, **kwargs) if len(args) > 1 or kwargs else args[0]
-        args, kwargs = tree_map(lambda x: "cpu" if is_device(x) else x, (list(args), kwargs))
+        args, kwargs = tree_map(lambda x: "cpu" if is_device(x) else _held(x), (list(args), kwargs))
         return _placed(func(*args, **kwargs))
 
 

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, linear, scaled_dot_product_attention
 
 import hf_amp
-from hf_amp import ConfigError, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode, choose_precision
+from hf_amp import (
+    AmpSession,
+    ConfigError,
+    MixedPrecisionCallback,
+    MixedPrecisionConfig,
+    PrecisionMode,
+    choose_precision,
+)
 from hf_amp.choose import SCALED_FORMATS, RoundedOperands, _rounded_to_tf32
 from tests.benchmarks.test_choose import MODELS, chosen_plan, configurations, out_of_order
 from tests.each import for_each
@@ -145,6 +152,9 @@ def test_the_set_is_the_smallest() -> None:
         best = min(sum(products[n] for n in each) for each, error in errors.items() if error <= share * whole)
         assert sum(products[name] for name in plan.modules) == best, (share, plan.modules)
         assert table.chosen.rms == pytest.approx(errors[tuple(n for n in names if n in plan.modules)], rel=0.05)
+    widened = {module.module: module.widened for module in table.modules}
+    for name in names:
+        assert widened[name] == pytest.approx(errors[(name,)], rel=0.05)
 
 
 def test_the_model_stays_as_it_is() -> None:
@@ -200,6 +210,32 @@ def test_other_tools_get_their_settings() -> None:
     inference = choose_precision(tiny_gpt2(), batch, number_format="BF16", max_error=1e-2, inference=True)[1]
     assert "transformers.TrainingArguments" not in inference.settings
     json.dumps(head_alone.to_dict(), allow_nan=False)
+
+
+def test_a_format_is_named_in_any_case() -> None:
+    """As a user types it."""
+    for name in ("bf16", "Fp8 e4m3"):
+        _, table = choose_precision(Tower(), {"x": ROWS}, number_format=name, max_error=1.0)
+        assert table.number_format == name.upper()
+
+
+def test_a_plan_of_the_base_holds_for_its_lora_model() -> None:
+    """PEFT's names have more in front; one that nothing is called stays an error."""
+    peft = pytest.importorskip("peft", reason="needs peft, which the extra hf_amp[examples] brings")
+    batch = {"input_ids": torch.tensor([row["input_ids"] for row in text_rows()[:4]])}
+    plan, _ = choose_precision(tiny_gpt2(), batch, number_format="BF16")
+    lora = peft.get_peft_model(tiny_gpt2(), peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
+
+    def session(**options: Any) -> AmpSession:
+        optimizer = torch.optim.AdamW(lora.parameters())
+        return AmpSession.for_model(lora, optimizer, MixedPrecisionConfig(emulate=True, **options))
+
+    assert dict(session(plan=plan).plan.modules) == {"base_model.model.lm_head": PrecisionMode.FP32}
+    assert dict(session(fp32_modules=["transformer.h.0"]).plan.modules) == {
+        "base_model.model.transformer.h.0": PrecisionMode.FP32
+    }
+    with pytest.raises(ConfigError, match=r"no module is called 'transformer\.h\.9'"):
+        session(fp32_modules=["transformer.h.9"]).begin_run()
 
 
 @for_each(

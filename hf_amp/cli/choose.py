@@ -52,7 +52,7 @@ def choose(
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         inputs = batch_for(loaded, batch, length)
     try:
-        with console.status("Measuring, in about two forward passes a module ..."):
+        with console.status("Measuring, in about three forward passes a module ..."):
             plan, table = choose_precision(
                 loaded, inputs, metric=metric, max_error=max_error, number_format=number_format, inference=inference  # type: ignore[arg-type]
             )  # fmt: skip
@@ -111,9 +111,11 @@ def _print(console: Any, plan: PrecisionPlan, table: PrecisionTable, made_up: bo
     for name, error in table.formats.items():
         errors.add_row(name, f"{error.rms:.2g}", f"{error.largest:.2g}")
     console.print(errors)
-    modules = Table("module", "products", "error alone", title="Alone in the format, by gain for each product")
+    modules = Table(
+        "module", "products", "alone in the format", "alone in FP32", title="Errors, by gain for each product"
+    )
     for module in table.modules[:NAMES_SHOWN]:
-        modules.add_row(module.module, f"{module.products:.1%}", f"{module.rms:.2g}")
+        modules.add_row(module.module, f"{module.products:.1%}", f"{module.rms:.2g}", f"{module.widened:.2g}")
     console.print(modules)
     for point in table.curve[1:]:
         step = f"{point.module} in FP32" if point.module else "without the needless ones"

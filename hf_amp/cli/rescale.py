@@ -23,7 +23,7 @@ from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import replay
 from hf_amp.precision import FP16_FORMAT, PrecisionMode
-from hf_amp.rescale import TOLERANCE, RescaleReport, difference, named_outputs, rescale_for_fp16
+from hf_amp.rescale import TOLERANCE, QuickProducts, RescaleReport, difference, named_outputs, rescale_for_fp16
 
 REPORT_FILE = "fp16_rescale.json"
 MODULES_SHOWN = 12
@@ -62,10 +62,12 @@ def rescale(
     try:
         with console.status("Rescaling ..."), _nothing_printed():
             report = rescale_for_fp16(loaded, inputs, partial=keep_fp32 is not None)
-        in_fp32 = modules_for_fp32(report.model, inputs) if keep_fp32 is not None and not report.safe else []
+        in_fp32 = modules_for_fp32(report.model, inputs) if report.model is not None and not report.safe else []
         written = report.model is not None and (report.safe or bool(in_fp32))
         if written:
-            write_checkpoint(report, loaded, inputs, model, out)
+            exact = named_outputs(nn.Module.to(loaded, torch.float32), inputs)
+            del loaded  # memory
+            write_checkpoint(report, exact, inputs, model, out)
         if keep_fp32 is not None and written:
             keep_fp32.write_text(json.dumps({"fp32_modules": in_fp32}, indent=2) + "\n", encoding="utf-8")
     except HfAmpError as error:
@@ -145,32 +147,38 @@ def modules_for_fp32(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
     return found.overflowing
 
 
-def write_checkpoint(report: RescaleReport, original: Any, batch: dict[str, Tensor], source: str, out: Path) -> None:
+def write_checkpoint(
+    report: RescaleReport, exact: dict[str, Tensor], batch: dict[str, Tensor], source: str, out: Path
+) -> None:
     """Writes model, tokenizer and what else lies beside the source, and takes it back if a stock load is not what was verified.
+
+    Args:
+        report: its `model` is written, and let go of.
+        exact: what the given model returns for `batch` in FP32.
 
     Raises:
         HfAmpError: what `from_pretrained` gives is not the rescaled model; nothing is left behind.
     """
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
     try:
+        kind = type(report.model)
         report.model.save_pretrained(unfinished)
+        report.model = None  # memory
         for file in _files_beside(source):
             if not (unfinished / file.name).exists():
                 shutil.copy2(file, unfinished / file.name)
         (unfinished / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-        _verify_loaded(report, original, batch, unfinished)
+        _verify_loaded(kind, report.safe, exact, batch, unfinished)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _verify_loaded(report: RescaleReport, original: Any, batch: dict[str, Tensor], folder: Path) -> None:
-    exact = named_outputs(original.float().eval(), batch)
+def _verify_loaded(kind: Any, safe: bool, exact: dict[str, Tensor], batch: dict[str, Tensor], folder: Path) -> None:
+    dtype, within = FP16_FORMAT.dtype, QuickProducts()  # type: ignore[no-untyped-call]
     try:
-        again = named_outputs(type(original).from_pretrained(folder, dtype=torch.float32).eval(), batch)
-        half = named_outputs(
-            type(original).from_pretrained(folder, dtype=FP16_FORMAT.dtype).eval(), batch, FP16_FORMAT.dtype
-        )
+        again = named_outputs(kind.from_pretrained(folder, dtype=torch.float32).eval(), batch)
+        half = named_outputs(kind.from_pretrained(folder, dtype=dtype).eval(), batch, dtype, within)
     except Exception as error:  # whatever a load or a forward raises
         raise HfAmpError(
             f"The rescaled checkpoint cannot be loaded back: {in_one_line(error)}. Nothing was written."
@@ -181,7 +189,7 @@ def _verify_loaded(report: RescaleReport, original: Any, batch: dict[str, Tensor
             f"The rescaled checkpoint gives other outputs when it is loaded back (relative difference {apart:.1g}): something that moved, "
             "such as an epsilon, is not saved by this model. Nothing was written."
         )
-    if report.safe and not all(torch.equal(half[name].isfinite(), x.isfinite()) for name, x in exact.items()):
+    if safe and not all(torch.equal(half[name].isfinite(), x.isfinite()) for name, x in exact.items()):
         raise HfAmpError(
             "The rescaled checkpoint is not finite when it is loaded with dtype=torch.float16. Nothing was written."
         )

@@ -360,6 +360,7 @@ class FallbackController:
         recorder: what they were called with.
         diagnoser: finds the causes.
         was_skipped: whether the newest step was.
+        on_trial: called when a wider plan is tried out, with the log of changes that its first forward pass takes back.
         on_withdrawn: called with the way back from a plan whose first forward pass raised.
     """
 
@@ -388,6 +389,7 @@ class FallbackController:
         self.newest_change: PrecisionChange | None = None
         self._trial, self._hardware = PatchLog(), hardware
         self.on_withdrawn: Callable[[PrecisionChange], None] = lambda change: None
+        self.on_trial: Callable[[PatchLog], None] = lambda log: None
         self.was_skipped = False
 
     @property
@@ -577,6 +579,7 @@ class FallbackController:
                 # With `__wrapped__`, by which accelerate finds what it has wrapped itself.
                 once = functools.wraps(model.forward)(functools.partial(tried, model.forward))
                 self._trial.set_attribute(model, "forward", once)
+        self.on_trial(self._trial)
 
     def remove(self) -> None:
         """Takes every context back and lets go of the batches."""

@@ -438,13 +438,21 @@ class PlanRunner:
         _forget_compiled_code()
 
 
+_OF_PEFT = ("base_model.model.", "base_model.")
+"""What stands before the names of the base's modules: of LoRA and its kin, and of prompts."""
+
+
 def names_like(pattern: str, named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
-    """Names of the modules that `pattern` is the name, a glob, or a class of."""
-    return [
-        name
-        for name, module in named_modules
-        if fnmatch.fnmatchcase(name, pattern) or any(pattern == kind.__name__ for kind in type(module).__mro__[:-1])
-    ]
+    """Names of the modules that `pattern` is the name, a glob, or a class of; in a model of PEFT's else as its base calls them."""
+    modules, found = list(named_modules), list[str]()
+    for prefix in ("", *_OF_PEFT):
+        found = found or [
+            name
+            for name, module in modules
+            if fnmatch.fnmatchcase(name, prefix + pattern)
+            or any(pattern == c.__name__ for c in type(module).__mro__[:-1])
+        ]
+    return found
 
 
 def holds_shards(model: nn.Module) -> bool:

@@ -65,7 +65,7 @@ class PrecisionPlan:
         """One phrase."""
         differ = len(self.modules) if self.default is not PrecisionMode.FP32 else 0
         inside = f" with {differ} module{'s' * (differ > 1)} in FP32" if differ else ""
-        return f"{self.default.value}{inside}"
+        return f"{self.default.number_format.name}{inside}"
 
     def to_plain(self) -> dict[str, Any]:
         """Strings only, for checkpoints."""

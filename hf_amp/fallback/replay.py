@@ -58,6 +58,7 @@ class ReplayFindings:
         operators_in: the same of what was seen in a module that was run alone, on finite values.
         error: why the pass could not be repeated; None where it could.
         is_inside: whether the whole model in FP32 cures what a module in it makes in FP32 too: a closer look says where.
+        output: what the model returns with those modules in FP32, and the graph behind it where gradients were asked for.
     """
 
     overflowing: list[str] = field(default_factory=list)
@@ -69,6 +70,7 @@ class ReplayFindings:
     operators_in: dict[str, Mapping[str, BadOperator]] = field(default_factory=dict)
     error: str | None = None
     is_inside: bool = False
+    output: Any = None
 
     def operator_of(self, module: str) -> BadOperator | None:
         """The first operator to blame inside of the module of that name; None where none was seen."""
@@ -78,7 +80,11 @@ class ReplayFindings:
 
 
 def replay(
-    forward: RecordedForward, current: CurrentPrecision, without: Collection[str] = (), by_operator: bool = True
+    forward: RecordedForward,
+    current: CurrentPrecision,
+    without: Collection[str] = (),
+    by_operator: bool = True,
+    gradients: bool = False,
 ) -> ReplayFindings:
     """Repeats `forward` under the precision of the run and finds which modules leave its range.
 
@@ -90,9 +96,9 @@ def replay(
     force fields do, are repeated with gradients on. Reads the host once a module: for steps that went wrong only. Never raises.
     In the buffers named in `without`, 1 stands for whatever is not finite.
     """
-    found = _replay_modules(forward, _Replay(forward, current), without, gradients=False)
-    gradients = found.error is not None
-    if gradients:
+    found = _replay_modules(forward, _Replay(forward, current), without, gradients)
+    if found.error is not None and not gradients:
+        gradients = True
         again = _replay_modules(forward, _Replay(forward, current), without, gradients=True)
         found = found if again.error else again
     if found.is_inside:
@@ -150,7 +156,8 @@ def _replay_modules(
             counters = _counters(forward.model)
             output, watch.findings.draws = repeat_forward(forward)
             watch.findings.draws |= _counters(forward.model) != counters
-            end(forward.model, (), {}, output)
+            cured = end(forward.model, (), {}, output)
+            watch.findings.output = output if cured is None else cured
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = in_one_line(error)
         watch.blame_candidate()

@@ -73,5 +73,5 @@ def follow(
 def moved_in_words(before: PrecisionPlan, after: PrecisionPlan, names: tuple[str, ...]) -> str:
     """What runs in another precision under another plan: the modules of these names, or the model."""
     who, runs = (f"these {len(names)} modules", "run") if len(names) > 1 else ("this module", "runs")
-    old, new = (plan.precision_of(names).value if names else plan.describe() for plan in (before, after))
+    old, new = (plan.precision_of(names).number_format.name if names else plan.describe() for plan in (before, after))
     return f"{who if names else 'the model'} {runs} in {new}, no longer in {old}"

@@ -37,6 +37,19 @@ def test_torch_has_the_unscale_kernel() -> None:
     assert found.item() == 1.0
 
 
+def test_torch_flattens_dense_tensors() -> None:
+    """`torch._utils._flatten_dense_tensors` is `cat` of what `reshape(-1)` gives, of any layout and size."""
+    tensors = [
+        torch.randn(3, 4).t(),
+        torch.randn(()),
+        torch.randn(0, 2),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    ]
+    for some in (tensors, tensors[:1]):
+        flat = torch._utils._flatten_dense_tensors(some)
+        assert torch.equal(flat, torch.cat([x.reshape(-1) for x in some]))
+
+
 def test_torch_has_a_dispatch_key_for_emulation() -> None:
     """A key that no tensor has can be switched on in a thread, kernels be registered for it, and autocast's operators be listed."""
     with hf_amp.emulate():
@@ -203,6 +216,7 @@ def test_accelerate_makes_the_policy_that_is_taken_for_its_default() -> None:
         ("_inner_training_loop", "self._tr_loss = torch.tensor(0.0"),
         ("_maybe_log_save_evaluate", "tr_loss -= tr_loss"),
         ("evaluation_loop", "self.prediction_step(model, inputs"),
+        ("_run_epoch", "self.training_step(model, inputs"),
         ("evaluate", "self.evaluation_loop("),
         ("predict", "self.evaluation_loop("),
         ("_save_checkpoint", "self.state.save_to_json("),

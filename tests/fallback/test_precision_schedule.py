@@ -297,7 +297,7 @@ def test_modules_by_name_glob_and_class_and_fp32_modules_beside_them() -> None:
         ({"precision_schedule": {0.5: "FP32"}}, "set total_steps"),
         ({"precision_schedule": {5: {"nowhere": "FP32"}}}, "no module is called 'nowhere'"),
         ({"precision_schedule": {5: {"0": "FP16"}}, "fp32_modules": ["Linear"]}, "fp32_modules keeps '0' in FP32 for good"),
-        ({"precision_schedule": {5: {"0": "BF16"}}}, "'0' can run in FP32, or again in the run's MIXED"),
+        ({"precision_schedule": {5: {"0": "BF16"}}}, "'0' can run in FP32, or again in the run's FP16"),
         ({"precision_schedule": {5: "FP16"}, "precision_mode": "BF16"}, "a run that starts in BF16 can run in BF16 or FP32, not in FP16"),
         ({"precision_schedule": {5: "FP32"}, "precision_mode": "FP16", "emulate": False}, "a CPU's half kernels"),
         ({"precision_schedule": {0.5: "FP32", 2: "FP16"}, "total_steps": 4}, "2 and 0.5 are both step 2 of 4"),
@@ -309,6 +309,17 @@ def test_what_cannot_be_is_an_error_before_the_first_step(options: dict[str, Any
     """It says what is wrong, and what is allowed."""
     with pytest.raises(ConfigError, match=words):
         session_of(**options).begin_run()
+
+
+def test_an_entry_behind_the_end_of_the_run_is_reported_before_the_first_step() -> None:
+    """By steps or as a fraction that rounds to all of them; not where it holds for the last step, or nobody knows the end."""
+    for at, total, passed_over in ((4, 4, True), (900, 4, True), (0.99, 4, True), (3, 4, False), (900, None, False)):
+        options = {} if total is None else {"total_steps": total}
+        session = session_of(precision_schedule={at: "FP32"}, **options)
+        session.begin_run()
+        reported = [e.message for e in session.events if "never holds" in e.message]
+        assert len(reported) == passed_over, (at, total)
+        assert all(f"entry {at} " in message and "4 steps" in message for message in reported)
 
 
 def test_where_another_library_runs_the_precision_it_is_refused() -> None:
@@ -367,4 +378,4 @@ def test_a_plan_in_fp32_does_not_count_modules_in_fp32() -> None:
     """Of a run that is all in FP32 there are no exceptions to speak of."""
     wide = {"lm_head": PrecisionMode.FP32}
     assert PrecisionPlan(PrecisionMode.FP32, wide).describe() == "FP32"
-    assert PrecisionPlan(PrecisionMode.MIXED, wide).describe() == "MIXED with 1 module in FP32"
+    assert PrecisionPlan(PrecisionMode.MIXED, wide).describe() == "FP16 with 1 module in FP32"

@@ -336,3 +336,35 @@ def test_a_trainer_that_accelerate_runs_in_fp8_is_guarded(tmp_path: Path, monkey
     assert [entry["amp/skipped_steps"] for entry in logged] == [0, 1, 1, 1]
     assert SAYS in callback.session.events[0].message
     assert [e.cause for e in callback.session.events if e.kind == "step_skipped"] == ["INPUT"]
+
+
+def test_the_layers_that_do_damage_are_named_in_the_middle_of_a_run() -> None:
+    """A layer with outliers, of a model that torchao has converted and that has taken steps: as of the same model in FP32."""
+
+    class Two(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            last, self.other = self._modules.pop("last"), nn.Linear(32, 32)
+            self.last = last  # the last one, which accelerate leaves out
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            hidden = self.other(self.middle(self.first(x).relu()).relu()).relu()
+            return {"logits": self.last(hidden)}
+
+    accelerator = fp8_accelerator()
+    session = hf_amp.attach(accelerator)
+    plain, x = Two(), torch.linspace(-1, 1, 256).reshape(16, 16)
+    with torch.no_grad():
+        plain.other.weight[0, 0] = 50.0
+    model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=1e-3))
+    accelerator.backward(model(x)["logits"].square().mean())
+    optimizer.step()
+    assert isinstance(model.other, float8.float8_linear.Float8Linear)
+    found = hf_amp.choose_precision(model, {"x": x}, number_format="scaled fp8")
+    twin = Two()
+    twin.load_state_dict(model.state_dict())
+    assert found[1].modules == hf_amp.choose_precision(twin, {"x": x}, number_format="scaled FP8")[1].modules
+    converted = [each for each in found[1].modules if each.module in ("middle", "other")]
+    assert max(converted, key=lambda each: each.rms).module == "other"
+    assert "choose_precision" in session.events[0].message
+    assert isinstance(model.other, float8.float8_linear.Float8Linear)

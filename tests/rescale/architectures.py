@@ -57,19 +57,19 @@ def made(name: str, seed: int = 0, **options: Any) -> Any:
     return model
 
 
-def inputs(model: Any, seed: int = 0) -> dict[str, Tensor]:
+def inputs(model: Any, seed: int = 0, rows: int = ROWS) -> dict[str, Tensor]:
     """A batch of the kind that the model takes."""
     draw = torch.Generator().manual_seed(seed)
     name = model.main_input_name
     if name == "pixel_values":
         size = getattr(model.config, "image_size", 16) or 16
         size = size if isinstance(size, int) else size[0]
-        return {name: torch.randn(ROWS, getattr(model.config, "num_channels", 3), size, size, generator=draw)}
+        return {name: torch.randn(rows, getattr(model.config, "num_channels", 3), size, size, generator=draw)}
     if name == "input_values":
-        return {name: torch.randn(ROWS, 1600, generator=draw)}
-    batch = {"input_ids": torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=draw)}
+        return {name: torch.randn(rows, 1600, generator=draw)}
+    batch = {"input_ids": torch.randint(3, VOCABULARY, (rows, LENGTH), generator=draw)}
     if model.config.is_encoder_decoder:
-        batch["decoder_input_ids"] = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=draw)
+        batch["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=draw)
     return batch
 
 

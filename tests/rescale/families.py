@@ -112,20 +112,20 @@ class Family:
                     Factor(names, factor.sign, factor.part, factor.dim, factor.offset).apply(model, exponent)
         return model
 
-    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
+    def inputs(self, seed: int = 0, rows: int = ROWS) -> dict[str, Tensor]:
         """A batch without labels."""
         draw = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=draw)
+        tokens = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=draw)
         if self.batch == "tokens":
             return {"input_ids": tokens}
         if self.batch == "pairs":
             return {
                 "input_ids": tokens,
-                "decoder_input_ids": torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=draw),
+                "decoder_input_ids": torch.randint(3, VOCABULARY, (rows, LENGTH), generator=draw),
             }
         if self.batch == "sound":
-            return {"input_features": torch.randn(ROWS, 8, 2 * LENGTH, generator=draw), "decoder_input_ids": tokens}
-        pixels = {"pixel_values": torch.randn(ROWS, 3, 8, 8, generator=draw)}
+            return {"input_features": torch.randn(rows, 8, 2 * LENGTH, generator=draw), "decoder_input_ids": tokens}
+        pixels = {"pixel_values": torch.randn(rows, 3, 8, 8, generator=draw)}
         return pixels if self.batch == "pixels" else {**pixels, "input_ids": tokens}
 
 

@@ -17,6 +17,8 @@ from tests.rescale import architectures
 from tests.rescale.families import FAMILIES, LAYERS, Family
 
 BITS = 24
+JUDGED_ROWS, TWINS, TIE = 16, 100, 0.02
+"""Rows of the batch that divergences are over, which no rescaling has seen; twins, and how near to a tie they round at random."""
 FURTHER = [
     "OPTForCausalLM",
     "GPTNeoXForCausalLM",
@@ -89,6 +91,7 @@ class Trial:
         apart: relative difference of FP32 outputs to the blown-up model's, also on inputs that were not looked at.
         times_usual: divergence from FP32 in FP16, loaded as half, as a multiple of that of the model never blown up; inf where
             something is not finite, NaN where it is not safe.
+        times_chance: where that is above 1.5, the same as a multiple of the largest one of its twins, which `of_twins` rounds.
         sentence: of the report.
     """
 
@@ -99,6 +102,7 @@ class Trial:
     bitwise: bool
     apart: float
     times_usual: float
+    times_chance: float
     sentence: str
 
     @property
@@ -130,26 +134,44 @@ def tried(
     plain: Any,
     blown: Any,
     batch: dict[str, Tensor],
-    other: dict[str, Tensor],
+    judged: dict[str, Tensor],
     folder: Path | None = None,
 ) -> Trial:
     """Rescales the blown-up model; with a folder the result goes through stock `save_pretrained` and `from_pretrained`."""
-    exact = outputs(plain, batch)
-    before = outputs(blown, batch)
+    exact = outputs(plain, judged)
+    before = outputs(blown, judged)
     assert difference(exact, before) <= 1e-5, f"{name}, {way}: the blow-up itself changes the function"
-    usual = distance(exact, outputs(as_half(plain, folder), batch)) + 1e-8
-    failed_before = not distance(before, outputs(copy.deepcopy(blown).half(), batch)) <= 2 * usual
+    usual = distance(exact, outputs(as_half(plain, folder), judged)) + 1e-8
+    failed_before = not distance(before, outputs(copy.deepcopy(blown).half(), judged)) <= 2 * usual
     state = {k: x.clone() for k, x in blown.state_dict().items()}
     report = rescale_for_fp16(blown, batch)
     assert all(torch.equal(x, state[k]) for k, x in blown.state_dict().items()), "the given model has changed"
     if not report.safe:
         assert report.refused
         assert report.model is None
-        return Trial(name, way, failed_before, False, False, float("nan"), float("nan"), report.sentence)
+        return Trial(name, way, failed_before, False, False, *[float("nan")] * 3, report.sentence)
     assert all(after >= 0 for _, after in report.headroom_bits.values())
-    apart = max(difference(outputs(blown, each), outputs(report.model, each)) for each in (batch, other))
-    times_usual = distance(exact, outputs(as_half(report.model, folder), batch)) / usual
-    return Trial(name, way, failed_before, True, report.bitwise, apart, times_usual, report.sentence)
+    apart = max(difference(outputs(blown, each), outputs(report.model, each)) for each in (batch, judged))
+    times_usual = distance(exact, outputs(as_half(report.model, folder), judged)) / usual
+    chance = max(of_twins(plain, exact, judged)) / usual if times_usual > 1.5 else 1.0
+    return Trial(
+        name, way, failed_before, True, report.bitwise, apart, times_usual, times_usual / chance, report.sentence
+    )
+
+
+def of_twins(plain: Any, exact: dict[str, Tensor], batch: dict[str, Tensor]) -> list[float]:
+    """What chance makes of the divergence: weights that lie near a tie between two FP16 numbers are rounded to either, at random."""
+    found = []
+    for seed in range(TWINS):
+        draw, twin = torch.Generator().manual_seed(seed), copy.deepcopy(plain)
+        for parameter in twin.parameters():
+            x = parameter.data
+            spacing = 2.0 ** (x.abs().clamp_min(2.0**-14).frexp().exponent.float() - 11)
+            below = (x / spacing).floor() * spacing
+            either = below + spacing * (torch.rand(x.shape, generator=draw) < 0.5)
+            parameter.data = either.where(((x - below) / spacing - 0.5).abs() < TIE, x)
+        found.append(distance(exact, outputs(twin.half(), batch)))
+    return found
 
 
 def as_half(model: Any, folder: Path | None) -> Any:
@@ -164,18 +186,19 @@ def of_family(family: Family, exponents: dict[str, int], folder: Path | None = N
     """A family of `FAMILIES`, blown up by hand-written factors."""
     way = ", ".join(f"{key} 2^{n}" for key, n in exponents.items())
     return tried(
-        family.name, way, family.plain(), family.blown_up(exponents), family.inputs(), family.inputs(seed=7), folder
+        family.name, way, family.plain(), family.blown_up(exponents), family.inputs(), family.inputs(7, JUDGED_ROWS), folder
     )  # fmt: skip
 
 
 def of_architecture(name: str) -> Iterator[Trial]:
     """Any architecture, with up to three pairs of parameters that were found by trying, each multiplied and divided by 2^24."""
     model = architectures.made(name)
-    plain, batch, other = copy.deepcopy(model), architectures.inputs(model), architectures.inputs(model, seed=7)
+    plain, batch = copy.deepcopy(model), architectures.inputs(model)
+    judged = architectures.inputs(model, 7, JUDGED_ROWS)
     for way, multiplied, divided in architectures.symmetries(model, batch):
         architectures.scale(multiplied, 2.0**BITS)
         architectures.scale(divided, 2.0**-BITS)
-        yield tried(name, way, plain, model, batch, other)
+        yield tried(name, way, plain, model, batch, judged)
         architectures.scale(multiplied, 2.0**-BITS)
         architectures.scale(divided, 2.0**BITS)
 
