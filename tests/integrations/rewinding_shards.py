@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_amp import AdvancedMixedPrecisionManager, EventKind, MixedPrecisionConfig
+from hf_amp import AdvancedMixedPrecisionManager, AmpSession, EventKind, MixedPrecisionConfig, StateError
 from hf_amp.tree import map_tensors
 from tests.integrations.rewinding import Noisy, differences
 from tests.rank_end import leave_together
@@ -48,6 +48,20 @@ def managed(given: list[dict[str, torch.Tensor]], poisoned_at: int = 0) -> tuple
     return back, map_tensors(lambda x: x.to_local() if hasattr(x, "to_local") else x, state)
 
 
+def refused() -> str:
+    """What asking for a capture of a sharded model raises."""
+    model = Noisy()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    session = AmpSession.for_model(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    try:
+        session.capture(1, "nowhere.safetensors")
+    except StateError as error:
+        return str(error)
+    finally:
+        session.detach()
+    return ""
+
+
 def told() -> Iterator[Any]:
     rows = batches()
     back, ours = managed(rows, POISONED_AT)
@@ -55,6 +69,7 @@ def told() -> Iterator[Any]:
     (before, after), *_ = back
     yield differences(ours, managed(rows[:after] + rows[before:])[1])
     yield ours["model"]["hidden.weight"].shape[0]
+    yield refused()
 
 
 if __name__ == "__main__":
