@@ -322,7 +322,9 @@ class PlanRunner:
         if is_trained and holds_shards(model):
             self.sharded = True
             if not recovers(model):
-                self.limits = "; of these shards no forward pass is repeated, modules do not fall back"
+                lacks = " (that needs FSDPModule.reset_iter_state, which this PyTorch lacks and 2.13 has)"
+                why = lacks if any(map(is_unit, model.modules())) else ""
+                self.limits = f"; of these shards no forward pass is repeated, modules do not fall back{why}"
         models = self._models if is_trained else self._evaluated
         free = next((index for index, reference in enumerate(models) if reference() is None), len(models))
         if free < len(models):
