@@ -430,8 +430,13 @@ class AmpSession(EventRecorder):
                 with `_rank{rank}` in its name.
 
         Raises:
-            StateError: the step is over, or there is neither a log nor a path.
+            StateError: the step is over, there is neither a log nor a path, or parameters are sharded.
         """
+        if self.is_sharded:
+            remedy = "capture a run whose model is whole on each rank, or compare checkpoints with `hf-amp diff`."
+            raise StateError(
+                f"session.capture({step}): its step cannot be repeated, as parameters are sharded; {remedy}"
+            )
         if step <= self.newest_step or (path is None and self._log is None):
             raise StateError(
                 f"session.capture({step}): pass a step to come, from {self.newest_step + 1} on, and a path where there is no log."
@@ -456,9 +461,8 @@ class AmpSession(EventRecorder):
             forward = recorder.newest()[-1]
             given = {at: None if g is None else g.float() / scale for at, g in forward.output_gradients.items()}
             forward = forward._replace(output_gradients=given)
-            rank, ranks = (
-                (0, 1) if not is_distributed() else (torch.distributed.get_rank(), torch.distributed.get_world_size())
-            )
+            group = torch.distributed
+            rank, ranks = (group.get_rank(), group.get_world_size()) if is_distributed() else (0, 1)
             facts = {"step": step, "fp32_modules": sorted(self.plan.modules), "rank": rank, "ranks": ranks}
             save_capture(captured(forward, self._fallback.runner.current, scale, rank), forward, path, **facts)
             self.note(EventKind.SETUP, f"step {step} was captured in {path}.")

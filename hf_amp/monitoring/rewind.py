@@ -66,8 +66,10 @@ class RollingMean:
 class LossSpikes:
     """Whether a loss is a spike: at least 7 standard deviations above the mean of the newest 100, and its logarithm 4.
 
-    Source of the 7: the spike score of OLMo 2 (arXiv:2501.00656), whose window is 1,000. The logarithm, which a loss that is not
-    positive has not, keeps small losses with heavy tails from false alarms. `tests/benchmarks/test_loss_spikes.py` compares rules.
+    Source of the 7: the "spike score" of OLMo 2 (arXiv:2501.00656), the share of values at least seven standard deviations from a
+    rolling average of the last 1,000; OLMo-core's `StabilityMonitorCallback` has 6, of the last 128. The logarithm, which a loss
+    that is not positive has not, keeps small losses with heavy tails from false alarms. `tests/benchmarks/test_loss_spikes.py`
+    compares rules.
 
     Attributes:
         count: losses so far.

@@ -214,14 +214,15 @@ class MsProbe(Contender):
         return first_bad_call(calls["data"], stacks)
 
     def judged(self, situation: Situation, report: Report) -> tuple[float, float, bool]:
-        call = report.text.partition(":")[0]
-        of_operator = bool(situation.operator) and f".{situation.operator}." in call
+        calls = re.findall(r"^(\w+\.\w+\.\d+\.(?:forward|backward)): \[", report.text, re.MULTILINE)
+        call = calls[-1] if calls else ""  # after what it has logged
+        of_operator = bool(situation.operator) and situation.operator in call
         at_line = bool(situation.line) and situation.line in report.text
         backward = ".backward" in call
         shows = (
             situation.cause is Cause.DERIVATIVE
             if backward
-            else situation.cause is Cause.ACTIVATION and "inf" in report.text
+            else situation.cause is Cause.ACTIVATION and "Infinity" in report.text
         )
         cause = RIGHT if of_operator and shows else HALF if of_operator else WRONG
         return cause, RIGHT if at_line and situation.place else WRONG, of_operator and at_line
@@ -515,6 +516,10 @@ def test_a_dump_of_msprobe_is_read_as_documented() -> None:
     assert found.startswith("Torch.acos.0.forward: ")
     assert "torch.acos(cosine)" in found
     assert first_bad_call(dict(list(calls.items())[:1]), stacks) == ""
+    linear = next(s for s in SITUATIONS if s.operator == "linear")
+    dump = "Functional.linear.3.forward: " + json.dumps([{"Max": math.inf}]) + f" `{linear.line}`"
+    report = Report(FAULT, f"2026-01-01 [INFO] msprobe: debugger.start() is set successfully\n\n{dump}")
+    assert MsProbe.judged(None, linear, report) == (RIGHT, RIGHT, True)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
