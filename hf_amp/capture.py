@@ -14,7 +14,7 @@ import math
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from hf_amp.device import RandomState, devices_of
+from hf_amp.device import RandomState, devices_of, products_use_tf32
 from hf_amp.errors import StateError, in_one_line
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.fallback.recorder import RecordedForward
@@ -49,7 +49,7 @@ _PLAIN = (bool, int, float, str, type(None))
 @functools.lru_cache(maxsize=8)
 def _signs(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 2, (PERIOD,), generator=generator, dtype=torch.int8) * 2 - 1).to(device)
+    return (torch.randint(0, 2, (PERIOD,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1).to(device)
 
 
 class Digest(NamedTuple):
@@ -65,8 +65,10 @@ class Digest(NamedTuple):
     sample: Tensor
 
     @classmethod
-    def of(cls, tensor: Tensor, size: int = SAMPLE) -> Digest:
-        """On the tensor's device; no GPU-CPU sync."""
+    def of(cls, tensor: Tensor, size: int = SAMPLE, rank: int = 0) -> Digest:
+        """On the tensor's device; no GPU-CPU sync. With a `rank` the sketch is that part of one of a tensor of which the ranks
+        before hold as much each: theirs add up to its sketch.
+        """
         x = tensor.detach().flatten()
         x = torch.view_as_real(x).flatten() if x.is_complex() else x
         wide = torch.float32 if x.device.type == "mps" else torch.float64
@@ -79,9 +81,10 @@ class Digest(NamedTuple):
             ends = torch.stack([y.min(), y.max()]) if y.numel() else y.new_zeros(2)
             squares = y * y
             sums = torch.stack([y.sum(), squares.sum(), (squares * y).sum()])
-            signs = _signs(x.device).repeat(-(-y.numel() // PERIOD))[: y.numel()]
+            before = rank * y.numel()
+            signs = _signs(x.device).roll(-(before % PERIOD)).repeat(-(-y.numel() // PERIOD))[: y.numel()]
             signed = nn.functional.pad(y * signs, (0, -y.numel() % BUCKETS))
-            figures = torch.cat([odd, sums, ends, signed.view(-1, BUCKETS).sum(0)])
+            figures = torch.cat([odd, sums, ends, signed.view(-1, BUCKETS).sum(0).roll(before % BUCKETS)])
             at = torch.arange(min(size, y.numel()), device=x.device) * y.numel() // max(1, min(size, y.numel()))
             return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), figures, x[at].float())
 
@@ -135,6 +138,7 @@ class Trace:
         attributes: module → its public attributes that are numbers, flags or text, and its class.
         values: the tensors themselves, where they were asked for.
         deviations: the 2-norm by which rounding was measured to move each tensor; empty where it was not.
+        in_one_rank: of joined ranks, the digests of the first one, for what does not go by rows of the batch.
         facts: versions, precision, loss and the like, as plain data.
         raised: module and exception that ended the step; None where none did.
     """
@@ -145,6 +149,7 @@ class Trace:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[Key, Tensor] = field(default_factory=dict)
     deviations: dict[Key, float] = field(default_factory=dict)
+    in_one_rank: dict[Key, Digest] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     raised: tuple[str, str] | None = None
 
@@ -187,6 +192,7 @@ class Tracer:
         noise: size of random changes to what modules return, and, where it is forced, to what they take.
         keeps: whether the tensors themselves are kept.
         size: of samples.
+        rank: whose part of a batch it is; see `join_ranks`.
     """
 
     def __init__(
@@ -196,8 +202,10 @@ class Tracer:
         noise: Spacing | None = None,
         keeps: bool = False,
         size: int = SAMPLE,
+        rank: int = 0,
     ) -> None:
         self.trace = Trace()
+        self._rank = rank
         self._current, self._forced, self._noise, self._keeps, self._size = current, forced, noise, keeps, size
         self._stack: list[_Call] = []
         self._numbers: Counter[str] = Counter()
@@ -207,7 +215,7 @@ class Tracer:
     def note(self, key: Key, x: Tensor) -> None:
         """Adds the digest of `x`."""
         if not (x.is_sparse or x.is_meta or is_sharded(x)):
-            self.trace.digests[key] = Digest.of(x, self._size)
+            self.trace.digests[key] = Digest.of(x, self._size, self._rank if key.call >= 0 else 0)
             if self._keeps:
                 self.trace.values[key] = x.detach().clone()
 
@@ -377,7 +385,7 @@ def _starts(output: Any, forward: RecordedForward, scale: float) -> list[tuple[T
     outputs = [x for _, x in float_tensors(output) if x.requires_grad]
     if numbers := [x for x in outputs if x.dim() == 0]:
         return [(numbers[0], torch.full_like(numbers[0], scale))]
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2), device="cpu")
     return [(x, (draw(x.shape) * (scale / math.sqrt(max(1, x.numel())))).to(x)) for x in outputs]
 
 
@@ -412,7 +420,7 @@ def spacing_of(current: CurrentPrecision, model: nn.Module) -> Spacing:
     if not current.is_over:
         dtypes.add(current.mode.number_format.dtype)
     formats = [Spacing(f.eps, f.smallest_normal * f.eps) for f in map(torch.finfo, dtypes or {torch.float32})]
-    if any(device.type == "cuda" for device in devices_of(model)) and torch.backends.cuda.matmul.allow_tf32:
+    if any(device.type == "cuda" for device in devices_of(model)) and products_use_tf32():
         formats.append(Spacing(2.0**-10, 0.0))
     return max(formats)
 
@@ -427,7 +435,7 @@ def scale_for(forward: RecordedForward, current: CurrentPrecision) -> float:
     return 2.0 ** max(-24, min(24, math.floor(math.log2(FP16_FORMAT.largest / largest)) - 2)) if largest else 1.0
 
 
-def captured(forward: RecordedForward, current: CurrentPrecision, scale: float | None = None) -> Trace:
+def captured(forward: RecordedForward, current: CurrentPrecision, scale: float | None = None, rank: int = 0) -> Trace:
     """A trace of the step in a free run, with what rounding was measured to do: two steps, one of them perturbed.
 
     After TTrace (arXiv 2506.09280): noise of the format's spacing at what every module returns, and its gradient, goes through
@@ -435,9 +443,9 @@ def captured(forward: RecordedForward, current: CurrentPrecision, scale: float |
     """
     noise = spacing_of(current, forward.model)
     scale = scale_for(forward, current) if scale is None else scale
-    trace = trace_step(forward, Tracer(current), scale)
+    trace = trace_step(forward, Tracer(current, rank=rank), scale)
     if trace.raised is None:
-        trace.measure(trace_step(forward, Tracer(current, noise=noise), scale), noise)
+        trace.measure(trace_step(forward, Tracer(current, noise=noise, rank=rank), scale), noise)
     return trace
 
 
@@ -479,12 +487,37 @@ def save_capture(trace: Trace, forward: RecordedForward, path: str | Path, **fac
     return path
 
 
+def rank_files(path: Path) -> list[Path]:
+    """What the ranks of a run have written where one process would have written `path`, in order."""
+    found = [(int(n), each) for each in path.parent.glob(f"{path.stem}_rank*{path.suffix}") if (n := _rank_in(each))]
+    return [each for _, each in sorted(found)]
+
+
+def _rank_in(path: Path) -> str:
+    number = path.stem.rpartition("_rank")[2]
+    return number if number.isdecimal() else ""
+
+
 def load_capture(path: str | Path) -> tuple[Trace, Callable[[nn.Module], RecordedForward]]:
     """The trace in a capture file, and what makes the captured step of a model, on the model's device.
 
+    Where there is no such file but those of ranks (`step_rank0.safetensors` and so on for `step.safetensors`), theirs joined.
+
     Raises:
-        StateError: it is no capture file, or damaged. The second raises it where the batch holds what JSON and tensors do not.
+        StateError: it is no capture file, or damaged, or ranks do not fit together. The second raises it where the batch holds
+            what JSON and tensors do not.
     """
+    path = Path(path)
+    if not path.is_file() and (files := rank_files(path)):
+        parts = [_loaded(file) for file in files]
+        trace = join_ranks([trace for trace, *_ in parts], str(path))
+        tensors = _joined_batch([tensors for _, tensors, _ in parts], str(path))
+        return trace, functools.partial(_forward_of, str(path), tensors, parts[0][2])
+    trace, tensors, plain = _loaded(path)
+    return trace, functools.partial(_forward_of, str(path), tensors, plain)
+
+
+def _loaded(path: Path) -> tuple[Trace, dict[str, Tensor], dict[str, Any]]:
     from safetensors import safe_open
 
     try:
@@ -510,7 +543,86 @@ def load_capture(path: str | Path) -> tuple[Trace, Callable[[nn.Module], Recorde
         raise StateError(
             f"{path}: is no capture, or damaged ({in_one_line(error)}); make one with `hf-amp capture` or session.capture."
         ) from error
-    return trace, functools.partial(_forward_of, str(path), tensors, dict(header["arguments"]))
+    return trace, tensors, dict(header["arguments"])
+
+
+def join_ranks(parts: Sequence[Trace], what: str) -> Trace:
+    """The step of one process that has the batches of all ranks, one after the other, and the mean of their losses.
+
+    That mean is what DistributedDataParallel makes, which averages gradients. It equals a mean over the whole batch where each rank
+    has as many elements in its loss. Of the gradients of parameters least, largest and cubes are not known, and NaN.
+
+    Raises:
+        StateError: a rank is missing, or ranks have other shapes.
+    """
+    first, count = parts[0], len(parts)
+    ranks = [(trace.facts.get("rank"), trace.facts.get("ranks")) for trace in parts]
+    if ranks != [(rank, count) for rank in range(count)]:
+        raise StateError(
+            f"{what}: captures of ranks 0 to {count - 1} of {count} belong together; these are of {ranks}."
+        )
+    result = Trace(callers=first.callers, calls=first.calls, attributes=first.attributes, raised=first.raised)
+    apart = []
+    for key, digest in first.digests.items():
+        if any(key not in trace.digests for trace in parts):
+            continue
+        digests = [trace.digests[key] for trace in parts]
+        moved = math.hypot(*(trace.deviations.get(key, 0.0) for trace in parts))
+        if key.what in ("parameter", "buffer"):
+            result.digests[key] = digest
+            apart += (
+                [] if all(digest.distance(each) == 0 for each in digests) else [f"{key.module}.{key.path}".lstrip(".")]
+            )
+            continue
+        if any(each.shape != digest.shape for each in digests):
+            shapes = ", ".join(str(each.shape) for each in digests)
+            raise StateError(
+                f"{what}: ranks have other shapes ({key.what} of {key.module or 'the model'}: {shapes}); compare rank by rank."
+            )
+        shares = key.what.endswith("gradient") or not digest.shape
+        result.deviations[key] = moved / count if shares else moved
+        result.digests[key] = (_mean if key.call < 0 or not digest.shape else _rows)(digests, shares)
+        result.in_one_rank[key] = digest
+    losses = [trace.facts.get("loss") for trace in parts]
+    known = [loss for loss in losses if loss is not None]
+    result.facts = {**first.facts, "loss": sum(known) / count if len(known) == count else None, "apart": apart}
+    return result
+
+
+def _mean(digests: Sequence[Digest], _shares: bool) -> Digest:
+    """Of tensors of one shape at the same place; of a single number all is known."""
+    first, figures = digests[0], torch.stack([each.figures for each in digests])
+    if not first.shape:
+        return Digest.of(figures[:, 3].mean().to(getattr(torch, first.dtype))).to_host()
+    mean = figures.mean(0)
+    mean[:3] = figures[:, :3].sum(0)
+    mean[4] = mean[_MOMENTS:].square().sum()
+    mean[5:_MOMENTS] = math.nan
+    return first._replace(figures=mean, sample=torch.stack([each.sample for each in digests]).mean(0))
+
+
+def _rows(digests: Sequence[Digest], shares: bool) -> Digest:
+    """Of tensors whose rows follow each other, each times its share in the mean of the losses where that `shares`."""
+    parts = [each.times(1 / len(digests)) if shares else each for each in digests]
+    figures = torch.stack([each.figures for each in parts])
+    whole = figures.sum(0)
+    whole[6], whole[7] = figures[:, 6].min(), figures[:, 7].max()
+    shape = (len(digests) * digests[0].shape[0], *digests[0].shape[1:])
+    return digests[0]._replace(shape=shape, figures=whole, sample=torch.cat([each.sample for each in parts]))
+
+
+def _joined_batch(parts: Sequence[Mapping[str, Tensor]], what: str) -> dict[str, Tensor]:
+    """What `save_capture` keeps of a batch, of all ranks; random states are the first's."""
+    batch = dict(parts[0])
+    for name, x in parts[0].items():
+        others = [part[name] for part in parts if name in part]
+        if len(others) < len(parts) or any(each.shape[1:] != x.shape[1:] for each in others):
+            raise StateError(f"{what}: the batches of ranks do not fit together ({name}); compare rank by rank.")
+        if name.startswith("batch ") and x.dim():
+            batch[name] = torch.cat(others)
+        elif name.startswith("start "):
+            batch[name] = torch.cat(others) / len(parts) if x.dim() else x
+    return batch
 
 
 def _forward_of(

@@ -33,7 +33,7 @@ from hf_amp.capture import (
     trace_step,
 )
 from hf_amp.device import RandomState, devices_of
-from hf_amp.errors import AttachError, ConfigError
+from hf_amp.errors import AttachError, ConfigError, StateError
 from hf_amp.events import counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry, without_its_precision
 from hf_amp.fallback.plan import PrecisionPlan
@@ -233,7 +233,8 @@ def compare(
     are the same in both. Costs six steps, and memory for all that goes through A's modules; reads the host.
 
     Args:
-        model_a: what is taken for right, or a capture file.
+        model_a: what is taken for right, or a capture file. `step.safetensors` stands for those of all ranks, `step_rank0.safetensors`
+            and so on, joined into the step of one process.
         model_b: what is compared with it, or a capture file. May be `model_a` itself.
         batch: the model's arguments, by name or in order, on any device; None where one of the two is a capture.
         a: `precision` ("FP16", "BF16", "FP32"; None for the model as it is) and `fp32_modules` (names, globs, classes).
@@ -242,7 +243,7 @@ def compare(
     Raises:
         ConfigError: an option is wrong, or there is no batch.
         AttachError: A's step cannot be run.
-        StateError: a capture file cannot be read, or its batch is not known.
+        StateError: a capture file cannot be read, is of another rank, or its batch is not known.
     """
     sides, settings = (model_a, model_b), (Setting.of(a, "a"), Setting.of(b, "b"))
     files = [load_capture(side) if isinstance(side, (str, Path)) else None for side in sides]
@@ -251,6 +252,10 @@ def compare(
             file[0] if file else _traced_as(other, side, setting)
             for side, file, other, setting in zip(sides, files, files[::-1], settings, strict=True)
         )
+        if (ranks := [trace.facts.get("rank", 0) for trace in (own, its)])[0] != ranks[1]:
+            raise StateError(
+                f"compare: captures of ranks {ranks[0]} and {ranks[1]}; pass one rank's, or all of a run, without _rank."
+            )
         return _compared(own, its, _pairs(own, its), isolated=False)
     if batch is None:
         raise ConfigError(
@@ -267,8 +272,8 @@ def _traced_as(file: Any, model: Any, setting: Setting) -> Trace:
     with setting.entered(model) as current:
         forward = forward_of(model)
         scale = trace.facts["scale"] if trace.facts.get("precision") == current.mode.value else None
-        found = captured(forward, current, scale)
-        found.facts["fp32_modules"] = sorted(setting.fp32_modules)
+        found = captured(forward, current, scale, trace.facts.get("rank", 0))
+        found.facts |= {"fp32_modules": sorted(setting.fp32_modules), "rank": trace.facts.get("rank", 0)}
         return found
 
 
@@ -393,6 +398,7 @@ def _compared(a: Trace, b: Trace, pairs: Mapping[Key, Key], isolated: bool) -> C
         result.notes.append(
             f"Module names differ: {calls} of {len(b.calls)} calls were matched in order; names are A's."
         )
+    result.notes += [note for side, trace in zip("AB", (a, b), strict=True) for note in _about_ranks(side, trace)]
     result.attributes = _attributes_that_differ(a, b, pairs)
     runs = [(trace.facts.get("precision"), list(trace.facts.get("fp32_modules") or ())) for trace in (a, b)]
     same = runs[0] == runs[1]
@@ -404,9 +410,15 @@ def _compared(a: Trace, b: Trace, pairs: Mapping[Key, Key], isolated: bool) -> C
         if other is None:
             continue
         of_gradient = key.what.endswith("gradient")
+        its = b.digests[other]
+        if digest.shape != its.shape:
+            one, its_one = a.in_one_rank.get(key, digest), b.in_one_rank.get(other, its)
+            by_rows = one.shape == its_one.shape and key.call >= 0
+            if by_rows and of_gradient:
+                continue  # it adds up over the ranks, and its sketches do not
+            digest, its = (one, its_one) if by_rows else (digest, its)
         ours, theirs = (
-            d.times(1 / s) if of_gradient and s != 1.0 else d
-            for d, s in zip((digest, b.digests[other]), scales, strict=True)
+            d.times(1 / s) if of_gradient and s != 1.0 else d for d, s in zip((digest, its), scales, strict=True)
         )
         if key.what in ("parameter", "buffer"):
             spacing = max(_spacing(ours), _spacing(theirs)) if ours.dtype != theirs.dtype else 0.0
@@ -439,6 +451,17 @@ def _compared(a: Trace, b: Trace, pairs: Mapping[Key, Key], isolated: bool) -> C
         sources = [result.first, *(_with_state(each, result.state, named) for each in alone)]
         result.modules = list(dict.fromkeys(each.module for each in sources))
     return result
+
+
+def _about_ranks(side: str, trace: Trace) -> Iterator[str]:
+    """What there is to know of joined ranks, a sentence each."""
+    if trace.in_one_rank:
+        yield (
+            f"{side} is {trace.facts['ranks']} ranks, joined: their batches one after the other, the mean of their losses. Where a "
+            "model draws random numbers, as dropout does, each rank has drawn its own."
+        )
+    if apart := trace.facts.get("apart"):
+        yield f"The ranks of {side} differ among themselves in {counted_names(apart)}."
 
 
 def _with_state(found: Difference, state: Sequence[Difference], called: set[str]) -> Difference:
@@ -499,7 +522,7 @@ def _kind(a: Digest, b: Digest, distance: float, bound: float, same_dtype: bool)
     if float(torch.linalg.vector_norm(y - factor * x)) <= enough:
         return f"scale ({factor:.4g} times)"
     count = math.prod(a.shape)
-    ones = Digest.of(torch.ones(a.shape)).figures[8:]
+    ones = Digest.of(torch.ones(a.shape, device="cpu")).figures[8:]
     shift = float(b.figures[3] - a.figures[3]) / max(1, count)
     if float(torch.linalg.vector_norm(y - x - shift * ones)) <= enough:
         return f"shift (by {shift:.4g})"
@@ -517,5 +540,7 @@ def _is_permuted(a: Digest, b: Digest, distance: float) -> bool:
     if distance < 1e-3 * a.norm:
         return False
     size = float(a.figures[6:8].abs().max())
-    scales = torch.tensor([math.sqrt(math.prod(a.shape)) * a.norm, a.norm**2, a.norm**2 * size, size, size])
+    scales = torch.tensor(
+        [math.sqrt(math.prod(a.shape)) * a.norm, a.norm**2, a.norm**2 * size, size, size], device="cpu"
+    )
     return bool(((a.figures[3:8] - b.figures[3:8]).abs() <= 1e-5 * scales).all())

@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,11 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if lacks_it else torch.float64
 
 
+def runs_backward() -> bool:
+    """Whether this thread runs a backward. That of a GPU runs in a thread of PyTorch's own, and so does what it recomputes."""
+    return bool(cast(Any, torch._C)._current_graph_task_id() != -1)
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, in which nothing may be read, and no generator asked."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -172,6 +177,11 @@ def peak_bytes(devices: Iterable[torch.device]) -> int | None:
 def devices_of(model: nn.Module) -> set[torch.device]:
     """Where `model`'s parameters are."""
     return {parameter.device for parameter in model.parameters()}
+
+
+def products_use_tf32() -> bool:
+    """Whether matrix products of FP32 tensors on a GPU run in TF32. `allow_tf32` raises where the newer setting was used."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def room_on(device: torch.device) -> tuple[int, int] | None:

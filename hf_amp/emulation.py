@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
 import torch
@@ -47,10 +48,14 @@ _PROMOTED = [
 # What the CPU's half kernels round on the way, or what it has none for, beside transforms of Fourier: FP32, rounded once.
 # Source: a comparison of the operators in PyTorch's OpInfo that have half kernels for CPUs, but for products and linear algebra.
 _WITHOUT_HALF_KERNEL = [
-    "_adaptive_avg_pool3d", "_log_softmax", "addr", "avg_pool3d", "grid_sampler_2d", "grid_sampler_3d", "logit", "mean",
-    "mean.dim", "polygamma", "prod", "prod.dim_int", "round.decimals", "rrelu", "upsample_bicubic2d", "upsample_linear1d",
-    "upsample_trilinear3d",
+    "_adaptive_avg_pool3d", "_log_softmax", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "addr", "avg_pool3d",
+    "col2im", "fft_hfft2", "fft_hfftn", "fft_ihfft2", "fft_ihfftn", "grid_sampler_2d", "grid_sampler_3d", "logit", "mean",
+    "mean.dim", "multi_margin_loss", "polygamma", "prod", "prod.dim_int", "round.decimals", "rrelu", "rsqrt",
+    "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d",
 ]  # fmt: skip
+# Whose derivative sums in half precision there, and in FP32 on CUDA: the same, where gradients are on.
+# Source: EmbeddingBackwardKernel.cu, EmbeddingBag.cu, im2col.cuh and layer_norm_kernel.cu of aten/src/ATen/native/cuda.
+_WITHOUT_HALF_DERIVATIVE = ["embedding", "embedding_bag", "embedding_bag.padding_idx", "im2col", "layer_norm"]
 # What PyTorch takes for the whole of an attention, or of an encoder layer, where no gradient is asked for.
 _FUSED = ["_native_multi_head_attention", "_transformer_encoder_layer_fwd"]
 _UNSAFE = ["binary_cross_entropy"]
@@ -116,6 +121,7 @@ class EmulatedPrecision:
         self.autocasts = autocast and number_format.dtype != torch.float32
         self._outer: list[Any] = []
         self._trace: Any = None
+        self._records_gradients = False
         self._cast_weights: dict[tuple[int, bool], tuple[Tensor, int, Tensor]] = {}
 
     def __enter__(self) -> EmulatedPrecision:
@@ -141,6 +147,7 @@ class EmulatedPrecision:
         flags = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES]
         self._outer.append((of_thread.get("innermost"), flags))
         of_thread["innermost"] = self
+        self._records_gradients = torch.is_grad_enabled()
         for device in _DEVICES:
             if self.autocasts:
                 torch.set_autocast_dtype(device, _storage(self.number_format.dtype))
@@ -179,7 +186,8 @@ class EmulatedPrecision:
 
     def dtype_of_mixed(self, args: Any, kwargs: Any) -> torch.dtype | None:
         """The format, where operands of it and of FP32 meet and are to be cast."""
-        dtypes = {x.dtype for x in tensors_of((args, kwargs))} if self._casts_mixed else set()
+        casts = self._casts_mixed and self.dtype_in_force() is None
+        dtypes = {x.dtype for x in tensors_of((args, kwargs))} if casts else set()
         return self.number_format.dtype if {torch.float32, self.number_format.dtype} <= dtypes else None
 
     def operand(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -224,6 +232,10 @@ cast(Any, _is_allowed_in_graph)._dynamo_marked_constant = True
 def emulate(dtype: torch.dtype = torch.float16, *, autocast: bool = True) -> EmulatedPrecision:
     """Context in which a model on a CPU computes as on a device with units for `dtype`: `with hf_amp.emulate(torch.float16): ...`
 
+    Backward belongs outside of it, as with autocast. What gradient checkpointing recomputes then, and what a function of
+    `custom_bwd` multiplies, is emulated where `AdvancedGradScaler.scale(loss).backward()` runs it. `custom_fwd` of CUDA with
+    `cast_inputs` casts no tensor of a CPU.
+
     Args:
         dtype: torch.float16 or torch.bfloat16; or an FP8 format, to which the operands and results of matrix products are
             rounded, without a scale for each tensor.
@@ -240,17 +252,28 @@ def emulate(dtype: torch.dtype = torch.float16, *, autocast: bool = True) -> Emu
     return EmulatedPrecision(formats[dtype], autocast)
 
 
-def emulated_in_backward(loss: Tensor) -> Tensor:
-    """`loss`, in whose `backward()` what gradient checkpointing recomputes computes as in forward, also outside of modules.
+def in_backward(forward: object) -> AbstractContextManager[Any]:
+    """What the backward of a forward pass inside of the context `forward` runs in: no autocast, as on a device.
 
-    Only where something was checkpointed in this thread since the last call.
+    But what gradient checkpointing recomputes is emulated, and what a function of `custom_bwd` multiplies is cast, for which
+    PyTorch switches autocast on again; for CUDA's it cannot on a CPU.
     """
-    mode = EmulatedPrecision._of_thread.__dict__.pop("checkpointed", None)
+    if not isinstance(forward, EmulatedPrecision) or not forward.autocasts:
+        return nullcontext()
+    return EmulatedPrecision(forward.number_format, autocast=False, casts_mixed=True)
+
+
+def emulated_in_backward(loss: Tensor) -> Tensor:
+    """`loss`, whose `backward()` runs `in_backward`: what is recomputed or a function of its own, also outside of modules.
+
+    Only where there was any in this thread since the last call.
+    """
+    mode = EmulatedPrecision._of_thread.__dict__.pop("recomputed", None)
     if mode is None:
         return loss
 
     def backward(*args: Any, **kwargs: Any) -> None:
-        with EmulatedPrecision(mode.number_format, autocast=False):
+        with in_backward(mode):
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     alias = loss.view_as(loss)  # itself would keep itself alive
@@ -290,9 +313,9 @@ def _holds_half(args: Any, kwargs: Any) -> bool:
 class _Kernel:
     """What one operator does inside of the context."""
 
-    def __init__(self, operator: Any, policy: Callable[..., Any] | None, lacks_half: bool) -> None:
+    def __init__(self, operator: Any, policy: Callable[..., Any] | None, lacks: str) -> None:
         self._operator = operator
-        self.lacks_half = lacks_half
+        self._lacks = lacks  # a kernel of half precision: "", "both" or "backward"
         self._in_fp32 = _attention if operator is torch.ops.aten.scaled_dot_product_attention.default else operator
         self._policy = policy
 
@@ -300,6 +323,7 @@ class _Kernel:
         mode = EmulatedPrecision.innermost()
         if mode is None or self._policy is None or _ACTIVE.__dict__.get("kernel"):
             return self.plain(keyset, args, kwargs)
+        _note_recomputation(mode)
         return self._policy(self, mode, keyset, args, kwargs)
 
     def plain(self, keyset: Any, args: Any, kwargs: Any) -> Any:
@@ -316,6 +340,9 @@ class _Kernel:
         finally:
             _ACTIVE.kernel = False
 
+    def lacks_half(self) -> bool:
+        return self._lacks == "both" or (self._lacks == "backward" and torch.is_grad_enabled())
+
     def half(self, keyset: Any, args: Any, kwargs: Any) -> Any:
         """Half-precision tensors without autocast: the FP32 result, rounded; anything else as it is."""
         dtypes = {x.dtype for x in tensors_of((args, kwargs)) if _is_cast(x)}
@@ -325,7 +352,6 @@ class _Kernel:
 
 
 def _reduced(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    _note_checkpointing(mode)
     dtype = mode.dtype_in_force() or mode.dtype_of_mixed(args, kwargs)
     if dtype is None:
         return kernel.alone(upcast, args, kwargs) if _widens(mode, args, kwargs) else kernel.half(keyset, args, kwargs)
@@ -365,7 +391,7 @@ def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwar
         return _reduced(kernel, mode, keyset, args, kwargs)
     if (on or _widens(mode, args, kwargs)) and _holds_half(args, kwargs) and not _is_asked_for_dtype(args, kwargs):
         return kernel.alone(upcast, args, kwargs)
-    return (kernel.half if kernel.lacks_half else kernel.plain)(keyset, args, kwargs)
+    return (kernel.half if kernel.lacks_half() else kernel.plain)(keyset, args, kwargs)
 
 
 def _promoted(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
@@ -386,7 +412,23 @@ def _unsafe(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kw
 
 
 def _without_half_kernel(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    return kernel.half(keyset, args, kwargs)
+    return (kernel.half if kernel.lacks_half() else kernel.plain)(keyset, args, kwargs)
+
+
+def _fourier(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    """Transforms of half-precision tensors, whose complex results are half precision too; a device has them for powers of two."""
+    if not {x.dtype for x in tensors_of((args, kwargs))} & {torch.float16, torch.complex32}:
+        return kernel.half(keyset, args, kwargs)
+    result = kernel.alone(lambda x: x.to(torch.complex64) if x.dtype == torch.complex32 else upcast(x), args, kwargs)
+    return result.to(torch.complex32 if result.is_complex() else torch.float16)
+
+
+def _of_another_package(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    """As torchvision's operators have it under autocast: in FP32, with results in the dtype of the first operand."""
+    if not _holds_half(args, kwargs):
+        return kernel.plain(keyset, args, kwargs)
+    first = next(x for x in tensors_of((args, kwargs)) if _is_cast(x))
+    return _to(kernel.alone(upcast, args, kwargs), first.dtype)
 
 
 def _widens(mode: EmulatedPrecision, args: Any, kwargs: Any) -> bool:
@@ -432,11 +474,14 @@ def _current_trace() -> Any:
     return torch._guards.TracingContext.try_get()
 
 
-def _note_checkpointing(mode: EmulatedPrecision) -> None:
-    """Whether what runs will be recomputed in backward by gradient checkpointing that is not reentrant."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) if mode.autocasts else None
-    if hooks and "checkpoint" in hooks[0].__qualname__:
-        mode._of_thread.checkpointed = mode
+def _note_recomputation(mode: EmulatedPrecision) -> None:
+    """Whether what runs will be recomputed in backward by gradient checkpointing, or is in an `autograd.Function`."""
+    if not mode.autocasts:
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    is_in_function = mode._records_gradients and not torch.is_grad_enabled()
+    if is_in_function or (hooks and "checkpoint" in hooks[0].__qualname__):
+        mode._of_thread.recomputed = mode
 
 
 def _below_autocast() -> Any:
@@ -449,20 +494,31 @@ def _register_kernels() -> None:
         if _REGISTERED:
             return
         on_cuda, on_cpu = map(torch._C._dispatch_get_registrations_for_dispatch_key, ("AutocastCUDA", "AutocastCPU"))
-        lacking = {f"aten::{name}" for name in _WITHOUT_HALF_KERNEL} | {n for n in on_cpu if n.startswith("aten::fft_")}
+        lacking = {f"aten::{name}": "backward" for name in _WITHOUT_HALF_DERIVATIVE}
+        lacking |= dict.fromkeys([f"aten::{name}" for name in _WITHOUT_HALF_KERNEL], "both")
         policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(lacking, _without_half_kernel)
+        policies |= dict.fromkeys([name for name in policies if name.startswith("aten::fft_")], _fourier)
         policies |= dict.fromkeys(on_cuda, _full)
         for names, policy in (
             (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted), (_UNSAFE, _unsafe)
         ):  # fmt: skip
             policies |= {f"aten::{name}": policy for name in names}
+        policies |= dict.fromkeys((name for name in policies if not name.startswith("aten::")), _of_another_package)
+        kernels = [(name, _Kernel(_operator(name), policy, lacking.get(name, ""))) for name, policy in policies.items()]
         fallthrough = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
         fallthrough.fallback(torch.library.fallthrough_kernel, _KEY)  # type: ignore[no-untyped-call]
-        kernels = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-        for name, policy in policies.items():
-            base, _, overload = name.removeprefix("aten::").partition(".")
-            operator = getattr(getattr(torch.ops.aten, base), overload or "default")
-            kernels.impl(name, _Kernel(operator, policy, name in lacking), _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
-        _REGISTERED.extend(
-            [kernels, torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU), fallthrough]
-        )
+        libraries: dict[str, Any] = {}
+        for name, kernel in kernels:
+            namespace = name.partition("::")[0]
+            if namespace not in libraries:
+                libraries[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
+            libraries[namespace].impl(name, kernel, _KEY, with_keyset=True)
+        below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
+        _REGISTERED.extend([libraries, below, fallthrough])
+
+
+def _operator(name: str) -> Any:
+    """That of a qualified name, such as "aten::add.Tensor"."""
+    namespace, _, name = name.partition("::")
+    base, _, overload = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")

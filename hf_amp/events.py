@@ -159,6 +159,7 @@ class StepOutcome:
         inf_elements: infinite gradient elements of a skipped step, as they are when it is decided: a plain clip before
             has made all of them NaN, a fused one has not. None where not counted.
         nan_elements: NaN gradient elements, likewise.
+        left_out_by: the rank that has left the step out after its backward, so that all skip it; None where none has.
         extras: what the scaler's `step_hooks` asked for, by the names of `statistics.to_host`.
     """
 
@@ -177,6 +178,7 @@ class StepOutcome:
     lost_update_fraction: float | None = None
     inf_elements: int | None = None
     nan_elements: int | None = None
+    left_out_by: int | None = None
     extras: Mapping[str, float] = field(default_factory=dict)
 
     def non_finite_fraction(self, elements: int) -> float:

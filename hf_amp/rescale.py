@@ -284,11 +284,11 @@ def _random_like(batch: Any, seed: int) -> Any:
             return x
         if x.is_floating_point():
             is_mask = bool(((x == 0) | (x == 1) | x.isinf()).all())
-            return x if is_mask else torch.randn(x.shape, generator=generator).to(x) * x.std() + x.mean()
+            return x if is_mask else torch.randn(x.shape, generator=generator, device="cpu").to(x) * x.std() + x.mean()
         low, high = int(x.min()), int(x.max())
         if high - low < 2 or low < 0 or bool((x.diff(dim=-1) == 1).all()):
             return x
-        return torch.randint(low, high + 1, x.shape, generator=generator).to(x)
+        return torch.randint(low, high + 1, x.shape, generator=generator, device="cpu").to(x)
 
     return map_tensors(other, batch)
 

@@ -46,6 +46,7 @@ from hf_amp.patch_log import PatchLog, takes_hooks
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, HALF_DTYPES, PrecisionMode
 from hf_amp.report.reader import RunHistory, read_run, this_process
 from hf_amp.report.verdict import LAST_LOSSES, verdict_on
+from hf_amp.scaling.left_out import LEFT_OUT, ended_in_words, join_left_out_steps
 from hf_amp.scaling.master_weights import convert_parameters
 from hf_amp.scaling.optimizer_step import LOST_OF_EACH, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
@@ -206,6 +207,7 @@ class AmpSession(EventRecorder):
             is_upcast = half and session.requested_mode is PrecisionMode.FP32
             everywhere = session._fallback.runner.entry.emulate or is_upcast
             session.patches.on_undo(context.install(inner, everywhere=everywhere))
+            session.patches.on_undo(join_left_out_steps(session.scaler, model))
             session.register_optimizer(model, optimizer)
             session.patches.on_undo(install_refusal(optimizer, session.scaler.is_waiting))
         session.note(EventKind.ATTACHED, f"hf_amp is attached: {session.describe()}.")
@@ -454,10 +456,11 @@ class AmpSession(EventRecorder):
             forward = recorder.newest()[-1]
             given = {at: None if g is None else g.float() / scale for at, g in forward.output_gradients.items()}
             forward = forward._replace(output_gradients=given)
-            wide = sorted(self.plan.modules)
-            save_capture(
-                captured(forward, self._fallback.runner.current, scale), forward, path, step=step, fp32_modules=wide
+            rank, ranks = (
+                (0, 1) if not is_distributed() else (torch.distributed.get_rank(), torch.distributed.get_world_size())
             )
+            facts = {"step": step, "fp32_modules": sorted(self.plan.modules), "rank": rank, "ranks": ranks}
+            save_capture(captured(forward, self._fallback.runner.current, scale, rank), forward, path, **facts)
             self.note(EventKind.SETUP, f"step {step} was captured in {path}.")
         except Exception as error:  # a full disk, memory, a batch that was written into: training goes on
             self.note(EventKind.SETUP, f"step {step} could not be captured: {in_one_line(error)}.")
@@ -550,7 +553,7 @@ class AmpSession(EventRecorder):
         diagnosis, cause = finding.diagnosis, finding.diagnosis.cause
         # A loss may be the scale's trace, as after an adversarial step by scaled gradients. Then the next step shows it too.
         is_trace = cause.facts.moves_scale or not (diagnosis.confirmed or (cause is Cause.LOSS and not was_skipped))
-        if finding.change or diagnosis.already_fixed or not is_trace:
+        if finding.change or diagnosis.already_fixed or not is_trace or outcome.left_out_by is not None:
             self.scaler.forget_step(outcome)  # the scale was not to blame
         next_scale = self.scaler.get_scale()
         self.monitor.after_step(outcome, cause, next_scale)
@@ -574,6 +577,9 @@ class AmpSession(EventRecorder):
         if former and former.backward == outcome.backward and id(optimizer) not in former.optimizers:
             former.optimizers.add(id(optimizer))
             return former
+        if outcome.left_out_by is not None:
+            left_out = Diagnosis(Cause.UNKNOWN, LEFT_OUT.format(outcome.left_out_by), confirmed=False)
+            return _Finding(left_out, None, outcome.backward, {id(optimizer)})
         parameters = self._named_parameters(optimizer)
         state = (
             (f"{key} of {name}", value)
@@ -779,6 +785,10 @@ class AmpSession(EventRecorder):
         """Looks for causes in weights and batches only: a forward pass would run, and move, another library's scales."""
         self._fallback.diagnoser.repeats_forwards = False
 
+    def on_trial(self, patch: Callable[[PatchLog], None]) -> None:
+        """Has `patch` called whenever a wider plan is tried out, with what takes changes back in its first forward pass."""
+        self._fallback.on_trial = patch
+
     def recover(self, error: BaseException) -> bool:
         """Whether the step that raised `error` can be tried again, because the plan that caused it has changed.
 
@@ -788,6 +798,8 @@ class AmpSession(EventRecorder):
         `error` keeps alive what has filled the memory. Several processes cannot recover so: the others wait in backward for
         the one that failed.
         """
+        if self.scaler.ranks_agree and is_distributed():
+            return False
         withdrawn = self._fallback.recover_from(error)
         if withdrawn is not None:
             self._report_change(withdrawn, cause=None)
@@ -830,13 +842,17 @@ class AmpSession(EventRecorder):
     def log_to(self, folder: str | Path) -> None:
         """Writes events, and what `log_metrics` gives, into `folder`, for `hf-amp report`, until `detach`.
 
-        For loops of your own, on one process; a Trainer's callback does it in `output_dir`.
+        For loops of your own; of several ranks the main process writes. A Trainer's callback does it in `output_dir`.
 
         Raises:
             OSError: the folder cannot be written to.
         """
         from hf_amp.monitoring.sinks.jsonl import JsonLinesSink  # loads structlog
 
+        if not is_main_process():
+            self._unwritten = None
+            self.begin_run(Path(folder) / LOG_FILE)
+            return
         sink = JsonLinesSink(Path(folder) / LOG_FILE, self.run_id, rank=0)
         self.begin_log(sink.write, f"training starts: {self.describe()}.", **self.run_metadata())
         self.begin_run(sink.path)
@@ -985,6 +1001,8 @@ def _end_at_exit(session: Callable[[], AmpSession | None]) -> None:
     """At the end of the process: a run that nobody has ended ends here."""
     run = session()
     if run is not None and run.is_attached:
+        if is_distributed():  # nothing is exchanged any more: this rank may be the only one that has come so far
+            run.scaler.observers.clear()
         run.end_run("the process ended")
         if run._close_log is not None:
             run._close_log()
@@ -996,6 +1014,8 @@ def _explain_uncaught(session: Callable[[], AmpSession | None], former: Any, kin
     if run is not None and run._runs:
         with suppress(Exception):
             run._explain_error(error, is_the_end=True)
+            if is_distributed():
+                say(ended_in_words(error, run.newest_step + 1, run._fallback.recorder.without_backward))
     former(kind, error, trace)
 
 

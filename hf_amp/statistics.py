@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_amp.device import copies_without_waiting, new_event, widest_float
+from hf_amp.errors import ScalerError, in_one_line
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, NumberFormat
 
 
@@ -137,13 +138,21 @@ def all_reduce_max(*values: Tensor, part_of_norm: Tensor | None = None) -> tuple
     """
     parts = () if part_of_norm is None else (part_of_norm,)
     packed = torch.stack([value.float().nan_to_num(nan=torch.inf, posinf=torch.inf) for value in (*values, *parts)])
+    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())] if parts else []
+    try:
+        _ = dist.all_gather(of_ranks, packed) if parts else dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    except RuntimeError as error:
+        raise ScalerError(f"{_WAITED_IN_VAIN} ({in_one_line(error)})") from error
     if part_of_norm is None:
-        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
         return tuple(packed.unbind())
-    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_ranks, packed)
     everyone = torch.stack(of_ranks)
     return (*everyone[:, :-1].amax(0).unbind(), torch.linalg.vector_norm(everyone[:, -1]))
+
+
+_WAITED_IN_VAIN = (
+    "this rank has waited in vain for what the others found at the end of the step. One has ended, has had fewer batches, or has gone "
+    "another way through the loop: all ranks need the same number of steps, and of backward passes in each."
+)
 
 
 def copies_of(gradient: Tensor) -> float:
@@ -177,8 +186,8 @@ def collect(
         gradient = parameter.grad
         if gradient is None or (without and id(parameter) in without):
             continue
-        if type(gradient) is not Tensor:
-            gradient = local_part(gradient)
+        if type(gradient) is not Tensor and hasattr(gradient, "to_local"):
+            gradient = gradient.to_local()
         if gradient.is_sparse:
             if not gradient.is_coalesced():
                 parameter.grad = gradient = gradient.coalesce()
@@ -292,8 +301,9 @@ read on a CPU, because a call costs more."""
 
 def _read_on_cpu(group: list[Tensor], norm: bool, amax: bool) -> tuple[list[Tensor], list[Tensor]]:
     """There `aminmax` reads eight times faster than an inf-norm; `amax` and `amin`, what BLAS has brought into the cache."""
-    small = [x.reshape(-1) for x in group if x.numel() <= _JOINED]
-    joined = [x for x in group if x.numel() > _JOINED] + ([torch.cat(small)] if small else [])
+    small = [x for x in group if x.numel() <= _JOINED]
+    flatten = cast(Any, torch._utils)._flatten_dense_tensors  # private; tests/contract fails by name if it goes
+    joined = [x for x in group if x.numel() > _JOINED] + ([flatten(small)] if small else [])
     if not norm:
         return [], [torch.stack([end for x in joined for end in x.aminmax()]).abs_().amax()]
     squares: list[Tensor] = []
@@ -484,7 +494,8 @@ class LostUpdates:
     @torch.no_grad()
     def __init__(self, parameters: Sequence[Tensor], seed: int) -> None:
         self._held = [local_part(p.detach()) for p in parameters]
-        self._drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        self._drawn = torch.randint(2**62, (SAMPLES_PER_TENSOR,), generator=generator, device="cpu")
         self._before, self._device = self._sample(self._held), self._held[0].device
         dense = [None if p.grad is None or p.grad.is_sparse else local_part(p.grad) for p in parameters]
         gradients = [
@@ -519,7 +530,7 @@ class LostUpdates:
         """
         lost = self._due & (self._sample(self._held) == self._before)
         taken = [min(x.numel(), SAMPLES_PER_TENSOR) for x in self._held]
-        ends = torch.tensor([0, *itertools.accumulate(taken)])
+        ends = torch.tensor([0, *itertools.accumulate(taken)], device="cpu")
         sums = (
             torch.stack([lost, self._due]).int().cumsum(1, dtype=torch.int32)
         )  # of floats it is an error in CUDA's deterministic mode
@@ -528,7 +539,8 @@ class LostUpdates:
             [
                 [float(m) * x.numel() / max(n, 1) for m, x, n in zip(moves, self._held, taken, strict=True)],
                 [1.0 if m and j else math.nan for m, j in zip(moves, judged, strict=True)],
-            ]
+            ],
+            device="cpu",
         )
         whole, own = to_device(weights, self._device)
         all_lost, all_due = (sums * whole).sum(1)

@@ -60,6 +60,15 @@ def fresh_accelerator_state() -> Iterator[None]:
     forget_accelerators()
 
 
+@pytest.fixture
+def nothing_compiled() -> None:
+    """Whatever other tests of this process have compiled, no plan would be tried out after it."""
+    import torch._dynamo.utils
+
+    torch._dynamo.utils.counters.clear()
+    torch.compiler.reset()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

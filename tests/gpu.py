@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,73 @@ def correctness(device: torch.device, tiny: bool) -> Result:
 def _counts(output: str) -> list[tuple[str, int]]:
     last = output.strip().splitlines()[-1]
     return [(what, int(number)) for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)]
+
+
+def _attempt(task: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
+    function, arguments = task
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300], "of": arguments}
+
+
+def side_by_side(function: Callable[..., Any], each: list[tuple[Any, ...]], tiny: bool) -> list[Any]:
+    """Results of `function`, or its error, for the arguments in `each`, in several processes where they are many."""
+    tasks = [(function, arguments) for arguments in each]
+    if tiny:
+        return [_attempt(task) for task in tasks]
+    workers = max(1, min(12, (os.cpu_count() or 1) - 2))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(_attempt, tasks))
+
+
+def emulation(device: torch.device, tiny: bool) -> Result:
+    """Whether FP16 that is emulated on a CPU overflows where that of the device does."""
+    from tests.benchmarks.gpu.emulation import differences, summary
+    from tests.test_cuda_rules import ALL
+
+    numbers = range(2) if tiny else range(len(ALL))
+    return summary(side_by_side(differences, [(number, device.type) for number in numbers], tiny))
+
+
+def causes(device: torch.device, tiny: bool) -> Result:
+    """Random faults in random models, as in the table of causes: what is told of them, and what is done to the runs."""
+    from tests.fallback.random_faults import TRIALS, run, told_of
+
+    seeds = 2 if tiny else round(TRIALS * 1.25)  # some set in nowhere
+    ran = side_by_side(run, [(seed, None, device.type) for seed in range(seeds)], tiny)
+    failed = [it for it in ran if isinstance(it, dict)]
+    told = [it for it in ran if it is not None and not isinstance(it, dict)]
+    counts, is_right = told_of(told), lambda it: it.told in (it.cause, "UNKNOWN")
+    return {
+        "faults": len(told),
+        "right": counts.right,
+        "UNKNOWN instead": counts.unknown,
+        "wrong": [
+            f"{it.fault} told as {it.told} ({it.setting}): {it.message[:300]}" for it in told if not is_right(it)
+        ],
+        "unknown": [
+            f"{it.fault} ({it.setting}): {it.message[:300]}" for it in told if it.told == "UNKNOWN" != it.cause
+        ],
+        "harmed": [f"{it.fault} told as {it.told}: {', '.join(it.harm)} ({it.setting})" for it in told if it.harm],
+        "failed": failed,
+    }
+
+
+def skips(device: torch.device, tiny: bool) -> Result:
+    """What a skipped step costs whose cause takes a replay, over an applied one."""
+    from tests.benchmarks.test_fallback_cost import measure_skips
+
+    sizes, rounds = (("tiny",), 2) if tiny else (("25M", "110M"), 6)
+    return {"rows": [row for size in sizes for row in measure_skips(size, rounds, device.type)]}
+
+
+def launches(device: torch.device, tiny: bool) -> Result:
+    """Kernels that the profiler sees in one step boundary of each strategy."""
+    from tests.benchmarks.gpu.launches import measure_launches
+
+    return measure_launches(device, 1) if tiny else measure_launches(device)
 
 
 def scaler_cost(device: torch.device, tiny: bool) -> Result:
@@ -160,10 +230,14 @@ def compiled_and_graphed(device: torch.device, tiny: bool) -> Result:
 
 STAGES = (
     Stage("correctness", 250, correctness),
+    Stage("emulation", 60, emulation),
+    Stage("causes", 60, causes),
+    Stage("launches", 15, launches),
     Stage("scaler cost", 15, scaler_cost),
     Stage("training GPT-2 124M", 75, training(models.FULL[0], models.TINY[0])),
     Stage("training BERT-base", 75, training(models.FULL[2], models.TINY[1])),
     Stage("predictions", 45, predictions),
+    Stage("skips", 20, skips),
     Stage("compiled and graphed", 60, compiled_and_graphed),
 )
 """The most telling first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -121,15 +122,29 @@ def _placed(x: Any) -> Any:
 def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     """What a CUDA kernel gives for half-precision operands: FP32's result, rounded once to the dtype that it has there."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    half = {x.dtype for x in tensors} & {torch.float16, torch.bfloat16}
+    half = {x.dtype for x in tensors} & {torch.float16, torch.bfloat16, torch.complex32}
     aliases = any(result.alias_info is not None for result in func._schema.returns)
     if not half or aliases or func._schema.is_mutable:
         return func(*args, **kwargs)
     meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
     with torch.no_grad():
-        dtypes = iter([x.dtype for x in tree_leaves(func(*meta[0], **meta[1])) if isinstance(x, Tensor)])
-    args, kwargs = tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in half else x, (args, kwargs))
-    return tree_map(lambda x: x.to(next(dtypes)) if isinstance(x, Tensor) else x, func(*args, **kwargs))
+        dtypes = [x.dtype for x in tree_leaves(func(*meta[0], **meta[1])) if isinstance(x, Tensor)]
+
+    def operand(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float32 and dtypes[0] in half:
+            return x.to(dtypes[0]).float()  # one of the format's, beside its tensors, on CUDA as on a CPU
+        if isinstance(x, Tensor) and x.dtype in half:
+            return x.to(torch.complex64) if x.is_complex() else x.float()
+        return x
+
+    wide = tree_map(operand, (args, kwargs))
+    results = iter(dtypes)
+    if torch.Tag.pointwise not in func.tags or len(dtypes) != 1:
+        return tree_map(lambda x: x.to(next(results)) if isinstance(x, Tensor) else x, func(*wide[0], **wide[1]))
+    result = func(*args, **kwargs)  # for PyTorch's own derivative, whose steps are rounded there, too
+    with torch.no_grad():
+        result.data.copy_(func(*wide[0], **wide[1]))
+    return result
 
 
 def _cast(func: Any, args: Any, kwargs: Any) -> Any:
@@ -187,6 +202,15 @@ _ASKING_CUDA = (Tensor.__getitem__, Tensor.__setitem__, Tensor.contiguous, Tenso
 """They move or read values only, and ask CUDA for its current device by themselves; as whatever has no float."""
 
 
+_MULTI_HEAD: Any = nn.functional.multi_head_attention_forward
+_ATTENTION_OF_TORCH = FunctionType(
+    _MULTI_HEAD.__code__,
+    {**_MULTI_HEAD.__globals__, "has_torch_function": lambda _: False},
+    argdefs=_MULTI_HEAD.__defaults__,
+)
+"""What it is made of, which otherwise no mode sees."""
+
+
 class _Placement(TorchFunctionMode):
     """What is made on the CUDA device is made on the CPU, and taken for one of the device."""
 
@@ -194,10 +218,16 @@ class _Placement(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
+        if func is torch.autograd.grad:  # a derivative that forward takes: the graph is that of what is held
+            return tree_map(_placed, func(*tree_map(_held, args), **tree_map(_held, kwargs)))
+        if func is nn.functional.multi_head_attention_forward:
+            with self:
+                return _ATTENTION_OF_TORCH(*args, **kwargs)
         if func == Tensor.requires_grad.__set__ and isinstance(args[0], OnDevice):
             return None  # what is held has its own
         moved = [x for x in tree_leaves((args, kwargs)) if isinstance(x, OnDevice)]
-        without_floats = moved and not any(x.is_floating_point() for x in moved) and func is not torch.histc
+        has_floats = any(x.is_floating_point() for x in moved)
+        without_floats = moved and not has_floats and func is not torch.histc and func != Tensor.device.__get__
         if func in _ASKING_CUDA or without_floats:
             return tree_map(_placed, func(*tree_map(_held, args), **tree_map(_held, kwargs)))
 
@@ -209,8 +239,25 @@ class _Placement(TorchFunctionMode):
         if args and isinstance(args[0], OnDevice):
             args, kwargs = [x for x in args if not is_device(x)], {k: x for k, x in kwargs.items() if not is_device(x)}
             return func(*args, **kwargs) if len(args) > 1 or kwargs else args[0]
-        args, kwargs = tree_map(lambda x: "cpu" if is_device(x) else x, (list(args), kwargs))
+        args, kwargs = tree_map(lambda x: "cpu" if is_device(x) else _held(x), (list(args), kwargs))
         return _placed(func(*args, **kwargs))
+
+
+def _apply(kind: Any, *args: Any) -> Any:
+    """An `autograd.Function` of the device: in the graph of what is held, with forward and backward on tensors of the device."""
+
+    def on_held(function: Any) -> Any:
+        return staticmethod(lambda ctx, *given: tree_map(_held, function(ctx, *tree_map(_placed, given))))
+
+    names = ("forward", "backward") if kind.setup_context is torch.autograd.Function.setup_context else ("backward",)
+    twin = type(kind.__name__, (kind,), {name: on_held(getattr(kind, name)) for name in names})
+    if "forward" not in names:
+        twin.forward = staticmethod(lambda *given: tree_map(_held, kind.forward(*tree_map(_placed, given))))
+        twin.setup_context = staticmethod(lambda ctx, *given: kind.setup_context(ctx, *tree_map(_placed, given)))
+    return tree_map(_placed, _FUNCTION_APPLY(twin, *tree_map(_held, args)))
+
+
+_FUNCTION_APPLY = torch.autograd.Function.apply.__func__
 
 
 class _Factories(TorchDispatchMode):
@@ -230,10 +277,12 @@ def cuda_rules(dtype: torch.dtype | None) -> Iterator[None]:
     torch.set_autocast_enabled("cuda", dtype is not None)
     torch.set_autocast_dtype("cuda", dtype or former[1])
     torch.autocast_increment_nesting()
+    torch.autograd.Function.apply = classmethod(_apply)  # which no mode of torch's sees
     try:
         with _Placement(), _Factories():
             yield
     finally:
+        torch.autograd.Function.apply = classmethod(_FUNCTION_APPLY)
         torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()
         torch.set_autocast_enabled("cuda", former[0])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +139,8 @@ class TwoStages(nn.Module):
 class BareFunction(nn.Module):
     """A network that checkpoints a function of tensors, which is in no module."""
 
+    is_reentrant, has_product = False, True
+
     def __init__(self, recompute: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -143,10 +148,24 @@ class BareFunction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def function(h: Tensor) -> Tensor:
-            return (h @ self.weight).softmax(-1).exp() * h.pow(2).half() + h
+            return (h @ self.weight if self.has_product else h * self.weight[:4]).softmax(-1).exp() * h.pow(
+                2
+            ).half() + h
 
         h = self.layer(x)
-        return checkpoint(function, h, use_reentrant=False) if self.recompute else function(h)
+        return checkpoint(function, h, use_reentrant=self.is_reentrant) if self.recompute else function(h)
+
+
+class Reentrant(BareFunction):
+    """The same by reentrant checkpointing."""
+
+    is_reentrant = True
+
+
+class WithoutProduct(BareFunction):
+    """The same of operators that autocast runs in FP32 alone."""
+
+    has_product = False
 
 
 def gradients_inside_context(model: nn.Module) -> list[Tensor]:
@@ -161,11 +180,47 @@ def gradients_inside_context(model: nn.Module) -> list[Tensor]:
 
 def test_gradient_checkpointing_recomputes_in_the_same_precision() -> None:
     """What is recomputed in backward is emulated too: gradients equal those without checkpointing."""
-    for network in (TwoStages, BareFunction):
+    for network in (TwoStages, BareFunction, Reentrant, WithoutProduct):
         plain, recomputed = (gradients_inside_context(network(flag)) for flag in (False, True))
         for a, b in zip(plain, recomputed, strict=True):
             assert torch.equal(a, b)
         assert not EmulatedPrecision.is_entered()
+
+
+class Scaled(torch.autograd.Function):
+    """A product whose backward autocasts as its forward did."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda")
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight.T, x.T @ gradient
+
+
+class OwnFunction(nn.Module):
+    """A layer, and a product in an autograd function, or in none."""
+
+    def __init__(self, in_function: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.weight, self.in_function = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8)), in_function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        return Scaled.apply(h, self.weight) if self.in_function else h @ self.weight
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_functions_written_for_cuda_autocast_in_backward() -> None:
+    """The backward of `custom_bwd` casts its operands to half precision; gradients are those of the same product without it."""
+    for a, b in zip(*(gradients_inside_context(OwnFunction(flag)) for flag in (False, True)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
 def test_transforms_of_torch_func_round_as_backward_does() -> None:
@@ -372,6 +427,29 @@ def test_a_model_of_half_precision_keeps_nothing_in_fp32() -> None:
         assert half.sum() == 300.0 * 1200
 
 
+def test_sums_in_backward_of_half_models_are_in_fp32() -> None:
+    """Of 4,096 rows into one: within a unit of the last place of FP32's, as CUDA's kernels, and no inf on the way."""
+    x, rows = torch.randn(4096, 8).half(), torch.zeros(4096, dtype=torch.long)
+    image, of_unfold = torch.randn(1, 1, 8, 8).half(), torch.randn(1, 9, 36).half()
+    cases = {
+        "embedding": (lambda w: nn.functional.embedding(rows, w), torch.randn(1, 8).half(), x),
+        "embedding bag": (lambda w: nn.functional.embedding_bag(rows[:, None], w), torch.randn(1, 8).half(), x),
+        "layer norm": (lambda w: nn.functional.layer_norm(x.to(w), (8,), w, w), torch.randn(8).half(), x),
+        "unfold": (lambda w: nn.functional.unfold(w, 3), image, of_unfold),
+    }
+    for name, (function, operand, gradient) in cases.items():
+        found = []
+        for dtype in (torch.float16, torch.float32):
+            leaf = operand.to(dtype).requires_grad_()
+            with hf_amp.emulate(torch.float16, autocast=False):
+                result = function(leaf)
+            found.append(torch.autograd.grad(result, leaf, gradient.to(dtype))[0])
+        half, exact = found
+        assert half.dtype == torch.float16
+        units = 2.0 ** exact.abs().log2().floor() * torch.finfo(torch.float16).eps
+        assert ((half.float() - exact).abs() <= units).all(), name
+
+
 def test_what_no_device_does_is_an_error() -> None:
     """Of a dtype that cannot be emulated, with those that can; of a loss that raises under autocast on a device."""
     with pytest.raises(hf_amp.ConfigError, match=r"emulate\(torch.float32\): .* torch.float16"):
@@ -407,3 +485,29 @@ def test_models_are_told_that_autocast_is_on() -> None:
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
     assert not torch.is_autocast_enabled()
+
+
+_OTHER_PACKAGE = """
+import torch
+
+library = torch.library.Library("other_package", "DEF")
+library.define("double(Tensor x, Tensor factor) -> Tensor")
+library.impl("double", lambda x, factor: x * factor + 2.0**-12, "CompositeExplicitAutograd")
+library.impl("double", lambda x, factor: x, "AutocastCUDA")
+
+import hf_amp
+
+x, factor = torch.ones(3, dtype=torch.float16), torch.full((3,), 2.0)
+for context in (hf_amp.emulate(), hf_amp.emulate()):
+    with context:
+        y = torch.ops.other_package.double(x, factor)
+        z = torch.ops.other_package.double(x.float(), factor)
+assert y.dtype == torch.float16 and z.dtype == torch.float32, (y.dtype, z.dtype)
+assert y.eq(2).all() and z.gt(2).all()
+"""
+
+
+def test_operators_of_other_packages_that_autocast_knows() -> None:
+    """torchvision registers its own with autocast: they compute in FP32, and give the dtype that they were given."""
+    done = subprocess.run([sys.executable, "-c", _OTHER_PACKAGE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

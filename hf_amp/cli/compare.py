@@ -11,7 +11,7 @@ import torch
 import typer
 from torch import nn
 
-from hf_amp.capture import captured, save_capture
+from hf_amp.capture import captured, rank_files, save_capture
 from hf_amp.cli.preflight import batch_for, load_model
 from hf_amp.comparison import Comparison, Setting, compare
 from hf_amp.device import RandomState, devices_of
@@ -26,7 +26,7 @@ _LENGTH = "Tokens a row of a batch that is made up."
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help=f"{_MODEL}; or a capture file.")],
+    a: Annotated[str, typer.Argument(help=f"{_MODEL}; or a capture file, of ranks without _rank0.")],
     b: Annotated[str, typer.Argument(help="The same; may be A again, with other options.")],
     batch: Annotated[str, typer.Option(help=_BATCH)] = "2",
     length: Annotated[int, typer.Option(min=1, help=_LENGTH)] = 32,
@@ -100,7 +100,7 @@ def _side(name: str) -> Any:
     """A model, or the path of a capture."""
     path = Path(name).expanduser()
     if path.suffix == ".safetensors":
-        if not path.is_file():
+        if not (path.is_file() or rank_files(path)):
             raise typer.BadParameter(f"{name}: no such file; pass a capture, or a model.")
         return path
     return _model(name)

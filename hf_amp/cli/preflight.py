@@ -5,10 +5,11 @@ Its dtypes, and, with a batch, a training step, or inference, in formats that th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
@@ -20,14 +21,14 @@ import typer
 from torch import Tensor, nn
 
 from hf_amp.choose import SCALED_FORMATS, scaled_format_errors
-from hf_amp.emulation import EmulatedPrecision
+from hf_amp.emulation import EmulatedPrecision, in_backward
 from hf_amp.errors import ConfigError, in_one_line
 from hf_amp.events import join_names
 from hf_amp.fallback.inference import Headroom, InferenceCheck, check_inference, largest_output, operators_in
-from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry
-from hf_amp.fallback.plan import PrecisionPlan
+from hf_amp.fallback.module_precision import CurrentPrecision, PrecisionEntry
+from hf_amp.fallback.operators import graph_of
 from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.fallback.replay import float_tensors, replay
+from hf_amp.fallback.replay import float_tensors, non_finite_tensors, nothing_changes, replay
 from hf_amp.monitoring.frozen import (
     FROZEN_SHARE,
     bytes_a_parameter,
@@ -36,7 +37,7 @@ from hf_amp.monitoring.frozen import (
     size_in_words,
 )
 from hf_amp.patch_log import takes_hooks
-from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP16_FORMAT, NumberFormat, PrecisionMode
+from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP16_FORMAT, FP32_FORMAT, NumberFormat, PrecisionMode
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -289,14 +290,18 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or [""])[0]
-        factory: Any = AutoModel if trust_remote_code else getattr(transformers, architecture, AutoModel)
+        # Code that comes with the model says which of transformers' classes loads it.
+        own = {of.rpartition(".")[2]: kind for kind, of in (getattr(config, "auto_map", None) or {}).items()}
+        factory: Any = getattr(transformers, own.get(architecture, architecture), AutoModel)
         model: PreTrainedModel = factory.from_pretrained(
             name, dtype="auto", trust_remote_code=trust_remote_code, weights_only=True
         )
     except Exception as error:  # transformers raises of many kinds
+        remedy = "pass a folder that save_pretrained wrote, or a hub name"
+        if "trust_remote_code" in str(error):
+            remedy = "pass --trust-remote-code, if you trust the code that comes with it"
         raise typer.BadParameter(
-            f"{name}: cannot be loaded ({type(error).__name__}: {str(error)[:400]}); pass a folder that save_pretrained wrote, or "
-            "a hub name."
+            f"{name}: cannot be loaded ({type(error).__name__}: {str(error)[:400]}); {remedy}."
         ) from error
     return model
 
@@ -478,108 +483,129 @@ class DryRun:
 def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
     """A step of `model` on `batch` in each format, by emulation on the CPU. Nothing of the model changes.
 
-    One forward pass in FP32, and two in each format: one to find the modules that overflow, one with these in FP32 for the
-    gradients; one more, operator by operator, where FP16 or BF16 overflows. Backward runs once, and again only where a gradient
-    in the format is larger than in FP32, until the scale is found.
+    A forward and a backward pass in each format, in which the modules that overflow go on in FP32; a further forward pass,
+    operator by operator, where FP16 or BF16 overflows; a further backward pass for each loss scale that did not fit. What is lost
+    is told by BF16's gradients, whose range is FP32's; by FP32's, with a pass in it, where those are not finite.
     FP8 is cast without a scale for each tensor, which real FP8 recipes have; so its figures are the worst case.
 
     Args:
         model: in FP32.
         batch: arguments of the model by name.
     """
-    in_fp32 = _Step(model, batch, CurrentPrecision(EmulatedEntry(), PrecisionMode.FP32))
-    exact = in_fp32.gradients(1.0)
+    wide = _Step(model, batch, BF16_FORMAT)
+    if wide.findings.error is not None:
+        with nothing_changes(model):
+            model(**batch)  # raises what it raises in FP32 too
+    if not wide.is_usable or non_finite_tensors(wide.gradients(1.0)):
+        wide = _Step(model, batch, FP32_FORMAT)
     for number_format in FORMATS:
-        current = CurrentPrecision(EmulatedEntry(number_format=number_format), PrecisionMode.MIXED)
-        half = number_format in (FP16_FORMAT, BF16_FORMAT)
-        findings = replay(RecordedForward(model, (), dict(batch)), current, by_operator=half)
+        step = wide if number_format is wide.number_format else _Step(model, batch, number_format)
+        findings = step.findings
         result = DryRun(number_format, findings.overflowing, findings.first_non_finite, error=findings.error)
         result.operators = operators_in(findings.operators)
-        if result.error is None and result.first_non_finite is None:
-            _find_scale(model, batch, exact, in_fp32.largest_gradient, result)
+        if step.is_usable and wide.is_usable:
+            if not result.overflowing:
+                result.headroom = max(step.outputs, key=lambda each: each.amax, default=None)
+            _find_scale(step, wide, result)
         yield result
 
 
-def _find_scale(
-    model: nn.Module, batch: Mapping[str, Tensor], exact: Mapping[str, Tensor], largest_gradient: float, result: DryRun
-) -> None:
-    """With the overflowing modules in FP32: the largest scale whose gradients are finite, and what is lost with it."""
-    number_format = result.number_format
-    runner = PlanRunner(EmulatedEntry(number_format=number_format), PrecisionMode.MIXED)
-    runner.register_model(model)
-    in_fp32 = dict.fromkeys(result.overflowing, PrecisionMode.FP32)
-    runner.apply(PrecisionPlan(PrecisionMode.MIXED, in_fp32))
-    try:
-        with largest_output(model, number_format) as outputs:
-            step = _Step(model, batch, runner.current)
-        if not result.overflowing:
-            result.headroom = max(outputs, key=lambda each: each.amax, default=None)
-        most = 0 if number_format is BF16_FORMAT else FIRST_EXPONENT
-        fits = math.floor(math.log2(number_format.largest / largest_gradient)) if largest_gradient else most
-        # `low` is the largest exponent whose gradients are known to be finite, `high` the least whose are not.
-        low, high, exponent, width, kept = (
-            SMALLEST_EXPONENT - 1,
-            most + 1,
-            max(SMALLEST_EXPONENT, min(fits, most)),
-            1,
-            None,
-        )
-        while exact and high - low > 1:
-            gradients = step.gradients(2.0**exponent)
-            if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
-                low, kept = exponent, gradients
-            else:
-                high = exponent
-            if kept is None or high == most + 1:  # further in the same direction
-                exponent = max(low + 1, high - width) if kept is None else min(high - 1, low + width)
-                width *= 2
-            else:
-                exponent = (low + high) // 2
-        if kept is not None:
-            result.scale = 2.0**low
-            _note_underflow(kept, exact, result)
-    finally:
-        runner.remove()
+def _find_scale(step: _Step, wide: _Step, result: DryRun) -> None:
+    """The largest scale whose gradients are finite, and what is lost with it.
+
+    Gradients grow with the scale, so that the largest that a backward pass rounds to the format says which scale it takes.
+    """
+    exact, largest = wide.gradients(1.0), result.number_format.largest
+    largest_gradient = wide.largest_gradient(result.overflowing)
+    most = 0 if result.number_format is BF16_FORMAT else FIRST_EXPONENT
+    fits = math.floor(math.log2(largest / largest_gradient)) if largest_gradient else most
+    # `low` is the largest exponent whose gradients are known to be finite, `high` the least whose are not.
+    low, high, width, kept = SMALLEST_EXPONENT - 1, most + 1, 4, None
+    exponent = max(SMALLEST_EXPONENT, min(fits, most))
+    while exact and high > exponent > low:
+        gradients = step.gradients(2.0**exponent)
+        if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+            low, kept = exponent, gradients
+            room = math.floor(math.log2(largest / step.largest_rounded)) if step.largest_rounded else most - low
+            exponent = min(high - 1, low + room)
+        else:
+            high = exponent
+            exponent = max(SMALLEST_EXPONENT, high - width) if kept is None else (low + high) // 2
+            width *= 4
+    if kept is not None:
+        result.scale = 2.0**low
+        _note_underflow(kept, exact, result)
 
 
 class _Step:
-    """One forward pass of `model`, and as many backward passes behind it as are asked for.
+    """One forward pass of `model`, whose overflowing modules run in FP32, and as many backward passes behind it as are asked for.
 
     Attributes:
-        largest_gradient: magnitude of the largest finite element of any gradient so far, also of activations, at its scale.
+        number_format: that of the forward pass.
+        findings: what was seen in it.
+        is_usable: whether it is finite, with modules in FP32.
+        outputs: what modules returned.
+        largest_rounded: magnitude of the largest finite gradient that the last backward pass has rounded to the format.
     """
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], precision: CurrentPrecision) -> None:
+    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], number_format: NumberFormat) -> None:
+        self.number_format = number_format
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.largest_gradient = 0.0
+        mode = PrecisionMode.FP32 if number_format is FP32_FORMAT else PrecisionMode.MIXED
+        self._precision = CurrentPrecision(EmulatedEntry(number_format=number_format), mode)
+        self._found: dict[float, dict[str, Tensor]] = {}
+        self._largest: dict[str, float] = defaultdict(float)
+        self.largest_rounded = 0.0
         with ExitStack() as stack:
-            for module in model.modules():
+            for name, module in model.named_modules():
                 if takes_hooks(module):
-                    stack.callback(module.register_forward_hook(self._watch).remove)
+                    stack.callback(module.register_forward_hook(functools.partial(self._watch, name)).remove)
             stack.enter_context(torch.random.fork_rng(devices=[]))
             torch.manual_seed(0)  # the same dropout in every format
-            with precision():
-                self._loss = _loss(model(**batch))
+            self.outputs = stack.enter_context(largest_output(model, number_format))
+            half = number_format in (FP16_FORMAT, BF16_FORMAT)
+            forward = RecordedForward(model, (), dict(batch))
+            self.findings = replay(forward, self._precision, by_operator=half, gradients=True)
+        self.is_usable = self.findings.error is None and self.findings.first_non_finite is None
+        if self.is_usable:
+            self._loss = _loss(self.findings.output)
+            for node, _ in graph_of([self._loss.grad_fn]):
+                node.register_hook(functools.partial(self._note_rounded, "round_to" in node.name()))
 
     def gradients(self, scale: float) -> dict[str, Tensor]:
         """Name of a parameter → its gradient of the scaled loss."""
-        start = torch.full_like(self._loss, scale)
-        found = torch.autograd.grad(
-            self._loss, tuple(self._parameters.values()), start, retain_graph=True, allow_unused=True
-        )
-        named = {name: g for name, g in zip(self._parameters, found, strict=True) if g is not None}
-        for gradient in named.values():
-            self._note(gradient)
-        return named
+        if scale in self._found:
+            return self._found[scale]
+        self.largest_rounded = 0.0
+        parameters, start = tuple(self._parameters.values()), torch.full_like(self._loss, scale)
+        with in_backward(self._precision()):
+            found = torch.autograd.grad(self._loss, parameters, start, retain_graph=True, allow_unused=True)
+        self._found = {scale: {name: g for name, g in zip(self._parameters, found, strict=True) if g is not None}}
+        for name, gradient in self._found[scale].items():
+            self._note(name.rpartition(".")[0], gradient)
+        return self._found[scale]
 
-    def _watch(self, module: nn.Module, arguments: Any, output: Any) -> None:
+    def largest_gradient(self, without: list[str]) -> float:
+        """Magnitude of the largest finite gradient so far, also of activations, at its scale; but for those of modules in FP32."""
+        inside = tuple(f"{name}." for name in without)
+        return max((x for name, x in self._largest.items() if not f"{name}.".startswith(inside)), default=0.0)
+
+    def _watch(self, name: str, module: nn.Module, arguments: Any, output: Any) -> None:
         for _, x in float_tensors(output):
-            if x.requires_grad:
-                x.register_hook(self._note)  # type: ignore[no-untyped-call]
+            if x.requires_grad and x.dim():  # a loss is FP32, and its gradient the scale
+                x.register_hook(functools.partial(self._note, name))  # type: ignore[no-untyped-call]
 
-    def _note(self, gradient: Tensor) -> None:
-        finite = gradient.where(gradient.isfinite(), 0.0).abs()
-        self.largest_gradient = max(self.largest_gradient, finite.amax().item() if finite.numel() else 0.0)
+    def _note(self, name: str, gradient: Tensor) -> None:
+        self._largest[name] = max(self._largest[name], _largest_finite(gradient))
+
+    def _note_rounded(self, rounds: bool, gradients: tuple[Any, ...], _given: tuple[Any, ...]) -> None:
+        for x in gradients:
+            if isinstance(x, Tensor) and (rounds or x.element_size() < 4):
+                self.largest_rounded = max(self.largest_rounded, _largest_finite(x.float()))
+
+
+def _largest_finite(x: Tensor) -> float:
+    return x.where(x.isfinite(), 0.0).abs().amax().item() if x.numel() else 0.0
 
 
 def _loss(output: Any) -> Tensor:

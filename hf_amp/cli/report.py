@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,11 +48,10 @@ def report(
 
 def _write_page(histories: list[RunHistory], path: Path) -> None:
     """Writes the page whole or not at all, also when interrupted."""
-    from importlib.metadata import version
 
     from hf_amp.report.page import page
 
-    text = page(histories, version("hf_amp"))
+    text = page(histories, str(sys.modules["hf_amp"].__version__))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_amp.config import KEEPS_UPDATES, MixedPrecisionConfig
-from hf_amp.device import Hardware, room_on
+from hf_amp.device import Hardware, products_use_tf32, room_on
 from hf_amp.errors import StateError
 from hf_amp.events import Cause
 from hf_amp.fallback.diagnosis import Diagnoser, Diagnosis, SkippedStep
@@ -340,6 +340,12 @@ def describe_change(
     return PrecisionChange(before, after, names, message, returned)
 
 
+TF32_WOULD_DO = (
+    " FP32 products are slow on this device, and TF32 has FP32's range with FP16's precision: "
+    'torch.set_float32_matmul_precision("high") lets them run in it.'
+)
+
+
 class FallbackController:
     """Finds out why steps were skipped, decides what to do about it, and makes the models follow.
 
@@ -354,6 +360,7 @@ class FallbackController:
         recorder: what they were called with.
         diagnoser: finds the causes.
         was_skipped: whether the newest step was.
+        on_trial: called when a wider plan is tried out, with the log of changes that its first forward pass takes back.
         on_withdrawn: called with the way back from a plan whose first forward pass raised.
     """
 
@@ -380,8 +387,9 @@ class FallbackController:
         dynamic = config.precision_mode is PrecisionMode.DYNAMIC
         self._autotuner = PrecisionAutotuner(self._policy.order) if dynamic else None
         self.newest_change: PrecisionChange | None = None
-        self._trial = PatchLog()
+        self._trial, self._hardware = PatchLog(), hardware
         self.on_withdrawn: Callable[[PrecisionChange], None] = lambda change: None
+        self.on_trial: Callable[[PatchLog], None] = lambda log: None
         self.was_skipped = False
 
     @property
@@ -475,6 +483,9 @@ class FallbackController:
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:
             change = change._replace(message=change.message + self._lack_of_room())
+        is_first = facts.cause is Cause.ACTIVATION and not former.plan.modules
+        if is_first and self._hardware.tf32 == "native" and not products_use_tf32():
+            change = change._replace(message=change.message + TF32_WOULD_DO)
         self.newest_change = change if facts.cause is not None else None
         if self.newest_change and tries_out:
             self._try_out()
@@ -568,6 +579,7 @@ class FallbackController:
                 # With `__wrapped__`, by which accelerate finds what it has wrapped itself.
                 once = functools.wraps(model.forward)(functools.partial(tried, model.forward))
                 self._trial.set_attribute(model, "forward", once)
+        self.on_trial(self._trial)
 
     def remove(self) -> None:
         """Takes every context back and lets go of the batches."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
+from hf_amp.fallback.one_block import BlockGradients
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
@@ -150,19 +151,6 @@ def diagnose(loss_finite: bool | None, forwards: Sequence[RecordedForward], runn
 def _ran_before(forwards: Sequence[RecordedForward], runner: PlanRunner) -> bool:
     """Whether any of them ran in another plan than the one in force."""
     return any(forward.plan not in (None, runner.plan) for forward in forwards)
-
-
-def message_elsewhere(agreed: Diagnosis, current: CurrentPrecision, rank: int) -> str:
-    """What a rank that has seen nothing of `agreed` says of it: its own batch, loss and labels may be fine."""
-    if agreed.already_fixed:
-        what = _ALREADY_FIXED.message
-    elif agreed.cause is Cause.ACTIVATION:
-        what = _overflow(agreed.modules, current).message
-    elif agreed.cause is Cause.SCALE:
-        what = SCALE_WILL_FIX_IT
-    else:
-        what = f"{agreed.cause.facts.in_words}. {agreed.cause.facts.remedy}"
-    return f"found by rank {rank}, whose console says more: {what}"
 
 
 def joined(prefix: str, name: str) -> str:
@@ -554,26 +542,26 @@ class Diagnoser:
         return found if found.confirmed or found.already_fixed else None
 
     def _agreed(self, found: Diagnosis) -> Diagnosis:
-        """The most severe cause, and all modules, that any rank has found. One all-reduce, one GPU-CPU sync."""
+        """The most severe cause, and all modules, that any rank has found, in its words. One all-reduce, one broadcast, two GPU-CPU syncs."""
         names = [name for name, _ in self._runner.named_modules()]
         by_rank = found.severity * _RANKS + dist.get_rank()  # exact in float32
         local = [float(by_rank), *(float(name in found.modules) for name in names)]
         worst, *blamed = all_reduce_max_to_host(torch.tensor(local, device=self._runner.device))
         severity, rank = divmod(int(worst), _RANKS)
         modules = tuple(name for name, flag in zip(names, blamed, strict=True) if flag)
-        agreed = _BY_SEVERITY[severity]._replace(message=found.message, modules=modules)
-        if agreed._replace(modules=found.modules) == found and set(modules) == set(found.modules):
-            return found
-        if not found.confirmed:
-            return agreed._replace(message=message_elsewhere(agreed, self._runner.current, rank))
-        return agreed._replace(message=f"rank {rank} has found the cause. Here: {found.message}")
+        said = [found.message]
+        dist.broadcast_object_list(said, rank, device=self._runner.device)
+        here = f" Here: {found.message}" if found.confirmed else ""
+        message = found.message if found.severity == severity else f"found by rank {rank}: {said[0]}{here}"
+        return _BY_SEVERITY[severity]._replace(message=message, modules=modules)
 
     def _in_backward(self, skip: SkippedStep, forwards: Sequence[RecordedForward]) -> Diagnosis:
         """Why gradients are not finite although the loss is: backward is repeated without a scale, with a tiny one, and in FP32."""
         current = self._runner.current
         tried = bool(forwards) and skip.step != self._recorder.functional_step
         for index, forward in reversed(list(enumerate(forwards))):
-            bad = replay_backward(forward, current, 1.0, skip.scale, first_only=True)
+            with BlockGradients(forward.model) as blocks:
+                bad = replay_backward(forward, current, 1.0, skip.scale, first_only=True)
             tried &= bad is not None and not bad.is_probe
             if bad is None or not (bad.parameters or bad.outside):
                 continue
@@ -587,7 +575,7 @@ class Diagnoser:
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)
-            in_fp32 = replay_backward(
+            in_fp32 = blocks.replay(forward, current, bad) or replay_backward(
                 forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True, first_only=True
             )
             if in_fp32 is not None and in_fp32.parameters:

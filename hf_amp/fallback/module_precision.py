@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from hf_amp.device import runs_backward
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.patch_log import compile_disabled, is_one_graph, not_compiled_alone, removal, takes_hooks, unpickled
@@ -35,6 +36,7 @@ class ForwardContext:
     """
 
     _all_of_thread: ClassVar[threading.local] = threading.local()
+    _suspended: ClassVar[int] = 0
 
     def __init__(self, make_context: Callable[[], AbstractContextManager[Any]]) -> None:
         self._make_context = make_context
@@ -101,15 +103,18 @@ class ForwardContext:
     def suspended(cls) -> Iterator[None]:
         """Inside of it, forward passes of this thread enter no context but those made inside of it."""
         cls._all_of_thread.suspensions = cls.suspensions() + 1
+        cls._suspended += 1
         try:
             yield
         finally:
+            cls._suspended -= 1
             cls._all_of_thread.suspensions -= 1
 
     @classmethod
     def suspensions(cls) -> int:
-        """How many times `suspended` this thread is inside of."""
-        return int(cls._all_of_thread.__dict__.get("suspensions", 0))
+        """How many times `suspended` this thread is inside of; where it runs a backward, the thread that has asked for that."""
+        own = int(cls._all_of_thread.__dict__.get("suspensions", 0))
+        return own if own or not cls._suspended or not runs_backward() else cls._suspended
 
     @classmethod
     def _entered(cls) -> list[ForwardContext]:
@@ -317,7 +322,9 @@ class PlanRunner:
         if is_trained and holds_shards(model):
             self.sharded = True
             if not recovers(model):
-                self.limits = "; of these shards no forward pass is repeated, modules do not fall back"
+                lacks = " (that needs FSDPModule.reset_iter_state, which this PyTorch lacks and 2.13 has)"
+                why = lacks if any(map(is_unit, model.modules())) else ""
+                self.limits = f"; of these shards no forward pass is repeated, modules do not fall back{why}"
         models = self._models if is_trained else self._evaluated
         free = next((index for index, reference in enumerate(models) if reference() is None), len(models))
         if free < len(models):

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from hf_amp.device import runs_backward
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import PrecisionMode
-from hf_amp.statistics import all_finite, to_host
+from hf_amp.statistics import all_finite, extremes, to_host
 from hf_amp.tree import map_tensors, tensors_in
 
 
@@ -72,14 +73,16 @@ class OperatorTrace(TorchFunctionMode):
         self._watched: set[Any] = set()
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """In every module of `model` the innermost mode, entered anew where it is not: contexts of the plan are entered there too."""
+    def watching(self, model: nn.Module, prefix: str = "") -> Iterator[None]:
+        """In every module of `model` the innermost mode, entered anew where it is not: contexts of the plan are entered there too; it is called `prefix`."""
         handles = []
-        for name, module in model.named_modules():
+        for name, module in model.named_modules(prefix=prefix):
             if not takes_hooks(module):
                 continue
             handles.append(module.register_forward_pre_hook(functools.partial(self._enter_module, name)))
-            if name:  # the model's own may be what torch goes through now, while it handles what forward has raised
+            if (
+                module is not model
+            ):  # its own may be what torch goes through now, while it handles what forward has raised
                 handles.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))
         try:
             with self:
@@ -90,8 +93,12 @@ class OperatorTrace(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
+    def _is_of_pass(self) -> bool:
+        """Whether this thread makes the pass: a GPU's backward, and what it recomputes, runs in one of PyTorch's own."""
+        return threading.get_ident() == self._thread or (self.repeats_backward and runs_backward())
+
     def _enter_module(self, name: str, module: nn.Module, arguments: Any) -> None:
-        if threading.get_ident() == self._thread:
+        if self._is_of_pass():
             is_innermost = _get_current_function_mode() is self  # type: ignore[no-untyped-call]
             self._modules.append(name)
             self._is_entered.append(not is_innermost)
@@ -99,7 +106,7 @@ class OperatorTrace(TorchFunctionMode):
                 self.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave_module(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if threading.get_ident() == self._thread and len(self._modules) > 1:
+        if self._is_of_pass() and len(self._modules) > 1:
             self._modules.pop()
             if self._is_entered.pop():
                 self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -129,7 +136,7 @@ class OperatorTrace(TorchFunctionMode):
                 cast(Any, x.grad_fn).metadata.setdefault(self, at)
                 if self._watched:  # backward recomputes what was checkpointed
                     self.watch_backward([x])
-        if not self._looks_at_forward or all(map(_is_finite, _floats(result))) or _is_told_to(given) or _spoilt(given):
+        if not self._looks_at_forward or all(map(all_finite, _floats(result))) or _is_told_to(given) or _spoilt(given):
             return result
         with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
             again = map_tensors(Tensor.clone, given) if writes else given
@@ -148,7 +155,7 @@ class OperatorTrace(TorchFunctionMode):
             starts = kwargs["grad_outputs"]
             starts = tuple(map(torch.ones_like, args[0])) if starts is None else starts
             kwargs["grad_outputs"] = map_tensors(lambda g: g * 2.0**-24, starts)
-            left_range = all(map(_is_finite, _floats(torch.autograd.grad(*args, **kwargs))))
+            left_range = all(map(all_finite, _floats(torch.autograd.grad(*args, **kwargs))))
             self.found.setdefault(bad.module, bad._replace(left_range=left_range))
             self.in_backward = None
         return result
@@ -160,7 +167,7 @@ class OperatorTrace(TorchFunctionMode):
             output = f"{_range_of(exact)} in FP32 and {output} in {self._current.mode.number_format.name}"
         what = f"{_described(name, _source(), given)}; its output is {output}"
         bad = BadOperator(module, what, exact is not None, _hint(name, given))
-        from_finite = all(map(_is_finite, _floats(given)))
+        from_finite = all(map(all_finite, _floats(given)))
         if exact is None and not _spoilt(result):
             self._minus_inf = bad if from_finite else self._minus_inf
             return
@@ -178,9 +185,9 @@ class OperatorTrace(TorchFunctionMode):
                     node.register_hook(functools.partial(self._after_node, name, of_operator))
 
     def _after_node(self, node: str, of_operator: Any, gradients: tuple[Any, ...], given: tuple[Any, ...]) -> None:
-        if self.in_backward is not None or all(_is_finite(g) for g in _floats(gradients)):
+        if self.in_backward is not None or all(bool(all_finite(g)) for g in _floats(gradients)):
             return
-        if all(_is_finite(g) for g in _floats(given)):
+        if all(bool(all_finite(g)) for g in _floats(given)):
             module, name, source, inputs = of_operator or ("", node, ("", 0), ())
             self.in_backward = BadOperator(module, f"{node}, the derivative of {_described(name, source, inputs)}")
 
@@ -213,7 +220,7 @@ _OTHERS = tuple(str(Path(at).parent) for at in (torch.__file__, str(Path(__file_
 def _source() -> tuple[str, int]:
     """File and line of the innermost line outside of torch and hf_amp, in transformers of a model's own file; "" where none is."""
     frame, innermost = sys._getframe(1), ("", 0)
-    while frame is not None and not frame.f_code.co_filename.endswith("fallback/replay.py"):
+    while frame is not None and frame.f_code.co_name != "repeat_forward":
         file = frame.f_code.co_filename
         if not file.startswith(_OTHERS):
             if "/transformers/" not in file or "/transformers/models/" in file:
@@ -232,13 +239,9 @@ def _floats(value: Any) -> list[Tensor]:
     return [x for _, x in tensors_in(value) if x.is_floating_point() and x.element_size() > 1]
 
 
-def _is_finite(x: Tensor) -> bool:
-    return bool(all_finite(x))
-
-
 def _spoilt(value: Any) -> bool:
     """Whether a tensor holds NaN or inf; -inf may be a mask."""
-    return any(bool((x.isnan() | x.isposinf()).any()) for x in map(Tensor.detach, _floats(value)))
+    return not all(bool(extremes(x.detach())[1] < math.inf) for x in _floats(value))
 
 
 def _is_told_to(value: Any) -> bool:

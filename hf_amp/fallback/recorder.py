@@ -250,6 +250,7 @@ class ForwardRecorder:
         gradient_bytes: of what the loss gives to outputs, so many are kept of a step at most.
         compiled: whether what is called in a model's place was made by torch.compile.
         functional_step: the newest step in which torch.func has called a model, which cannot be repeated.
+        without_backward: the newest step in which a forward pass followed another without a backward in between; 0 for none.
         one_graph: whether compiled code that may not break its graph calls a model.
         on_error: called with what a training model's forward pass has raised.
     """
@@ -261,7 +262,7 @@ class ForwardRecorder:
         self._buffers: dict[weakref.ref[nn.Module], ModelBuffers] = {}
         self.gradient_bytes: float = KEPT_GRADIENTS
         self._room: float = KEPT_GRADIENTS
-        self._end_of_forward = self.functional_step = 0
+        self._end_of_forward = self.functional_step = self.without_backward = 0
         self.one_graph = self.compiled = False
         self._hooks: list[_Note] = []
         self._passes_tried: Counter[weakref.ref[nn.Module]] = Counter()
@@ -296,7 +297,8 @@ class ForwardRecorder:
             now = self._now()
             self._let_go_of_known_steps()
             now.has_let_go |= len(now.calls) == KEPT_FORWARDS
-            now.may_leave_out |= bool(now.calls) and now.calls[-1].backwards == self._steps.backwards
+            if now.calls and now.calls[-1].backwards == self._steps.backwards:
+                now.may_leave_out, self.without_backward = True, self._steps.decided_steps + 1
             if now.may_leave_out and self._steps.note_loss is None:
                 self._steps.note_loss = self.note_loss
             now.calls.append(kept := self._kept(reference, arguments, options))

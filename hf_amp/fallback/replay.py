@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.device import RandomState, devices_of
+from hf_amp.emulation import in_backward
 from hf_amp.errors import in_one_line
 from hf_amp.fallback import sharded
 from hf_amp.fallback.module_precision import (
@@ -31,12 +32,13 @@ from hf_amp.fallback.module_precision import (
     recovers,
     to_float32,
 )
+from hf_amp.fallback.one_module import ModuleAlone
 from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of, is_reentrant
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.fallback.sharded import GatheredGradients, Lockstep
 from hf_amp.patch_log import removal, takes_hooks
 from hf_amp.precision import PrecisionMode, upcast
-from hf_amp.statistics import all_finite, extremes, is_distributed, local_part, to_host_list
+from hf_amp.statistics import extremes, is_distributed, local_part, to_host_list
 from hf_amp.tree import copy_containers, tensors_in
 
 
@@ -53,8 +55,10 @@ class ReplayFindings:
         draws: whether the model has drawn random numbers or counts its calls, so that the pass may not have been the same
             as the first.
         operators: module → its first operator that gives what is not finite; where any module does.
+        operators_in: the same of what was seen in a module that was run alone, on finite values.
         error: why the pass could not be repeated; None where it could.
         is_inside: whether the whole model in FP32 cures what a module in it makes in FP32 too: a closer look says where.
+        output: what the model returns with those modules in FP32, and the graph behind it where gradients were asked for.
     """
 
     overflowing: list[str] = field(default_factory=list)
@@ -63,8 +67,10 @@ class ReplayFindings:
     returns_loss: bool = False
     draws: bool = False
     operators: Mapping[str, BadOperator] = field(default_factory=dict)
+    operators_in: dict[str, Mapping[str, BadOperator]] = field(default_factory=dict)
     error: str | None = None
     is_inside: bool = False
+    output: Any = None
 
     def operator_of(self, module: str) -> BadOperator | None:
         """The first operator to blame inside of the module of that name; None where none was seen."""
@@ -74,26 +80,34 @@ class ReplayFindings:
 
 
 def replay(
-    forward: RecordedForward, current: CurrentPrecision, without: Collection[str] = (), by_operator: bool = True
+    forward: RecordedForward,
+    current: CurrentPrecision,
+    without: Collection[str] = (),
+    by_operator: bool = True,
+    gradients: bool = False,
 ) -> ReplayFindings:
     """Repeats `forward` under the precision of the run and finds which modules leave its range.
 
     A module whose output is not finite runs once more in FP32. If that cures it, it is to blame, and the pass goes on
     with the FP32 output, so that one pass finds every such module. Nothing of the run changes: no gradients, buffers
     and random state are put back, caches are not used. Dropout draws what it drew.
-    Where something is found, the pass is repeated once more, operator by operator, unless `by_operator` is False. Models that differentiate in forward, as
+    Operator by operator such a module is run alone, where what it was given is finite, or else the pass, unless `by_operator` is
+    False. Models that differentiate in forward, as
     force fields do, are repeated with gradients on. Reads the host once a module: for steps that went wrong only. Never raises.
     In the buffers named in `without`, 1 stands for whatever is not finite.
     """
-    found = _replay_modules(forward, _Replay(forward.model, current), without, gradients=False)
-    gradients = found.error is not None
-    if gradients:
-        again = _replay_modules(forward, _Replay(forward.model, current), without, gradients=True)
+    found = _replay_modules(forward, _Replay(forward, current), without, gradients)
+    if found.error is not None and not gradients:
+        gradients = True
+        again = _replay_modules(forward, _Replay(forward, current), without, gradients=True)
         found = found if again.error else again
     if found.is_inside:
-        found = _replay_modules(forward, _Replay(forward.model, current, all_of_them=True), without, gradients)
-    if by_operator and (found.overflowing or found.first_non_finite is not None):
+        found = _replay_modules(forward, _Replay(forward, current, all_of_them=True), without, gradients)
+    blamed = found.overflowing or [name for name in [found.first_non_finite] if name is not None]
+    if by_operator and not found.operators_in.keys() >= {*blamed}:
         found.operators = _replay_operators(forward, current, gradients)
+    elif by_operator:
+        found.operators = {at: op for name in blamed for at, op in found.operators_in[name].items()}
     return found
 
 
@@ -101,7 +115,7 @@ def take_part(current: CurrentPrecision, wanted: sharded.Pass, forward: Recorded
     """Makes a pass that another rank of a sharded run wants, with this rank's own batch."""
     variant = bool(wanted.variant)
     if wanted.kind == sharded.MODULES:
-        _replay_modules(forward, _Replay(forward.model, current), (), variant)
+        _replay_modules(forward, _Replay(forward, current), (), variant)
     elif wanted.kind == sharded.OPERATORS:
         _replay_operators(forward, current, variant)
     else:
@@ -116,7 +130,7 @@ def _replay_operators(
     sharded.wait_for_turn(sharded.OPERATORS, forward, gradients)
     silent = sharded.silent_while_gathering(model, lambda on: setattr(trace, "is_silent", on))
     with suppress(Exception), nothing_changes(model, gradients), current(), trace.watching(model), silent:
-        _repeat(forward)
+        repeat_forward(forward)
     return trace.found
 
 
@@ -125,7 +139,9 @@ def _replay_modules(
 ) -> ReplayFindings:
     sharded.wait_for_turn(sharded.MODULES, forward, gradients)
     handles = []
-    for name, module in [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]:
+    only_end = without and Lockstep.now() is None  # is asked for
+    inner = [] if only_end else [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]
+    for name, module in inner:
         before, after = watch.look_at(name)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         # Before FSDP lets go of what it has gathered.
@@ -138,9 +154,10 @@ def _replay_modules(
                 x.copy_(x.where(x.isfinite(), 1.0))
             begin(forward.model, forward.arguments, forward.options)
             counters = _counters(forward.model)
-            output, watch.findings.draws = _repeat(forward)
+            output, watch.findings.draws = repeat_forward(forward)
             watch.findings.draws |= _counters(forward.model) != counters
-            end(forward.model, (), {}, output)
+            cured = end(forward.model, (), {}, output)
+            watch.findings.output = output if cured is None else cured
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = in_one_line(error)
         watch.blame_candidate()
@@ -203,15 +220,17 @@ def replay_backward(
         stack.enter_context(hooks_silent([p for _, p in named]))
         if in_fp32:
             stack.enter_context(ForwardContext.suspended())
-        stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else current())
+        stack.enter_context(current.entry.context(PrecisionMode.FP32) if in_fp32 else nullcontext())
         stack.enter_context(gathered.watching(forward.model) if gathered else nullcontext())
         with trace.watching(forward.model) if trace else nullcontext():
-            output, _ = _repeat(forward, in_fp32)
+            with nullcontext() if in_fp32 else current() as precision:
+                output, _ = repeat_forward(forward, in_fp32)
+            stack.enter_context(in_backward(precision))
             starts, *about = starts_of(output, forward, factor, scale)
             if trace is not None and starts:
                 trace.repeats_backward = True
                 trace.watch_backward([x for x, _ in starts])
-            found = gathered.backward(starts, output) if gathered else _backward(starts, named, first_only)
+            found = gathered.backward(starts, output) if gathered else gradient_ends(starts, named, first_only)
     if found is None:
         return None
     ends = to_host_list(end for _, pair in found for end in pair)
@@ -257,7 +276,7 @@ def starts_of(
     return [(x, torch.randn_like(x) * TINY_SCALE) for x in outputs.values()], True, [], False
 
 
-def _backward(
+def gradient_ends(
     starts: Sequence[tuple[Tensor, Tensor]], named: Sequence[tuple[str, Tensor]], first_only: bool
 ) -> list[tuple[str, Tensor]] | None:
     """(name of a parameter, the least and the largest element of its gradient); None where nothing is known."""
@@ -292,19 +311,19 @@ def _until_first(
     def look(index: int, gradient: Tensor) -> None:
         if not all(map(math.isfinite, to_host_list(extremes(gradient)))):
             first[index] = gradient
-            raise _Found
+            raise Found
 
     handles = [cast(Any, p).register_hook(functools.partial(look, index)) for index, p in enumerate(parameters)]
     try:
         return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
-    except _Found:
+    except Found:
         return first
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Found(Exception):
+class Found(Exception):
     """Ends a backward that has shown what was looked for."""
 
 
@@ -323,29 +342,31 @@ class _Replay:
     Of them one that is most of the model is left out, unless `all_of_them` are wanted, for the whole model shows it as well.
     """
 
-    def __init__(self, model: nn.Module, current: CurrentPrecision, all_of_them: bool = False) -> None:
-        self._elements = sum(p.numel() for p in model.parameters())
-        self.findings = ReplayFindings()
+    def __init__(self, forward: RecordedForward, current: CurrentPrecision, all_of_them: bool = False) -> None:
+        self._elements = sum(p.numel() for p in forward.model.parameters())
         self.current = current
         lockstep = Lockstep.now()
-        self._lockstep = lockstep if lockstep is not None and holds_shards(model) else None
+        self._lockstep = lockstep if lockstep is not None and holds_shards(forward.model) else None
         self._all_of_them = all_of_them or self._lockstep is not None
-        self._repeats = False
+        self._alone = ModuleAlone(forward, current)
+        self.findings = ReplayFindings(operators_in=self._alone.found)
         self._candidate: _Candidate | None = None
 
     def look_at(self, name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
         """Forward hooks for the module of that name, one before and one after it has run in this thread."""
         thread = threading.get_ident()
-        called_with: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        called_with: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], RandomState]] = []
 
         def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if threading.get_ident() == thread and not self._repeats:
-                called_with.append(copy_containers((arguments, options), OBJECTS_DEEP))
+            if threading.get_ident() == thread and not self._alone.runs:
+                called_with.append((copy_containers((arguments, options), OBJECTS_DEEP), self._alone.random_state()))
 
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
-            if threading.get_ident() != thread or self._repeats:
+            if threading.get_ident() != thread or self._alone.runs:
                 return None
-            arguments, options = called_with.pop()  # what it was given may hold its output by now
+            (arguments, options), self._alone.drawn_from = (
+                called_with.pop()
+            )  # what it was given may hold its output by now
             if self.findings.first_non_finite is not None:
                 return None
             if name == "":
@@ -357,9 +378,14 @@ class _Replay:
                 # Where another rank needs it, a part of what is spread over ranks has to be like the others.
                 return self._in_fp32(name, module, arguments, options) if together else None
             known = self._candidate is not None and not self._candidate.may_be_mask and not self._all_of_them
-            if known and name and self._candidate_is_in(name) and self._is_most_of_it(module):
-                return None
-            cured = self._cured(name, module, output, arguments, options)
+            if known and name:
+                is_around = self._candidate_is_in(name)
+                if self._is_most_of_it(module) if is_around else _holds_nan_or_inf((arguments, options)):
+                    return None
+            is_clear = (
+                known and name == "" and self._alone.is_own_state
+            )  # the candidate's NaN is in FP32 what it is here
+            cured = None if is_clear else self._cured(name, module, output, arguments, options)
             self.findings.is_inside = known and name == "" and cured is not None
             if name == "" and cured is None:
                 self.blame_candidate()
@@ -378,21 +404,21 @@ class _Replay:
         broken_in_fp32 = non_finite_tensors(exact)
         masked = broken_in_fp32 and not _holds_nan_or_inf(exact) and _finite_only_in(exact, output)
         if broken_in_fp32 and not masked:
-            self._candidate = self._likelier_candidate(name, (arguments, options), broken_in_fp32)
-            return None
-        if name not in self.findings.overflowing:
+            former, likelier = self._candidate, self._likelier_candidate(name, (arguments, options), broken_in_fp32)
+            self._candidate, exact = likelier, None
+            to_blame = likelier is not None and likelier is not former and not likelier.may_be_mask
+        elif to_blame := name not in self.findings.overflowing:
             self.findings.overflowing.append(name)
+        to_blame &= bool(name) and not self._lockstep and not torch.is_grad_enabled()
+        if to_blame and not non_finite_tensors((arguments, options)):
+            self._alone.look_inside(name, module, arguments, options)
         return exact
 
     def _in_fp32(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
         """With its hooks, which may change its output; but for those of FSDP, which has gathered its parameters already."""
-        self._repeats = True
-        try:
-            with ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
-                forward = (module.forward if is_unit(module) else module) if name else sharded.without_wrapper(module)
-                return forward(*to_float32(arguments), **to_float32(options))
-        finally:
-            self._repeats = False
+        with self._alone.running(), ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
+            forward = (module.forward if is_unit(module) else module) if name else sharded.without_wrapper(module)
+            return forward(*to_float32(arguments), **to_float32(options))
 
     def _likelier_candidate(self, name: str, inputs: Any, outputs: list[Tensor]) -> _Candidate | None:
         """Who is to blame if the model's output is not finite: the first whose own inputs were, unless it made a mask."""
@@ -426,8 +452,8 @@ def _finite_only_in(exact: Any, output: Any) -> bool:
 
 def _holds_nan_or_inf(inputs: Any) -> bool:
     """Whether they hold NaN or inf; -inf may be a mask. One GPU-CPU sync."""
-    found = [local_part(x) for _, x in float_tensors(inputs)]
-    return any(to_host_list((x.isnan() | x.isposinf()).any() for x in found))
+    ends = to_host_list(extremes(local_part(x)) for _, x in float_tensors(inputs))
+    return not all(most < math.inf for most in ends[1::2])
 
 
 def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
@@ -438,11 +464,12 @@ def float_tensors(value: Any) -> list[tuple[str, Tensor]]:
 def non_finite_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors inside of `value` that hold inf or NaN. One GPU-CPU sync."""
     found = [x for _, x in float_tensors(value)]
-    finite = to_host_list(all_finite(local_part(x)) for x in found)
-    return [x for x, is_finite in zip(found, finite, strict=True) if not is_finite]
+    ends = to_host_list(extremes(local_part(x)) for x in found)
+    pairs = zip(found, ends[::2], ends[1::2], strict=True)
+    return [x for x, *of_x in pairs if not all(map(math.isfinite, of_x))]
 
 
-def _repeat(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
+def repeat_forward(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any, bool]:
     """What the model returns for the same batch and the same random numbers, and whether it draws any."""
     arguments, options = inputs_to_repeat(forward)
     if forward.random_state is not None:

@@ -49,6 +49,7 @@ from hf_amp.integrations.rewind import go_back_in_loop, refuse_what_cannot_go_ba
 from hf_amp.integrations.trackers import logging_with_metrics
 from hf_amp.patch_log import PatchLog, UnpickledHook, takes_hooks
 from hf_amp.precision import PrecisionMode
+from hf_amp.scaling.left_out import join_left_out_steps
 from hf_amp.scaling.master_weights import convert_parameters, upcast_state
 from hf_amp.scaling.optimizer_step import RefuseScaledStep, install_refusal
 from hf_amp.scaling.scaler import AdvancedGradScaler
@@ -135,7 +136,7 @@ def _decide_steps(accelerator: Accelerator, config: MixedPrecisionConfig) -> tup
         if not accelerator.is_fsdp2:
             limits = "; under FSDP it scales and skips, and modules do not fall back"
         elif gathers_bf16(accelerator) and not gathers_whole_by_default(accelerator, bool(config.fp32_modules)):
-            limits = "; FSDP gathers parameters in BF16, so modules do not fall back"
+            limits = "; FSDP rounds parameters to BF16 as it gathers them, so modules do not fall back, but with fp32_modules"
         if limits:
             config.refuse(["fp32_modules"], "under FSDP modules run as its mixed_precision_policy says")
             config = dataclasses.replace(config, automatic_fallback=False)
@@ -449,6 +450,8 @@ class AttachedAccelerator:
         if enters and takes_hooks(model):  # before the session, which keeps what these outputs are given
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
+        if is_trained:
+            session.patches.on_undo(join_left_out_steps(session.scaler, prepared))
         if not enters:
             change = _changer_of_forward(weakref.ref(model), session)
             session.follow_default(change)

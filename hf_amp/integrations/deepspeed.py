@@ -14,11 +14,11 @@ from torch import Tensor
 
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import probe
-from hf_amp.errors import AttachError
 from hf_amp.events import AmpEvent, Cause, EventKind, StepOutcome
 from hf_amp.integrations.checkpoint import FINITE_CHECK_FILE
 from hf_amp.integrations.trackers import logging_with_metrics
 from hf_amp.precision import PrecisionMode
+from hf_amp.scaling.policies import scalar
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from hf_amp.scaling.step import SeenLosses
 from hf_amp.serialization import load_file
@@ -65,7 +65,7 @@ class ObservedScaler(AdvancedGradScaler):
         bad = torch.zeros((), device=self._device) if flags is None else flags.isnan().float().sum()
         if not applied and self.ranks_agree and is_distributed():
             (bad,) = all_reduce_max(bad)
-        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm).detach().reshape(())
+        norm = grad_norm.detach().reshape(()) if isinstance(grad_norm, Tensor) else scalar(grad_norm or math.nan)
         figures = PendingTransfer({"bad": bad, "norm": to_device(norm, bad.device)})
         attempt = self.decided_steps
         self._newest = StepOutcome(attempt, applied, scale, attempt, losses=seen.number), optimizer, figures
@@ -110,16 +110,13 @@ def observe(accelerator: Accelerator, config: MixedPrecisionConfig) -> AmpSessio
 
     Raises:
         ConfigError: an option would act.
-        AttachError: DeepSpeed runs torch.autocast with a scaler that nobody can look at.
     """
     acting = {option.name for option in dataclasses.fields(config)} - _OBSERVING
     config.refuse(acting, "DeepSpeed scales losses and skips steps by itself, and hf_amp only observes it")
-    if accelerator.deepspeed_plugin.deepspeed_config.get("torch_autocast", {}).get("enabled"):
-        raise AttachError(
-            "hf_amp cannot observe DeepSpeed with torch_autocast, whose scaler reports nothing of what it skips: use the fp16 "
-            "or bf16 section of the DeepSpeed config, or leave attach out."
-        )
     mode, device = _MODES[accelerator.mixed_precision], accelerator.device
+    autocast = accelerator.deepspeed_plugin.deepspeed_config.get("torch_autocast", {})
+    if autocast.get("enabled"):
+        mode = PrecisionMode.BF16 if "b" in str(autocast.get("dtype", "bfloat16")) else PrecisionMode.MIXED
     config = dataclasses.replace(config, automatic_fallback=False, emulate=False)
     scaler = ObservedScaler(dataclasses.replace(config, precision_mode=mode), device)
     scaler.ranks_agree = accelerator.num_processes > 1
@@ -145,10 +142,14 @@ def _watch_steps(accelerator: Accelerator, session: AmpSession, scaler: Observed
         backward(loss, **kwargs)
         if engine.global_steps == steps:
             return  # within an accumulation window
-        applied, next_scale = engine.was_step_applied(), loss_scale(engine)
+        next_scale, of_autocast = loss_scale(engine), autocast_scaler(engine) is not None
+        applied = (
+            engine.was_step_applied() and next_scale >= scale
+        )  # without ZeRO, autocast's scaler skips, and the engine never knows
         norm = engine.get_global_grad_norm() if session.config.enable_monitoring else None
+        norm = norm / scale if of_autocast and norm is not None else norm  # which is of scaled gradients then
         scaler.note_step(engine.optimizer, applied, scale, next_scale, norm)
-        if next_scale < scale and next_scale <= floor:
+        if next_scale < scale and next_scale <= floor and not of_autocast:
             message = (
                 f"DeepSpeed's loss scale has come down to its floor, min_loss_scale={next_scale:g}: one more overflow and ZeRO "
                 "ends the run. A scale is no cure for what overflows there: train in BF16 (the bf16 section of the DeepSpeed "
@@ -161,11 +162,18 @@ def _watch_steps(accelerator: Accelerator, session: AmpSession, scaler: Observed
 
 
 def loss_scale(engine: Any) -> float:
-    """The loss scale that `engine`'s next backward will use; 1 where its optimizer has none. No GPU-CPU sync.
+    """The loss scale that `engine`'s next backward will use; 1 where there is none. No GPU-CPU sync, but one under torch_autocast.
 
     `engine.loss_scale()` is the configured one, 0 for a dynamic scale.
     """
-    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+    scaler = autocast_scaler(engine)
+    return float(getattr(engine.optimizer, "loss_scale", 1.0) if scaler is None else scaler.get_scale())
+
+
+def autocast_scaler(engine: Any) -> torch.amp.GradScaler | None:
+    """The scaler of DeepSpeed's torch_autocast in FP16: the engine's own, or with ZeRO the optimizer's. None in another mode."""
+    own = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return own or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
 
 
 def _keep_progress_in_checkpoints(accelerator: Accelerator, session: AmpSession) -> None:

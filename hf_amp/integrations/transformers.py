@@ -27,6 +27,7 @@ from hf_amp.integrations.accelerate import attach, session_of
 from hf_amp.integrations.rewind import TrainerCheckpoints
 from hf_amp.integrations.trackers import log_entry
 from hf_amp.monitoring.metrics import INCIDENT, LOG_PREFIX, in_brief
+from hf_amp.patch_log import PatchLog
 from hf_amp.session import AmpSession, counted
 from hf_amp.statistics import to_host
 
@@ -236,6 +237,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
         session.on_fault = None  # `on_step_end` goes back
         if self.config.enabled:
             patch_logging(trainer, session)
+            session.on_trial(functools.partial(retry_for_want_of_memory, trainer, session))
             load_scaler_where_there_is_one(trainer, session)
             keep_state_without_scaler(trainer, session)
             self._checkpoints = TrainerCheckpoints(trainer, session, type(self).__name__)
@@ -381,6 +383,26 @@ def patch_logging(trainer: Trainer, session: AmpSession) -> None:
             trainer._tr_loss.zero_()  # private; tests/contract fails by name if it goes
 
     session.patches.set_attribute(trainer, "log", log_with_metrics)
+
+
+def retry_for_want_of_memory(trainer: Trainer, session: AmpSession, log: PatchLog) -> None:
+    """Has the next batch trained again under the former plan where its backward finds no memory.
+
+    Where it is the first of its step: gradients of others, to which backward may have added in part, would be lost.
+    """
+    training_step = trainer.training_step
+
+    @functools.wraps(training_step)
+    def step(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        is_first = all(p.grad is None for p in model.parameters())
+        try:
+            return training_step(model, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if not is_first or not session.recover(error):
+                raise
+        return training_step(model, *args, **kwargs)  # outside of the handler, which holds what has filled the memory
+
+    log.set_attribute(trainer, "training_step", step)
 
 
 def _log_numbers(on_log: Callable[..., None], *args: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:

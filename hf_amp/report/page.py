@@ -6,13 +6,13 @@ import html
 import io
 import math
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -500,7 +500,7 @@ class InlinePage:
     """The page of one run, in a frame of its own, for notebooks."""
 
     def __init__(self, run: RunHistory) -> None:
-        self.page = page([run], version("hf_amp"))
+        self.page = page([run], str(sys.modules["hf_amp"].__version__))
 
     def _repr_html_(self) -> str:
         return f'<iframe sandbox srcdoc="{html.escape(self.page)}" style="width:100%;height:60rem;border:0"></iframe>'

@@ -60,8 +60,11 @@ def policy_of(strategy: ScalingStrategy, config: MixedPrecisionConfig) -> ScaleP
     return cast(ScalePolicy, policy(**options))
 
 
-def scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of shape []."""
+_CPU = torch.device("cpu")
+
+
+def scalar(value: float, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> Tensor:
+    """A tensor of shape [], on the host where nothing is said, whatever `torch.set_default_device` says."""
     return torch.full((), value, dtype=dtype, device=device)
 
 

@@ -192,6 +192,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._policy = self._chosen_policy()
         self._loaded_state: dict[str, float] = {}
         self._queued: list[PendingOutcome] = []
+        self.newest_request: StatisticsRequest | None = None
         self._observed = 0  # the newest attempt that the policy has seen
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
         self._repeats = RepeatLimit()
@@ -237,6 +238,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         scaled = loss if self.no_scaling else loss * (scale if scale.device.type == "cpu" else scale.to(loss.device))
         scaled = emulated_in_backward(scaled)
         self._pending.losses.newest = weakref.ref(scaled)
+        if self.ranks_agree and scaled.requires_grad:
+            cast(Any, scaled).register_hook(self._pending.losses.begin)
         return scaled
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -447,8 +450,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         else:
             # What an overflow leads to, from the scale that these gradients were made with.
             former = self._state._replace(scale=records[0].scale)
-            nothing = torch.zeros(())
-            overflow = Observation(torch.ones(()), nothing, torch.tensor(math.inf))
+            nothing = scalar(0.0)
+            overflow = Observation(scalar(1.0), nothing, scalar(math.inf))
             clean, low = self._state.scale, self._policy.next_state(former, overflow).scale
         self._late = LateUpdate.choose(pending, records, clean, low)
 
@@ -528,9 +531,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         _log.warning("hf_amp: step %d was skipped: %s%s%s. %s", outcome.attempt, why, at, so_far, _WHERE_CAUSES_ARE)
 
     def _check(
-        self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False, order: Sequence[Tensor] = ()
+        self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False, **asked: Any
     ) -> GradientStep:
-        """Checks `optimizer`'s gradients, which are new, in one pass on their device."""
+        """Checks `optimizer`'s gradients, which are new, in one pass on their device. `asked`: of a `StatisticsRequest`."""
         self._learn()
         if self._state is None:
             if not self.no_scaling:
@@ -548,8 +551,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             sample_seed=self.decided_steps if samples else None,
             agree=self.ranks_agree,
             not_sampled=self.not_sampled() if samples or self._policy.needs_amax else (),
-            order=order,
+            **asked,
         )
+        self.newest_request = request
         if self.master_weights is not None:
             self.master_weights.upcast_gradients(optimizer)
         record = self._pending.check(optimizer, self._state.scale, self._figures_on, unscale, request)

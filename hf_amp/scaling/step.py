@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from hf_amp.errors import ScalerError
 from hf_amp.events import StepOutcome
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT
-from hf_amp.scaling.policies import Observation
+from hf_amp.scaling.policies import Observation, scalar
 from hf_amp.statistics import (
     PendingTransfer,
     all_reduce_max,
@@ -45,6 +46,8 @@ from hf_amp.statistics import (
 
 EXTRA = "extra "
 """Stands before the names of what step hooks want read along."""
+LEFT_OUT = 2.0
+"""What a rank that has left its step out says of its loss, plus its number. Others say 0 or 1."""
 
 
 class Unscale(enum.Enum):
@@ -81,6 +84,7 @@ class StatisticsRequest:
         not_sampled: `id` of the parameters that the format does not bound, because their modules run in FP32: neither underflow
             nor what a policy takes for the largest gradient is looked for in them.
         order: the parameters in the order that the norm sums them in; empty for the optimizer's.
+        left_out: this rank takes no such step, and says so to the others; its amax is -1.
     """
 
     norm: bool
@@ -89,6 +93,7 @@ class StatisticsRequest:
     agree: bool
     not_sampled: Collection[int] = ()
     order: Sequence[Tensor] = ()
+    left_out: bool = False
 
 
 @dataclass
@@ -171,7 +176,7 @@ class GradientStep:
         host = to_host(self.figures())
         self.skipped_on_device = bool(host["found_inf"])
         counts = count_non_finite(self.gradients) if host["found_inf"] else None
-        if counts and self.inferred and (self.agrees or not any(counts)):
+        if counts and self.inferred and not _is_left_out(host) and (self.agrees or not any(counts)):
             self._verify()
             host = to_host(self.figures())
         if not host["found_inf"] and not math.isfinite(host.get("norm", 0.0)) and not self.sharded:
@@ -210,6 +215,7 @@ class GradientStep:
             lost_update_fraction=finite(EXTRA + "lost_update_fraction"),
             inf_elements=counts[0] if counts else None,
             nan_elements=counts[1] if counts else None,
+            left_out_by=None if applied or not _is_left_out(host) else int(host["loss_flags"] - LEFT_OUT),
             extras={name.removeprefix(EXTRA): v for name, v in host.items() if name.startswith(EXTRA)},
         )
         return self.outcome
@@ -230,7 +236,7 @@ class GradientStep:
 
     def clip_in_place(self, max_norm: float) -> Tensor:
         """Divides the gradients by the scale and clips them at once. Returns their norm before it, unscaled; no GPU-CPU sync."""
-        norm, factor = cast(Tensor, self.norm), torch.ones(())
+        norm, factor = cast(Tensor, self.norm), scalar(1.0)
         if self.unscale is Unscale.FUSED:
             refuse_fp16(self.gradients)
             factor = reciprocal(self.scale)
@@ -389,8 +395,11 @@ def check(
     found_inf = not_finite(cast(Tensor, amax if norm is None or sharded else norm))
     if found_while_dividing is not None:
         found_inf = torch.maximum(found_inf, found_while_dividing)
+    if request.left_out:
+        says = LEFT_OUT + dist.get_rank()
+        found_inf, amax, loss_flags = (torch.full_like(found_inf, x) for x in (1.0, -1.0, says))
     if (sharded or request.agree) and is_distributed():
-        bad = None if loss_flags is None else loss_flags.isnan().float().amax()
+        bad = None if loss_flags is None else loss_flags.nan_to_num(nan=1.0).amax()
         sizes = () if underflow is None else underflow.unbind()
         worst, bad, amax, bounded_amax, wanted, *sizes_of_all, whole = _agreed(
             found_inf, bad, amax, bounded_amax, wanted, *sizes, part_of_norm=norm if sharded else None
@@ -398,7 +407,7 @@ def check(
         norm = whole if sharded else norm
         found_inf = cast(Tensor, worst)
         underflow = torch.stack(cast(list[Tensor], sizes_of_all)) if sizes else None
-        loss_flags = None if bad is None else torch.where(bad > 0, torch.nan, 0.0)
+        loss_flags = None if bad is None else torch.where(bad == 1, torch.nan, bad)
     return GradientStep(
         backward=backward,
         scale=scale,
@@ -442,6 +451,11 @@ def _underflow(
     return to_device(found.counts, device), to_device(found.cure, device) * scale
 
 
+def _is_left_out(host: Mapping[str, float]) -> bool:
+    """Whether a rank takes no such step."""
+    return host.get("loss_flags", 0.0) >= LEFT_OUT
+
+
 def observe(records: Sequence[GradientStep]) -> Observation:
     """What the records of one update, at least one, showed together: the worst of them. On the CPU, for the host knows it.
 
@@ -451,11 +465,12 @@ def observe(records: Sequence[GradientStep]) -> Observation:
 
     def largest(name: str, rather: str = "") -> Tensor:
         known = [record.host.get(rather, record.host.get(name, 0.0)) for record in records]
-        return torch.tensor(max(known, key=lambda value: math.inf if math.isnan(value) else value), dtype=torch.float32)
+        worst = max(known, key=lambda value: math.inf if math.isnan(value) else value)
+        return torch.tensor(worst, dtype=torch.float32, device="cpu")
 
     return Observation(
         found_inf=largest("found_inf"),
-        loss_non_finite=torch.tensor(float(max(outcome.non_finite_losses for outcome in outcomes))),
+        loss_non_finite=torch.tensor(float(max(outcome.non_finite_losses for outcome in outcomes)), device="cpu"),
         grad_amax=largest("amax", rather="bounded_amax"),
         wanted_scale=largest("wanted_scale") if any("wanted_scale" in record.host for record in records) else None,
         known_clean=all(record.known_clean for record in records),
@@ -483,12 +498,13 @@ def _agreed(*values: Tensor | None, part_of_norm: Tensor | None = None) -> list[
 
 def _part_of_norm(optimizer: torch.optim.Optimizer, norm: Tensor, device: torch.device) -> Tensor | None:
     """This rank's part of the norm of sharded gradients, of which several may hold copies; None where sums are still to be made."""
-    gradients = [cast(Any, p.grad) for p in held_by(optimizer) if p.grad is not None]
-    kinds = {getattr(g, "placements", None) and (id(g.device_mesh), g.placements): g for g in gradients}
+    gradients = (cast(Any, g) for p in held_by(optimizer) if (g := p.grad) is not None)
+    kinds = {(id(getattr(g, "placements", None)), id(getattr(g, "device_mesh", None))): g for g in gradients}
     held = {copies_of(gradient) for gradient in kinds.values()}
     if 0 in held or len(held) <= 1:
         return None if 0 in held else norm * math.sqrt(1 / next(iter(held), 1.0))
-    parts = [(n, [local_part(g) for g in gradients if copies_of(g) == n]) for n in held]
+    every = [g for p in held_by(optimizer) if (g := p.grad) is not None]
+    parts = [(n, [local_part(g) for g in every if copies_of(g) == n]) for n in held]
     squares = [cast(Tensor, norm_and_amax(each, device, amax=False)[0]).square() / n for n, each in parts]
     return torch.stack(squares).sum().sqrt_()
 
@@ -534,6 +550,7 @@ class SeenLosses:
         number: how many there were.
         reported: how many of them a step has reported.
         flags: of each NaN where it held a non-finite value, else 0; shape [], float32, on the loss's device.
+        began: whether backward has begun, as far as it is looked for, where ranks agree.
         ended: whether the next backward begins anew.
         newest: the tensor that the newest goes into backward as; None where nobody holds it any more.
     """
@@ -541,6 +558,7 @@ class SeenLosses:
     number: int = 0
     reported: int = 0
     flags: list[Tensor] = field(default_factory=list)
+    began: bool = False
     ended: bool = False
     newest: Callable[[], Tensor | None] = lambda: None
 
@@ -550,6 +568,10 @@ class SeenLosses:
         flags = known - known  # NaN where it is not finite, 0 elsewhere
         self.number += 1
         self.flags.append((flags.sum() if flags.dim() else flags).float())
+
+    def begin(self, gradient: Tensor) -> None:
+        """A hook of what goes into backward."""
+        self.began = True
 
     def flags_on(self, device: torch.device) -> Tensor | None:
         """All of them, shape [] or [n], on `device`; None where there are none. No GPU-CPU sync."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.benchmark import Benchmark, Target
-from tests.benchmarks.gpu_rows import gpu_rows, gpu_verdicts
+from tests.benchmarks.gpu_rows import gpu_rows, gpu_verdicts, stage_rows
 from tests.benchmarks.measuring import Row
 from tests.benchmarks.run_metadata import PACKAGES, RESULTS
 from tests.benchmarks.suite import SUITES, folder_of
@@ -65,6 +65,8 @@ def read(benchmark: Benchmark, folder: Path) -> dict[str, Any] | None:
 
 def rows_of(result: dict[str, Any]) -> list[Row]:
     """The rows of a file, of whichever benchmark it is."""
+    if "stages" in result:
+        return stage_rows(result)
     return gpu_rows(result) if "cases" in result else result.get("faults") or result["rows"]
 
 

@@ -47,22 +47,34 @@ def training_step(size: str, device: str, fp32_share: float = 0.0, **options: An
     return step
 
 
-def skipped_step(size: str, device: str, cause: Cause | None) -> Callable[[], None]:
-    """One step that is skipped for `cause`, whatever came before; None is an applied one. Precision and scale do not change."""
+FAULTS: dict[Cause, Callable[[Tensor], Tensor]] = {
+    Cause.ROUNDING: lambda h: h + 0 * (h * 0 + 1.0002 - 1.0001).log(),
+    Cause.DERIVATIVE: lambda h: h + (h - h.detach()).abs().sqrt(),
+    Cause.MODEL: lambda h: h + (h - h) / (h - h),
+}
+"""Cause → what makes it of a module's output."""
+IN_A_BLOCK = (Cause.ACTIVATION, *FAULTS, Cause.BUFFER)
+
+
+def skipped_step(size: str, device: str, cause: Cause | None, block: int = 0) -> Callable[[], None]:
+    """One step that is skipped for `cause`, whatever came before; None is an applied one. Precision and scale do not change.
+
+    Args:
+        block: where it arises, if in a block.
+    """
     model, inputs = gpt2(size, device), batch(size, device)
     config = MixedPrecisionConfig(init_scale=INIT_SCALE, automatic_fallback=False)
     scaler = AdvancedGradScaler(config, device)
     session = AmpSession(config, scaler, PrecisionMode.MIXED, probe(device))
     session.sinks.clear()
+    mlp = model.transformer.h[block].mlp
+    fault = FAULTS.get(cause) if cause else None
+    if cause is Cause.BUFFER:
+        mlp.register_buffer("factor", torch.ones(1, device=device))
+        fault = lambda h: h * mlp.factor.to(h)  # noqa: E731
+    if fault:
+        mlp.register_forward_hook(lambda _module, _arguments, output: fault(output))
     session.register_model(model)
-    faults: dict[Cause, Callable[[Tensor], Tensor]] = {
-        Cause.DERIVATIVE: lambda h: h + (h - h.detach()).abs().sqrt(),
-        Cause.MODEL: lambda h: h + (h - h) / (h - h),
-    }
-    if cause in faults:
-        model.transformer.h[-1].mlp.register_forward_hook(lambda _module, _arguments, output: faults[cause](output))
-    elif cause is Cause.ACTIVATION:
-        model.transformer.h[0].mlp.c_proj.weight.data.mul_(1e7)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -77,15 +89,33 @@ def skipped_step(size: str, device: str, cause: Cause | None) -> Callable[[], No
         newest = session.events[-1].cause if session.events else None
         assert newest is cause, f"{newest}, not {cause}"
 
+    if cause is Cause.BUFFER:  # after a step that was finite
+        expected, cause = cause, None
+        step()
+        cause = expected
+        mlp.factor.fill_(float("nan"))
+    with torch.no_grad():
+        if cause is Cause.ACTIVATION:
+            mlp.c_proj.weight.mul_(1e7)
+        elif cause is Cause.WEIGHTS:
+            mlp.c_fc.bias[0] = float("nan")
+        elif cause is Cause.INPUT:
+            embedded = model.transformer.wte(inputs.pop("input_ids"))
+            inputs["inputs_embeds"] = embedded.fill_(float("nan"))
     return step
 
 
 def measure_skips(size: str, rounds: int, device: str) -> list[Row]:
     """A skipped step, with all that is done to find its cause, over an applied one."""
-    causes = (Cause.SCALE, Cause.ACTIVATION, Cause.DERIVATIVE, Cause.MODEL)
     contenders = {"an applied step": skipped_step(size, device, None)}
-    contenders |= {f"a skip by {cause.value}": skipped_step(size, device, cause) for cause in causes}
-    return compared(interleaved(contenders, rounds, "thread"), "an applied step", parameters=size)
+    for cause in (Cause.SCALE, Cause.WEIGHTS, Cause.INPUT):
+        contenders[f"a skip by {cause.value}"] = skipped_step(size, device, cause)
+    for cause in IN_A_BLOCK:
+        for block, where in enumerate(("first", "last")):
+            contenders[f"a skip by {cause.value}, {where} block"] = skipped_step(size, device, cause, -block)
+    return compared(
+        interleaved(contenders, rounds, "thread" if device == "cpu" else "wall"), "an applied step", parameters=size
+    )
 
 
 def measure(size: str, rounds: int, device: str) -> list[Row]:
@@ -111,7 +141,7 @@ def main() -> None:
 def test_every_contender_runs() -> None:
     """The benchmark itself is sound: each contender runs, and there is a ratio for each."""
     assert len(measure("tiny", rounds=2, device="cpu")) == 3
-    assert len(measure_skips("tiny", rounds=2, device="cpu")) == 4
+    assert len(measure_skips("tiny", rounds=2, device="cpu")) == 13
 
 
 if __name__ == "__main__":

@@ -426,7 +426,8 @@ def situations(chosen: Sequence[Situation] = SITUATIONS) -> tuple[list[Row], lis
     }
     logging.disable(logging.NOTSET)
     totals: list[Row] = [_total(kind.name, chosen, found) for kind, found in by_contender.items()]
-    totals.append({"contender": "msprobe", **dict.fromkeys(list(totals[0])[1:], "not installed")})
+    if MsProbe not in by_contender:
+        totals.append({"contender": "msprobe", **dict.fromkeys(list(totals[0])[1:], "not installed")})
     each: list[Row] = [
         {
             "situation": s.name,

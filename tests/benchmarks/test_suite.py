@@ -142,7 +142,7 @@ def test_an_unknown_benchmark_is_refused(
     monkeypatch.setattr(sys, "argv", ["-", "--suite", "gpu", "--only", "seeing", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
-    assert "no benchmark seeing in this suite, but scaler_cost, gpu_training" in capsys.readouterr().err
+    assert "no benchmark seeing in this suite, but gpu, scaler_cost, gpu_training" in capsys.readouterr().err
 
 
 def test_commit_is_that_of_the_checkout_with_a_mark_where_it_is_changed(

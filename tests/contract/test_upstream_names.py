@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 import hf_amp
 from hf_amp.choose import RoundedOperands, torchao_formats
+from hf_amp.device import runs_backward
 from hf_amp.emulation import _COMPOSITE, _FUSED, _PROMOTED, _REDUCED, _WITHOUT_HALF_KERNEL
 from hf_amp.fallback.module_precision import has_compiled
 from hf_amp.integrations._compat import (
@@ -33,6 +35,19 @@ def test_torch_has_the_unscale_kernel() -> None:
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.tensor(0.5))
     assert gradients[0].tolist() == [1.0, 2.0]
     assert found.item() == 1.0
+
+
+def test_torch_flattens_dense_tensors() -> None:
+    """`torch._utils._flatten_dense_tensors` is `cat` of what `reshape(-1)` gives, of any layout and size."""
+    tensors = [
+        torch.randn(3, 4).t(),
+        torch.randn(()),
+        torch.randn(0, 2),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    ]
+    for some in (tensors, tensors[:1]):
+        flat = torch._utils._flatten_dense_tensors(some)
+        assert torch.equal(flat, torch.cat([x.reshape(-1) for x in some]))
 
 
 def test_torch_has_a_dispatch_key_for_emulation() -> None:
@@ -201,6 +216,7 @@ def test_accelerate_makes_the_policy_that_is_taken_for_its_default() -> None:
         ("_inner_training_loop", "self._tr_loss = torch.tensor(0.0"),
         ("_maybe_log_save_evaluate", "tr_loss -= tr_loss"),
         ("evaluation_loop", "self.prediction_step(model, inputs"),
+        ("_run_epoch", "self.training_step(model, inputs"),
         ("evaluate", "self.evaluation_loop("),
         ("predict", "self.evaluation_loop("),
         ("_save_checkpoint", "self.state.save_to_json("),
@@ -359,3 +375,15 @@ def test_torchao_casts_to_its_formats() -> None:
     assert find_first_last_linear_layers(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())) == ("0", "0")
     assert filter_linear_layers(torch.nn.Linear(16, 16), "0", [])
     assert not filter_linear_layers(torch.nn.Linear(15, 16), "0", [])
+
+
+def test_torch_says_which_thread_runs_a_backward() -> None:
+    """A hook of a node is in it, in whatever thread that is; the thread that only waits for it is not."""
+    seen = {"here": runs_backward()}
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.grad_fn.register_hook(lambda *_: seen.update(backward=runs_backward()))  # type: ignore[union-attr]
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
+    assert seen == {"here": False, "backward": True}

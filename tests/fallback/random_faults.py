@@ -336,8 +336,9 @@ def log_of_zero(trial: Trial, batch: Batch) -> None:
 @kind(Cause.LOSS, "ctc_loss", losses=("inside",))
 def labels_longer_than_inputs(trial: Trial, batch: Batch) -> None:
     def fault(loss: Tensor) -> Tensor:
-        spoken = (torch.randn(3, 1, 4) * loss).log_softmax(-1)
-        return loss + nn.functional.ctc_loss(spoken, torch.ones(1, 5).long(), torch.tensor([3]), torch.tensor([5]))
+        spoken = (torch.randn(3, 1, 4, device=loss.device) * loss).log_softmax(-1)
+        words = torch.ones(1, 5, dtype=torch.long, device=loss.device)
+        return loss + nn.functional.ctc_loss(spoken, words, torch.tensor([3]), torch.tensor([5]))
 
     trial.set_in_loss(fault)
     trial.told_in = "labels are longer than inputs"
@@ -378,7 +379,7 @@ class Outcome:
     decided: Any = None
 
 
-def run(seed: int, rank: int | None = None) -> Outcome | None:
+def run(seed: int, rank: int | None = None, device: str = "cpu") -> Outcome | None:
     """One trial; None where the fault could not set in, or did no harm, as an infinity before a function that saturates.
 
     With a `rank` it is one of two, and a fault that they need not share sets in on one of them alone.
@@ -409,10 +410,11 @@ def run(seed: int, rank: int | None = None) -> Outcome | None:
         trial,
         fault,
         config,
-        lambda: random_batch(batch_kind, embedded and batch_kind == "text"),
+        lambda: {n: x.to(device) for n, x in random_batch(batch_kind, embedded and batch_kind == "text").items()},
         late or chance.random() < 0.5,
         rank,
         seed,
+        device,
     )
     if ran is None:
         return None
@@ -480,13 +482,14 @@ def _train(
     fused: bool,
     rank: int | None,
     seed: int,
+    device: str,
 ) -> Ran | None:
     """Steps until some after the fault. None where it cannot set in."""
     chance = trial.chance
     AcceleratorState._reset_state(reset_partial_state=rank is None)
     accelerator = Accelerator(
         mixed_precision=trial.precision,
-        cpu=True,
+        cpu=device == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if rank is not None else None,
     )
     session = hf_amp.attach(accelerator, config)
@@ -519,7 +522,7 @@ def _train(
     except Exception as error:
         harm.append(f"raised {type(error).__name__}: {str(error)[:300]}")
     session.detach()
-    assert not torch.is_autocast_enabled("cpu"), "the next trial would run in it"
+    assert not torch.is_autocast_enabled(device), "the next trial would run in it"
     of_fault = {fault.cause: trial.told_in}
     buffers = [n for n, x in trial.model.named_buffers() if x.is_floating_point() and not _is_sound(x)]
     weights = [n for n, x in trial.model.named_parameters() if not _is_sound(x)]

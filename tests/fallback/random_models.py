@@ -74,7 +74,7 @@ class Scores(nn.Module):
     """Causal attention scores, which hold -inf by design."""
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+        later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
         return (q @ k.mT).masked_fill(later, -torch.inf)
 
 

@@ -25,7 +25,7 @@ from hf_amp.device import probe
 from hf_amp.fallback.diagnosis import Diagnosis, diagnose, non_finite_source
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, PlanRunner, PrecisionEntry
 from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.fallback.replay import ReplayFindings, replay
+from hf_amp.fallback.replay import ReplayFindings, replay, replay_backward
 from tests.each import for_each
 
 KERNELS = for_each("emulate", [False, True])
@@ -482,3 +482,35 @@ def test_a_healthy_model_has_hooks_at_its_door_alone(precision: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert hooks() == {"": 2}
+
+
+class WideBackward(torch.autograd.Function):
+    """Identity whose backward multiplies in FP32 what FP16 does not hold."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return (gradient.float() * 1e6) @ torch.eye(gradient.shape[-1]) * 1e-6
+
+
+class BehindOne(nn.Module):
+    """A layer behind such a function, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return WideBackward.apply(self.layer(x).float()).sum()
+
+
+@KERNELS
+def test_backward_is_repeated_outside_of_autocast(emulate: bool) -> None:
+    """As the step's own: what a user's function multiplies in FP32 there stays in FP32, and is not said to overflow."""
+    found = replay_backward(RecordedForward(BehindOne(), (X,), {}), fp16(emulate), 1.0, 1.0)
+    assert found is not None
+    assert found.parameters == []
+    assert found.moved == {"layer.weight", "layer.bias"}

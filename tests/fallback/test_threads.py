@@ -11,9 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hf_amp
-from hf_amp import AmpSession, Cause, EventKind
+from hf_amp import AmpSession, Cause, EventKind, PrecisionMode
+from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, PrecisionEntry
+from hf_amp.fallback.operators import OperatorTrace
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 
@@ -94,3 +97,39 @@ def test_what_another_thread_calls_the_model_on_is_not_blamed() -> None:
         train(session, accelerator, model, optimizer, 8)
     causes = [event.cause for event in session.events if event.kind is EventKind.STEP_SKIPPED]
     assert causes == [Cause.ACTIVATION] * 2
+
+
+class RootOfItself(nn.Module):
+    """A finite value with an infinite derivative, in a module that is checkpointed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x - x.detach()).abs().sqrt()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(4, 4), RootOfItself(), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(self.block, self.first(x), use_reentrant=True))
+
+
+def test_a_backward_in_a_thread_of_its_own_is_watched() -> None:
+    """As a GPU's is: what reentrant checkpointing recomputes there says which operator, and runs in what the replay runs in."""
+    model = Checkpointed()
+    trace = OperatorTrace(CurrentPrecision(PrecisionEntry("cpu", True), PrecisionMode.FP32), forward=False)
+    suspensions: dict[str, int] = {}
+    model.block.register_forward_hook(lambda *_: suspensions.update(backward=ForwardContext.suspensions()))
+    with ForwardContext.suspended(), trace.watching(model):
+        loss = model(torch.randn(2, 4)).sum()
+        trace.repeats_backward = True
+        trace.watch_backward([loss])
+        of_another = threading.Thread(target=lambda: suspensions.update(elsewhere=ForwardContext.suspensions()))
+        for thread in (threading.Thread(target=loss.backward), of_another):
+            thread.start()
+            thread.join()
+    assert trace.in_backward is not None
+    assert (trace.in_backward.module, trace.in_backward.what.split()[0]) == ("block", "SqrtBackward0,")
+    assert suspensions == {"backward": 1, "elsewhere": 0}
+    assert ForwardContext.suspensions() == 0

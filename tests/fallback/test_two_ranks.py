@@ -46,23 +46,11 @@ def test_the_rank_with_the_fault_says_what_failed(ranks: list[dict[str, Any]]) -
     assert "no peeking" in ranks[1]["failing examination"]["messages"][0]
 
 
-@for_each(
-    ("fault", "advice"),
-    [
-        ("activation", "a forward value left the range of FP16 (±65504), from finite inputs"),
-        ("NaN batch", "the batch held non-finite values"),
-        ("labels", "Look at the labels"),
-        ("division", "the model computed non-finite values in FP32 too"),
-    ],
-)
-def test_the_rank_without_the_fault_blames_nothing_of_its_own(
-    ranks: list[dict[str, Any]], fault: str, advice: str
-) -> None:
-    """Rank 0, whose messages are in the log and the report, tells what the other has found, not what itself has not."""
-    (message, *_) = ranks[0][fault]["messages"]
-    assert message.startswith("found by rank 1, whose console says more: ")
-    assert advice in message
-    assert "this step's labels" not in message
+@for_each("fault", ["activation", "NaN batch", "labels", "division"])
+def test_the_rank_without_the_fault_blames_nothing_of_its_own(ranks: list[dict[str, Any]], fault: str) -> None:
+    """Rank 0, whose messages are in the log, on the console and in the report, tells what the other has found, in its words."""
+    (message, *_), (found, *_) = (results[fault]["messages"] for results in ranks)
+    assert message == f"found by rank 1: {found}"
 
 
 def test_a_derivative_of_one_rank_is_found_by_both_at_the_first_skip(ranks: list[dict[str, Any]]) -> None:

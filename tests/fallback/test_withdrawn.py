@@ -16,15 +16,6 @@ from hf_amp.fallback.plan import PrecisionPlan
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state", "nothing_compiled")
 
 
-@pytest.fixture
-def nothing_compiled() -> None:
-    """Whatever other tests of this process have compiled, no plan would be tried out after it."""
-    import torch._dynamo.utils
-
-    torch._dynamo.utils.counters.clear()
-    torch.compiler.reset()
-
-
 class HalfAttention(nn.Module):
     """Takes half precision only, as FlashAttention does."""
 

@@ -426,6 +426,60 @@ class MemoryRunsOut(torch.autograd.Function):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+class LargeWeightsAt(TrainerCallback):
+    """In one step the weights of a layer are beyond FP16's range."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step + 1 == self._step:
+            model.hidden.weight.data.mul_(1e7)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            model.hidden.weight.data.div_(1e7)
+
+
+def hungry_in_fp32(callback: MixedPrecisionCallback, at: int) -> Callable[..., torch.Tensor]:
+    """A loss whose backward finds no memory where a module runs in FP32, in the batch of that number after it went there."""
+    seen: list[int] = []
+
+    def loss_of(outputs: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        loss = (outputs["logits"] - labels).square().mean()
+        seen.extend([1] if callback.session.plan.modules else [])
+        return MemoryRunsOut.apply(loss) if len(seen) == at and callback.session.plan.modules else loss
+
+    return loss_of
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_backward_that_finds_no_memory_under_a_new_plan(tmp_path: Path) -> None:
+    """The batch is trained under the former plan, and every later one; no step but the overflowing one is lost."""
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    trainer = regression_trainer(
+        tmp_path, callback, LargeWeightsAt(2), compute_loss_func=hungry_in_fp32(callback, 1), fp16=True, max_steps=STEPS
+    )
+    trainer.train()
+    assert callback.session.metrics()["applied_steps"] == trainer.state.global_step - 1 == STEPS - 1
+    assert not callback.session.plan.modules
+    changes = [e.message for e in callback.session.events if e.kind is EventKind.PRECISION_CHANGED]
+    assert [("FP32" in change, "not enough memory" in change) for change in changes] == [(True, False), (True, True)]
+    callback.session.detach()
+    assert "training_step" not in vars(trainer)
+
+
+def test_gradients_of_other_batches_are_not_lost_for_it(tmp_path: Path) -> None:
+    """In the second batch of a step the error is the user's."""
+    callback = MixedPrecisionCallback({"init_scale": 1024.0})
+    trainer = regression_trainer(
+        tmp_path, callback, LargeWeightsAt(2), compute_loss_func=hungry_in_fp32(callback, 2), fp16=True,
+        max_steps=STEPS, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+
+
 def test_auto_find_batch_size(tmp_path: Path) -> None:
     """Memory runs out in the second backward: the run begins anew with less, and the lost step counts for nothing."""
     seen: list[int] = []

@@ -62,7 +62,9 @@ def one_process() -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def accelerator_with(precision: str = "fp16", stage: int = 1, window: int = 1, **section: Any) -> Accelerator:
+def accelerator_with(
+    precision: str = "fp16", stage: int = 1, window: int = 1, torch_autocast: Any = None, **section: Any
+) -> Accelerator:
     """An Accelerator of DeepSpeed; `section` goes into that of the precision."""
     options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 5,
@@ -71,6 +73,8 @@ def accelerator_with(precision: str = "fp16", stage: int = 1, window: int = 1, *
     }
     if precision != "no":
         options[precision] = {"enabled": True, **(FP16 if precision == "fp16" else {}), **section}
+    if torch_autocast:
+        options["torch_autocast"] = torch_autocast
     AcceleratorState._reset_state(reset_partial_state=True)  # a second plugin in one process is refused
     plugin = DeepSpeedPlugin(hf_ds_config=options)
     return Accelerator(deepspeed_plugin=plugin, mixed_precision=precision, gradient_accumulation_steps=window)
@@ -222,12 +226,21 @@ def test_options_of_our_loops_are_refused() -> None:
         hf_amp.attach(accelerator_with("bf16"), MixedPrecisionConfig(memory_efficient=True))
 
 
-def test_a_scaler_that_cannot_be_seen_is_refused() -> None:
-    """DeepSpeed's torch_autocast keeps a GradScaler of its own, whose skips nobody is told of."""
-    accelerator = accelerator_with("no")
-    accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"] = {"enabled": True}
-    with pytest.raises(AttachError, match="torch_autocast"):
-        hf_amp.attach(accelerator)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_torch_autocasts_skips_are_told(stage: int) -> None:
+    """Its scaler is torch's: without ZeRO the engine takes each step for an applied one, with ZeRO DeepSpeed 0.19.8 never lowers the scale."""
+    accelerator = accelerator_with("no", stage, torch_autocast={"enabled": True, "dtype": "float16"})
+    session = hf_amp.attach(accelerator)
+    model, optimizer = prepared(accelerator)
+    scales = train(accelerator, model, optimizer, [CLEAN, OVERFLOW, CLEAN, NAN, CLEAN])
+    assert scales == ([2.0**16, 2.0**15, 2.0**15, 2.0**14, 2.0**14] if stage == 0 else [2.0**16] * 5)
+    skips = [(e.step, e.cause, e.before, e.after) for e in session.events if e.kind == "step_skipped"]
+    assert skips == [(2, "SCALE", 2.0**16, scales[1]), (4, "UNKNOWN", scales[2], scales[3])]
+    assert (session.metrics()["applied_steps"], session.metrics()["skipped_steps"]) == (3, 2)
+    if stage:
+        assert 0.1 < session.metrics()["grad_norm"] < 10.0
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert session.plan.default.number_format.name == "FP16"
 
 
 def test_detach_restores_what_was_there(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 import hf_amp
 from hf_amp import AmpSession, Cause, EventKind, MixedPrecisionCallback, PrecisionMode
 from tests.each import for_each, forget_accelerators
+from tests.reference import OnDevice, cuda_rules, on_device
+from tests.test_cuda_rules import largest_exponent
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
 LARGEST_FP16 = 65504.0
@@ -89,9 +91,20 @@ GATE = "bond_conv_layers.{}.twoBody_bond.mlp_gate.layers.3"
 
 
 def crystal_of(name: str) -> Any:
-    """A crystal with hydrogen, as pymatgen has it."""
+    """A crystal, as pymatgen has it; brucite and water have hydrogen."""
     from pymatgen.core import Lattice, Structure
 
+    if crystal := {"rock salt": (5.6, "Na", "Cl"), "periclase": (4.2, "Mg", "O")}.get(name):
+        side, metal, other = crystal
+        metals, others = (
+            [[0.01, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]],
+            [[0.5, 0.02, 0], [0, 0.5, 0], [0, 0, 0.5]],
+        )
+        return Structure(Lattice.cubic(side), [metal] * 4 + [other] * 4, [*metals, *others, [0.5, 0.5, 0.5]])
+    if name == "LiMnO2":
+        places = [[0.5, 0.5, 0.37], [0, 0, 0.39], [0.5, 0.5, 0.87], [0, 0, 0.86], [0.5, 0, 0.36], [0, 0.5, 0.1]]
+        lattice, more = Lattice.orthorhombic(2.87, 4.63, 5.83), [[0.5, 0, 0.86], [0, 0.5, 0.6]]
+        return Structure(lattice, ["Li"] * 2 + ["Mn"] * 2 + ["O"] * 4, [*places, *more])
     if name == "water":
         return Structure(Lattice.cubic(3.2), ["O", "H", "H"], [[0, 0, 0], [0.24, 0.18, 0], [-0.24, 0.18, 0]])
     places = [[0, 0, 0], [1 / 3, 2 / 3, 0.2203], [2 / 3, 1 / 3, 0.7797], [1 / 3, 2 / 3, 0.43], [2 / 3, 1 / 3, 0.57]]
@@ -114,6 +127,45 @@ def test_chgnet_on_crystals_with_hydrogen(crystal: str, task: str, layers: list[
 
     named = assert_named_and_trained_on(model, loss_of, learning_rate=1e-4, rel=0.1)
     assert named == {GATE.format(layer) for layer in layers}
+
+
+def placed(graph: Any) -> Any:
+    """A crystal's graph on what PyTorch takes for a CUDA device."""
+    twin = copy.copy(graph)
+    vars(twin).update({name: OnDevice(x) for name, x in vars(graph).items() if isinstance(x, Tensor)})
+    twin.to = lambda *_, **__: twin
+    return twin
+
+
+@needs("chgnet", "chgnet")
+@for_each("crystal", ["rock salt", "periclase", "LiMnO2"])
+def test_the_scale_of_chgnets_forces_is_that_of_cuda(crystal: str) -> None:
+    """The scale at which a run on forces settles is within 2 bits of the largest that PyTorch's autocast for CUDA has room for.
+
+    What limits it are the steps of SiLU's second derivative, in half precision.
+    """
+    from chgnet.model import CHGNet
+
+    model = CHGNet.load(use_device="cpu", verbose=False)
+    graph = model.graph_converter(crystal_of(crystal))
+
+    def loss_of(predicted: Any) -> Tensor:
+        return (predicted["e"] + 4.0).square().mean() + sum(each.square().mean() for each in predicted["f"])
+
+    with cuda_rules(torch.float16):
+        on_cuda = on_device(model)([placed(graph)], task="ef")
+    loss = loss_of({"e": on_cuda["e"].held, "f": [each.held for each in on_cuda["f"]]})
+    expected = largest_exponent(loss, [p for p in model.parameters() if p.requires_grad])
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    with hf_amp.attach(accelerator, init_scale=2.0**8) as session:
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+        for _ in range(16):
+            accelerator.backward(loss_of(model([graph], task="ef")))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not accelerator.optimizer_step_was_skipped
+        assert {event.cause for event in session.events if event.kind is EventKind.STEP_SKIPPED} == {Cause.SCALE}
+        assert abs(math.log2(session.metrics()["scale"]) - expected) <= 2
 
 
 @needs("chgnet", "chgnet")

@@ -23,9 +23,10 @@ def main(folder: str, victim: int) -> None:
     torch.manual_seed(0)
     plain = torch.nn.Linear(8, 4)
     model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.01))
-    saved, restarts = Path(folder, "saved"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    begins = 0
-    if restarts:
+    saved, begins = Path(folder, "saved"), 0
+    if (
+        saved.exists()
+    ):  # a node that follows another's restart is told of none: TORCHELASTIC_RESTART_COUNT stays 0 there
         accelerator.load_state(str(saved))
         begins = session.scaler.decided_steps
     for number in range(begins, STEPS):
@@ -35,10 +36,10 @@ def main(folder: str, victim: int) -> None:
         optimizer.zero_grad()
         if number + 1 == SAVED_AFTER:
             accelerator.save_state(str(saved))
-        if number + 1 == DIES_AFTER and not restarts and accelerator.process_index == victim:
+        if number + 1 == DIES_AFTER and not begins and accelerator.process_index == victim:
             os.kill(os.getpid(), signal.SIGKILL)
     everyone = accelerator.gather(torch.stack([p.detach().double().sum() for p in model.parameters()]).sum()[None])
-    found = {"weights": everyone.tolist(), "steps": session.scaler.decided_steps, "restarts": restarts}
+    found = {"weights": everyone.tolist(), "steps": session.scaler.decided_steps, "began_at": begins}
     if accelerator.is_main_process:
         print(
             json.dumps(found | {"skipped": session.scaler.skipped_steps, "scale": session.scaler.get_scale()}),

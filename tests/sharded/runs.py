@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
@@ -24,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_amp
-from hf_amp import AmpSession, EventKind
+from hf_amp import AmpSession, EventKind, MixedPrecisionConfig, StandardMixedPrecisionTrainer
 from tests.fallback.rescaled import ZOO, RescaledModel
 
 CASES = {case.name: case for case in ZOO}
@@ -98,6 +101,22 @@ def raw(
         losses.append(mean_over_ranks(loss))
     found = {**told(session), "losses": losses}
     session.detach()
+    return found
+
+
+def retried(name: str, steps: int) -> dict[str, Any]:
+    """As `raw`, by a trainer of hf_amp's that runs the batch of a skipped step again: all ranks do, for all know of the skip."""
+    model, batches, make_optimizer = CASES[name].build(seed=0)
+    sharded(model, BLOCKS[name])
+    optimizer = make_optimizer(model)
+    trainer = StandardMixedPrecisionTrainer(MixedPrecisionConfig(init_scale=1024.0), on_overflow="retry")
+    losses, retries = [], 0
+    for _ in range(steps):
+        result = trainer.train_step(part_of(next(batches)), model, optimizer)
+        losses.append(mean_over_ranks(result["loss"]))
+        retries += result["retries"]
+    found = {**told(trainer.session), "losses": losses, "retries": retries}
+    trainer.session.detach()
     return found
 
 
@@ -300,6 +319,43 @@ def save_and_go_on(folder: str, resumes: bool) -> dict[str, Any]:
     return {"saved": saved, "losses": losses, "after": after}
 
 
+def killed_and_resumed(folder: str, how: str, steps: int = 10) -> dict[str, Any]:
+    """A run that saves every third step: "whole", "killed" (rank 1, in backward of the sixth step) or "resumed" from the newest save."""
+    model = layers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    session = AmpSession.for_model(model, optimizer, init_scale=1024.0, growth_interval=3, recovery_steps=4)
+    begins = 0
+    if how == "resumed":
+        begins = max(int(name) for name in os.listdir(folder) if name.isdigit())
+        state = _state_of(session, model, optimizer)
+        checkpoint.load(state, checkpoint_id=f"{folder}/{begins}")
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        session.load_state_dict(json.loads(state["amp"]))
+    for number in range(begins + 1, steps + 1):
+        torch.manual_seed(10 * number + dist.get_rank())
+        model.fault = {2: "activation", 5: "loss", 8: "activation"}.get(number, "none") if dist.get_rank() else "none"
+        loss = model(torch.randn(4, 16))
+        if how == "killed" and number == 6 and dist.get_rank() == 1:
+            loss.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+        step(session, optimizer, loss)
+        if number % 3 == 0 and how != "resumed":
+            checkpoint.save(_state_of(session, model, optimizer), checkpoint_id=f"{folder}/{number}")
+    decided = told(session)["decided"]
+    found = {"begins": begins, **{key: decided[key] for key in ("plan", "scale", "counts")}}
+    found["weights"] = [x for p in model.parameters() for x in p.full_tensor().reshape(-1).tolist()]
+    moments = [x for _, its in sorted(get_state_dict(model, optimizer)[1]["state"].items()) for x in its.values()]
+    found["moments"] = [
+        v for x in moments for v in (x.full_tensor() if hasattr(x, "full_tensor") else x).reshape(-1).tolist()
+    ]
+    session.detach()
+    return found
+
+
+def _state_of(session: AmpSession, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"amp": json.dumps(session.state_dict()), "model": model_state, "optimizer": optimizer_state}
+
+
 class _Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -357,6 +413,35 @@ def one_fault(fault: str, steps: int = 4, at: int = 2, which: int = 1, **options
     return found
 
 
+def logged(folder: str) -> dict[str, Any]:
+    """Every rank of a raw loop opens the log and writes figures; the second has a fault. Who has written what, on the console and there."""
+    model, lines = layers(), list[str]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    logger = logging.getLogger("hf_amp")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    logging.disable(logging.NOTSET)
+    try:
+        with AmpSession.for_model(model, optimizer, init_scale=1024.0) as session:
+            session.log_to(folder)
+            for number in range(3):
+                model.fault = "activation" if number == 1 and dist.get_rank() else "none"
+                loss = model(torch.randn(4, 16))
+                step(session, optimizer, loss)
+                session.log_metrics(loss=loss)
+        dist.barrier()
+    finally:
+        logging.disable(logging.CRITICAL)
+        logger.removeHandler(handler)
+    written = [json.loads(line) for path in Path(folder).glob("*.jsonl") for line in path.read_text().splitlines()]
+    return {
+        "lines": lines,
+        "runs": len({line["run_id"] for line in written}),
+        "written": [line["event"] for line in written],
+    }
+
+
 def chosen(by: str) -> dict[str, Any]:
     """A run with modules in FP32 by choice: in which precision the head runs."""
     options: dict[str, Any] = {"fp32_modules": ["lm_head"]}
@@ -387,6 +472,32 @@ def chosen(by: str) -> dict[str, Any]:
             step(session, optimizer, loss)
     handle.remove()
     found = {**told(session), "head": sorted(set(dtypes)), "applied": session.metrics()["applied_steps"]}
+    session.detach()
+    return found
+
+
+class Angle(nn.Module):
+    """The mean angle of directions with themselves: where rounding makes a cosine greater than one, NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.normalize(x, dim=-1)
+        return torch.acos((x * x).sum(-1) * 0.999).square().mean()
+
+
+def rounding(**options: Any) -> dict[str, Any]:
+    """BF16 under accelerate's own FSDP2, of a model that only rounding keeps from training."""
+    torch.manual_seed(0)
+    accelerator = accelerator_of_fsdp2("bf16", "Layer")
+    session = hf_amp.attach(accelerator, **options)
+    model = nn.Sequential(Layer(16, 16), nn.Tanh(), Layer(16, 16), Angle())
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    for number in range(4):
+        torch.manual_seed(10 * number + dist.get_rank())
+        accelerator.backward(model(torch.randn(64, 16)))
+        optimizer.step()
+        optimizer.zero_grad()
+    attached = next(e.message for e in session.events if e.kind is EventKind.ATTACHED)
+    found = {**told(session), "attached": attached, "applied": session.metrics()["applied_steps"]}
     session.detach()
     return found
 
@@ -440,21 +551,53 @@ class Block(nn.Module):
         return nn.functional.softsign(x)
 
 
-def on_two_axes(kind: str, fault: str, steps: int = 6) -> dict[str, Any]:
+@contextmanager
+def accelerator_on_two_axes(kind: str) -> Iterator[Accelerator]:
+    """One with accelerate's `parallelism_config`, ported to a CPU as `accelerator_of_fsdp2` is; its state is asked for in `prepare` too."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    make_state = AcceleratorState.__init__
+
+    def make_state_of_fsdp2(state: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        make_state(state, *args, **kwargs)
+        if state.__dict__.get("fsdp_plugin") is None:
+            as_fsdp2(state, "fp16", "Block")
+        state.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = make_state_of_fsdp2
+    try:
+        sizes = {"dp_replicate_size": 2} if kind == "HSDP" else {"tp_size": 2}
+        axes = ParallelismConfig(dp_shard_size=2, **sizes)
+        yield Accelerator(mixed_precision="fp16", cpu=True, parallelism_config=axes)
+    finally:
+        AcceleratorState.__init__ = make_state
+
+
+def on_two_axes(kind: str, fault: str, steps: int = 6, by_accelerate: bool = False) -> dict[str, Any]:
     """Four ranks, 2 by 2: FSDP in groups that hold copies ("HSDP"), or FSDP of layers that are spread over ranks ("TP")."""
+    with ExitStack() as stack:
+        return _on_two_axes(kind, fault, steps, by_accelerate, stack)
+
+
+def _on_two_axes(kind: str, fault: str, steps: int, by_accelerate: bool, stack: ExitStack) -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block())
-    names = ("replicate", "shard") if kind == "HSDP" else ("shard", "tensor")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    names = ("dp_replicate", "dp_shard") if kind == "HSDP" else ("dp_shard", "tp")
+    accelerator = stack.enter_context(accelerator_on_two_axes(kind)) if by_accelerate else None
+    mesh = accelerator.torch_device_mesh if accelerator else init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
     if kind == "TP":
         for block in model:
-            parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+            parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if fault == "one part" and dist.get_rank() % 2:  # of what is spread over ranks, this rank's alone
         model[1].up.weight.data.to_local().mul_(1e7)
-    over = mesh if kind == "HSDP" else mesh["shard"]
-    sharded(model, "Block", over)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    session = AmpSession.for_model(model, optimizer, init_scale=1024.0)
+    if accelerator:
+        session = hf_amp.attach(accelerator, init_scale=1024.0)
+        model, prepared = accelerator.prepare(model, optimizer)
+        optimizer = prepared.optimizer
+    else:
+        sharded(model, "Block", mesh if kind == "HSDP" else mesh["dp_shard"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        session = AmpSession.for_model(model, optimizer, init_scale=1024.0)
     data_rank = dist.get_rank() if kind == "HSDP" else dist.get_rank() // 2
     norms, losses = [], []
     for number in range(1, steps + 1):

@@ -39,8 +39,8 @@ def accelerated(request: pytest.FixtureRequest) -> Ranks:
 
 
 @pytest.fixture(scope="module")
-def faults() -> Ranks:
-    return told_by("faults")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return told_by("faults", str(tmp_path_factory.mktemp("log")))
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,15 @@ def _same_as_whole(results: dict[str, Any], name: str) -> None:
     """At most two skips, the modules of one process, and within 1% the loss of FP32; stock's scaler moves no parameter.
 
     Six steps, forty in full size, are compared with those of FP32 that leave the first one out: it is the batch that the skip has cost.
+    In full size also with those of FP32 that leave none out: by a trainer that runs the batch of a skipped step again.
     """
     run, fp32, whole = (results[f"{name}, {how}"] for how in ("FP16", "FP32", "whole"))
     assert len(run["skips"]) <= 2
     assert run["decided"]["events"][: len(whole["decided"]["events"])] == whole["decided"]["events"]
     assert run["losses"][-1] == pytest.approx(fp32["losses"][-1], rel=0.01)
+    if again := results.get(f"{name}, retried"):
+        assert again["retries"] == 1
+        assert again["losses"] == pytest.approx(results[f"{name}, FP32 of all batches"]["losses"], rel=0.005)
     assert results[f"{name}, stock"] == {"moved": 0, "scale": 1024.0 * 0.5**3}
 
 
@@ -143,12 +147,36 @@ def test_a_healthy_step_needs_no_collective_beyond_stocks(faults: Ranks) -> None
         assert len(ours) <= len(stock)
 
 
+def test_one_console_and_one_log_tell_of_all_ranks(faults: Ranks) -> None:
+    """`log_to` on every rank writes one log, and the main process alone speaks, of the other's fault in the other's words."""
+    first, second = (results["logged"] for results in faults)
+    assert not second["lines"]
+    assert any("layers.1: found by rank 1: a forward value left the range" in line for line in first["lines"])
+    assert first["runs"] == second["runs"] == 1
+    assert first["written"].count("metrics") == 3
+    assert first["written"].count("step_skipped") == 1
+
+
 def test_modules_run_in_fp32_by_choice(faults: Ranks, accelerated: Ranks) -> None:
     """An FP32 head in FP16 under raw FSDP2, and in BF16 under accelerate's, whose default policy would gather it in BF16."""
     for run in (faults[0]["FP16 head"], accelerated[0]["BF16 head"]):
         assert run["head"] == ["float32 float32"]
         assert run["decided"]["plan"]["modules"] == {"lm_head": "FP32"}
         assert run["applied"] == 2
+
+
+def test_bf16s_default_policy_says_why_no_module_falls_back(accelerated: Ranks) -> None:
+    """The cause is named at every skip, and nothing changes; gathered in FP32, because of a choice, what rounds goes to FP32 too."""
+    run, chosen = (accelerated[0][f"BF16 {how}"] for how in ("by default", "with a choice"))
+    assert "FSDP rounds parameters to BF16 as it gathers them, so modules do not fall back" in run["attached"]
+    assert {tuple(event[1:3]) for event in run["decided"]["events"]} == {("step_skipped", "ROUNDING")}
+    assert run["applied"] == 0
+    assert "modules do not fall back" not in chosen["attached"]
+    assert [event[1:3] for event in chosen["decided"]["events"][1:]] == [
+        ["step_skipped", "ROUNDING"],
+        ["precision_changed", "ROUNDING"],
+    ]
+    assert chosen["applied"] == 3
 
 
 def test_an_actor_learns_beside_its_reference(faults: Ranks) -> None:
@@ -204,9 +232,9 @@ def test_four_ranks_train_as_two(full_size_only: None) -> None:
         _same_as_whole(results, name)
 
 
-@for_each("kind", ["HSDP", "TP"])
+@for_each("kind", ["HSDP", "accelerate's HSDP", "TP"])
 def test_two_axes(full_size_only: None, axes: Callable[[], Ranks], kind: str) -> None:
-    """Copies of shards, and shards of layers that are spread over ranks: cause, module and norm; no rank differs."""
+    """Copies of shards, also by `parallelism_config`, and shards of layers that are spread over ranks: cause, module, norm; no rank differs."""
     results = axes()
     for fault, first in {
         "none": None,
@@ -262,3 +290,18 @@ def test_a_rank_that_is_killed_in_a_replay_ends_the_other(full_size_only: None) 
     assert ended.codes == [1, -signal.SIGKILL], ended.output[-4000:]
     assert "onnect" in ended.output or "closed" in ended.output
     assert time.monotonic() - began < 60
+
+
+def test_a_run_whose_rank_is_killed_resumes_exactly(full_size_only: None, tmp_path: Path) -> None:
+    """SIGKILL in a backward pass: the other rank ends, and from the newest checkpoint both go on, to the last bit as if nothing had been."""
+    whole = told_by("killed", str(tmp_path / "whole"), "whole")[0]["whole"]
+    ended = run_program(
+        "tests.sharded.worker", "killed", str(tmp_path / "cut"), "killed", ranks=2, ACCELERATE_USE_CPU="true"
+    )
+    assert ended.codes == [1, -signal.SIGKILL], ended.output[-4000:]
+    resumed = told_by("killed", str(tmp_path / "cut"), "resumed")[0]["resumed"]
+    assert resumed.pop("begins") == 3
+    assert whole.pop("begins") == 0
+    assert whole["counts"]["skipped_steps"] == 3
+    assert whole["plan"]["modules"]
+    assert resumed == whole

@@ -39,6 +39,9 @@ def models(steps: int) -> dict[str, Run]:
         found[f"{name}, FP16"] = lambda name=name, options=options: runs.raw(name, steps, "MIXED", **options)
         found[f"{name}, FP32"] = lambda name=name: runs.raw(name, steps, "FP32", leaves_out_first=True)
         found[f"{name}, whole"] = lambda name=name: runs.raw(name, 2, "MIXED", shards=False)
+        if steps >= LONG:
+            found[f"{name}, retried"] = lambda name=name: runs.retried(name, steps)
+            found[f"{name}, FP32 of all batches"] = lambda name=name: runs.raw(name, steps, "FP32")
         found[f"{name}, stock"] = lambda name=name: runs.stock(name, 3)
     return found
 
@@ -52,11 +55,14 @@ def accelerated(steps: int) -> dict[str, Run]:
         **found,
         "attached late": lambda: runs.accelerated("GPT-2", 2, "fp16", first=True),
         "BF16 head": lambda: runs.chosen("accelerate BF16"),
+        "BF16 by default": runs.rounding,
+        "BF16 with a choice": lambda: runs.rounding(fp32_modules=["0"]),
     }
 
 
-def faults() -> dict[str, Run]:
+def faults(folder: str) -> dict[str, Run]:
     return {
+        "logged": lambda: runs.logged(folder),
         **{fault: lambda fault=fault: runs.one_fault(fault) for fault in FAULTS},
         "FP16 head": lambda: runs.chosen("raw"),
         "half policy": lambda: runs.raw("GPT-2", 2, "MIXED", mp_policy=HALF),
@@ -72,10 +78,15 @@ def faults() -> dict[str, Run]:
 
 
 def axes() -> dict[str, Run]:
-    kinds = [(kind, fault) for kind in ("HSDP", "TP") for fault in ("none", "activation", "NaN batch", "loss")]
+    faults = ("none", "activation", "NaN batch", "loss")
+    by_hand = [(kind, fault) for kind in ("HSDP", "TP") for fault in faults] + [("TP", "one part")]
     return {
-        f"{kind}, {fault}": lambda kind=kind, fault=fault: runs.on_two_axes(kind, fault)
-        for kind, fault in [*kinds, ("TP", "one part")]
+        **{f"{kind}, {fault}": lambda kind=kind, fault=fault: runs.on_two_axes(kind, fault) for kind, fault in by_hand},
+        # accelerate 1.15's FSDP with tensor parallel imports what transformers 5.23 does not have
+        **{
+            f"accelerate's HSDP, {fault}": lambda fault=fault: runs.on_two_axes("HSDP", fault, by_accelerate=True)
+            for fault in faults
+        },
     }
 
 
@@ -100,9 +111,11 @@ def main(what: str, *arguments: str) -> None:
     elif what == "trainer":
         chosen = {kind: lambda kind=kind: by_trainer(kind, arguments[0]) for kind in ("fp16", "resumed")}
     elif what == "faults":
-        chosen = faults()
+        chosen = faults(arguments[0])
     elif what == "kinds":
         chosen = {kind: lambda kind=kind: runs.one_of_many(kind) for kind in arguments}
+    elif what == "killed":
+        chosen = {how: lambda how=how: runs.killed_and_resumed(arguments[0], how) for how in arguments[1:]}
     elif what == "dies":
         chosen = {"dies": lambda: runs.one_fault("dies")}
     elif what == "axes":

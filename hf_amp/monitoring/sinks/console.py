@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from hf_amp.events import AmpEvent, EventKind, RepeatLimit, printable
+from hf_amp.statistics import is_main_process
 
 _log = logging.getLogger("hf_amp")
 
@@ -28,7 +29,8 @@ class Console:
         changed_to = event.after if event.kind is EventKind.PRECISION_CHANGED else None
         alike = (event.kind, event.cause or event.message, event.modules, changed_to)
         times, shows = self._limit.count(alike) if event.kind.needs_attention else (1, False)
-        level = logging.WARNING if shows else logging.DEBUG
+        speaks = event.kind is EventKind.FORWARD_RAISED or is_main_process()  # all else is the same on all ranks
+        level = logging.WARNING if shows and speaks else logging.DEBUG
         change = (
             f" {event.before:g} -> {event.after:g}:"
             if isinstance(event.before, float) and isinstance(event.after, float) and event.before != event.after

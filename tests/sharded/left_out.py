@@ -1,0 +1,125 @@
+"""A rank that takes another way through its loop than the others.
+
+Prints what a rank has come to, one JSON line each.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_amp
+from hf_amp import AmpSession, EventKind
+from tests.rank_end import leave_together
+from tests.sharded.runs import Layers, accelerator_of_fsdp2, layers
+
+STEPS, AT, SECONDS = 6, 3, 8
+"""Steps of a run, the step at which rank 1 is different, and the timeout of the process group."""
+
+
+class Loop:
+    """A training loop of two ranks: "raw" or "accelerate", or "stock" with torch's own scaler; the model in "ddp" or "fsdp2"."""
+
+    def __init__(self, by: str, kind: str) -> None:
+        torch.manual_seed(0)
+        self.by, self.session = by, None
+        options: dict[str, Any] = {"init_scale": 256.0}
+        if by == "accelerate":
+            self.accelerator = (
+                Accelerator(mixed_precision="fp16", cpu=True)
+                if kind == "ddp"
+                else accelerator_of_fsdp2("fp16", "Layer")
+            )
+            self.session = hf_amp.attach(self.accelerator, **options)
+            plain = Layers()
+            fresh = torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True)
+            self.model, self.optimizer = self.accelerator.prepare(plain, fresh)
+            return
+        self.model = DistributedDataParallel(Layers()) if kind == "ddp" else layers()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
+        if by == "raw":
+            self.session = AmpSession.for_model(self.model, self.optimizer, **options)
+        self.scaler = self.session.scaler if self.session else torch.amp.GradScaler("cpu", init_scale=256.0)
+
+    def told(self) -> dict[str, Any]:
+        """What it has come to here, and what the session has said of skips."""
+        weights = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]
+        found: dict[str, Any] = {"weights": torch.cat([w.detach().reshape(-1) for w in weights]).tolist()}
+        if self.session is not None:
+            metrics = self.session.metrics()
+            found |= {name: metrics[name] for name in ("applied_steps", "skipped_steps", "scale")}
+            found["skips"] = [[e.step, e.message] for e in self.session.events if e.kind is EventKind.STEP_SKIPPED]
+        return found
+
+    def backward(self, loss: Tensor) -> None:
+        if self.by == "accelerate":
+            self.accelerator.backward(loss)
+        else:
+            self.scaler.scale(loss).backward()
+
+    def step(self) -> None:
+        if self.by == "accelerate":
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+def train(loop: Loop, way: str) -> None:
+    """Rank 1 "leaves out" step AT after backward, "continues" before it, "raises" after it, "stops", or "runs out" of batches."""
+    other = dist.get_rank() == 1
+    for number in range(1, STEPS + 1):
+        here = number == AT and (other or way == "all leave out")
+        if way == "runs out" and other and number > AT:
+            return
+        torch.manual_seed(10 * number + dist.get_rank())
+        loss = loop.model(torch.randn(3, 16))
+        if way == "continues" and here:
+            continue
+        loop.backward(loss)
+        if way.endswith("raises") and here:
+            raise MemoryError("nothing is left")
+        if way == "stops" and here:
+            return
+        if way in ("leaves out", "all leave out") and here:
+            loop.optimizer.zero_grad()
+            continue
+        loop.step()
+
+
+def main(loops: str, ways: str) -> None:
+    """`loops`: such as "raw ddp,accelerate fsdp2"; `ways`: such as "leaves out,all leave out"; all of them, one after the other."""
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
+    for way in ways.split(","):
+        for by, kind in (loop.split() for loop in loops.split(",")):
+            loop, began, ended = Loop(by, kind), time.monotonic(), None
+            try:
+                train(loop, way)
+                dist.barrier()
+            except Exception as error:
+                ended = error
+            told = {"way": way, "loop": f"{by} {kind}", "rank": dist.get_rank(), "seconds": time.monotonic() - began}
+            text = "trained" if ended is None else f"{type(ended).__name__}: {ended}"
+            print(json.dumps({**told, "ended": text, **loop.told()}), flush=True)
+            if ended is not None:
+                sys.excepthook(type(ended), ended, ended.__traceback__)  # as where nobody catches it
+                sys.stderr.flush()
+                os._exit(1)
+    leave_together()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,67 @@
+"""A rank that takes another way through its loop: all skip the step, or each ends in bounded time and says why."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.each import for_each
+from tests.forking import Ended, run_program
+from tests.sharded.left_out import AT, SECONDS, STEPS
+
+LOOPS = ("raw ddp", "raw fsdp2", "accelerate ddp", "accelerate fsdp2")
+
+
+def run(loops: str, ways: str) -> tuple[Ended, dict[tuple[str, str, int], dict[str, Any]]]:
+    """How it ended, and what each rank has come to, by (way, loop, rank)."""
+    ended = run_program("tests.sharded.left_out", loops, ways, ranks=2, ACCELERATE_USE_CPU="true")
+    lines = ended.output.replace("}{", "}\n{").splitlines()
+    told = [json.loads(line) for line in lines if line.startswith('{"way"')]
+    return ended, {(each["way"], each["loop"], each["rank"]): each for each in told}
+
+
+def test_a_step_that_one_rank_leaves_out_after_backward_is_skipped_by_all() -> None:
+    """DistributedDataParallel and FSDP2, raw and accelerate's: the weights are those of a run in which all have left it out."""
+    ended, found = run(",".join(LOOPS), "leaves out,all leave out")
+    assert ended.codes == [0, 0], ended.output[-3000:]
+    for loop in LOOPS:
+        for rank in (0, 1):
+            one, everyone = found["leaves out", loop, rank], found["all leave out", loop, rank]
+            assert one["weights"] == everyone["weights"]
+            assert one["scale"] == everyone["scale"] == 256.0
+            assert (one["applied_steps"], one["skipped_steps"]) == (STEPS - 1, 1)
+            assert (everyone["applied_steps"], everyone["skipped_steps"]) == (STEPS - 1, 0)
+            assert one["skips"][0][0] == AT
+            assert "rank 1 has left this step out after its backward" in one["skips"][0][1]
+            assert not everyone["skips"]
+
+
+def test_a_rank_that_ends_before_a_verdict_says_so_and_why_others_cannot_go_on() -> None:
+    """It raises between backward and step: at once the other ends with a sentence, and its own console says where it ended."""
+    ended, found = run("raw ddp", "raises")
+    assert ended.codes == [1, 1]
+    assert found["raises", "raw ddp", 0]["ended"].startswith("ScalerError: this rank has waited in vain")
+    assert found["raises", "raw ddp", 0]["seconds"] < SECONDS
+    assert f"rank 1 of 2 ends in step {AT}: MemoryError: nothing is left." in ended.output
+
+
+@for_each("loop", ["raw ddp", "raw fsdp2"])
+@for_each("way", ["stops", "continues", "runs out"])
+def test_no_rank_waits_longer_than_stock(full_size: bool, way: str, loop: str) -> None:
+    """What stock waits in (its backward, its gathering) ends with the process group's timeout here too; each rank says where it was."""
+    if not full_size:
+        pytest.skip("waits for timeouts: with --full-size")
+    ended, found = run(loop, way)
+    assert 0 not in ended.codes
+    for rank in (0, 1):
+        assert found[way, loop, rank]["seconds"] < 2 * SECONDS
+        assert f"rank {rank} of 2 ends in step" in ended.output
+    if way == "continues":
+        assert f"In step {AT} a forward pass of this rank was followed by another without a backward" in ended.output
+    if way == "stops":
+        assert found[way, loop, 0]["ended"].startswith("ScalerError: this rank has waited in vain")
+    stock = run(loop.replace("raw", "stock"), way)[1]
+    if not (way == "stops" and loop.endswith("ddp")):  # there stock's rank 0 steps alone, and the ranks part
+        assert all(each["ended"] != "trained" and each["seconds"] > SECONDS / 2 for each in stock.values())

@@ -1,0 +1,111 @@
+"""Captures of several ranks stand for the step of one process that has the batches of all."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from hf_amp import StateError, compare
+from hf_amp.capture import BUCKETS, Digest, load_capture
+from hf_amp.cli import app
+from tests.each import for_each
+from tests.forking import printed_by
+from tests.rank_captures import capture, model, whole_batch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    """Captures of two ranks of DistributedDataParallel, and of one process that sees all rows."""
+    made: Path = tmp_path_factory.mktemp("captures")
+    printed_by("tests.rank_captures", str(made), ranks=2)
+    for precision in ("FP32", "MIXED"):
+        capture(made / f"one_{precision}.safetensors", precision)
+    return made
+
+
+@for_each("rows", [1, 3, 4, 257, 40_000])
+def test_sketches_of_parts_add_up(rows: int) -> None:
+    """Those of two halves are that of the whole, at any length."""
+    whole = torch.randn(2 * rows, 5)
+    parts = [Digest.of(part, rank=rank).figures for rank, part in enumerate(whole.split(rows))]
+    assert torch.allclose(sum(parts)[-BUCKETS:], Digest.of(whole).figures[-BUCKETS:], atol=1e-9)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("precision", ["FP32", "MIXED"])
+def test_two_ranks_are_the_step_of_one_process(folder: Path, precision: str) -> None:
+    """Outputs, gradients of activations and of parameters agree; the comparison says what was joined, and misses nothing."""
+    found = compare(folder / f"one_{precision}.safetensors", folder / f"{precision}.safetensors")
+    assert found.agrees, found.sentence()
+    assert not found.state
+    assert "B is 2 ranks, joined" in found.notes[0]
+    alone = compare(folder / "one_FP32.safetensors", model())
+    assert alone.compared - found.compared <= 2  # the gradient of what has no rows, which adds up over ranks
+    assert found.facts[1]["loss"] == pytest.approx(found.facts[0]["loss"], rel=1e-3)
+
+
+def test_a_model_is_compared_with_ranks_on_their_batch(folder: Path) -> None:
+    """Its batch is theirs, one after the other; a corrupted module is named."""
+    _, forward_of = load_capture(folder / "FP32.safetensors")
+    assert torch.equal(forward_of(model()).options["input_ids"], whole_batch()["input_ids"])
+    assert compare(folder / "FP32.safetensors", model()).agrees
+    other = model()
+    other.transformer.h[1].mlp.c_fc.weight.data.mul_(1.01)
+    found = compare(folder / "FP32.safetensors", other)
+    assert found.modules[0] == "transformer.h.1.mlp.c_fc"
+
+
+def test_a_rank_is_compared_with_itself_alone(folder: Path) -> None:
+    """Rank 1's file by itself is its part on the same model; that of another rank is refused."""
+    own, other = (folder / f"FP32_rank{rank}.safetensors" for rank in (1, 0))
+    assert compare(own, model()).closest == 0.0
+    with pytest.raises(StateError, match="captures of ranks 1 and 0; pass one rank's"):
+        compare(own, other)
+
+
+def test_ranks_that_do_not_fit_together_are_an_error(folder: Path, tmp_path: Path) -> None:
+    """One is missing, or one has more rows."""
+    kept = (folder / "FP32_rank0.safetensors").read_bytes()
+    (tmp_path / "a_rank0.safetensors").write_bytes(kept)
+    with pytest.raises(StateError, match=r"captures of ranks 0 to 0 of 1 belong together; these are of \[\(0, 2\)\]"):
+        compare(tmp_path / "a.safetensors", model())
+
+
+def test_a_capture_of_another_version_of_transformers(tmp_path: Path) -> None:
+    """Transformers 5.17.0's GPT-2, by `capture(path, "MIXED", slice(1), model(4, 1))`; another epsilon is found all the same."""
+    recorded = Path(__file__).parent / "data" / "capture_of_transformers_5.17.safetensors.gz"
+    path = tmp_path / "capture.safetensors"
+    path.write_bytes(gzip.decompress(recorded.read_bytes()))
+    other = model(4, 1)
+    found = compare(path, other)
+    assert found.agrees, found.sentence()
+    assert not found.state
+    versions = [facts["versions"]["transformers"] for facts in found.facts]
+    assert versions == ["5.17.0", transformers.__version__]
+    other.transformer.h[0].ln_2.eps = 0.1
+    assert "eps is 1e-05 in A and 0.1 in B" in compare(path, other).sentence()
+
+
+@pytest.mark.gpu
+def test_a_capture_of_a_cpu_agrees_on_a_device(tmp_path: Path) -> None:
+    """FP16 is emulated in the file, and real on the device; the captured batch and model come along."""
+    for precision in ("FP32", "MIXED"):
+        capture(tmp_path / f"{precision}.safetensors", precision)
+        found = compare(tmp_path / f"{precision}.safetensors", model().to("cuda"))
+        assert found.agrees, found.sentence()
+        assert [facts["device"] for facts in found.facts] == ["cpu", "cuda:0"]
+    other = model().to("cuda")
+    other.transformer.h[1].mlp.c_fc.weight.data.mul_(1.1)
+    assert compare(tmp_path / "FP32.safetensors", other).modules[0] == "transformer.h.1.mlp.c_fc"
+
+
+def test_the_command_takes_ranks(folder: Path) -> None:
+    """By the name that one process would have given its file."""
+    names = [str(folder / f"{name}.safetensors") for name in ("one_FP32", "FP32")]
+    result = CliRunner().invoke(app, ["diff", *names])
+    assert (result.exit_code, "B is 2 ranks, joined" in result.output) == (0, True), result.output
