@@ -49,7 +49,7 @@ _PROMOTED = [
 # Source: a comparison of the operators in PyTorch's OpInfo that have half kernels for CPUs, but for products and linear algebra.
 _WITHOUT_HALF_KERNEL = [
     "_adaptive_avg_pool3d", "_log_softmax", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "addr", "avg_pool3d",
-    "col2im", "fft_hfft2", "fft_hfftn", "fft_ihfft2", "fft_ihfftn", "grid_sampler_2d", "grid_sampler_3d", "logit", "mean",
+    "col2im", "erf", "fft_hfft2", "fft_hfftn", "fft_ihfft2", "fft_ihfftn", "grid_sampler_2d", "grid_sampler_3d", "logit", "mean",
     "mean.dim", "multi_margin_loss", "polygamma", "prod", "prod.dim_int", "round.decimals", "rrelu", "rsqrt",
     "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d",
 ]  # fmt: skip

@@ -226,7 +226,7 @@ class _Placement(TorchFunctionMode):
         if func == Tensor.requires_grad.__set__ and isinstance(args[0], OnDevice):
             return None  # what is held has its own
         moved = [x for x in tree_leaves((args, kwargs)) if isinstance(x, OnDevice)]
-        has_floats = any(x.is_floating_point() for x in moved)
+        has_floats = any(x.is_floating_point() or x.is_complex() for x in moved)
         without_floats = moved and not has_floats and func is not torch.histc and func != Tensor.device.__get__
         if func in _ASKING_CUDA or without_floats:
             return tree_map(_placed, func(*tree_map(_held, args), **tree_map(_held, kwargs)))

@@ -413,12 +413,15 @@ def test_sums_of_half_precision_overflow() -> None:
 
 def test_a_model_of_half_precision_keeps_nothing_in_fp32() -> None:
     """With `autocast=False` a square, a sum and a norm's input are half precision; products of half and FP32 are an error."""
-    half = torch.full((4, 300), 300.0, dtype=torch.float16)
+    half, steps = torch.full((4, 300), 300.0, dtype=torch.float16), torch.linspace(0.01, 4, 1000).half()
     with hf_amp.emulate(torch.float16, autocast=False):
         assert not torch.is_autocast_enabled("cpu")
         assert half.pow(2).isinf().all()
         assert half.sum().isinf()
         assert half.mean() == 300.0  # one kernel, FP32 inside
+        for x in steps.split(5):  # of so few, a CPU's kernels round on the way
+            assert torch.equal(x.rsqrt(), x.float().rsqrt().half())
+            assert torch.equal(x.erf(), x.float().erf().half())
         assert (half @ half.T * 0 + 1).isnan().all()
         with pytest.raises(RuntimeError, match="dtype"):
             half @ torch.ones(300, 2)

@@ -16,7 +16,7 @@ from torch import nn
 from hf_amp.errors import in_one_line
 from hf_amp.patch_log import UnpickledHook, takes_hooks
 from hf_amp.scaling.step import StepState, Unscale
-from hf_amp.statistics import held_by, is_distributed
+from hf_amp.statistics import held_by, is_distributed, is_sharded
 
 if TYPE_CHECKING:
     from hf_amp.scaling.scaler import AdvancedGradScaler
@@ -48,23 +48,25 @@ def join_left_out_steps(scaler: AdvancedGradScaler, called: nn.Module) -> Callab
     this one comes first."""
     if not (scaler.ranks_agree and takes_hooks(called)):
         return lambda: None
-    return called.register_forward_pre_hook(_JoinLeftOutStep(scaler), prepend=True).remove
+    is_collective = any(map(is_sharded, called.parameters()))
+    return called.register_forward_pre_hook(_JoinLeftOutStep(scaler, is_collective), prepend=True).remove
 
 
 class _JoinLeftOutStep(UnpickledHook):
     """A hook that runs before a model's forward pass, and before FSDP's own. One look at a flag where no step was left out.
 
-    Not with several optimizers, nor master weights, nor where verdicts are late.
+    Not with several optimizers, nor master weights, nor where verdicts are late. Before a pass without gradients only where all ranks
+    make it, because they gather parameters in it: else one rank may evaluate while the others wait for it.
     """
 
-    def __init__(self, scaler: AdvancedGradScaler) -> None:
-        self._scaler = scaler
+    def __init__(self, scaler: AdvancedGradScaler, is_collective: bool) -> None:
+        self._scaler, self._is_collective = scaler, is_collective
 
     def __call__(self, module: nn.Module, arguments: Any) -> None:
         if torch.compiler.is_compiling():
             return
         losses = self._scaler._pending.losses
-        if losses.began and not losses.ended and is_distributed():
+        if losses.began and not losses.ended and (self._is_collective or torch.is_grad_enabled()) and is_distributed():
             self._join()
 
     def _join(self) -> None:
