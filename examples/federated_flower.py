@@ -2,7 +2,7 @@
 
 Three processes on this machine learn scikit-learn's digits, each its own third; nothing is downloaded, nothing leaves the loopback:
 
-    pip install flwr  # its pins are older than hf_amp's: give it an environment of its own
+    pip install flwr  # without -c constraints.txt: its typer, rich and protobuf are older than those
     python examples/federated_flower.py
     python examples/federated_flower.py --unguarded BF16
 
@@ -13,9 +13,8 @@ server leaves that update out of the average and names the client.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import socket
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
@@ -166,24 +165,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="of each client in a round")
     parser.add_argument("--unguarded", choices=list(PRECISIONS), help="a client that trains without hf_amp")
-    parser.add_argument("--client", choices=list(PRECISIONS), help=argparse.SUPPRESS)
-    parser.add_argument("--address", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.client:
-        join(options.address, options.client, options.steps, guarded=options.client != options.unguarded)
-        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     clients = [
-        subprocess.Popen([sys.executable, *sys.argv, "--client", name, "--address", address]) for name in PRECISIONS
+        multiprocessing.Process(target=join, args=(address, name, options.steps, name != options.unguarded))
+        for name in PRECISIONS
     ]
+    for client in clients:  # before anything computes: a process that has computed may not be copied
+        client.start()
     try:
         serve(address, options.rounds)
     finally:
         for client in clients:
             client.terminate()
-            client.wait()
+            client.join()
 
 
 if __name__ == "__main__":

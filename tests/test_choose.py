@@ -24,6 +24,7 @@ from hf_amp import (
     choose_precision,
 )
 from hf_amp.choose import SCALED_FORMATS, RoundedOperands, _rounded_to_tf32
+from hf_amp.fallback.plan import PrecisionPlan
 from tests.benchmarks.test_choose import MODELS, chosen_plan, configurations, out_of_order
 from tests.each import for_each
 from tests.integrations.trainers import arguments, text_rows, tiny_gpt2
@@ -345,6 +346,8 @@ def test_a_compiled_model_is_measured_as_it_is() -> None:
 def test_a_plan_that_contradicts_or_is_none_is_an_error(tmp_path: Path) -> None:
     """Of another precision than the config's; a file that is not there, or holds something else."""
     plain = {"default": "BF16", "modules": {"lm_head": "FP32"}}
+    with pytest.raises(ConfigError, match=r"the plan is for FP16 autocast \(MIXED\); leave precision_mode out"):
+        MixedPrecisionConfig(plan=PrecisionPlan(PrecisionMode.MIXED), precision_mode="FP16")
     with pytest.raises(ConfigError, match="the plan is for BF16; leave precision_mode out"):
         MixedPrecisionConfig(plan=plain, precision_mode="MIXED")
     assert MixedPrecisionConfig(plan=plain, precision_mode="bf16").precision_mode is PrecisionMode.BF16

@@ -50,7 +50,8 @@ def test_a_round_of_three_precisions(example: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(
-    find_spec("flwr") is None, reason="needs flwr, whose pins (typer, rich, protobuf) are older than hf_amp's"
+    find_spec("flwr") is None,
+    reason="needs flwr, which asks for older typer, rich and protobuf than constraints.txt has",
 )
 def test_with_flower() -> None:
     """A server and three clients on the loopback: two rounds, the unguarded client is named in each."""
