@@ -13,9 +13,12 @@ server leaves that update out of the average and names the client.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import multiprocessing.connection
+import os
+import signal
 import socket
 import tempfile
+import threading
 from typing import Any
 
 import numpy as np
@@ -175,9 +178,19 @@ def main() -> None:
     ]
     for client in clients:  # before anything computes: a process that has computed may not be copied
         client.start()
+    served = threading.Event()
+
+    def interrupt() -> None:
+        """Flower's server would wait for a client that has failed."""
+        multiprocessing.connection.wait([client.sentinel for client in clients])
+        if not served.is_set() and any(client.exitcode for client in clients):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     try:
         serve(address, options.rounds)
     finally:
+        served.set()
         for client in clients:
             client.terminate()
             client.join()

@@ -208,7 +208,7 @@ def replay_backward(
     None where nothing is known: there are several, or the repetition failed. Costs one step without its optimizer, and
     memory for the gradients; nothing of the run changes.
     `by_operator` looks for the operator as well, with one GPU-CPU sync each. `first_only` ends at the first parameter whose gradient
-    is not finite, which alone is told; of a sharded model all ranks must go on together.
+    is not finite, which alone is told, on a CPU; of a sharded model all ranks must go on together.
     """
     named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
     trace = OperatorTrace(current, forward=False) if by_operator else None
@@ -285,7 +285,9 @@ def gradient_ends(
     (ends, seeds), parameters = zip(*starts, strict=True), [p for _, p in named]
     gradients: Sequence[Tensor | None]
     if not is_reentrant(ends):
-        find = _until_first if first_only else functools.partial(torch.autograd.grad, allow_unused=True)
+        # On a GPU a wait for each gradient would take longer than what it may save.
+        early = first_only and parameters[0].device.type == "cpu"
+        find = _until_first if early else functools.partial(torch.autograd.grad, allow_unused=True)
         gradients = find(ends, parameters, seeds)
     elif is_distributed():
         return None  # what waits for the other ranks hangs on the gradients' accumulation
