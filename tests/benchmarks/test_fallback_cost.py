@@ -56,11 +56,14 @@ FAULTS: dict[Cause, Callable[[Tensor], Tensor]] = {
 IN_A_BLOCK = (Cause.ACTIVATION, *FAULTS, Cause.BUFFER)
 
 
-def skipped_step(size: str, device: str, cause: Cause | None, block: int = 0) -> Callable[[], None]:
+def skipped_step(
+    size: str, device: str, cause: Cause | None, block: int = 0, in_backward: bool = False
+) -> Callable[[], None]:
     """One step that is skipped for `cause`, whatever came before; None is an applied one. Precision and scale do not change.
 
     Args:
         block: where it arises, if in a block.
+        in_backward: whether it is a gradient that leaves the range of FP16, and no value.
     """
     model, inputs = gpt2(size, device), batch(size, device)
     config = MixedPrecisionConfig(init_scale=INIT_SCALE, automatic_fallback=False)
@@ -68,7 +71,7 @@ def skipped_step(size: str, device: str, cause: Cause | None, block: int = 0) ->
     session = AmpSession(config, scaler, PrecisionMode.MIXED, probe(device))
     session.sinks.clear()
     mlp = model.transformer.h[block].mlp
-    fault = FAULTS.get(cause) if cause else None
+    fault = (lambda h: h + (h - h.detach()) * 1e16) if in_backward else FAULTS.get(cause) if cause else None
     if cause is Cause.BUFFER:
         mlp.register_buffer("factor", torch.ones(1, device=device))
         fault = lambda h: h * mlp.factor.to(h)  # noqa: E731
@@ -95,7 +98,7 @@ def skipped_step(size: str, device: str, cause: Cause | None, block: int = 0) ->
         cause = expected
         mlp.factor.fill_(float("nan"))
     with torch.no_grad():
-        if cause is Cause.ACTIVATION:
+        if cause is Cause.ACTIVATION and not in_backward:
             mlp.c_proj.weight.mul_(1e7)
         elif cause is Cause.WEIGHTS:
             mlp.c_fc.bias[0] = float("nan")
@@ -113,6 +116,7 @@ def measure_skips(size: str, rounds: int, device: str) -> list[Row]:
     for cause in IN_A_BLOCK:
         for block, where in enumerate(("first", "last")):
             contenders[f"a skip by {cause.value}, {where} block"] = skipped_step(size, device, cause, -block)
+    contenders["a skip by ACTIVATION in backward"] = skipped_step(size, device, Cause.ACTIVATION, in_backward=True)
     return compared(
         interleaved(contenders, rounds, "thread" if device == "cpu" else "wall"), "an applied step", parameters=size
     )
