@@ -13,6 +13,7 @@ PyTorch has the name alone), and run in a thread that has entered the context; e
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable
@@ -279,6 +280,12 @@ def emulated_in_backward(loss: Tensor) -> Tensor:
     alias = loss.view_as(loss)  # itself would keep itself alive
     alias.backward = backward  # type: ignore[method-assign]
     return alias
+
+
+def notes_kept() -> Callable[[], None]:
+    """What gives this thread's notes for its next `emulated_in_backward` back as they are now."""
+    of_thread = EmulatedPrecision._of_thread.__dict__
+    return functools.partial(of_thread.update, recomputed=of_thread.get("recomputed"))
 
 
 _DEVICES = ("cpu", "cuda")  # a model may ask for either whether autocast is on, or switch either off

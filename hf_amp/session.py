@@ -1027,8 +1027,7 @@ def _explain_uncaught(session: Callable[[], AmpSession | None], former: Any, kin
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of DataParallel or DistributedDataParallel, whose names have no `module.` before them."""
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        inner: nn.Module = model.module
-        return inner
-    return model
+    """The model inside of torch.compile, DataParallel or DistributedDataParallel, whose names have nothing of these before them."""
+    is_parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    inner: nn.Module = model.module if is_parallel else getattr(model, "_orig_mod", model)
+    return model if inner is model else unwrapped(inner)

@@ -531,9 +531,8 @@ class LostUpdates:
         lost = self._due & (self._sample(self._held) == self._before)
         taken = [min(x.numel(), SAMPLES_PER_TENSOR) for x in self._held]
         ends = torch.tensor([0, *itertools.accumulate(taken)], device="cpu")
-        sums = (
-            torch.stack([lost, self._due]).int().cumsum(1, dtype=torch.int32)
-        )  # of floats it is an error in CUDA's deterministic mode
+        # Of floats it is an error in CUDA's deterministic mode.
+        sums = torch.stack([lost, self._due]).int().cumsum(1, dtype=torch.int32)
         sums = torch.nn.functional.pad(sums, (1, 0))[:, to_device(ends, self._device)].diff().float()
         weights = torch.tensor(
             [

@@ -63,6 +63,16 @@ def test_a_module_falls_back_and_the_run_goes_on(tmp_path: Path) -> None:
     assert read_run(tmp_path).skipped_by_cause == {"ACTIVATION": 1}
 
 
+def test_a_compiled_model() -> None:
+    """Passed as `torch.compile` gives it: its module is found under the name that the model has for it, and falls back."""
+    model = Wide(factor=1e6)
+    compiled, optimizer = torch.compile(model, backend="eager"), torch.optim.SGD(model.parameters(), lr=0.0)
+    session = AmpSession.for_model(compiled, optimizer, init_scale=256.0)
+    train(session, compiled, optimizer, batches(2))
+    assert session.plan.modules == {"middle": PrecisionMode.FP32}
+    session.detach()
+
+
 def test_metrics_are_there_before_the_first_step() -> None:
     """Scale and both counters, so that a dashboard needs no special case."""
     model = Wide()

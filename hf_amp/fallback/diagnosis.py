@@ -23,7 +23,7 @@ from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
 from hf_amp.fallback.sharded import Lockstep, beyond_gathered_format
-from hf_amp.precision import HALF_DTYPES
+from hf_amp.precision import HALF_DTYPES, SMALLEST_SCALE
 from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
@@ -328,6 +328,13 @@ def _may_overflow_by_scale(node: Any) -> bool:
     return half or isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
+def _may_need_less(forward: RecordedForward, operations: Iterable[Any]) -> bool:
+    """Whether inf came to an FP16 output without an operation that makes it: the loss may need a scale below 1. GPU-CPU syncs."""
+    came = [g for g in forward.output_gradients.values() if g is not None and g.dtype == torch.float16]
+    is_singular = any(re.match(_SINGULAR, node.name()) for node in operations)
+    return not is_singular and any(bool(local_part(g).isinf().any()) for g in came)
+
+
 class SkippedStep(NamedTuple):
     """What is known of a skipped step before anybody looks closer.
 
@@ -571,7 +578,8 @@ class Diagnoser:
                 operations = self._recorder.operations_outside()
                 through_others = not bad.is_from_outside or any(map(_takes_gradients_back, forwards[index + 1 :]))
                 half = any(g is not None and g.dtype in HALF_DTYPES for g in forward.output_gradients.values())
-                if skip.scale > 1 and (half or through_others or any(map(_may_overflow_by_scale, operations))):
+                unseen = half or through_others or any(map(_may_overflow_by_scale, operations))
+                if (unseen and skip.scale > 1) or (skip.scale > SMALLEST_SCALE and _may_need_less(forward, operations)):
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)

@@ -80,9 +80,8 @@ class OperatorTrace(TorchFunctionMode):
             if not takes_hooks(module):
                 continue
             handles.append(module.register_forward_pre_hook(functools.partial(self._enter_module, name)))
-            if (
-                module is not model
-            ):  # its own may be what torch goes through now, while it handles what forward has raised
+            # Its own may be what torch goes through now, while it handles what forward has raised.
+            if module is not model:
                 handles.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))
         try:
             with self:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_amp.device import RandomState, devices_of
-from hf_amp.emulation import in_backward
+from hf_amp.emulation import in_backward, notes_kept
 from hf_amp.errors import in_one_line
 from hf_amp.fallback import sharded
 from hf_amp.fallback.module_precision import (
@@ -366,9 +366,8 @@ class _Replay:
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
             if threading.get_ident() != thread or self._alone.runs:
                 return None
-            (arguments, options), self._alone.drawn_from = (
-                called_with.pop()
-            )  # what it was given may hold its output by now
+            # What it was given may hold its output by now.
+            (arguments, options), self._alone.drawn_from = called_with.pop()
             if self.findings.first_non_finite is not None:
                 return None
             if name == "":
@@ -384,9 +383,8 @@ class _Replay:
                 is_around = self._candidate_is_in(name)
                 if self._is_most_of_it(module) if is_around else _holds_nan_or_inf((arguments, options)):
                     return None
-            is_clear = (
-                known and name == "" and self._alone.is_own_state
-            )  # the candidate's NaN is in FP32 what it is here
+            # Where it is clear, the candidate's NaN is in FP32 what it is here.
+            is_clear = known and name == "" and self._alone.is_own_state
             cured = None if is_clear else self._cured(name, module, output, arguments, options)
             self.findings.is_inside = known and name == "" and cured is not None
             if name == "" and cured is None:
@@ -532,6 +530,7 @@ def nothing_changes(model: nn.Module, gradients: bool = False) -> Iterator[None]
     random_state = RandomState.now(devices_of(model))
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.callback(notes_kept())
         counted = tuple(x for _, _, x, _ in buffers if not x.is_inference())
         stack.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(counted))
         if "torch._dynamo" in sys.modules:  # which takes seconds to import

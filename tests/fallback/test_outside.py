@@ -143,6 +143,20 @@ def test_a_loss_in_half_precision_may_be_the_scales_doing() -> None:
     assert loop.session.metrics()["applied_steps"] > 0
 
 
+def test_a_loss_that_needs_a_scale_below_one() -> None:
+    """What it gives to an FP16 output overflows without a scale too: no DERIVATIVE, at which the run would stay for ever."""
+    model = Body()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-12)
+    session = AmpSession.for_model(model, optimizer, init_scale=1.0)
+    for _ in range(4):
+        session.scaler.scale(model(X).float().square().sum() * 1e8).backward()
+        session.scaler.step(optimizer)
+        session.scaler.update()
+        optimizer.zero_grad()
+    assert session.metrics()["applied_steps"] == 2
+    session.detach()
+
+
 def test_values_that_were_made_before_a_change_of_precision() -> None:
     """The generator's output, from before it fell back, is used again for its own step: no new cause, and an unmoved scale."""
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)

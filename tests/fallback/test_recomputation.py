@@ -107,6 +107,22 @@ def test_an_fp32_session_by_hand_recomputes_half_parameters_in_fp32(dtype: torch
     assert (found - wanted).norm() < 0.01 * wanted.norm()
 
 
+def test_the_step_after_a_repeated_one_may_leave_fp16() -> None:
+    """What a repetition recomputes does not count for the next backward, which is not in FP16 any more."""
+    model = tiny_qwen(torch.float32).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    session = AmpSession.for_model(model, optimizer, precision_schedule={0: "FP16", 1: "BF16"}, total_steps=2)
+    for step in range(2):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        session.scaler.scale(loss + (loss * 0).sqrt() if step == 0 else loss).backward()
+        session.scaler.step(optimizer)
+        session.scaler.update()
+        optimizer.zero_grad()
+    assert session.metrics()["applied_steps"] == 1
+    session.detach()
+
+
 class LeavesAt(TrainerCallback):
     """Has the whole model leave for FP32 after the step of this number, as when overflows go on whose modules are not known."""
 
