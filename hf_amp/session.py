@@ -1029,5 +1029,5 @@ def _explain_uncaught(session: Callable[[], AmpSession | None], former: Any, kin
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile, DataParallel or DistributedDataParallel, whose names have nothing of these before them."""
     is_parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-    inner: nn.Module = model.module if is_parallel else getattr(model, "_orig_mod", model)
+    inner = getattr(model, "module" if is_parallel else "_orig_mod", model)
     return model if inner is model else unwrapped(inner)

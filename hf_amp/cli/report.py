@@ -48,7 +48,6 @@ def report(
 
 def _write_page(histories: list[RunHistory], path: Path) -> None:
     """Writes the page whole or not at all, also when interrupted."""
-
     from hf_amp.report.page import page
 
     text = page(histories, str(sys.modules["hf_amp"].__version__))

@@ -482,11 +482,8 @@ class Diagnoser:
         if source is not None and source.cause is Cause.UNKNOWN and former and former[0] == skip.step - 1:
             return _ALREADY_FIXED if former[2] in (Cause.ACTIVATION, Cause.ROUNDING) else source
         if source is not None:
-            return (
-                found
-                if found.cause in (Cause.ACTIVATION, Cause.ROUNDING, Cause.BUFFER)
-                else source._replace(confirmed=True)
-            )
+            is_seen = found.cause in (Cause.ACTIVATION, Cause.ROUNDING, Cause.BUFFER)
+            return found if is_seen else source._replace(confirmed=True)
         if found.confirmed:
             return found
         found = self._in_evaluations(skip) or found

@@ -142,9 +142,8 @@ class ForwardContext:
 def without_its_precision(model: nn.Module) -> Iterator[None]:
     """Inside of it `model` runs in what is around it, also where a session, or `Accelerator.prepare`, has given it a precision."""
     own = vars(getattr(model, "_orig_mod", model))  # compiled, it hands names on
-    wrapped = (
-        own.get("forward") if "_original_forward" in own else None
-    )  # private; tests/contract fails by name if it goes
+    # Private; tests/contract fails by name if it goes.
+    wrapped = own.get("forward") if "_original_forward" in own else None
     if wrapped is not None:
         own["forward"] = own["_original_forward"]
     try:

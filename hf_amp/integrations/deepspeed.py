@@ -143,9 +143,8 @@ def _watch_steps(accelerator: Accelerator, session: AmpSession, scaler: Observed
         if engine.global_steps == steps:
             return  # within an accumulation window
         next_scale, of_autocast = loss_scale(engine), autocast_scaler(engine) is not None
-        applied = (
-            engine.was_step_applied() and next_scale >= scale
-        )  # without ZeRO, autocast's scaler skips, and the engine never knows
+        # Without ZeRO, autocast's scaler skips, and the engine never knows.
+        applied = engine.was_step_applied() and next_scale >= scale
         norm = engine.get_global_grad_norm() if session.config.enable_monitoring else None
         norm = norm / scale if of_autocast and norm is not None else norm  # which is of scaled gradients then
         scaler.note_step(engine.optimizer, applied, scale, next_scale, norm)

@@ -207,18 +207,8 @@ def formatted(value: object) -> str:
 def figures_of(run: RunHistory) -> dict[str, Any]:
     """Plain data, fit for JSON: the verdict, the newest figures, skips by cause, incidents and changes of precision."""
     verdict = verdict_on(run)
-    facts = (
-        "run_id",
-        "state",
-        "started",
-        "newest",
-        "newest_step",
-        "what_ran",
-        "resumed_at",
-        "former_runs",
-        "lines",
-        "torn_lines",
-    )
+    facts = ["run_id", "state", "started", "newest", "newest_step", "what_ran"]
+    facts += ["resumed_at", "former_runs", "lines", "torn_lines"]
     return {
         "name": run.name,
         "log": str(run.path),
