@@ -322,6 +322,7 @@ class _Kernel:
 
     def __init__(self, operator: Any, policy: Callable[..., Any] | None, lacks: str) -> None:
         self._operator = operator
+        self.is_mutable = operator._schema.is_mutable
         self._lacks = lacks  # a kernel of half precision: "", "both" or "backward"
         self._in_fp32 = _attention if operator is torch.ops.aten.scaled_dot_product_attention.default else operator
         self._policy = policy
@@ -431,8 +432,8 @@ def _fourier(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, k
 
 
 def _of_another_package(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    """As torchvision's operators have it under autocast: in FP32, with results in the dtype of the first operand."""
-    if not _holds_half(args, kwargs):
+    """As torchvision's have it under autocast: in FP32, results in the dtype of the first operand; but for what writes into operands."""
+    if not _holds_half(args, kwargs) or kernel.is_mutable:
         return kernel.plain(keyset, args, kwargs)
     first = next(x for x in tensors_of((args, kwargs)) if _is_cast(x))
     return _to(kernel.alone(upcast, args, kwargs), first.dtype)
@@ -510,7 +511,11 @@ def _register_kernels() -> None:
             (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted), (_UNSAFE, _unsafe)
         ):  # fmt: skip
             policies |= {f"aten::{name}": policy for name in names}
-        policies |= dict.fromkeys((name for name in policies if not name.startswith("aten::")), _of_another_package)
+        others = [name for name in policies if not name.startswith("aten::")]
+        policies |= dict.fromkeys(others, _of_another_package)
+        for name in others:  # of which a package may name one to autocast that it does not define
+            if not torch._C._jit_get_schemas_for_operator(name.partition(".")[0]):
+                del policies[name]
         kernels = [(name, _Kernel(_operator(name), policy, lacking.get(name, ""))) for name, policy in policies.items()]
         fallthrough = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
         fallthrough.fallback(torch.library.fallthrough_kernel, _KEY)  # type: ignore[no-untyped-call]

@@ -496,7 +496,10 @@ import torch
 library = torch.library.Library("other_package", "DEF")
 library.define("double(Tensor x, Tensor factor) -> Tensor")
 library.impl("double", lambda x, factor: x * factor + 2.0**-12, "CompositeExplicitAutograd")
-library.impl("double", lambda x, factor: x, "AutocastCUDA")
+library.define("double_(Tensor(a!) x) -> ()")
+library.impl("double_", lambda x: (x.mul_(2), None)[1], "CompositeExplicitAutograd")
+for name in ("double", "double_", "not_defined"):
+    library.impl(name, lambda x, factor=None: x, "AutocastCUDA")
 
 import hf_amp
 
@@ -507,10 +510,16 @@ for context in (hf_amp.emulate(), hf_amp.emulate()):
         z = torch.ops.other_package.double(x.float(), factor)
 assert y.dtype == torch.float16 and z.dtype == torch.float32, (y.dtype, z.dtype)
 assert y.eq(2).all() and z.gt(2).all()
+with hf_amp.emulate():
+    torch.ops.other_package.double_(y)
+assert y.eq(4).all()
 """
 
 
 def test_operators_of_other_packages_that_autocast_knows() -> None:
-    """torchvision registers its own with autocast: they compute in FP32, and give the dtype that they were given."""
+    """torchvision registers its own with autocast: they compute in FP32, and give the dtype that they were given.
+
+    One that writes into its argument does so; one that is not defined is passed by.
+    """
     done = subprocess.run([sys.executable, "-c", _OTHER_PACKAGE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
