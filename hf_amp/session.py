@@ -1029,5 +1029,5 @@ def _explain_uncaught(session: Callable[[], AmpSession | None], former: Any, kin
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile, DataParallel or DistributedDataParallel, whose names have nothing of these before them."""
     is_parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-    inner = getattr(model, "module" if is_parallel else "_orig_mod", model)
-    return model if inner is model else unwrapped(inner)
+    name = "module" if is_parallel else "_orig_mod"
+    return unwrapped(cast(Any, model._modules[name])) if name in model._modules else model
