@@ -278,7 +278,7 @@ GPU = (
     Benchmark(
         "gpu",
         "tests.gpu",
-        "What `python -m tests.gpu` finds out beside training: tests marked `gpu`; FP16 emulated on a CPU beside the device's (31 tiny "
+        "What `python -m tests.gpu` finds out beside training: tests marked `gpu`; FP16 emulated on a CPU beside the device's (tiny "
         "architectures, eight kinds of overflow and none, autocast and half parameters: modules, dtypes, finite elements of every output, "
         "which gradients overflow); random faults; kernels by PyTorch's profiler; boundaries with 20 to a wait; what a skip costs.",
         "emulation on the same machine's CPU; `torch.amp.GradScaler`; an applied step",

@@ -1,4 +1,4 @@
-"""Emulated FP16 on a CPU beside the real one of a device: tiny models of 31 architectures, eight kinds of overflow, both semantics."""
+"""Emulated FP16 on a CPU beside the real one of a device: tiny models of many architectures, eight kinds of overflow, both semantics."""
 
 from __future__ import annotations
 
