@@ -483,8 +483,8 @@ class FallbackController:
         change = describe_change(former, state, facts, self._policy)
         if facts.cause is not None and self.plan.default is not former.plan.default:
             change = change._replace(message=change.message + self._lack_of_room())
-        is_first = facts.cause is Cause.ACTIVATION and not former.plan.modules
-        if is_first and self._hardware.tf32 == "native" and not products_use_tf32():
+        widened = PrecisionMode.FP32 in (self.plan.default, *self.plan.modules.values()) and not former.plan.modules
+        if facts.cause is Cause.ACTIVATION and widened and self._hardware.tf32 == "native" and not products_use_tf32():
             change = change._replace(message=change.message + TF32_WOULD_DO)
         self.newest_change = change if facts.cause is not None else None
         if self.newest_change and tries_out:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_amp import AdvancedGradScaler, AmpSession, EventKind, MixedPrecisionConfig, PrecisionMode
+from hf_amp import AdvancedGradScaler, AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
 from hf_amp.device import Hardware, products_use_tf32
+from hf_amp.fallback.controller import FallbackController
+from hf_amp.fallback.diagnosis import Diagnosis
 
 HINT = 'torch.set_float32_matmul_precision("high")'
 
@@ -49,6 +51,22 @@ def test_it_is_said_once_where_it_helps() -> None:
     assert [HINT in message for message in changes_of_a_run("none")] == [False, False]
     torch.set_float32_matmul_precision("high")
     assert [HINT in message for message in changes_of_a_run("native")] == [False, False]
+
+
+def test_it_is_not_said_where_nothing_goes_to_fp32() -> None:
+    """A gradient of the model's own overflows: the model goes to BF16, whose products are fast."""
+    torch.set_float32_matmul_precision("highest")
+    hardware = Hardware("cpu", "with such units", "native", "native", "none", "native")
+    controller = FallbackController(
+        MixedPrecisionConfig(emulate=False),
+        PrecisionMode.MIXED,
+        hardware,
+        AdvancedGradScaler(MixedPrecisionConfig(), "cpu"),
+    )
+    change = controller.after_skipped(Diagnosis(Cause.ACTIVATION, "made up", ("",)), 1.0, 8.0)
+    assert change is not None
+    assert change.after.default is PrecisionMode.BF16
+    assert HINT not in change.message
 
 
 def test_both_settings_are_read() -> None:
