@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
-from hf_amp.fallback.one_block import BlockGradients
+from hf_amp.fallback.one_block import POWERS, BlockGradients
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
@@ -287,8 +287,6 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 
 _OUTSIDE = "Not confirmed: backward could not be repeated in full, as the loss is made outside of the model."
-_POWERS = range(1, 25)
-"""Scales of 2^-n that are tried, down to FP16's smallest value."""
 _IN_AUTOCAST = (
     "The loop enters autocast, where products may leave the range of FP16: make the loss in FP32, outside of it."
 )
@@ -580,17 +578,24 @@ class Diagnoser:
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)
-            in_fp32 = blocks.replay(forward, current, bad) or replay_backward(
-                forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True, first_only=True
-            )
+            block = blocks.replay(forward, current, bad)
+            in_fp32 = block.in_fp32 if block else None
+            if in_fp32 is None or not (in_fp32.parameters or (block and block.in_format and not block.fits)):
+                in_fp32 = replay_backward(
+                    forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True, first_only=True
+                )
             if in_fp32 is not None and in_fp32.parameters:
                 return self._derivative(forward, in_fp32)
-            if hidden := self._hidden_overflow(forward):
+            if not blocks.outputs_are_finite() and (hidden := self._hidden_overflow(forward)):
                 return hidden
+            if block and block.in_format and not block.fits:
+                return self._gradient_leaves_format(forward, block.in_format)
             if in_fp32 is None:
                 why = "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
                 return Diagnosis(Cause.UNKNOWN, f"{why} {Cause.UNKNOWN.facts.remedy}", confirmed=False)
-            return self._too_large_a_loss(skip, forward, in_fp32) or self._gradient_leaves_format(skip, forward, bad)
+            large = self._too_large_a_loss(skip, forward, in_fp32)
+            where = None if large else replay_backward(forward, current, 1.0, skip.scale, by_operator=True)
+            return large or self._gradient_leaves_format(forward, where or bad)
         if tried and _ran_before(forwards, self._runner):
             again = [replay_backward(forward, current, skip.scale, skip.scale) for forward in forwards]
             if all(found is not None and not (found.parameters or found.outside) for found in again):
@@ -617,16 +622,16 @@ class Diagnoser:
             found = replay_backward(forward, self._runner.current, 2.0**-power, skip.scale)
             return None if found is None or found.parameters else found
 
-        if tried(_POWERS[-1]) is None:
+        if tried(POWERS[-1]) is None:
             return None
-        largest = bisect.bisect_left(_POWERS, True, key=lambda power: tried(power) is not None)
-        found = tried(_POWERS[largest])
+        largest = bisect.bisect_left(POWERS, True, key=lambda power: tried(power) is not None)
+        found = tried(POWERS[largest])
         if found is None or in_fp32.moved - found.moved:
             return None
         return Diagnosis(
             Cause.SCALE,
             f"the loss is large: its gradients leave the range of FP16 even without a loss scale. They fit at a scale of "
-            f"{2.0 ** -_POWERS[largest]:g}, and hf_amp lowers it to that. To avoid this, use a mean in place of a sum in the loss, "
+            f"{2.0 ** -POWERS[largest]:g}, and hf_amp lowers it to that. To avoid this, use a mean in place of a sum in the loss, "
             "or normalise the targets.",
         )
 
@@ -639,9 +644,8 @@ class Diagnoser:
             modules[:1],
         )
 
-    def _gradient_leaves_format(self, skip: SkippedStep, forward: RecordedForward, bad: BackwardFindings) -> Diagnosis:
-        found = replay_backward(forward, self._runner.current, 1.0, skip.scale, by_operator=True)
-        modules, where = self._where_in_backward(forward, found or bad)
+    def _gradient_leaves_format(self, forward: RecordedForward, found: BackwardFindings) -> Diagnosis:
+        modules, where = self._where_in_backward(forward, found)
         return Diagnosis(
             Cause.ACTIVATION,
             f"the loss was finite, but in backward a gradient leaves the range of {self._runner.current.mode.number_format.name} "

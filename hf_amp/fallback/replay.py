@@ -277,7 +277,10 @@ def starts_of(
 
 
 def gradient_ends(
-    starts: Sequence[tuple[Tensor, Tensor]], named: Sequence[tuple[str, Tensor]], first_only: bool
+    starts: Sequence[tuple[Tensor, Tensor]],
+    named: Sequence[tuple[str, Tensor]],
+    first_only: bool,
+    retain_graph: bool = False,
 ) -> list[tuple[str, Tensor]] | None:
     """(name of a parameter, the least and the largest element of its gradient); None where nothing is known."""
     if not starts:
@@ -288,7 +291,7 @@ def gradient_ends(
         # On a GPU a wait for each gradient would take longer than what it may save.
         early = first_only and parameters[0].device.type == "cpu"
         find = _until_first if early else functools.partial(torch.autograd.grad, allow_unused=True)
-        gradients = find(ends, parameters, seeds)
+        gradients = find(ends, parameters, seeds, retain_graph=retain_graph)
     elif is_distributed():
         return None  # what waits for the other ranks hangs on the gradients' accumulation
     else:  # reentrant checkpointing refuses `autograd.grad`
@@ -296,7 +299,7 @@ def gradient_ends(
         try:
             for p in parameters:
                 p.grad = None
-            torch.autograd.backward(ends, seeds)
+            torch.autograd.backward(ends, seeds, retain_graph=retain_graph)
             gradients = [p.grad for p in parameters]
         finally:
             for p, gradient in zip(parameters, former, strict=True):
@@ -305,7 +308,7 @@ def gradient_ends(
 
 
 def _until_first(
-    ends: Sequence[Tensor], parameters: Sequence[Tensor], seeds: Sequence[Tensor]
+    ends: Sequence[Tensor], parameters: Sequence[Tensor], seeds: Sequence[Tensor], retain_graph: bool
 ) -> Sequence[Tensor | None]:
     """The gradients of `parameters`; as soon as one of them is not finite, that alone. One GPU-CPU sync each."""
     first: list[Tensor | None] = [None] * len(parameters)
@@ -317,7 +320,7 @@ def _until_first(
 
     handles = [cast(Any, p).register_hook(functools.partial(look, index)) for index, p in enumerate(parameters)]
     try:
-        return torch.autograd.grad(ends, parameters, seeds, allow_unused=True)
+        return torch.autograd.grad(ends, parameters, seeds, retain_graph, allow_unused=True)
     except Found:
         return first
     finally:
