@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import inspect
+import math
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,12 +18,12 @@ from torch import Tensor
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
-from hf_amp.fallback.one_block import POWERS, BlockGradients
+from hf_amp.fallback.one_block import BlockGradients, power_that_serves
 from hf_amp.fallback.operators import BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
 from hf_amp.fallback.sharded import Lockstep, beyond_gathered_format
-from hf_amp.precision import HALF_DTYPES, SMALLEST_SCALE
+from hf_amp.precision import FP16_FORMAT, HALF_DTYPES, SMALLEST_SCALE
 from hf_amp.statistics import all_reduce_max_to_host, are_finite, is_distributed, local_part, to_host
 from hf_amp.tree import tensors_in
 
@@ -371,6 +371,9 @@ class Diagnoser:
         self._recorder = recorder
         self.repeats_forwards = True
         self._non_finite_since: tuple[int, int, Cause] | None = None
+        self._fitting: tuple[float, frozenset[str]] | None = (
+            None  # the newest scale below 1 that served, and what counts
+        )
 
     def explain(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped.
@@ -578,9 +581,11 @@ class Diagnoser:
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)
+            if self._fits_as_before(skip, forward):
+                return self._large_loss()
             block = blocks.replay(forward, current, bad)
             in_fp32 = block.in_fp32 if block else None
-            if in_fp32 is None or not (in_fp32.parameters or (block and block.in_format and not block.fits)):
+            if in_fp32 is None or not (in_fp32.parameters or (block and block.in_format)):
                 in_fp32 = replay_backward(
                     forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True, first_only=True
                 )
@@ -588,14 +593,14 @@ class Diagnoser:
                 return self._derivative(forward, in_fp32)
             if not blocks.outputs_are_finite() and (hidden := self._hidden_overflow(forward)):
                 return hidden
-            if block and block.in_format and not block.fits:
-                return self._gradient_leaves_format(forward, block.in_format)
             if in_fp32 is None:
                 why = "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
                 return Diagnosis(Cause.UNKNOWN, f"{why} {Cause.UNKNOWN.facts.remedy}", confirmed=False)
-            large = self._too_large_a_loss(skip, forward, in_fp32)
-            where = None if large else replay_backward(forward, current, 1.0, skip.scale, by_operator=True)
-            return large or self._gradient_leaves_format(forward, where or bad)
+            leaves = block.in_format if block else None
+            if leaves is None and self._too_large_a_loss(skip, forward, in_fp32):
+                return self._large_loss()
+            leaves = leaves or replay_backward(forward, current, 1.0, skip.scale, by_operator=True)
+            return self._gradient_leaves_format(forward, leaves or bad)
         if tried and _ran_before(forwards, self._runner):
             again = [replay_backward(forward, current, skip.scale, skip.scale) for forward in forwards]
             if all(found is not None and not (found.parameters or found.outside) for found in again):
@@ -610,29 +615,32 @@ class Diagnoser:
         found = diagnose(True, [forward], self._runner)
         return found if found.cause in (Cause.ACTIVATION, Cause.ROUNDING) else None
 
-    def _too_large_a_loss(
-        self, skip: SkippedStep, forward: RecordedForward, in_fp32: BackwardFindings
-    ) -> Diagnosis | None:
-        """A loss that needs a scale below 1: the largest power of two that serves is tried out.
+    def _fits_as_before(self, skip: SkippedStep, forward: RecordedForward) -> bool:
+        """Whether gradients fit at the scale below 1 that an earlier skip has shown, and which is not reached yet."""
+        if self._fitting is None or skip.scale <= self._fitting[0]:
+            return False
+        scale, counts = self._fitting
+        found = replay_backward(forward, self._runner.current, scale, skip.scale)
+        return found is not None and not (found.parameters or counts - found.moved)
 
-        None where none does: gradients overflow at each of them, or one that counts in FP32 is lost to zero.
-        """
+    def _too_large_a_loss(self, skip: SkippedStep, forward: RecordedForward, in_fp32: BackwardFindings) -> bool:
+        """Whether a scale below 1 serves: the largest power of two that does is tried out."""
 
         def tried(power: int) -> BackwardFindings | None:
-            found = replay_backward(forward, self._runner.current, 2.0**-power, skip.scale)
-            return None if found is None or found.parameters else found
+            return replay_backward(forward, self._runner.current, 2.0**-power, skip.scale)
 
-        if tried(POWERS[-1]) is None:
-            return None
-        largest = bisect.bisect_left(POWERS, True, key=lambda power: tried(power) is not None)
-        found = tried(POWERS[largest])
-        if found is None or in_fp32.moved - found.moved:
-            return None
+        begin = math.ceil(math.log2((in_fp32.largest or 1.0) / FP16_FORMAT.largest))
+        power = power_that_serves(tried, in_fp32.moved, begin)
+        self._fitting = None if power is None else (2.0**-power, in_fp32.moved)
+        return power is not None
+
+    def _large_loss(self) -> Diagnosis:
+        scale = self._fitting[0] if self._fitting else 1.0
         return Diagnosis(
             Cause.SCALE,
-            f"the loss is large: its gradients leave the range of FP16 even without a loss scale. They fit at a scale of "
-            f"{2.0 ** -POWERS[largest]:g}, and hf_amp lowers it to that. To avoid this, use a mean in place of a sum in the loss, "
-            "or normalise the targets.",
+            "the loss is large: its gradients leave the range of FP16 even without a loss scale. They fit at a scale of "
+            f"{scale:g}, to which hf_amp lowers it in steps. To avoid this, use a mean in place of a sum in the loss, or "
+            "normalise the targets.",
         )
 
     def _derivative(self, forward: RecordedForward, found: BackwardFindings) -> Diagnosis:

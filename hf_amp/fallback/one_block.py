@@ -50,13 +50,12 @@ class BlockFindings(NamedTuple):
 
     Attributes:
         in_fp32: what it does in FP32.
-        in_format: what it does in the run's format; None where that of FP32 is not finite, or where it was not repeated.
-        fits: whether its gradients are finite at a smaller scale, and none that counts in FP32 is lost there.
+        in_format: what it does in the run's format, where that is not finite and in FP32 is, and no smaller scale serves: its gradients
+            overflow, or one that counts in FP32 is lost to zero. None otherwise, and where that is not known.
     """
 
     in_fp32: BackwardFindings
     in_format: BackwardFindings | None = None
-    fits: bool = True
 
 
 class BlockGradients:
@@ -136,9 +135,15 @@ class BlockGradients:
                 with in_backward(precision):
                     in_format = repeated.backward(starts, 1.0, by_operator=True)
                     if in_format.parameters:
+                        # At the first of these powers half precision just holds what comes to the outputs.
                         largest = max(map(abs, to_host_list(extremes(g) for _, g in starts)))
-                        fits = _fits(lambda power: repeated.backward(starts, 2.0**-power), in_fp32.moved, largest)
-                        found = BlockFindings(in_fp32, in_format, fits)
+                        serves = power_that_serves(
+                            lambda power: repeated.backward(starts, 2.0**-power),
+                            in_fp32.moved,
+                            begin=POWERS[-1] + math.ceil(math.log2(largest)),
+                            least=False,
+                        )
+                        found = BlockFindings(in_fp32, None if serves else in_format)
         return found
 
     def _to_try(self, bad: BackwardFindings) -> str | None:
@@ -206,27 +211,30 @@ class _BlockBackward:
         wrong = [name for name, pair in pairs if not all(map(math.isfinite, pair))]
         wrong = [name for name in wrong if name] or self._bad.parameters[: len(wrong)]
         moved = frozenset(name for name, pair in pairs if name and any(pair))
-        return BackwardFindings(wrong, moved, self.trace.in_backward)
+        largest = max(filter(math.isfinite, map(abs, ends)), default=0.0)
+        return BackwardFindings(wrong, moved, self.trace.in_backward, largest=largest)
 
 
-def _fits(backward: Callable[[int], BackwardFindings], counts: frozenset[str], largest: float) -> bool:
-    """Whether gradients are finite, and those of `counts` not zero, at a scale of 2^-n; `backward` tries one.
+def power_that_serves(
+    backward: Callable[[int], BackwardFindings | None], counts: frozenset[str], begin: int, least: bool = True
+) -> int | None:
+    """The least n for which gradients at a scale of 2^-n are finite and none of `counts` is zero; None where there is none.
 
-    The search begins where half precision would just hold `largest`, of what comes to the outputs, and goes on from there.
+    `backward` tries one of `POWERS`, from `begin` on in growing steps; the first that serves is enough unless the `least` is wanted.
     """
-    low, high, width = POWERS[0], POWERS[-1], 1
-    power = min(max(low, math.ceil(math.log2(largest)) + high), high) if largest else low
-    while low <= high:
+    low, high, width, serves = POWERS[0], POWERS[-1], 1, None
+    power = min(max(low, begin), high)
+    while low <= high and (least or serves is None):
         found = backward(power)
-        overflows, lost = bool(found.parameters), bool(counts - found.moved)
-        if (
-            overflows is lost
-        ):  # neither; or both, and then a larger scale overflows too, and a smaller one loses them too
-            return not overflows
+        overflows = found is None or bool(found.parameters)
+        lost = found is not None and bool(counts - found.moved)
+        if overflows and lost:
+            return None  # a larger scale overflows too, and a smaller one loses them too
+        serves = serves if overflows or lost else power
         low, high = (power + 1, high) if overflows else (low, power - 1)
         power, width = power + (width if overflows else -width), 2 * width
         power = power if low <= power <= high else (low + high) // 2
-    return False
+    return serves
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

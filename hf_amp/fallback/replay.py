@@ -181,6 +181,7 @@ class BackwardFindings(NamedTuple):
         outside: paths of outputs to which something that is not finite came.
         is_from_outside: whether all of that came from outside of the model, and not in part through another output.
         output_is_finite: whether what the model returned is.
+        largest: magnitude of the largest finite element of a gradient.
     """
 
     parameters: list[str]
@@ -190,6 +191,7 @@ class BackwardFindings(NamedTuple):
     outside: Sequence[str] = ()
     is_from_outside: bool = False
     output_is_finite: bool = True
+    largest: float = 0.0
 
 
 def replay_backward(
@@ -238,7 +240,7 @@ def replay_backward(
     bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
     moved = frozenset(name for name, pair in by_name if any(pair))
     output_is_finite = not (bad and non_finite_tensors(output))
-    seen = (*cast(Any, about), output_is_finite)
+    seen = (*cast(Any, about), output_is_finite, max(filter(math.isfinite, map(abs, ends)), default=0.0))
     return BackwardFindings(bad, moved, trace.in_backward if trace else None, *seen)
 
 

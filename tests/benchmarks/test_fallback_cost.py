@@ -57,13 +57,14 @@ IN_A_BLOCK = (Cause.ACTIVATION, *FAULTS, Cause.BUFFER)
 
 
 def skipped_step(
-    size: str, device: str, cause: Cause | None, block: int = 0, in_backward: bool = False
+    size: str, device: str, cause: Cause | None, block: int = 0, in_backward: bool = False, loss_factor: float = 1.0
 ) -> Callable[[], None]:
     """One step that is skipped for `cause`, whatever came before; None is an applied one. Precision and scale do not change.
 
     Args:
         block: where it arises, if in a block.
         in_backward: whether it is a gradient that leaves the range of FP16, and no value.
+        loss_factor: what the model's loss is multiplied by; the scale that a large one needs is known from the first skip on.
     """
     model, inputs = gpt2(size, device), batch(size, device)
     config = MixedPrecisionConfig(init_scale=INIT_SCALE, automatic_fallback=False)
@@ -77,11 +78,12 @@ def skipped_step(
         fault = lambda h: h * mlp.factor.to(h)  # noqa: E731
     if fault:
         mlp.register_forward_hook(lambda _module, _arguments, output: fault(output))
+    model.register_forward_hook(lambda _module, _arguments, output: setattr(output, "loss", output.loss * loss_factor))
     session.register_model(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        scaler.set_scale(2.0**40 if cause is Cause.SCALE else INIT_SCALE)
+        scaler.set_scale(2.0**40 if cause is Cause.SCALE and loss_factor == 1.0 else INIT_SCALE)
         with session.autocast():
             loss = model(**inputs).loss
         scaler.scale(loss).backward()
@@ -116,7 +118,10 @@ def measure_skips(size: str, rounds: int, device: str) -> list[Row]:
     for cause in IN_A_BLOCK:
         for block, where in enumerate(("first", "last")):
             contenders[f"a skip by {cause.value}, {where} block"] = skipped_step(size, device, cause, -block)
-    contenders["a skip by ACTIVATION in backward"] = skipped_step(size, device, Cause.ACTIVATION, in_backward=True)
+    for block, where in enumerate(("first", "last")):
+        name = f"a skip by ACTIVATION in backward, {where} block"
+        contenders[name] = skipped_step(size, device, Cause.ACTIVATION, -block, in_backward=True)
+    contenders["a skip by SCALE, which is below 1"] = skipped_step(size, device, Cause.SCALE, loss_factor=1e12)
     return compared(
         interleaved(contenders, rounds, "thread" if device == "cpu" else "wall"), "an applied step", parameters=size
     )
@@ -145,7 +150,7 @@ def main() -> None:
 def test_every_contender_runs() -> None:
     """The benchmark itself is sound: each contender runs, and there is a ratio for each."""
     assert len(measure("tiny", rounds=2, device="cpu")) == 3
-    assert len(measure_skips("tiny", rounds=2, device="cpu")) == 14
+    assert len(measure_skips("tiny", rounds=2, device="cpu")) == 16
 
 
 if __name__ == "__main__":

@@ -68,6 +68,10 @@ def overflow_by_chance(block: Block, x: Tensor) -> Tensor:
     return x + torch.addmm(x * 0, x * 0 + 1e4, x.new_ones(8, 8) * 1e4) * 1e-9 if block.drawn < 0.5 else x
 
 
+def slope(block: Block, x: Tensor) -> Tensor:
+    return x + (x - x.detach()) * 1e16
+
+
 def bad_factor(block: Block, x: Tensor) -> Tensor:
     return x * block.factor
 
@@ -80,6 +84,7 @@ def bad_factor(block: Block, x: Tensor) -> Tensor:
         (division, Cause.MODEL, "div at test_diagnosis_cost.py", 5, 3),
         (bad_factor, Cause.BUFFER, "", 5, 3),
         (root, Cause.DERIVATIVE, "SqrtBackward0", 3, 2),
+        (slope, Cause.ACTIVATION, "derivative of mul at test_diagnosis_cost.py", 4, 2),
     ],
 )
 def test_no_more_is_repeated_than_the_cause_needs(
@@ -98,7 +103,21 @@ def test_no_more_is_repeated_than_the_cause_needs(
     CALLS.clear()
     loop.step(batch)
     (skip,) = loop.skips
-    assert (skip.cause, skip.modules) == (cause, ("blocks.0",) if cause is not Cause.DERIVATIVE else skip.modules)
+    assert (skip.cause, skip.modules[:1]) == (cause, ("blocks.0",))
     assert operator in skip.message
     assert CALLS.count(0) <= calls_in_front
     assert [CALLS.count(number) for number in range(1, LAYERS)] == [calls_behind] * (LAYERS - 1)
+
+
+def test_the_scale_that_a_large_loss_needs_is_searched_once() -> None:
+    """The first of several skips tries scales in FP16 and a pass in FP32, the others one pass at the scale that was found."""
+    loop, calls = Loop(Stack(), "fp16", init_scale=4.0), list[int]()
+    batch = {"x": torch.linspace(-1, 1, 32).reshape(4, 8)}
+    for _ in range(4):
+        CALLS.clear()
+        loop.step(batch, loss_of=lambda loss: loss * 1e9)
+        calls.append(CALLS.count(0))
+    assert {(skip.cause, "They fit at a scale of" in skip.message) for skip in loop.skips} == {(Cause.SCALE, True)}
+    assert len(loop.skips) == 4
+    assert calls[0] <= 7
+    assert set(calls[1:]) == {3}
