@@ -371,9 +371,7 @@ class Diagnoser:
         self._recorder = recorder
         self.repeats_forwards = True
         self._non_finite_since: tuple[int, int, Cause] | None = None
-        self._fitting: tuple[float, frozenset[str]] | None = (
-            None  # the newest scale below 1 that served, and what counts
-        )
+        self._fitting: tuple[int, frozenset[str]] | None = None  # n of the newest 2^-n that served; what counts
 
     def explain(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped.
@@ -581,26 +579,7 @@ class Diagnoser:
                     tried = False
                     continue
                 return _derivative_outside(bad.outside, operations)
-            if self._fits_as_before(skip, forward):
-                return self._large_loss()
-            block = blocks.replay(forward, current, bad)
-            in_fp32 = block.in_fp32 if block else None
-            if in_fp32 is None or not (in_fp32.parameters or (block and block.in_format)):
-                in_fp32 = replay_backward(
-                    forward, current, 1.0, skip.scale, in_fp32=True, by_operator=True, first_only=True
-                )
-            if in_fp32 is not None and in_fp32.parameters:
-                return self._derivative(forward, in_fp32)
-            if not blocks.outputs_are_finite() and (hidden := self._hidden_overflow(forward)):
-                return hidden
-            if in_fp32 is None:
-                why = "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
-                return Diagnosis(Cause.UNKNOWN, f"{why} {Cause.UNKNOWN.facts.remedy}", confirmed=False)
-            leaves = block.in_format if block else None
-            if leaves is None and self._too_large_a_loss(skip, forward, in_fp32):
-                return self._large_loss()
-            leaves = leaves or replay_backward(forward, current, 1.0, skip.scale, by_operator=True)
-            return self._gradient_leaves_format(forward, leaves or bad)
+            return self._large_loss(skip, forward) or self._at_any_scale(skip, forward, bad, blocks)
         if tried and _ran_before(forwards, self._runner):
             again = [replay_backward(forward, current, skip.scale, skip.scale) for forward in forwards]
             if all(found is not None and not (found.parameters or found.outside) for found in again):
@@ -610,36 +589,61 @@ class Diagnoser:
         self._recorder.keep_more_gradients()
         return Diagnosis(Cause.SCALE, f"{SCALE_WILL_FIX_IT} {_OUTSIDE}", confirmed=False)
 
+    def _at_any_scale(
+        self, skip: SkippedStep, forward: RecordedForward, bad: BackwardFindings, blocks: BlockGradients
+    ) -> Diagnosis:
+        """Why a gradient is not finite without a loss scale: one block is tried, and where that does not show it the whole model."""
+        current, in_fp32 = self._runner.current, None
+        block = blocks.replay(forward, current, bad)
+        leaves = block.in_format if block else None
+        if block and (leaves or block.in_fp32.parameters):
+            in_fp32 = block.in_fp32
+        else:
+            in_fp32 = replay_backward(forward, current, 1.0, skip.scale, True, by_operator=True, first_only=True)
+        if in_fp32 is not None and in_fp32.parameters:
+            return self._derivative(forward, in_fp32)
+        if not blocks.outputs_are_finite() and (hidden := self._hidden_overflow(forward)):
+            return hidden
+        if in_fp32 is None:
+            why = "the loss was finite, gradients are not at any scale, and backward could not be repeated in FP32."
+            return Diagnosis(Cause.UNKNOWN, f"{why} {Cause.UNKNOWN.facts.remedy}", confirmed=False)
+        if leaves is None and (large := self._large_loss(skip, forward, in_fp32)):
+            return large
+        leaves = leaves or replay_backward(forward, current, 1.0, skip.scale, by_operator=True)
+        return self._gradient_leaves_format(forward, leaves or bad)
+
     def _hidden_overflow(self, forward: RecordedForward) -> Diagnosis | None:
         """The diagnosis of an infinite activation that a function which saturates has hidden from the loss; None where none is."""
         found = diagnose(True, [forward], self._runner)
         return found if found.cause in (Cause.ACTIVATION, Cause.ROUNDING) else None
 
-    def _fits_as_before(self, skip: SkippedStep, forward: RecordedForward) -> bool:
-        """Whether gradients fit at the scale below 1 that an earlier skip has shown, and which is not reached yet."""
-        if self._fitting is None or skip.scale <= self._fitting[0]:
-            return False
-        scale, counts = self._fitting
-        found = replay_backward(forward, self._runner.current, scale, skip.scale)
-        return found is not None and not (found.parameters or counts - found.moved)
+    def _large_loss(
+        self, skip: SkippedStep, forward: RecordedForward, in_fp32: BackwardFindings | None = None
+    ) -> Diagnosis | None:
+        """A loss that needs a scale below 1: the largest power of two that serves is tried out; None where none does.
 
-    def _too_large_a_loss(self, skip: SkippedStep, forward: RecordedForward, in_fp32: BackwardFindings) -> bool:
-        """Whether a scale below 1 serves: the largest power of two that does is tried out."""
+        Without `in_fp32` that is the one which an earlier skip has shown, and which is not reached yet.
+        """
 
         def tried(power: int) -> BackwardFindings | None:
             return replay_backward(forward, self._runner.current, 2.0**-power, skip.scale)
 
-        begin = math.ceil(math.log2((in_fp32.largest or 1.0) / FP16_FORMAT.largest))
-        power = power_that_serves(tried, in_fp32.moved, begin)
-        self._fitting = None if power is None else (2.0**-power, in_fp32.moved)
-        return power is not None
-
-    def _large_loss(self) -> Diagnosis:
-        scale = self._fitting[0] if self._fitting else 1.0
+        if in_fp32 is not None:
+            begin = math.ceil(math.log2((in_fp32.largest or 1.0) / FP16_FORMAT.largest))
+            power = power_that_serves(tried, in_fp32.moved, begin)
+            self._fitting = None if power is None else (power, in_fp32.moved)
+        elif self._fitting is None or skip.scale <= 2.0 ** -self._fitting[0]:
+            return None
+        else:
+            known, counts = self._fitting
+            found = tried(known)
+            power = None if found is None or found.parameters or counts - found.moved else known
+        if power is None:
+            return None
         return Diagnosis(
             Cause.SCALE,
             "the loss is large: its gradients leave the range of FP16 even without a loss scale. They fit at a scale of "
-            f"{scale:g}, to which hf_amp lowers it in steps. To avoid this, use a mean in place of a sum in the loss, or "
+            f"{2.0**-power:g}, to which hf_amp lowers it in steps. To avoid this, use a mean in place of a sum in the loss, or "
             "normalise the targets.",
         )
 

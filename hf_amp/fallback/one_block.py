@@ -105,7 +105,7 @@ class BlockGradients:
         gradients = self._came_to[name] = {"": torch.tensor(math.nan)} if ran_before else {}
         for path, x in float_tensors(output):
             if x.requires_grad and not ran_before:
-                cast(Any, x).register_hook(functools.partial(gradients.__setitem__, path))
+                cast(Any, x).register_hook(functools.partial(_keep, gradients, path))
 
     def replay(
         self, forward: RecordedForward, current: CurrentPrecision, bad: BackwardFindings
@@ -246,6 +246,11 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             is_outside = (at is model or id(at) in holders) and id(child) not in holders
             if takes_hooks(child) and (isinstance(at, lists) or is_outside):
                 yield f"{prefix}.{name}".lstrip("."), child
+
+
+def _keep(gradients: dict[str, Tensor], path: str, gradient: Tensor | None) -> None:
+    if gradient is not None:  # as reentrant checkpointing has it of an output that nothing uses
+        gradients[path] = gradient
 
 
 def _cut(inputs: Any, like: Any) -> Any:
