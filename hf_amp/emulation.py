@@ -336,7 +336,7 @@ class _Kernel:
 
     def plain(self, keyset: Any, args: Any, kwargs: Any) -> Any:
         """The operator as it is; what it is made of is emulated."""
-        return self._operator.redispatch(keyset & _below_autocast(), *args, **kwargs)
+        return self._operator.redispatch(keyset & _REGISTERED[1], *args, **kwargs)
 
     def alone(self, convert: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
         """The operator on converted tensors; nothing in it is emulated. Also not where torch.func calls it again, layer by layer."""
@@ -490,10 +490,6 @@ def _note_recomputation(mode: EmulatedPrecision) -> None:
     is_in_function = mode._records_gradients and not torch.is_grad_enabled()
     if is_in_function or (hooks and "checkpoint" in hooks[0].__qualname__):
         mode._of_thread.recomputed = mode
-
-
-def _below_autocast() -> Any:
-    return _REGISTERED[1]
 
 
 def _register_kernels() -> None:

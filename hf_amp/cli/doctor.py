@@ -94,7 +94,10 @@ class Device:
     def products_in_words(self) -> str:
         """The time of a matrix product in FP32, and how much faster or slower the others were."""
         seconds, measured = self.product_seconds.get("FP32"), [(name, self.speed(name)) for name in ("FP16", "BF16")]
-        others = [f"{name} {_times(speed)}" for name, speed in measured if speed is not None]
+        faster, slower = "{:.2g} times as fast", "{:.2g} times as long"
+        others = [
+            f"{name} {faster.format(x) if x >= 1 else slower.format(1 / x)}" for name, x in measured if x is not None
+        ]
         return f"FP32 {1000 * seconds:.3g} ms; {', '.join(others)}" if seconds else "not measured, or not steady"
 
     def cells(self) -> tuple[str, ...]:
@@ -108,10 +111,6 @@ class Device:
             *(units.get(value, value) for value in (hardware.fp16, hardware.bf16, hardware.tf32, hardware.fp8)),
             "yes" if self.fused_adamw else "no",
         )  # fmt: skip
-
-
-def _times(speed: float) -> str:
-    return f"{speed:.2g} times as fast" if speed >= 1 else f"{1 / speed:.2g} times as long"
 
 
 def find_devices(measure: bool = True) -> list[Device]:

@@ -296,8 +296,7 @@ _BY_TORCH_FUNC = (
 )
 _NOT_KEPT = (
     f"the newest forward passes of the step are finite, and those before them are not kept (at most {KEPT_FORWARDS} are, and "
-    f"{KEPT_BYTES // 2**30} GiB of batches). Look at this "
-    "step's batch and loss function, and for activations beyond 65504."
+    f"{KEPT_BYTES // 2**30} GiB of batches). Look at this step's batch and loss function, and for activations beyond 65504."
 )
 
 
@@ -313,11 +312,6 @@ def _derivative_outside(outputs: Sequence[str], operations: Iterable[Any]) -> Di
         f"{join_names([f'output {path}'.strip() for path in outputs])} is not. Look at the code outside of the model that makes "
         f"the loss, for a root of zero or a division by zero{f' (its backward runs {names})' if names else ''}.",
     )
-
-
-def _takes_gradients_back(forward: RecordedForward) -> bool:
-    """Whether it was given what the loop had computed before, with gradients: they go back through it."""
-    return any(x.grad_fn is not None for _, x in _named_inputs(forward))
 
 
 def _may_overflow_by_scale(node: Any) -> bool:
@@ -572,7 +566,8 @@ class Diagnoser:
                 if not bad.output_is_finite and (hidden := self._hidden_overflow(forward)):
                     return hidden
                 operations = self._recorder.operations_outside()
-                through_others = not bad.is_from_outside or any(map(_takes_gradients_back, forwards[index + 1 :]))
+                later = [x for each in forwards[index + 1 :] for _, x in _named_inputs(each)]
+                through_others = not bad.is_from_outside or any(x.grad_fn is not None for x in later)
                 half = any(g is not None and g.dtype in HALF_DTYPES for g in forward.output_gradients.values())
                 unseen = half or through_others or any(map(_may_overflow_by_scale, operations))
                 if (unseen and skip.scale > 1) or (skip.scale > SMALLEST_SCALE and _may_need_less(forward, operations)):

@@ -100,7 +100,8 @@ class ModelBuffers:
         More syncs in that case. What held NaN before stays, and what nothing wrote: a backward to come may check its version.
         """
         pairs = [(*former, now) for former in copies if (now := former[0].tensor()) is not None]
-        found = to_host_list(_badness(x) for _, _, *both in pairs for x in both)
+        # 2 where there is NaN, otherwise 1 where there is inf, otherwise 0.
+        found = to_host_list(x.isnan().any().int() + (~x.isfinite()).any() for _, _, *both in pairs for x in both)
         rows = list(zip(pairs, found[::2], found[1::2], strict=True))
         lost = [module for (at, *_), was, bad in rows if was < 2 and bad > was and (module := at.module()) is not None]
         for (at, tensor, old, now), was, _ in rows if lost else ():
@@ -124,11 +125,6 @@ class ModelBuffers:
             for (path, x, _), bad, masked, was in rows
             if (bad and (suspects or was or self._is_written(path, x))) or (suspects and masked and was)
         ]
-
-
-def _badness(x: Tensor) -> Tensor:
-    """2 where `x` holds NaN, otherwise 1 where it holds inf, otherwise 0."""
-    return x.isnan().any().int() + (~x.isfinite()).any()
 
 
 KEPT_FORWARDS = 64

@@ -386,7 +386,11 @@ class _Replay:
             known = self._candidate is not None and not self._candidate.may_be_mask and not self._all_of_them
             if known and name:
                 is_around = self._candidate_is_in(name)
-                if self._is_most_of_it(module) if is_around else _holds_nan_or_inf((arguments, options)):
+                if (
+                    2 * sum(p.numel() for p in module.parameters()) > self._elements
+                    if is_around
+                    else _holds_nan_or_inf((arguments, options))
+                ):
                     return None
             # Where it is clear, the candidate's NaN is in FP32 what it is here.
             is_clear = known and name == "" and self._alone.is_own_state
@@ -439,9 +443,6 @@ class _Replay:
         """Lets go of a candidate whose infinities the module of this name has made finite values of, as masks are meant to."""
         if self._candidate is not None and (self._candidate_is_in(name) or non_finite_tensors(inputs)):
             self._candidate = None
-
-    def _is_most_of_it(self, module: nn.Module) -> bool:
-        return 2 * sum(p.numel() for p in module.parameters()) > self._elements
 
     def _candidate_is_in(self, name: str) -> bool:
         return self._candidate is not None and f"{self._candidate.name}.".startswith(f"{name}.")

@@ -19,10 +19,6 @@ _TAKEN_KEYS = (*_FIRST_KEYS, "cause", "before", "after", "modules", "message")
 _log = logging.getLogger("hf_amp")
 
 
-def _free_name(name: str) -> str:
-    return f"figure_{name}" if name in _TAKEN_KEYS else name
-
-
 def _plain(value: Any) -> Any:
     """JSON has no infinity and no NaN: they become text."""
     if isinstance(value, dict):
@@ -36,10 +32,6 @@ def _ends_within_a_line(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
-
-
-def _known_keys_first(logger: Any, method: str, line: Any) -> dict[str, Any]:
-    return {name: line[name] for name in _FIRST_KEYS} | dict(line)
 
 
 class JsonLinesSink:
@@ -64,7 +56,7 @@ class JsonLinesSink:
             processors=[
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
-                _known_keys_first,
+                lambda _logger, _method, line: {name: line[name] for name in _FIRST_KEYS} | dict(line),
                 structlog.processors.JSONRenderer(serializer=json.dumps, allow_nan=False),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(0),
@@ -84,7 +76,7 @@ class JsonLinesSink:
             after=_plain(event.after),
             modules=list(event.modules),
             message=event.message,
-            **{_free_name(name): _plain(value) for name, value in event.figures.items()},
+            **{f"{'figure_' * (name in _TAKEN_KEYS)}{name}": _plain(value) for name, value in event.figures.items()},
         )
         self._append(f"{line}\n".encode())
 
