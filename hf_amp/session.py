@@ -782,7 +782,6 @@ class AmpSession(EventRecorder):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which a forward pass runs in the plan's default precision, for loops without accelerate."""
-        self._fallback.runner.loop_autocasts = True
         return self.current_precision()
 
     def disable_replay(self) -> None:

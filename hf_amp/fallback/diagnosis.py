@@ -314,10 +314,9 @@ def _derivative_outside(outputs: Sequence[str], operations: Iterable[Any]) -> Di
     )
 
 
-def _may_overflow_by_scale(node: Any) -> bool:
-    """Whether what this operation outside of the model makes of the scale is not seen: in half precision, or by Python code."""
-    half = any(held.dtype in HALF_DTYPES for held in node._input_metadata)
-    return half or isinstance(node, torch.autograd.function.BackwardCFunction)
+def _gives(node: Any, *dtypes: torch.dtype) -> bool:
+    """Whether the operation behind this node of a graph has given a tensor of one of these dtypes."""
+    return any(held.dtype in dtypes for held in node._input_metadata)
 
 
 def _may_need_less(forward: RecordedForward, operations: Iterable[Any]) -> bool:
@@ -380,8 +379,10 @@ class Diagnoser:
         if found.cause is Cause.SCALE and not found.confirmed and skip.scale <= 1:
             what = f"the loss was finite, but backward overflows at a scale of {skip.scale:g} as well, and could not be repeated."
             found = Diagnosis(Cause.UNKNOWN, f"{what} {Cause.UNKNOWN.facts.remedy}", confirmed=False)
-        if found.cause is Cause.LOSS and not found.confirmed and self._runner.loop_autocasts:
-            found = found._replace(message=f"{found.message} {_IN_AUTOCAST}")
+        if found.cause is Cause.LOSS and not found.confirmed:
+            half = {node.name() for node in self._recorder.operations_outside() if _gives(node, torch.float16)}
+            why = f" The loop makes it in FP16 ({join_names(sorted(half))}): make the loss in FP32, of logits.float()."
+            found = found._replace(message=found.message + why * bool(half))
         if not found.confirmed and skip.step == self._recorder.functional_step:
             found = found._replace(message=f"{found.message} {_BY_TORCH_FUNC}")
         return self._naming_gradient(skip, self._naming_state(skip.step, found))
@@ -569,7 +570,9 @@ class Diagnoser:
                 later = [x for each in forwards[index + 1 :] for _, x in _named_inputs(each)]
                 through_others = not bad.is_from_outside or any(x.grad_fn is not None for x in later)
                 half = any(g is not None and g.dtype in HALF_DTYPES for g in forward.output_gradients.values())
-                unseen = half or through_others or any(map(_may_overflow_by_scale, operations))
+                by_python = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in operations)
+                half |= any(_gives(node, *HALF_DTYPES) for node in operations)
+                unseen = half or through_others or by_python
                 if (unseen and skip.scale > 1) or (skip.scale > SMALLEST_SCALE and _may_need_less(forward, operations)):
                     tried = False
                     continue

@@ -286,7 +286,6 @@ class PlanRunner:
         sharded: whether a trained model's parameters are shards.
         limits: a phrase on what is not done because of that; "" where all is.
         fp32_parameters: `id` of the parameters that only modules which the plan names hold.
-        loop_autocasts: whether the loop itself, too, runs something in the default.
         plan: what the next forward passes follow.
     """
 
@@ -302,7 +301,6 @@ class PlanRunner:
         self.limits = ""
         self._shards: weakref.WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = weakref.WeakKeyDictionary()
         self.fp32_parameters: frozenset[int] = frozenset()
-        self.loop_autocasts = False
         self._asked_for = default
         self.plan = PrecisionPlan(default)
 

@@ -673,3 +673,15 @@ def test_a_loss_made_in_half_precision_outside_of_the_model(how: str) -> None:
     for skip in skips:
         assert skip.cause is Cause.LOSS
         assert "make the loss in FP32" in skip.message
+
+
+@for_each("dtype", [torch.float16, torch.float32])
+def test_a_loss_that_the_loop_makes_in_fp16_is_said_to_be(dtype: torch.dtype) -> None:
+    """By hand, without autocast: operators are named that gave FP16; in FP32, where a label makes the NaN, nothing is said of it."""
+    loop = Loop(Regression(), "fp16", init_scale=1.0)
+    factor = 1e6 if dtype == torch.float16 else torch.nan
+    loop.step({"x": X}, loss_of=lambda logits: (logits.to(dtype) * factor).mean())
+    (skip,) = loop.skips
+    assert skip.cause is Cause.LOSS
+    assert ("The loop makes it in FP16 (" in skip.message) is (dtype == torch.float16)
+    assert ("MulBackward0" in skip.message) is (dtype == torch.float16)
