@@ -140,7 +140,7 @@ class EmulatedPrecision:
 
     def _enter(self) -> None:
         _register_kernels()
-        trace = _current_trace()
+        trace = torch._guards.TracingContext.try_get()  # of torch.compile, which this is called from
         while (left := self.innermost()) is not None and left._trace is not None and left._trace is not trace:
             left._leave()  # torch.compile gave that trace up, and began anew
         self._trace = trace
@@ -302,16 +302,12 @@ def _is_cast(x: Tensor) -> bool:
     return x.is_floating_point() and x.dtype != torch.float64
 
 
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in HALF_DTYPES
-
-
 def _is_asked_for_dtype(args: Any, kwargs: Any) -> bool:
     return any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
 
 
 def _holds_half(args: Any, kwargs: Any) -> bool:
-    return any(map(_is_half, tensors_of((args, kwargs))))
+    return any(x.dtype in HALF_DTYPES for x in tensors_of((args, kwargs)))
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------
@@ -321,8 +317,7 @@ class _Kernel:
     """What one operator does inside of the context."""
 
     def __init__(self, operator: Any, policy: Callable[..., Any] | None, lacks: str) -> None:
-        self._operator = operator
-        self.is_mutable = operator._schema.is_mutable
+        self._operator, self.schema = operator, operator._schema
         self._lacks = lacks  # a kernel of half precision: "", "both" or "backward"
         self._in_fp32 = _attention if operator is torch.ops.aten.scaled_dot_product_attention.default else operator
         self._policy = policy
@@ -348,8 +343,9 @@ class _Kernel:
         finally:
             _ACTIVE.kernel = False
 
-    def lacks_half(self) -> bool:
-        return self._lacks == "both" or (self._lacks == "backward" and torch.is_grad_enabled())
+    def half_if_lacking(self, _mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+        lacks = self._lacks == "both" or (self._lacks == "backward" and torch.is_grad_enabled())
+        return (self.half if lacks else self.plain)(keyset, args, kwargs)
 
     def half(self, keyset: Any, args: Any, kwargs: Any) -> Any:
         """Half-precision tensors without autocast: the FP32 result, rounded; anything else as it is."""
@@ -399,7 +395,7 @@ def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwar
         return _reduced(kernel, mode, keyset, args, kwargs)
     if (on or _widens(mode, args, kwargs)) and _holds_half(args, kwargs) and not _is_asked_for_dtype(args, kwargs):
         return kernel.alone(upcast, args, kwargs)
-    return (kernel.half if kernel.lacks_half() else kernel.plain)(keyset, args, kwargs)
+    return kernel.half_if_lacking(mode, keyset, args, kwargs)
 
 
 def _promoted(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
@@ -419,21 +415,28 @@ def _unsafe(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kw
     return kernel.plain(keyset, args, kwargs)
 
 
-def _without_half_kernel(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    return (kernel.half if kernel.lacks_half() else kernel.plain)(keyset, args, kwargs)
-
-
 def _fourier(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    """Transforms of half-precision tensors, whose complex results are half precision too; a device has them for powers of two."""
+    """As cuFFT has them: of FP16 where signals are powers of two long, with results in half precision too; of BF16 none."""
     if not {x.dtype for x in tensors_of((args, kwargs))} & {torch.float16, torch.complex32}:
-        return kernel.half(keyset, args, kwargs)
+        return kernel.plain(keyset, args, kwargs)
     result = kernel.alone(lambda x: x.to(torch.complex64) if x.dtype == torch.complex32 else upcast(x), args, kwargs)
+    given = {known.name: known.default_value for known in kernel.schema.arguments} | kwargs
+    given |= dict(zip(given, args, strict=False))
+    length, dim = given.get("n", given.get("s")), given["dim"]
+    dims = [dim] if isinstance(dim, int) else dim or range(-len(length or result.shape), 0)
+    sizes = [result.shape[at] for at in dims]
+    if result.is_complex() and not given["self"].is_complex():  # half of what a real signal gives is left out
+        sizes[-1] = (length if isinstance(length, int) else length and length[-1]) or given["self"].shape[dims[-1]]
+    if any(size & (size - 1) for size in sizes):
+        raise RuntimeError(
+            f"cuFFT, on a device, transforms FP16 signals of 2, 4, 8, ... elements, not of {sizes}: use x.float()."
+        )
     return result.to(torch.complex32 if result.is_complex() else torch.float16)
 
 
 def _of_another_package(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
     """As torchvision's have it under autocast: in FP32, results in the dtype of the first operand; but for what writes into operands."""
-    if not _holds_half(args, kwargs) or kernel.is_mutable:
+    if not _holds_half(args, kwargs) or kernel.schema.is_mutable:
         return kernel.plain(keyset, args, kwargs)
     first = next(x for x in tensors_of((args, kwargs)) if _is_cast(x))
     return _to(kernel.alone(upcast, args, kwargs), first.dtype)
@@ -477,11 +480,6 @@ def _is_traced() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.FUNCTIONAL, keys.PROXY))
 
 
-def _current_trace() -> Any:
-    """Which trace of torch.compile this is called from; None from none."""
-    return torch._guards.TracingContext.try_get()
-
-
 def _note_recomputation(mode: EmulatedPrecision) -> None:
     """Whether what runs will be recomputed in backward by gradient checkpointing, or is in an `autograd.Function`."""
     if not mode.autocasts:
@@ -500,7 +498,7 @@ def _register_kernels() -> None:
         on_cuda, on_cpu = map(torch._C._dispatch_get_registrations_for_dispatch_key, ("AutocastCUDA", "AutocastCPU"))
         lacking = {f"aten::{name}": "backward" for name in _WITHOUT_HALF_DERIVATIVE}
         lacking |= dict.fromkeys([f"aten::{name}" for name in _WITHOUT_HALF_KERNEL], "both")
-        policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(lacking, _without_half_kernel)
+        policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(lacking, _Kernel.half_if_lacking)
         policies |= dict.fromkeys([name for name in policies if name.startswith("aten::fft_")], _fourier)
         policies |= dict.fromkeys(on_cuda, _full)
         for names, policy in (

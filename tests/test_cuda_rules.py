@@ -154,6 +154,8 @@ def case(name: str, kind: Callable[[Tensor], Tensor] | None, half: bool) -> tupl
     if kind is not None:
         layers = [module for path, module in model.named_modules() if is_layer(module) and re.search(r"\.\d", path)]
         random.Random(name).choice(layers).register_forward_hook(lambda _, __, y: y + kind(y))
+    if name == "fnet":  # a device transforms FP16 of powers of two alone
+        batch = {key: x[:, :4] for key, x in batch.items()}
     if half:
         model = model.half()
         batch = {key: x.half() if x.is_floating_point() else x for key, x in batch.items()}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -523,3 +525,27 @@ def test_operators_of_other_packages_that_autocast_knows() -> None:
     """
     done = subprocess.run([sys.executable, "-c", _OTHER_PACKAGE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@for_each(
+    ("transform", "dtype", "fits", "not_of"),
+    [
+        (lambda x: torch.fft.rfft(x[:, :8]), torch.float16, True, ""),
+        (lambda x: torch.fft.rfft(x), torch.float16, False, "[12]"),
+        (lambda x: torch.fft.rfft(x, n=16), torch.float16, True, ""),
+        (lambda x: torch.fft.fft2(x), torch.float16, False, "[4, 12]"),
+        (lambda x: torch.fft.fftn(x, s=(4, 8)), torch.float16, True, ""),
+        (lambda x: torch.fft.rfftn(x, dim=(0,)), torch.float16, True, ""),
+        (lambda x: torch.fft.irfft(torch.fft.rfft(x[:, :8]), n=12), torch.float16, False, "[12]"),
+        (lambda x: torch.fft.rfft(x.float()), torch.float16, True, ""),
+        (lambda x: torch.fft.rfft(x[:, :8]), torch.bfloat16, False, "Unsupported dtype BFloat16"),
+    ],
+)
+def test_signals_are_as_long_as_a_device_takes_them(
+    transform: Callable[[Tensor], Tensor], dtype: torch.dtype, fits: bool, not_of: str
+) -> None:
+    """FP16 signals of a power of two alone, and none of BF16, raise as they do on a device, with what to do."""
+    with hf_amp.emulate(dtype):
+        x = nn.functional.linear(torch.randn(4, 8), torch.randn(12, 8))
+        with nullcontext() if fits else pytest.raises(RuntimeError, match=re.escape(not_of)):
+            assert transform(x).isfinite().all()
