@@ -2,7 +2,7 @@
 
 Three processes on this machine learn scikit-learn's digits, each its own third; nothing is downloaded, nothing leaves the loopback:
 
-    pip install flwr  # without -c constraints.txt: its typer, rich and protobuf are older than those
+    pip install flwr
     python examples/federated_flower.py
     python examples/federated_flower.py --unguarded BF16
 
@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_amp import MixedPrecisionCallback
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # by default Flower reports each start to its makers
 
 Weights = list[np.ndarray]
 PRECISIONS: dict[str, dict[str, bool]] = {"FP16": {"fp16": True}, "BF16": {"bf16": True}, "FP32": {}}

@@ -1,4 +1,4 @@
-"""Federated averaging: what the example's clients and server do, and the example itself where Flower is installed."""
+"""Federated averaging: what the example's clients and server do, and the example itself by Flower."""
 
 from __future__ import annotations
 
@@ -49,10 +49,7 @@ def test_a_round_of_three_precisions(example: dict[str, Any]) -> None:
     assert example["accuracy"](weights) > 2 * example["accuracy"](begun)
 
 
-@pytest.mark.skipif(
-    find_spec("flwr") is None,
-    reason="needs flwr, which asks for older typer, rich and protobuf than constraints.txt has",
-)
+@pytest.mark.skipif(find_spec("flwr") is None, reason="needs flwr, which the extra hf_amp[peers] brings")
 def test_with_flower() -> None:
     """A server and three clients on the loopback: two rounds, the unguarded client is named in each."""
     line = [sys.executable, str(EXAMPLE), "--rounds", "2", "--steps", "20", "--unguarded", "BF16"]

@@ -126,7 +126,7 @@ def nf4_base(model: nn.Module) -> None:
 
 
 def bitsandbytes_base(model: nn.Module) -> None:
-    library = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which no extra brings")
+    library = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which the extra hf_amp[peers] brings")
     for name, module in list(model.named_modules()):
         if is_frozen_linear(module, name):
             four = library.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
