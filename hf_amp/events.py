@@ -213,6 +213,10 @@ class EventKind(str, enum.Enum):
     """An applied step whose gradients are all exactly zero; reported for the first of several in a row."""
     LOSS_LOST = "loss_lost"
     """An applied step whose loss was not finite; reported for the first of several in a row."""
+    FP8_MEASURED = "fp8_measured"
+    """What FP8 by torchao changes of the outputs, as far as it could be measured: rounding, and no layer of its own."""
+    FP8_DAMAGE = "fp8_damage"
+    """Layers in which FP8 by torchao loses more than rounding; reported once, early in a run."""
     STALLED = "stalled"
     """Nothing can be learned any more."""
     TRAINING_STOPPED = "training_stopped"
@@ -244,16 +248,10 @@ class EventKind(str, enum.Enum):
 
 
 _AS_EXPECTED = (
-    EventKind.ATTACHED,
-    EventKind.DETACHED,
-    EventKind.MASTER_WEIGHTS_KEPT,
-    EventKind.UPDATES_ROUNDED,
-    EventKind.METRICS,
-    EventKind.BUFFERS_RESTORED,
-    EventKind.CHECKPOINT_GOOD,
-    EventKind.TRAINING_STARTED,
+    EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.UPDATES_ROUNDED, EventKind.METRICS,
+    EventKind.BUFFERS_RESTORED, EventKind.CHECKPOINT_GOOD, EventKind.FP8_MEASURED, EventKind.TRAINING_STARTED,
     EventKind.TRAINING_ENDED,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_amp.capture import captured, save_capture
+from hf_amp.choose import watch_float8
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
 from hf_amp.errors import AttachError, ConfigError, StateError, in_one_line
@@ -239,13 +240,7 @@ class AmpSession(EventRecorder):
             peak = peak_bytes(self._devices)
             memory = {} if peak is None else {"memory_bytes": float(peak)}
             energy = {} if self._energy is None else self._energy.metrics(self.monitor.applied_steps)
-            return {
-                **self.monitor.metrics(),
-                **self.throughput.metrics(),
-                **self.rewinder.metrics(),
-                **memory,
-                **energy,
-            }
+            return self.monitor.metrics() | self.throughput.metrics() | self.rewinder.metrics() | memory | energy
 
     def module_metrics(self) -> dict[str, dict[str, float]]:
         """Name of a figure → qualified module name → newest value; empty without `monitor_modules`. No GPU-CPU sync."""
@@ -281,11 +276,9 @@ class AmpSession(EventRecorder):
         """Puts the plan where `precision_schedule` has it after as many steps as there were; every change is an event."""
         completed = self.first_step - 1 + self.scaler.decided_steps
         schedule = self.config.precision_schedule if self.config.enabled else None
-        asked = (
-            ScheduledPrecision(None, {}, None)
-            if schedule is None
-            else schedule.precision_at(completed, self.total_steps)
-        )
+        asked = ScheduledPrecision(None, {}, None)
+        if schedule is not None:
+            asked = schedule.precision_at(completed, self.total_steps)
         self._schedule_due = asked.until
         with self.lock:
             for change in self._fallback.follow_schedule(asked, self.scaler.get_scale()):
@@ -737,6 +730,7 @@ class AmpSession(EventRecorder):
     def _note_trained(self, model: nn.Module) -> None:
         if self._module_statistics in self.scaler.step_hooks:
             self._modules.register_model(model, self.scaler.decided_steps)
+        watch_float8(self, model, self._fallback.recorder, self._fallback.runner)
         self._note_models()
 
     def _note_models(self) -> None:

@@ -81,9 +81,9 @@ def attach(accelerator: Accelerator, config: Any = None, **options: Any) -> AmpS
         accelerator: with `mixed_precision` "fp16", "bf16", "fp8" or "no", which is followed; one process, or several with
             DistributedDataParallel or FSDP. Under FSDP1 modules do not fall back, and causes are looked for in weights only.
             FSDP2 is as DDP; attached before `prepare`, it gathers parameters in FP32 under "fp16" and for `fp32_modules`, and
-            autocast casts them, unless the plugin has a `mixed_precision_policy` of yours. FP8, which another library runs, is
-            checked as BF16 is, without fallback; `fp32_modules` stay out of torchao's conversion, where attach comes before
-            prepare. DeepSpeed, which scales and skips by itself, is only observed.
+            autocast casts them, unless the plugin has a `mixed_precision_policy` of yours. FP8, which another library runs, is checked
+            as BF16 is, without fallback; layers that torchao's does damage in are named once, and `fp32_modules` stay out of its
+            conversion, where attach comes before prepare. DeepSpeed, which scales and skips by itself, is only observed.
         config: a `MixedPrecisionConfig`, a mapping of options, or the path of a YAML or JSON file; None for the defaults.
         options: options as keywords, in place of a config.
 

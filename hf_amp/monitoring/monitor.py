@@ -197,6 +197,7 @@ class PrecisionMonitor:
     grad_amax: NotNegative | None = None
     underflow_fraction: NotNegative | None = None
     lost_update_fraction: NotNegative | None = None
+    fp8_output_error: NotNegative | None = None
     inf_elements: int | None = None
     nan_elements: int | None = None
     precision_changes: int = 0
@@ -318,6 +319,7 @@ class PrecisionMonitor:
             "headroom_bits": self._headroom_bits(),
             "underflow_fraction": self.underflow_fraction,
             "lost_update_fraction": self.lost_update_fraction,
+            "fp8_output_error": self.fp8_output_error,
             "inf_elements": self.inf_elements,
             "nan_elements": self.nan_elements,
             "precision_changes": self.precision_changes,

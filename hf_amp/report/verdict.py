@@ -78,6 +78,8 @@ def verdict_on(run: RunHistory) -> Verdict:
             Level.WATCH,
             f"Training, but rounding loses the updates of {which} since step {frozen.last_step:,}: {counted}.",
         )
+    if fp8 := _newest(run, EventKind.FP8_DAMAGE):
+        return Verdict(Level.WATCH, f"Training, but FP8 does damage in {join_names(fp8.modules)}: {counted}.")
     if changed := {
         name: it for name, it in run.changed_modules.items() if it.cause or (it.step and not it.by_choice)
     }:  # else by choice
