@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 
@@ -14,7 +15,7 @@ from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode
 from transformers import Trainer, TrainerCallback
 
 import hf_amp
-from hf_amp.choose import RoundedOperands, torchao_formats
+from hf_amp.choose import RoundedOperands, has_foreign_hooks, is_float8, torchao_formats
 from hf_amp.device import runs_backward
 from hf_amp.emulation import _COMPOSITE, _FUSED, _PROMOTED, _REDUCED, _WITHOUT_HALF_KERNEL
 from hf_amp.fallback.module_precision import has_compiled
@@ -375,6 +376,25 @@ def test_torchao_casts_to_its_formats() -> None:
     assert find_first_last_linear_layers(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())) == ("0", "0")
     assert filter_linear_layers(torch.nn.Linear(16, 16), "0", [])
     assert not filter_linear_layers(torch.nn.Linear(15, 16), "0", [])
+
+
+def test_torchao_calls_its_layers_float8_linear() -> None:
+    """They are known by that name, and compute in the wide precision where `nn.Linear.forward` is called on them; no public class says so."""
+    float8 = pytest.importorskip("torchao.float8", reason="the extra hf_amp[peers] brings it")
+    wide, x = torch.nn.Sequential(torch.nn.Linear(16, 16)), torch.randn(4, 16)
+    narrow = float8.convert_to_float8_training(copy.deepcopy(wide), config=float8.Float8LinearConfig(emulate=True))
+    assert [is_float8(each[0]) for each in (wide, narrow)] == [False, True]
+    assert torch.equal(torch.nn.Linear.forward(narrow[0], x), wide(x))
+    assert not torch.equal(narrow(x), wide(x))
+
+
+def test_modules_keep_their_hooks_in_dicts() -> None:
+    """The four kinds that a replay would call, each by its own registration."""
+    for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        module = torch.nn.Linear(1, 1)
+        assert not has_foreign_hooks(module)
+        getattr(module, f"register_{kind}")(lambda *_: None)
+        assert has_foreign_hooks(module), kind
 
 
 def test_torch_says_which_thread_runs_a_backward() -> None:

@@ -21,7 +21,7 @@ def full_monitor(cause: Cause) -> PrecisionMonitor:
     monitor.after_step(
         StepOutcome(1, True, 4.0, grad_norm=1.0, losses=4, non_finite_losses=1, lost_update_fraction=0.5)
     )
-    monitor.eval_non_finite_batches = 1
+    monitor.eval_non_finite_batches, monitor.fp8_output_error = 1, 0.03
     monitor.record_memory(0.25)
     return monitor
 
