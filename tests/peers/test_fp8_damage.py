@@ -220,6 +220,14 @@ def test_several_of_many_are_named_and_the_rest_counted() -> None:
     assert "3 more may need it" in event.message
 
 
+def test_an_estimate_that_no_trial_confirms_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any excess over rounding enough for a trial, layers of a healthy model are tried, and none moves more than the others together."""
+    monkeypatch.setattr(hf_amp.choose, "SHARE_OF_ROUNDING", 0.0)
+    event = found(train(llama)[1])
+    assert (event.kind.value, event.modules) == ("fp8_measured", ())
+    assert "alone in FP8 moves them by less" in event.message
+
+
 class Counting(LlamaForCausalLM):
     """Counts its passes where a replay does not put them back."""
 
