@@ -30,12 +30,19 @@ from hf_amp.errors import ConfigError, in_one_line
 from hf_amp.events import AmpEvent, EventKind, StepOutcome, join_names
 from hf_amp.fallback.diagnosis import joined
 from hf_amp.fallback.inference import half_copy
-from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry, without_its_precision
+from hf_amp.fallback.module_precision import (
+    CurrentPrecision,
+    PlanRunner,
+    PrecisionEntry,
+    is_unit,
+    without_its_precision,
+)
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import float_tensors, nothing_changes, repeat_forward, starts_of
+from hf_amp.fallback.sharded import Lockstep
 from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP32_FORMAT, NumberFormat, PrecisionMode
-from hf_amp.statistics import to_host_list
+from hf_amp.statistics import all_reduce_max_to_host, is_distributed, to_host_list
 
 if TYPE_CHECKING:
     from hf_amp.session import AmpSession
@@ -677,7 +684,7 @@ class Float8Check:
     """An observer of the scaler that looks, after one early applied step, at what FP8 does in it, and is gone then.
 
     It repeats the step's newest forward pass: 3 passes, and up to 4 more where there is something to try. Buffers, random state and gradients
-    stay as they are; several ranks need not take part. GPU-CPU syncs: many, in this one step.
+    stay as they are. Ranks that share parameters go in lockstep; others look each at its own batch. GPU-CPU syncs: many, in this one step.
 
     Args:
         session: takes the event and the figure.
@@ -687,7 +694,8 @@ class Float8Check:
 
     def __init__(self, session: AmpSession, model: nn.Module, recorder: ForwardRecorder, runner: PlanRunner) -> None:
         self._session, self._recorder, self._runner = session, recorder, runner
-        self._model, self._left = weakref.ref(model), STEPS_TRIED
+        self._model = weakref.ref(model)
+        self._left = 1 if runner.sharded else STEPS_TRIED  # a rank that tries again must not be alone
 
     def __call__(self, outcome: StepOutcome, optimizer: torch.optim.Optimizer) -> None:
         """After each step until then."""
@@ -697,7 +705,8 @@ class Float8Check:
         self._left -= 1
         self._recorder.is_paused = True
         try:
-            found = self._found(forwards, outcome.scale)
+            with Lockstep(self._runner.device, forwards, _nothing).entered() if self._runner.sharded else nullcontext():
+                found = self._found(forwards, outcome.scale)
         except (
             Exception
         ) as error:  # out of memory, parameters in shards, or whatever the model raises: training goes on
@@ -773,13 +782,14 @@ def float8_damage(
     effects, narrow = trials.effects()
     exact = trials.outcome(trials.layers)
     names = {each: joined(prefix, name) for each, name in trials.layers.items()}
-    error, worst = narrow.apart(exact), max(effects, key=lambda each: effects[each][0])
+    error, worst = trials.apart(narrow, exact), max(effects, key=lambda each: effects[each][0])
     suspects, loses_range = _suspects(effects)
     if not loses_range and error <= ROUNDOFF:
         suspects = []
-    alone = {each: trials.outcome(trials.layers.keys() - {each}).apart(exact) for each in suspects[:TRIED_ALONE]}
+    tried = suspects[:TRIED_ALONE]
+    alone = {each: trials.apart(trials.outcome(trials.layers.keys() - {each}), exact) for each in tried}
     without = trials.outcome(suspects) if suspects else narrow
-    others = without.apart(exact)
+    others = trials.apart(without, exact)
     enough = max(others, 0.0 if loses_range else ROUNDOFF)
     shares = {names[each]: alone[each] for each in sorted(alone, key=lambda x: -alone[x]) if alone[each] > enough}
     figures, loss = {"fp8_output_error": error}, ""
@@ -828,15 +838,6 @@ class _Outcome(NamedTuple):
     outputs: list[Tensor]
     loss: float | None
 
-    def apart(self, exact: _Outcome) -> float:
-        """Root mean square of the differences, as a share of `exact`'s own size; without what a row has in common, as softmax is."""
-        shares = []
-        for x, y in zip(self.outputs, exact.outputs, strict=True):
-            centred = [each - each.mean(-1, keepdim=True) if y.shape[-1] > 1 else each for each in (x - y, y)]
-            off, size = to_host_list(each.square().mean() for each in centred)
-            shares.append(off / max(size, 1e-30))
-        return math.sqrt(sum(shares) / len(shares))
-
 
 class _Float8Trials:
     """One recorded forward pass, with some of its FP8 layers in the wide precision of the run.
@@ -849,6 +850,8 @@ class _Float8Trials:
     def __init__(self, forward: RecordedForward, current: CurrentPrecision, scale: float) -> None:
         self._forward, self._current, self._scale = forward, current, scale
         self.layers = {module: name for name, module in forward.model.named_modules() if is_float8(module)}
+        if any(cast(Any, layer).config.enable_fsdp_float8_all_gather for layer in self.layers):
+            raise RuntimeError("its weights are gathered in FP8: no rank has them in another precision")
         self.passes = 0
         self._paths: list[str] = []
 
@@ -879,8 +882,16 @@ class _Float8Trials:
             known = {path: x for path, x in float_tensors(output) if x.requires_grad}
             self._paths = [path for path, x in known.items() if x.dim()] or list(known)
             sums = to_host_list(x for pair in found.values() for x in pair)
+        sums = self._agreed(sums)
         pairs = zip(found, sums[::2], sums[1::2], strict=True)
         return {layer: (math.sqrt(made), math.sqrt(rounding)) for layer, made, rounding in pairs}, self._seen(output)
+
+    def _agreed(self, values: list[float]) -> list[float]:
+        """The largest on any rank, where they go in lockstep: what is tried next must be the same on all."""
+        if (lockstep := Lockstep.now()) is None or not is_distributed():
+            return values
+        lockstep.anyone(False)  # all have come to this place
+        return all_reduce_max_to_host(torch.tensor(values, device=next(self._forward.model.parameters()).device))
 
     def outcome(self, wide: Collection[nn.Module]) -> _Outcome:
         """With `wide` in the wide precision. One forward pass."""
@@ -891,12 +902,23 @@ class _Float8Trials:
             with self._current():
                 return self._seen(repeat_forward(self._forward)[0])
 
+    def apart(self, outcome: _Outcome, exact: _Outcome) -> float:
+        """Root mean square of the differences, as a share of `exact`'s own size; without what a row has in common, as softmax is."""
+        shares = []
+        for x, y in zip(outcome.outputs, exact.outputs, strict=True):
+            centred = [each - each.mean(-1, keepdim=True) if y.shape[-1] > 1 else each for each in (x - y, y)]
+            off, size = to_host_list(each.square().mean() for each in centred)
+            shares.append(off / max(size, 1e-30))
+        return self._agreed([math.sqrt(sum(shares) / len(shares))])[0]
+
     def _change_outputs(self, stack: ExitStack, layers: Collection[nn.Module], change: Callable[..., Any]) -> None:
         def hook(layer: nn.Module, arguments: Any, options: Any, output: Any) -> Any:
             return change(layer, arguments[0] if arguments else options["input"], output)
 
         for layer in layers:
-            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            # Before FSDP lets go of what it has gathered.
+            handle = layer.register_forward_hook(hook, with_kwargs=True, prepend=is_unit(layer))
+            stack.callback(handle.remove)
 
     def _seen(self, output: Any) -> _Outcome:
         tensors = {path: x.detach() for path, x in float_tensors(output)}
@@ -926,6 +948,10 @@ class _NotingEffect(torch.autograd.Function):
         sums = [(gradient.float().square() * each).sum() for each in (error.square(), variance)]
         found[layer] = [a + b for a, b in zip(found.get(layer, (0.0, 0.0)), sums, strict=True)]
         return gradient, *[None] * (2 + len(ctx.of))
+
+
+def _nothing(*_: Any) -> None:
+    """What a rank does for another one: all do the same by themselves."""
 
 
 _noting_effect = cast("Callable[..., Tensor]", _NotingEffect.apply)
