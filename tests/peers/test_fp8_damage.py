@@ -29,6 +29,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import hf_amp
 from hf_amp import AmpEvent, AmpSession, MixedPrecisionCallback
@@ -36,6 +37,7 @@ from hf_amp.choose import SHARE_OF_ROUNDING, _Float8Trials, is_float8
 from hf_amp.report.reader import read_run
 from hf_amp.report.verdict import Level, verdict_on
 from tests.each import for_each, forget_accelerators
+from tests.forking import told_by_ranks
 from tests.reference import assert_bitwise_equal, snapshot
 
 float8 = pytest.importorskip("torchao.float8", reason="needs torchao, which the extra hf_amp[peers] brings")
@@ -251,14 +253,33 @@ def test_it_costs_so_many_forward_passes_once(planted: bool, passes: int) -> Non
     model, session = train(build, steps=6)
     assert Counting.forwards == 6 + passes
     assert session.scaler.observers == [session.on_step]
+    assert session._fallback.recorder.without_backward == 0  # repeated passes are none of the loop's
     assert not any(hooks for module in list(model.modules())[1:] for hooks in [module._forward_hooks])
 
 
-def test_a_run_is_the_same_to_the_last_bit() -> None:
-    """Dropout draws the same numbers, gradients accumulate as before, and parameters and optimizer state are those without hf_amp."""
+class Normed(nn.Module):
+    """Batch norm, whose statistics every pass moves, between layers of which accelerate converts two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(16, 32), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32), nn.Linear(32, 16)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(loss=self.layers(x).float().square().mean())
+
+
+def normed() -> tuple[nn.Module, dict[str, Tensor]]:
+    return Normed(), {"x": torch.randn(64, 16, generator=torch.Generator().manual_seed(1))}
+
+
+@for_each("build", [functools.partial(bert, hidden_dropout_prob=0.2), normed])
+def test_a_run_is_the_same_to_the_last_bit(build: Build) -> None:
+    """Dropout draws the same numbers, buffers move as before, gradients accumulate, and all is as without hf_amp."""
     results = []
     for attached in (True, False):
-        given, batch = bert(hidden_dropout_prob=0.2)
+        given, batch = build()
         runner = accelerator()
         session = hf_amp.attach(runner) if attached else None
         model, optimizer = runner.prepare(given, torch.optim.AdamW(given.parameters(), lr=1e-3, foreach=False))
@@ -267,8 +288,8 @@ def test_a_run_is_the_same_to_the_last_bit() -> None:
             if step % 2:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-        assert session is None or found(session).kind == "fp8_measured"
-        results.append(snapshot(model, optimizer))
+        assert session is None or "FP8 moves the outputs by" in found(session).message
+        results.append([*snapshot(model, optimizer), *(x.clone() for x in model.buffers())])
     assert_bitwise_equal(*results)
 
 
@@ -348,3 +369,15 @@ def test_a_trainer_logs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     verdict = verdict_on(run)
     assert verdict.level is Level.WATCH
     assert f"FP8 does damage in {UP}" in verdict.sentence
+
+
+def test_two_ranks() -> None:
+    """In DistributedDataParallel and under FSDP2 both name the layer, and weights are those without; where one rank cannot go on, none does."""
+    for ddp, sharded, without, spoiled in told_by_ranks("tests.peers.fp8_worker"):
+        for run in (ddp, sharded):
+            assert [each[:3] for each in run["told"]] == [["fp8_damage", 2, [UP]]]
+        assert sharded["weights"] == without["weights"] == spoiled["weights"]
+        assert without["told"] == []
+        ((kind, _, modules, message),) = spoiled["told"]
+        assert (kind, modules) == ("fp8_measured", [])
+        assert "the batch was written into since" in message
