@@ -34,6 +34,7 @@ from hf_amp.fallback.module_precision import (
     CurrentPrecision,
     PlanRunner,
     PrecisionEntry,
+    holds_shards,
     is_unit,
     without_its_precision,
 )
@@ -850,8 +851,9 @@ class _Float8Trials:
     def __init__(self, forward: RecordedForward, current: CurrentPrecision, scale: float) -> None:
         self._forward, self._current, self._scale = forward, current, scale
         self.layers = {module: name for name, module in forward.model.named_modules() if is_float8(module)}
-        if any(cast(Any, layer).config.enable_fsdp_float8_all_gather for layer in self.layers):
-            raise RuntimeError("its weights are gathered in FP8: no rank has them in another precision")
+        gathers_fp8 = any(cast(Any, layer).config.enable_fsdp_float8_all_gather for layer in self.layers)
+        if gathers_fp8 and holds_shards(forward.model):
+            raise RuntimeError("FSDP gathers its weights in FP8, but with enable_fsdp_float8_all_gather=False")
         self.passes = 0
         self._paths: list[str] = []
 
