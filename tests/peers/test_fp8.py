@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AORecipeKwargs
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import hf_amp
 from hf_amp import AttachError, ConfigError, MixedPrecisionCallback, MixedPrecisionConfig
@@ -26,16 +27,14 @@ SAYS = "FP8 is run by torchao: hf_amp observes and checks, modules do not fall b
 
 
 class Model(nn.Module):
-    """Three layers, of which accelerate converts all but the first and the last to FP8. Counts its forward passes."""
+    """Three layers, of which accelerate converts all but the first and the last to FP8."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.middle, self.last = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 16)
-        self.forwards = 0
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-        self.forwards += 1
         output = self.last(self.middle(self.first(x).relu()).relu())
         return output if labels is None else {"loss": (output.float() - labels).square().mean()}
 
@@ -99,12 +98,17 @@ def test_a_run_without_faults_is_the_same_to_the_last_bit() -> None:
 
 
 def test_no_forward_pass_is_repeated() -> None:
-    """A closer look would run, and with delayed scaling move, the other library's scales."""
-    accelerator = fp8_accelerator()
-    hf_amp.attach(accelerator)
-    model, optimizer = prepared(accelerator)
-    train(accelerator, model, optimizer, {1: "gradient", 2: "input", 3: "gradient"})
-    assert model.forwards == 5
+    """After a skip: it would run, and with delayed scaling move, the other library's scales. Without monitoring none is at all."""
+    for monitored in (False, True):
+        accelerator, calls = fp8_accelerator(), list[bool]()
+        hf_amp.attach(accelerator, enable_monitoring=monitored)
+        model, optimizer = prepared(accelerator)
+        counting = register_module_forward_pre_hook(lambda module, _, to=calls: to.append(isinstance(module, Model)))
+        faults = {4: "input", 5: "gradient"} if monitored else {1: "gradient", 2: "input", 3: "gradient"}
+        train(accelerator, model, optimizer, faults)
+        counting.remove()
+        assert sum(calls) == 5 + 2 * monitored  # what names layers, after the second step
+        forget_accelerators()
 
 
 def test_nothing_falls_back() -> None:
