@@ -112,6 +112,34 @@ def test_errors_of_different_elements_do_not_add_up() -> None:
         assert 0.85 < deviation < 1.15, name
 
 
+def test_rows_share_random_numbers() -> None:
+    """Rows of a matrix are rounded as the first would be alone: an average as its parameter; the elements of a row are not."""
+    value = torch.full((3, 5000), 1.0 + 2**-9)
+    value[1] *= 2.0**-20
+    RoundingNoise(0).add_(value, BF16_FORMAT)
+    alone = torch.full((5000,), 1.0 + 2**-9)
+    RoundingNoise(0).add_(alone, BF16_FORMAT)
+    assert torch.equal(value[0], alone)
+    assert torch.equal(value[2], alone)
+    assert torch.equal(value[1], alone * 2.0**-20)
+    assert len(alone.unique()) == 2
+
+
+@for_each("name", ["adamw", "adafactor", "amsgrad"])
+def test_elements_of_a_state_do_not_share_random_numbers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whatever state which parameters have, two elements of the same kind are never in one column of what shares numbers."""
+    seen: list[tuple[int, ...]] = []
+    inner = RoundingNoise.add_
+    monkeypatch.setattr(RoundingNoise, "add_", lambda self, x, f: (seen.append(tuple(x.shape)), inner(self, x, f))[1])
+    run = Run(OPTIMIZERS[name], "stochastic_rounding")
+    run.step()
+    seen.clear()
+    run.step()
+    elements = sum(p.numel() for p in run.model.parameters())
+    kinds = {"adamw": 3, "amsgrad": 4}.get(name)
+    assert seen == [(kinds, elements) if kinds else (elements + 48 + 48 + 48 + 64,)]
+
+
 # ---- around any optimizer ---------------------------------------------------------------------------------------
 
 
