@@ -68,17 +68,17 @@ class RoundingNoise:
         step = 2 ** round(math.log2(torch.finfo(number_format.dtype).eps / torch.finfo(torch.float32).eps))
         rows = -(-count // _COLUMNS)
         low, high = values.aminmax()
-        fits = (torch.maximum(-low, high) < number_format.largest).int()
+        fits = torch.maximum(-low, high) < number_format.largest
         size, generator = (rows + _COLUMNS,), self._generators[device]
         drawn = torch.randint(step, size, generator=generator, device=device, dtype=torch.int32) * fits
-        kept_bits = -1 - fits * (step - 1)
+        kept_bits = ~(fits * (step - 1))
         together = _ROWS.get(device.type, rows)
         parts = torch.split(values, together * _COLUMNS, dim=-1)
         for of_rows, part in zip(torch.split(drawn[:rows], together), parts, strict=True):
             noise = (of_rows[:, None] ^ drawn[rows:]).view(-1)[: part.shape[-1]]
             bits = part.view(torch.int32)
             if number_format is FP16_FORMAT:  # whose subnormal values are further apart, all by as much
-                subnormal = (part.abs() < number_format.smallest_normal) & (fits > 0)
+                subnormal = (part.abs() < number_format.smallest_normal) & fits
                 raised = part + (noise - (step - 1) / 2) * (number_format.smallest_subnormal / step)
                 part.copy_(torch.where(subnormal, raised, ((bits + noise) & kept_bits).view(torch.float32)))
             else:
