@@ -7,7 +7,7 @@ Source: Gupta et al., "Deep Learning with Limited Numerical Precision" (2015); Z
 Training" (2020), for both.
 
 Bytes per parameter between two steps, AdamW: 2 for the parameter and 4 for its two averages, as without hf_amp; `kahan` 2 more.
-During the step 20 more for the parameters that are FP32 at once: themselves, gradients, averages and random numbers. That is a
+During the step 20 more for the parameters that are FP32 at once: themselves, gradients, averages and random numbers; `kahan` 4 more. That is a
 block of 2^24 elements (on a CPU 2^20), or one larger parameter, where the optimizer's class is known to treat each parameter
 by itself (`optimizer_step.treats_each_by_itself`); otherwise it is all of them.
 
@@ -17,6 +17,7 @@ The state too is rounded stochastically: to nearest, BF16 holds an average with 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -195,10 +196,11 @@ class _Block:
         self.wide: dict[nn.Parameter, nn.Parameter] = {}
         """What stands in for each parameter."""
         state = optimizer.state
-        errors = [state.get(p, {}).pop(COMPENSATION, None) for p in parameters]
+        entries = [state.get(p, {}) for p in parameters]
+        errors = [entry.pop(COMPENSATION, None) for entry in entries]
         stored = [(p, "", p.detach()) for p in parameters]
-        for name in dict.fromkeys(name for p in parameters for name in state.get(p, {})):
-            of_name = [(p, name, state.get(p, {}).get(name)) for p in parameters]
+        for name in dict.fromkeys(itertools.chain.from_iterable(entries)):
+            of_name = [(p, name, entry.get(name)) for p, entry in zip(parameters, entries, strict=True)]
             stored += [each for each in of_name if _is_like(each[0], each[2], HALF_DTYPES)]
         self._flat, values = _widened([x for _, _, x in stored])
         self._places = [_Place(*each, x) for each, x in zip(stored, values, strict=True)]
@@ -228,8 +230,9 @@ class _Block:
         """Rounds what the optimizer has made of them into parameters and state, which are the optimizer's again."""
         state = self._optimizer.state
         rename_state(self._optimizer, {stand_in: p for p, stand_in in self.wide.items()})
+        entries = {id(p): state.get(p, {}) for p in self._parameters}
         for place in self._places:
-            owner = state.get(place.parameter, {})
+            owner = entries[id(place.parameter)]
             now = local_part(owner.get(place.name, place.stored) if place.name else self.wide[place.parameter].detach())
             if now.data_ptr() != place.values.data_ptr():  # the optimizer has put another in its place
                 place.values.copy_(now)
@@ -254,11 +257,11 @@ class _Block:
             noise.add_(_in_rows(of_state, count), BF16_FORMAT)
         torch._foreach_copy_(stored, values)
         for p in self._parameters:
-            for name, value in state.get(p, {}).items():
+            for name, value in entries[id(p)].items():
                 if _is_like(p, value, (FP32_FORMAT.dtype,)):  # new in this step
                     made = local_part(value).reshape(-1).clone()
                     noise.add_(made, BF16_FORMAT)
-                    state[p][name] = _with_values(value, made.to(BF16_FORMAT.dtype).view(local_part(value).shape))
+                    entries[id(p)][name] = _with_values(value, made.to(BF16_FORMAT.dtype).view(local_part(value).shape))
             if p.grad is not None and p.grad.dtype != p.dtype:
                 p.grad = None  # it was FP32 for the step alone
 
