@@ -7,13 +7,17 @@ Source: Gupta et al., "Deep Learning with Limited Numerical Precision" (2015); Z
 Training" (2020), for both.
 
 Bytes per parameter between two steps, AdamW: 2 for the parameter and 4 for its two averages, as without hf_amp; `kahan` 2 more.
-During the step 28 more for the parameters that are FP32 at once: themselves, gradients, averages and random numbers. That is a
+During the step 20 more for the parameters that are FP32 at once: themselves, gradients, averages and random numbers; `kahan` 4 more. That is a
 block of 2^24 elements (on a CPU 2^20), or one larger parameter, where the optimizer's class is known to treat each parameter
 by itself (`optimizer_step.treats_each_by_itself`); otherwise it is all of them.
+
+The state too is rounded stochastically: to nearest, BF16 holds an average with beta2 of 0.999 where it once was, because
+0.001 of it is less than half a rounding step.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,34 +53,33 @@ class RoundingNoise:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def add_(self, values: Tensor, number_format: NumberFormat) -> None:
-        """Moves `values`, shape [n], float32, so that they are rounded stochastically when they are made `number_format`.
+        """Moves `values`, shape [n] or [k, n], float32, so that they are rounded stochastically when they are made `number_format`.
 
         A value goes up as often as it is near to its upper neighbour, exact to 2^-16 of their distance (FP16: 2^-13), and
         one that the format holds stays. Where one is not finite, or not below the largest value, all are left to be rounded
-        to nearest: rounding makes no inf, and hides none. The random numbers are pairwise independent, not more: n of them
-        are made from n / 1024 + 1024.
+        to nearest: rounding makes no inf, and hides none. The random numbers of a row are pairwise independent, not more: n
+        of them are made from n / 1024 + 1024. Rows have the same.
         Source: Carter and Wegman, "Universal classes of hash functions" (1979), for the exclusive or.
         """
-        device = values.device
+        device, count = values.device, values.shape[-1]
         if not values.numel():
             return
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        generator = self._generators[device]
         step = 2 ** round(math.log2(torch.finfo(number_format.dtype).eps / torch.finfo(torch.float32).eps))
-        rows = -(-values.numel() // _COLUMNS)
+        rows = -(-count // _COLUMNS)
         low, high = values.aminmax()
-        fits = (torch.maximum(-low, high) < number_format.largest).int()
-        size = (rows + _COLUMNS,)
+        fits = torch.maximum(-low, high) < number_format.largest
+        size, generator = (rows + _COLUMNS,), self._generators[device]
         drawn = torch.randint(step, size, generator=generator, device=device, dtype=torch.int32) * fits
-        kept_bits = -1 - fits * (step - 1)
+        kept_bits = ~(fits * (step - 1))
         together = _ROWS.get(device.type, rows)
-        for of_rows, part in zip(
-            torch.split(drawn[:rows], together), torch.split(values, together * _COLUMNS), strict=True
-        ):
-            noise, bits = (of_rows[:, None] ^ drawn[rows:]).view(-1)[: part.numel()], part.view(torch.int32)
+        parts = torch.split(values, together * _COLUMNS, dim=-1)
+        for of_rows, part in zip(torch.split(drawn[:rows], together), parts, strict=True):
+            noise = (of_rows[:, None] ^ drawn[rows:]).view(-1)[: part.shape[-1]]
+            bits = part.view(torch.int32)
             if number_format is FP16_FORMAT:  # whose subnormal values are further apart, all by as much
-                subnormal = (part.abs() < number_format.smallest_normal) & (fits > 0)
+                subnormal = (part.abs() < number_format.smallest_normal) & fits
                 raised = part + (noise - (step - 1) / 2) * (number_format.smallest_subnormal / step)
                 part.copy_(torch.where(subnormal, raised, ((bits + noise) & kept_bits).view(torch.float32)))
             else:
@@ -129,7 +132,7 @@ class RoundedWeights(MasterWeights):
         parts = [[block] for block in blocks] if in_parts and blocks else [blocks]
         others = {id(p) for p in held_by(optimizer)} - {id(p) for p in moved}  # go with the first part
         for part in parts:
-            result = self._run_part(optimizer, step, part, others, noise)
+            result = self._run_part(optimizer, step, part, others | {id(p) for block in part for p in block}, noise)
             others = set()
         return result
 
@@ -148,7 +151,7 @@ class RoundedWeights(MasterWeights):
                 blocks.append(_Block(optimizer, parameters, self._compensates))
             wide = {p: stand_in for block in blocks for p, stand_in in block.wide.items()}
             for group, held in groups:
-                group["params"] = [wide.get(p, p) for p in held if p in wide or id(p) in others]
+                group["params"] = [wide.get(p, p) for p in held if id(p) in others]
             return step()
         finally:
             for group, held in groups:
@@ -183,7 +186,8 @@ class _Place:
 class _Block:
     """Parameters of one device and dtype, which FP32 values stand in for, with their gradients and state, until `narrow`.
 
-    The values of parameters and state lie in one tensor, so that few kernels round them.
+    The values of parameters, then of state, name by name, lie in one tensor, so that few kernels round them. What lies as many
+    elements apart as there are of parameters shares random numbers: a parameter and its averages, never two of a kind.
     """
 
     @torch.no_grad()
@@ -192,11 +196,12 @@ class _Block:
         self.wide: dict[nn.Parameter, nn.Parameter] = {}
         """What stands in for each parameter."""
         state = optimizer.state
-        errors = [state.get(p, {}).pop(COMPENSATION, None) for p in parameters]
+        entries = [state.get(p, {}) for p in parameters]
+        errors = [entry.pop(COMPENSATION, None) for entry in entries]
         stored = [(p, "", p.detach()) for p in parameters]
-        stored += [
-            (p, *item) for p in parameters for item in state.get(p, {}).items() if _is_like(p, item[1], HALF_DTYPES)
-        ]
+        for name in dict.fromkeys(itertools.chain.from_iterable(entries)):
+            of_name = [(p, name, entry.get(name)) for p, entry in zip(parameters, entries, strict=True)]
+            stored += [each for each in of_name if _is_like(each[0], each[2], HALF_DTYPES)]
         self._flat, values = _widened([x for _, _, x in stored])
         self._places = [_Place(*each, x) for each, x in zip(stored, values, strict=True)]
         self._errors = [
@@ -225,8 +230,9 @@ class _Block:
         """Rounds what the optimizer has made of them into parameters and state, which are the optimizer's again."""
         state = self._optimizer.state
         rename_state(self._optimizer, {stand_in: p for p, stand_in in self.wide.items()})
+        entries = {id(p): state.get(p, {}) for p in self._parameters}
         for place in self._places:
-            owner = state.get(place.parameter, {})
+            owner = entries[id(place.parameter)]
             now = local_part(owner.get(place.name, place.stored) if place.name else self.wide[place.parameter].detach())
             if now.data_ptr() != place.values.data_ptr():  # the optimizer has put another in its place
                 place.values.copy_(now)
@@ -245,19 +251,24 @@ class _Block:
             for p, error in zip(self._parameters, self._errors, strict=True):
                 state[p][COMPENSATION] = error
         if self._compensates or self._parameters[0].dtype == BF16_FORMAT.dtype:
-            noise.add_(self._flat, BF16_FORMAT)
+            noise.add_(_in_rows(self._flat, count), BF16_FORMAT)
         else:
             noise.add_(of_parameters, FP16_FORMAT)
-            noise.add_(of_state, BF16_FORMAT)
+            noise.add_(_in_rows(of_state, count), BF16_FORMAT)
         torch._foreach_copy_(stored, values)
         for p in self._parameters:
-            for name, value in state.get(p, {}).items():
+            for name, value in entries[id(p)].items():
                 if _is_like(p, value, (FP32_FORMAT.dtype,)):  # new in this step
                     made = local_part(value).reshape(-1).clone()
                     noise.add_(made, BF16_FORMAT)
-                    state[p][name] = _with_values(value, made.to(BF16_FORMAT.dtype).view(local_part(value).shape))
+                    entries[id(p)][name] = _with_values(value, made.to(BF16_FORMAT.dtype).view(local_part(value).shape))
             if p.grad is not None and p.grad.dtype != p.dtype:
                 p.grad = None  # it was FP32 for the step alone
+
+
+def _in_rows(values: Tensor, count: int) -> Tensor:
+    """`values`, shape [n], in rows of `count`, if it is rows of that: where all parameters have the same state."""
+    return values.view(-1, count) if count and not values.numel() % count else values
 
 
 def _is_like(parameter: Tensor, value: Any, dtypes: tuple[torch.dtype, ...]) -> bool:

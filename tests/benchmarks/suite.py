@@ -148,7 +148,9 @@ CPU = (
         "half_parameters",
         _module("half_parameters"),
         "BF16 parameters in five tiny models of transformers, 60 steps: the share of FP32's gain, the median of three seeds at learning "
-        "rates of 1e-5, 3e-5 and 1e-4, and what the worst of them lacks of all.",
+        "rates of 1e-5, 3e-5 and 1e-4, and what the worst of them lacks of all. What stochastic rounding gains is the mean of runs with other "
+        "random numbers: below, how many, their standard deviation, and that of FP32's own result when it is rounded stochastically to BF16 "
+        "once, at the end.",
         "the same run in FP32; `None` is plain BF16",
         (
             Target("at least 97% of FP32's gain with stochastic rounding", "lacking_at_worst", 0.03, _rounds),
@@ -161,7 +163,9 @@ CPU = (
         "half_step_cost",
         _module("half_step_cost"),
         "A step of BF16 parameters: CPU time of fused AdamW and all around it, operators in blocks of a GPU's size, and the bytes a parameter of "
-        "parameters, state and master weights.",
+        "parameters, state and master weights. Below, what PyTorch's operators take at least: BF16 to FP32, the fused step, and back to nearest, "
+        "with everything prepared before, or rounded stochastically; and torchao's AdamW, which rounds parameters stochastically and state to "
+        "nearest. Measured on two cores that a dozen other processes shared.",
         "fused AdamW on the BF16 parameters, which loses updates",
         (Target("1.3 of the plain step or less at 25M", "ratio", 1.3, _rounds_25m),),
         threads=1,

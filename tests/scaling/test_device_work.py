@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig, ScalingStrategy, statistics
 from hf_amp.fallback.diagnosis import non_finite_names
-from tests.device_work import DeviceWork, OnDevice, count_device_work, multi_tensor_launches, pretended_device
+from hf_amp.scaling import stochastic_rounding
+from hf_amp.scaling.stochastic_rounding import RoundingNoise
+from tests.device_work import CUDA, DeviceWork, OnDevice, count_device_work, multi_tensor_launches, pretended_device
 
 SIZE_FACTOR = 64
 """Every dimension of GPT-2 is as many times that of the tensors here."""
@@ -156,6 +158,34 @@ def test_a_fused_optimizer_is_launched_before_the_wait_and_skips_by_itself() -> 
             scaler.update()
         assert optimizer.state[weight]["step"].on_cpu.item() == 2
         assert (scaler.applied_steps, scaler.skipped_steps) == (2, 1)
+
+
+@pytest.mark.parametrize(("remedy", "most"), [(None, 28), ("stochastic_rounding", 171), ("kahan", 209)])
+def test_half_parameters_launch_some_kernels_a_block(
+    remedy: str | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7 blocks of 2^24 BF16 elements, as a GPU's are: 21 launches each beside plain BF16's 28, with kahan 26; and one wait as before."""
+    monkeypatch.setattr(stochastic_rounding, "_TOGETHER_ELSEWHERE", 2**24 // SIZE_FACTOR**2)
+    inner = stochastic_rounding._is_like  # takes tensors of PyTorch's own class only
+    monkeypatch.setattr(stochastic_rounding, "_is_like", lambda p, x, dtypes: inner(p, getattr(x, "on_cpu", x), dtypes))
+    generators = {CUDA: torch.Generator()}  # PyTorch for CPUs makes none for CUDA
+    monkeypatch.setattr(
+        RoundingNoise, "__init__", lambda self, seed: vars(self).update(_seed=seed, _generators=generators)
+    )
+    with pretended_device():
+        parameters = [nn.Parameter(OnDevice(torch.randn(shape).bfloat16())) for shape in SHAPES]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+        scaler = AdvancedGradScaler(
+            MixedPrecisionConfig(precision_mode="BF16", half_parameters=remedy, enable_monitoring=False), "cpu"
+        )
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = OnDevice(torch.randn(parameter.shape).bfloat16())
+            with count_device_work(SIZE_FACTOR) as work:
+                scaler.step(optimizer)
+                scaler.update()
+    assert sum(work.launches.values()) <= most
+    assert (len(work.waits), len(work.to_device)) == (1, 0)
 
 
 # ---- the counting itself --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_amp import AdvancedGradScaler, MixedPrecisionConfig
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, NumberFormat
 from hf_amp.scaling import stochastic_rounding
-from hf_amp.scaling.stochastic_rounding import COMPENSATION, RoundingNoise
+from hf_amp.scaling.stochastic_rounding import COMPENSATION, RoundedWeights, RoundingNoise
 from tests.each import for_each
 from tests.host_reads import count_host_reads
 from tests.reference import OverflowInBackward
@@ -110,6 +110,36 @@ def test_errors_of_different_elements_do_not_add_up() -> None:
     for name, found in sums.items():
         deviation = torch.tensor(found).std().item() / one
         assert 0.85 < deviation < 1.15, name
+
+
+def test_rows_share_random_numbers() -> None:
+    """Rows of a matrix are rounded as the first would be alone: an average as its parameter; the elements of a row are not."""
+    value = torch.full((3, 5000), 1.0 + 2**-9)
+    value[1] *= 2.0**-20
+    RoundingNoise(0).add_(value, BF16_FORMAT)
+    alone = torch.full((5000,), 1.0 + 2**-9)
+    RoundingNoise(0).add_(alone, BF16_FORMAT)
+    assert torch.equal(value[0], alone)
+    assert torch.equal(value[2], alone)
+    assert torch.equal(value[1], alone * 2.0**-20)
+    assert len(alone.unique()) == 2
+
+
+@for_each("name", ["adamw", "adafactor", "amsgrad"])
+def test_elements_of_a_kind_do_not_share_random_numbers(name: str) -> None:
+    """Two elements of the parameters, or of the averages of the same name, are never in one column of what is rounded together."""
+    run = Run(OPTIMIZERS[name], "stochastic_rounding")
+    run.step()
+    parameters = list(run.model.parameters())
+    block = stochastic_rounding._Block(run.optimizer, parameters, False)
+    elements = sum(p.numel() for p in parameters)
+    columns: dict[str, list[int]] = {}
+    for place in block._places:
+        start = place.values.storage_offset()
+        columns.setdefault(place.name, []).extend(i % elements for i in range(start, start + place.values.numel()))
+    block.narrow(RoundingNoise(0))
+    assert all(len(set(found)) == len(found) for found in columns.values())
+    assert len(columns) == {"adamw": 3, "adafactor": 2, "amsgrad": 4}[name]
 
 
 # ---- around any optimizer ---------------------------------------------------------------------------------------
@@ -234,6 +264,25 @@ def test_kept_between_steps_is_half_precision(remedy: str) -> None:
         assert {value.dtype for value in state.values()} == {BF16}
         assert {value.shape for value in state.values()} == {parameter.shape}
         assert len(state) == 2 + (remedy == "kahan")
+
+
+def test_averages_follow_gradients_that_fall() -> None:
+    """After gradients a tenth as large, AdamW's second average is FP32's within 2%; rounded to nearest it stays where it was."""
+    means = {}
+    for name, dtype, weights in (
+        ("FP32", torch.float32, None),
+        ("BF16", BF16, None),
+        ("ours", BF16, RoundedWeights(False)),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(torch.ones(4096, dtype=dtype))
+        optimizer = torch.optim.AdamW([weight], lr=1e-5, fused=True)
+        for step in range(1500):
+            weight.grad = (torch.randn(4096, generator=generator) * (1e-2 if step < 100 else 1e-3)).to(dtype)
+            weights.run(optimizer, optimizer.step, in_parts=True) if weights else optimizer.step()
+        means[name] = optimizer.state[weight]["exp_avg_sq"].float().mean().item()
+    assert means["ours"] == pytest.approx(means["FP32"], rel=0.02)
+    assert means["BF16"] > 2 * means["FP32"]
 
 
 def test_kahan_is_fp32_but_for_its_own_rounding() -> None:
