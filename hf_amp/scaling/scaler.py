@@ -347,15 +347,15 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         attempt, result, outcome = self.decided_steps + 1, None, None
         record.state = StepState.STEPPED
         try:
-            if defers:
-                deferred = PendingOutcome(attempt, record, optimizer, PendingTransfer(record.figures()))
+            # On a device the figures leave before the optimizer is launched: the host goes on while that still runs.
+            ahead = defers or (record.device.type != "cpu" and is_fused(optimizer) and not record.sharded)
+            transfer = PendingTransfer(record.figures()) if ahead else None
+            if transfer is not None:
                 result = run(on_device=True)
-                self._queued.append(deferred)
+            if transfer is not None and defers:
+                self._queued.append(PendingOutcome(attempt, record, optimizer, transfer))
             else:
-                ahead = record.device.type != "cpu" and is_fused(optimizer) and not record.sharded
-                if ahead:
-                    result = run(on_device=True)
-                outcome = record.to_host(attempt)  # the one GPU-CPU sync
+                outcome = record.to_host(attempt, transfer)  # the one GPU-CPU sync
                 if outcome.applied and (record.skipped_on_device or not ahead):
                     result = run()
                 elif self.master_weights is not None:

@@ -171,9 +171,9 @@ class GradientStep:
         extras = {EXTRA + name: value for name, value in self.extras.items()}
         return {**{name: value for name in names if (value := getattr(self, name)) is not None}, **extras}
 
-    def to_host(self, attempt: int) -> StepOutcome:
-        """What is to become of the step. One GPU-CPU sync; more where it overflowed, to look closer."""
-        host = to_host(self.figures())
+    def to_host(self, attempt: int, transfer: PendingTransfer | None = None) -> StepOutcome:
+        """What is to become of the step. One GPU-CPU sync, for `transfer` of its figures alone; more where it overflowed."""
+        host = to_host(self.figures()) if transfer is None else transfer.result()
         self.skipped_on_device = bool(host["found_inf"])
         counts = count_non_finite(self.gradients) if host["found_inf"] else None
         if counts and self.inferred and not _is_left_out(host) and (self.agrees or not any(counts)):

@@ -138,22 +138,25 @@ def test_a_loop_that_clips_by_torch_costs_another_norm(
     assert seen["between"].passes - stock["between"].passes <= 1.1
 
 
-def test_a_fused_optimizer_is_launched_before_the_wait_and_skips_by_itself() -> None:
-    """What the host waits for is queued behind the optimizer; a skipped step moves nothing all the same."""
+@pytest.mark.parametrize("strategy", [ScalingStrategy.CONSTANT, ScalingStrategy.DYNAMIC, ScalingStrategy.ADAPTIVE])
+def test_the_host_goes_on_while_a_fused_optimizer_runs(strategy: ScalingStrategy) -> None:
+    """What it waits for is queued before the optimizer, which is launched before it waits, and skips by itself. After an applied
+    step nothing is launched any more: the next is the user's forward pass."""
     with pretended_device():
         weight = nn.Parameter(OnDevice(torch.ones(4)))
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-        scaler = ours(ScalingStrategy.DYNAMIC)
+        scaler = ours(strategy)
         for value in (1.0, math.inf, 1.0):
             weight.grad = OnDevice(torch.full((4,), value))
             scaler.scale(OnDevice(torch.tensor(1.0)))
             before = weight.on_cpu.clone()
             with count_device_work() as work:
                 scaler.step(optimizer)
-            order = [name for name in work.order if name in ("_fused_adamw_", "wait")]
-            assert order[:2] == ["_fused_adamw_", "wait"]
+                scaler.update()
+            order = work.order[work.order.index("event") :]
+            assert order[0] == "event" and "_fused_adamw_" in order[: order.index("wait")]
+            assert value == math.inf or order[-1] == "wait"
             assert torch.equal(weight.on_cpu, before) == (value == math.inf)
-            scaler.update()
         assert optimizer.state[weight]["step"].on_cpu.item() == 2
         assert (scaler.applied_steps, scaler.skipped_steps) == (2, 1)
 
