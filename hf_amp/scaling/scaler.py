@@ -543,10 +543,10 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 )
             first = next((parameter.device for parameter in held_by(optimizer)), self._device)
             self._lazy_init_scale_growth_tracker(first)
-        monitors = self.config.enable_monitoring
-        samples = (monitors or self._policy.needs_underflow) and not self.no_scaling and self._is_interval()
+        looks = self.config.enable_monitoring or self._policy.needs_underflow
+        samples = looks and not self.no_scaling and self._is_interval()
         request = StatisticsRequest(
-            norm=norm or (monitors and not self.no_scaling),
+            norm=norm,
             amax=self._policy.needs_amax or samples or self._defers(optimizer),
             sample_seed=self.decided_steps if samples else None,
             agree=self.ranks_agree,

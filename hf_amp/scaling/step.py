@@ -77,7 +77,7 @@ class StatisticsRequest:
     """What `check` is to find out beyond whether all is finite.
 
     Attributes:
-        norm: the 2-norm.
+        norm: the 2-norm, which a sampled step has in any case, and one where nothing asks for the amax.
         amax: the largest magnitude, which makes `found_inf` exact; otherwise it is inferred from the norm.
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
@@ -379,7 +379,7 @@ def check(
         refuse_fp16(gradients)
         found_while_dividing = unscale_and_check_(gradients, inverse, device)
     takes_amax = request.amax or sharded or request.agree
-    takes_norm = request.norm or not takes_amax
+    takes_norm = request.norm or request.sample_seed is not None or not takes_amax
     norm, amax = norm_and_amax(gradients, device, norm=takes_norm, amax=takes_amax)
     if sharded and norm is not None:
         norm = _part_of_norm(optimizer, norm, device)
