@@ -27,7 +27,7 @@ from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
 from hf_amp.scaling.optimizer_step import WRITTEN, OptimizerRunner, has_closure, is_fused, refuse_closure
-from hf_amp.scaling.policies import ConstantScale, Observation, ScalePolicy, policy_of, scalar
+from hf_amp.scaling.policies import CLEAN, ConstantScale, Observation, ScalePolicy, policy_of, scalar
 from hf_amp.scaling.state import from_state_dict, other_options, restored, to_state_dict, upgraded
 from hf_amp.scaling.step import (
     GradientStep,
@@ -156,6 +156,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             device = default_device()
         self._state: Any = None
         self._former_state: Any = None
+        self._if_clean: tuple[Any, ...] = (None, None, None)
         self._late: LateUpdate | None = None
         self._figures_on = torch.device("cpu")
         self._pending = PendingSteps()
@@ -355,6 +356,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             if transfer is not None and defers:
                 self._queued.append(PendingOutcome(attempt, record, optimizer, transfer))
             else:
+                if not (self._policy.needs_amax or self._policy.needs_underflow):  # while the host would wait anyhow
+                    self._if_clean = self._state, self._policy, self._policy.next_state(self._state, CLEAN)
                 outcome = record.to_host(attempt, transfer)  # the one GPU-CPU sync
                 if outcome.applied and (record.skipped_on_device or not ahead):
                     result = run()
@@ -436,7 +439,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self.set_scale(new_scale)
         elif fresh and not self.no_scaling and not self._queued:
             self._former_state, self._observed = self._state, self.decided_steps
-            self._state = self._policy.next_state(self._state, observe(fresh))
+            former, policy, state = self._if_clean
+            is_known = former is self._state and policy is self._policy and all(record.known_clean for record in fresh)
+            self._state = state if is_known else self._policy.next_state(self._state, observe(fresh))
         self._pending.end_update()
         self._deliver()
         if self._queued:

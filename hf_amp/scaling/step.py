@@ -463,16 +463,18 @@ def observe(records: Sequence[GradientStep]) -> Observation:
     """
     outcomes = [record.outcome or record.to_host(0) for record in records]
 
-    def largest(name: str, rather: str = "") -> Tensor:
+    def largest(name: str, rather: str = "") -> float:
         known = [record.host.get(rather, record.host.get(name, 0.0)) for record in records]
-        worst = max(known, key=lambda value: math.inf if math.isnan(value) else value)
-        return torch.tensor(worst, dtype=torch.float32, device="cpu")
+        return max(known, key=lambda value: math.inf if math.isnan(value) else value)
 
+    bad_losses = float(max(outcome.non_finite_losses for outcome in outcomes))
+    figures = [largest("found_inf"), bad_losses, largest("amax", rather="bounded_amax"), largest("wanted_scale")]
+    found_inf, loss_non_finite, amax, wanted = torch.tensor(figures, dtype=torch.float32, device="cpu").unbind()
     return Observation(
-        found_inf=largest("found_inf"),
-        loss_non_finite=torch.tensor(float(max(outcome.non_finite_losses for outcome in outcomes)), device="cpu"),
-        grad_amax=largest("amax", rather="bounded_amax"),
-        wanted_scale=largest("wanted_scale") if any("wanted_scale" in record.host for record in records) else None,
+        found_inf,
+        loss_non_finite,
+        grad_amax=amax,
+        wanted_scale=wanted if any("wanted_scale" in record.host for record in records) else None,
         known_clean=all(record.known_clean for record in records),
     )
 
