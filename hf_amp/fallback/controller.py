@@ -212,8 +212,7 @@ class FallbackPolicy:
 
     def next_state(self, state: FallbackState, facts: StepFacts) -> FallbackState:
         """The state after one step; a new plan in it takes effect with the next."""
-        is_clean = facts.cause is None
-        state = replace(state, step=state.step + 1, clean_steps=state.clean_steps + is_clean)
+        state = replace(state, step=state.step + 1, clean_steps=state.clean_steps + (facts.cause is None))
         if facts.cause is None:
             return self._after_clean_step(state)
         return self._after_unresolved_overflow(state, facts) if facts.cause.facts.moves_precision else state

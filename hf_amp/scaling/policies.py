@@ -68,10 +68,6 @@ def scalar(value: float, dtype: torch.dtype = torch.float32, device: torch.devic
     return torch.full((), value, dtype=dtype, device=device)
 
 
-CLEAN = Observation(scalar(0.0), scalar(0.0), scalar(0.0), known_clean=True)
-"""What an applied step shows to a policy that needs neither amax nor underflow."""
-
-
 class ConstantState(NamedTuple):
     """State of `ConstantScale`."""
 

@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,7 +28,7 @@ from hf_amp.precision import PrecisionMode, ScalingStrategy
 from hf_amp.scaling import compat
 from hf_amp.scaling.master_weights import MasterWeights
 from hf_amp.scaling.optimizer_step import WRITTEN, OptimizerRunner, has_closure, is_fused, refuse_closure
-from hf_amp.scaling.policies import CLEAN, ConstantScale, Observation, ScalePolicy, policy_of, scalar
+from hf_amp.scaling.policies import ConstantScale, Observation, ScalePolicy, policy_of, scalar
 from hf_amp.scaling.state import from_state_dict, other_options, restored, to_state_dict, upgraded
 from hf_amp.scaling.step import (
     GradientStep,
@@ -348,16 +349,16 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         attempt, result, outcome = self.decided_steps + 1, None, None
         record.state = StepState.STEPPED
         try:
-            # On a device the figures leave before the optimizer is launched: the host goes on while that still runs.
             ahead = defers or (record.device.type != "cpu" and is_fused(optimizer) and not record.sharded)
+            # It leaves before the optimizer is launched: the host goes on while that still runs.
             transfer = PendingTransfer(record.figures()) if ahead else None
-            if transfer is not None:
-                result = run(on_device=True)
+            result = run(on_device=True) if ahead else None
             if transfer is not None and defers:
                 self._queued.append(PendingOutcome(attempt, record, optimizer, transfer))
             else:
                 if not (self._policy.needs_amax or self._policy.needs_underflow):  # while the host would wait anyhow
-                    self._if_clean = self._state, self._policy, self._policy.next_state(self._state, CLEAN)
+                    clean = Observation(*[scalar(0.0)] * 3, known_clean=True)
+                    self._if_clean = self._state, self._policy, self._policy.next_state(self._state, clean)
                 outcome = record.to_host(attempt, transfer)  # the one GPU-CPU sync
                 if outcome.applied and (record.skipped_on_device or not ahead):
                     result = run()
@@ -440,7 +441,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         elif fresh and not self.no_scaling and not self._queued:
             self._former_state, self._observed = self._state, self.decided_steps
             former, policy, state = self._if_clean
-            is_known = former is self._state and policy is self._policy and all(record.known_clean for record in fresh)
+            is_known = former is self._state and policy is self._policy and all(map(attrgetter("known_clean"), fresh))
             self._state = state if is_known else self._policy.next_state(self._state, observe(fresh))
         self._pending.end_update()
         self._deliver()
@@ -535,9 +536,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         so_far = f" ({self.skipped_steps} so far)" if self.skipped_steps > 1 else ""
         _log.warning("hf_amp: step %d was skipped: %s%s%s. %s", outcome.attempt, why, at, so_far, _WHERE_CAUSES_ARE)
 
-    def _check(
-        self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False, **asked: Any
-    ) -> GradientStep:
+    def _check(self, optimizer: torch.optim.Optimizer, unscale: Unscale, **asked: Any) -> GradientStep:
         """Checks `optimizer`'s gradients, which are new, in one pass on their device. `asked`: of a `StatisticsRequest`."""
         self._learn()
         if self._state is None:
@@ -551,7 +550,6 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         looks = self.config.enable_monitoring or self._policy.needs_underflow
         samples = looks and not self.no_scaling and self._is_interval()
         request = StatisticsRequest(
-            norm=norm,
             amax=self._policy.needs_amax or samples or self._defers(optimizer),
             sample_seed=self.decided_steps if samples else None,
             agree=self.ranks_agree,

@@ -77,20 +77,20 @@ class StatisticsRequest:
     """What `check` is to find out beyond whether all is finite.
 
     Attributes:
-        norm: the 2-norm, which a sampled step has in any case, and one where nothing asks for the amax.
         amax: the largest magnitude, which makes `found_inf` exact; otherwise it is inferred from the norm.
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
+        norm: the 2-norm, which is there in any case in a sampled step, and where nothing asks for the amax.
         not_sampled: `id` of the parameters that the format does not bound, because their modules run in FP32: neither underflow
             nor what a policy takes for the largest gradient is looked for in them.
         order: the parameters in the order that the norm sums them in; empty for the optimizer's.
         left_out: this rank takes no such step, and says so to the others; its amax is -1.
     """
 
-    norm: bool
     amax: bool
     sample_seed: int | None
     agree: bool
+    norm: bool = False
     not_sampled: Collection[int] = ()
     order: Sequence[Tensor] = ()
     left_out: bool = False
@@ -470,13 +470,9 @@ def observe(records: Sequence[GradientStep]) -> Observation:
     bad_losses = float(max(outcome.non_finite_losses for outcome in outcomes))
     figures = [largest("found_inf"), bad_losses, largest("amax", rather="bounded_amax"), largest("wanted_scale")]
     found_inf, loss_non_finite, amax, wanted = torch.tensor(figures, dtype=torch.float32, device="cpu").unbind()
-    return Observation(
-        found_inf,
-        loss_non_finite,
-        grad_amax=amax,
-        wanted_scale=wanted if any("wanted_scale" in record.host for record in records) else None,
-        known_clean=all(record.known_clean for record in records),
-    )
+    is_sampled = any("wanted_scale" in record.host for record in records)
+    known_clean = all(record.known_clean for record in records)
+    return Observation(found_inf, loss_non_finite, amax, wanted if is_sampled else None, known_clean)
 
 
 def refuse_fp16(gradients: list[Tensor]) -> None:
