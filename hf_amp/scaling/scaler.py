@@ -357,7 +357,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 self._queued.append(PendingOutcome(attempt, record, optimizer, transfer))
             else:
                 if not (self._policy.needs_amax or self._policy.needs_underflow):  # while the host would wait anyhow
-                    clean = Observation(*[scalar(0.0)] * 3, known_clean=True)
+                    clean = Observation(scalar(0.0), scalar(0.0), scalar(0.0), known_clean=True)
                     self._if_clean = self._state, self._policy, self._policy.next_state(self._state, clean)
                 outcome = record.to_host(attempt, transfer)  # the one GPU-CPU sync
                 if outcome.applied and (record.skipped_on_device or not ahead):
