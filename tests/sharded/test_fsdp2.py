@@ -147,6 +147,12 @@ def test_a_healthy_step_needs_no_collective_beyond_stocks(faults: Ranks) -> None
         assert len(ours) <= len(stock)
 
 
+def test_the_boundary_of_many_dtensors_calls_no_more_functions_than_stock(faults: Ranks) -> None:
+    """Counted between samples, fused AdamW and no clip, because no clock tells so little apart; 5% are for what is not by tensor."""
+    for results in faults:
+        assert results["calls, hf_amp"] <= 1.05 * results["calls, stock"]
+
+
 def test_one_console_and_one_log_tell_of_all_ranks(faults: Ranks) -> None:
     """`log_to` on every rank writes one log, and the main process alone speaks, of the other's fault in the other's words."""
     first, second = (results["logged"] for results in faults)
