@@ -97,7 +97,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     Differences from the stock class, all of them deliberate:
 
     - A step that is skipped is skipped by not calling the optimizer, fused ones on a CPU included. On a device a fused one is
-      launched before the verdict is waited for, skips by itself, and `last_outcome` and accelerate say so.
+      launched before the verdict is waited for, and not waited for itself; it skips, and `last_outcome` and accelerate say so.
     - Gradients are divided by the scale that their own backward used, whatever `update()` did in between.
     - Unscaling the same gradients twice is harmless, and an optimizer without gradients is no error.
     - A skipped step need not lower the scale (floor, hysteresis, ADAPTIVE): ask `last_outcome.applied`, not `get_scale`.
