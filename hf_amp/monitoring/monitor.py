@@ -226,8 +226,7 @@ class PrecisionMonitor:
         self.non_finite_losses += outcome.non_finite_losses
         if outcome.lost_update_fraction is not None:
             self.lost_update_fraction = outcome.lost_update_fraction
-        if outcome.grad_norm is not None or cause is not None:
-            self.grad_norm = outcome.grad_norm
+        self.grad_norm = self.grad_norm if outcome.grad_norm is None and cause is None else outcome.grad_norm
         if cause is None:
             self.applied_steps += 1
             self.scale = outcome.scale

@@ -310,6 +310,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 return record.clip_in_place(float(max_norm))
         if record.unscale is not Unscale.FUSED:
             return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
+        if record.state is StepState.STEPPED:
+            self.unscale_(optimizer)  # says that it is too late
         return record.clip(float(max_norm))
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -350,8 +352,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         record.state = StepState.STEPPED
         try:
             ahead = defers or (record.device.type != "cpu" and is_fused(optimizer) and not record.sharded)
-            # It leaves before the optimizer is launched: the host goes on while that still runs.
-            transfer = PendingTransfer(record.figures()) if ahead else None
+            transfer = PendingTransfer(record.figures()) if ahead else None  # before the optimizer, not behind it
             result = run(on_device=True) if ahead else None
             if transfer is not None and defers:
                 self._queued.append(PendingOutcome(attempt, record, optimizer, transfer))
