@@ -96,7 +96,12 @@ def images(m: Any, h: Tensor) -> Any:
 def spectra(m: Any, h: Tensor) -> Any:
     """Complex numbers of half precision, which overflow as such."""
     z = torch.fft.rfft(h)
-    return [torch.fft.irfft(z * 2.0), torch.view_as_real(torch.fft.fft(h * 1e4)), z.abs(), torch.fft.fft2(h[:, :4]).real]
+    return [
+        torch.fft.irfft(z * 2.0),
+        torch.view_as_real(torch.fft.fft(h * 1e4)),
+        z.abs(),
+        torch.fft.fft2(h[:, :4]).real,
+    ]
 
 
 def attention_of_torch(m: Any, h: Tensor) -> Any:
