@@ -72,7 +72,7 @@ class DeviceWork:
         waits: what the host waited for.
         to_device: copies from the host.
         to_host: copies to the host that it did not wait for.
-        order: operators that launch something, and "wait", in order.
+        order: operators that launch something, "event" where one is recorded, and "wait", in order.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -127,13 +127,19 @@ def pretended_device() -> Iterator[None]:
 
 
 class _Event:
-    """Everything before it is done as soon as it is asked."""
+    """One that is waited for in the block that has recorded it is a wait; by a later one everything before it is done."""
+
+    def __init__(self) -> None:
+        self._work = _counting[-1][0] if _counting else None
+        if self._work is not None:
+            self._work.order.append("event")
 
     def query(self) -> bool:
         return True
 
     def synchronize(self) -> None:
-        return None
+        if self._work is not None and _counting and _counting[-1][0] is self._work:
+            self._work.wait("event")
 
 
 def _bytes(x: Tensor) -> int:

@@ -212,12 +212,10 @@ class FallbackPolicy:
 
     def next_state(self, state: FallbackState, facts: StepFacts) -> FallbackState:
         """The state after one step; a new plan in it takes effect with the next."""
-        state = replace(state, step=state.step + 1)
+        state = replace(state, step=state.step + 1, clean_steps=state.clean_steps + (facts.cause is None))
         if facts.cause is None:
-            return self._after_clean_step(replace(state, clean_steps=state.clean_steps + 1))
-        if not facts.cause.facts.moves_precision:
-            return state
-        return self._after_unresolved_overflow(state, facts)
+            return self._after_clean_step(state)
+        return self._after_unresolved_overflow(state, facts) if facts.cause.facts.moves_precision else state
 
     def _after_unresolved_overflow(self, state: FallbackState, facts: StepFacts) -> FallbackState:
         oldest = state.step - self.window

@@ -84,7 +84,7 @@ class ModelBuffers:
     def snapshot(self) -> _Copies:
         """Copies on their own devices, before a step; no GPU-CPU sync."""
         now = self._now()
-        if not self._at_start:
+        if now and not self._at_start:
             self._at_start = {at.path: (weakref.ref(x), _versions([x]), x.isfinite().all()) for at, x in now}
             by_size = sorted(now, key=lambda held: held[1].numel())
             totals = accumulate(x.numel() for _, x in by_size)

@@ -217,7 +217,7 @@ class PrecisionMonitor:
         self._newest_attempt = 0
 
     def after_step(self, outcome: StepOutcome, cause: Cause | None = None, next_scale: float | None = None) -> None:
-        """One step. What was not measured in it keeps its last value, but for the norm; a skipped step has none.
+        """One step. What was not measured in it keeps its last value; a skipped step has no norm.
 
         Args:
             cause: why it was skipped; None where it was applied.
@@ -227,7 +227,7 @@ class PrecisionMonitor:
         self.non_finite_losses += outcome.non_finite_losses
         if outcome.lost_update_fraction is not None:
             self.lost_update_fraction = outcome.lost_update_fraction
-        self.grad_norm = outcome.grad_norm
+        self.grad_norm = self.grad_norm if outcome.grad_norm is None and cause is None else outcome.grad_norm
         if cause is None:
             self.applied_steps += 1
             self.scale = outcome.scale

@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -96,7 +97,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
     Differences from the stock class, all of them deliberate:
 
     - A step that is skipped is skipped by not calling the optimizer, fused ones on a CPU included. On a device a fused one is
-      launched before the verdict is waited for, skips by itself, and `last_outcome` and accelerate say so.
+      launched before the verdict is waited for, and not waited for itself; it skips, and `last_outcome` and accelerate say so.
     - Gradients are divided by the scale that their own backward used, whatever `update()` did in between.
     - Unscaling the same gradients twice is harmless, and an optimizer without gradients is no error.
     - A skipped step need not lower the scale (floor, hysteresis, ADAPTIVE): ask `last_outcome.applied`, not `get_scale`.
@@ -156,6 +157,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             device = default_device()
         self._state: Any = None
         self._former_state: Any = None
+        self._if_clean: tuple[Any, ...] = (None, None, None)
         self._late: LateUpdate | None = None
         self._figures_on = torch.device("cpu")
         self._pending = PendingSteps()
@@ -308,6 +310,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 return record.clip_in_place(float(max_norm))
         if record.unscale is not Unscale.FUSED:
             return torch.nn.utils.clip_grad_norm_(list(held_by(optimizer)), max_norm)
+        if record.state is StepState.STEPPED:
+            self.unscale_(optimizer)  # says that it is too late
         return record.clip(float(max_norm))
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -347,15 +351,16 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         attempt, result, outcome = self.decided_steps + 1, None, None
         record.state = StepState.STEPPED
         try:
-            if defers:
-                deferred = PendingOutcome(attempt, record, optimizer, PendingTransfer(record.figures()))
-                result = run(on_device=True)
-                self._queued.append(deferred)
+            ahead = defers or (record.device.type != "cpu" and is_fused(optimizer) and not record.sharded)
+            transfer = PendingTransfer(record.figures()) if ahead else None  # before the optimizer, not behind it
+            result = run(on_device=True) if ahead else None
+            if transfer is not None and defers:
+                self._queued.append(PendingOutcome(attempt, record, optimizer, transfer))
             else:
-                ahead = record.device.type != "cpu" and is_fused(optimizer) and not record.sharded
-                if ahead:
-                    result = run(on_device=True)
-                outcome = record.to_host(attempt)  # the one GPU-CPU sync
+                if not (self._policy.needs_amax or self._policy.needs_underflow):  # while the host would wait anyhow
+                    clean = Observation(scalar(0.0), scalar(0.0), scalar(0.0), known_clean=True)
+                    self._if_clean = self._state, self._policy, self._policy.next_state(self._state, clean)
+                outcome = record.to_host(attempt, transfer)  # the one GPU-CPU sync
                 if outcome.applied and (record.skipped_on_device or not ahead):
                     result = run()
                 elif self.master_weights is not None:
@@ -436,7 +441,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             self.set_scale(new_scale)
         elif fresh and not self.no_scaling and not self._queued:
             self._former_state, self._observed = self._state, self.decided_steps
-            self._state = self._policy.next_state(self._state, observe(fresh))
+            former, policy, state = self._if_clean
+            is_known = former is self._state and policy is self._policy and all(map(attrgetter("known_clean"), fresh))
+            self._state = state if is_known else self._policy.next_state(self._state, observe(fresh))
         self._pending.end_update()
         self._deliver()
         if self._queued:
@@ -530,9 +537,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         so_far = f" ({self.skipped_steps} so far)" if self.skipped_steps > 1 else ""
         _log.warning("hf_amp: step %d was skipped: %s%s%s. %s", outcome.attempt, why, at, so_far, _WHERE_CAUSES_ARE)
 
-    def _check(
-        self, optimizer: torch.optim.Optimizer, unscale: Unscale, norm: bool = False, **asked: Any
-    ) -> GradientStep:
+    def _check(self, optimizer: torch.optim.Optimizer, unscale: Unscale, **asked: Any) -> GradientStep:
         """Checks `optimizer`'s gradients, which are new, in one pass on their device. `asked`: of a `StatisticsRequest`."""
         self._learn()
         if self._state is None:
@@ -543,10 +548,9 @@ class AdvancedGradScaler(torch.amp.GradScaler):
                 )
             first = next((parameter.device for parameter in held_by(optimizer)), self._device)
             self._lazy_init_scale_growth_tracker(first)
-        monitors = self.config.enable_monitoring
-        samples = (monitors or self._policy.needs_underflow) and not self.no_scaling and self._is_interval()
+        looks = self.config.enable_monitoring or self._policy.needs_underflow
+        samples = looks and not self.no_scaling and self._is_interval()
         request = StatisticsRequest(
-            norm=norm or (monitors and not self.no_scaling),
             amax=self._policy.needs_amax or samples or self._defers(optimizer),
             sample_seed=self.decided_steps if samples else None,
             agree=self.ranks_agree,

@@ -77,20 +77,20 @@ class StatisticsRequest:
     """What `check` is to find out beyond whether all is finite.
 
     Attributes:
-        norm: the 2-norm.
         amax: the largest magnitude, which makes `found_inf` exact; otherwise it is inferred from the norm.
         sample_seed: the underflow fraction, from a sample with this seed; None for not.
         agree: exchange what is local to a rank with the other ranks.
+        norm: the 2-norm, which is there in any case in a sampled step, and where nothing asks for the amax.
         not_sampled: `id` of the parameters that the format does not bound, because their modules run in FP32: neither underflow
             nor what a policy takes for the largest gradient is looked for in them.
         order: the parameters in the order that the norm sums them in; empty for the optimizer's.
         left_out: this rank takes no such step, and says so to the others; its amax is -1.
     """
 
-    norm: bool
     amax: bool
     sample_seed: int | None
     agree: bool
+    norm: bool = False
     not_sampled: Collection[int] = ()
     order: Sequence[Tensor] = ()
     left_out: bool = False
@@ -171,9 +171,9 @@ class GradientStep:
         extras = {EXTRA + name: value for name, value in self.extras.items()}
         return {**{name: value for name in names if (value := getattr(self, name)) is not None}, **extras}
 
-    def to_host(self, attempt: int) -> StepOutcome:
-        """What is to become of the step. One GPU-CPU sync; more where it overflowed, to look closer."""
-        host = to_host(self.figures())
+    def to_host(self, attempt: int, transfer: PendingTransfer | None = None) -> StepOutcome:
+        """What is to become of the step. One GPU-CPU sync, for `transfer` of its figures alone; more where it overflowed."""
+        host = to_host(self.figures()) if transfer is None else transfer.result()
         self.skipped_on_device = bool(host["found_inf"])
         counts = count_non_finite(self.gradients) if host["found_inf"] else None
         if counts and self.inferred and not _is_left_out(host) and (self.agrees or not any(counts)):
@@ -379,7 +379,7 @@ def check(
         refuse_fp16(gradients)
         found_while_dividing = unscale_and_check_(gradients, inverse, device)
     takes_amax = request.amax or sharded or request.agree
-    takes_norm = request.norm or not takes_amax
+    takes_norm = request.norm or request.sample_seed is not None or not takes_amax
     norm, amax = norm_and_amax(gradients, device, norm=takes_norm, amax=takes_amax)
     if sharded and norm is not None:
         norm = _part_of_norm(optimizer, norm, device)
@@ -463,18 +463,16 @@ def observe(records: Sequence[GradientStep]) -> Observation:
     """
     outcomes = [record.outcome or record.to_host(0) for record in records]
 
-    def largest(name: str, rather: str = "") -> Tensor:
+    def largest(name: str, rather: str = "") -> float:
         known = [record.host.get(rather, record.host.get(name, 0.0)) for record in records]
-        worst = max(known, key=lambda value: math.inf if math.isnan(value) else value)
-        return torch.tensor(worst, dtype=torch.float32, device="cpu")
+        return max(known, key=lambda value: math.inf if math.isnan(value) else value)
 
-    return Observation(
-        found_inf=largest("found_inf"),
-        loss_non_finite=torch.tensor(float(max(outcome.non_finite_losses for outcome in outcomes)), device="cpu"),
-        grad_amax=largest("amax", rather="bounded_amax"),
-        wanted_scale=largest("wanted_scale") if any("wanted_scale" in record.host for record in records) else None,
-        known_clean=all(record.known_clean for record in records),
-    )
+    bad_losses = float(max(outcome.non_finite_losses for outcome in outcomes))
+    figures = [largest("found_inf"), bad_losses, largest("amax", rather="bounded_amax"), largest("wanted_scale")]
+    found_inf, loss_non_finite, amax, wanted = torch.tensor(figures, dtype=torch.float32, device="cpu").unbind()
+    is_sampled = any("wanted_scale" in record.host for record in records)
+    known_clean = all(record.known_clean for record in records)
+    return Observation(found_inf, loss_non_finite, amax, wanted if is_sampled else None, known_clean)
 
 
 def refuse_fp16(gradients: list[Tensor]) -> None:

@@ -86,10 +86,10 @@ def test_what_was_not_measured_is_absent(monitor):
 
 
 def test_a_sampled_figure_stays_until_the_next_sample(monitor):
-    """The underflow fraction is taken now and then, and reported in between."""
+    """The underflow fraction is taken now and then, as is the norm where nothing clips, and reported in between."""
     for sampled in (0.25, None, None):
-        record_applied(monitor, 4.0, 1.0, 1.0, sampled)
-        assert monitor.metrics()["underflow_fraction"] == 0.25
+        record_applied(monitor, 4.0, sampled, 1.0, sampled)
+        assert monitor.metrics()["underflow_fraction"] == monitor.metrics()["grad_norm"] == 0.25
     record_applied(monitor, 4.0, 1.0, 1.0, math.nan)  # a sample that did not tell
     assert "underflow_fraction" not in monitor.metrics()
     record_applied(monitor, 4.0, 1.0, 1.0, 0.0)

@@ -430,6 +430,41 @@ def test_gradients_made_finite_after_unscale_are_skipped_all_the_same() -> None:
     assert scaler.skipped_steps == 1
 
 
+@pytest.mark.parametrize("strategy", ["DYNAMIC", "ADAPTIVE"])
+def test_a_fused_clip_after_the_step_is_an_error(strategy: str) -> None:
+    """What is to be clipped is applied already; the next backward goes on."""
+    parameter, scaler = nn.Parameter(torch.tensor([1.0])), scaler_with(scaling_strategy=strategy)
+    optimizer = torch.optim.SGD([parameter], lr=0.25, fused=True)
+    one_step(scaler, parameter.sum(), optimizer)
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(optimizer)
+    with pytest.raises(ScalerError, match="after step"):
+        scaler.clip_grad_norm_(optimizer, 1.0)
+    scaler.update()
+    one_step(scaler, parameter.sum(), optimizer)
+    assert scaler.applied_steps == 3
+
+
+@pytest.mark.parametrize("change", ["options", "scale"])
+def test_what_is_set_between_step_and_update_counts(change: str) -> None:
+    """As in the stock class: the update goes by options, and from a scale, that were set after the step."""
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([parameter], lr=0.25)
+    scales = []
+    for scaler in (scaler_with(), torch.amp.GradScaler("cpu")):
+        scaler.scale(parameter.sum()).backward()
+        scaler.step(optimizer)
+        if change == "options":
+            scaler.set_growth_interval(1)
+            scaler.set_growth_factor(4.0)
+        else:
+            scaler._scale = torch.tensor(512.0)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        optimizer.zero_grad()
+    assert scales == [scales[0]] * 2 == ([2.0**18] * 2 if change == "options" else [512.0] * 2)
+
+
 def test_guard_takes_counters_from_a_scaled_run_and_keeps_its_scale() -> None:
     """FP16 state, with other options, loaded into a BF16 guard: the scale stays 1, steps go on, counters continue."""
     scaled, parameter = scaler_with(growth_interval=7), nn.Parameter(torch.tensor([1.0]))

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -390,6 +391,25 @@ def collectives_a_step(hf_amp_too: bool, clips: bool) -> list[str]:
         if number == 3 and session:
             session.detach()
     return counted.seen
+
+
+def calls_a_boundary(hf_amp_too: bool) -> int:
+    """Functions, of Python and of C, that the boundary of one step of 200 DTensors calls under stock's scaler or hf_amp's."""
+    model = fully_shard(nn.Sequential(*(nn.Linear(4, 4) for _ in range(100))))
+    optimizer, calls = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), list[str]()
+    session = AmpSession.for_model(model, optimizer, init_scale=1024.0) if hf_amp_too else None
+    scaler = session.scaler if session else torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for number in range(4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        scaler.scale(torch.ones(()))
+        sys.setprofile((lambda frame, event, _: calls.append(event)) if number == 3 else None)
+        scaler.step(optimizer)
+        scaler.update()
+        sys.setprofile(None)
+    if session:
+        session.detach()
+    return calls.count("call") + calls.count("c_call")
 
 
 def one_fault(fault: str, steps: int = 4, at: int = 2, which: int = 1, **options: Any) -> dict[str, Any]:

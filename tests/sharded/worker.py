@@ -67,6 +67,7 @@ def faults(folder: str) -> dict[str, Run]:
         "FP16 head": lambda: runs.chosen("raw"),
         "half policy": lambda: runs.raw("GPT-2", 2, "MIXED", mp_policy=HALF),
         "actor": runs.actor_and_reference,
+        **{f"calls, {who}": lambda who=who: runs.calls_a_boundary(who == "hf_amp") for who in ("stock", "hf_amp")},
         **{
             f"collectives, {who}, {how}": lambda who=who, how=how: runs.collectives_a_step(
                 who == "hf_amp", how == "clips"

@@ -1,7 +1,12 @@
-"""What either works on a GPU or does not: models that run as a CUDA graph, models compiled."""
+"""What either works on a GPU or does not: a model that runs as a CUDA graph, models compiled.
+
+`python -m tests.benchmarks.gpu.tries cuda` prints a line of JSON for each, as soon as it is known.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
 from typing import Any
 
@@ -10,7 +15,7 @@ from torch import nn
 
 from hf_amp import AmpSession
 from tests.benchmarks.gpu.contenders import accelerated
-from tests.benchmarks.gpu.models import Subject
+from tests.benchmarks.gpu.models import SHALLOW, TINY, Subject
 
 COMPILED_STEPS = 3
 
@@ -83,3 +88,18 @@ def try_compiled(subject: Subject, device: torch.device, backend: str) -> dict[s
         }
     except Exception as error:
         return {"runs": False, "error": _told(error)}
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(description=__doc__)
+    command.add_argument("device", type=torch.device)
+    command.add_argument("--tiny", action="store_true", help="nothing is compiled")
+    options = command.parse_args()
+    print(json.dumps({"graphed model": try_graphed_model(options.device)}), flush=True)
+    for subject in TINY[:1] if options.tiny else SHALLOW[:2]:
+        tried = try_compiled(subject, options.device, "eager" if options.tiny else "inductor")
+        print(json.dumps({f"compiled {subject.name}": tried}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
