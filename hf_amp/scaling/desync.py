@@ -85,8 +85,7 @@ class DesyncMonitor:
         self._prefix = f"hf_amp run {run} "
         self._patience = PATIENCE_SECONDS
         self._thread_id = threading.main_thread().ident
-        self._forwards = self._left_out = self._beat = self._told_at = 0
-        self._meetings = MEETINGS
+        self._left_out = self._meetings = self._beat = self._told_at = 0
         self._seen: Where | None = None
         self._since = time.monotonic()
         self._published: dict[str, Any] | None = None
@@ -109,19 +108,23 @@ class DesyncMonitor:
             ScalerError: others are in that backward, which gathers shards, and wait for this rank.
         """
         self._thread_id = threading.get_ident()
-        self._forwards += 1
         if follows_forward:
             self._left_out += 1
-            if self._meetings > 0 and any(map(is_sharded, module.parameters())):
-                self._meetings -= 1
-                self._meet()
+            if self._meetings < MEETINGS and any(map(is_sharded, module.parameters())):
+                self._meetings += 1
+                self._meet(f"{self._prefix}meeting {self._meetings}")
 
-    def _meet(self) -> None:
+    def _meet(self, key: str) -> None:
         """Waits until all ranks begin such a forward pass, before it gathers what others do not gather now."""
-        key, began, looked = f"{self._prefix}forward {self._forwards}", time.monotonic(), time.monotonic()
+        began = looked = time.monotonic()
         self._store.add(key, 1)
         former: dict[int, int] = {}
-        while self._store.add(key, 0) < self._ranks and time.monotonic() - began < 3 * self._patience:
+        while self._store.add(key, 0) < self._ranks:
+            if (
+                time.monotonic() - began > 3 * self._patience
+            ):  # they go another way, and there is no proof that they wait
+                self._meetings = MEETINGS
+                return
             time.sleep(min(0.001 + (time.monotonic() - began) / 10, 0.1))
             if time.monotonic() - looked < self._patience / 6:
                 continue

@@ -81,7 +81,7 @@ class _JoinLeftOutStep(UnpickledHook):
         losses = self._scaler._pending.losses
         if losses.began and not losses.ended and (self._is_collective or torch.is_grad_enabled()) and is_distributed():
             self._join()
-        if torch.is_grad_enabled() and self._scaler.desync is not None:
+        if torch.is_grad_enabled() and self._scaler.desync is not None and not self._scaler.is_replaying():
             before, self._backwards = self._backwards, self._scaler._pending.backwards
             self._scaler.desync.before_forward(module, before == self._backwards)
 

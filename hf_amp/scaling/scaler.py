@@ -179,6 +179,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.step_hooks: list[StepHook] = []
         self.stateful: dict[str, Stateful] = {}
         self.discard_forwards: Callable[[], bool] = lambda: True
+        self.is_replaying: Callable[[], bool] = bool
         self.note_loss: Callable[[Tensor], None] | None = None
         self.watch_loss: Callable[[Tensor, bool], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple
