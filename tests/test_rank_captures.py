@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from typer.testing import CliRunner
 
 from hf_amp import StateError, compare
-from hf_amp.capture import BUCKETS, Digest, Key, load_capture
+from hf_amp.capture import BUCKETS, Digest, Key, can_be_captured, load_capture
 from hf_amp.cli import app
 from tests.each import for_each
 from tests.forking import printed_by
@@ -86,6 +90,7 @@ def test_a_capture_of_shards_changes_nothing(folder: Path) -> None:
         assert rank["plain"]["weights"] == rank["captured"]["weights"]
         assert rank["captured"]["gathered"] == rank["plain"]["gathered"] == []
         assert rank["captured"]["messages"][-1].startswith("step 2 was captured in")
+        assert rank["on one rank"][0].startswith("step 1 was captured in")
         assert rank["failing"][0].startswith("step 1 could not be captured: ")
         assert "the batch was written into since" in rank["failing"][0]
         assert rank["failing"][1] == "1 applied"
@@ -162,6 +167,26 @@ def test_a_capture_of_a_cpu_agrees_on_a_device(tmp_path: Path) -> None:
 
 def test_the_command_takes_ranks(folder: Path) -> None:
     """By the name that one process would have given its file."""
-    names = [str(folder / f"{name}.safetensors") for name in ("one_FP32", "FP32")]
-    result = CliRunner().invoke(app, ["diff", *names])
-    assert (result.exit_code, "B is 2 ranks, joined" in result.output) == (0, True), result.output
+    for ranks, code in (("FP32", 0), ("fsdp2_FP32", 0), ("corrupted_FP32", 1)):
+        names = [str(folder / f"{name}.safetensors") for name in ("one_FP32", ranks)]
+        result = CliRunner().invoke(app, ["diff", *names])
+        assert (result.exit_code, "B is 2 ranks, joined" in result.output) == (code, True), result.output
+    assert "transformer.h.1.mlp.c_fc" in result.output
+
+
+def test_shards_of_another_kind_are_refused_at_the_call() -> None:
+    """Tensor parallel, alone or under FSDP2: ranks have no rows of their own. FSDP2's are taken."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+        for kind in ("tp", "both", "fsdp2"):
+            made = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+            if kind != "fsdp2":
+                parallelize_module(made, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+            if kind != "tp":
+                fully_shard(made, mesh=mesh["dp"])
+            assert can_be_captured(made) == (kind == "fsdp2")
+    finally:
+        dist.destroy_process_group()
+    assert can_be_captured(torch.nn.Linear(2, 2))

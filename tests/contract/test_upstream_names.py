@@ -13,6 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.ao import filter_linear_layers, find_first_last_linear_layers
 from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import tensor_parallel
 
 import hf_amp
 from hf_amp.choose import RoundedOperands, torchao_formats
@@ -411,3 +412,9 @@ def test_torch_says_which_collectives_a_rank_has_begun() -> None:
     finally:
         dist.destroy_process_group()
     assert collectives_begun() == 0
+
+
+def test_transformers_lacks_what_accelerates_fsdp2_imports_for_tensor_parallel() -> None:
+    """accelerate_configs/README.md says so: once it is there, `parallelism_config` with `tp_size` is to be tried under FSDP2."""
+    assert "ReplicateParallel" in inspect.getsource(Accelerator._prepare_tp)
+    assert not hasattr(tensor_parallel, "ReplicateParallel")

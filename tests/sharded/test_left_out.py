@@ -11,6 +11,7 @@ import pytest
 from hf_amp.scaling.desync import mismatch_of
 from tests.each import for_each
 from tests.forking import Ended, run_program
+from tests.integrations.launching import CONFIGS, ROOT
 from tests.sharded.left_out import AT, PATIENCE, SECONDS, STEPS
 
 LOOPS = ("raw ddp", "raw fsdp2", "accelerate ddp", "accelerate fsdp2")
@@ -102,6 +103,19 @@ def test_ranks_that_have_gone_different_ways_end_and_say_where_each_is(full_size
         assert f"rank 1 is in torch.distributed.barrier after backward pass {done} (left_out.py" in sentence
         assert "barrier on rank 1" in sentence
         assert ("Batches left out before their backward: 1 by rank 1." in sentence) == (way == "continues")
+
+
+def test_accelerate_launch_ends_soon_where_batches_are_uneven() -> None:
+    """Its command fails in a minute, with the reason of each rank on the console."""
+    config = CONFIGS / "cpu_2_processes.yaml"
+    options = ["--config_file", str(config), "--main_process_port", "0", "-m", "tests.sharded.left_out"]
+    began, worker = time.monotonic(), ["accelerate ddp", "runs out", "600", str(PATIENCE)]
+    ended = run_program(
+        "accelerate.commands.launch", *options, *worker, PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true"
+    )
+    assert ended.codes == [1], ended.output[-3000:]
+    assert time.monotonic() - began < 60
+    assert ended.output.count(f"rank 0 is in backward pass {AT + 1} (left_out.py") == 2
 
 
 def test_a_rank_that_is_slow_is_waited_for() -> None:
