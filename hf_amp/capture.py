@@ -422,9 +422,6 @@ def trace_step(
             pairs = _starts(output, forward, scale, from_each)
             if gathered:
                 gathered.backward(pairs, output)
-                for key in (_key_of(name, "parameter gradient") for name in reversed(parameters)):
-                    if key in trace.digests:
-                        trace.digests[key] = trace.digests.pop(key)  # last, as of whole parameters
             elif pairs:
                 ends, seeds = zip(*pairs, strict=True)
                 found = torch.autograd.grad(ends, list(parameters.values()), seeds, allow_unused=True)

@@ -117,8 +117,14 @@ def trained_by_fsdp2(path: Path | None) -> dict[str, Any]:
 
 def on_one_rank(path: Path) -> list[str]:
     """Values leave FP16's range on the second rank alone, inside of a unit and in what holds units: what the session says."""
-    whole = model()
-    whole.transformer.h[1].mlp.c_proj.register_forward_hook(lambda m, given, output: output * 1e8 ** dist.get_rank())
+    whole, factor = model(), 1e8 ** dist.get_rank()
+
+    def half(module: torch.nn.Module, given: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.half() * factor
+        return output
+
+    whole.transformer.h[1].mlp.c_proj.register_forward_hook(lambda module, given, output: output * factor)
+    whole.transformer.register_forward_hook(half)
     entry = by_fsdp2(whole)
     optimizer = torch.optim.AdamW(entry.parameters(), lr=1e-2)
     session = AmpSession.for_model(entry, optimizer, init_scale=256.0)
