@@ -261,10 +261,9 @@ class Tracer:
     def _in_fp32(self, module: nn.Module, call: _Call) -> Any:
         """What the module returns in FP32 where that is finite."""
         self._paused = True
-        again = module.forward if is_unit(module) else module  # it is still gathered, and would not be afterwards
         try:
             with ForwardContext.suspended(), self._current.entry.context(PrecisionMode.FP32):
-                exact = again(*to_float32(call.arguments), **to_float32(call.options))
+                exact = module(*to_float32(call.arguments), **to_float32(call.options))
         finally:
             self._paused = False
         return None if bad_tensors(exact) else exact
@@ -332,8 +331,7 @@ class Tracer:
                 continue
             if takes_hooks(module) and not (name == "" and root._compiled_call_impl is not None):
                 yield module.register_forward_pre_hook(functools.partial(self.before, name), with_kwargs=True)
-                before_it_lets_go = bool(name) and is_unit(module)
-                yield module.register_forward_hook(self.after, with_kwargs=True, prepend=before_it_lets_go)
+                yield module.register_forward_hook(self.after, with_kwargs=True)
 
     @property
     def running(self) -> str:

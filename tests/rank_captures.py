@@ -87,11 +87,17 @@ def corrupted() -> GPT2LMHeadModel:
     return made
 
 
-def overflowing(factor: float = 3e4) -> GPT2LMHeadModel:
-    """Activations of its second block leave FP16's range."""
+def overflowing(factor: float = 1e5) -> GPT2LMHeadModel:
+    """Activations inside of its second block leave FP16's range, and so do those that blocks themselves return."""
     made = model()
-    made.transformer.h[1].mlp.c_fc.bias.data += factor
+    made.transformer.h[1].mlp.c_fc.bias.data += 3e4
     made.transformer.h[1].mlp.c_proj.weight.data *= 64
+
+    def there_and_back(module: torch.nn.Module, given: Any, output: Tensor) -> Tensor:
+        return torch.nn.functional.linear(output, torch.eye(16) * factor) / factor
+
+    for block in made.transformer.h:
+        block.register_forward_hook(there_and_back)
     return made
 
 

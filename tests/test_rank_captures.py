@@ -81,6 +81,10 @@ def test_a_module_that_two_ranks_of_fsdp2_compute_otherwise_is_named(folder: Pat
     assert not found.state
     ways = [folder / f"{name}_{precision}.safetensors" for name in ("overflowing_ddp", "overflowing")]
     assert compare(*ways).agrees
+    for way in ways:
+        digests = load_capture(way)[0].digests
+        outputs = [d for key, d in digests.items() if key.what == "output" and key.module.startswith("transformer.h")]
+        assert not any(d.figures[:2].any() for d in outputs), "the step goes on with FP32's"
 
 
 def test_a_capture_of_shards_changes_nothing(folder: Path) -> None:
