@@ -83,7 +83,7 @@ class DesyncMonitor:
         self._store = default_store()
         run = self._store.add(f"hf_amp runs of rank {self._rank}", 1)  # attached in the same order on all ranks
         self._prefix = f"hf_amp run {run} "
-        self._patience = PATIENCE_SECONDS
+        self._patience = min(PATIENCE_SECONDS, self._store.timeout.total_seconds() / 4)  # the process group's, mostly
         self._thread_id = threading.main_thread().ident
         self._left_out = self._meetings = self._beat = self._told_at = 0
         self._seen: Where | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
@@ -394,9 +395,11 @@ def test_torch_says_which_thread_runs_a_backward() -> None:
 
 def test_torch_says_which_collectives_a_rank_has_begun() -> None:
     """`_get_default_store().clone()`, `_get_sequence_number_for_group` and `_dump_fr_trace_json`, which has gloo's collectives in order."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    patience = timedelta(seconds=77)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
+        assert default_store().timeout == patience
         default_store().set("a", "1")
         assert (default_store().check(["a"]), default_store().check(["b"]), default_store().get("a")) == (
             True,

@@ -57,16 +57,14 @@ def test_a_rank_that_ends_before_a_verdict_says_so_and_why_others_cannot_go_on()
 @for_each("loop", ["raw ddp", "raw fsdp2"])
 @for_each("way", ["stops", "continues", "runs out"])
 def test_no_rank_waits_longer_than_stock(full_size: bool, way: str, loop: str) -> None:
-    """What stock waits in (its backward, its gathering) ends with the process group's timeout here too; each rank says where it was."""
+    """What stock waits in (its backward, its gathering) until the process group's timeout ends before it here; each rank says where it was."""
     if not full_size:
         pytest.skip("waits for timeouts: with --full-size")
     ended, found = run(loop, way)
     assert 0 not in ended.codes
-    for rank in (0, 1):
-        assert found[way, loop, rank]["seconds"] < 2 * SECONDS
-        assert f"rank {rank} of 2 ends in step" in ended.output
-    if way == "continues":
-        assert f"In step {AT} a forward pass of this rank was followed by another without a backward" in ended.output
+    assert found[way, loop, 0]["seconds"] < SECONDS
+    assert "rank 0 of 2 ends in step" in ended.output
+    assert ended.output.count("; rank 1 is in") >= 2
     if way == "stops":
         assert found[way, loop, 0]["ended"].startswith("ScalerError: this rank has waited in vain")
     stock = run(loop.replace("raw", "stock"), way)[1]
