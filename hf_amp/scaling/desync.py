@@ -281,7 +281,10 @@ def newest_collectives() -> dict[str, dict[str, str]]:
         varies = name in ("gather", "scatter") or "all_to_all" in name or "alltoall" in name
         sizes = [] if varies else [torch.Size(size).numel() for size in entry["input_sizes"]]
         takes = f" of {sum(sizes):,} {'/'.join(sorted(set(entry['input_dtypes'])))}" if sizes else ""
-        found.setdefault(backend, {})[str(entry["collective_seq_id"])] = f"{name}{takes}"
+        known, number = found.setdefault(backend, {}), entry["collective_seq_id"]
+        if known and number <= int(next(reversed(known))):  # a new process group, in place of one that was destroyed
+            known.clear()
+        known[str(number)] = f"{name}{takes}"
     return found
 
 
