@@ -15,7 +15,7 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,10 +25,19 @@ from torch import Tensor, nn
 
 from hf_amp.device import RandomState, devices_of, products_use_tf32
 from hf_amp.errors import StateError, in_one_line
-from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, to_float32
+from hf_amp.fallback.module_precision import (
+    CurrentPrecision,
+    ForwardContext,
+    holds_shards,
+    is_unit,
+    recovers,
+    to_float32,
+)
+from hf_amp.fallback.operators import graph_of
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import float_tensors, hooks_silent, inputs_to_repeat, nothing_changes, starts_of
 from hf_amp.fallback.replay import non_finite_tensors as bad_tensors
+from hf_amp.fallback.sharded import GatheredGradients, Lockstep, needs_others
 from hf_amp.patch_log import takes_hooks
 from hf_amp.precision import FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, PrecisionMode
 from hf_amp.statistics import is_sharded
@@ -238,11 +247,16 @@ class Tracer:
         shapes = tuple(tuple(x.shape) for _, x in tensors_in(output) if x.is_floating_point())
         self.trace.calls.append((call.module, call.number, shapes))
         half = self._current.mode.number_format is not FP32_FORMAT and not self._current.is_over
-        if half and self._forced is None and call.module and bad_tensors(output):
+        if half and self._forced is None and call.module and self._leaves_range(module, output):
             exact = self._in_fp32(module, call)
             for path, x in tensors_in(output) if exact is not None else ():
                 self.note(Key(call.module, call.number, "output", path), x)
         return self._watched(call.module, call.number, "output", output if exact is None else exact, exact is None)
+
+    def _leaves_range(self, module: nn.Module, output: Any) -> bool:
+        """Whether `output` does; that of any rank, where all have to gather what is in the module."""
+        together, here = Lockstep.now(), bool(bad_tensors(output))
+        return here if together is None or not needs_others(module) else together.anyone(here)
 
     def _in_fp32(self, module: nn.Module, call: _Call) -> Any:
         """What the module returns in FP32 where that is finite."""
@@ -325,8 +339,43 @@ class Tracer:
         return self._stack[-1].module if self._stack else ""
 
 
+class _Gathered(GatheredGradients):
+    """Parameters that FSDP2 has gathered, and this rank's own gradients of them, which a tracer notes as they come."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def _note(self, prefix: str, unit: nn.Module, *given: Any) -> None:
+        for name, p in unit.named_parameters(prefix):
+            self._tracer.note(_key_of(name, "parameter"), p)
+        super()._note(prefix, unit, *given)
+
+    def _look(self, name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            self._tracer.note(_key_of(name, "parameter gradient"), gradient)
+
+
+NOT_CAPTURED = (
+    "its step cannot be repeated, as parameters are sharded by other means than FSDP2, or over several axes; capture a run whose model "
+    "is whole on each rank, or compare checkpoints with `hf-amp diff`."
+)
+
+
+def can_be_captured(model: nn.Module) -> bool:
+    """Whether each rank sees whole parameters in a forward pass, and rows of its own: not in FSDP1, nor tensor parallel."""
+    axes = [sum(not p.is_replicate() for p in cast(Any, x).placements) for x in model.parameters() if is_sharded(x)]
+    return not holds_shards(model) or (recovers(model) and any(map(is_unit, model.modules())) and max(axes) == 1)
+
+
 def trace_step(
-    forward: RecordedForward, tracer: Tracer, scale: float = 1.0, called: nn.Module | None = None, eager: bool = True
+    forward: RecordedForward,
+    tracer: Tracer,
+    scale: float = 1.0,
+    called: nn.Module | None = None,
+    eager: bool = True,
+    from_each: bool = False,
 ) -> Trace:
     """Runs one forward and backward of `forward.model` on its batch under the hooks of `tracer`; nothing of the model changes.
 
@@ -338,9 +387,11 @@ def trace_step(
         scale: what the loss is multiplied by; digests are of the scaled gradients.
         called: what is called in the model's place, such as the compiled module around it.
         eager: whether compiled code is run by Python, so that its modules can be watched.
+        from_each: whether backward begins also at outputs whose gradient came through another one, so that it counts twice: captures
+            without `starts` among their facts did so.
 
     Raises:
-        RuntimeError: parameters are sharded, or the batch was written into since.
+        RuntimeError: parameters are sharded and ranks are not in `Lockstep`, or the batch was written into since.
     """
     model, root = forward.model, forward.model if called is None else called
     trace, parameters = tracer.trace, {n: p for n, p in forward.model.named_parameters() if p.requires_grad}
@@ -356,6 +407,8 @@ def trace_step(
         for module in model.modules():
             if vars(module).get("gradient_checkpointing") is True:
                 module.gradient_checkpointing = False  # type: ignore[assignment]  # it would run modules once more
+        gathered = _Gathered(tracer) if holds_shards(model) else None
+        stack.enter_context(gathered.watching(model) if gathered else nullcontext())
         for handle in tracer.watching(model, model if eager else root):
             stack.callback(handle.remove)
         try:
@@ -364,29 +417,52 @@ def trace_step(
                 forward.random_state.restore()
             with tracer._current():
                 output = (model if eager else root)(*arguments, **options)
-            if pairs := _starts(output, forward, scale):
+            pairs = _starts(output, forward, scale, from_each)
+            if gathered:
+                gathered.backward(pairs, output)
+            elif pairs:
                 ends, seeds = zip(*pairs, strict=True)
                 found = torch.autograd.grad(ends, list(parameters.values()), seeds, allow_unused=True)
                 for (name, _), gradient in reversed(list(zip(parameters.items(), found, strict=True))):
                     if gradient is not None:
                         tracer.note(_key_of(name, "parameter gradient"), gradient)
         except Exception as error:  # whatever the model raises on this batch
+            if gathered:
+                raise  # on all ranks
             trace.raised = (tracer.running, in_one_line(error))
             output = None
     numbers = [x.detach() for _, x in float_tensors(output) if x.dim() == 0]
     trace.digests = {key: digest.to_host() for key, digest in trace.digests.items()}
     trace.facts |= {"loss": float(numbers[0]) if numbers else None, "scale": scale, **_facts(model, tracer._current)}
+    trace.facts |= {} if from_each else {"starts": "once"}
     return trace
 
 
-def _starts(output: Any, forward: RecordedForward, scale: float) -> list[tuple[Tensor, Tensor]]:
+def _starts(output: Any, forward: RecordedForward, scale: float, from_each: bool) -> list[tuple[Tensor, Tensor]]:
     if forward.output_gradients:
-        return starts_of(output, forward, scale, 1.0)[0]
+        kept = forward.output_gradients if from_each else _own_gradients(output, forward.output_gradients)
+        return starts_of(output, forward._replace(output_gradients=kept), scale, 1.0)[0]
     outputs = [x for _, x in float_tensors(output) if x.requires_grad]
     if numbers := [x for x in outputs if x.dim() == 0]:
         return [(numbers[0], torch.full_like(numbers[0], scale))]
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(2), device="cpu")
     return [(x, (draw(x.shape) * (scale / math.sqrt(max(1, x.numel())))).to(x)) for x in outputs]
+
+
+def _own_gradients(output: Any, given: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Of what came to outputs, what did not come through another one, as that of logits through the loss: it would count twice."""
+    starts = {path: x.grad_fn for path, x in float_tensors(output) if x.requires_grad and given.get(path) is not None}
+    nodes = {path: _without_watch(node) for path, node in starts.items()}
+    behind = {path: {node for node, _ in graph_of([start])} for path, start in nodes.items()}
+    through = {path for path, node in nodes.items() if sum(node in its for its in behind.values()) > 1}
+    return {path: gradient for path, gradient in given.items() if path not in through}
+
+
+def _without_watch(node: Any) -> Any:
+    """The node that a tracer watches with `node`."""
+    while node is not None and node.name() == "_WatchedBackward":
+        node = node.next_functions[0][0]
+    return node
 
 
 def _key_of(parameter: str, what: str) -> Key:
@@ -397,7 +473,12 @@ def _key_of(parameter: str, what: str) -> Key:
 def _attributes(module: nn.Module) -> dict[str, Any]:
     own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     plain = {name: value for name, value in own.items() if isinstance(value, (bool, int, float, str))}
-    return {"class": type(module).__name__, **plain}
+    return {"class": _class_of(module), **plain}
+
+
+def _class_of(module: nn.Module) -> str:
+    """Without what FSDP2 has made of it."""
+    return (type(module).__bases__[-1] if is_unit(module) else type(module)).__name__
 
 
 def _facts(model: nn.Module, current: CurrentPrecision) -> dict[str, Any]:
@@ -405,7 +486,7 @@ def _facts(model: nn.Module, current: CurrentPrecision) -> dict[str, Any]:
     versions = {name: str(cast(Any, module).__version__) for name, module in known.items() if module}
     narrow = any(p.dtype in HALF_DTYPES for p in model.parameters())
     return {
-        "model": type(model).__name__,
+        "model": _class_of(model),
         "precision": "as it is" if current.is_over and narrow else current.mode.value,
         "emulated": current.entry.emulate and not current.is_over,
         "device": ", ".join(sorted(map(str, devices_of(model)))),
@@ -435,7 +516,13 @@ def scale_for(forward: RecordedForward, current: CurrentPrecision) -> float:
     return 2.0 ** max(-24, min(24, math.floor(math.log2(FP16_FORMAT.largest / largest)) - 2)) if largest else 1.0
 
 
-def captured(forward: RecordedForward, current: CurrentPrecision, scale: float | None = None, rank: int = 0) -> Trace:
+def captured(
+    forward: RecordedForward,
+    current: CurrentPrecision,
+    scale: float | None = None,
+    rank: int = 0,
+    from_each: bool = False,
+) -> Trace:
     """A trace of the step in a free run, with what rounding was measured to do: two steps, one of them perturbed.
 
     After TTrace (arXiv 2506.09280): noise of the format's spacing at what every module returns, and its gradient, goes through
@@ -443,10 +530,17 @@ def captured(forward: RecordedForward, current: CurrentPrecision, scale: float |
     """
     noise = spacing_of(current, forward.model)
     scale = scale_for(forward, current) if scale is None else scale
-    trace = trace_step(forward, Tracer(current, rank=rank), scale)
+    trace = trace_step(forward, Tracer(current, rank=rank), scale, from_each=from_each)
     if trace.raised is None:
-        trace.measure(trace_step(forward, Tracer(current, noise=noise, rank=rank), scale), noise)
+        noisy = trace_step(forward, Tracer(current, noise=noise, rank=rank), scale, from_each=from_each)
+        trace.measure(noisy, noise)
     return trace
+
+
+def unscaled(forward: RecordedForward, scale: float) -> RecordedForward:
+    """`forward`, with what a loss times `scale` gave to its outputs divided by it, in FP32."""
+    given = {at: None if g is None else g.float() / scale for at, g in forward.output_gradients.items()}
+    return forward._replace(output_gradients=given)
 
 
 def save_capture(trace: Trace, forward: RecordedForward, path: str | Path, **facts: Any) -> Path:

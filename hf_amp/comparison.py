@@ -272,7 +272,7 @@ def _traced_as(file: Any, model: Any, setting: Setting) -> Trace:
     with setting.entered(model) as current:
         forward = forward_of(model)
         scale = trace.facts["scale"] if trace.facts.get("precision") == current.mode.value else None
-        found = captured(forward, current, scale, trace.facts.get("rank", 0))
+        found = captured(forward, current, scale, trace.facts.get("rank", 0), from_each="starts" not in trace.facts)
         found.facts |= {"fp32_modules": sorted(setting.fp32_modules), "rank": trace.facts.get("rank", 0)}
         return found
 

@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_amp.capture import captured, save_capture
+from hf_amp.capture import NOT_CAPTURED, can_be_captured, captured, save_capture, unscaled
 from hf_amp.choose import watch_float8
 from hf_amp.config import MixedPrecisionConfig
 from hf_amp.device import Hardware, peak_bytes, probe
@@ -152,6 +152,7 @@ class AmpSession(EventRecorder):
         if config.precision_schedule is not None and config.enabled:
             scaler.after_update = self._follow_schedule_when_due
         scaler.discard_forwards = self._fallback.recorder.discard
+        scaler.is_replaying = lambda: self._fallback.recorder.is_paused
         scaler.note_loss = self._note_loss
         scaler.not_sampled = lambda: self._fallback.runner.fp32_parameters
         scaler.stateful.update(
@@ -416,20 +417,18 @@ class AmpSession(EventRecorder):
     def capture(self, step: int, path: str | Path | None = None) -> Path:
         """Writes a file that holds what optimizer step `step`, which is to come, did: for `hf-amp diff` and `hf_amp.compare`.
 
-        Once its gradients are there and before it moves anything, its newest forward pass and backward are repeated, twice.
+        Once its gradients are there and before it moves anything, its newest forward pass and backward are repeated, twice; where FSDP2
+        shards the model, by all ranks together, all of which must have asked for it.
 
         Args:
             path: of the file; None for `capture_step_{step}.safetensors` beside the log. Of several ranks each writes its own,
                 with `_rank{rank}` in its name.
 
         Raises:
-            StateError: the step is over, there is neither a log nor a path, or parameters are sharded.
+            StateError: the step is over, there is neither a log nor a path, or parameters are sharded by other means than FSDP2.
         """
-        if self.is_sharded:
-            remedy = "capture a run whose model is whole on each rank, or compare checkpoints with `hf-amp diff`."
-            raise StateError(
-                f"session.capture({step}): its step cannot be repeated, as parameters are sharded; {remedy}"
-            )
+        if not all(map(can_be_captured, self._fallback.runner.models())):
+            raise StateError(f"session.capture({step}): {NOT_CAPTURED}")
         if step <= self.newest_step or (path is None and self._log is None):
             raise StateError(
                 f"session.capture({step}): pass a step to come, from {self.newest_step + 1} on, and a path where there is no log."
@@ -451,13 +450,13 @@ class AmpSession(EventRecorder):
         recorder, scale = self._fallback.recorder, self.scaler.get_scale()
         recorder.is_paused = True
         try:
-            forward = recorder.newest()[-1]
-            given = {at: None if g is None else g.float() / scale for at, g in forward.output_gradients.items()}
-            forward = forward._replace(output_gradients=given)
-            group = torch.distributed
-            rank, ranks = (group.get_rank(), group.get_world_size()) if is_distributed() else (0, 1)
+            with self._fallback.diagnoser.in_lockstep(self.scaler.decided_steps + 1):
+                forward = unscaled(recorder.newest()[-1], scale)
+                group = torch.distributed
+                rank, ranks = (group.get_rank(), group.get_world_size()) if is_distributed() else (0, 1)
+                trace = captured(forward, self._fallback.runner.current, scale, rank)
             facts = {"step": step, "fp32_modules": sorted(self.plan.modules), "rank": rank, "ranks": ranks}
-            save_capture(captured(forward, self._fallback.runner.current, scale, rank), forward, path, **facts)
+            save_capture(trace, forward, path, **facts)
             self.note(EventKind.SETUP, f"step {step} was captured in {path}.")
         except Exception as error:  # a full disk, memory, a batch that was written into: training goes on
             self.note(EventKind.SETUP, f"step {step} could not be captured: {in_one_line(error)}.")

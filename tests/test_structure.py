@@ -22,6 +22,7 @@ APART = {
     "capture.py",
     "comparison.py",
     "cli/compare.py",
+    "scaling/desync.py",
     "scaling/left_out.py",
     "scaling/stochastic_rounding.py",
     "monitoring/frozen.py",

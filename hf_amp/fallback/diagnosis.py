@@ -409,10 +409,10 @@ class Diagnoser:
             found = [replay_backward(each, self._runner.current, scale, scale, in_fp32) for each in forwards]
             return [bool(each.moved) for each in found if each is not None and not each.is_probe]
 
-        with self._in_lockstep(step):
+        with self.in_lockstep(step):
             return any(moved(in_fp32=True)) and not any(moved(in_fp32=False))
 
-    def _in_lockstep(self, step: int) -> AbstractContextManager[None]:
+    def in_lockstep(self, step: int) -> AbstractContextManager[None]:
         """Where replays of `step`, which all ranks look at, are collectives: what lets them make them together."""
         if not self._runner.sharded or self._runner.limits:
             return nullcontext()
@@ -423,7 +423,7 @@ class Diagnoser:
     def _diagnose(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         try:
             self._recorder.is_paused = True
-            with self._in_lockstep(skip.step):
+            with self.in_lockstep(skip.step):
                 found = self._found(skip)
         except Exception as error:  # a rank that fails here must not keep the others waiting
             why = f"looking for the cause failed ({in_one_line(error)})."
@@ -440,7 +440,7 @@ class Diagnoser:
         forwards = self._recorder.newest() if step is None else self._recorder.forwards_of(step)
         try:
             self._recorder.is_paused = True
-            with nullcontext() if step is None else self._in_lockstep(step):
+            with nullcontext() if step is None else self.in_lockstep(step):
                 found = non_finite_source(parameters, forwards)
                 if found is None and forwards and self.repeats_forwards:
                     found = diagnose(None, forwards, self._runner)

@@ -2,12 +2,13 @@
 
 The others wait for its verdict at the end of the step, and it would go into the next forward pass. There it notices that gradients
 were made and cleared without a step, and says so first. Nothing is exchanged otherwise. A loss that does not go into backward is
-nothing that it could make up for: the others wait in DistributedDataParallel's or FSDP's own backward.
+nothing that it could make up for, as the others wait in DistributedDataParallel's or FSDP's own backward: see `desync.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from hf_amp.errors import in_one_line
 from hf_amp.patch_log import UnpickledHook, takes_hooks
+from hf_amp.scaling.desync import DesyncMonitor
 from hf_amp.scaling.step import StepState, Unscale
 from hf_amp.statistics import held_by, is_distributed, is_sharded
 
@@ -49,7 +51,17 @@ def join_left_out_steps(scaler: AdvancedGradScaler, called: nn.Module) -> Callab
     if not (scaler.ranks_agree and takes_hooks(called)):
         return lambda: None
     is_collective = any(map(is_sharded, called.parameters()))
-    return called.register_forward_pre_hook(_JoinLeftOutStep(scaler, is_collective), prepend=True).remove
+    if scaler.desync is None and is_distributed():
+        with suppress(Exception):  # a store that a thread cannot share
+            scaler.desync = DesyncMonitor(scaler)
+    handle = called.register_forward_pre_hook(_JoinLeftOutStep(scaler, is_collective), prepend=True)
+
+    def undo() -> None:
+        handle.remove()
+        if scaler.desync is not None:
+            scaler.desync.stop()
+
+    return undo
 
 
 class _JoinLeftOutStep(UnpickledHook):
@@ -61,6 +73,7 @@ class _JoinLeftOutStep(UnpickledHook):
 
     def __init__(self, scaler: AdvancedGradScaler, is_collective: bool) -> None:
         self._scaler, self._is_collective = scaler, is_collective
+        self._backwards = -1  # begun at the newest forward pass with gradients
 
     def __call__(self, module: nn.Module, arguments: Any) -> None:
         if torch.compiler.is_compiling():
@@ -68,6 +81,9 @@ class _JoinLeftOutStep(UnpickledHook):
         losses = self._scaler._pending.losses
         if losses.began and not losses.ended and (self._is_collective or torch.is_grad_enabled()) and is_distributed():
             self._join()
+        if torch.is_grad_enabled() and self._scaler.desync is not None and not self._scaler.is_replaying():
+            before, self._backwards = self._backwards, self._scaler._pending.backwards
+            self._scaler.desync.before_forward(module, before == self._backwards)
 
     def _join(self) -> None:
         scaler = self._scaler

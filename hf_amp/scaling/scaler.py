@@ -173,14 +173,15 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self.no_scaling = config.precision_mode in (PrecisionMode.FP32, PrecisionMode.BF16)
         self.backwards = self.decided_steps = self.known_steps = 0
         self.graph: Any = None
-        self.applied_steps = 0
-        self.skipped_steps = 0
+        self.applied_steps = self.skipped_steps = 0
+        self.desync: Any = None  # a `DesyncMonitor` where ranks agree
         self.last_outcome: StepOutcome | None = None
         self.ranks_agree = config.sync_grad_scaler or config.distributed_amp
         self.observers: list[StepObserver] = []
         self.step_hooks: list[StepHook] = []
         self.stateful: dict[str, Stateful] = {}
         self.discard_forwards: Callable[[], bool] = lambda: True
+        self.is_replaying: Callable[[], bool] = bool
         self.note_loss: Callable[[Tensor], None] | None = None
         self.watch_loss: Callable[[Tensor, bool], None] | None = None
         self.not_sampled: Callable[[], Collection[int]] = tuple

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.ao import filter_linear_layers, find_first_last_linear_layers
 from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import tensor_parallel
 
 import hf_amp
 from hf_amp.choose import RoundedOperands, has_foreign_hooks, is_float8, torchao_formats
@@ -27,6 +30,7 @@ from hf_amp.integrations._compat import (
     replace_scaler,
 )
 from hf_amp.patch_log import is_one_graph
+from hf_amp.scaling.desync import collectives_begun, default_store, newest_collectives
 from tests.each import for_each
 
 
@@ -407,3 +411,33 @@ def test_torch_says_which_thread_runs_a_backward() -> None:
     thread.start()
     thread.join()
     assert seen == {"here": False, "backward": True}
+
+
+def test_torch_says_which_collectives_a_rank_has_begun() -> None:
+    """`_get_default_store().clone()`, `_get_sequence_number_for_group` and `_dump_fr_trace_json`, which has gloo's collectives in order."""
+    patience = timedelta(seconds=77)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert default_store().timeout == patience
+        default_store().set("a", "1")
+        assert (default_store().check(["a"]), default_store().check(["b"]), default_store().get("a")) == (
+            True,
+            False,
+            b"1",
+        )
+        before = collectives_begun()
+        dist.all_reduce(torch.ones(2, 3))
+        dist.barrier()
+        assert collectives_begun() == before + 2
+        begun = list(newest_collectives()["gloo"].items())[-2:]
+        assert begun == [(str(before + 1), "all_reduce of 6 Float"), (str(before + 2), "barrier")]
+    finally:
+        dist.destroy_process_group()
+    assert collectives_begun() == 0
+
+
+def test_transformers_lacks_what_accelerates_fsdp2_imports_for_tensor_parallel() -> None:
+    """accelerate_configs/README.md says so: once it is there, `parallelism_config` with `tp_size` is to be tried under FSDP2."""
+    assert "ReplicateParallel" in inspect.getsource(Accelerator._prepare_tp)
+    assert not hasattr(tensor_parallel, "ReplicateParallel")

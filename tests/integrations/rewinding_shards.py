@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_amp import AdvancedMixedPrecisionManager, AmpSession, EventKind, MixedPrecisionConfig, StateError
 from hf_amp.tree import map_tensors
@@ -49,9 +51,9 @@ def managed(given: list[dict[str, torch.Tensor]], poisoned_at: int = 0) -> tuple
 
 
 def refused() -> str:
-    """What asking for a capture of a sharded model raises."""
-    model = Noisy()
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    """What asking for a capture of a tensor-parallel model raises."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "1": RowwiseParallel()})
     session = AmpSession.for_model(model, torch.optim.SGD(model.parameters(), lr=0.1))
     try:
         session.capture(1, "nowhere.safetensors")

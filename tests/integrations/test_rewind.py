@@ -297,9 +297,9 @@ def test_the_manager_goes_back() -> None:
 
 
 def test_a_manager_of_a_sharded_model_goes_back() -> None:
-    """Under FSDP2, both ranks to the same step: as a run without the batches in between, each shard to the last bit. What cannot be captured there says so."""
+    """Under FSDP2, both ranks to the same step: as a run without the batches in between, each shard to the last bit. A tensor-parallel step cannot be captured, and says so."""
     for back, differing, rows, refused in told_by_ranks("tests.integrations.rewinding_shards"):
         assert (back, differing, rows) == ([[12, 5]], [], 4)
         assert refused.startswith(
-            "session.capture(1): its step cannot be repeated, as parameters are sharded; capture a run"
+            "session.capture(1): its step cannot be repeated, as parameters are sharded by other means than FSDP2"
         )

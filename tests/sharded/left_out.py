@@ -21,11 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_amp
 from hf_amp import AmpSession, EventKind
+from hf_amp.scaling import desync
 from tests.rank_end import leave_together
 from tests.sharded.runs import Layers, accelerator_of_fsdp2, layers
 
 STEPS, AT, SECONDS = 6, 3, 8
 """Steps of a run, the step at which rank 1 is different, and the timeout of the process group."""
+PATIENCE, SLOW = 1.0, 3.0
+"""Seconds after which a rank that has not moved says where it is, and that one which is slow sleeps."""
 
 
 class Loop:
@@ -78,17 +81,25 @@ class Loop:
 
 
 def train(loop: Loop, way: str) -> None:
-    """Rank 1 "leaves out" step AT after backward, "continues" before it, "raises" after it, "stops", or "runs out" of batches."""
+    """Rank 1 "leaves out" step AT after backward, "continues" before it, "raises" after it, "stops", or "runs out" of batches.
+
+    Or it "is slow" there: a while before forward, in backward, and before the step; then rank 0 is, which evaluates alone.
+    """
     other = dist.get_rank() == 1
     for number in range(1, STEPS + 1):
-        here = number == AT and (other or way == "all leave out")
+        here = number == AT and (other or way in ("all leave out", "all continue"))
+        slow = SLOW if way == "is slow" and here else 0.0
         if way == "runs out" and other and number > AT:
             return
         torch.manual_seed(10 * number + dist.get_rank())
+        time.sleep(slow)
         loss = loop.model(torch.randn(3, 16))
-        if way == "continues" and here:
+        if way in ("continues", "all continue") and here:
             continue
+        if slow:
+            loss.register_hook(lambda gradient: time.sleep(SLOW))
         loop.backward(loss)
+        time.sleep(slow)
         if way.endswith("raises") and here:
             raise MemoryError("nothing is left")
         if way == "stops" and here:
@@ -99,20 +110,27 @@ def train(loop: Loop, way: str) -> None:
                 evaluate(loop)
             continue
         loop.step()
+        if way == "is slow" and number == AT:
+            evaluate(loop, SLOW)
 
 
-def evaluate(loop: Loop) -> None:
+def evaluate(loop: Loop, seconds: float = 0.0) -> None:
     """By the main process alone, where no parameters are gathered, while the other waits."""
+    time.sleep(seconds if dist.get_rank() == 0 else 0.0)
     if dist.get_rank() == 0 or not isinstance(loop.model, DistributedDataParallel):
         with torch.no_grad():
             loop.model(torch.randn(3, 16))
     dist.barrier()
 
 
-def main(loops: str, ways: str) -> None:
-    """`loops`: such as "raw ddp,accelerate fsdp2"; `ways`: such as "leaves out,all leave out"; all of them, one after the other."""
+def main(loops: str, ways: str, timeout: str = str(SECONDS), patience: str = "") -> None:
+    """`loops`: such as "raw ddp,accelerate fsdp2"; `ways`: such as "leaves out,all leave out"; all of them, one after the other.
+
+    `timeout` of the process group, `patience` of what looks for ranks that have gone different ways, in seconds.
+    """
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
+    desync.PATIENCE_SECONDS = float(patience or desync.PATIENCE_SECONDS)  # shorter than anybody would have it
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=float(timeout)))
     for way in ways.split(","):
         for by, kind in (loop.split() for loop in loops.split(",")):
             loop, began, ended = Loop(by, kind), time.monotonic(), None

@@ -148,6 +148,8 @@ def accelerated(
     """An Accelerate loop that clips; `first`: attached after `prepare`; `leaves_out_first`: as of `raw`."""
     model, batches, make_optimizer = CASES[name].build(seed=0)
     accelerator = accelerator_of_fsdp2(mode, BLOCKS[name])
+    if name == "T5":  # else accelerate puts the shared weight into two groups, which torch refuses
+        model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
     optimizer = make_optimizer(model)
     if first:
         model, optimizer = accelerator.prepare(model, optimizer)

@@ -48,7 +48,7 @@ def models(steps: int) -> dict[str, Run]:
 
 def accelerated(steps: int) -> dict[str, Run]:
     found: dict[str, Run] = {}
-    for name in ("GPT-2", "Llama") if steps >= LONG else ("GPT-2",):
+    for name in RESHARDS if steps >= LONG else ("GPT-2",):
         found[f"{name}, fp16"] = lambda name=name: runs.accelerated(name, steps, "fp16")
         found[f"{name}, no"] = lambda name=name: runs.accelerated(name, steps, "no", leaves_out_first=True)
     return {
