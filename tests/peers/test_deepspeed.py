@@ -227,8 +227,10 @@ def test_options_of_our_loops_are_refused() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_torch_autocasts_skips_are_told(stage: int) -> None:
+def test_torch_autocasts_skips_are_told(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its scaler is torch's: without ZeRO the engine takes each step for an applied one, with ZeRO DeepSpeed 0.19.8 never lowers the scale."""
+    # DeepSpeed keeps this for all engines of a process; afterwards it is what it was.
+    monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)
     accelerator = accelerator_with("no", stage, torch_autocast={"enabled": True, "dtype": "float16"})
     session = hf_amp.attach(accelerator)
     model, optimizer = prepared(accelerator)
