@@ -426,7 +426,8 @@ def _fourier(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, k
     dims = [dim] if isinstance(dim, int) else dim or range(-len(length or result.shape), 0)
     sizes = [result.shape[at] for at in dims]
     if result.is_complex() and not given["self"].is_complex():  # half of what a real signal gives is left out
-        sizes[-1] = (length if isinstance(length, int) else length and length[-1]) or given["self"].shape[dims[-1]]
+        last = length if isinstance(length, int) else (length or [-1])[-1]  # -1: as it is
+        sizes[-1] = last if last > 0 else given["self"].shape[dims[-1]]
     if any(size & (size - 1) for size in sizes):
         raise RuntimeError(
             f"cuFFT, on a device, transforms FP16 signals of 2, 4, 8, ... elements, not of {sizes}: use x.float()."

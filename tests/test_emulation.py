@@ -536,6 +536,8 @@ def test_operators_of_other_packages_that_autocast_knows() -> None:
         (lambda x: torch.fft.fft2(x), torch.float16, False, "[4, 12]"),
         (lambda x: torch.fft.fftn(x, s=(4, 8)), torch.float16, True, ""),
         (lambda x: torch.fft.rfftn(x, dim=(0,)), torch.float16, True, ""),
+        (lambda x: torch.fft.rfft2(x[:, :8], s=(8, -1)), torch.float16, True, ""),
+        (lambda x: torch.fft.rfft2(x, s=(8, -1)), torch.float16, False, "[8, 12]"),
         (lambda x: torch.fft.irfft(torch.fft.rfft(x[:, :8]), n=12), torch.float16, False, "[12]"),
         (lambda x: torch.fft.rfft(x.float()), torch.float16, True, ""),
         (lambda x: torch.fft.rfft(x[:, :8]), torch.bfloat16, False, "Unsupported dtype BFloat16"),
