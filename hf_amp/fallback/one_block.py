@@ -77,7 +77,7 @@ class BlockGradients:
             handles = [m.register_forward_hook(self._note_ends) for m in self._model.modules() if takes_hooks(m)]
             for name, block in _blocks(self._model):
                 note_call, note = (functools.partial(each, name) for each in (self._note_call, self._note_gradients))
-                handles.append(block.register_forward_pre_hook(note_call, with_kwargs=True))
+                handles.append(block.register_forward_pre_hook(note_call, prepend=True, with_kwargs=True))
                 handles.append(block.register_forward_hook(note))
         self._remove = removal(handles)
         return self
@@ -169,7 +169,7 @@ class BlockGradients:
                 found.append(repeated.backward(starts, 1.0, by_operator=True))
             raise Found
 
-        handle = block.register_forward_pre_hook(look, with_kwargs=True)
+        handle = block.register_forward_pre_hook(look, prepend=True, with_kwargs=True)
         in_fp32, silent = current.entry.context(PrecisionMode.FP32), hooks_silent(list(block.parameters()))
         with suppress(Exception), nothing_changes(forward.model), silent, ForwardContext.suspended(), in_fp32:
             repeat_forward(forward, in_fp32=True)

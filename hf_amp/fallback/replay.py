@@ -143,7 +143,8 @@ def _replay_modules(
     inner = [] if only_end else [each for each in forward.model.named_modules() if each[0] and takes_hooks(each[1])]
     for name, module in inner:
         before, after = watch.look_at(name)
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        # In front of others' hooks, which run again with it; of a unit only its forward does.
+        handles.append(module.register_forward_pre_hook(before, prepend=not is_unit(module), with_kwargs=True))
         # Before FSDP lets go of what it has gathered.
         handles.append(module.register_forward_hook(after, with_kwargs=True, prepend=is_unit(module)))
     # Torch goes through the hooks of the model itself while it handles what its forward has raised: none may come or go.

@@ -35,7 +35,7 @@ CATALOGUE: tuple[Metric, ...] = (
         for cause in Cause
     ),
     Metric("skip_rate", "1", "skipped share of all optimizer steps", "above 0.01 after the first steps: read the cause"),
-    Metric("grad_norm", "1", "2-norm of the unscaled gradients before clipping; absent when the step was skipped", "jumps: lower the learning rate or clip", "every step; every monitoring_interval where nothing clips and the amax gives the verdict: ADAPTIVE, several processes"),
+    Metric("grad_norm", "1", "2-norm of the unscaled gradients before clipping; absent when the step was skipped", "jumps: lower the learning rate or clip", "every step; every monitoring_interval where nothing clips and the amax gives the verdict: ADAPTIVE, PERFORMANCE_OPTIMIZED, several processes"),
     Metric("grad_amax", "1", "largest magnitude among the unscaled gradients", "jumps: as grad_norm", "every monitoring_interval steps; in ADAPTIVE, every step"),
     Metric("headroom_bits", "bits", "log2(largest FP16 value / (grad_amax * scale)), as of the newest grad_amax; absent where that gradient is not held in FP16, as in a module that a plan runs in FP32", "below 1: an overflow is near; above 12: the scale could grow", "with grad_amax"),
     Metric("underflow_fraction", "1", "share of scaled gradient elements that FP16 has made subnormal or zero, from a sample; zeros count as far as the sizes of the others say that FP16 has made them, not those of rows that no token asks for; absent where the two cannot be told apart, as at a scale so low that most of the gradient is zero", "above 0.1 and rising: raise the scale", "every monitoring_interval steps"),

@@ -227,7 +227,8 @@ class PrecisionMonitor:
         self.non_finite_losses += outcome.non_finite_losses
         if outcome.lost_update_fraction is not None:
             self.lost_update_fraction = outcome.lost_update_fraction
-        self.grad_norm = self.grad_norm if outcome.grad_norm is None and cause is None else outcome.grad_norm
+        kept = 0.0 if outcome.zero_gradients else self.grad_norm or None  # whether it is 0 is known of each step
+        self.grad_norm = kept if outcome.grad_norm is None and cause is None else outcome.grad_norm
         if cause is None:
             self.applied_steps += 1
             self.scale = outcome.scale

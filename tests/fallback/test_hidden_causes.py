@@ -185,3 +185,30 @@ def test_a_hook_that_makes_nan_is_no_matter_of_precision(precision: str) -> None
     loop.step({"x": X})
     assert [(skip.cause, skip.modules) for skip in loop.skips] == [(Cause.MODEL, ("middle",))]
     assert not loop.session.plan.modules
+
+
+def test_what_a_hook_makes_of_inputs_is_not_made_twice_in_a_trial() -> None:
+    """A scale below 1 serves, also where somebody's hook multiplies what the layer is given: twice, and it would overflow."""
+
+    def steep(y: Tensor) -> Tensor:
+        squares = y * y
+        return y.float() / y.detach().float().abs().amax() + ((squares - squares.detach()) * 1e4).float()
+
+    model = Model(steep)
+    model.middle.register_forward_pre_hook(lambda _module, arguments: arguments[0] * 100)
+    loop = Loop(model, "fp16", init_scale=1.0)
+    loop.step({"x": X}, loss_of=lambda loss: loss * 100)
+    assert [skip.cause for skip in loop.skips] == [Cause.SCALE]
+    assert "They fit at a scale of" in loop.skips[0].message
+
+
+def test_a_module_whose_hook_makes_its_inputs_is_tried_with_what_the_hook_was_given() -> None:
+    """ACTIVATION in a layer that takes another shape than it is called with."""
+    model = Model(lambda x: nn.functional.linear(x * 1e4, torch.full((8, 8), 1e4)) * 1e-9)
+    model.middle.register_forward_pre_hook(
+        lambda _module, arguments: torch.einsum("bi,j->bij", *arguments, torch.ones(8))
+    )
+    model.middle.register_forward_hook(lambda _module, _arguments, output: output.mean(1))
+    loop = Loop(model, "fp16")
+    loop.step({"x": X})
+    assert [(skip.cause, skip.modules) for skip in loop.skips] == [(Cause.ACTIVATION, ("middle",))]
