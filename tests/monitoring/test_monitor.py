@@ -89,7 +89,15 @@ def test_what_was_not_measured_is_absent(monitor):
 def test_a_norm_that_is_not_taken_is_never_the_wrong_side_of_zero(monitor):
     """Gradients that are all 0 have a norm of 0 at once, and others never have it, though the norm is not taken in these steps."""
     seen = []
-    for norm, zero in ((2.0, False), (None, False), (None, True), (None, False), (0.0, True), (None, True), (None, False)):
+    for norm, zero in (
+        (2.0, False),
+        (None, False),
+        (None, True),
+        (None, False),
+        (0.0, True),
+        (None, True),
+        (None, False),
+    ):
         monitor.after_step(StepOutcome(1, applied=True, scale=4.0, grad_norm=norm, zero_gradients=zero))
         seen.append(monitor.metrics().get("grad_norm"))
     assert seen == [2.0, 2.0, 0.0, None, 0.0, 0.0, None]
