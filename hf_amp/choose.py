@@ -38,6 +38,7 @@ from hf_amp.fallback.module_precision import (
     is_unit,
     without_its_precision,
 )
+from hf_amp.fallback.operators import is_reentrant
 from hf_amp.fallback.plan import PrecisionPlan
 from hf_amp.fallback.recorder import ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import float_tensors, nothing_changes, repeat_forward, starts_of
@@ -880,6 +881,8 @@ class _Float8Trials:
                     "the loss is made outside of the model, and what it gives to the outputs was not kept"
                 )
             losses, seeds = zip(*starts, strict=True)
+            if is_reentrant(losses):  # no gradient comes to the anchor from what is checkpointed
+                raise RuntimeError("gradient checkpointing hides its layers, but not with use_reentrant=False")
             torch.autograd.grad(losses, [anchor], seeds, allow_unused=True)
             known = {path: x for path, x in float_tensors(output) if x.requires_grad}
             self._paths = [path for path, x in known.items() if x.dim()] or list(known)

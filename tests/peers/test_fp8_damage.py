@@ -329,6 +329,20 @@ def test_with_gradient_checkpointing() -> None:
     assert (event.modules, event.message) == (plain.modules, plain.message)
 
 
+@for_each("build", [bert, llama])
+def test_reentrant_checkpointing_is_said_to_hide_layers(build: Build) -> None:
+    """Where backward does not come to the layers through checkpointing, none is named for what the others do."""
+
+    def checkpointed() -> tuple[nn.Module, dict[str, Tensor]]:
+        model, batch = build()
+        model.gradient_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
+        return model.train(), batch
+
+    event = found(train(checkpointed, steps=6)[1])
+    assert (event.kind.value, event.modules, event.figures) == ("fp8_measured", (), {})
+    assert "gradient checkpointing hides its layers" in event.message
+
+
 def test_where_it_cannot_be_measured_it_says_why_and_names_none() -> None:
     """A hook of the user's would see passes that are no training; nothing is run, and the event says what measures."""
     model, seen = large_weights(UP)[0], list[Any]()
