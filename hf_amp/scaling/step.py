@@ -161,9 +161,10 @@ class GradientStep:
 
     @property
     def known_clean(self) -> bool:
-        """Whether the host knows the gradients to be finite, and some to be other than 0."""
+        """Whether the host knows the gradients to be finite, some to be other than 0, and the losses to be finite."""
         known = self.outcome
-        return known is not None and known.applied and known.has_gradients and not known.zero_gradients
+        has_updates = known is not None and known.applied and known.has_gradients and not known.zero_gradients
+        return has_updates and not (known and known.non_finite_losses)
 
     def figures(self) -> dict[str, Tensor]:
         """What the host wants to know, by name."""

@@ -156,6 +156,28 @@ class Square:
         return SquareState(torch.where(observation.found_inf > 0, state.scale.sqrt(), state.scale))
 
 
+@dataclass(frozen=True)
+class HalvesForLosses(Square):
+    """A rule of nobody's: a loss that is not finite halves the scale, whatever the gradients are."""
+
+    def next_state(self, state: SquareState, observation: Observation) -> SquareState:
+        return SquareState(torch.where(observation.loss_non_finite > 0, state.scale / 2, state.scale))
+
+
+def test_a_policy_sees_a_loss_that_is_not_finite_in_an_applied_step() -> None:
+    """A NaN loss, of whose two parts one alone is not finite and gets no gradient, halves the scale of such a policy."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scaler, scales = AdvancedGradScaler(device="cpu", policy=HalvesForLosses()), []
+    for addend in (0.0, torch.nan, 0.0):
+        scaler.scale(parameter.sum() + addend).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert scaler.applied_steps == 3
+    assert scales == [65536.0, 32768.0, 32768.0]
+
+
 def test_a_scaler_takes_anyones_policy() -> None:
     """Two overflows: 65536, 256, 16; the scale is in its state, and a copy that was loaded goes on from there."""
     parameter = torch.nn.Parameter(torch.ones(1))
