@@ -19,7 +19,7 @@ from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
 from hf_amp.fallback.one_block import BlockGradients, power_that_serves
-from hf_amp.fallback.operators import BadOperator
+from hf_amp.fallback.operators import MOVES_ONLY, BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
 from hf_amp.fallback.sharded import Lockstep, beyond_gathered_format
@@ -287,9 +287,6 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
 
 
 _OUTSIDE = "Not confirmed: backward could not be repeated in full, as the loss is made outside of the model."
-_IN_AUTOCAST = (
-    "The loop enters autocast, where products may leave the range of FP16: make the loss in FP32, outside of it."
-)
 _BY_TORCH_FUNC = (
     "torch.func has called the model (grad, vmap, functional_call), and such calls cannot be repeated: look at what they were "
     "given, or call the model itself on it once, which names the cause."
@@ -300,6 +297,8 @@ _NOT_KEPT = (
 )
 
 
+_SAME_VALUES = f"{MOVES_ONLY}|(Cat|Expand|Gather|Index|IndexSelect|MaskedSelect|Stack)Backward"
+"""Operators that give what they were given, as slices of logits that are made FP32 then."""
 _SINGULAR = "(R?[Ss]qrt|Log(1P|2|10)?|Acos|Asin|Reciprocal|.*Norm|.*Svd|.*Eigh?)Backward"
 """Operators whose derivative is infinite or undefined somewhere."""
 
@@ -380,7 +379,8 @@ class Diagnoser:
             what = f"the loss was finite, but backward overflows at a scale of {skip.scale:g} as well, and could not be repeated."
             found = Diagnosis(Cause.UNKNOWN, f"{what} {Cause.UNKNOWN.facts.remedy}", confirmed=False)
         if found.cause is Cause.LOSS and not found.confirmed:
-            half = {node.name() for node in self._recorder.operations_outside() if _gives(node, torch.float16)}
+            made = (node for node in self._recorder.operations_outside() if not re.match(_SAME_VALUES, node.name()))
+            half = {node.name() for node in made if _gives(node, torch.float16)}
             why = f" The loop makes it in FP16 ({join_names(sorted(half))}): make the loss in FP32, of logits.float()."
             found = found._replace(message=found.message + why * bool(half))
         if not found.confirmed and skip.step == self._recorder.functional_step:

@@ -180,7 +180,7 @@ class OperatorTrace(TorchFunctionMode):
         for node, of_operator in graph_of([x.grad_fn for x in ends], self):
             if node not in self._watched:
                 self._watched.add(node)
-                if not re.match(_MOVES_ONLY, name := node.name()):
+                if not re.match(MOVES_ONLY, name := node.name()):
                     node.register_hook(functools.partial(self._after_node, name, of_operator))
 
     def _after_node(self, node: str, of_operator: Any, gradients: tuple[Any, ...], given: tuple[Any, ...]) -> None:
@@ -209,7 +209,7 @@ def is_reentrant(ends: Iterable[Tensor]) -> bool:
     return any(node.name() == "CheckpointFunctionBackward" for node, _ in graph_of([x.grad_fn for x in ends]))
 
 
-_MOVES_ONLY = "(Unsafe)?(View|Transpose|Permute|T|Slice|Select|Split|Squeeze|Unsqueeze)Backward|.*AccumulateGrad"
+MOVES_ONLY = "(Unsafe)?(Alias|Clone|View|Transpose|Permute|T|Slice|Select|Split|Squeeze|Unbind|Unsqueeze)Backward|.*AccumulateGrad"
 """Nodes that make no new values."""
 _NOT_EXAMINED = ("__get__", "detach", "requires_grad_", "backward")  # the last runs operators of its own
 _WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_amp
-from hf_amp import AmpEvent, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
+from hf_amp import AmpEvent, AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
 from tests.each import for_each
 from tests.reference import OverflowInBackward
 
@@ -685,3 +685,26 @@ def test_a_loss_that_the_loop_makes_in_fp16_is_said_to_be(dtype: torch.dtype) ->
     assert skip.cause is Cause.LOSS
     assert ("The loop makes it in FP16 (" in skip.message) is (dtype == torch.float16)
     assert ("MulBackward0" in skip.message) is (dtype == torch.float16)
+
+
+@for_each(
+    "taken",
+    [
+        lambda logits: logits.float(),
+        lambda logits: logits[:, :-1].contiguous().view(-1, 7).float(),
+        lambda logits: logits[torch.tensor([0, 2])].float(),
+    ],
+)
+def test_logits_that_the_loop_makes_fp32_are_not_said_to_make_the_loss_fp16(taken: Callable[[Tensor], Tensor]) -> None:
+    """Half-precision logits of a session without accelerate, of which a part is taken, and made FP32 before all else."""
+    model = Regression()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    session = AmpSession.for_model(model, optimizer, precision_mode="FP16")
+    logits = model(X)
+    assert logits.dtype == torch.float16
+    session.scaler.scale((taken(logits) * torch.nan).mean()).backward()
+    session.scaler.step(optimizer)
+    session.scaler.update()
+    (skip,) = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
+    assert skip.cause is Cause.LOSS
+    assert "FP16" not in skip.message
