@@ -99,9 +99,7 @@ class DesyncMonitor:
         self._moving_rank = (self._rank + 1) % self._ranks
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hf_amp desync monitor", daemon=True)
-        atexit.register(
-            self._stop_and_wait
-        )  # a thread that is in the store when the interpreter ends aborts the process
+        atexit.register(self._stop_and_wait)  # in the store at the interpreter's end it would abort the process
         self._thread.start()
 
     def __reduce__(self) -> tuple[Any, ...]:

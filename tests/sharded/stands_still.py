@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,12 @@ PATIENCE = 0.3
 """Seconds; next to none where the thread is to be in the store whenever the interpreter ends."""
 
 
-def main(way: str) -> None:
+def main(way: str) -> list[object]:
     desync.PATIENCE_SECONDS = 1e-6 if way == "ends" else PATIENCE
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
-    store = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    kept: list[object] = [
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+    ]
+    store = dist.TCPStore("127.0.0.1", cast(dist.TCPStore, kept[0]).port, is_master=False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     if way == "was told to end":
         desync.default_store().set("hf_amp run 1 reason", json.dumps(["rank 7 has parted", ["of a former start"]]))
@@ -33,13 +36,14 @@ def main(way: str) -> None:
     session = AmpSession.for_model(model, torch.optim.AdamW(model.parameters()), init_scale=256.0)
     monitor = DesyncMonitor(session.scaler, session.note)
     if way == "has no store":
-        del server
+        kept.clear()
         for _ in range(3):
             monitor.before_forward(model, follows_forward=True, may_gather=True)
             model(torch.randn(3, 16)).backward()
     time.sleep(10 * PATIENCE)
     print("alive", flush=True)
+    return [*kept, session]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    kept = main(*sys.argv[1:])  # alive until the interpreter ends

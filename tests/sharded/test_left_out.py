@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -124,12 +126,19 @@ def test_replicas_of_which_one_takes_another_batch_are_waited_for() -> None:
     assert "left a batch out" not in ended.output
 
 
-@for_each("way", ["was told to end", "ends"])
-def test_a_process_that_stands_still_alone_ends_well(way: str) -> None:
-    """Where a store still has why a former start of the run ended, as after an elastic restart; and where the thread is in it at exit."""
-    ended = run_program("tests.sharded.stands_still", way)
+def test_what_ended_a_former_start_ends_no_other() -> None:
+    """A store may still have it after an elastic restart: it names other standstills."""
+    ended = run_program("tests.sharded.stands_still", "was told to end")
     assert ended.codes == [0], ended.output
     assert "alive" in ended.output
+
+
+def test_a_thread_that_is_in_the_store_when_the_interpreter_ends_does_not_abort_it() -> None:
+    """C++ ends the process ("terminate called") where a daemon thread comes back from a call then. In an interpreter of its own."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.sharded.stands_still", "ends"], cwd=ROOT, capture_output=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout) == (0, b"alive\n"), ended.stderr
 
 
 def test_a_store_that_is_gone_stops_no_forward_pass() -> None:
