@@ -137,7 +137,10 @@ class DesyncMonitor:
         return any(mesh.ndim == 1 and mesh.size() == self._ranks for mesh in meshes)
 
     def _give_up(self, why: str) -> None:
+        """For all: who came no more, and ran ahead into its backward, would be taken for one that waits there."""
         self._meetings = MEETINGS
+        with suppress(Exception):
+            self._store.set(f"{self._prefix}no meetings", "")
         _log.warning("hf_amp: rank %d asks the others no more whether they leave a batch out too: %s.", self._rank, why)
 
     def _meet(self, key: str) -> None:
@@ -146,6 +149,9 @@ class DesyncMonitor:
         self._store.add(key, 1)
         former: dict[int, int] = {}
         while self._store.add(key, 0) < self._ranks:
+            if self._store.check([f"{self._prefix}no meetings"]):
+                self._give_up("another does not either")
+                return
             waited = time.monotonic() - began
             if waited > 3 * self._patience:  # they go another way, and there is no proof that they wait
                 self._give_up(f"they have not come in {waited:.0f} s")

@@ -17,6 +17,7 @@ from hf_amp.scaling.desync import mismatch_of
 from tests.each import for_each
 from tests.forking import Ended, run_program
 from tests.integrations.launching import CONFIGS, ROOT
+from tests.sharded import stands_still
 from tests.sharded.left_out import AT, PATIENCE, SECONDS, STEPS
 
 LOOPS = ("raw ddp", "raw fsdp2", "accelerate ddp", "accelerate fsdp2")
@@ -147,6 +148,15 @@ def test_a_store_that_is_gone_stops_no_forward_pass() -> None:
     assert ended.codes == [0], ended.output
     assert ended.output.count("asks the others no more") == 1
     assert "alive" in ended.output
+
+
+def test_where_one_rank_has_waited_in_vain_no_rank_waits_any_more() -> None:
+    """One comes so late that another goes on alone: the late one does not wait for it from then on, nor takes it for one that is stuck."""
+    ended = run_program("tests.sharded.stands_still", "comes late", ranks=2)
+    assert ended.codes == [0, 0], ended.output
+    (line,) = [line for line in ended.output.splitlines() if line.startswith('{"waited"')]
+    assert json.loads(line)["waited"] < stands_still.PATIENCE
+    assert ended.output.count("asks the others no more") == 2
 
 
 def test_accelerate_launch_ends_soon_where_batches_are_uneven() -> None:
