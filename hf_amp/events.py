@@ -219,6 +219,8 @@ class EventKind(str, enum.Enum):
     """Layers in which FP8 by torchao loses more than rounding; reported once, early in a run."""
     STALLED = "stalled"
     """Nothing can be learned any more."""
+    RANKS_PARTED = "ranks_parted"
+    """Ranks have gone different ways, and none can go on: each says so on its console, and ends."""
     TRAINING_STOPPED = "training_stopped"
     """A stalled run was stopped, as configured."""
     EVALUATION_LOST_BATCHES = "evaluation_lost_batches"
@@ -250,7 +252,7 @@ class EventKind(str, enum.Enum):
 _AS_EXPECTED = (
     EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.UPDATES_ROUNDED, EventKind.METRICS,
     EventKind.BUFFERS_RESTORED, EventKind.CHECKPOINT_GOOD, EventKind.FP8_MEASURED, EventKind.TRAINING_STARTED,
-    EventKind.TRAINING_ENDED,
+    EventKind.TRAINING_ENDED, EventKind.RANKS_PARTED,
 )  # fmt: skip
 
 

@@ -209,7 +209,7 @@ class AmpSession(EventRecorder):
             is_upcast = half and session.requested_mode is PrecisionMode.FP32
             everywhere = session._fallback.runner.entry.emulate or is_upcast
             session.patches.on_undo(context.install(inner, everywhere=everywhere))
-            session.patches.on_undo(join_left_out_steps(session.scaler, model))
+            session.patches.on_undo(join_left_out_steps(session.scaler, model, session.note))
             session.register_optimizer(model, optimizer)
             session.patches.on_undo(install_refusal(optimizer, session.scaler.is_waiting))
         session.note(EventKind.ATTACHED, f"hf_amp is attached: {session.describe()}.")

@@ -10,6 +10,7 @@ from tests.each import for_each
 AS_EXPECTED = {
     EventKind.ATTACHED, EventKind.DETACHED, EventKind.MASTER_WEIGHTS_KEPT, EventKind.METRICS, EventKind.BUFFERS_RESTORED,
     EventKind.UPDATES_ROUNDED, EventKind.CHECKPOINT_GOOD, EventKind.FP8_MEASURED, EventKind.TRAINING_STARTED, EventKind.TRAINING_ENDED,
+    EventKind.RANKS_PARTED,
 }  # fmt: skip
 
 

@@ -451,7 +451,7 @@ class AttachedAccelerator:
             session.patches.on_undo(model.register_forward_hook(_OutputsToFloat32()).remove)
         session.register_model(model, entry_point=prepared, is_trained=is_trained)
         if is_trained:
-            session.patches.on_undo(join_left_out_steps(session.scaler, prepared))
+            session.patches.on_undo(join_left_out_steps(session.scaler, prepared, session.note))
         if not enters:
             change = _changer_of_forward(weakref.ref(model), session)
             session.follow_default(change)

@@ -11,6 +11,7 @@ merely slow has begun none that does not fit. Nothing is exchanged and no collec
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -18,8 +19,9 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -28,8 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hf_amp.errors import ScalerError
-from hf_amp.events import join_names
+from hf_amp.errors import ScalerError, in_one_line
+from hf_amp.events import EventKind, join_names
 from hf_amp.statistics import is_sharded
 
 if TYPE_CHECKING:
@@ -71,14 +73,18 @@ class Where(NamedTuple):
 
 
 class DesyncMonitor:
-    """That thread of one run, from its start to `stop`; it ends with the scaler. No GPU-CPU sync.
+    """That thread of one run, from its start to `stop`; it ends with the scaler, and before the interpreter. No GPU-CPU sync.
+
+    Args:
+        scaler: of the run.
+        note: records an event of a kind, with a message.
 
     Raises:
         Exception: the process group has no store that a thread can share.
     """
 
-    def __init__(self, scaler: AdvancedGradScaler) -> None:
-        self._scaler = weakref.ref(scaler)
+    def __init__(self, scaler: AdvancedGradScaler, note: Callable[[EventKind, str], None]) -> None:
+        self._scaler, self._note = weakref.ref(scaler), weakref.WeakMethod(note)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._store = default_store()
         run = self._store.add(f"hf_amp runs of rank {self._rank}", 1)  # attached in the same order on all ranks
@@ -92,7 +98,9 @@ class DesyncMonitor:
         self._former: list[dict[str, Any]] = []
         self._moving_rank = (self._rank + 1) % self._ranks
         self._ended = threading.Event()
-        threading.Thread(target=self._watch, name="hf_amp desync monitor", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="hf_amp desync monitor", daemon=True)
+        atexit.register(self._stop_and_wait)  # in the store at the interpreter's end it would abort the process
+        self._thread.start()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -101,8 +109,12 @@ class DesyncMonitor:
         """Ends the thread."""
         self._ended.set()
 
-    def before_forward(self, module: nn.Module, follows_forward: bool) -> None:
-        """Before a forward pass with gradients. `follows_forward`: the one before it had no backward.
+    def _stop_and_wait(self) -> None:
+        self._ended.set()
+        self._thread.join(1.0)
+
+    def before_forward(self, module: nn.Module, follows_forward: bool, may_gather: bool) -> None:
+        """Before a forward pass with gradients. `follows_forward`: the one before it had no backward. `may_gather`: it holds shards.
 
         Raises:
             ScalerError: others are in that backward, which gathers shards, and wait for this rank.
@@ -110,9 +122,26 @@ class DesyncMonitor:
         self._thread_id = threading.get_ident()
         if follows_forward:
             self._left_out += 1
-            if self._meetings < MEETINGS and any(map(is_sharded, module.parameters())):
+            if may_gather and self._meetings < MEETINGS and self._gathers_from_all(module):
                 self._meetings += 1
-                self._meet(f"{self._prefix}meeting {self._meetings}")
+                try:
+                    self._meet(f"{self._prefix}meeting {self._meetings}")
+                except ScalerError:
+                    raise
+                except Exception as error:  # the store is gone, or belonged to a process group that was replaced
+                    self._give_up(in_one_line(error))
+
+    def _gathers_from_all(self, module: nn.Module) -> bool:
+        """Whether its forward pass gathers parameters from all ranks now: not from a part of them (replicas, tensor parallel)."""
+        meshes = (cast(Any, p).device_mesh for p in module.parameters() if is_sharded(p))
+        return any(mesh.ndim == 1 and mesh.size() == self._ranks for mesh in meshes)
+
+    def _give_up(self, why: str) -> None:
+        """For all: who came no more, and ran ahead into its backward, would be taken for one that waits there."""
+        self._meetings = MEETINGS
+        with suppress(Exception):
+            self._store.set(f"{self._prefix}no meetings", "")
+        _log.warning("hf_amp: rank %d asks the others no more whether they leave a batch out too: %s.", self._rank, why)
 
     def _meet(self, key: str) -> None:
         """Waits until all ranks begin such a forward pass, before it gathers what others do not gather now."""
@@ -120,12 +149,14 @@ class DesyncMonitor:
         self._store.add(key, 1)
         former: dict[int, int] = {}
         while self._store.add(key, 0) < self._ranks:
-            if (
-                time.monotonic() - began > 3 * self._patience
-            ):  # they go another way, and there is no proof that they wait
-                self._meetings = MEETINGS
+            if self._store.check([f"{self._prefix}no meetings"]):
+                self._give_up("another does not either")
                 return
-            time.sleep(min(0.001 + (time.monotonic() - began) / 10, 0.1))
+            waited = time.monotonic() - began
+            if waited > 3 * self._patience:  # they go another way, and there is no proof that they wait
+                self._give_up(f"they have not come in {waited:.0f} s")
+                return
+            time.sleep(min(0.001 + waited / 10, 0.1))
             if time.monotonic() - looked < self._patience / 6:
                 continue
             looked = time.monotonic()
@@ -136,10 +167,8 @@ class DesyncMonitor:
             if any(row["beat"] > former.get(r, sys.maxsize) for r, row in waiting.items()):
                 places = {**{r: row["words"] for r, row in waiting.items()}, self._rank: here.words}
                 reason = f"rank {self._rank} has left a batch out before its backward: {_in_words(places)}. {_REMEDY}"
-                self._store.set(f"{self._prefix}reason", reason)
-                time.sleep(
-                    LOOKS_TO_READ * self._patience / 6
-                )  # the others say it before this rank's end makes them raise
+                self._tell([*waiting.values(), self._row(self._rank)], reason)
+                time.sleep(LOOKS_TO_READ * self._patience / 6)  # the others say it before this one ends
                 raise ScalerError(reason)
             former = {r: row["beat"] for r, row in waiting.items()}
 
@@ -147,6 +176,7 @@ class DesyncMonitor:
         with suppress(Exception):  # the store goes with the process that holds it
             while not self._ended.wait(self._patience / 6) and self._scaler() is not None:
                 self._look()
+        atexit.unregister(self._stop_and_wait)
 
     def _look(self) -> None:
         here = self._where()
@@ -160,29 +190,37 @@ class DesyncMonitor:
             return
         self._beat += 1
         if self._published is None:
-            self._published = {**here._asdict(), "collectives": newest_collectives()}
+            self._published = {**here._asdict(), "collectives": newest_collectives(), "standstill": uuid.uuid4().hex}
         self._store.set(self._key(self._rank), json.dumps({**self._published, "beat": self._beat}))
-        reason = f"{self._prefix}reason"
-        if self._store.check([reason]) or self._is_proven():
-            self._end(self._store.get(reason).decode())
+        if self._rank == 0:  # all have to stand still, so that one can look for all of them
+            self._prove()
+        if self._store.check([f"{self._prefix}reason"]):
+            reason, standstills = json.loads(self._store.get(f"{self._prefix}reason"))
+            if self._published["standstill"] in standstills:  # not where it has moved since, nor of a former start
+                self._end(reason)
 
-    def _is_proven(self) -> bool:
-        """Whether nobody can go on, of which all hear."""
+    def _tell(self, rows: Sequence[Mapping[str, Any] | None], reason: str) -> None:
+        """Tells the ranks of `rows` why they cannot go on."""
+        self._store.set(f"{self._prefix}reason", json.dumps([reason, [row["standstill"] for row in rows if row]]))
+
+    def _prove(self) -> None:
+        """Tells all where nobody can go on."""
         rows = self._everyone()
         former, self._former = self._former, rows
         if not (rows and former and (mismatch := mismatch_of([row["collectives"] for row in rows]))):
-            return False
-        if any(row["beat"] <= old["beat"] or row["at"] != old["at"] for row, old in zip(rows, former, strict=True)):
-            return False
+            return
+        if any(
+            new["beat"] <= old["beat"] or new["standstill"] != old["standstill"]
+            for new, old in zip(rows, former, strict=True)
+        ):
+            return
         places = {rank: str(row["words"]) for rank, row in enumerate(rows)}
         left_out = [row["left_out"] for row in rows]
         ranks = [f"{n} by rank {r}" for r, n in enumerate(left_out) if n] if len(set(left_out)) > 1 else []
         how = f" Batches left out before their backward: {join_names(ranks)}." if ranks else ""
-        self._store.set(
-            f"{self._prefix}reason",
-            f"ranks have gone different ways, and none can go on: {_in_words(places)}.{how} {mismatch} {_REMEDY}",
+        self._tell(
+            rows, f"ranks have gone different ways, and none can go on: {_in_words(places)}.{how} {mismatch} {_REMEDY}"
         )
-        return True
 
     def _everyone(self) -> list[dict[str, Any]]:
         """What all ranks have said of themselves; nothing where one moves, which is looked at first the next time."""
@@ -197,8 +235,14 @@ class DesyncMonitor:
     def _end(self, reason: str) -> None:
         """Says why; a look or more later, where this rank is still there, it ends: nothing takes a thread out of a gloo collective."""
         if not self._told_at:
-            _log.error("hf_amp: %s", reason)
             self._told_at = self._beat
+            _log.error("hf_amp: %s", reason)
+            if not _is_on_console():
+                sys.stderr.write(f"hf_amp: {reason}\n")
+            if (note := self._note()) is not None:  # in a thread: the run may hold its lock while it waits
+                writer = threading.Thread(target=note, args=(EventKind.RANKS_PARTED, reason), daemon=True)
+                writer.start()
+                writer.join(self._patience / 6)
         elif self._beat - self._told_at >= (LOOKS_TO_READ if self._rank else LOOKS_TO_RAISE):
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):
@@ -219,6 +263,19 @@ class DesyncMonitor:
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}rank {rank}"
+
+
+def _is_on_console() -> bool:
+    """Whether an error that is logged comes to the console: a user may have turned the logger off, or have a file alone."""
+    logger: logging.Logger | None = _log
+    handlers: list[logging.Handler] = []
+    while logger is not None:
+        handlers += logger.handlers
+        logger = logger.parent if logger.propagate else None
+    shows = [
+        isinstance(each, logging.StreamHandler) and not isinstance(each, logging.FileHandler) for each in handlers
+    ] or [True]
+    return _log.isEnabledFor(logging.ERROR) and any(shows)
 
 
 def _place(thread_id: int, backwards: int) -> tuple[str, bool, str]:

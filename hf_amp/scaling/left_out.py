@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_amp.errors import in_one_line
+from hf_amp.events import EventKind
 from hf_amp.patch_log import UnpickledHook, takes_hooks
 from hf_amp.scaling.desync import DesyncMonitor
 from hf_amp.scaling.step import StepState, Unscale
@@ -45,21 +46,24 @@ def ended_in_words(error: BaseException, step: int, without_backward: int) -> st
     return f"rank {rank} of {ranks} ends in step {step}: {in_one_line(error)}.{hint if without_backward else ''}"
 
 
-def join_left_out_steps(scaler: AdvancedGradScaler, called: nn.Module) -> Callable[[], None]:
+def join_left_out_steps(
+    scaler: AdvancedGradScaler, called: nn.Module, note: Callable[[EventKind, str], None]
+) -> Callable[[], None]:
     """Has ranks that agree look for a step left out before each call of `called`; returns what undoes it. After all other hooks:
-    this one comes first."""
+    this one comes first. `note` records an event."""
     if not (scaler.ranks_agree and takes_hooks(called)):
         return lambda: None
     is_collective = any(map(is_sharded, called.parameters()))
     if scaler.desync is None and is_distributed():
         with suppress(Exception):  # a store that a thread cannot share
-            scaler.desync = DesyncMonitor(scaler)
+            scaler.desync = DesyncMonitor(scaler, note)
     handle = called.register_forward_pre_hook(_JoinLeftOutStep(scaler, is_collective), prepend=True)
 
     def undo() -> None:
         handle.remove()
-        if scaler.desync is not None:
-            scaler.desync.stop()
+        monitor, scaler.desync = scaler.desync, None
+        if monitor is not None:
+            monitor.stop()
 
     return undo
 
@@ -83,7 +87,7 @@ class _JoinLeftOutStep(UnpickledHook):
             self._join()
         if torch.is_grad_enabled() and self._scaler.desync is not None and not self._scaler.is_replaying():
             before, self._backwards = self._backwards, self._scaler._pending.backwards
-            self._scaler.desync.before_forward(module, before == self._backwards)
+            self._scaler.desync.before_forward(module, before == self._backwards, self._is_collective)
 
     def _join(self) -> None:
         scaler = self._scaler

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import sys
 import time
@@ -17,13 +18,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_amp
 from hf_amp import AmpSession, EventKind
 from hf_amp.scaling import desync
 from tests.rank_end import leave_together
-from tests.sharded.runs import Layers, accelerator_of_fsdp2, layers
+from tests.sharded.runs import Layers, accelerator_of_fsdp2, layers, sharded
 
 STEPS, AT, SECONDS = 6, 3, 8
 """Steps of a run, the step at which rank 1 is different, and the timeout of the process group."""
@@ -32,7 +34,7 @@ PATIENCE, SLOW = 1.0, 3.0
 
 
 class Loop:
-    """A training loop of two ranks: "raw" or "accelerate", or "stock" with torch's own scaler; the model in "ddp" or "fsdp2"."""
+    """A training loop of two ranks: "raw" or "accelerate", or "stock" with torch's own scaler; the model in "ddp", "fsdp2" or "hsdp"."""
 
     def __init__(self, by: str, kind: str) -> None:
         torch.manual_seed(0)
@@ -49,7 +51,11 @@ class Loop:
             fresh = torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True)
             self.model, self.optimizer = self.accelerator.prepare(plain, fresh)
             return
-        self.model = DistributedDataParallel(Layers()) if kind == "ddp" else layers()
+        if kind == "hsdp":
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+            self.model = sharded(Layers(), "Layer", mesh)
+        else:
+            self.model = DistributedDataParallel(Layers()) if kind == "ddp" else layers()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
         if by == "raw":
             self.session = AmpSession.for_model(self.model, self.optimizer, **options)
@@ -84,6 +90,7 @@ def train(loop: Loop, way: str) -> None:
     """Rank 1 "leaves out" step AT after backward, "continues" before it, "raises" after it, "stops", or "runs out" of batches.
 
     Or it "is slow" there: a while before forward, in backward, and before the step; then rank 0 is, which evaluates alone.
+    Where "a replica is slow", its ranks 0 and 1 take another batch in place of that one, after a while.
     """
     other = dist.get_rank() == 1
     for number in range(1, STEPS + 1):
@@ -94,6 +101,9 @@ def train(loop: Loop, way: str) -> None:
         torch.manual_seed(10 * number + dist.get_rank())
         time.sleep(slow)
         loss = loop.model(torch.randn(3, 16))
+        if way == "a replica is slow" and number == AT and dist.get_rank() < 2:
+            time.sleep(SLOW)
+            loss = loop.model(torch.randn(3, 16))
         if way in ("continues", "all continue") and here:
             continue
         if slow:
@@ -123,10 +133,11 @@ def evaluate(loop: Loop, seconds: float = 0.0) -> None:
     dist.barrier()
 
 
-def main(loops: str, ways: str, timeout: str = str(SECONDS), patience: str = "") -> None:
+def main(loops: str, ways: str, timeout: str = str(SECONDS), patience: str = "", folder: str = "") -> None:
     """`loops`: such as "raw ddp,accelerate fsdp2"; `ways`: such as "leaves out,all leave out"; all of them, one after the other.
 
-    `timeout` of the process group, `patience` of what looks for ranks that have gone different ways, in seconds.
+    `timeout` of the process group, `patience` of what looks for ranks that have gone different ways, in seconds. With a
+    `folder` there is a log in it, and Python's logger is off.
     """
     warnings.simplefilter("ignore")
     desync.PATIENCE_SECONDS = float(patience or desync.PATIENCE_SECONDS)  # shorter than anybody would have it
@@ -134,6 +145,9 @@ def main(loops: str, ways: str, timeout: str = str(SECONDS), patience: str = "")
     for way in ways.split(","):
         for by, kind in (loop.split() for loop in loops.split(",")):
             loop, began, ended = Loop(by, kind), time.monotonic(), None
+            if folder and loop.session is not None:
+                loop.session.log_to(folder)
+                logging.getLogger("hf_amp").disabled = True
             try:
                 train(loop, way)
                 dist.barrier()

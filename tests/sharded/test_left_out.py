@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hf_amp import EventKind
+from hf_amp.events import LOG_FILE
 from hf_amp.scaling.desync import mismatch_of
 from tests.each import for_each
 from tests.forking import Ended, run_program
 from tests.integrations.launching import CONFIGS, ROOT
+from tests.sharded import stands_still
 from tests.sharded.left_out import AT, PATIENCE, SECONDS, STEPS
 
 LOOPS = ("raw ddp", "raw fsdp2", "accelerate ddp", "accelerate fsdp2")
 
 
-def run(loops: str, ways: str, *seconds: float) -> tuple[Ended, dict[tuple[str, str, int], dict[str, Any]]]:
+def run(loops: str, ways: str, *options: object) -> tuple[Ended, dict[tuple[str, str, int], dict[str, Any]]]:
     """How it ended, and what each rank has come to, by (way, loop, rank)."""
-    ended = run_program("tests.sharded.left_out", loops, ways, *map(str, seconds), ranks=2, ACCELERATE_USE_CPU="true")
+    ended = run_program("tests.sharded.left_out", loops, ways, *map(str, options), ranks=2, ACCELERATE_USE_CPU="true")
     lines = ended.output.replace("}{", "}\n{").splitlines()
     told = [json.loads(line) for line in lines if line.startswith('{"way"')]
     return ended, {(each["way"], each["loop"], each["rank"]): each for each in told}
@@ -101,6 +107,56 @@ def test_ranks_that_have_gone_different_ways_end_and_say_where_each_is(full_size
         assert f"rank 1 is in torch.distributed.barrier after backward pass {done} (left_out.py" in sentence
         assert "barrier on rank 1" in sentence
         assert ("Batches left out before their backward: 1 by rank 1." in sentence) == (way == "continues")
+
+
+def test_why_ranks_end_is_an_event_and_on_the_console_where_no_logger_speaks(tmp_path: Path) -> None:
+    """Rank 0's log has it, as a process that ends so writes nothing later; both consoles have it, though `hf_amp`'s logger is off."""
+    ended, _ = run("raw ddp", "runs out", 600, PATIENCE, tmp_path)
+    assert ended.codes == [1, 1]
+    assert sum(line.startswith("hf_amp: ranks have gone different ways") for line in ended.output.splitlines()) == 2
+    log = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
+    (parted,) = [line for line in log if line["event"] == EventKind.RANKS_PARTED]
+    assert "; rank 1 is in torch.distributed.barrier" in parted["message"]
+
+
+def test_replicas_of_which_one_takes_another_batch_are_waited_for() -> None:
+    """HSDP: a forward pass gathers from the ranks of one replica, and the other waits in its backward, which comes."""
+    ended = run_program("tests.sharded.left_out", "raw hsdp", "a replica is slow", "60", str(PATIENCE), ranks=4)
+    assert ended.codes == [0] * 4, ended.output[-3000:]
+    assert ended.output.count('"ended": "trained"') == 4
+    assert "left a batch out" not in ended.output
+
+
+def test_what_ended_a_former_start_ends_no_other() -> None:
+    """A store may still have it after an elastic restart: it names other standstills."""
+    ended = run_program("tests.sharded.stands_still", "was told to end")
+    assert ended.codes == [0], ended.output
+    assert "alive" in ended.output
+
+
+def test_a_thread_that_is_in_the_store_when_the_interpreter_ends_does_not_abort_it(full_size: bool) -> None:
+    """C++ ends the process ("terminate called") where a daemon thread comes back from a call then: in most of all ends, tried once or five times."""
+    for _ in range(5 if full_size else 1):
+        command = [sys.executable, "-m", "tests.sharded.stands_still", "ends"]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+        assert (ended.returncode, ended.stdout) == (0, b"alive\n"), ended.stderr
+
+
+def test_a_store_that_is_gone_stops_no_forward_pass() -> None:
+    """Ranks are asked nothing any more, which a warning says once; the model is trained on."""
+    ended = run_program("tests.sharded.stands_still", "has no store")
+    assert ended.codes == [0], ended.output
+    assert ended.output.count("asks the others no more") == 1
+    assert "alive" in ended.output
+
+
+def test_where_one_rank_has_waited_in_vain_no_rank_waits_any_more() -> None:
+    """One comes so late that another goes on alone: the late one does not wait for it from then on, nor takes it for one that is stuck."""
+    ended = run_program("tests.sharded.stands_still", "comes late", ranks=2)
+    assert ended.codes == [0, 0], ended.output
+    (line,) = [line for line in ended.output.splitlines() if line.startswith('{"waited"')]
+    assert json.loads(line)["waited"] < stands_still.PATIENCE
+    assert ended.output.count("asks the others no more") == 2
 
 
 def test_accelerate_launch_ends_soon_where_batches_are_uneven() -> None:
