@@ -197,8 +197,7 @@ def _non_finite_in_fp32(found: ReplayFindings, forward: RecordedForward, prefix:
         return Diagnosis(Cause.LOSS, f"the model's outputs are finite, its loss is not: {why}.{what}")
     name = joined(prefix, first)
     why = (operator and operator.hint) or (
-        "look there for a division by zero, a log or root of zero, or an empty mean; or everything has grown, as with too "
-        "high a learning rate"
+        "look there for a division by zero, a log or root of zero, an empty mean, or growth by too high a learning rate"
     )
     return Diagnosis(
         Cause.MODEL,
