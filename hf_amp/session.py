@@ -525,9 +525,10 @@ class AmpSession(EventRecorder):
         if self._unheld is None:
             named, held = dict(self._fallback.runner.named_parameters()), self.scaler.watched_parameters()
             own, theirs = {id(p) for p in named.values()}, {id(p) for p in held}
-            if own and (unknown := sum(id(p) not in own for p in held)):
-                self.note(EventKind.SETUP, f"{unknown} of {len(held)} parameters that optimizers hold{_UNKNOWN_MODEL}")
             free = {name: p for name, p in named.items() if p.requires_grad and id(p) not in theirs}
+            if own and (unknown := sum(id(p) not in own for p in held)):
+                why = _REPLACED.format(counted_names(list(free))) if len(free) == unknown else _UNKNOWN_MODEL
+                self.note(EventKind.SETUP, f"{unknown} of {len(held)} parameters that optimizers hold{why}")
             self._unheld = {} if self.scaler.no_scaling else {name: (p, p._version) for name, p in free.items()}
         elif moved := [name for name, (p, version) in self._unheld.items() if p._version != version]:
             self.note(EventKind.SETUP, f"no optimizer that hf_amp knows holds {counted_names(moved)}{_UNPREPARED}")
@@ -966,13 +967,15 @@ _AT_FLOOR = (
     "activations beyond 65504."
 )
 _UNKNOWN_MODEL = " belong to no model that hf_amp knows, and follows: pass every model through accelerator.prepare."
+_REPLACED = (
+    " are no longer the model's: {} have taken their place and do not train. Make the optimizer after that; where accelerate's "
+    "FP8 by torchao does it, pass AORecipeKwargs(enable_fsdp_float8_all_gather=False)."
+)
 _UNPREPARED = (
     ", but the values have changed. If an optimizer of yours changes them, pass it through accelerator.prepare: else it steps on "
     "gradients that are still multiplied by the loss scale. If they are an average of others (EMA), there is nothing to do."
 )
-_MADE_THEM = (
-    " made them non-finite (by a norm or a root of 0, as with eps=0), or code that wrote to the parameters after it. "
-)
+_MADE_THEM = " made them non-finite (by a norm or root of 0, as with eps=0), or code that wrote to them after it. "
 _NO_CHECKPOINTS = "AmpSession.for_model(on_stalled='rewind'): hf_amp knows no checkpoints there; use a Trainer, hf_amp.attach or a manager."
 _LOSS_LOST = "the loss was not finite, but every gradient is, and the step was applied: look at the loss function, and its masks."
 _SCRIPTED = ": no module in it is named or put in FP32, and a whole model is not emulated. Loss scaling and the finite check work."

@@ -211,6 +211,7 @@ def figures_of(run: RunHistory) -> dict[str, Any]:
     verdict = verdict_on(run)
     facts = ["run_id", "state", "started", "newest", "newest_step", "what_ran"]
     facts += ["resumed_at", "former_runs", "lines", "torn_lines"]
+    shown = ("event", "modules", "first_step", "last_step", "count", "message", "before", "after")
     return {
         "name": run.name,
         "log": str(run.path),
@@ -221,11 +222,6 @@ def figures_of(run: RunHistory) -> dict[str, Any]:
             for name, value in run.latest.items()
         },
         "skipped_by_cause": dict(run.skipped_by_cause),
-        "incidents": [_plain_incident(incident) for incident in run.incidents],
+        "incidents": [{**{name: getattr(it, name) for name in shown}, "cause": it.cause or None} for it in run.incidents],
         "precision_changes": [{**asdict(change), "cause": change.cause or None} for change in run.precision_changes],
     }  # fmt: skip
-
-
-def _plain_incident(incident: Incident) -> dict[str, Any]:
-    names = ("event", "modules", "first_step", "last_step", "count", "message", "before", "after")
-    return {**{name: getattr(incident, name) for name in names}, "cause": incident.cause or None}

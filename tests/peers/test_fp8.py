@@ -372,3 +372,18 @@ def test_the_layers_that_do_damage_are_named_in_the_middle_of_a_run() -> None:
     assert max(converted, key=lambda each: each.rms).module == "other"
     assert "choose_precision" in session.events[0].message
     assert isinstance(model.other, float8.float8_linear.Float8Linear)
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_parameters_that_the_default_recipe_replaces_are_said_not_to_train(gathers: bool) -> None:
+    """accelerate's recipe puts others in their place for FSDP2's sake, which an optimizer that was made before does not move."""
+    recipe = AORecipeKwargs(enable_fsdp_float8_all_gather=gathers)
+    accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[recipe], cpu=True)
+    session, model = hf_amp.attach(accelerator), Model()
+    before = model.middle.weight.detach().clone()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    accelerator.backward(sum((p * 1.0).sum() for p in model.parameters()))  # CPUs have no FP8 products
+    optimizer.step()
+    said = [event.message for event in session.events if "have taken their place and do not train" in event.message]
+    assert (torch.equal(model.middle.weight.detach(), before), len(said)) == (gathers, gathers)
+    assert all("1 parameter (middle.weight)" in each and "enable_fsdp_float8_all_gather=False" in each for each in said)
