@@ -250,6 +250,15 @@ CPU = (
         threads=1,
     ),
     Benchmark(
+        "emulation_cost",
+        _module("emulation_cost"),
+        "Forward and backward under `hf_amp.emulate` on a CPU, which computes as autocast does on a device.",
+        "the same model in FP32, on the same CPU",
+        (Target("1.25 of FP32 or less in FP16", "ratio", 1.25, lambda row: row["what"] == "emulated FP16"),),
+        pivot=("model", "ratio"),
+        threads=1,
+    ),
+    Benchmark(
         "startup_cost",
         _module("startup_cost"),
         "Time of an import in a fresh process.",
