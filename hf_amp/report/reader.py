@@ -188,7 +188,7 @@ class Series:
 
     def add(self, step: int, value: float = math.nan) -> None:
         """Appends one point; another one of the same step replaces it, and counts too."""
-        count = self.points + 1
+        count = self.counts[-1] + 1 if self.counts else 1
         if self.steps and self.steps[-1] == step:
             self.values[-1], self.counts[-1] = value, count
             return
@@ -299,9 +299,9 @@ POINTS_KEPT_BY_MODULE = STEPS_KEPT_BY_INCIDENT = 512
 
 _MODULE_FIGURES = tuple(metric.name for metric in BY_MODULE)
 _INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention}
-_NO_FIGURES = {"timestamp", "level", "run_id", "rank"} | {each.name for each in dataclasses.fields(LoggedEvent)}
 _NAMES_OF_0_1 = {"hopeless": "stalled", "statistics_put_back": "buffers_restored", "transitions": "precision_changes"}
 """Events and figures that hf_amp 0.1 wrote under another name."""
+_NO_FIGURES = {"timestamp", "level", "run_id", "rank", *_NAMES_OF_0_1} | LoggedEvent.__dataclass_fields__.keys()
 
 
 @dataclass
@@ -402,7 +402,7 @@ class RunHistory:
         """
         self.lines += 1
         try:
-            self._add({_NAMES_OF_0_1.get(name, name): value for name, value in line.items()})
+            self._add({**line, **{name: line[former] for former, name in _NAMES_OF_0_1.items() if former in line}})
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StateError(
                 f"{self.path}: line {self.lines} is not what hf_amp writes ({error}); it was changed, or comes from a "
@@ -479,12 +479,12 @@ class RunHistory:
         if key not in self._groups and len(self._groups) >= LARGEST_GROUPS:
             event = dataclasses.replace(event, modules=("and others",))
             key = (event.event, event.cause, event.modules)
-        alike = self._groups.get(key)
+        alike, newest = self._groups.get(key), vars(event)
         if alike and is_real(alike.before):
-            event = dataclasses.replace(event, before=alike.before)  # a row shows the first value and the newest
+            newest = newest | {"before": alike.before}  # a row shows the first value and the newest
         occurrences = alike.occurrences if alike else Series(STEPS_KEPT_BY_INCIDENT)
         occurrences.add(event.step)
-        self._groups[key] = Incident(**vars(event), occurrences=occurrences)
+        self._groups[key] = Incident(**newest, occurrences=occurrences)
 
     def _check_names(self) -> None:
         groups: list[tuple[Mapping[str, Any], int]] = [(self.figures, MOST_NAMES), (self.skips, MOST_NAMES)]

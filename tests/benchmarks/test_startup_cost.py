@@ -12,7 +12,7 @@ import sys
 from tests.benchmarks.measuring import Row, parser, spread, write
 from tests.benchmarks.run_metadata import ROOT
 
-IMPORTS = {"torch": "sys", "hf_amp": "torch", "hf_amp.cli": "torch", "accelerate": "torch"}
+IMPORTS = dict.fromkeys(["hf_amp", "hf_amp.session", "hf_amp.cli", "accelerate"], "torch") | {"torch": "sys"}
 """What is imported → what was before."""
 _PROGRAM = """
 import importlib, sys, time
