@@ -44,8 +44,9 @@ __all__ = [
 ]  # fmt: skip
 
 _LAZY = {
-    "AdvancedGradScaler": "scaling.scaler", "AdvancedMixedPrecisionManager": "training.manager", "AmpSession": "session",
-    "DynamicMixedPrecisionTrainer": "training.trainers", "MixedPrecisionCallback": "integrations.transformers",
+    "AdvancedGradScaler": "scaling.scaler", "AdvancedMixedPrecisionManager": "training.manager",
+    "AmpSession": "session", "DynamicMixedPrecisionTrainer": "training.trainers",
+    "MixedPrecisionCallback": "integrations.transformers",
     "PerformanceOptimizedMixedPrecisionTrainer": "training.trainers", "PerformanceTracker": "monitoring.throughput",
     "PrecisionMonitor": "monitoring.monitor", "StandardMixedPrecisionTrainer": "training.trainers",
     "attach": "integrations.accelerate", "check_inference": "fallback.inference", "choose_precision": "choose",

@@ -60,6 +60,7 @@ def train(
     ours = MixedPrecisionCallback(config) if config else None
     stock = [StockFP16OnCPU(emulate)] if precision == "fp16" and not torch.cuda.is_available() else []
     arguments = _arguments(precision, steps, output_dir)
+    arguments.logging_nan_inf_filter = ours is not None  # which logs 0 for steps whose loss is NaN
     trainer = _trainer(model.train(), text, arguments, [timer, *([ours] if ours else stock)])
     trainer.train()
     session = ours.session if ours else None
@@ -122,23 +123,12 @@ def _trainer(
 
 def _arguments(precision: str, steps: int, output_dir: Path) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH_SIZE,
-        warmup_steps=min(20, steps // 5),
-        lr_scheduler_type="cosine",
-        fp16=precision == "fp16",
-        bf16=precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=max(1, min(10, steps // 10)),
-        logging_first_step=True,
-        save_strategy="steps",
-        save_steps=steps,
-        report_to="tensorboard",
-        disable_tqdm=True,
-        log_level="error",
-        seed=SEED,
-    )
+        output_dir=str(output_dir), max_steps=steps, per_device_train_batch_size=BATCH_SIZE, seed=SEED,
+        warmup_steps=min(20, steps // 5), lr_scheduler_type="cosine",
+        fp16=precision == "fp16", bf16=precision == "bf16", use_cpu=not torch.cuda.is_available(),
+        logging_steps=max(1, min(10, steps // 10)), logging_first_step=True, report_to="tensorboard", disable_tqdm=True,
+        save_strategy="steps", save_steps=steps, log_level="error",
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ class MixedPrecisionCallback(TrainerCallback, ExportableState):
                 begin = functools.partial(session.begin_log, self._sink.write)
             except (OSError, ImportError) as error:  # a Trainer that saves nothing need not be able to write
                 _log.warning("no event log is written (%s); hf-amp report and watch will not know this run", error)
-        begin(message, **session.run_metadata(), settings=settings_of(args, state))
+        begin(message, **session.run_metadata(), settings=settings_of(args, state, kwargs["optimizer"]))
         session.begin_run(self._sink.path if self._sink else None)
         if isinstance(trainer.model_wrapped, nn.DataParallel) or args.n_gpu > 1:
             session.note(EventKind.SETUP, _DATA_PARALLEL)
@@ -297,13 +297,16 @@ def find_calling_trainer(callback: TrainerCallback) -> Trainer | None:
     return None
 
 
-def settings_of(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """What people ask first of a Trainer's run."""
+def settings_of(args: TrainingArguments, state: TrainerState, optimizer: Any) -> dict[str, Any]:
+    """What people ask first of a Trainer's run; of the optimizer itself, which may have been handed to the Trainer."""
     rows, parts, ranks = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
-    optimizer, schedule = (str(getattr(x, "value", x)) for x in (args.optim, args.lr_scheduler_type))
+    rates = sorted({float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups})
+    inner = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's has no defaults
+    kind = type(inner).__name__ + ", fused" * bool(getattr(inner, "defaults", {}).get("fused"))
+    rate, schedule = " to ".join(f"{rate:g}" for rate in dict.fromkeys([rates[0], rates[-1]])), args.lr_scheduler_type
     return {
         "batch": f"{rows * parts * ranks:,} rows a step: {rows} by {counted(parts, 'micro-batch', 'es')} by {counted(ranks, 'process', 'es')}",
-        "optimizer": f"{optimizer}, learning rate {args.learning_rate:g}, {schedule} schedule",
+        "optimizer": f"{kind}, learning rate {rate}, {getattr(schedule, 'value', schedule)} schedule",
         "steps planned": state.max_steps,
     }
 

@@ -349,3 +349,18 @@ def test_a_callback_with_keywords_joins_a_trainer_that_exists(tmp_path: Path) ->
     assert joined.session.metrics()["applied_steps"] == passed_on.session.metrics()["applied_steps"] > 0
     assert joined.session.scaler.get_scale() == passed_on.session.scaler.get_scale() > 512.0
     assert_bitwise_equal(list(second.model.parameters()), list(first.model.parameters()))
+
+
+@pytest.mark.parametrize("handed", [True, False])
+def test_the_log_names_the_optimizer_that_steps(tmp_path: Path, handed: bool) -> None:
+    """One that was handed to the Trainer, with its own learning rates, or the one that its arguments ask for."""
+    callback = MixedPrecisionCallback()
+    trainer, _ = trainer_with(tmp_path, callback, optim="adamw_torch_fused")
+    if handed:
+        first, *others = trainer.model.parameters()
+        trainer.optimizer = torch.optim.SGD([{"params": [first], "lr": 0.02}, {"params": others, "lr": 0.5}])
+    trainer.train()
+    started = json.loads((tmp_path / "amp_events.jsonl").read_text().splitlines()[0])
+    asked = f"AdamW, fused, learning rate {trainer.args.learning_rate:g}"
+    expected = "SGD, learning rate 0.02 to 0.5" if handed else asked
+    assert started["settings"]["optimizer"] == f"{expected}, {trainer.args.lr_scheduler_type.value} schedule"
