@@ -298,7 +298,7 @@ POINTS_KEPT_BY_MODULE = STEPS_KEPT_BY_INCIDENT = 512
 """There can be thousands of modules, and a picture has columns for a tenth of these."""
 
 _MODULE_FIGURES = tuple(metric.name for metric in BY_MODULE)
-_INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention}
+_INCIDENTS = {kind.value for kind in EventKind if kind.needs_attention or kind is EventKind.RANKS_PARTED}
 _NAMES_OF_0_1 = {"hopeless": "stalled", "statistics_put_back": "buffers_restored", "transitions": "precision_changes"}
 """Events and figures that hf_amp 0.1 wrote under another name."""
 _NO_FIGURES = {"timestamp", "level", "run_id", "rank", *_NAMES_OF_0_1} | LoggedEvent.__dataclass_fields__.keys()
@@ -457,7 +457,8 @@ class RunHistory:
         occurrences = [incident.occurrences for incident in self._groups.values()]
         for series in (*self.figures.values(), *by_module, *self.skips.values(), *occurrences):
             series.cut_after(step)
-        self._groups = {key: incident for key, incident in self._groups.items() if incident.count}
+        ended = EventKind.RANKS_PARTED  # which a run that goes on has behind it
+        self._groups = {key: each for key, each in self._groups.items() if each.count and each.event != ended}
         self.precision_changes = [change for change in self.precision_changes if change.step <= step]
         self.newest_step = step
 

@@ -53,6 +53,8 @@ def verdict_on(run: RunHistory) -> Verdict:
     """The verdict on a run, finished or not: the worst that holds."""
     skipped = max(int(run.latest.get("skipped_steps", 0)), run.skipped_by_cause.total())
     total = max(skipped, sum(int(run.latest.get(name, 0)) for name in ("applied_steps", "skipped_steps")))
+    if parted := _newest(run, EventKind.RANKS_PARTED):
+        return Verdict(Level.BROKEN, f"Ended after step {parted.last_step:,}: {parted.message}")
     if rewound := _newest(run, EventKind.REWOUND):
         total = max(total, run.newest_step)  # counters went back with the run
     if total <= 0:

@@ -46,6 +46,16 @@ CASES: dict[str, tuple[list[dict[str, Any]], Level, str]] = {
         Level.WATCH,
         "Training, after going back once to a good checkpoint, last at step 154 to step 120: 3 of 200 steps (1.5%) were skipped so far",
     ),
+    "ranks that wait for each other": (
+        [started(), metrics(10, 0), line("ranks_parted", 10, message="ranks have gone different ways: rank 0 waits.")],
+        Level.BROKEN,
+        "Ended after step 10: ranks have gone different ways: rank 0 waits.",
+    ),
+    "ranks that waited before the run was resumed": (
+        [started(), metrics(10, 0), line("ranks_parted", 10, message="-"), started(10), metrics(20, 0)],
+        Level.SOUND,
+        "Training: all 20 steps were applied so far.",
+    ),
     "data": (
         [started(), skipped(3, "INPUT"), metrics(1000, 1)],
         Level.WATCH,
