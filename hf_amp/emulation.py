@@ -297,6 +297,11 @@ def _storage(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in HALF_DTYPES else torch.bfloat16
 
 
+def stands_for_half() -> bool:
+    """Whether what the running operator stores for backward are FP32 copies of what it would store in half precision on a device."""
+    return _ACTIVE.__dict__.get("kernel") == "half"
+
+
 def _is_cast(x: Tensor) -> bool:
     """Whether autocast casts it: it leaves FP64 and integers alone."""
     return x.is_floating_point() and x.dtype != torch.float64
@@ -333,15 +338,15 @@ class _Kernel:
         """The operator as it is; what it is made of is emulated."""
         return self._operator.redispatch(keyset & _REGISTERED[1], *args, **kwargs)
 
-    def alone(self, convert: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
+    def alone(self, convert: Callable[[Tensor], Tensor], args: Any, kwargs: Any, kernel: str = "FP32") -> Any:
         """The operator on converted tensors; nothing in it is emulated. Also not where torch.func calls it again, layer by layer."""
         args, kwargs = map_tensors(convert, args), map_tensors(convert, kwargs)
-        _ACTIVE.kernel = True
+        _ACTIVE.kernel = kernel
         try:
             with torch._C._DisableAutocast():
                 return self._in_fp32(*args, **kwargs)
         finally:
-            _ACTIVE.kernel = False
+            _ACTIVE.kernel = ""
 
     def half_if_lacking(self, _mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
         lacks = self._lacks == "both" or (self._lacks == "backward" and torch.is_grad_enabled())
@@ -352,14 +357,14 @@ class _Kernel:
         dtypes = {x.dtype for x in tensors_of((args, kwargs)) if _is_cast(x)}
         if len(dtypes) != 1 or not dtypes <= set(HALF_DTYPES) or _is_asked_for_dtype(args, kwargs):
             return self.plain(keyset, args, kwargs)
-        return _to(self.alone(upcast, args, kwargs), dtypes.pop())
+        return _to(self.alone(upcast, args, kwargs, "half"), dtypes.pop())
 
 
 def _reduced(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
     dtype = mode.dtype_in_force() or mode.dtype_of_mixed(args, kwargs)
     if dtype is None:
         return kernel.alone(upcast, args, kwargs) if _widens(mode, args, kwargs) else kernel.half(keyset, args, kwargs)
-    result = kernel.alone(lambda x: upcast(mode.operand(x, dtype)), args, kwargs)
+    result = kernel.alone(lambda x: upcast(mode.operand(x, dtype)), args, kwargs, "half")
     return _to(result, dtype)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_amp.emulation import stands_for_half
 from hf_amp.precision import FP32_FORMAT
 from hf_amp.statistics import local_part
 
@@ -44,7 +45,8 @@ class StoredForBackward(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     A cast between float formats copies; in FP32 there would be the original alone, with 4 bytes an element, and
     nothing where the original is a parameter. Storages of other dtypes stay as they are. What gradient checkpointing
-    recomputes is not stored and not counted. Costs some microseconds an operator, for one step; reads no tensor.
+    recomputes is not stored and not counted. Of emulated half precision it is what a device would store: the half-precision
+    operands of products, not their FP32 copies. Costs some microseconds an operator, for one step; reads no tensor.
 
     Args:
         parameters: of the model; not sharded.
@@ -56,12 +58,13 @@ class StoredForBackward(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.stored_bytes = 0
-        self.fp32_bytes = 0
+        self.stored_bytes = self.fp32_bytes = 0
         self._bytes: dict[int, tuple[int, int]] = {}  # of a storage, as it is and in FP32
         self._storages: list[StorageWeakRef] = []  # keeps addresses from being used again, not the memory
         self._original: dict[int, int] = {}  # of a storage that is a cast of another
+        self._cast_from: dict[int, int] = {}  # the same, one cast back
         self._saved: set[int] = set()
+        self._emulated: set[int] = set()  # FP32, for what a device has in half precision
         self._parameters = {self._storage_of(parameter) for parameter in parameters}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -73,6 +76,8 @@ class StoredForBackward(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *exception: Any) -> None:
         self._hooks.__exit__(*exception)
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        rounded = {wide: half for half, wide in self._cast_from.items()}
+        self._saved |= {self._cast_from.get(storage) or rounded.get(storage, storage) for storage in self._emulated}
         originals = {self._original.get(storage, storage) for storage in self._saved}
         self.stored_bytes = sum(self._bytes[storage][0] for storage in self._saved - self._parameters)
         self.fp32_bytes = sum(self._bytes[storage][1] for storage in originals - self._parameters)
@@ -80,13 +85,13 @@ class StoredForBackward(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and _is_reduced(args[0]) and _is_reduced(result):
-            source = self._storage_of(args[0])
-            self._original[self._storage_of(result)] = self._original.get(source, source)
+            source, copied = self._storage_of(args[0]), self._storage_of(result)
+            self._cast_from[copied], self._original[copied] = source, self._original.get(source, source)
         return result
 
     def _pack(self, tensor: Tensor) -> Tensor:
         if tensor.layout is torch.strided:
-            self._saved.add(self._storage_of(tensor))
+            (self._emulated if stands_for_half() else self._saved).add(self._storage_of(tensor))
         return tensor
 
     def _storage_of(self, tensor: Tensor) -> int:

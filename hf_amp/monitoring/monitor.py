@@ -175,6 +175,12 @@ class PrecisionRecord:
         }
 
 
+_LIKE_ATTRIBUTES = (  # metrics
+    "scale", "applied_steps", "skipped_steps", "grad_norm", "grad_amax", "underflow_fraction", "lost_update_fraction", "fp8_output_error",
+    "inf_elements", "nan_elements", "precision_changes", "modules_in_fp32", "non_finite_loss_fraction", "eval_non_finite_batches",
+)  # fmt: skip
+
+
 @dataclasses.dataclass
 class PrecisionMonitor:
     """Counts steps and errors, and keeps the newest figures. Constant size, however long the run.
@@ -309,25 +315,12 @@ class PrecisionMonitor:
         """Catalogue name → value; finite numbers only. What is not known is absent."""
         steps = self.applied_steps + self.skipped_steps
         figures: dict[str, float | None] = {
-            "scale": self.scale,
-            "scale_volatility_bits": self.record.log2_scale.deviation if self.record.steps > 1 else None,
-            "applied_steps": self.applied_steps,
-            "skipped_steps": self.skipped_steps,
+            **{name: getattr(self, name) for name in _LIKE_ATTRIBUTES},
             **{f"skipped_steps_{cause.lower()}": count for cause, count in sorted(self.skipped_by_cause.items())},
+            "scale_volatility_bits": self.record.log2_scale.deviation if self.record.steps > 1 else None,
             "skip_rate": self.skipped_steps / steps if steps else None,
-            "grad_norm": self.grad_norm,
-            "grad_amax": self.grad_amax,
             "headroom_bits": self._headroom_bits(),
-            "underflow_fraction": self.underflow_fraction,
-            "lost_update_fraction": self.lost_update_fraction,
-            "fp8_output_error": self.fp8_output_error,
-            "inf_elements": self.inf_elements,
-            "nan_elements": self.nan_elements,
-            "precision_changes": self.precision_changes,
-            "modules_in_fp32": self.modules_in_fp32,
             "non_finite_losses": self.non_finite_losses if self.losses else None,
-            "non_finite_loss_fraction": self.non_finite_loss_fraction,
-            "eval_non_finite_batches": self.eval_non_finite_batches,
             "memory_saving_fraction": self.record.memory_savings,
         }
         return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}

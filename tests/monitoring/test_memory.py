@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -23,6 +24,8 @@ from hf_amp.device import peak_bytes
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.monitoring.memory import MemoryEstimate, StoredForBackward, resident_bytes
 from hf_amp.precision import FP16_FORMAT
+from tests.benchmarks.gpu.models import FULL
+from tests.benchmarks.run_metadata import RESULTS
 from tests.each import for_each
 
 TEXT = {"input_ids": torch.arange(256).reshape(4, 64), "labels": torch.arange(256).reshape(4, 64)}
@@ -52,7 +55,6 @@ PRECISIONS = {
     "FP32": nullcontext,
     "BF16": lambda: torch.autocast("cpu", torch.bfloat16),
     "FP16": lambda: torch.autocast("cpu", torch.float16),
-    "emulated FP16": lambda: EmulatedPrecision(FP16_FORMAT),
 }
 
 
@@ -86,6 +88,45 @@ def test_the_estimate_is_within_3_percent_of_a_real_fp32_run(name, precision):
     if precision in ("BF16", "FP16"):
         assert stored.stored_bytes < stored.fp32_bytes
     loss.backward()  # the watched graph can be used like any other
+
+
+def test_emulated_half_precision_stores_what_a_device_does():
+    """To the byte: half-precision operands of products, outputs and casts of weights, and not the FP32 copies of a CPU."""
+    rows, width, classes = 8, 16, 4
+    model = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, classes))
+    for parameters_are_half in (False, True):
+        x = torch.randn(rows, width)
+        if parameters_are_half:
+            model, x = model.half(), x.half()
+        with StoredForBackward(model.parameters()) as stored, EmulatedPrecision(FP16_FORMAT, not parameters_are_half):
+            output = model(x)
+        operands = 3 * rows * width  # x, what GELU is given, what it gives
+        casts = 0 if parameters_are_half else classes * width  # the first weight's is not needed: x has no gradient
+        assert stored.stored_bytes == 2 * (operands + casts)
+        assert stored.fp32_bytes == 4 * operands
+        output.sum().backward()
+
+
+def test_a_laptop_tells_what_an_h200_stores(full_size):
+    """The estimates of GPT-2 124M and BERT-base are those that were made on the GPU, within a ten-thousandth.
+
+    Dropout is off, because attention with dropout is one kernel on a device and not on a CPU; its masks have a byte an element.
+    """
+    if not full_size:
+        pytest.skip("two forward passes of two models of 100M parameters; --full-size runs them")
+    measured = json.loads((RESULTS / "gpu" / "gpu_training.json").read_text())["cases"]
+    gpt2, _, bert, _ = FULL
+    for subject, rows, length in ((gpt2, 16, 1024), (bert, 64, 512)):
+        estimate = measured[f"{subject.name}, {rows} rows"]["estimate"]
+        model = subject.make().eval().requires_grad_(True)
+        figures = []
+        for few in (1, 2):
+            with StoredForBackward(model.parameters()) as stored, EmulatedPrecision(FP16_FORMAT):
+                model(**subject.batch(few))
+            figures.append((stored.stored_bytes, stored.fp32_bytes))
+        masks = 25 * rows * length * 768  # embeddings, and two in each of twelve layers
+        for one, two, name in zip(*figures, ("stored_bytes", "fp32_stored_bytes"), strict=True):
+            assert one + (rows - 1) * (two - one) + masks == pytest.approx(estimate[name], rel=1e-4), name
 
 
 def test_half_precision_can_cost_memory():

@@ -400,7 +400,7 @@ def test_a_model_that_is_gone_leaves_no_window_behind():
 
 
 def test_memory_savings_are_measured_in_the_first_step():
-    """BF16 saves some memory on GPT-2, FP32 exactly none, emulated FP16 none; the estimate is there in bytes."""
+    """BF16 and emulated FP16 save some memory on GPT-2, FP32 exactly none; the estimate is there in bytes."""
     savings = {}
     for mode in ("FP32", "BF16", "MIXED"):
         model = small_gpt2()
@@ -410,7 +410,7 @@ def test_memory_savings_are_measured_in_the_first_step():
         assert trainer.memory.report()["fp32_stored"] > 0
     assert savings["FP32"] == 0.0
     assert 0.02 < savings["BF16"] < 0.5
-    assert savings["MIXED"] < 0.0
+    assert 0.0 < savings["MIXED"] < savings["BF16"]  # of which a CPU runs `pow` in half precision, where CUDA takes FP32
 
 
 def test_half_parameters_are_settled_before_the_first_step():
