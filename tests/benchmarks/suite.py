@@ -165,7 +165,7 @@ CPU = (
         "A step of BF16 parameters: CPU time of fused AdamW and all around it, operators in blocks of a GPU's size, and the bytes a parameter of "
         "parameters, state and master weights. Below, what PyTorch's operators take at least: BF16 to FP32, the fused step, and back to nearest, "
         "with everything prepared before, or rounded stochastically; and torchao's AdamW, which rounds parameters stochastically and state to "
-        "nearest. Measured on two cores that a dozen other processes shared.",
+        "nearest.",
         "fused AdamW on the BF16 parameters, which loses updates",
         (Target("1.3 of the plain step or less at 25M", "ratio", 1.3, _rounds_25m),),
         threads=1,
