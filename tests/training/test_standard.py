@@ -410,7 +410,9 @@ def test_memory_savings_are_measured_in_the_first_step():
         assert trainer.memory.report()["fp32_stored"] > 0
     assert savings["FP32"] == 0.0
     assert 0.02 < savings["BF16"] < 0.5
-    assert 0.0 < savings["MIXED"] < savings["BF16"]  # of which a CPU runs `pow` in half precision, where CUDA takes FP32
+    assert (
+        0.0 < savings["MIXED"] < savings["BF16"]
+    )  # of which a CPU runs `pow` in half precision, where CUDA takes FP32
 
 
 def test_half_parameters_are_settled_before_the_first_step():
