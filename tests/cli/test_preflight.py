@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import typer
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -347,6 +349,56 @@ def test_inference_of_half_precision_copies(entry: RescaledModel) -> None:
     assert 5 < fp16.headroom.bits < 16 < bf16.headroom.bits
 
 
+class Scores(nn.Module):
+    """Products of queries are 40,000, then 10,000 under a mask, and no module returns them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.query = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        nn.init.constant_(self.query.weight, 50.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.query(x)
+        scores = q @ (q / 4).T
+        mask = torch.tensor([[0.0, torch.finfo(q.dtype).min]], dtype=q.dtype).expand(2, 2).reshape(1, 4)
+        return self.inner(x) + (scores / 4 + mask).softmax(-1).sum()
+
+
+def test_headroom_is_that_of_half_precision_values_inside_of_modules_too() -> None:
+    """Scores that no module returns count; a residual stream in FP32, a mask of -65504 and weights do not."""
+    x = torch.ones(4, 4)
+    exact = (Scores().query(x) @ (Scores().query(x) / 4).T).abs().max().item()
+    for near in (next(dry_runs(Scores(), {"x": x})).headroom, hf_amp.check_inference(Scores(), {"x": x})[0].headroom):
+        assert near is not None
+        assert (near.module, near.amax) == ("", pytest.approx(exact, rel=1e-3))
+        assert near.bits == pytest.approx(math.log2(65504 / exact), abs=0.01)
+    stream = nn.Sequential(nn.Linear(4, 4), Wide())
+    (fp16, *_) = dry_runs(stream, {"input": x})
+    assert fp16.overflowing == []
+    assert fp16.headroom is not None
+    assert (fp16.headroom.module, fp16.headroom.bits > 10) == ("0", True)
+
+
+class Wide(nn.Module):
+    """A residual stream of 200,000, which is FP32 under autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float() + 2e5
+
+
+def test_headroom_beside_what_overflows_is_that_of_the_rest() -> None:
+    """A module that overflows goes to FP32; how near the others are is told all the same, by the largest value beside it."""
+    model = nn.Sequential(Product(30_000.0), Product(1e3), Product(1_000_000.0))
+    with torch.no_grad():
+        model[1].product.weight /= 1e3
+    x = {"input": EIGHTS}
+    inputs = model[0](EIGHTS).abs().max().item()
+    for found in (next(dry_runs(model, x)), hf_amp.check_inference(model, x)[0]):
+        assert found.overflowing == ["2.product"]
+        assert found.headroom is not None
+        assert found.headroom.amax == pytest.approx(inputs, rel=1e-2)
+
+
 class Residual(nn.Module):
     """A residual stream beyond 65504, of outputs that are in the range."""
 
@@ -368,6 +420,24 @@ def test_inference_overflows_where_training_does_not() -> None:
     assert fp16.operators[""].startswith("sum: ")
     assert bf16.overflowing == []
     assert next(dry_runs(Residual(), {"x": torch.ones(2, 4)})).overflowing == []
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Of Gemma: what is looked up is multiplied by a constant in the dtype of the weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * torch.tensor(8.0).to(self.weight.dtype)
+
+
+def test_inference_compares_to_fp32_parameters() -> None:
+    """A scaled embedding that overflows in FP16 alone is to blame, and not FP32; its FP32 values are those of FP32 weights."""
+    embedding = ScaledEmbedding(4, 4)
+    nn.init.constant_(embedding.weight, 10_003.0)
+    model = nn.Sequential(embedding, nn.LayerNorm(4))
+    fp16, bf16 = hf_amp.check_inference(model, {"input": torch.arange(4)})
+    assert (fp16.first_non_finite, fp16.overflowing[0], bf16.overflowing) == (None, "0", [])
+    assert fp16.operators["0"].startswith("product: ")
+    assert "its output is from 8e+04 to 8e+04 in FP32 and inf in FP16" in fp16.operators["0"]
 
 
 def test_the_command_says_first_what_matters(folder: Path) -> None:
@@ -397,6 +467,121 @@ def test_non_finite_weights_and_odd_configurations_are_sentences(tmp_path: Path)
     vars(model.config)["vocab_size"] = None
     with pytest.raises(typer.BadParameter, match="no batch can be made up for GPT2LMHeadModel"):
         batch_for(model, "1", 4)
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TEXT = {"vocab_size": 32, "max_position_embeddings": 34, "pad_token_id": 0, **SIZES}
+IMAGE = {"image_size": 16, "patch_size": 8, **SIZES}
+RESNET = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+XLNET = {"vocab_size": 32, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+KINDS = [
+    ("BertForMultipleChoice", "BertConfig", TEXT),
+    ("BertForNextSentencePrediction", "BertConfig", TEXT),
+    ("BertForTokenClassification", "BertConfig", {**TEXT, "num_labels": 3}),
+    ("BertForQuestionAnswering", "BertConfig", TEXT),
+    ("BertForSequenceClassification", "BertConfig", {**TEXT, "num_labels": 1}),
+    ("BertForSequenceClassification", "BertConfig", {**TEXT, "problem_type": "multi_label_classification"}),
+    ("RobertaForMaskedLM", "RobertaConfig", {**TEXT, "pad_token_id": 1}),
+    ("XLNetLMHeadModel", "XLNetConfig", XLNET),
+    ("CLIPModel", "CLIPConfig", {"text_config": {**TEXT, "eos_token_id": 2}, "vision_config": IMAGE}),
+    ("ResNetForImageClassification", "ResNetConfig", RESNET),
+    ("ASTForAudioClassification", "ASTConfig", {"num_mel_bins": 16, "max_length": 32, "patch_size": 8, **SIZES}),
+    ("VideoMAEForVideoClassification", "VideoMAEConfig", {**IMAGE, "num_frames": 2}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "configuration", "options"), KINDS)
+def test_a_batch_is_made_up_for_what_people_train(
+    architecture: str, configuration: str, options: dict[str, Any]
+) -> None:
+    """Inputs and labels of the kinds, shapes and dtypes that the model takes, with as many tokens as are asked for at most."""
+    model = getattr(transformers, architecture)(getattr(transformers, configuration)(**options))
+    batch = made_up_batch(model, 2, 64)
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+def llava() -> PreTrainedModel:
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(num_key_value_heads=2, **TEXT),
+        vision_config=transformers.CLIPVisionConfig(**IMAGE),
+        image_token_id=31,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def test_what_the_batch_does_not_reach_is_said(tmp_path: Path) -> None:
+    """Of a vision tower nothing is known where the made-up batch holds tokens alone; of a model whose parts all ran, nothing is said."""
+    llava().save_pretrained(tmp_path)
+    for options in ([], ["--inference"]):
+        printed = " ".join(preflight(tmp_path, "--batch", 1, "--length", 8, *options).stdout.split())
+        words = "The batch did not reach model.vision_tower, model.multi_modal_projector: nothing is known of them."
+        assert words in printed
+    assert next(dry_runs(tiny_gpt2(), made_up_batch(tiny_gpt2(), 1, 8))).not_run == []
+
+
+def test_a_model_without_a_loss_says_what_gradients_are_of(tmp_path: Path) -> None:
+    """The mean square of its outputs; and that its log-probabilities are unknown, without words of another command."""
+    transformers.BertModel(transformers.BertConfig(**TEXT)).save_pretrained(tmp_path)
+    printed = preflight(tmp_path, "--batch", 1).stdout
+    assert "The model returns no loss on this batch: gradients are those of the mean square of its outputs." in printed
+    assert "choose_precision" not in printed
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_named(tmp_path: Path) -> None:
+    """What is random because the folder lacks it is said, and what does not fit config.json is an error with its names."""
+    tiny_gpt2().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = {name: x for name, x in weights.items() if name != "transformer.ln_f.weight"}
+    save_file(lost, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    result = preflight(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "lacks 1 weight (transformer.ln_f.weight): random here" in result.stderr
+    weights["transformer.ln_f.weight"] = torch.ones(3)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    result = preflight(tmp_path)
+    assert result.exit_code == 2
+    assert "other shapes than config.json says (transformer.ln_f.weight)" in " ".join(result.output.split())
+
+
+class Derivative(Product):
+    """Finite in every format, with a gradient of 0 times infinity."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = super().forward(x)
+        return (h - h).abs().sqrt() + h
+
+
+def test_gradients_that_no_format_cures_are_not_blamed_on_one() -> None:
+    """They are not finite in FP32 either: the parameters are named, and no other format is recommended."""
+    for run in dry_runs(Derivative(1.0), {"x": EIGHTS}):
+        assert run.non_finite_gradients == ["product.weight"]
+        assert run.verdict().startswith("Gradients are not finite in FP32 either (product.weight): fix the model")
+        assert run.remedy.startswith("none: fix the model")
+
+
+class Masked(Product):
+    """A mask that no FP16 tensor can be filled with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).masked_fill(x > 1, -1e9)  # the line
+
+
+def test_a_mask_that_fp16_cannot_hold_is_said_with_its_line() -> None:
+    """As on a device it raises, in training and inference: what is said names file and line."""
+    for found in (next(dry_runs(Masked(1.0), {"x": EIGHTS})), hf_amp.check_inference(Masked(1.0), {"x": EIGHTS})[0]):
+        assert "without overflow at test_preflight.py:" in found.verdict()
+        assert "masked_fill(x > 1, -1e9)" in found.verdict()
+
+
+def test_a_loss_scale_below_one_is_said_at_once() -> None:
+    """A loss ten million times too large overflows nowhere, and the verdict says what it needs."""
+    model, batch = tiny_gpt2(), made_up_batch(tiny_gpt2(), 1, 8)
+    model.register_forward_hook(lambda module, arguments, output: output.__setitem__("loss", output.loss * 1e7))
+    fp16 = next(dry_runs(model, batch))
+    assert fp16.scale is not None
+    assert f"need a loss scale below 1 ({fp16.scale:g} fits)" in fp16.verdict()
 
 
 CONFIGURATION = """
