@@ -79,7 +79,9 @@ def preflight(
     verdict = "" if first is None else first.verdict()
     if first is not None and (bad := facts["non_finite_parameters"]):
         verdict = f"The weights hold inf or NaN ({first.names(bad)}): go back to a good checkpoint."
-    facts["batch"] = None if inputs is None else _described_batch(inputs, str(batch))
+    facts["batch"] = (
+        None if inputs is None else _described_batch(_taken(loaded, inputs) if inference else inputs, str(batch))
+    )
     if as_json:
         found: dict[str, Any] = {"dry_runs": [run.to_dict() for run in runs]}
         found |= {"inference": [check.to_dict() for check in checks]} if inference else {}
@@ -108,14 +110,14 @@ def preflight(
     if not runs:
         return
     table = Table(
-        "format", "modules that overflow", "largest activation", "headroom", "loss scale", "gradient lost", "remedy",
+        "format", "modules that overflow", "largest value", "headroom", "loss scale", "gradient lost", "remedy",
         title="Dry run, emulated", title_justify="left",
-        caption="Largest of what does not overflow. FP8 without a scale for each tensor: the worst case.", caption_justify="left",
+        caption="Largest of what does not overflow. Lost: zero or subnormal. FP8 without a scale for each tensor: the worst case.", caption_justify="left",
     )  # fmt: skip
     for run in runs:
         scale = "" if run.scale is None else f"{run.scale:g}"
         lost = "" if run.underflow_fraction is None else f"{run.underflow_fraction:.1%}"
-        near = ("", "") if run.headroom is None else (f"{run.headroom.amax:.4g}", f"{run.headroom.bits:.1f} bits")
+        near = ("", "") if run.headroom is None else (f"{run.headroom.amax:.3g}", f"{run.headroom.bits:.1f} bits")
         table.add_row(run.number_format.name, str(len(run.overflowing)), *near, scale, lost, run.remedy)
     console.print(table)
     if runs and not runs[0].has_loss:
@@ -132,11 +134,14 @@ def _described_batch(inputs: Mapping[str, Tensor], batch: str) -> str:
     return f"{kind}: {shapes}."
 
 
+def _taken(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in inputs.items() if name != "labels" or model.config.is_encoder_decoder}
+
+
 def _inference_checks(console: Console, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[InferenceCheck]:
-    taken = {name: x for name, x in inputs.items() if name != "labels" or model.config.is_encoder_decoder}
     try:
         with console.status("Inference in FP16 and BF16 ..."):
-            return check_inference(model, taken)
+            return check_inference(model, _taken(model, inputs))
     except Exception as error:  # whatever the model raises on this batch
         raise _cannot_run(model, inputs, error) from error
 
@@ -434,7 +439,7 @@ class DryRun(FormatCheck):
         if self.scale is None:
             return f"{name} does not train this model: its gradients overflow at every loss scale; use another format."
         small = f"; gradients this large need a loss scale below 1 ({self.scale:g} fits)" if self.scale < 1.0 else ""
-        much = f"; {lost:.0%} of the gradient is lost: use BF16 or FP32" if lost > UNDERFLOW_TO_REPORT else ""
+        much = f"; {lost:.0%} of the gradient underflows: use BF16 or FP32" if lost > UNDERFLOW_TO_REPORT else ""
         return f"{super().verdict().removesuffix('.')}{small}{much}."
 
     @property

@@ -105,7 +105,7 @@ class FormatCheck:
             yield f"{name} in {named(module)}: {operator}"
         if (near := self.headroom) is not None:
             where = f"{near.amax:.4g} in {named(near.module)}, {near.bits:.1f} bits below overflow"
-            yield f"{name} largest activation{' of the rest' if self.overflowing else ''}: {where}"
+            yield f"{name} largest value{' of the rest' if self.overflowing else ''}: {where}"
 
 
 NAMES_SHOWN = 12
