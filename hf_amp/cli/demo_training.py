@@ -132,6 +132,7 @@ def _arguments(precision: str, steps: int, output_dir: Path) -> TrainingArgument
         use_cpu=not torch.cuda.is_available(),
         logging_steps=max(1, min(10, steps // 10)),
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # which logs a loss of 0 for NaN
         save_strategy="steps",
         save_steps=steps,
         report_to="tensorboard",

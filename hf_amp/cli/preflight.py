@@ -257,9 +257,7 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
             f"{name}: weights have other shapes than config.json says ({join_names(sorted(other))}); pass the folder of one model."
         )
     if missing := sorted(seen["missing_keys"]):
-        typer.echo(
-            f"{name} lacks {counted_names(missing, 'weight')}: random here, and what is said of them too.", err=True
-        )
+        typer.echo(f"{name} lacks {counted_names(missing, 'weight')}: they are random here.", err=True)
     return cast("PreTrainedModel", model)
 
 

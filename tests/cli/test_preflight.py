@@ -537,7 +537,7 @@ def test_weights_that_are_missing_or_of_another_shape_are_named(tmp_path: Path) 
     save_file(lost, tmp_path / "model.safetensors", metadata={"format": "pt"})
     result = preflight(tmp_path)
     assert result.exit_code == 0, result.output
-    assert "lacks 1 weight (transformer.ln_f.weight): random here" in result.stderr
+    assert "lacks 1 weight (transformer.ln_f.weight): they are random here" in result.stderr
     weights["transformer.ln_f.weight"] = torch.ones(3)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     result = preflight(tmp_path)
