@@ -26,7 +26,7 @@ from hf_amp.errors import ConfigError, in_one_line
 from hf_amp.events import counted_names, join_names
 from hf_amp.fallback.inference import FormatCheck, InferenceCheck, LargestValues, check_inference, operators_in
 from hf_amp.fallback.module_precision import CurrentPrecision, PrecisionEntry
-from hf_amp.fallback.operators import graph_of
+from hf_amp.fallback.operators import graph_of, raised_at
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import float_tensors, non_finite_tensors, nothing_changes, replay
 from hf_amp.monitoring.frozen import (
@@ -128,9 +128,8 @@ def preflight(
 
 def _described_batch(inputs: Mapping[str, Tensor], batch: str) -> str:
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
-    kind = (
-        "Made-up batch, random: real data may overflow where it does not" if batch.isdecimal() else f"Batch of {batch}"
-    )
+    made_up = "Made-up batch, random: real data may overflow where it does not"
+    kind = made_up if batch.isdecimal() else f"Batch of {batch}"
     return f"{kind}: {shapes}."
 
 
@@ -160,7 +159,7 @@ def _cannot_run(model: PreTrainedModel, inputs: Mapping[str, Tensor], error: Exc
         remedy = "its weights are quantized: pass the model from before that"
     elif not any(p.requires_grad for p in model.parameters()):
         remedy = "no parameter can be trained, as where an adapter lies beside the model: pass --inference, or the model alone"
-    words = f"{type(model).__name__} cannot be run on {', '.join(inputs)} ({in_one_line(error)})"
+    words = f"{type(model).__name__} cannot be run on {', '.join(inputs)} ({in_one_line(error)}{raised_at(error)})"
     return typer.BadParameter(f"--batch: {words}; {remedy}.")
 
 
@@ -278,10 +277,8 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
         try:
             return made_up_batch(model, int(batch), length)
         except Exception as error:  # a configuration that lacks what others have
-            raise typer.BadParameter(
-                f"no batch can be made up for {type(model).__name__} ({in_one_line(error)}): save one as .safetensors and pass "
-                "it as --batch."
-            ) from error
+            words = f"no batch can be made up for {type(model).__name__} ({in_one_line(error)})"
+            raise typer.BadParameter(f"{words}: save one as .safetensors and pass it as --batch.") from error
     path = Path(batch)
     try:
         if path.suffix == ".safetensors":
@@ -290,10 +287,8 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
             return dict(load_file(path))
         loaded = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # safetensors, pickle and the system raise of many kinds
-        raise typer.BadParameter(
-            f"--batch {batch}: cannot be read ({type(error).__name__}: {str(error)[:200]}); pass a number of rows, or a "
-            ".safetensors or .pt file with the arguments of the model by name."
-        ) from error
+        words = f"--batch {batch}: cannot be read ({in_one_line(error)}); pass a number of rows, or a"
+        raise typer.BadParameter(f"{words} .safetensors or .pt file with the model's arguments by name.") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise typer.BadParameter(f"--batch {batch}: must hold a mapping of argument names to tensors.")
     return loaded
@@ -303,18 +298,21 @@ def made_up_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, T
     """Random tokens, pixels or audio in the shapes that the configuration asks for, and labels where there is a loss."""
     generator = torch.Generator().manual_seed(0)
     config, name = model.config, model.main_input_name
+    accepted = inspect.signature(model.forward).parameters
     if name == "input_ids":
         limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
         length = min(length, limit - 2) if limit > 2 else length  # RoBERTa counts positions from 2 on
         choices = (2,) if "MultipleChoice" in type(model).__name__ else ()
         batch = {name: _tokens(config, (rows, *choices, length), generator)}
-        if "return_loss" in inspect.signature(model.forward).parameters:  # CLIP's kin
+        if "return_loss" in accepted:  # CLIP's kin
             shape = _shape_of_a_row(config.vision_config, "pixel_values")
             batch |= {"pixel_values": torch.randn(rows, *shape, generator=generator), "return_loss": torch.tensor(True)}
     elif name in ("pixel_values", "input_features", "input_values"):
         batch = {name: torch.randn(rows, *_shape_of_a_row(config, name), generator=generator)}
     else:
         raise ValueError(f"its input is {name}")
+    if "token_type_ids" in accepted and accepted["token_type_ids"].default is inspect.Parameter.empty:
+        batch["token_type_ids"] = torch.zeros_like(batch[name])
     return batch | _labels(model, batch, rows, length, generator)
 
 
@@ -596,7 +594,10 @@ def _largest_finite(x: Tensor) -> float:
 
 def _loss(output: Any) -> tuple[Tensor, bool]:
     """The model's own loss, and True; without one, the mean square of all that it returns, and False."""
-    loss = getattr(output, "loss", None)
+    first = output[0] if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].dim() else None
+    loss = (
+        output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", first)
+    )  # as a Trainer takes it
     if loss is not None:
         return torch.as_tensor(loss), True
     return torch.stack([x.float().square().mean() for _, x in float_tensors(output) if x.requires_grad]).sum(), False

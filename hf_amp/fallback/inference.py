@@ -371,5 +371,5 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def _log_probabilities(output: Any) -> Tensor | None:
-    logits = getattr(output, "logits", None)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return logits.float().log_softmax(-1) if isinstance(logits, Tensor) else None

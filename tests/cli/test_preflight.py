@@ -529,6 +529,29 @@ def test_a_model_without_a_loss_says_what_gradients_are_of(tmp_path: Path) -> No
     assert "choose_precision" not in printed
 
 
+class Returns(nn.Module):
+    """A loss, in the kinds of output that a Trainer takes it from."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.head(x)
+        loss = nn.functional.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long))
+        return {"loss": loss, "logits": logits} if self.kind is dict else (loss, logits)
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_a_loss_is_found_where_a_trainer_finds_it(kind: type) -> None:
+    """In a plain dict or at the beginning of a tuple: gradients are those of the loss, and no other is spoken of."""
+    model = Returns(kind)
+    fp16 = next(dry_runs(model, {"x": EIGHTS}))
+    assert fp16.has_loss
+    in_inference = hf_amp.check_inference(model, {"x": EIGHTS})[0].log_probability_error
+    assert (in_inference is not None) is (kind is dict)
+
+
 def test_weights_that_are_missing_or_of_another_shape_are_named(tmp_path: Path) -> None:
     """What is random because the folder lacks it is said, and what does not fit config.json is an error with its names."""
     tiny_gpt2().save_pretrained(tmp_path)
@@ -609,7 +632,8 @@ class OwnForCausalLM(PreTrainedModel):
         self.embedding, self.head = nn.Embedding(config.vocab_size, 16), nn.Linear(16, config.vocab_size)
         self.post_init()
 
-    def forward(self, input_ids, labels=None):
+    def forward(self, input_ids, token_type_ids, labels=None):
+        assert token_type_ids.shape == input_ids.shape
         logits = self.head(self.embedding(input_ids) * 1e6)
         return CausalLMOutput(nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits)
 """
@@ -622,6 +646,7 @@ def test_custom_code_and_hub_names_without_a_network(
     for name, text in (("configuration_own.py", CONFIGURATION), ("modeling_own.py", MODEL)):
         (tmp_path / name).write_text(text)
     auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    save_file({"input_ids": torch.ones(1, 4).long(), "token_type_ids": torch.ones(1, 2)}, tmp_path / "bad.safetensors")
     config = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map, "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = {
@@ -632,6 +657,7 @@ def test_custom_code_and_hub_names_without_a_network(
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     commands = [
         [tmp_path, "--trust-remote-code", "--batch", "1", "--length", "4"],
+        [tmp_path, "--trust-remote-code", "--batch", tmp_path / "bad.safetensors"],
         [tmp_path],
         ["nobody/no-such-model"],
     ]
@@ -645,7 +671,7 @@ def test_custom_code_and_hub_names_without_a_network(
     assert "Traceback" not in printed
     for words in (
         "0 NoneType", "FP16 overflows in 1 module in training: 1 module in FP32: hf_amp does that", "OwnForCausalLM, parameters",
-        "FP16 overflow: head", "2 SystemExit", "pass --trust-remote-code, if you trust the code", "no-such-model: cannot be loaded (OSError",
+        "FP16 overflow: head", "2 SystemExit", "(AssertionError at modeling_own.py:", "pass --trust-remote-code, if you trust the code", "no-such-model: cannot be loaded (OSError",
         "pass a folder that save_pretrained wrote, or a hub name",
     ):  # fmt: skip
         assert words in " ".join(printed.replace("│", " ").split())
