@@ -71,6 +71,8 @@ def preflight(
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         batch = "1" if batch is None and inference else batch
         inputs = batch_for(loaded, batch, length) if batch is not None else None
+    if inference and inputs and not loaded.config.is_encoder_decoder:  # where a decoder begins from them
+        inputs.pop("labels", None)
     facts = _facts(loaded) | {"half_parameters": _half_parameters(loaded, lr)}  # before the model is cast to FP32
     runs = [] if inputs is None or inference else _dry_runs(console, loaded, inputs)
     checks = _inference_checks(console, loaded, inputs) if inputs is not None and inference else []
@@ -79,9 +81,9 @@ def preflight(
     verdict = "" if first is None else first.verdict()
     if first is not None and (bad := facts["non_finite_parameters"]):
         verdict = f"The weights hold inf or NaN ({first.names(bad)}): go back to a good checkpoint."
-    facts["batch"] = (
-        None if inputs is None else _described_batch(_taken(loaded, inputs) if inference else inputs, str(batch))
-    )
+    elif first is not None and (bad := [name for name, x in (inputs or {}).items() if not bool((x < math.inf).all())]):
+        verdict = f"The batch holds inf or NaN ({first.names(bad)}): fix the data."
+    facts["batch"] = None if inputs is None else _described_batch(inputs, str(batch))
     if as_json:
         found: dict[str, Any] = {"dry_runs": [run.to_dict() for run in runs]}
         found |= {"inference": [check.to_dict() for check in checks]} if inference else {}
@@ -133,14 +135,10 @@ def _described_batch(inputs: Mapping[str, Tensor], batch: str) -> str:
     return f"{kind}: {shapes}."
 
 
-def _taken(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x for name, x in inputs.items() if name != "labels" or model.config.is_encoder_decoder}
-
-
 def _inference_checks(console: Console, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[InferenceCheck]:
     try:
         with console.status("Inference in FP16 and BF16 ..."):
-            return check_inference(model, _taken(model, inputs))
+            return check_inference(model, inputs)
     except Exception as error:  # whatever the model raises on this batch
         raise _cannot_run(model, inputs, error) from error
 
@@ -287,7 +285,9 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
             return dict(load_file(path))
         loaded = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # safetensors, pickle and the system raise of many kinds
-        words = f"--batch {batch}: cannot be read ({in_one_line(error)}); pass a number of rows, or a"
+        words = (
+            f"--batch {batch}: cannot be read ({in_one_line(error).partition('. ')[0]}); pass a number of rows, or a"
+        )
         raise typer.BadParameter(f"{words} .safetensors or .pt file with the model's arguments by name.") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise typer.BadParameter(f"--batch {batch}: must hold a mapping of argument names to tensors.")

@@ -122,25 +122,28 @@ class InferenceCheck(FormatCheck):
 
     Attributes:
         weights: parameters and buffers that hold values beyond its range. They are FP32 in all that follows.
+        inputs: arguments of the batch that do. They too.
         log_probability_error: root mean square difference of log-probabilities from FP32's, over the last dimension of
             `logits`, with the modules that overflow in FP32; None without logits, or where the model itself overflows.
     """
 
     during = "inference"
     weights: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
     log_probability_error: float | None = None
 
     @property
     def remedy(self) -> str:
         """What cures what overflows, in words."""
-        several = len(self.overflowing or self.weights) > 1
+        several = len(self.overflowing or self.weights or self.inputs) > 1
         return f"use BF16, or keep {'them' if several else 'it'} in FP32"
 
     def verdict(self) -> str:
         """One sentence."""
-        if self.overflowing or not self.weights or self.error is not None or self.first_non_finite is not None:
+        beyond = self.weights or self.inputs
+        if self.overflowing or not beyond or self.error is not None or self.first_non_finite is not None:
             return super().verdict()
-        count = f"{len(self.weights)} weight{'s' if len(self.weights) > 1 else ''}"
+        count = f"{len(beyond)} {'weight' if self.weights else 'input'}{'s' if len(beyond) > 1 else ''}"
         return f"{self.number_format.name} overflows in {count} in inference: {self.remedy}."
 
     def sentences(self) -> Iterator[str]:
@@ -148,9 +151,11 @@ class InferenceCheck(FormatCheck):
         name = self.number_format.name
         if self.weights:
             yield f"{name} weights beyond its range: {self.names(self.weights)}"
+        if self.inputs:
+            yield f"{name} inputs beyond its range: {self.names(self.inputs)}"
         yield from super().sentences()
         if self.log_probability_error is not None:
-            wide = " with those in FP32" if self.overflowing or self.weights else ""
+            wide = " with those in FP32" if self.overflowing or self.weights or self.inputs else ""
             yield f"{name} log-probabilities{wide}: {self.log_probability_error:.2g} from FP32's (root mean square)"
 
 
@@ -210,6 +215,8 @@ def _checked(
     dtype = number_format.dtype
     twin, beyond = half_copy(exact, dtype)
     inputs = {name: _cast(x, dtype) for name, x in batch.items()}
+    too_large = [name for name, x in inputs.items() if isinstance(x, Tensor) and _leaves(x, batch[name])]
+    inputs |= {name: batch[name].float() for name in too_large}
     pairs = zip([*twin.parameters(), *twin.buffers()], [*exact.parameters(), *exact.buffers()], strict=True)
     entry = HalfModelEntry(
         number_format=number_format, originals=tuple((x, y.detach()) for x, y in pairs if x.is_floating_point())
@@ -217,7 +224,7 @@ def _checked(
     with LargestValues(twin, number_format) as largest:
         found = replay(RecordedForward(twin, (), inputs), CurrentPrecision(entry, PrecisionMode.MIXED))
     result = InferenceCheck(number_format, found.overflowing, found.first_non_finite, operators_in(found.operators))
-    result.weights, result.error = beyond, found.error
+    result.weights, result.inputs, result.error = beyond, too_large, found.error
     if found.error is None and found.first_non_finite is None:
         result.headroom, result.not_run = largest.beside(found.overflowing), largest.not_run()
         actual = None if "" in found.overflowing else _log_probabilities(found.output)
@@ -239,7 +246,7 @@ def half_copy(exact: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[str
     originals = {**dict(exact.named_parameters()), **dict(exact.named_buffers())}
     for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
         original = originals[name].detach()
-        if tensor.is_floating_point() and not torch.equal(tensor.isfinite(), original.isfinite()):
+        if _leaves(tensor, original):
             beyond.append(name)  # in FP32 from here on, to see the rest
         if name in beyond[-1:] or kept & set(name.split(".")):
             tensor.data = original.clone()
@@ -252,7 +259,7 @@ def operators_in(found: Mapping[str, BadOperator]) -> dict[str, str]:
     for module, operator in found.items():
         name = operator.what.split(" ", 1)[0].strip("_,;").removeprefix("i")
         kind = next((kind for kind, names in _KINDS.items() if name in names), "operator")
-        described[module] = f"{kind}: {operator.what}"
+        described[module] = f"{kind}: {operator.what}" + (f"; {operator.hint}" if operator.hint else "")
     return described
 
 
@@ -364,6 +371,11 @@ class LargestValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         module = max(found, key=lambda name: (found[name], name.count(".")))  # not one around it, which returns it
         return Headroom(module, found[module], math.log2(self._format.largest / found[module]))
+
+
+def _leaves(rounded: Tensor, original: Tensor) -> bool:
+    """Whether finite values became infinite ones."""
+    return rounded.is_floating_point() and not torch.equal(rounded.isfinite(), original.isfinite())
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

@@ -422,6 +422,30 @@ def test_inference_overflows_where_training_does_not() -> None:
     assert next(dry_runs(Residual(), {"x": torch.ones(2, 4)})).overflowing == []
 
 
+def test_inputs_beyond_fp16_are_not_blamed_on_fp32(tmp_path: Path) -> None:
+    """Of a batch that FP16 cannot hold that is said, with its names; NaN in it is said to be there."""
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    x = torch.tensor([[1e5, 2e5, 3e5, 4e5]])
+    fp16, bf16 = hf_amp.check_inference(model, {"input": x})
+    assert (fp16.inputs, fp16.first_non_finite, bf16.inputs) == (["input"], None, [])
+    assert "FP16 inputs beyond its range: input" in fp16.sentences()
+    tiny_gpt2().save_pretrained(tmp_path)
+    width = tiny_gpt2().config.n_embd
+    batch = {"inputs_embeds": torch.full((1, 4, width), torch.nan), "labels": torch.ones(1, 4, dtype=torch.long)}
+    save_file(batch, tmp_path / "batch.safetensors")
+    for options in ([], ["--inference"]):
+        result = preflight(tmp_path, "--batch", tmp_path / "batch.safetensors", *options)
+        assert result.stdout.startswith("The batch holds inf or NaN (inputs_embeds): fix the data.")
+
+
+def test_labels_that_are_all_ignored_are_named() -> None:
+    """A mean over no label is NaN in every format: the line says so."""
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
+    fp16 = next(dry_runs(tiny_gpt2(), batch))
+    assert fp16.first_non_finite == ""
+    assert "every label of the batch is ignored (-100)" in fp16.operators[""]
+
+
 class ScaledEmbedding(nn.Embedding):
     """Of Gemma: what is looked up is multiplied by a constant in the dtype of the weight."""
 
@@ -451,6 +475,7 @@ def test_the_command_says_first_what_matters(folder: Path) -> None:
     result = preflight(folder, "--inference")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("FP16 overflows in ")
+    assert ", labels (" not in result.stdout
     assert "FP16 weights beyond its range: transformer.wte.weight" in result.stdout
     assert "BF16 log-probabilities: " in result.stdout
 
