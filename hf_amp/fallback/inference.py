@@ -141,7 +141,7 @@ class InferenceCheck(FormatCheck):
     def verdict(self) -> str:
         """One sentence."""
         beyond = self.weights or self.inputs
-        if self.overflowing or not beyond or self.error is not None or self.first_non_finite is not None:
+        if self.overflowing or not beyond or self.first_non_finite is not None:
             return super().verdict()
         count = f"{len(beyond)} {'weight' if self.weights else 'input'}{'s' if len(beyond) > 1 else ''}"
         return f"{self.number_format.name} overflows in {count} in inference: {self.remedy}."
@@ -374,8 +374,9 @@ class LargestValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _leaves(rounded: Tensor, original: Tensor) -> bool:
-    """Whether finite values became infinite ones."""
-    return rounded.is_floating_point() and not torch.equal(rounded.isfinite(), original.isfinite())
+    """Whether finite values became infinite ones; of quantized ones nothing is known."""
+    is_plain = rounded.is_floating_point() and type(original.data) is Tensor
+    return is_plain and not torch.equal(rounded.isfinite(), original.isfinite())
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

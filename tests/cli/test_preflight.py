@@ -438,6 +438,25 @@ def test_inputs_beyond_fp16_are_not_blamed_on_fp32(tmp_path: Path) -> None:
         assert result.stdout.startswith("The batch holds inf or NaN (inputs_embeds): fix the data.")
 
 
+def test_a_buffer_beyond_fp16_is_what_is_said() -> None:
+    """Also where a kernel does not take it in FP32 beside half precision, so that the rest cannot be seen."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].running_var.fill_(1e6)
+    fp16, bf16 = hf_amp.check_inference(model, {"input": torch.randn(2, 3, 8, 8)})
+    assert fp16.weights == ["1.running_var"]
+    assert fp16.verdict() == "FP16 overflows in 1 weight in inference: use BF16, or keep it in FP32."
+    assert bf16.verdict().startswith("BF16 overflows nowhere in inference, with ")
+
+
+def test_quantized_weights_are_run_as_they_are() -> None:
+    """Those of torchao, of which nothing is known element by element."""
+    quantization = pytest.importorskip("torchao.quantization", reason="the extra hf_amp[peers] brings it")
+    model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    fp16, _ = hf_amp.check_inference(model, {"input": torch.randn(2, 32)})
+    assert (fp16.error, fp16.weights, fp16.overflowing) == (None, [], [])
+
+
 def test_labels_that_are_all_ignored_are_named() -> None:
     """A mean over no label is NaN in every format: the line says so."""
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
