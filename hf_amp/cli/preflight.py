@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from hf_amp.choose import SCALED_FORMATS, scaled_format_errors
 from hf_amp.emulation import EmulatedPrecision, in_backward
 from hf_amp.errors import ConfigError, in_one_line
 from hf_amp.events import counted_names, join_names
-from hf_amp.fallback.inference import FormatCheck, InferenceCheck, LargestValues, check_inference, operators_in
+from hf_amp.fallback.inference import FormatCheck, LargestValues, check_inference, leaving_in_backward, loss_of, widened
 from hf_amp.fallback.module_precision import CurrentPrecision, PrecisionEntry
 from hf_amp.fallback.operators import graph_of, raised_at
 from hf_amp.fallback.recorder import RecordedForward
@@ -135,7 +135,7 @@ def _described_batch(inputs: Mapping[str, Tensor], batch: str) -> str:
     return f"{kind}: {shapes}."
 
 
-def _inference_checks(console: Console, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[InferenceCheck]:
+def _inference_checks(console: Console, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Sequence[FormatCheck]:
     try:
         with console.status("Inference in FP16 and BF16 ..."):
             return check_inference(model, inputs)
@@ -165,8 +165,8 @@ def _scaled_formats(console: Console, model: nn.Module, inputs: Mapping[str, Ten
     """Name of a format with a scale for each tensor or block → its error in log-probabilities, or why there is none."""
     try:
         with console.status(f"{', '.join(SCALED_FORMATS)} ..."):
-            errors = {name: error.rms for name, error in scaled_format_errors(model, inputs).items()}
-            return {name: rms if math.isfinite(rms) else "not finite" for name, rms in errors.items()}
+            errors = scaled_format_errors(model, inputs)
+            return {name: x.rms if math.isfinite(x.rms) else "not finite" for name, x in errors.items()}
     except ConfigError as error:  # no torchao, or a model without logits
         return {", ".join(SCALED_FORMATS): str(error).removeprefix("choose_precision: ").partition("; ")[0]}
 
@@ -391,8 +391,7 @@ class EmulatedEntry(PrecisionEntry):
     number_format: NumberFormat = FP16_FORMAT
 
     def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
-        exact = precision is PrecisionMode.FP32
-        return EmulatedPrecision(precision.number_format if exact else self.number_format)
+        return EmulatedPrecision(precision.number_format if precision is PrecisionMode.FP32 else self.number_format)
 
 
 @dataclass
@@ -445,10 +444,9 @@ class DryRun(FormatCheck):
             return "none: fix the model or the batch first"
         if self.scale is None:
             return "none: the gradients overflow at every scale; use another format"
-        if "" in self.overflowing:
+        if "" in self.to_widen:
             return "the whole model in FP32 or BF16"
-        if self.overflowing:
-            count = len(self.overflowing)
+        if count := len(self.to_widen):
             by_itself = ": hf_amp does that" if self.number_format is FP16_FORMAT else ""
             return f"{count} module{'s' if count > 1 else ''} in FP32{by_itself}"
         if (self.underflow_fraction or 0.0) > UNDERFLOW_TO_REPORT:
@@ -477,15 +475,16 @@ def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
     bad = [name for name, g in wide.gradients(1.0).items() if non_finite_tensors(g)] if wide.is_usable else []
     for number_format in FORMATS:
         step = wide if number_format is wide.number_format else _Step(model, batch, number_format)
-        findings = step.findings
-        result = DryRun(
-            number_format, findings.overflowing, findings.first_non_finite, operators_in(findings.operators)
-        )
-        result.error, result.not_run, result.non_finite_gradients = findings.error, step.values.not_run(), bad
-        if step.is_usable and wide.is_usable:
-            result.headroom, result.has_loss = step.values.beside(result.overflowing), step.has_loss
-            if not bad:
-                _find_scale(step, wide, result)
+        result = DryRun.of(number_format, step.findings, step.values)
+        result.non_finite_gradients = bad
+        if step.is_usable and wide.is_usable and not bad:
+            result.has_loss = step.has_loss
+            _find_scale(step, wide, result)
+            if result.scale is None and step.has_loss and number_format is FP16_FORMAT:
+                entry = EmulatedEntry(number_format=number_format)
+                result.in_backward = leaving_in_backward(model, batch, result.overflowing, entry)
+                with widened(model, result.to_widen, entry):
+                    _find_scale(_Step(model, batch, number_format), wide, result)
         yield result
 
 
@@ -548,7 +547,7 @@ class _Step:
             self.findings = replay(forward, self._precision, by_operator=half, gradients=True)
         self.is_usable = self.findings.error is None and self.findings.first_non_finite is None
         if self.is_usable:
-            self._loss, self.has_loss = _loss(self.findings.output)
+            self._loss, self.has_loss = loss_of(self.findings.output)
             for node, _ in graph_of([self._loss.grad_fn]):
                 node.register_hook(functools.partial(self._note_rounded, "round_to" in node.name()))
 
@@ -590,17 +589,6 @@ class _Step:
 
 def _largest_finite(x: Tensor) -> float:
     return x.where(x.isfinite(), 0.0).abs().amax().item() if x.numel() else 0.0
-
-
-def _loss(output: Any) -> tuple[Tensor, bool]:
-    """The model's own loss, and True; without one, the mean square of all that it returns, and False."""
-    first = output[0] if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].dim() else None
-    loss = (
-        output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", first)
-    )  # as a Trainer takes it
-    if loss is not None:
-        return torch.as_tensor(loss), True
-    return torch.stack([x.float().square().mean() for _, x in float_tensors(output) if x.requires_grad]).sum(), False
 
 
 def _note_underflow(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun) -> None:

@@ -8,18 +8,19 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_amp.emulation import EmulatedPrecision
-from hf_amp.events import join_names
-from hf_amp.fallback.module_precision import CurrentPrecision, PrecisionEntry, without_its_precision
+from hf_amp.emulation import EmulatedPrecision, in_backward
+from hf_amp.events import Cause, join_names
+from hf_amp.fallback.diagnosis import Diagnoser, SkippedStep
+from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, PrecisionEntry, without_its_precision
 from hf_amp.fallback.operators import BadOperator
-from hf_amp.fallback.recorder import RecordedForward
-from hf_amp.fallback.replay import replay
+from hf_amp.fallback.recorder import ForwardRecorder, RecordedForward
+from hf_amp.fallback.replay import ReplayFindings, float_tensors, replay
 from hf_amp.patch_log import removal, takes_hooks
 from hf_amp.precision import BF16_FORMAT, FP16_FORMAT, FP32_FORMAT, HALF_DTYPES, NumberFormat, PrecisionMode
 from hf_amp.tree import tensors_of
@@ -40,6 +41,9 @@ class Headroom:
     bits: float
 
 
+_Check = TypeVar("_Check", bound="FormatCheck")
+
+
 @dataclass
 class FormatCheck:
     """What a model does in one format on a batch.
@@ -50,6 +54,7 @@ class FormatCheck:
             gives them; in the order in which they run. "" is the model's own forward.
         first_non_finite: the first module whose output is not finite in FP32 either; None where there is none.
         operators: module → the operator in it that overflows, its line and its values; for FP16 and BF16.
+        in_backward: modules of which a gradient leaves the range at every loss scale, and in FP32 does not; as a run finds them.
         headroom: the largest value beside the modules that overflow, with them in FP32; None where nothing is known.
         not_run: modules that the batch did not reach, of which nothing is known.
         error: why it could not be run; None where it could.
@@ -62,8 +67,23 @@ class FormatCheck:
     headroom: Headroom | None = None
     not_run: list[str] = field(default_factory=list)
     error: str | None = None
+    in_backward: list[str] = field(default_factory=list)
 
     during: ClassVar[str] = "training"
+
+    @classmethod
+    def of(cls: type[_Check], number_format: NumberFormat, found: ReplayFindings, values: LargestValues) -> _Check:
+        """What one forward pass has shown."""
+        result = cls(number_format, found.overflowing, found.first_non_finite, operators_in(found.operators))
+        result.error, result.not_run = found.error, values.not_run()
+        if result.error is None and result.first_non_finite is None:
+            result.headroom = values.beside(found.overflowing)
+        return result
+
+    @property
+    def to_widen(self) -> list[str]:
+        """The modules that overflow, forward or backward."""
+        return list(dict.fromkeys([*self.overflowing, *self.in_backward]))
 
     @property
     def remedy(self) -> str:
@@ -81,8 +101,8 @@ class FormatCheck:
             return f"{name}: the model could not be run on this batch ({self.error})."
         if self.first_non_finite is not None:
             return f"{named(self.first_non_finite)} is not finite in FP32 either: fix the model or the batch first."
-        if self.overflowing:
-            count = f"{len(self.overflowing)} module{'s' if len(self.overflowing) > 1 else ''}"
+        if self.to_widen:
+            count = f"{len(self.to_widen)} module{'s' if len(self.to_widen) > 1 else ''}"
             return f"{name} overflows in {count} in {self.during}: {self.remedy}."
         spare = "" if near is None else f", with {near.bits:.1f} bits to spare in {named(near.module)}"
         return f"{name} overflows nowhere in {self.during}{spare}."
@@ -101,6 +121,8 @@ class FormatCheck:
             yield f"{name} not finite in FP32 either: {named(self.first_non_finite)}"
         if self.overflowing:
             yield f"{name} overflow: {self.names(self.overflowing)}"
+        if self.in_backward:
+            yield f"{name} overflow in backward, at every loss scale: {self.names(self.in_backward)}"
         for module, operator in list(self.operators.items())[:NAMES_SHOWN]:
             yield f"{name} in {named(module)}: {operator}"
         if (near := self.headroom) is not None:
@@ -223,10 +245,9 @@ def _checked(
     )
     with LargestValues(twin, number_format) as largest:
         found = replay(RecordedForward(twin, (), inputs), CurrentPrecision(entry, PrecisionMode.MIXED))
-    result = InferenceCheck(number_format, found.overflowing, found.first_non_finite, operators_in(found.operators))
-    result.weights, result.inputs, result.error = beyond, too_large, found.error
+    result = InferenceCheck.of(number_format, found, largest)
+    result.weights, result.inputs = beyond, too_large
     if found.error is None and found.first_non_finite is None:
-        result.headroom, result.not_run = largest.beside(found.overflowing), largest.not_run()
         actual = None if "" in found.overflowing else _log_probabilities(found.output)
         if expected is not None and actual is not None:
             error = (actual - expected).square().mean().sqrt().item()
@@ -285,6 +306,63 @@ _KINDS = {
     "quotient": {"truediv", "div", "rtruediv", "reciprocal", "rsqrt"},
     "exponential": {"exp", "softmax", "logsumexp", "softplus"},
 }
+
+
+def loss_of(output: Any) -> tuple[Tensor, bool]:
+    """The model's own loss, where a Trainer takes it, and True; without one, the mean square of all that it returns, and False."""
+    first = output[0] if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].dim() else None
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", first)
+    if loss is not None:
+        return torch.as_tensor(loss), True
+    return torch.stack([x.float().square().mean() for _, x in float_tensors(output) if x.requires_grad]).sum(), False
+
+
+@contextmanager
+def widened(model: nn.Module, names: Iterable[str], entry: PrecisionEntry) -> Iterator[PlanRunner]:
+    """Inside of it the modules of those names run in FP32, as a plan has them."""
+    runner = PlanRunner(entry, PrecisionMode.MIXED)
+    runner.register_model(model)
+    runner.apply(runner.plan.with_modules(names, PrecisionMode.FP32))
+    try:
+        yield runner
+    finally:
+        runner.remove()
+
+
+@dataclass
+class _OneStep:
+    """What a recorder asks of whoever counts steps."""
+
+    decided_steps: int = 0
+    known_steps: int = 0
+    backwards: int = 0
+    graph: Any = None
+    note_loss: Any = None
+
+
+def leaving_in_backward(
+    model: nn.Module, batch: Mapping[str, Any], wide: Iterable[str], entry: PrecisionEntry
+) -> list[str]:
+    """Modules of which a gradient leaves the format at every loss scale, and in FP32 does not, with those of `wide` in FP32.
+
+    By the diagnosis that a run makes when it skips such a step, which costs a few passes. `model` returns its loss.
+    """
+    with widened(model, wide, entry) as runner, torch.random.fork_rng(devices=[]):
+        steps = _OneStep()
+        recorder = ForwardRecorder(steps, runner)
+        remove = recorder.watch(model, model)
+        try:
+            with runner.current() as precision:
+                loss = loss_of(model(**batch))[0]
+        finally:
+            remove()
+        steps.graph, parameters = loss.grad_fn, list(model.named_parameters())
+        with in_backward(precision):
+            torch.autograd.grad(loss, [p for _, p in parameters if p.requires_grad], allow_unused=True)
+        steps.decided_steps, steps.backwards = 1, 1
+        skip = SkippedStep(1, True, 1.0, 1.0, parameters)
+        found = Diagnoser(runner, recorder).explain(skip, agree=False)
+    return list(found.modules) if found.cause is Cause.ACTIVATION and found.confirmed else []
 
 
 class LargestValues(TorchDispatchMode):  # type: ignore[no-untyped-call]

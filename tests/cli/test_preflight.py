@@ -628,6 +628,48 @@ def test_gradients_that_no_format_cures_are_not_blamed_on_one() -> None:
         assert run.remedy.startswith("none: fix the model")
 
 
+class Root(nn.Module):
+    """Its root is taken of what is zero in FP16 and not in FP32, so that its derivative is infinite there alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.sigmoid(self.inner(x)) * 1e-9).sqrt() * 1e4
+
+
+class RootInside(nn.Module):
+    """The same with a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.root = nn.Linear(4, 4), Root()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"loss": self.root(self.first(x)).float().square().mean()}
+
+
+@pytest.mark.usefixtures("fresh_accelerator_state")
+def test_gradients_that_overflow_at_every_scale_are_named_as_training_names_them() -> None:
+    """Those modules go to FP32 in a run: preflight names them, and the scale with which it trains then."""
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    fp16, bf16, *_ = dry_runs(RootInside(), {"x": x})
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    with hf_amp.attach(accelerator, init_scale=fp16.scale) as session:
+        model, optimizer = accelerator.prepare(plain := RootInside(), torch.optim.SGD(plain.parameters(), lr=1e-6))
+        for _ in range(4):
+            accelerator.backward(model(x)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert set(fp16.in_backward) == set(session.plan.modules) != set()
+        assert session.metrics()["applied_steps"] == 3
+    assert "in 2 modules in training: 2 modules in FP32: hf_amp does that" in fp16.verdict()
+    assert (fp16.overflowing, bf16.in_backward) == ([], [])
+    assert "FP16 overflow in backward, at every loss scale: root, root.inner" in fp16.sentences()
+
+
 class Masked(Product):
     """A mask that no FP16 tensor can be filled with."""
 
