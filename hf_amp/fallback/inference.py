@@ -430,7 +430,9 @@ class LargestValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if mask.dim() <= x.dim() and all(size in (1, of_x) for size, of_x in sizes):
                     kept = kept & (mask != lowest)
             amax = x.where(kept, 0.0).abs().amax().item()
-        self._found[module] = max(self._found.get(module, 0.0), amax)
+        if amax > self._found.get(module, 0.0):  # it moves to the end, where what reached its largest last stands
+            self._found.pop(module, None)
+            self._found[module] = amax
 
     def not_run(self) -> list[str]:
         """The outermost modules of several that have parameters, and of which none was called."""
@@ -447,7 +449,7 @@ class LargestValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = {name: amax for name, amax in self._found.items() if amax and not f"{name}.".startswith(inside)}
         if not found:
             return None
-        module = max(found, key=lambda name: (found[name], name.count(".")))  # not one around it, which returns it
+        module = max(found, key=lambda name: found[name])  # the first of equals, not one around it, which returns it
         return Headroom(module, found[module], math.log2(self._format.largest / found[module]))
 
 

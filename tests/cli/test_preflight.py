@@ -386,6 +386,26 @@ class Wide(nn.Module):
         return x.float() + 2e5
 
 
+class Passes(nn.Module):
+    """Gives what it is given, by an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * 1
+
+
+def test_the_module_that_makes_the_largest_value_is_named() -> None:
+    """And not one that hands it on: here an embedding."""
+    model = nn.Sequential(nn.Embedding(4, 4), Passes())
+    nn.init.constant_(model[0].weight, 1_000.0)
+    for found in hf_amp.check_inference(model, {"input": torch.arange(4)}):
+        assert found.headroom is not None
+        assert (found.headroom.module, found.headroom.amax) == ("0", 1_000.0)
+
+
 def test_headroom_beside_what_overflows_is_that_of_the_rest() -> None:
     """A module that overflows goes to FP32; how near the others are is told all the same, by the largest value beside it."""
     model = nn.Sequential(Product(30_000.0), Product(1e3), Product(1_000_000.0))
