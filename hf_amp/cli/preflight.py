@@ -447,7 +447,7 @@ class DryRun(FormatCheck):
         if "" in self.to_widen:
             return "the whole model in FP32 or BF16"
         if count := len(self.to_widen):
-            by_itself = ": hf_amp does that" if self.number_format is FP16_FORMAT else ""
+            by_itself = " (hf_amp does that)" if self.number_format is FP16_FORMAT else ""
             return f"{count} module{'s' if count > 1 else ''} in FP32{by_itself}"
         if (self.underflow_fraction or 0.0) > UNDERFLOW_TO_REPORT:
             return "nothing overflows, but much is lost: a format of wider range"

@@ -180,7 +180,7 @@ def test_the_command_prints_it(folder: Path) -> None:
     for words in (
         "GPT2LMHeadModel", "64,896 float32",
         "FP16 overflow: transformer.h.0.attn.c_proj, transformer.h.0.mlp.c_proj, transformer.h.1.attn.c_proj",
-        "4 modules in FP32: hf_amp does that",
+        "4 modules in FP32 (hf_amp does that)",
     ):  # fmt: skip
         assert words in " ".join(result.stdout.split())
 
@@ -685,7 +685,7 @@ def test_gradients_that_overflow_at_every_scale_are_named_as_training_names_them
             optimizer.zero_grad()
         assert set(fp16.in_backward) == set(session.plan.modules) != set()
         assert session.metrics()["applied_steps"] == 3
-    assert "in 2 modules in training: 2 modules in FP32: hf_amp does that" in fp16.verdict()
+    assert "in 2 modules in training: 2 modules in FP32 (hf_amp does that)" in fp16.verdict()
     assert (fp16.overflowing, bf16.in_backward) == ([], [])
     assert "FP16 overflow in backward, at every loss scale: root, root.inner" in fp16.sentences()
 
@@ -776,7 +776,7 @@ def test_custom_code_and_hub_names_without_a_network(
         printed = " ".join(f"{each.exit_code} {type(each.exception).__name__} {each.output}" for each in results)
     assert "Traceback" not in printed
     for words in (
-        "0 NoneType", "FP16 overflows in 1 module in training: 1 module in FP32: hf_amp does that", "OwnForCausalLM, parameters",
+        "0 NoneType", "FP16 overflows in 1 module in training: 1 module in FP32 (hf_amp does that)", "OwnForCausalLM, parameters",
         "FP16 overflow: head", "2 SystemExit", "(AssertionError at modeling_own.py:", "pass --trust-remote-code, if you trust the code", "no-such-model: cannot be loaded (OSError",
         "pass a folder that save_pretrained wrote, or a hub name",
     ):  # fmt: skip
