@@ -95,7 +95,7 @@ def preflight(
         console.print(facts["batch"], markup=False, soft_wrap=True)
     if first is not None and first.not_run:
         names = first.names(first.not_run)
-        console.print(f"The batch did not reach {names}: nothing is known of them.", style="yellow", markup=False)
+        console.print(f"The batch did not reach {names}: nothing is known there.", style="yellow", markup=False)
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["parameters_by_dtype"].items())
     console.print(f"{model}: {facts['class']}, parameters: {dtypes}", markup=False)
     for warning in facts["warnings"]:

@@ -100,7 +100,8 @@ class FormatCheck:
         if self.error is not None:
             return f"{name}: the model could not be run on this batch ({self.error})."
         if self.first_non_finite is not None:
-            return f"{named(self.first_non_finite)} is not finite in FP32 either: fix the model or the batch first."
+            where = named(self.first_non_finite)
+            return f"What {where} returns is not finite in FP32 either: fix the model or the batch first."
         if self.to_widen:
             count = f"{len(self.to_widen)} module{'s' if len(self.to_widen) > 1 else ''}"
             return f"{name} overflows in {count} in {self.during}: {self.remedy}."
@@ -412,9 +413,8 @@ class LargestValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result  # the replay itself looks at what was computed
         of = given[0]._base if given and given[0]._base is not None else (*given, None)[0]
         is_weight = isinstance(of, nn.Parameter) and name in ("aten::_to_copy", "hf_amp::round_to")
-        for x in (
-            [] if is_weight else tensors_of(result)[:1]
-        ):  # beside it may stand a norm's statistics, FP32 on a device
+        made = [] if is_weight else tensors_of(result)[:1]  # beside it may stand a norm's statistics, FP32 on a device
+        for x in made:
             is_rounded = name.startswith("hf_amp::") or x.dtype == self._format.dtype
             if is_rounded and type(x) is Tensor and x.numel():
                 self._note(x.detach().float(), given)

@@ -482,6 +482,9 @@ def test_labels_that_are_all_ignored_are_named() -> None:
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
     fp16 = next(dry_runs(tiny_gpt2(), batch))
     assert fp16.first_non_finite == ""
+    assert fp16.verdict().startswith(
+        "What the model itself returns is not finite in FP32 either: fix the model or the batch"
+    )
     assert "every label of the batch is ignored (-100)" in fp16.operators[""]
 
 
@@ -580,7 +583,7 @@ def test_what_the_batch_does_not_reach_is_said(tmp_path: Path) -> None:
     llava().save_pretrained(tmp_path)
     for options in ([], ["--inference"]):
         printed = " ".join(preflight(tmp_path, "--batch", 1, "--length", 8, *options).stdout.split())
-        words = "The batch did not reach model.vision_tower, model.multi_modal_projector: nothing is known of them."
+        words = "The batch did not reach model.vision_tower, model.multi_modal_projector: nothing is known there."
         assert words in printed
     assert next(dry_runs(tiny_gpt2(), made_up_batch(tiny_gpt2(), 1, 8))).not_run == []
 
