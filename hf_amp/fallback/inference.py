@@ -217,7 +217,7 @@ def check_inference(model: nn.Module, batch: Mapping[str, Any]) -> list[Inferenc
     """What FP16 and BF16 copies of `model` do in inference on `batch`: whether they overflow, where, and how near they are to it.
 
     The whole of a copy is of the format (`model.half()`), but for modules that transformers keeps in FP32
-    (`_keep_in_fp32_modules`). Runs on the CPU, in three forward passes, and one more a format that overflows; `model` stays as it is.
+    (`_keep_in_fp32_modules`). Runs on the CPU, in three forward passes, and at most one more a format that overflows; `model` stays as it is.
 
     Args:
         model: on the CPU, of any floating-point dtype.

@@ -419,6 +419,15 @@ def test_headroom_beside_what_overflows_is_that_of_the_rest() -> None:
         assert found.headroom.amax == pytest.approx(inputs, rel=1e-2)
 
 
+def test_inference_needs_few_passes() -> None:
+    """Three forward passes, and at most one more for each format that overflows."""
+    for model, most in ((BY_NAME["GPT-2"].plain(0), 3), (BY_NAME["GPT-2"].build(0)[0], 4)):
+        passes: list[str] = []
+        model.register_forward_pre_hook(lambda *_, passes=passes: passes.append("forward"))
+        hf_amp.check_inference(model, made_up_batch(model, 1, 8))
+        assert 3 <= len(passes) <= most
+
+
 class Residual(nn.Module):
     """A residual stream beyond 65504, of outputs that are in the range."""
 
