@@ -192,7 +192,7 @@ class PrecisionError:
     """What a format changes, against FP32: of log-probabilities in nats, or of losses.
 
     Attributes:
-        rms: root mean square over the tokens (or rows); inf where something is not finite.
+        rms: root mean square over the tokens (or rows); inf where something is not finite, or the model raises in that format.
         largest: the largest magnitude.
     """
 
@@ -455,7 +455,7 @@ class _Audit:
         for module in self.model.modules():  # converted to FP8 by torchao, whose class casts in its forward pass
             if is_float8(module):
                 module.__class__ = nn.Linear
-        self.model = self.model.to("cpu", torch.float32).eval()
+        self.model = self.model.to("cpu", torch.float32).eval().requires_grad_(False)
         self._batch = {name: _cast(x, torch.float32) for name, x in batch.items()}
         self._metric, self._inference = metric, inference
         self.products, self.total = self._counted_products()
@@ -521,6 +521,8 @@ class _FormatAudit:
             self._runner.apply(plan)
             with self._runner.current():
                 found = self.audit.outcomes(self._model, self._dtype)
+        except RuntimeError:  # as where a mask is made for one dtype and added to another, which a device refuses too
+            return PrecisionError(math.inf, math.inf)
         finally:
             self._runner.remove()
         return _error(found, self.audit.exact)

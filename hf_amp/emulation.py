@@ -348,9 +348,11 @@ class _Kernel:
         finally:
             _ACTIVE.kernel = ""
 
-    def half_if_lacking(self, _mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    def half_if_lacking(self, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
         lacks = self._lacks == "both" or (self._lacks == "backward" and torch.is_grad_enabled())
-        return (self.half if lacks else self.plain)(keyset, args, kwargs)
+        result = (self.half if lacks else self.plain)(keyset, args, kwargs)
+        widens = self._lacks and _widens(mode, args, kwargs) and not _is_asked_for_dtype(args, kwargs)
+        return map_tensors(upcast, result) if widens else result  # an embedding, without a copy of its weight
 
     def half(self, keyset: Any, args: Any, kwargs: Any) -> Any:
         """Half-precision tensors without autocast: the FP32 result, rounded; anything else as it is."""

@@ -44,4 +44,4 @@ class StateError(HfAmpError, ValueError):
 
 def in_one_line(error: BaseException) -> str:
     """Type and text of any exception for a message, cut to 300 characters: torch's may hold a whole tensor."""
-    return " ".join(f"{type(error).__name__}: {error}"[:300].split())
+    return " ".join(f"{type(error).__name__}: {error}"[:300].split()).removesuffix(":")

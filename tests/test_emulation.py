@@ -340,6 +340,17 @@ def test_fp32_context_takes_half_parameters() -> None:
     assert torch.equal(y, nn.functional.linear(x, layer.weight.float(), layer.bias.float()))
 
 
+def test_fp32_context_looks_up_half_weights_in_fp32() -> None:
+    """What is looked up in an FP16 embedding is FP32 there, so that a product after it may leave FP16's range."""
+    embedding = nn.Embedding(4, 4).half()
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), EmulatedPrecision(FP32_FORMAT):
+            looked_up = embedding(torch.arange(4))
+        assert looked_up.dtype == torch.float32
+        assert torch.equal(looked_up, embedding.weight.float())
+    assert embedding(torch.arange(4)).dtype == torch.float16
+
+
 class InterruptedOnce(nn.Module):
     """Raises what Ctrl-C raises in its first forward pass."""
 

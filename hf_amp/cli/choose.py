@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from hf_amp.choose import PrecisionTable, choose_precision
-from hf_amp.cli.preflight import NAMES_SHOWN, batch_for, load_model
+from hf_amp.cli.preflight import batch_for, load_model
 from hf_amp.errors import HfAmpError
 from hf_amp.events import join_names
+from hf_amp.fallback.inference import NAMES_SHOWN
 from hf_amp.fallback.plan import PrecisionPlan
 
 

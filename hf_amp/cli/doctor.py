@@ -21,7 +21,7 @@ from hf_amp.monitoring.frozen import bytes_a_parameter
 
 PACKAGES = (
     "hf_amp", "torch", "transformers", "accelerate", "datasets", "structlog", "tensorboard", "peft", "bitsandbytes",
-    "deepspeed", "transformer_engine", "flash_attn", "triton",
+    "deepspeed", "torchao", "transformer_engine", "flash_attn", "triton",
 )  # fmt: skip
 WORTHWHILE = 1.2
 """How many times as fast as FP32 a precision must be on a CPU to count; less is lost on casts."""

@@ -10,11 +10,11 @@ import inspect
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 import typer
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from hf_amp.choose import SCALED_FORMATS, scaled_format_errors
 from hf_amp.emulation import EmulatedPrecision, in_backward
 from hf_amp.errors import ConfigError, in_one_line
-from hf_amp.events import join_names
-from hf_amp.fallback.inference import Headroom, InferenceCheck, check_inference, largest_output, operators_in
+from hf_amp.events import counted_names, join_names
+from hf_amp.fallback.inference import FormatCheck, LargestValues, check_inference, leaving_in_backward, loss_of, widened
 from hf_amp.fallback.module_precision import CurrentPrecision, PrecisionEntry
-from hf_amp.fallback.operators import graph_of
+from hf_amp.fallback.operators import graph_of, raised_at
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import float_tensors, non_finite_tensors, nothing_changes, replay
 from hf_amp.monitoring.frozen import (
@@ -42,8 +42,6 @@ from hf_amp.precision import BF16_FORMAT, EMULATED_FORMATS, FP16_FORMAT, FP32_FO
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PretrainedConfig, PreTrainedModel
-
-NAMES_SHOWN = 12
 
 
 def preflight(
@@ -73,11 +71,18 @@ def preflight(
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         batch = "1" if batch is None and inference else batch
         inputs = batch_for(loaded, batch, length) if batch is not None else None
+    if inference and inputs and not loaded.config.is_encoder_decoder:  # where a decoder begins from them
+        inputs.pop("labels", None)
     facts = _facts(loaded) | {"half_parameters": _half_parameters(loaded, lr)}  # before the model is cast to FP32
     runs = [] if inputs is None or inference else _dry_runs(console, loaded, inputs)
     checks = _inference_checks(console, loaded, inputs) if inputs is not None and inference else []
     scaled = {} if inputs is None else _scaled_formats(console, loaded, inputs)
-    verdict = _verdict(runs, checks, facts["non_finite_parameters"])
+    first: FormatCheck | None = next(iter([*runs, *checks]), None)
+    verdict = "" if first is None else first.verdict()
+    if first is not None and (bad := facts["non_finite_parameters"]):
+        verdict = f"The weights hold inf or NaN ({first.names(bad)}): go back to a good checkpoint."
+    elif first is not None and (bad := [name for name, x in (inputs or {}).items() if not bool((x < math.inf).all())]):
+        verdict = f"The batch holds inf or NaN ({first.names(bad)}): fix the data."
     facts["batch"] = None if inputs is None else _described_batch(inputs, str(batch))
     if as_json:
         found: dict[str, Any] = {"dry_runs": [run.to_dict() for run in runs]}
@@ -88,6 +93,9 @@ def preflight(
     if verdict:
         console.print(verdict, style="bold", markup=False, soft_wrap=True)
         console.print(facts["batch"], markup=False, soft_wrap=True)
+    if first is not None and first.not_run:
+        names = first.names(first.not_run)
+        console.print(f"The batch did not reach {names}: nothing is known there.", style="yellow", markup=False)
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["parameters_by_dtype"].items())
     console.print(f"{model}: {facts['class']}, parameters: {dtypes}", markup=False)
     for warning in facts["warnings"]:
@@ -96,7 +104,7 @@ def preflight(
         console.print(line, markup=False, soft_wrap=True)
     if inputs is None:
         console.print("With --batch 1 a dry run says which modules would leave the range of FP16, BF16 and FP8.")
-    for line in [line for check in checks for line in _lines_of(check)]:
+    for line in [line for check in checks for line in check.sentences()]:
         console.print(line, markup=False, soft_wrap=True)
     for name, error in scaled.items():
         words = error if isinstance(error, str) else f"{error:.2g} from FP32's (root mean square)"
@@ -104,82 +112,35 @@ def preflight(
     if not runs:
         return
     table = Table(
-        "format", "modules that overflow", "largest activation", "headroom", "loss scale", "gradient lost", "remedy",
+        "format", "modules that overflow", "largest value", "headroom", "loss scale", "gradient lost", "remedy",
         title="Dry run, emulated", title_justify="left",
-        caption="FP8 without a scale for each tensor, which is the worst case.", caption_justify="left",
+        caption="Largest of what does not overflow. Lost: zero or subnormal. FP8 without a scale for each tensor: the worst case.", caption_justify="left",
     )  # fmt: skip
     for run in runs:
         scale = "" if run.scale is None else f"{run.scale:g}"
         lost = "" if run.underflow_fraction is None else f"{run.underflow_fraction:.1%}"
-        near = ("", "") if run.headroom is None else (f"{run.headroom.amax:.4g}", f"{run.headroom.bits:.1f} bits")
+        near = ("", "") if run.headroom is None else (f"{run.headroom.amax:.3g}", f"{run.headroom.bits:.1f} bits")
         table.add_row(run.number_format.name, str(len(run.overflowing)), *near, scale, lost, run.remedy)
     console.print(table)
-    for run in runs:
-        _print_modules(console, run)
-
-
-def _verdict(runs: list[DryRun], checks: list[InferenceCheck], non_finite: list[str]) -> str:
-    """One sentence on FP16; "" where nothing was run."""
-    fp16 = runs[0] if runs else checks[0] if checks else None
-    if fp16 is None:
-        return ""
-    if non_finite:
-        return f"The weights hold inf or NaN ({join_names(non_finite, NAMES_SHOWN)}): go back to a good checkpoint."
-    if fp16.error is not None:
-        return f"FP16: the model could not be run on this batch ({fp16.error})."
-    if fp16.first_non_finite is not None:
-        return f"{_named(fp16.first_non_finite)} is not finite in FP32 either: fix the model or the batch first."
-    does = "training" if runs else "inference"
-    weights = fp16.weights if isinstance(fp16, InferenceCheck) else []
-    if fp16.overflowing or weights:
-        count = len(fp16.overflowing) or len(weights)
-        what = ("module" if fp16.overflowing else "weight") + ("s" if count > 1 else "")
-        remedy = f": {fp16.remedy}" if isinstance(fp16, DryRun) else ": use BF16, or keep them in FP32"
-        return f"FP16 overflows in {count} {what} in {does}{remedy}."
-    near = (
-        ""
-        if fp16.headroom is None
-        else f", with {fp16.headroom.bits:.1f} bits to spare in {_named(fp16.headroom.module)}"
-    )
-    return f"FP16 overflows nowhere in {does}{near}."
-
-
-def _named(module: str) -> str:
-    return module or "the model itself"
+    if runs and not runs[0].has_loss:
+        console.print("The model returns no loss on this batch: gradients are those of the mean square of its outputs.")
+    for line in [line for run in runs for line in run.sentences()]:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _described_batch(inputs: Mapping[str, Tensor], batch: str) -> str:
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
-    kind = (
-        "Made-up batch, random: real data may overflow where it does not" if batch.isdecimal() else f"Batch of {batch}"
-    )
+    made_up = "Made-up batch, random: real data may overflow where it does not"
+    kind = made_up if batch.isdecimal() else f"Batch of {batch}"
     return f"{kind}: {shapes}."
 
 
-def _inference_checks(console: Console, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[InferenceCheck]:
-    taken = {name: x for name, x in inputs.items() if name != "labels" or model.config.is_encoder_decoder}
+def _inference_checks(console: Console, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Sequence[FormatCheck]:
     try:
         with console.status("Inference in FP16 and BF16 ..."):
-            return check_inference(model, taken)
+            return check_inference(model, inputs)
     except Exception as error:  # whatever the model raises on this batch
         raise _cannot_run(model, inputs, error) from error
-
-
-def _lines_of(check: InferenceCheck) -> Iterator[str]:
-    """What was found of one format, a sentence each."""
-    name = check.number_format.name
-    if check.error is not None or check.first_non_finite is not None:
-        yield f"{name} {check.error or 'not finite in FP32 either: ' + _named(check.first_non_finite or '')}"
-    if check.weights:
-        yield f"{name} weights beyond its range: {join_names(check.weights, NAMES_SHOWN)}"
-    if check.overflowing:
-        yield f"{name} overflow: {join_names([_named(each) for each in check.overflowing], NAMES_SHOWN)}"
-    for module, operator in list(check.operators.items())[:NAMES_SHOWN]:
-        yield f"{name} in {_named(module)}: {operator}"
-    if (near := check.headroom) is not None:
-        yield f"{name} largest value: {near.amax:.4g} in {_named(near.module)}, {near.bits:.1f} bits below overflow"
-    if check.log_probability_error is not None:
-        yield f"{name} log-probabilities: {check.log_probability_error:.2g} from FP32's (root mean square)"
 
 
 def _dry_runs(console: Console, model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[DryRun]:
@@ -191,19 +152,23 @@ def _dry_runs(console: Console, model: PreTrainedModel, inputs: dict[str, Tensor
 
 
 def _cannot_run(model: PreTrainedModel, inputs: Mapping[str, Tensor], error: Exception) -> typer.BadParameter:
-    return typer.BadParameter(
-        f"--batch: {type(model).__name__} cannot be run on {', '.join(inputs)} ({in_one_line(error)}); pass its arguments by "
-        "name, as it takes them in training."
-    )
+    remedy = "pass its arguments by name, as it takes them in training"
+    if getattr(model, "is_quantized", False):
+        remedy = "its weights are quantized: pass the model from before that"
+    elif not any(p.requires_grad for p in model.parameters()):
+        remedy = "no parameter can be trained, as where an adapter lies beside the model: pass --inference, or the model alone"
+    words = f"{type(model).__name__} cannot be run on {', '.join(inputs)} ({in_one_line(error)}{raised_at(error)})"
+    return typer.BadParameter(f"--batch: {words}; {remedy}.")
 
 
 def _scaled_formats(console: Console, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, float | str]:
     """Name of a format with a scale for each tensor or block → its error in log-probabilities, or why there is none."""
     try:
         with console.status(f"{', '.join(SCALED_FORMATS)} ..."):
-            return {name: error.rms for name, error in scaled_format_errors(model, inputs).items()}
+            errors = scaled_format_errors(model, inputs)
+            return {name: x.rms if math.isfinite(x.rms) else "not finite" for name, x in errors.items()}
     except ConfigError as error:  # no torchao, or a model without logits
-        return {", ".join(SCALED_FORMATS): str(error)}
+        return {", ".join(SCALED_FORMATS): str(error).removeprefix("choose_precision: ").partition("; ")[0]}
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
@@ -246,25 +211,6 @@ def _half_parameters_in_words(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"At a learning rate of {facts['lr']:g} BF16 without half_parameters would lose about {lost} of the first updates{names}."
 
 
-def _print_modules(console: Console, run: DryRun) -> None:
-    """The modules behind the figures of one format, and what went wrong."""
-    lines = [] if run.error is None else [f"could not be run: {run.error}"]
-    non_finite = [run.first_non_finite] if run.first_non_finite is not None else []
-    for words, modules in (
-        ("not finite in FP32 either", non_finite),
-        ("overflow", run.overflowing),
-        ("loses more than a tenth of its gradient", list(run.underflowing)),
-    ):
-        if modules:
-            names = join_names([name or "(outside of its modules)" for name in modules], NAMES_SHOWN)
-            lines.append(f"{words}: {names}")
-    if (near := run.headroom) is not None and near.module:
-        lines.append(f"largest activation: {near.amax:.4g} in {near.module}, {near.bits:.1f} bits below overflow")
-    lines += [f"in {_named(module)}: {what}" for module, what in list(run.operators.items())[:NAMES_SHOWN]]
-    for line in lines:
-        console.print(f"{run.number_format.name} {line}", markup=False, soft_wrap=True)
-
-
 def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a folder or hub name, of the class that its configuration names, in the dtypes that it was saved in.
 
@@ -293,9 +239,9 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
         # Code that comes with the model says which of transformers' classes loads it.
         own = {of.rpartition(".")[2]: kind for kind, of in (getattr(config, "auto_map", None) or {}).items()}
         factory: Any = getattr(transformers, own.get(architecture, architecture), AutoModel)
-        model: PreTrainedModel = factory.from_pretrained(
-            name, dtype="auto", trust_remote_code=trust_remote_code, weights_only=True
-        )
+        # Weights of other shapes are named below; transformers would name a report that it does not print.
+        options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "weights_only": True}
+        model, seen = factory.from_pretrained(name, **options, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:  # transformers raises of many kinds
         remedy = "pass a folder that save_pretrained wrote, or a hub name"
         if "trust_remote_code" in str(error):
@@ -303,7 +249,13 @@ def load_model(name: str, *, trust_remote_code: bool) -> PreTrainedModel:
         raise typer.BadParameter(
             f"{name}: cannot be loaded ({type(error).__name__}: {str(error)[:400]}); {remedy}."
         ) from error
-    return model
+    if other := [key if isinstance(key, str) else key[0] for key in seen["mismatched_keys"]]:
+        raise typer.BadParameter(
+            f"{name}: weights have other shapes than config.json says ({join_names(sorted(other))}); pass the folder of one model."
+        )
+    if missing := sorted(seen["missing_keys"]):
+        typer.echo(f"{name} lacks {counted_names(missing, 'weight')}: they are random here.", err=True)
+    return cast("PreTrainedModel", model)
 
 
 def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tensor]:
@@ -322,16 +274,9 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
             raise typer.BadParameter(f"--batch {batch}: pass a number of rows from 1 on.")
         try:
             return made_up_batch(model, int(batch), length)
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ) as error:  # a configuration that lacks what others have
-            raise typer.BadParameter(
-                f"no batch can be made up for {type(model).__name__} ({in_one_line(error)}): save one as .safetensors and pass "
-                "it as --batch."
-            ) from error
+        except Exception as error:  # a configuration that lacks what others have
+            words = f"no batch can be made up for {type(model).__name__} ({in_one_line(error)})"
+            raise typer.BadParameter(f"{words}: save one as .safetensors and pass it as --batch.") from error
     path = Path(batch)
     try:
         if path.suffix == ".safetensors":
@@ -340,10 +285,10 @@ def batch_for(model: PreTrainedModel, batch: str, length: int) -> dict[str, Tens
             return dict(load_file(path))
         loaded = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # safetensors, pickle and the system raise of many kinds
-        raise typer.BadParameter(
-            f"--batch {batch}: cannot be read ({type(error).__name__}: {str(error)[:200]}); pass a number of rows, or a "
-            ".safetensors or .pt file with the arguments of the model by name."
-        ) from error
+        words = (
+            f"--batch {batch}: cannot be read ({in_one_line(error).partition('. ')[0]}); pass a number of rows, or a"
+        )
+        raise typer.BadParameter(f"{words} .safetensors or .pt file with the model's arguments by name.") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise typer.BadParameter(f"--batch {batch}: must hold a mapping of argument names to tensors.")
     return loaded
@@ -353,28 +298,36 @@ def made_up_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, T
     """Random tokens, pixels or audio in the shapes that the configuration asks for, and labels where there is a loss."""
     generator = torch.Generator().manual_seed(0)
     config, name = model.config, model.main_input_name
+    accepted = inspect.signature(model.forward).parameters
     if name == "input_ids":
-        length = min(length, getattr(config, "max_position_embeddings", None) or length)
-        batch = {name: _tokens(config, rows, length, generator)}
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+        length = min(length, limit - 2) if limit > 2 else length  # RoBERTa counts positions from 2 on
+        choices = (2,) if "MultipleChoice" in type(model).__name__ else ()
+        batch = {name: _tokens(config, (rows, *choices, length), generator)}
+        if "return_loss" in accepted:  # CLIP's kin
+            shape = _shape_of_a_row(config.vision_config, "pixel_values")
+            batch |= {"pixel_values": torch.randn(rows, *shape, generator=generator), "return_loss": torch.tensor(True)}
     elif name in ("pixel_values", "input_features", "input_values"):
         batch = {name: torch.randn(rows, *_shape_of_a_row(config, name), generator=generator)}
     else:
-        raise typer.BadParameter(
-            f"no batch can be made up for {type(model).__name__}, whose input is {name}: save one as .safetensors and pass it "
-            "as --batch."
-        )
+        raise ValueError(f"its input is {name}")
+    if "token_type_ids" in accepted and accepted["token_type_ids"].default is inspect.Parameter.empty:
+        batch["token_type_ids"] = torch.zeros_like(batch[name])
     return batch | _labels(model, batch, rows, length, generator)
 
 
 def _shape_of_a_row(config: PretrainedConfig, name: str) -> tuple[int, ...]:
     if name == "pixel_values":
-        size = config.image_size
-        return (config.num_channels, *((size, size) if isinstance(size, int) else size))
-    return (config.num_mel_bins, 2 * config.max_source_positions) if name == "input_features" else (16_000,)
+        size, frames = getattr(config, "image_size", None) or 224, getattr(config, "num_frames", None)
+        sizes = (size, size) if isinstance(size, int) else size
+        return (*((frames,) if frames else ()), getattr(config, "num_channels", None) or 3, *sizes)
+    if name == "input_features":
+        return (config.num_mel_bins, 2 * config.max_source_positions)
+    return (config.max_length, config.num_mel_bins) if hasattr(config, "num_mel_bins") else (16_000,)
 
 
-def _tokens(config: PretrainedConfig, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(int(config.get_text_config().vocab_size), (rows, length), generator=generator)
+def _tokens(config: PretrainedConfig, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(int(config.get_text_config().vocab_size), shape, generator=generator)
 
 
 def _labels(
@@ -383,13 +336,24 @@ def _labels(
     """Labels for the model's own loss; without one, what a decoder begins from."""
     config, architecture = model.config, type(model).__name__
     accepted = inspect.signature(model.forward).parameters
-    if "labels" in accepted and "Classification" in architecture and "Token" not in architecture:
-        return {"labels": torch.randint(int(config.num_labels or 1), (rows,), generator=generator)}
+    made_up, classes = functools.partial(torch.randint, generator=generator), int(config.num_labels or 1)
+    if "start_positions" in accepted and "input_ids" in batch:
+        return {f"{end}_positions": made_up(length, (rows,)) for end in ("start", "end")}
+    if "labels" in accepted and "TokenClassification" in architecture:
+        return {"labels": made_up(classes, (rows, length))}
+    if "labels" in accepted and ("MultipleChoice" in architecture or "NextSentence" in architecture):
+        return {"labels": made_up(2, (rows,))}
+    if "labels" in accepted and "Classification" in architecture:
+        if config.problem_type == "multi_label_classification":
+            return {"labels": made_up(2, (rows, classes)).float()}
+        return {"labels": torch.randn(rows, generator=generator) if classes == 1 else made_up(classes, (rows,))}
+    if "labels" in accepted and architecture.endswith("ForCTC"):
+        return {"labels": made_up(1, config.vocab_size, (rows, 8))}
     if "labels" in accepted and "input_ids" in batch and not config.is_encoder_decoder:
         return {"labels": batch["input_ids"].clone()}
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder and "decoder_input_ids" in accepted:
         longest = min(length, getattr(config, "max_target_positions", None) or length)
-        tokens = _tokens(config, rows, int(longest), generator)
+        tokens = _tokens(config, (rows, int(longest)), generator)
         return {"labels" if "labels" in accepted else "decoder_input_ids": tokens}
     return {}
 
@@ -427,53 +391,63 @@ class EmulatedEntry(PrecisionEntry):
     number_format: NumberFormat = FP16_FORMAT
 
     def context(self, precision: PrecisionMode) -> AbstractContextManager[Any]:
-        exact = precision is PrecisionMode.FP32
-        return EmulatedPrecision(precision.number_format if exact else self.number_format)
+        return EmulatedPrecision(precision.number_format if precision is PrecisionMode.FP32 else self.number_format)
 
 
 @dataclass
-class DryRun:
+class DryRun(FormatCheck):
     """What a step in one format would be like.
 
     Attributes:
-        number_format: whose range is in question.
-        overflowing: modules whose output leaves its range although their inputs are in it; "" is the model's own forward.
-        first_non_finite: the first module whose output is not finite in FP32 either; None where there is none.
-        operators: module → the operator in it that overflows, its line and its values; for FP16 and BF16.
-        headroom: the largest value that a module returns, with those modules in FP32; None where nothing is known.
         scale: the largest loss scale, a power of two, with which the gradients are finite, with those modules in FP32; None where there is none.
         underflow_fraction: share of gradient elements that are lost at that scale, of those that are not zero in FP32; None where
             there is no such scale.
         underflowing: module → the same, where it is above 0.1, worst first.
-        error: why it could not be run; None where it could.
+        has_loss: whether gradients are those of the model's own loss, and not of the mean square of all that it returns.
+        non_finite_gradients: parameters whose gradients are not finite in FP32 either, which no format and no scale cures.
     """
 
-    number_format: NumberFormat
-    overflowing: list[str] = field(default_factory=list)
-    first_non_finite: str | None = None
-    operators: dict[str, str] = field(default_factory=dict)
-    headroom: Headroom | None = None
     scale: float | None = None
     underflow_fraction: float | None = None
     underflowing: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
+    has_loss: bool = True
+    non_finite_gradients: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
-        return {**asdict(self), "number_format": self.number_format.name, "remedy": self.remedy}
+        return {**super().to_dict(), "remedy": self.remedy}
+
+    def sentences(self) -> Iterator[str]:
+        """What was found, a line each."""
+        yield from super().sentences()
+        if self.underflowing:
+            yield f"{self.number_format.name} loses more than a tenth of its gradient: {self.names(self.underflowing)}"
+
+    def verdict(self) -> str:
+        """One sentence, with what the gradients need."""
+        name, lost = self.number_format.name, self.underflow_fraction or 0.0
+        if self.error is not None or self.first_non_finite is not None:
+            return super().verdict()
+        if self.non_finite_gradients:
+            names = self.names(self.non_finite_gradients)
+            return f"Gradients are not finite in FP32 either ({names}): fix the model or the batch first."
+        if self.scale is None:
+            return f"{name} does not train this model: its gradients overflow at every loss scale; use another format."
+        small = f"; gradients this large need a loss scale below 1 ({self.scale:g} fits)" if self.scale < 1.0 else ""
+        much = f"; {lost:.0%} of the gradient underflows: use BF16 or FP32" if lost > UNDERFLOW_TO_REPORT else ""
+        return f"{super().verdict().removesuffix('.')}{small}{much}."
 
     @property
     def remedy(self) -> str:
         """What makes a run in this format train, in words."""
-        if self.error is not None or self.first_non_finite is not None:
+        if self.error is not None or self.first_non_finite is not None or self.non_finite_gradients:
             return "none: fix the model or the batch first"
         if self.scale is None:
             return "none: the gradients overflow at every scale; use another format"
-        if "" in self.overflowing:
+        if "" in self.to_widen:
             return "the whole model in FP32 or BF16"
-        if self.overflowing:
-            count = len(self.overflowing)
-            by_itself = ": hf_amp does that" if self.number_format is FP16_FORMAT else ""
+        if count := len(self.to_widen):
+            by_itself = " (hf_amp does that)" if self.number_format is FP16_FORMAT else ""
             return f"{count} module{'s' if count > 1 else ''} in FP32{by_itself}"
         if (self.underflow_fraction or 0.0) > UNDERFLOW_TO_REPORT:
             return "nothing overflows, but much is lost: a format of wider range"
@@ -498,15 +472,19 @@ def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
             model(**batch)  # raises what it raises in FP32 too
     if not wide.is_usable or non_finite_tensors(wide.gradients(1.0)):
         wide = _Step(model, batch, FP32_FORMAT)
+    bad = [name for name, g in wide.gradients(1.0).items() if non_finite_tensors(g)] if wide.is_usable else []
     for number_format in FORMATS:
         step = wide if number_format is wide.number_format else _Step(model, batch, number_format)
-        findings = step.findings
-        result = DryRun(number_format, findings.overflowing, findings.first_non_finite, error=findings.error)
-        result.operators = operators_in(findings.operators)
-        if step.is_usable and wide.is_usable:
-            if not result.overflowing:
-                result.headroom = max(step.outputs, key=lambda each: each.amax, default=None)
+        result = DryRun.of(number_format, step.findings, step.values)
+        result.non_finite_gradients = bad
+        if step.is_usable and wide.is_usable and not bad:
+            result.has_loss = step.has_loss
             _find_scale(step, wide, result)
+            if result.scale is None and step.has_loss and number_format is FP16_FORMAT:
+                entry = EmulatedEntry(number_format=number_format)
+                result.in_backward = leaving_in_backward(model, batch, result.overflowing, entry)
+                with widened(model, result.to_widen, entry):
+                    _find_scale(_Step(model, batch, number_format), wide, result)
         yield result
 
 
@@ -516,7 +494,7 @@ def _find_scale(step: _Step, wide: _Step, result: DryRun) -> None:
     Gradients grow with the scale, so that the largest that a backward pass rounds to the format says which scale it takes.
     """
     exact, largest = wide.gradients(1.0), result.number_format.largest
-    largest_gradient = wide.largest_gradient(result.overflowing)
+    largest_gradient = wide.largest_gradient(result.overflowing, result.number_format)
     most = 0 if result.number_format is BF16_FORMAT else FIRST_EXPONENT
     fits = math.floor(math.log2(largest / largest_gradient)) if largest_gradient else most
     # `low` is the largest exponent whose gradients are known to be finite, `high` the least whose are not.
@@ -544,7 +522,8 @@ class _Step:
         number_format: that of the forward pass.
         findings: what was seen in it.
         is_usable: whether it is finite, with modules in FP32.
-        outputs: what modules returned.
+        values: the largest of each module.
+        has_loss: whether the model has returned a loss.
         largest_rounded: magnitude of the largest finite gradient that the last backward pass has rounded to the format.
     """
 
@@ -562,13 +541,13 @@ class _Step:
                     stack.callback(module.register_forward_hook(functools.partial(self._watch, name)).remove)
             stack.enter_context(torch.random.fork_rng(devices=[]))
             torch.manual_seed(0)  # the same dropout in every format
-            self.outputs = stack.enter_context(largest_output(model, number_format))
+            self.values = stack.enter_context(LargestValues(model, number_format))
             half = number_format in (FP16_FORMAT, BF16_FORMAT)
             forward = RecordedForward(model, (), dict(batch))
             self.findings = replay(forward, self._precision, by_operator=half, gradients=True)
         self.is_usable = self.findings.error is None and self.findings.first_non_finite is None
         if self.is_usable:
-            self._loss = _loss(self.findings.output)
+            self._loss, self.has_loss = loss_of(self.findings.output)
             for node, _ in graph_of([self._loss.grad_fn]):
                 node.register_hook(functools.partial(self._note_rounded, "round_to" in node.name()))
 
@@ -585,10 +564,14 @@ class _Step:
             self._note(name.rpartition(".")[0], gradient)
         return self._found[scale]
 
-    def largest_gradient(self, without: list[str]) -> float:
-        """Magnitude of the largest finite gradient so far, also of activations, at its scale; but for those of modules in FP32."""
+    def largest_gradient(self, without: list[str], number_format: NumberFormat) -> float:
+        """Magnitude of the largest finite gradient so far, at its scale, that such a step would round to a format; 0.0 for none."""
         inside = tuple(f"{name}." for name in without)
-        return max((x for name, x in self._largest.items() if not f"{name}.".startswith(inside)), default=0.0)
+        known = max((x for name, x in self._largest.items() if not f"{name}.".startswith(inside)), default=0.0)
+        if not self.largest_rounded:
+            return known
+        half = number_format in (FP16_FORMAT, BF16_FORMAT)
+        return self.largest_rounded if half and not without else min(known, self.largest_rounded)
 
     def _watch(self, name: str, module: nn.Module, arguments: Any, output: Any) -> None:
         for _, x in float_tensors(output):
@@ -606,14 +589,6 @@ class _Step:
 
 def _largest_finite(x: Tensor) -> float:
     return x.where(x.isfinite(), 0.0).abs().amax().item() if x.numel() else 0.0
-
-
-def _loss(output: Any) -> Tensor:
-    """The model's own loss; without one, the mean square of all that it returns."""
-    loss = getattr(output, "loss", None)
-    if loss is not None:
-        return torch.as_tensor(loss)
-    return torch.stack([x.float().square().mean() for _, x in float_tensors(output) if x.requires_grad]).sum()
 
 
 def _note_underflow(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor], result: DryRun) -> None:

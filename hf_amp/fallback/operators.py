@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,6 +233,15 @@ def _source() -> tuple[str, int]:
 def _quoted(file: str, line: int) -> str:
     source = linecache.getline(file, line).strip()
     return f" at {Path(file).name}:{line}" + (f" (`{source[:80]}`)" if source else "") if file else ""
+
+
+def raised_at(error: Exception) -> str:
+    """ " at file:line (`source`)" of the innermost line of a model's own file that has raised `error`; "" where none has."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = frame.f_code.co_filename
+        if not file.startswith(_OTHERS) and ("/transformers/" not in file or "/transformers/models/" in file):
+            return _quoted(file, line)
+    return ""
 
 
 def _floats(value: Any) -> list[Tensor]:

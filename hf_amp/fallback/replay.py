@@ -33,7 +33,7 @@ from hf_amp.fallback.module_precision import (
     to_float32,
 )
 from hf_amp.fallback.one_module import ModuleAlone
-from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of, is_reentrant
+from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of, is_reentrant, raised_at
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.fallback.sharded import GatheredGradients, Lockstep
 from hf_amp.patch_log import removal, takes_hooks
@@ -160,7 +160,7 @@ def _replay_modules(
             cured = end(forward.model, (), {}, output)
             watch.findings.output = output if cured is None else cured
     except Exception as error:  # out of memory, or whatever the model raises on this batch
-        watch.findings.error = in_one_line(error)
+        watch.findings.error = in_one_line(error) + raised_at(error)
         watch.blame_candidate()
     finally:
         removal(handles)()

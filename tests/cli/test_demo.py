@@ -1,6 +1,7 @@
 """`hf-amp demo` trains side by side, shows what became of it, and leaves a run folder that other tools read."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from hf_amp.cli import app
-from hf_amp.cli.demo_training import small_gpt2, text_blocks
+from hf_amp.cli.demo_training import small_gpt2, text_blocks, train
 from hf_amp.device import probe
 from tests.fallback.range_reference import fp16_flop_share, modules_out_of_range
 
@@ -112,6 +113,14 @@ def test_stock_fp16_never_applies_a_step_and_hf_amp_does_but_for_a_few(run):
     assert STEPS - 5 <= applied[2] < STEPS
     assert row(run, "skipped steps")[2] == f"{skipped[2]} ACTIVATION"
     assert row(run, "scale") == ["none", f"{2.0**16 / 2**STEPS:g}", "65536 (DYNAMIC)"]
+
+
+def test_a_loss_of_nan_is_not_shown_as_zero(tmp_path):
+    """What a stock Trainer logs for NaN is 0, which looks like a perfect fit: the demo shows NaN."""
+    losses = []
+    train("fp16", None, 2, tmp_path, lambda step, loss: losses.append(loss))
+    assert all(math.isnan(loss) for loss in losses if loss is not None)
+    assert losses[-1] is not None
 
 
 def test_hf_amp_names_the_modules_and_keeps_them_in_fp32(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import typer
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -178,7 +180,7 @@ def test_the_command_prints_it(folder: Path) -> None:
     for words in (
         "GPT2LMHeadModel", "64,896 float32",
         "FP16 overflow: transformer.h.0.attn.c_proj, transformer.h.0.mlp.c_proj, transformer.h.1.attn.c_proj",
-        "4 modules in FP32: hf_amp does that",
+        "4 modules in FP32 (hf_amp does that)",
     ):  # fmt: skip
         assert words in " ".join(result.stdout.split())
 
@@ -347,6 +349,85 @@ def test_inference_of_half_precision_copies(entry: RescaledModel) -> None:
     assert 5 < fp16.headroom.bits < 16 < bf16.headroom.bits
 
 
+class Scores(nn.Module):
+    """Products of queries are 40,000, then 10,000 under a mask, and no module returns them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.query = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        nn.init.constant_(self.query.weight, 50.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.query(x)
+        scores = q @ (q / 4).T
+        mask = torch.tensor([[0.0, torch.finfo(q.dtype).min]], dtype=q.dtype).expand(2, 2).reshape(1, 4)
+        return self.inner(x) + (scores / 4 + mask).softmax(-1).sum()
+
+
+def test_headroom_is_that_of_half_precision_values_inside_of_modules_too() -> None:
+    """Scores that no module returns count; a residual stream in FP32, a mask of -65504 and weights do not."""
+    x = torch.ones(4, 4)
+    exact = (Scores().query(x) @ (Scores().query(x) / 4).T).abs().max().item()
+    for near in (next(dry_runs(Scores(), {"x": x})).headroom, hf_amp.check_inference(Scores(), {"x": x})[0].headroom):
+        assert near is not None
+        assert (near.module, near.amax) == ("", pytest.approx(exact, rel=1e-3))
+        assert near.bits == pytest.approx(math.log2(65504 / exact), abs=0.01)
+    stream = nn.Sequential(nn.Linear(4, 4), Wide())
+    (fp16, *_) = dry_runs(stream, {"input": x})
+    assert fp16.overflowing == []
+    assert fp16.headroom is not None
+    assert (fp16.headroom.module, fp16.headroom.bits > 10) == ("0", True)
+
+
+class Wide(nn.Module):
+    """A residual stream of 200,000, which is FP32 under autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float() + 2e5
+
+
+class Passes(nn.Module):
+    """Gives what it is given, by an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * 1
+
+
+def test_the_module_that_makes_the_largest_value_is_named() -> None:
+    """And not one that hands it on: here an embedding."""
+    model = nn.Sequential(nn.Embedding(4, 4), Passes())
+    nn.init.constant_(model[0].weight, 1_000.0)
+    for found in hf_amp.check_inference(model, {"input": torch.arange(4)}):
+        assert found.headroom is not None
+        assert (found.headroom.module, found.headroom.amax) == ("0", 1_000.0)
+
+
+def test_headroom_beside_what_overflows_is_that_of_the_rest() -> None:
+    """A module that overflows goes to FP32; how near the others are is told all the same, by the largest value beside it."""
+    model = nn.Sequential(Product(30_000.0), Product(1e3), Product(1_000_000.0))
+    with torch.no_grad():
+        model[1].product.weight /= 1e3
+    x = {"input": EIGHTS}
+    inputs = model[0](EIGHTS).abs().max().item()
+    for found in (next(dry_runs(model, x)), hf_amp.check_inference(model, x)[0]):
+        assert found.overflowing == ["2.product"]
+        assert found.headroom is not None
+        assert found.headroom.amax == pytest.approx(inputs, rel=1e-2)
+
+
+def test_inference_needs_few_passes() -> None:
+    """Three forward passes, and at most one more for each format that overflows."""
+    for model, most in ((BY_NAME["GPT-2"].plain(0), 3), (BY_NAME["GPT-2"].build(0)[0], 4)):
+        passes: list[str] = []
+        model.register_forward_pre_hook(lambda *_, passes=passes: passes.append("forward"))
+        hf_amp.check_inference(model, made_up_batch(model, 1, 8))
+        assert 3 <= len(passes) <= most
+
+
 class Residual(nn.Module):
     """A residual stream beyond 65504, of outputs that are in the range."""
 
@@ -370,6 +451,70 @@ def test_inference_overflows_where_training_does_not() -> None:
     assert next(dry_runs(Residual(), {"x": torch.ones(2, 4)})).overflowing == []
 
 
+def test_inputs_beyond_fp16_are_not_blamed_on_fp32(tmp_path: Path) -> None:
+    """Of a batch that FP16 cannot hold that is said, with its names; NaN in it is said to be there."""
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    x = torch.tensor([[1e5, 2e5, 3e5, 4e5]])
+    fp16, bf16 = hf_amp.check_inference(model, {"input": x})
+    assert (fp16.inputs, fp16.first_non_finite, bf16.inputs) == (["input"], None, [])
+    assert "FP16 inputs beyond its range: input" in fp16.sentences()
+    tiny_gpt2().save_pretrained(tmp_path)
+    width = tiny_gpt2().config.n_embd
+    batch = {"inputs_embeds": torch.full((1, 4, width), torch.nan), "labels": torch.ones(1, 4, dtype=torch.long)}
+    save_file(batch, tmp_path / "batch.safetensors")
+    for options in ([], ["--inference"]):
+        result = preflight(tmp_path, "--batch", tmp_path / "batch.safetensors", *options)
+        assert result.stdout.startswith("The batch holds inf or NaN (inputs_embeds): fix the data.")
+
+
+def test_a_buffer_beyond_fp16_is_what_is_said() -> None:
+    """Also where a kernel does not take it in FP32 beside half precision, so that the rest cannot be seen."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].running_var.fill_(1e6)
+    fp16, bf16 = hf_amp.check_inference(model, {"input": torch.randn(2, 3, 8, 8)})
+    assert fp16.weights == ["1.running_var"]
+    assert fp16.verdict() == "FP16 overflows in 1 weight in inference: use BF16, or keep it in FP32."
+    assert bf16.verdict().startswith("BF16 overflows nowhere in inference, with ")
+
+
+def test_quantized_weights_are_run_as_they_are() -> None:
+    """Those of torchao, of which nothing is known element by element."""
+    quantization = pytest.importorskip("torchao.quantization", reason="the extra hf_amp[peers] brings it")
+    model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    fp16, _ = hf_amp.check_inference(model, {"input": torch.randn(2, 32)})
+    assert (fp16.error, fp16.weights, fp16.overflowing) == (None, [], [])
+
+
+def test_labels_that_are_all_ignored_are_named() -> None:
+    """A mean over no label is NaN in every format: the line says so."""
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
+    fp16 = next(dry_runs(tiny_gpt2(), batch))
+    assert fp16.first_non_finite == ""
+    assert fp16.verdict().startswith(
+        "What the model itself returns is not finite in FP32 either: fix the model or the batch"
+    )
+    assert "every label of the batch is ignored (-100)" in fp16.operators[""]
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Of Gemma: what is looked up is multiplied by a constant in the dtype of the weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * torch.tensor(8.0).to(self.weight.dtype)
+
+
+def test_inference_compares_to_fp32_parameters() -> None:
+    """A scaled embedding that overflows in FP16 alone is to blame, and not FP32; its FP32 values are those of FP32 weights."""
+    embedding = ScaledEmbedding(4, 4)
+    nn.init.constant_(embedding.weight, 10_003.0)
+    model = nn.Sequential(embedding, nn.LayerNorm(4))
+    fp16, bf16 = hf_amp.check_inference(model, {"input": torch.arange(4)})
+    assert (fp16.first_non_finite, fp16.overflowing[0], bf16.overflowing) == (None, "0", [])
+    assert fp16.operators["0"].startswith("product: ")
+    assert "its output is from 8e+04 to 8e+04 in FP32 and inf in FP16" in fp16.operators["0"]
+
+
 def test_the_command_says_first_what_matters(folder: Path) -> None:
     """A verdict, then whether the batch was made up and how long it is; with --inference likewise."""
     lines = preflight(folder, "--batch", 2, "--length", 12).stdout.splitlines()
@@ -381,6 +526,7 @@ def test_the_command_says_first_what_matters(folder: Path) -> None:
     result = preflight(folder, "--inference")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("FP16 overflows in ")
+    assert ", labels (" not in result.stdout
     assert "FP16 weights beyond its range: transformer.wte.weight" in result.stdout
     assert "BF16 log-probabilities: " in result.stdout
 
@@ -397,6 +543,186 @@ def test_non_finite_weights_and_odd_configurations_are_sentences(tmp_path: Path)
     vars(model.config)["vocab_size"] = None
     with pytest.raises(typer.BadParameter, match="no batch can be made up for GPT2LMHeadModel"):
         batch_for(model, "1", 4)
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TEXT = {"vocab_size": 32, "max_position_embeddings": 34, "pad_token_id": 0, **SIZES}
+IMAGE = {"image_size": 16, "patch_size": 8, **SIZES}
+RESNET = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1], "layer_type": "basic", "num_labels": 3}
+XLNET = {"vocab_size": 32, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+KINDS = [
+    ("BertForMultipleChoice", "BertConfig", TEXT),
+    ("BertForNextSentencePrediction", "BertConfig", TEXT),
+    ("BertForTokenClassification", "BertConfig", {**TEXT, "num_labels": 3}),
+    ("BertForQuestionAnswering", "BertConfig", TEXT),
+    ("BertForSequenceClassification", "BertConfig", {**TEXT, "num_labels": 1}),
+    ("BertForSequenceClassification", "BertConfig", {**TEXT, "problem_type": "multi_label_classification"}),
+    ("RobertaForMaskedLM", "RobertaConfig", {**TEXT, "pad_token_id": 1}),
+    ("XLNetLMHeadModel", "XLNetConfig", XLNET),
+    ("CLIPModel", "CLIPConfig", {"text_config": {**TEXT, "eos_token_id": 2}, "vision_config": IMAGE}),
+    ("ResNetForImageClassification", "ResNetConfig", RESNET),
+    ("ASTForAudioClassification", "ASTConfig", {"num_mel_bins": 16, "max_length": 32, "patch_size": 8, **SIZES}),
+    ("VideoMAEForVideoClassification", "VideoMAEConfig", {**IMAGE, "num_frames": 2}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "configuration", "options"), KINDS)
+def test_a_batch_is_made_up_for_what_people_train(
+    architecture: str, configuration: str, options: dict[str, Any]
+) -> None:
+    """Inputs and labels of the kinds, shapes and dtypes that the model takes, with as many tokens as are asked for at most."""
+    model = getattr(transformers, architecture)(getattr(transformers, configuration)(**options))
+    batch = made_up_batch(model, 2, 64)
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+def llava() -> PreTrainedModel:
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(num_key_value_heads=2, **TEXT),
+        vision_config=transformers.CLIPVisionConfig(**IMAGE),
+        image_token_id=31,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def test_what_the_batch_does_not_reach_is_said(tmp_path: Path) -> None:
+    """Of a vision tower nothing is known where the made-up batch holds tokens alone; of a model whose parts all ran, nothing is said."""
+    llava().save_pretrained(tmp_path)
+    for options in ([], ["--inference"]):
+        printed = " ".join(preflight(tmp_path, "--batch", 1, "--length", 8, *options).stdout.split())
+        words = "The batch did not reach model.vision_tower, model.multi_modal_projector: nothing is known there."
+        assert words in printed
+    assert next(dry_runs(tiny_gpt2(), made_up_batch(tiny_gpt2(), 1, 8))).not_run == []
+
+
+def test_a_model_without_a_loss_says_what_gradients_are_of(tmp_path: Path) -> None:
+    """The mean square of its outputs; and that its log-probabilities are unknown, without words of another command."""
+    transformers.BertModel(transformers.BertConfig(**TEXT)).save_pretrained(tmp_path)
+    printed = preflight(tmp_path, "--batch", 1).stdout
+    assert "The model returns no loss on this batch: gradients are those of the mean square of its outputs." in printed
+    assert "choose_precision" not in printed
+
+
+class Returns(nn.Module):
+    """A loss, in the kinds of output that a Trainer takes it from."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.head(x)
+        loss = nn.functional.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long))
+        return {"loss": loss, "logits": logits} if self.kind is dict else (loss, logits)
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_a_loss_is_found_where_a_trainer_finds_it(kind: type) -> None:
+    """In a plain dict or at the beginning of a tuple: gradients are those of the loss, and no other is spoken of."""
+    model = Returns(kind)
+    fp16 = next(dry_runs(model, {"x": EIGHTS}))
+    assert fp16.has_loss
+    in_inference = hf_amp.check_inference(model, {"x": EIGHTS})[0].log_probability_error
+    assert (in_inference is not None) is (kind is dict)
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_named(tmp_path: Path) -> None:
+    """What is random because the folder lacks it is said, and what does not fit config.json is an error with its names."""
+    tiny_gpt2().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = {name: x for name, x in weights.items() if name != "transformer.ln_f.weight"}
+    save_file(lost, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    result = preflight(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "lacks 1 weight (transformer.ln_f.weight): they are random here" in result.stderr
+    weights["transformer.ln_f.weight"] = torch.ones(3)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    result = preflight(tmp_path)
+    assert result.exit_code == 2
+    assert "other shapes than config.json says (transformer.ln_f.weight)" in " ".join(result.output.split())
+
+
+class Derivative(Product):
+    """Finite in every format, with a gradient of 0 times infinity."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = super().forward(x)
+        return (h - h).abs().sqrt() + h
+
+
+def test_gradients_that_no_format_cures_are_not_blamed_on_one() -> None:
+    """They are not finite in FP32 either: the parameters are named, and no other format is recommended."""
+    for run in dry_runs(Derivative(1.0), {"x": EIGHTS}):
+        assert run.non_finite_gradients == ["product.weight"]
+        assert run.verdict().startswith("Gradients are not finite in FP32 either (product.weight): fix the model")
+        assert run.remedy.startswith("none: fix the model")
+
+
+class Root(nn.Module):
+    """Its root is taken of what is zero in FP16 and not in FP32, so that its derivative is infinite there alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.sigmoid(self.inner(x)) * 1e-9).sqrt() * 1e4
+
+
+class RootInside(nn.Module):
+    """The same with a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.root = nn.Linear(4, 4), Root()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"loss": self.root(self.first(x)).float().square().mean()}
+
+
+@pytest.mark.usefixtures("fresh_accelerator_state")
+def test_gradients_that_overflow_at_every_scale_are_named_as_training_names_them() -> None:
+    """Those modules go to FP32 in a run: preflight names them, and the scale with which it trains then."""
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    fp16, bf16, *_ = dry_runs(RootInside(), {"x": x})
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    with hf_amp.attach(accelerator, init_scale=fp16.scale) as session:
+        model, optimizer = accelerator.prepare(plain := RootInside(), torch.optim.SGD(plain.parameters(), lr=1e-6))
+        for _ in range(4):
+            accelerator.backward(model(x)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert set(fp16.in_backward) == set(session.plan.modules) != set()
+        assert session.metrics()["applied_steps"] == 3
+    assert "in 2 modules in training: 2 modules in FP32 (hf_amp does that)" in fp16.verdict()
+    assert (fp16.overflowing, bf16.in_backward) == ([], [])
+    assert "FP16 overflow in backward, at every loss scale: root, root.inner" in fp16.sentences()
+
+
+class Masked(Product):
+    """A mask that no FP16 tensor can be filled with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).masked_fill(x > 1, -1e9)  # the line
+
+
+def test_a_mask_that_fp16_cannot_hold_is_said_with_its_line() -> None:
+    """As on a device it raises, in training and inference: what is said names file and line."""
+    for found in (next(dry_runs(Masked(1.0), {"x": EIGHTS})), hf_amp.check_inference(Masked(1.0), {"x": EIGHTS})[0]):
+        assert "without overflow at test_preflight.py:" in found.verdict()
+        assert "masked_fill(x > 1, -1e9)" in found.verdict()
+
+
+def test_a_loss_scale_below_one_is_said_at_once() -> None:
+    """A loss ten million times too large overflows nowhere, and the verdict says what it needs."""
+    model, batch = tiny_gpt2(), made_up_batch(tiny_gpt2(), 1, 8)
+    model.register_forward_hook(lambda module, arguments, output: output.__setitem__("loss", output.loss * 1e7))
+    fp16 = next(dry_runs(model, batch))
+    assert fp16.scale is not None
+    assert f"need a loss scale below 1 ({fp16.scale:g} fits)" in fp16.verdict()
 
 
 CONFIGURATION = """
@@ -424,7 +750,8 @@ class OwnForCausalLM(PreTrainedModel):
         self.embedding, self.head = nn.Embedding(config.vocab_size, 16), nn.Linear(16, config.vocab_size)
         self.post_init()
 
-    def forward(self, input_ids, labels=None):
+    def forward(self, input_ids, token_type_ids, labels=None):
+        assert token_type_ids.shape == input_ids.shape
         logits = self.head(self.embedding(input_ids) * 1e6)
         return CausalLMOutput(nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits)
 """
@@ -437,6 +764,7 @@ def test_custom_code_and_hub_names_without_a_network(
     for name, text in (("configuration_own.py", CONFIGURATION), ("modeling_own.py", MODEL)):
         (tmp_path / name).write_text(text)
     auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    save_file({"input_ids": torch.ones(1, 4).long(), "token_type_ids": torch.ones(1, 2)}, tmp_path / "bad.safetensors")
     config = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map, "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = {
@@ -447,6 +775,7 @@ def test_custom_code_and_hub_names_without_a_network(
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     commands = [
         [tmp_path, "--trust-remote-code", "--batch", "1", "--length", "4"],
+        [tmp_path, "--trust-remote-code", "--batch", tmp_path / "bad.safetensors"],
         [tmp_path],
         ["nobody/no-such-model"],
     ]
@@ -459,8 +788,8 @@ def test_custom_code_and_hub_names_without_a_network(
         printed = " ".join(f"{each.exit_code} {type(each.exception).__name__} {each.output}" for each in results)
     assert "Traceback" not in printed
     for words in (
-        "0 NoneType", "FP16 overflows in 1 module in training: 1 module in FP32: hf_amp does that", "OwnForCausalLM, parameters",
-        "FP16 overflow: head", "2 SystemExit", "pass --trust-remote-code, if you trust the code", "no-such-model: cannot be loaded (OSError",
+        "0 NoneType", "FP16 overflows in 1 module in training: 1 module in FP32 (hf_amp does that)", "OwnForCausalLM, parameters",
+        "FP16 overflow: head", "2 SystemExit", "(AssertionError at modeling_own.py:", "pass --trust-remote-code, if you trust the code", "no-such-model: cannot be loaded (OSError",
         "pass a folder that save_pretrained wrote, or a hub name",
     ):  # fmt: skip
         assert words in " ".join(printed.replace("│", " ").split())

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import hf_amp
-from hf_amp import AttachError, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
+from hf_amp import AttachError, Cause, EventKind, MixedPrecisionCallback, MixedPrecisionConfig, PrecisionMode
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.scaling.master_weights import STATE_KEY
 from tests.conftest import forget_accelerators
@@ -467,3 +467,26 @@ def test_weights_that_are_computed_and_optimizers_without_a_schedule(kind: str) 
         runs.append(losses_of(model, ScheduleFree(model.parameters(), 0.05), **options))
     assert runs[1] == pytest.approx(runs[0], rel=0.05, abs=1e-4)
     assert runs[0][-1] != runs[0][0]
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Of Gemma: what is looked up is multiplied by a constant in the dtype of the weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * torch.tensor(8.0).to(self.weight.dtype)
+
+
+def test_a_scaled_embedding_that_overflows_is_cured() -> None:
+    """FP16 alone is to blame where an embedding times a constant leaves its range: the module goes to FP32, and the run goes on."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    with hf_amp.attach(accelerator, precision_mode="FP16", init_scale=1.0) as session:
+        model = nn.Sequential(ScaledEmbedding(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+        nn.init.normal_(model[0].weight, std=2e4, generator=torch.Generator().manual_seed(0))
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for _ in range(3):
+            accelerator.backward(model(torch.arange(4)).float().square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        (skip,) = [event for event in session.events if event.kind is EventKind.STEP_SKIPPED]
+        assert (skip.cause, skip.modules) == (Cause.ACTIVATION, ("0",))
+        assert session.metrics()["applied_steps"] == 2
