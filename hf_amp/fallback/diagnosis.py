@@ -362,7 +362,7 @@ class Diagnoser:
         self._recorder = recorder
         self.repeats_forwards = True
         self._non_finite_since: tuple[int, int, Cause] | None = None
-        self._fitting: tuple[int, frozenset[str]] | None = None  # n of the newest 2^-n that served; what counts
+        self._fitting: tuple[int, BackwardFindings] | None = None  # n of the newest 2^-n that served; backward in FP32
 
     def explain(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped.
@@ -619,7 +619,7 @@ class Diagnoser:
     ) -> Diagnosis | None:
         """A loss that needs a scale below 1: the largest power of two that serves is tried out; None where none does.
 
-        Without `in_fp32` that is the one which an earlier skip has shown, and which is not reached yet.
+        Without `in_fp32` that is the one which an earlier skip of a loss as large has shown, and which is not reached yet.
         """
 
         def tried(power: int) -> BackwardFindings | None:
@@ -628,13 +628,14 @@ class Diagnoser:
         if in_fp32 is not None:
             begin = math.ceil(math.log2((in_fp32.largest or 1.0) / FP16_FORMAT.largest))
             power = power_that_serves(tried, in_fp32.moved, begin)
-            self._fitting = None if power is None else (power, in_fp32.moved)
+            self._fitting = None if power is None else (power, in_fp32)
         elif self._fitting is None or skip.scale <= 2.0 ** -self._fitting[0]:
             return None
         else:
-            known, counts = self._fitting
+            known, former = self._fitting
             found = tried(known)
-            power = None if found is None or found.parameters or counts - found.moved else known
+            is_as_large = found is not None and found.largest > former.largest * 2.0 ** -(known + 1)
+            power = known if found and is_as_large and not found.parameters and found.moved >= former.moved else None
         if power is None:
             return None
         return Diagnosis(
