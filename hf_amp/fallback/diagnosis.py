@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
-from hf_amp.fallback.one_block import BlockGradients, power_that_serves
+from hf_amp.fallback.one_block import BlockGradients, lost_at_any_scale, power_that_serves
 from hf_amp.fallback.operators import MOVES_ONLY, BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
@@ -561,6 +561,8 @@ class Diagnoser:
                 bad = replay_backward(forward, current, 1.0, skip.scale, first_only=True)
             tried &= bad is not None and not bad.is_probe
             if bad is None or not (bad.parameters or bad.outside):
+                if bad and (lost := lost_at_any_scale(forward, current, skip.scale, bad)):
+                    return self._gradient_leaves_format(forward, lost)
                 continue
             if bad.outside and (bad.is_from_outside or not bad.parameters):
                 if not bad.output_is_finite and (hidden := self._hidden_overflow(forward)):

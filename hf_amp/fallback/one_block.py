@@ -27,6 +27,7 @@ from hf_amp.fallback.replay import (
     hooks_silent,
     nothing_changes,
     repeat_forward,
+    replay_backward,
 )
 from hf_amp.patch_log import removal, takes_hooks
 from hf_amp.precision import PrecisionMode
@@ -210,19 +211,22 @@ class _BlockBackward:
         pairs = list(zip((name for name, _ in found), zip(ends[::2], ends[1::2], strict=True), strict=True))
         wrong = [name for name, pair in pairs if not all(map(math.isfinite, pair))]
         wrong = [name for name in wrong if name] or self._bad.parameters[: len(wrong)]
-        moved = frozenset(name for name, pair in pairs if name and any(pair))
-        largest = max(filter(math.isfinite, map(abs, ends)), default=0.0)
-        return BackwardFindings(wrong, moved, self.trace.in_backward, largest=largest)
+        magnitudes = {name: max(map(abs, pair)) for name, pair in pairs if name}
+        return BackwardFindings(wrong, magnitudes, self.trace.in_backward)
 
 
 def power_that_serves(
-    backward: Callable[[int], BackwardFindings | None], counts: frozenset[str], begin: int, least: bool = True
+    backward: Callable[[int], BackwardFindings | None],
+    counts: frozenset[str],
+    begin: int,
+    least: bool = True,
+    powers: range = POWERS,
 ) -> int | None:
     """The least n for which gradients at a scale of 2^-n are finite and none of `counts` is zero; None where there is none.
 
-    `backward` tries one of `POWERS`, from `begin` on in growing steps; the first that serves is enough unless the `least` is wanted.
+    `backward` tries one of `powers`, from `begin` on in growing steps; the first that serves is enough unless the `least` is wanted.
     """
-    low, high, width, serves = POWERS[0], POWERS[-1], 1, None
+    low, high, width, serves = powers[0], powers[-1], 1, None
     power = min(max(low, begin), high)
     while low <= high and (least or serves is None):
         found = backward(power)
@@ -235,6 +239,39 @@ def power_that_serves(
         power, width = power + (width if overflows else -width), 2 * width
         power = power if low <= power <= high else (low + high) // 2
     return serves
+
+
+def lost_at_any_scale(
+    forward: RecordedForward, current: CurrentPrecision, scale: float, at_one: BackwardFindings
+) -> BackwardFindings | None:
+    """What backward does at the least of the scales up to `scale` at which it overflows, where each one below that loses a gradient.
+
+    That is a gradient that is zero throughout, and in FP32 above 1 without a scale: what it is made from was lost on the way to an
+    operator that multiplies it by more than FP16 spans. None where a scale between serves, and where that is not known.
+    Costs nothing where no gradient is zero, else a step in FP32, and where one is lost some in the run's format.
+
+    Args:
+        at_one: what backward does without a scale, which is finite.
+    """
+    if scale <= 1 or at_one.is_probe or all(at_one.magnitudes.values()):
+        return None
+    in_fp32 = replay_backward(forward, current, 1.0, scale, in_fp32=True, first_only=True)
+    if in_fp32 is None or in_fp32.parameters:
+        return None
+    large = {name for name, magnitude in in_fp32.magnitudes.items() if magnitude > 1}
+    overflowing = [scale]
+
+    def tried(power: int) -> BackwardFindings | None:
+        found = replay_backward(forward, current, 2.0**-power, scale)
+        overflowing.extend([2.0**-power] if found and found.parameters else [])
+        return found
+
+    powers = range(1 - math.ceil(math.log2(scale)), 1)
+    lost = frozenset(large - at_one.moved)
+    if not lost or power_that_serves(tried, lost, powers[0], least=False, powers=powers) is not None:
+        return None
+    found = replay_backward(forward, current, min(overflowing), scale, by_operator=True)
+    return found if found and not lost.isdisjoint(found.parameters) else None
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -176,23 +176,31 @@ class BackwardFindings(NamedTuple):
 
     Attributes:
         parameters: names of those whose gradients are not finite.
-        moved: names of those whose gradients are not zero throughout.
+        magnitudes: name of a parameter that has a gradient → its largest.
         operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
         is_probe: whether small random numbers stood for what the loss gives to the output.
         outside: paths of outputs to which something that is not finite came.
         is_from_outside: whether all of that came from outside of the model, and not in part through another output.
         output_is_finite: whether what the model returned is.
-        largest: magnitude of the largest finite element of a gradient.
     """
 
     parameters: list[str]
-    moved: frozenset[str]
+    magnitudes: Mapping[str, float]
     operator: BadOperator | None = None
     is_probe: bool = False
     outside: Sequence[str] = ()
     is_from_outside: bool = False
     output_is_finite: bool = True
-    largest: float = 0.0
+
+    @property
+    def moved(self) -> frozenset[str]:
+        """Names of those whose gradients are not zero throughout."""
+        return frozenset(name for name, magnitude in self.magnitudes.items() if magnitude)
+
+    @property
+    def largest(self) -> float:
+        """The largest finite magnitude."""
+        return max(filter(math.isfinite, self.magnitudes.values()), default=0.0)
 
 
 def replay_backward(
@@ -237,12 +245,11 @@ def replay_backward(
     if found is None:
         return None
     ends = to_host_list(end for _, pair in found for end in pair)
-    by_name = [(name, pair) for (name, _), pair in zip(found, zip(ends[::2], ends[1::2], strict=True), strict=True)]
-    bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
-    moved = frozenset(name for name, pair in by_name if any(pair))
-    output_is_finite = not (bad and non_finite_tensors(output))
-    seen = (*cast(Any, about), output_is_finite, max(filter(math.isfinite, map(abs, ends)), default=0.0))
-    return BackwardFindings(bad, moved, trace.in_backward if trace else None, *seen)
+    pairs = zip(found, ends[::2], ends[1::2], strict=True)
+    magnitudes = {name: max(-least, most) for (name, _), least, most in pairs}
+    bad = [name for name, magnitude in magnitudes.items() if not math.isfinite(magnitude)]
+    seen = (*cast(Any, about), not (bad and non_finite_tensors(output)))
+    return BackwardFindings(bad, magnitudes, trace.in_backward if trace else None, *seen)
 
 
 @contextmanager

@@ -606,6 +606,48 @@ def test_a_loss_that_needs_a_scale_below_one_gets_it(strategy: str) -> None:
     assert loop.session.metrics()["applied_steps"] >= 15
 
 
+class Faint(nn.Module):
+    """Gradients that FP16 only holds with a large scale: its middle layer's derivative has a slope, and a branch counts little."""
+
+    def __init__(self, slope: float, branch: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.slope, self.branch = slope, branch
+        self.first, self.middle, self.last, self.side = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle = self.middle(torch.tanh(self.first(x)))
+        middle = middle + (middle - middle.detach()) * self.slope
+        return self.last(middle * 1e-4).float().square().mean() * 1e-3 + self.branch * self.side(x).float().mean()
+
+
+@for_each(
+    ("slope", "branch", "scale", "cause"),
+    [
+        (1e16, 1e-3, 2.0**8, Cause.ACTIVATION),
+        (1e14, 1e-3, 2.0**12, Cause.ACTIVATION),
+        (1e10, 1e-3, 2.0**20, Cause.SCALE),  # 2^8 serves
+        (1.0, 1e-3, 2.0**40, Cause.SCALE),
+        (1.0, 1e5, 2.0**8, Cause.SCALE),  # the branch overflows, and all else is zero at any scale below
+        (1e10, 1e5, 2.0**8, Cause.SCALE),
+    ],
+)
+@for_each("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
+def test_a_scale_that_loses_the_gradient_is_no_cure(
+    strategy: str, slope: float, branch: float, scale: float, cause: Cause
+) -> None:
+    """Gradients that are finite at scale 1 because they are zero there: SCALE where one between serves, or where they are small."""
+    options = {"init_scale": scale, "automatic_fallback": False, "scaling_strategy": strategy}
+    loop = Loop(Faint(slope, branch), "fp16", fused=True, **options)
+    for _ in range(2):
+        loop.step({"x": X})
+    loop.session.scaler.flush()
+    assert loop.skips[0].cause is cause
+    if cause is Cause.ACTIVATION:
+        assert loop.skips[0].modules[:1] == ("middle",)
+        assert "derivative of mul at test_diagnosis.py" in loop.skips[0].message
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors")
 @pytest.mark.usefixtures("fresh_accelerator_state")
 def test_the_text_of_an_exception_is_cut_in_a_message() -> None:

@@ -110,6 +110,15 @@ def test_no_more_is_repeated_than_the_cause_needs(
     assert [CALLS.count(number) for number in range(1, LAYERS)] == [calls_behind] * (LAYERS - 1)
 
 
+def test_a_scale_that_was_too_large_costs_one_step() -> None:
+    """Backward is repeated once, without a scale, which loses no gradient."""
+    loop = Loop(Stack(), "fp16", init_scale=2.0**24)
+    CALLS.clear()
+    loop.step({"x": torch.linspace(-1, 1, 32).reshape(4, 8)})
+    assert [skip.cause for skip in loop.skips] == [Cause.SCALE]
+    assert [CALLS.count(number) for number in range(LAYERS)] == [2] * LAYERS
+
+
 def test_the_scale_that_a_large_loss_needs_is_searched_once() -> None:
     """The first of several skips tries scales in FP16 and a pass in FP32, the others one pass at the scale that was found."""
     loop, calls = Loop(Stack(), "fp16", init_scale=4.0), list[int]()
