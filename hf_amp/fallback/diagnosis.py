@@ -60,11 +60,8 @@ class Diagnosis(NamedTuple):
         return self.cause is Cause.ACTIVATION and not self.confirmed
 
 
-_BY_SEVERITY = {
-    found.severity: found
-    for cause, confirmed in product(Cause, (True, False))
-    for found in [Diagnosis(cause, "", (), confirmed)]
-}
+_EVERY = [Diagnosis(cause, "", (), confirmed) for cause, confirmed in product(Cause, (True, False))]
+_BY_SEVERITY = {found.severity: found for found in _EVERY}
 
 _RANKS = 2**16
 """More than there are: a severity and a rank make one number."""
@@ -158,22 +155,18 @@ def joined(prefix: str, name: str) -> str:
     return ".".join(filter(None, (prefix, name)))
 
 
-def _overflow(names: tuple[str, ...], current: CurrentPrecision, operators: Sequence[BadOperator] = ()) -> Diagnosis:
-    left, inside = current.mode.number_format, "" if all(names) else " in the model's own forward"
-    return Diagnosis(
-        Cause.ACTIVATION,
-        f"a forward value left the range of {left.name} (±{left.largest:g}){inside}, from finite inputs. No loss scale cures "
-        f"that; a wider format does.{_first_of(operators)}",
-        names,
-    )
-
-
 def _left_format(found: ReplayFindings, prefix: str, current: CurrentPrecision) -> Diagnosis:
     """Modules whose output is not finite in the run's precision and is in FP32: for want of range, or of bits."""
     names = tuple(joined(prefix, name) for name in found.overflowing)
     operators = [op for name in found.overflowing if (op := found.operator_of(name))]
     if not operators or any(op.left_range for op in operators):
-        return _overflow(names, current, [op for op in operators if op.left_range])
+        left, inside = current.mode.number_format, "" if all(names) else " in the model's own forward"
+        return Diagnosis(
+            Cause.ACTIVATION,
+            f"a forward value left the range of {left.name} (±{left.largest:g}){inside}, from finite inputs. No loss scale cures "
+            f"that; a wider format does.{_first_of([op for op in operators if op.left_range])}",
+            names,
+        )
     inside = joined(prefix, operators[0].module)
     where = "" if inside in names else f" in {inside}"
     return Diagnosis(
@@ -285,7 +278,7 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
     return None
 
 
-_OUTSIDE = "Not confirmed: backward could not be repeated in full, as the loss is made outside of the model."
+_OUTSIDE = "Not confirmed: backward could not be repeated in full; the loss is made outside of the model, or the batch was written into."
 _BY_TORCH_FUNC = (
     "torch.func has called the model (grad, vmap, functional_call), and such calls cannot be repeated: look at what they were "
     "given, or call the model itself on it once, which names the cause."
@@ -569,11 +562,10 @@ class Diagnoser:
                     return hidden
                 operations = self._recorder.operations_outside()
                 later = [x for each in forwards[index + 1 :] for _, x in _named_inputs(each)]
-                through_others = not bad.is_from_outside or any(x.grad_fn is not None for x in later)
-                half = any(g is not None and g.dtype in HALF_DTYPES for g in forward.output_gradients.values())
-                by_python = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in operations)
-                half |= any(_gives(node, *HALF_DTYPES) for node in operations)
-                unseen = half or through_others or by_python
+                unseen = not bad.is_from_outside or any(x.grad_fn is not None for x in later)
+                unseen |= any(g is not None and g.dtype in HALF_DTYPES for g in forward.output_gradients.values())
+                by_python = torch.autograd.function.BackwardCFunction
+                unseen |= any(isinstance(node, by_python) or _gives(node, *HALF_DTYPES) for node in operations)
                 if (unseen and skip.scale > 1) or (skip.scale > SMALLEST_SCALE and _may_need_less(forward, operations)):
                     tried = False
                     continue

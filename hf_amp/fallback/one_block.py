@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_amp.device import RandomState, devices_of, runs_backward
 from hf_amp.emulation import in_backward
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, holds_shards
+from hf_amp.fallback.one_module import Given
 from hf_amp.fallback.operators import OperatorTrace
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import (
@@ -39,11 +40,16 @@ POWERS = range(1, 25)
 
 
 class _Call(NamedTuple):
-    """What a block was called with, the version of each tensor in it, and the random numbers that it drew from."""
+    """What a block was called with, the version of each tensor in it, and the random numbers that it drew from.
+
+    Until it returns there are copies of the tensors as well; then what it has written into.
+    """
 
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     versions: list[int]
     random_state: RandomState
+    given: Given | None
+    written: Sequence[Tensor] = ()
 
 
 class BlockFindings(NamedTuple):
@@ -97,11 +103,14 @@ class BlockGradients:
         if not runs_backward():  # which calls it again where it is checkpointed
             inputs = copy_containers((arguments, options))
             versions = [x._version for x in tensors_of(inputs) if not x.is_inference()]
-            self._calls[name] = _Call(inputs, versions, RandomState.now(devices_of(self._model)))
+            random_state = RandomState.now(devices_of(self._model))
+            self._calls[name] = _Call(inputs, versions, random_state, Given(arguments, options))
 
     def _note_gradients(self, name: str, _block: nn.Module, _arguments: Any, output: Any) -> None:
         if runs_backward():
             return
+        if (given := self._calls[name].given) is not None:
+            self._calls[name] = self._calls[name]._replace(given=None, written=given.changes())
         ran_before = name in self._came_to  # then what comes to its outputs is not one gradient
         gradients = self._came_to[name] = {"": torch.tensor(math.nan)} if ran_before else {}
         for path, x in float_tensors(output):
@@ -123,7 +132,8 @@ class BlockGradients:
         if in_fp32 is None or in_fp32.parameters:
             return None if in_fp32 is None else BlockFindings(in_fp32)
         call, found = self._calls[name], BlockFindings(in_fp32)
-        if call.versions != [x._version for x in tensors_of(call.inputs) if not x.is_inference()]:
+        versions = [x._version for x in tensors_of(call.inputs) if not x.is_inference()]
+        if call.versions != versions or any(to_host_list(call.written)):
             return found
         block = forward.model.get_submodule(name)
         silent = hooks_silent(list(block.parameters()))
