@@ -584,12 +584,11 @@ class Diagnoser:
         self, skip: SkippedStep, forward: RecordedForward, bad: BackwardFindings, blocks: BlockGradients
     ) -> Diagnosis:
         """Why a gradient is not finite without a loss scale: one block is tried, and where that does not show it the whole model."""
-        current, in_fp32 = self._runner.current, None
+        current = self._runner.current
         block = blocks.replay(forward, current, bad)
         leaves = block.in_format if block else None
-        if block and (leaves or block.in_fp32.parameters):
-            in_fp32 = block.in_fp32
-        else:
+        in_fp32 = block.in_fp32 if block and (leaves or block.in_fp32.parameters) else None
+        if in_fp32 is None:
             in_fp32 = replay_backward(forward, current, 1.0, skip.scale, True, by_operator=True, first_only=True)
         if in_fp32 is not None and in_fp32.parameters:
             return self._derivative(forward, in_fp32)
@@ -680,6 +679,5 @@ class Diagnoser:
         bad = non_finite_names((name, p.grad) for name, p in skip.parameters if p.grad is not None)
         if (first := self._first_in_backward(bad)) is None:
             return diagnosis
-        return diagnosis._replace(
-            message=f"{diagnosis.message} The first gradient that is not finite is that of {first}."
-        )
+        said = f"{diagnosis.message} The first gradient that is not finite is that of {first}."
+        return diagnosis._replace(message=said)
