@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
-from hf_amp.fallback.one_block import BlockGradients, lost_at_any_scale, power_that_serves
+from hf_amp.fallback.one_block import BlockGradients, lost_at, lost_at_any_scale, power_that_serves
 from hf_amp.fallback.operators import MOVES_ONLY, BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
@@ -620,7 +620,7 @@ class Diagnoser:
 
         if in_fp32 is not None:
             begin = math.ceil(math.log2((in_fp32.largest or 1.0) / FP16_FORMAT.largest))
-            power = power_that_serves(tried, in_fp32.moved, begin)
+            power = power_that_serves(tried, in_fp32, begin)
             self._fitting = None if power is None else (power, in_fp32)
         elif self._fitting is None or skip.scale <= 2.0 ** -self._fitting[0]:
             return None
@@ -628,7 +628,7 @@ class Diagnoser:
             known, former = self._fitting
             found = tried(known)
             is_as_large = found is not None and found.largest > former.largest * 2.0 ** -(known + 1)
-            power = known if found and is_as_large and not found.parameters and found.moved >= former.moved else None
+            power = known if found and is_as_large and not (found.parameters or lost_at(known, found, former)) else None
         if power is None:
             return None
         return Diagnosis(

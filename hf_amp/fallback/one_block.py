@@ -31,7 +31,7 @@ from hf_amp.fallback.replay import (
     replay_backward,
 )
 from hf_amp.patch_log import removal, takes_hooks
-from hf_amp.precision import PrecisionMode
+from hf_amp.precision import FP16_FORMAT, PrecisionMode
 from hf_amp.statistics import extremes, to_host_list
 from hf_amp.tree import copy_containers, map_tensors, tensors_of
 
@@ -150,7 +150,7 @@ class BlockGradients:
                         largest = max(map(abs, to_host_list(extremes(g) for _, g in starts)))
                         serves = power_that_serves(
                             lambda power: repeated.backward(starts, 2.0**-power),
-                            in_fp32.moved,
+                            in_fp32,
                             begin=POWERS[-1] + math.ceil(math.log2(largest)),
                             least=False,
                         )
@@ -225,14 +225,23 @@ class _BlockBackward:
         return BackwardFindings(wrong, magnitudes, self.trace.in_backward)
 
 
+def lost_at(power: int, found: BackwardFindings, in_fp32: BackwardFindings) -> set[str]:
+    """Names of those whose gradient is zero in `found`, at a scale of 2^-n, and `in_fp32`, without one, a number that FP16 holds there.
+
+    A normal one: what is smaller, as the rounding noise of a derivative that is zero (the weights of a single expert), may be lost.
+    """
+    least = FP16_FORMAT.smallest_normal * 2.0**power
+    return {name for name, magnitude in in_fp32.magnitudes.items() if magnitude >= least} - found.moved
+
+
 def power_that_serves(
     backward: Callable[[int], BackwardFindings | None],
-    counts: frozenset[str],
+    in_fp32: BackwardFindings,
     begin: int,
     least: bool = True,
     powers: range = POWERS,
 ) -> int | None:
-    """The least n for which gradients at a scale of 2^-n are finite and none of `counts` is zero; None where there is none.
+    """The least n for which gradients at a scale of 2^-n are finite and none is lost (see `lost_at`); None where there is none.
 
     `backward` tries one of `powers`, from `begin` on in growing steps; the first that serves is enough unless the `least` is wanted.
     """
@@ -241,7 +250,7 @@ def power_that_serves(
     while low <= high and (least or serves is None):
         found = backward(power)
         overflows = found is None or bool(found.parameters)
-        lost = found is not None and bool(counts - found.moved)
+        lost = found is not None and bool(lost_at(power, found, in_fp32))
         if overflows and lost:
             return None  # a larger scale overflows too, and a smaller one loses them too
         serves = serves if overflows or lost else power
@@ -268,7 +277,7 @@ def lost_at_any_scale(
     in_fp32 = replay_backward(forward, current, 1.0, scale, in_fp32=True, first_only=True)
     if in_fp32 is None or in_fp32.parameters:
         return None
-    large = {name for name, magnitude in in_fp32.magnitudes.items() if magnitude > 1}
+    large = {name: x for name, x in in_fp32.magnitudes.items() if x > 1 and not at_one.magnitudes.get(name)}
     overflowing = [scale]
 
     def tried(power: int) -> BackwardFindings | None:
@@ -277,11 +286,11 @@ def lost_at_any_scale(
         return found
 
     powers = range(1 - math.ceil(math.log2(scale)), 1)
-    lost = frozenset(large - at_one.moved)
-    if not lost or power_that_serves(tried, lost, powers[0], least=False, powers=powers) is not None:
+    in_fp32 = in_fp32._replace(magnitudes=large)
+    if not large or power_that_serves(tried, in_fp32, powers[0], least=False, powers=powers) is not None:
         return None
     found = replay_backward(forward, current, min(overflowing), scale, by_operator=True)
-    return found if found and not lost.isdisjoint(found.parameters) else None
+    return found if found and not large.keys().isdisjoint(found.parameters) else None
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

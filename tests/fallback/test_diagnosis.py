@@ -606,6 +606,29 @@ def test_a_loss_that_needs_a_scale_below_one_gets_it(strategy: str) -> None:
     assert loop.session.metrics()["applied_steps"] >= 15
 
 
+class HardlyCounts(nn.Module):
+    """A layer, and one whose gradient is 1e-14 of its, as rounding noise is in the gate of a mixture that chooses one expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.layer = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) + self.gate(x) * 1e-7 * 1e-7).float()
+
+
+@for_each("factor", [1e6, 1e7, 1e8, 1e9])
+def test_noise_that_a_small_scale_loses_does_not_count(factor: float) -> None:
+    """Zero in FP16 at the scale that a large loss needs, and at any other: SCALE, as without that layer, and no plan changes."""
+    loop = Loop(HardlyCounts(), "fp16", init_scale=4.0)
+    for _ in range(3):
+        loop.step({"x": X}, loss_of=lambda output: output.square().sum() * factor)
+    assert [skip.cause for skip in loop.skips] == [Cause.SCALE] * 3
+    assert all("They fit at a scale of" in skip.message for skip in loop.skips)
+    assert dict(loop.session.plan.modules) == {}
+
+
 class Faint(nn.Module):
     """Gradients that FP16 only holds with a large scale: its middle layer's derivative has a slope, and a branch counts little."""
 
