@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_amp.errors import in_one_line
 from hf_amp.events import Cause, counted_names, join_names
 from hf_amp.fallback.module_precision import CurrentPrecision, PlanRunner, holds_shards
-from hf_amp.fallback.one_block import BlockGradients, power_that_serves
+from hf_amp.fallback.one_block import BlockGradients, lost_at, lost_at_any_scale, power_that_serves
 from hf_amp.fallback.operators import MOVES_ONLY, BadOperator
 from hf_amp.fallback.recorder import KEPT_BYTES, KEPT_FORWARDS, OBJECTS_DEEP, ForwardRecorder, RecordedForward
 from hf_amp.fallback.replay import BackwardFindings, ReplayFindings, replay, replay_backward, take_part
@@ -60,11 +60,8 @@ class Diagnosis(NamedTuple):
         return self.cause is Cause.ACTIVATION and not self.confirmed
 
 
-_BY_SEVERITY = {
-    found.severity: found
-    for cause, confirmed in product(Cause, (True, False))
-    for found in [Diagnosis(cause, "", (), confirmed)]
-}
+_EVERY = [Diagnosis(cause, "", (), confirmed) for cause, confirmed in product(Cause, (True, False))]
+_BY_SEVERITY = {found.severity: found for found in _EVERY}
 
 _RANKS = 2**16
 """More than there are: a severity and a rank make one number."""
@@ -158,22 +155,18 @@ def joined(prefix: str, name: str) -> str:
     return ".".join(filter(None, (prefix, name)))
 
 
-def _overflow(names: tuple[str, ...], current: CurrentPrecision, operators: Sequence[BadOperator] = ()) -> Diagnosis:
-    left, inside = current.mode.number_format, "" if all(names) else " in the model's own forward"
-    return Diagnosis(
-        Cause.ACTIVATION,
-        f"a forward value left the range of {left.name} (±{left.largest:g}){inside}, from finite inputs. No loss scale cures "
-        f"that; a wider format does.{_first_of(operators)}",
-        names,
-    )
-
-
 def _left_format(found: ReplayFindings, prefix: str, current: CurrentPrecision) -> Diagnosis:
     """Modules whose output is not finite in the run's precision and is in FP32: for want of range, or of bits."""
     names = tuple(joined(prefix, name) for name in found.overflowing)
     operators = [op for name in found.overflowing if (op := found.operator_of(name))]
     if not operators or any(op.left_range for op in operators):
-        return _overflow(names, current, [op for op in operators if op.left_range])
+        left, inside = current.mode.number_format, "" if all(names) else " in the model's own forward"
+        return Diagnosis(
+            Cause.ACTIVATION,
+            f"a forward value left the range of {left.name} (±{left.largest:g}){inside}, from finite inputs. No loss scale cures "
+            f"that; a wider format does.{_first_of([op for op in operators if op.left_range])}",
+            names,
+        )
     inside = joined(prefix, operators[0].module)
     where = "" if inside in names else f" in {inside}"
     return Diagnosis(
@@ -285,7 +278,7 @@ def _bad_input(forward: RecordedForward) -> tuple[str, Tensor] | None:
     return None
 
 
-_OUTSIDE = "Not confirmed: backward could not be repeated in full, as the loss is made outside of the model."
+_OUTSIDE = "Not confirmed: backward could not be repeated in full; the loss is made outside of the model, or the batch was written into."
 _BY_TORCH_FUNC = (
     "torch.func has called the model (grad, vmap, functional_call), and such calls cannot be repeated: look at what they were "
     "given, or call the model itself on it once, which names the cause."
@@ -362,7 +355,7 @@ class Diagnoser:
         self._recorder = recorder
         self.repeats_forwards = True
         self._non_finite_since: tuple[int, int, Cause] | None = None
-        self._fitting: tuple[int, frozenset[str]] | None = None  # n of the newest 2^-n that served; what counts
+        self._fitting: tuple[int, BackwardFindings] | None = None  # n of the newest 2^-n that served; backward in FP32
 
     def explain(self, skip: SkippedStep, agree: bool) -> Diagnosis:
         """Why a step was skipped.
@@ -561,17 +554,18 @@ class Diagnoser:
                 bad = replay_backward(forward, current, 1.0, skip.scale, first_only=True)
             tried &= bad is not None and not bad.is_probe
             if bad is None or not (bad.parameters or bad.outside):
+                if bad and (lost := lost_at_any_scale(forward, current, skip.scale, bad)):
+                    return self._gradient_leaves_format(forward, lost)
                 continue
             if bad.outside and (bad.is_from_outside or not bad.parameters):
                 if not bad.output_is_finite and (hidden := self._hidden_overflow(forward)):
                     return hidden
                 operations = self._recorder.operations_outside()
                 later = [x for each in forwards[index + 1 :] for _, x in _named_inputs(each)]
-                through_others = not bad.is_from_outside or any(x.grad_fn is not None for x in later)
-                half = any(g is not None and g.dtype in HALF_DTYPES for g in forward.output_gradients.values())
-                by_python = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in operations)
-                half |= any(_gives(node, *HALF_DTYPES) for node in operations)
-                unseen = half or through_others or by_python
+                unseen = not bad.is_from_outside or any(x.grad_fn is not None for x in later)
+                unseen |= any(g is not None and g.dtype in HALF_DTYPES for g in forward.output_gradients.values())
+                by_python = torch.autograd.function.BackwardCFunction
+                unseen |= any(isinstance(node, by_python) or _gives(node, *HALF_DTYPES) for node in operations)
                 if (unseen and skip.scale > 1) or (skip.scale > SMALLEST_SCALE and _may_need_less(forward, operations)):
                     tried = False
                     continue
@@ -590,12 +584,11 @@ class Diagnoser:
         self, skip: SkippedStep, forward: RecordedForward, bad: BackwardFindings, blocks: BlockGradients
     ) -> Diagnosis:
         """Why a gradient is not finite without a loss scale: one block is tried, and where that does not show it the whole model."""
-        current, in_fp32 = self._runner.current, None
+        current = self._runner.current
         block = blocks.replay(forward, current, bad)
         leaves = block.in_format if block else None
-        if block and (leaves or block.in_fp32.parameters):
-            in_fp32 = block.in_fp32
-        else:
+        in_fp32 = block.in_fp32 if block and (leaves or block.in_fp32.parameters) else None
+        if in_fp32 is None:
             in_fp32 = replay_backward(forward, current, 1.0, skip.scale, True, by_operator=True, first_only=True)
         if in_fp32 is not None and in_fp32.parameters:
             return self._derivative(forward, in_fp32)
@@ -619,7 +612,7 @@ class Diagnoser:
     ) -> Diagnosis | None:
         """A loss that needs a scale below 1: the largest power of two that serves is tried out; None where none does.
 
-        Without `in_fp32` that is the one which an earlier skip has shown, and which is not reached yet.
+        Without `in_fp32` that is the one which an earlier skip of a loss as large has shown, and which is not reached yet.
         """
 
         def tried(power: int) -> BackwardFindings | None:
@@ -627,14 +620,15 @@ class Diagnoser:
 
         if in_fp32 is not None:
             begin = math.ceil(math.log2((in_fp32.largest or 1.0) / FP16_FORMAT.largest))
-            power = power_that_serves(tried, in_fp32.moved, begin)
-            self._fitting = None if power is None else (power, in_fp32.moved)
+            power = power_that_serves(tried, in_fp32, begin)
+            self._fitting = None if power is None else (power, in_fp32)
         elif self._fitting is None or skip.scale <= 2.0 ** -self._fitting[0]:
             return None
         else:
-            known, counts = self._fitting
+            known, former = self._fitting
             found = tried(known)
-            power = None if found is None or found.parameters or counts - found.moved else known
+            is_as_large = found is not None and found.largest > former.largest * 2.0 ** -(known + 1)
+            power = known if found and is_as_large and not (found.parameters or lost_at(known, found, former)) else None
         if power is None:
             return None
         return Diagnosis(
@@ -685,6 +679,5 @@ class Diagnoser:
         bad = non_finite_names((name, p.grad) for name, p in skip.parameters if p.grad is not None)
         if (first := self._first_in_backward(bad)) is None:
             return diagnosis
-        return diagnosis._replace(
-            message=f"{diagnosis.message} The first gradient that is not finite is that of {first}."
-        )
+        said = f"{diagnosis.message} The first gradient that is not finite is that of {first}."
+        return diagnosis._replace(message=said)

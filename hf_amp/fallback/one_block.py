@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_amp.device import RandomState, devices_of, runs_backward
 from hf_amp.emulation import in_backward
 from hf_amp.fallback.module_precision import CurrentPrecision, ForwardContext, holds_shards
+from hf_amp.fallback.one_module import Given
 from hf_amp.fallback.operators import OperatorTrace
 from hf_amp.fallback.recorder import RecordedForward
 from hf_amp.fallback.replay import (
@@ -27,9 +28,10 @@ from hf_amp.fallback.replay import (
     hooks_silent,
     nothing_changes,
     repeat_forward,
+    replay_backward,
 )
 from hf_amp.patch_log import removal, takes_hooks
-from hf_amp.precision import PrecisionMode
+from hf_amp.precision import FP16_FORMAT, PrecisionMode
 from hf_amp.statistics import extremes, to_host_list
 from hf_amp.tree import copy_containers, map_tensors, tensors_of
 
@@ -38,11 +40,16 @@ POWERS = range(1, 25)
 
 
 class _Call(NamedTuple):
-    """What a block was called with, the version of each tensor in it, and the random numbers that it drew from."""
+    """What a block was called with, the version of each tensor in it, and the random numbers that it drew from.
+
+    Until it returns there are copies of the tensors as well; then what it has written into.
+    """
 
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     versions: list[int]
     random_state: RandomState
+    given: Given | None
+    written: Sequence[Tensor] = ()
 
 
 class BlockFindings(NamedTuple):
@@ -96,11 +103,14 @@ class BlockGradients:
         if not runs_backward():  # which calls it again where it is checkpointed
             inputs = copy_containers((arguments, options))
             versions = [x._version for x in tensors_of(inputs) if not x.is_inference()]
-            self._calls[name] = _Call(inputs, versions, RandomState.now(devices_of(self._model)))
+            random_state = RandomState.now(devices_of(self._model))
+            self._calls[name] = _Call(inputs, versions, random_state, Given(arguments, options))
 
     def _note_gradients(self, name: str, _block: nn.Module, _arguments: Any, output: Any) -> None:
         if runs_backward():
             return
+        if (given := self._calls[name].given) is not None:
+            self._calls[name] = self._calls[name]._replace(given=None, written=given.changes())
         ran_before = name in self._came_to  # then what comes to its outputs is not one gradient
         gradients = self._came_to[name] = {"": torch.tensor(math.nan)} if ran_before else {}
         for path, x in float_tensors(output):
@@ -122,7 +132,8 @@ class BlockGradients:
         if in_fp32 is None or in_fp32.parameters:
             return None if in_fp32 is None else BlockFindings(in_fp32)
         call, found = self._calls[name], BlockFindings(in_fp32)
-        if call.versions != [x._version for x in tensors_of(call.inputs) if not x.is_inference()]:
+        versions = [x._version for x in tensors_of(call.inputs) if not x.is_inference()]
+        if call.versions != versions or any(to_host_list(call.written)):
             return found
         block = forward.model.get_submodule(name)
         silent = hooks_silent(list(block.parameters()))
@@ -139,7 +150,7 @@ class BlockGradients:
                         largest = max(map(abs, to_host_list(extremes(g) for _, g in starts)))
                         serves = power_that_serves(
                             lambda power: repeated.backward(starts, 2.0**-power),
-                            in_fp32.moved,
+                            in_fp32,
                             begin=POWERS[-1] + math.ceil(math.log2(largest)),
                             least=False,
                         )
@@ -210,24 +221,36 @@ class _BlockBackward:
         pairs = list(zip((name for name, _ in found), zip(ends[::2], ends[1::2], strict=True), strict=True))
         wrong = [name for name, pair in pairs if not all(map(math.isfinite, pair))]
         wrong = [name for name in wrong if name] or self._bad.parameters[: len(wrong)]
-        moved = frozenset(name for name, pair in pairs if name and any(pair))
-        largest = max(filter(math.isfinite, map(abs, ends)), default=0.0)
-        return BackwardFindings(wrong, moved, self.trace.in_backward, largest=largest)
+        magnitudes = {name: max(map(abs, pair)) for name, pair in pairs if name}
+        return BackwardFindings(wrong, magnitudes, self.trace.in_backward)
+
+
+def lost_at(power: int, found: BackwardFindings, in_fp32: BackwardFindings) -> set[str]:
+    """Names of those whose gradient is zero in `found`, at a scale of 2^-n, and `in_fp32`, without one, a number that FP16 holds there.
+
+    A normal one: what is smaller, as the rounding noise of a derivative that is zero (the weights of a single expert), may be lost.
+    """
+    least = FP16_FORMAT.smallest_normal * 2.0**power
+    return {name for name, magnitude in in_fp32.magnitudes.items() if magnitude >= least} - found.moved
 
 
 def power_that_serves(
-    backward: Callable[[int], BackwardFindings | None], counts: frozenset[str], begin: int, least: bool = True
+    backward: Callable[[int], BackwardFindings | None],
+    in_fp32: BackwardFindings,
+    begin: int,
+    least: bool = True,
+    powers: range = POWERS,
 ) -> int | None:
-    """The least n for which gradients at a scale of 2^-n are finite and none of `counts` is zero; None where there is none.
+    """The least n for which gradients at a scale of 2^-n are finite and none is lost (see `lost_at`); None where there is none.
 
-    `backward` tries one of `POWERS`, from `begin` on in growing steps; the first that serves is enough unless the `least` is wanted.
+    `backward` tries one of `powers`, from `begin` on in growing steps; the first that serves is enough unless the `least` is wanted.
     """
-    low, high, width, serves = POWERS[0], POWERS[-1], 1, None
+    low, high, width, serves = powers[0], powers[-1], 1, None
     power = min(max(low, begin), high)
     while low <= high and (least or serves is None):
         found = backward(power)
         overflows = found is None or bool(found.parameters)
-        lost = found is not None and bool(counts - found.moved)
+        lost = found is not None and bool(lost_at(power, found, in_fp32))
         if overflows and lost:
             return None  # a larger scale overflows too, and a smaller one loses them too
         serves = serves if overflows or lost else power
@@ -235,6 +258,39 @@ def power_that_serves(
         power, width = power + (width if overflows else -width), 2 * width
         power = power if low <= power <= high else (low + high) // 2
     return serves
+
+
+def lost_at_any_scale(
+    forward: RecordedForward, current: CurrentPrecision, scale: float, at_one: BackwardFindings
+) -> BackwardFindings | None:
+    """What backward does at the least of the scales up to `scale` at which it overflows, where each one below that loses a gradient.
+
+    That is a gradient that is zero throughout, and in FP32 above 1 without a scale: what it is made from was lost on the way to an
+    operator that multiplies it by more than FP16 spans. None where a scale between serves, and where that is not known.
+    Costs nothing where no gradient is zero, else a step in FP32, and where one is lost some in the run's format.
+
+    Args:
+        at_one: what backward does without a scale, which is finite.
+    """
+    if scale <= 1 or at_one.is_probe or all(at_one.magnitudes.values()):
+        return None
+    in_fp32 = replay_backward(forward, current, 1.0, scale, in_fp32=True, first_only=True)
+    if in_fp32 is None or in_fp32.parameters:
+        return None
+    large = {name: x for name, x in in_fp32.magnitudes.items() if x > 1 and not at_one.magnitudes.get(name)}
+    overflowing = [scale]
+
+    def tried(power: int) -> BackwardFindings | None:
+        found = replay_backward(forward, current, 2.0**-power, scale)
+        overflowing.extend([2.0**-power] if found and found.parameters else [])
+        return found
+
+    powers = range(1 - math.ceil(math.log2(scale)), 1)
+    in_fp32 = in_fp32._replace(magnitudes=large)
+    if not large or power_that_serves(tried, in_fp32, powers[0], least=False, powers=powers) is not None:
+        return None
+    found = replay_backward(forward, current, min(overflowing), scale, by_operator=True)
+    return found if found and not large.keys().isdisjoint(found.parameters) else None
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -32,14 +32,14 @@ from hf_amp.fallback.module_precision import (
     recovers,
     to_float32,
 )
-from hf_amp.fallback.one_module import ModuleAlone
+from hf_amp.fallback.one_module import BatchWritten, Given, ModuleAlone, call_without_writes
 from hf_amp.fallback.operators import BadOperator, OperatorTrace, graph_of, is_reentrant, raised_at
 from hf_amp.fallback.recorder import OBJECTS_DEEP, RecordedForward
 from hf_amp.fallback.sharded import GatheredGradients, Lockstep
 from hf_amp.patch_log import removal, takes_hooks
 from hf_amp.precision import PrecisionMode, upcast
 from hf_amp.statistics import extremes, is_distributed, local_part, to_host_list
-from hf_amp.tree import copy_containers, tensors_in
+from hf_amp.tree import tensors_in
 
 
 @dataclass
@@ -74,9 +74,8 @@ class ReplayFindings:
 
     def operator_of(self, module: str) -> BadOperator | None:
         """The first operator to blame inside of the module of that name; None where none was seen."""
-        return next(
-            (op for name, op in self.operators.items() if f"{name}.".startswith(f"{module}." if module else "")), None
-        )
+        inside = (op for name, op in self.operators.items() if f"{name}.".startswith(f"{module}." if module else ""))
+        return next(inside, None)
 
 
 def replay(
@@ -159,6 +158,8 @@ def _replay_modules(
             watch.findings.draws |= _counters(forward.model) != counters
             cured = end(forward.model, (), {}, output)
             watch.findings.output = output if cured is None else cured
+    except BatchWritten as error:
+        return ReplayFindings(error=in_one_line(error))
     except Exception as error:  # out of memory, or whatever the model raises on this batch
         watch.findings.error = in_one_line(error) + raised_at(error)
         watch.blame_candidate()
@@ -176,23 +177,31 @@ class BackwardFindings(NamedTuple):
 
     Attributes:
         parameters: names of those whose gradients are not finite.
-        moved: names of those whose gradients are not zero throughout.
+        magnitudes: name of a parameter that has a gradient → its largest.
         operator: the first operator whose derivative is not finite; None where none was seen, or nobody looked.
         is_probe: whether small random numbers stood for what the loss gives to the output.
         outside: paths of outputs to which something that is not finite came.
         is_from_outside: whether all of that came from outside of the model, and not in part through another output.
         output_is_finite: whether what the model returned is.
-        largest: magnitude of the largest finite element of a gradient.
     """
 
     parameters: list[str]
-    moved: frozenset[str]
+    magnitudes: Mapping[str, float]
     operator: BadOperator | None = None
     is_probe: bool = False
     outside: Sequence[str] = ()
     is_from_outside: bool = False
     output_is_finite: bool = True
-    largest: float = 0.0
+
+    @property
+    def moved(self) -> frozenset[str]:
+        """Names of those whose gradients are not zero throughout."""
+        return frozenset(name for name, magnitude in self.magnitudes.items() if magnitude)
+
+    @property
+    def largest(self) -> float:
+        """The largest finite magnitude."""
+        return max(filter(math.isfinite, self.magnitudes.values()), default=0.0)
 
 
 def replay_backward(
@@ -237,12 +246,11 @@ def replay_backward(
     if found is None:
         return None
     ends = to_host_list(end for _, pair in found for end in pair)
-    by_name = [(name, pair) for (name, _), pair in zip(found, zip(ends[::2], ends[1::2], strict=True), strict=True)]
-    bad = [name for name, pair in by_name if not all(map(math.isfinite, pair))]
-    moved = frozenset(name for name, pair in by_name if any(pair))
-    output_is_finite = not (bad and non_finite_tensors(output))
-    seen = (*cast(Any, about), output_is_finite, max(filter(math.isfinite, map(abs, ends)), default=0.0))
-    return BackwardFindings(bad, moved, trace.in_backward if trace else None, *seen)
+    pairs = zip(found, ends[::2], ends[1::2], strict=True)
+    magnitudes = {name: max(-least, most) for (name, _), least, most in pairs}
+    bad = [name for name, magnitude in magnitudes.items() if not math.isfinite(magnitude)]
+    seen = (*cast(Any, about), not (bad and non_finite_tensors(output)))
+    return BackwardFindings(bad, magnitudes, trace.in_backward if trace else None, *seen)
 
 
 @contextmanager
@@ -363,17 +371,16 @@ class _Replay:
     def look_at(self, name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
         """Forward hooks for the module of that name, one before and one after it has run in this thread."""
         thread = threading.get_ident()
-        called_with: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], RandomState]] = []
+        called_with: list[tuple[Given, RandomState]] = []
 
         def before(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
             if threading.get_ident() == thread and not self._alone.runs:
-                called_with.append((copy_containers((arguments, options), OBJECTS_DEEP), self._alone.random_state()))
+                called_with.append((Given(arguments, options), self._alone.random_state()))
 
         def after(module: nn.Module, _arguments: Any, _options: Any, output: Any) -> Any:
             if threading.get_ident() != thread or self._alone.runs:
                 return None
-            # What it was given may hold its output by now.
-            (arguments, options), self._alone.drawn_from = called_with.pop()
+            given, self._alone.drawn_from = called_with.pop()
             if self.findings.first_non_finite is not None:
                 return None
             if name == "":
@@ -381,21 +388,17 @@ class _Replay:
             bad, asks = bool(non_finite_tensors(output)), self._lockstep
             together = asks is not None and (name == "" or sharded.needs_others(module)) and asks.anyone(bad)
             if not bad:
-                self._clear(name, (arguments, options))
+                self._clear(name, given)
                 # Where another rank needs it, a part of what is spread over ranks has to be like the others.
-                return self._in_fp32(name, module, arguments, options) if together else None
+                return self._in_fp32(name, module, given) if together else None
             known = self._candidate is not None and not self._candidate.may_be_mask and not self._all_of_them
             if known and name:
-                is_around = self._candidate_is_in(name)
-                if (
-                    2 * sum(p.numel() for p in module.parameters()) > self._elements
-                    if is_around
-                    else _holds_nan_or_inf((arguments, options))
-                ):
+                is_most = 2 * sum(p.numel() for p in module.parameters()) > self._elements
+                if is_most if self._candidate_is_in(name) else _holds_nan_or_inf(given.again()):
                     return None
             # Where it is clear, the candidate's NaN is in FP32 what it is here.
             is_clear = known and name == "" and self._alone.is_own_state
-            cured = None if is_clear else self._cured(name, module, output, arguments, options)
+            cured = None if is_clear else self._cured(name, module, output, given)
             self.findings.is_inside = known and name == "" and cured is not None
             if name == "" and cured is None:
                 self.blame_candidate()
@@ -408,24 +411,25 @@ class _Replay:
         if (found := self._candidate) and (self.findings.error is None or not found.may_be_mask):
             self.findings.first_non_finite, self.findings.only_loss = found.name, found.only_loss
 
-    def _cured(self, name: str, module: nn.Module, output: Any, arguments: tuple[Any, ...], options: Any) -> Any:
+    def _cured(self, name: str, module: nn.Module, output: Any, given: Given) -> Any:
         """The output in FP32 where that is finite, but for a mask of -inf with values of `output` beside it; None otherwise."""
-        exact = self._in_fp32(name, module, arguments, options)
+        exact = self._in_fp32(name, module, given)
         broken_in_fp32 = non_finite_tensors(exact)
         masked = broken_in_fp32 and not _holds_nan_or_inf(exact) and _finite_only_in(exact, output)
         if broken_in_fp32 and not masked:
-            former, likelier = self._candidate, self._likelier_candidate(name, (arguments, options), broken_in_fp32)
+            former, likelier = self._candidate, self._likelier_candidate(name, given.again(), broken_in_fp32)
             self._candidate, exact = likelier, None
             to_blame = likelier is not None and likelier is not former and not likelier.may_be_mask
         elif to_blame := name not in self.findings.overflowing:
             self.findings.overflowing.append(name)
         to_blame &= bool(name) and not self._lockstep and not torch.is_grad_enabled()
-        if to_blame and not non_finite_tensors((arguments, options)):
-            self._alone.look_inside(name, module, arguments, options)
+        if to_blame and not non_finite_tensors(given.again()):
+            self._alone.look_inside(name, module, *given.again())
         return exact
 
-    def _in_fp32(self, name: str, module: nn.Module, arguments: tuple[Any, ...], options: Any) -> Any:
+    def _in_fp32(self, name: str, module: nn.Module, given: Given) -> Any:
         """With its hooks, which may change its output; but for those of FSDP, which has gathered its parameters already."""
+        arguments, options = given.again()
         with self._alone.running(), ForwardContext.suspended(), self.current.entry.context(PrecisionMode.FP32):
             forward = (module.forward if is_unit(module) else module) if name else sharded.without_wrapper(module)
             return forward(*to_float32(arguments), **to_float32(options))
@@ -440,9 +444,9 @@ class _Replay:
             return former
         return _Candidate(name, all(x.dim() == 0 for x in outputs), may_be_mask)
 
-    def _clear(self, name: str, inputs: Any) -> None:
+    def _clear(self, name: str, given: Given) -> None:
         """Lets go of a candidate whose infinities the module of this name has made finite values of, as masks are meant to."""
-        if self._candidate is not None and (self._candidate_is_in(name) or non_finite_tensors(inputs)):
+        if self._candidate is not None and (self._candidate_is_in(name) or non_finite_tensors(given.again())):
             self._candidate = None
 
     def _candidate_is_in(self, name: str) -> bool:
@@ -486,7 +490,7 @@ def repeat_forward(forward: RecordedForward, in_fp32: bool = False) -> tuple[Any
     if in_fp32:
         arguments, options = to_float32(arguments), to_float32(options)
         model = sharded.without_wrapper(forward.model)
-    return model(*arguments, **options), before.has_moved()
+    return call_without_writes(model, arguments, options), before.has_moved()
 
 
 def inputs_to_repeat(forward: RecordedForward) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -59,10 +59,10 @@ class AdaptiveScale:
 
     A power of two between three numbers: the larger of the last two, but no more than the first.
 
-    - the *ceiling*, under which the gradients to be expected stay below the limit. Expected is the larger of mean +
-      z sigma of x = log2(gradient amax), with the normal quantile z of 1 - budget (source: OpenSeq2Seq,
-      `LogMaxScaler`), and the peak: the largest x of the last 1/budget to 2/budget clean steps. Among n + 1
-      exchangeable draws the newest is the largest with probability 1/(n + 1), whatever the distribution.
+    - the *ceiling*, under which the gradients to be expected stay below the limit. Expected is the larger of mean + z sigma of
+      x = log2(gradient amax), with the normal quantile z of 1 - budget (source: OpenSeq2Seq, `LogMaxScaler`), but no more than the peak +
+      `DROP_BITS`, and the peak: the largest x of the last 1/budget to 2/budget clean steps. Among n + 1 exchangeable draws the newest is
+      the largest with probability 1/(n + 1), whatever the distribution; of few, among which x has jumped, sigma says nothing.
     - what underflow *wants*: the scale at which no more than a share of 2^-10 of the sampled elements is subnormal.
       Zeros, which no scale cures, do not count.
     - the *room* for an outlier: `outlier_headroom` times the typical gradient. A higher scale than underflow wants buys
@@ -124,10 +124,10 @@ class AdaptiveScale:
         wanted = _wanted_with(observation.wanted_scale, state.wanted)
 
         usual = torch.add(mean, variance.sqrt(), alpha=NormalDist().inv_cdf(1 - self.overflow_budget))
-        ceiling = limit - torch.maximum(torch.maximum(peak, state.former_peak), usual)
+        seen = torch.maximum(peak, state.former_peak)
+        ceiling = limit - torch.maximum(seen, torch.minimum(usual, seen + DROP_BITS))
         room = limit - mean - math.log2(self.outlier_headroom)
-        target = torch.minimum(ceiling, torch.maximum(room, wanted)).floor_()
-        target = torch.minimum(target, bits + STEP_BITS)
+        target = torch.minimum(torch.minimum(ceiling, torch.maximum(room, wanted)).floor_(), bits + STEP_BITS)
 
         window_steps = state.window_steps + 1
         full = window_steps >= 1 / self.overflow_budget

@@ -107,8 +107,8 @@ class DynamicState(NamedTuple):
 class DynamicScale:
     """The rule of `torch.amp.GradScaler`, with a floor, a ceiling, and hysteresis.
 
-    Source: `torch.amp.GradScaler.update` for backoff and growth, which stops short of the ceiling rather than
-    exceed it; DeepSpeed's `DynamicLossScaler` for hysteresis.
+    Source: `torch.amp.GradScaler.update` for backoff and growth, at `growth_interval` clean steps and not beyond it, which stops short
+    of the ceiling rather than exceed it; DeepSpeed's `DynamicLossScaler` for hysteresis.
     """
 
     init_scale: float
@@ -136,13 +136,13 @@ class DynamicScale:
     def next_state(self, state: DynamicState, observation: Observation) -> DynamicState:
         if observation.known_clean and self.hysteresis == 1:
             clean_steps = state.growth_tracker + 1
-            grows = clean_steps >= self.growth_interval
+            grows = clean_steps == self.growth_interval
             return state._replace(
                 scale=self._grown(state.scale, grows), growth_tracker=clean_steps.masked_fill(grows, 0)
             )
         overflow = observation.found_inf > 0
         clean_steps = (state.growth_tracker + 1).masked_fill(overflow, 0)
-        grows = clean_steps >= self.growth_interval
+        grows = clean_steps == self.growth_interval
         backs_off = overflow & (state.hysteresis_left <= 1) if self.hysteresis > 1 else overflow
         left = (state.hysteresis_left - overflow.int()).clamp(min=1)
         lower = (state.scale * self.backoff_factor).clamp(min=self.min_scale)

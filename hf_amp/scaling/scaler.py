@@ -197,6 +197,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         self._queued: list[PendingOutcome] = []
         self.newest_request: StatisticsRequest | None = None
         self._observed = 0  # the newest attempt that the policy has seen
+        self._given_back = 0  # backward passes begun when a scale was given back
         self._undelivered: list[tuple[StepOutcome, torch.optim.Optimizer]] = []
         self._repeats = RepeatLimit()
 
@@ -482,7 +483,8 @@ class AdvancedGradScaler(torch.amp.GradScaler):
             made_with = self._state
             if skipped and not bad_losses:
                 made_with = made_with._replace(scale=late.records[0].scale)
-            self._state = self._policy.next_state(made_with, seen)
+            if skipped or late.records[0].backward > self._given_back:  # a clean one at a lower says nothing of it
+                self._state = self._policy.next_state(made_with, seen)
 
     def abandon_step(self) -> None:
         """Forgets losses and gradients of a step that will not be taken, after an exception in forward or backward."""
@@ -589,6 +591,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """The newest step was skipped for something that no scale cures: the policy is as it was before it. No GPU-CPU sync."""
         if self.no_scaling or self._former_state is None:
             return
+        self._given_back = self.backwards
         if outcome.attempt == self._observed:
             self._state = self._former_state
         else:

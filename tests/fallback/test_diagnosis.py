@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_amp
 from hf_amp import AmpEvent, AmpSession, Cause, EventKind, MixedPrecisionConfig, PrecisionMode
-from tests.each import for_each
+from tests.each import for_each, forget_accelerators
 from tests.reference import OverflowInBackward
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator_state")
@@ -604,6 +604,145 @@ def test_a_loss_that_needs_a_scale_below_one_gets_it(strategy: str) -> None:
     assert "mean in place of a sum" in loop.skips[-1].message
     assert (loop.session.plan.default, dict(loop.session.plan.modules)) == (PrecisionMode.MIXED, {})
     assert loop.session.metrics()["applied_steps"] >= 15
+
+
+class HardlyCounts(nn.Module):
+    """A layer, and one whose gradient is 1e-14 of its, as rounding noise is in the gate of a mixture that chooses one expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.layer = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) + self.gate(x) * 1e-7 * 1e-7).float()
+
+
+@for_each("factor", [1e6, 1e7, 1e8, 1e9])
+def test_noise_that_a_small_scale_loses_does_not_count(factor: float) -> None:
+    """Zero in FP16 at the scale that a large loss needs, and at any other: SCALE, as without that layer, and no plan changes."""
+    loop = Loop(HardlyCounts(), "fp16", init_scale=4.0)
+    for _ in range(3):
+        loop.step({"x": X}, loss_of=lambda output: output.square().sum() * factor)
+    assert [skip.cause for skip in loop.skips] == [Cause.SCALE] * 3
+    assert all("They fit at a scale of" in skip.message for skip in loop.skips)
+    assert dict(loop.session.plan.modules) == {}
+
+
+class Faint(nn.Module):
+    """Gradients that FP16 only holds with a large scale: its middle layer's derivative has a slope, and a branch counts little."""
+
+    def __init__(self, slope: float, branch: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.slope, self.branch = slope, branch
+        self.first, self.middle, self.last, self.side = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle = self.middle(torch.tanh(self.first(x)))
+        middle = middle + (middle - middle.detach()) * self.slope
+        return self.last(middle * 1e-4).float().square().mean() * 1e-3 + self.branch * self.side(x).float().mean()
+
+
+@for_each(
+    ("slope", "branch", "scale", "cause"),
+    [
+        (1e16, 1e-3, 2.0**8, Cause.ACTIVATION),
+        (1e14, 1e-3, 2.0**12, Cause.ACTIVATION),
+        (1e10, 1e-3, 2.0**20, Cause.SCALE),  # 2^8 serves
+        (1.0, 1e-3, 2.0**40, Cause.SCALE),
+        (1.0, 1e5, 2.0**8, Cause.SCALE),  # the branch overflows, and all else is zero at any scale below
+        (1e10, 1e5, 2.0**8, Cause.SCALE),
+    ],
+)
+@for_each("strategy", ["DYNAMIC", "PERFORMANCE_OPTIMIZED"])
+def test_a_scale_that_loses_the_gradient_is_no_cure(
+    strategy: str, slope: float, branch: float, scale: float, cause: Cause
+) -> None:
+    """Gradients that are finite at scale 1 because they are zero there: SCALE where one between serves, or where they are small."""
+    options = {"init_scale": scale, "automatic_fallback": False, "scaling_strategy": strategy}
+    loop = Loop(Faint(slope, branch), "fp16", fused=True, **options)
+    for _ in range(2):
+        loop.step({"x": X})
+    loop.session.scaler.flush()
+    assert loop.skips[0].cause is cause
+    if cause is Cause.ACTIVATION:
+        assert loop.skips[0].modules[:1] == ("middle",)
+        assert "derivative of mul at test_diagnosis.py" in loop.skips[0].message
+
+
+class Writing(nn.Module):
+    """Three blocks, of which the second, or the first, writes into what it is given, as `how` says, and then has a fault."""
+
+    def __init__(self, fault: Callable[[Tensor], Tensor], how: str, write: Callable[[Tensor], Tensor], at: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fault, self.how, self.write = fault, how, write
+        self.blocks = nn.ModuleList([_WritingBlock(self if number == at else None) for number in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.float().square().mean()
+
+
+class _WritingBlock(nn.Module):
+    def __init__(self, model: Writing | None) -> None:
+        super().__init__()
+        self.layer, self.of = nn.Linear(8, 8), (model,)  # not as a module of its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        (model,) = self.of
+        if model is None:
+            return self.layer(x)
+        if model.how == "into a copy":
+            x = x + (model.write(x.detach().clone()) - x).detach()
+        elif model.how == "in place":
+            model.write(x)
+        else:
+            model.write(x.data)
+        return model.fault(self.layer(x))
+
+
+WRITES = {
+    "grows": lambda x: x.mul_(3e3),
+    "is NaN the second time": lambda x: x.fill_(1.0 if bool((x != 1).any()) else torch.nan),
+    "moves": lambda x: x.add_(1.0),
+}
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "product": lambda y: y + ((y * 0 + 1e4) @ (y.new_ones(8, 8) * 1e4)) * 1e-9,
+    "rounding": lambda y: y + 0 * (y * 0 + 1.0002 - 1.0001).log(),
+    "division": lambda y: y + (y - y) / (y - y),
+    "root": lambda y: y + (y - y.detach()).abs().sqrt(),
+    "slope": lambda y: y + (y - y.detach()) * 1e16,
+}
+
+
+@for_each("write", list(WRITES))
+@for_each("fault", list(FAULTS))
+def test_a_block_that_writes_into_its_input_is_repeated_on_what_it_was_given(write: str, fault: str) -> None:
+    """In place, and through `.data`, which no version counts: told as of a block that does the same with a copy."""
+
+    def told(how: str) -> tuple[Any, ...]:
+        forget_accelerators()
+        loop = Loop(Writing(FAULTS[fault], how, WRITES[write], at=1), "fp16", init_scale=64.0, automatic_fallback=False)
+        loop.step({"x": X.clone()})
+        (skip,) = loop.skips
+        return skip.cause, skip.modules
+
+    assert told("in place") == told("through .data") == told("into a copy")
+
+
+@for_each("fault", ["product", "division", "root"])
+def test_a_batch_that_the_model_writes_into_through_data_is_not_repeated(fault: str) -> None:
+    """What it was before nobody knows: nothing is confirmed, the reason is said, and replays leave it as the step has."""
+    loop = Loop(Writing(FAULTS[fault], "through .data", WRITES["moves"], at=0), "fp16", automatic_fallback=False)
+    loop.step({"x": (x := X.clone())})
+    (skip,) = loop.skips
+    assert skip.modules == ()
+    assert skip.cause is (Cause.SCALE if fault == "root" else Cause.UNKNOWN)
+    assert "written into" in skip.message
+    assert torch.equal(x, X + 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors")

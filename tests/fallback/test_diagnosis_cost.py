@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -109,6 +110,15 @@ def test_no_more_is_repeated_than_the_cause_needs(
     assert [CALLS.count(number) for number in range(1, LAYERS)] == [calls_behind] * (LAYERS - 1)
 
 
+def test_a_scale_that_was_too_large_costs_one_step() -> None:
+    """Backward is repeated once, without a scale, which loses no gradient."""
+    loop = Loop(Stack(), "fp16", init_scale=2.0**24)
+    CALLS.clear()
+    loop.step({"x": torch.linspace(-1, 1, 32).reshape(4, 8)})
+    assert [skip.cause for skip in loop.skips] == [Cause.SCALE]
+    assert [CALLS.count(number) for number in range(LAYERS)] == [2] * LAYERS
+
+
 def test_the_scale_that_a_large_loss_needs_is_searched_once() -> None:
     """The first of several skips tries scales in FP16 and a pass in FP32, the others one pass at the scale that was found."""
     loop, calls = Loop(Stack(), "fp16", init_scale=4.0), list[int]()
@@ -121,3 +131,15 @@ def test_the_scale_that_a_large_loss_needs_is_searched_once() -> None:
     assert len(loop.skips) == 4
     assert calls[0] <= 7
     assert set(calls[1:]) == {3}
+
+
+@for_each("factors", [(1e9, 1e7), (1e7, 1e9), (1e9, 1e9)])
+def test_a_large_loss_of_another_size_is_told_with_its_own_scale(factors: tuple[float, float]) -> None:
+    """The largest at which its gradients fit, as a run tells that meets it first, in the same step of training."""
+    batch = {"x": torch.linspace(-1, 1, 32).reshape(4, 8)}
+    loops = [Loop(Stack(), "fp16", init_scale=4.0), Loop(Stack(), "fp16", init_scale=2.0)]
+    for factor in factors:
+        loops[0].step(batch, loss_of=lambda loss, factor=factor: loss * factor)
+    loops[1].step(batch, loss_of=lambda loss: loss * factors[1])
+    first, second = (re.findall(r"fit at a scale of ([\d.e-]*\d)", loop.skips[-1].message) for loop in loops)
+    assert first == second != []

@@ -128,6 +128,27 @@ def test_a_step_that_ran_before_the_cure_of_backward_lowers_no_scale() -> None:
     assert len({e.after for e in skips}) == 1
 
 
+def test_a_clean_step_at_a_lower_scale_says_nothing_of_the_one_given_back() -> None:
+    """The step after the last skip was made at 2^-16, while the verdict on that was late: the scale stays where it was put."""
+    model = Amplifies()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-20, fused=True)
+    session = AmpSession.for_model(model, optimizer, scaling_strategy="PERFORMANCE_OPTIMIZED", init_scale=64.0)
+    scales = []
+    for step in range(1, 8):
+        model.gain = 1e16 if step in (3, 4, 5) else 1.0
+        optimizer.zero_grad()
+        scales.append(session.scaler.get_scale())
+        session.scaler.scale(model(torch.randn(16, 8))).backward()
+        session.scaler.step(optimizer)
+        session.scaler.update()
+    skips = [e for e in session.events if e.kind is EventKind.STEP_SKIPPED]
+    assert [e.step for e in skips] == [3, 4, 5]
+    assert scales[5] == skips[2].before * 2**-8
+    assert session.scaler.get_scale() == skips[2].after
+    session.scaler.flush()
+    assert session.scaler.get_scale() > skips[2].after  # step 7 was clean at that
+
+
 def test_a_loss_that_is_not_finite_lowers_no_scale() -> None:
     """The loop makes it, so that no replay confirms it; the device, which lowers the scale of the next step meanwhile, is put right."""
     model = Amplifies()

@@ -136,6 +136,16 @@ def test_largest_gradients_outside_of_fp16_raise_the_limit() -> None:
     assert state.scale.item() == 2.0**15
 
 
+@for_each("clean_before", [1, 2, 4, 8])
+def test_a_jump_in_the_first_steps_does_not_end_at_the_smallest_scale(clean_before: int) -> None:
+    """Gradients outside of FP16 (embeddings) that are 2^44 times as large from now on: all others keep a scale in FP16's range."""
+    policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig(init_scale=64.0))
+    state = policy.init_state(torch.device("cpu"))
+    for step in range(clean_before + 100):
+        state = policy.next_state(state, observed(amax=0.4 if step < clean_before else 2.0**42.5, wanted=512.0))
+        assert state.scale.item() >= 2.0**-2
+
+
 def test_non_finite_loss_leaves_the_scale_alone() -> None:
     """A NaN batch is not the scale's fault: 100 of them change nothing."""
     policy = policy_of(ScalingStrategy.ADAPTIVE, MixedPrecisionConfig())

@@ -66,6 +66,27 @@ def test_checkpoints_move_both_ways(direction: str, after_first_step: bool) -> N
     assert fresh.get_scale() == source.get_scale()
 
 
+@for_each("interval", [3, 6, 7, 20])
+def test_a_growth_interval_set_later_acts_as_in_the_stock_class(interval: int) -> None:
+    """After 5 clean steps: one that is behind the tracker takes effect after the next overflow alone, which is in step 13."""
+    options = {"init_scale": 64.0, "growth_interval": 10}
+    scalers = [torch.amp.GradScaler("cpu", **options), AdvancedGradScaler(MixedPrecisionConfig(**options), "cpu")]
+    scales: list[list[float]] = [[], []]
+    for scaler, seen in zip(scalers, scales, strict=True):
+        model = tiny_mlp()
+        optimizer = adamw(model, fused=False)
+        for step, loss in enumerate(losses(model, 24, lambda step: step == 12)):
+            if step == 5:
+                scaler.set_growth_interval(interval)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            seen.append(scaler.get_scale())
+    assert scales[0] == scales[1]
+    assert max(scales[0]) > 64.0 or interval == 20
+
+
 def test_is_a_grad_scaler() -> None:
     """Code that asks `isinstance(scaler, torch.amp.GradScaler)` is content."""
     assert isinstance(AdvancedGradScaler(), torch.amp.GradScaler)
