@@ -117,8 +117,7 @@ def _on_cpu(number_format: str) -> str:
     What the CPU has does not change with ONEDNN_MAX_CPU_ISA, and what oneDNN has kernels for does; which of these do
     without units is only told by the limit itself. ATEN_CPU_CAPABILITY does not concern matrix products.
     """
-    capabilities = torch.cpu.get_capabilities()
-    has_units = any(capabilities.get(unit, False) for unit in _CPU_UNITS[number_format])
+    has_units = any(torch.cpu.get_capabilities().get(unit, False) for unit in _CPU_UNITS[number_format])
     has_kernels = getattr(torch.ops.mkldnn, f"_is_mkldnn_{number_format}_supported", lambda: False)
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     is_kept_off = number_format == "bf16" and limit in _LIMITS_WITHOUT_BF16

@@ -32,14 +32,13 @@ from hf_amp.tree import map_tensors, tensors_of
 _REDUCED = [
     "_convolution", "_convolution.deprecated", "_scaled_dot_product_flash_attention", "addbmm", "addmm", "addmv",
     "addr", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d.input",
-    "conv_transpose3d.input", "convolution", "linalg_vecdot", "linear", "matmul", "mm", "mv", "prelu",
-    "scaled_dot_product_attention",
+    "conv_transpose3d.input", "convolution", "mm", "mv", "prelu", "scaled_dot_product_attention",
 ]  # fmt: skip
-# The same list, and cuDNN's: what is made of others, whose results are half too. They are run with these emulated.
+# The same list, and cuDNN's: what is made of others, which run as these do without autocast, as inside of it on CUDA.
 _COMPOSITE = [
-    "chain_matmul", "einsum", "gru.data", "gru.input", "gru_cell", "linalg_multi_dot", "lstm.data", "lstm.input",
-    "lstm_cell", "rnn_relu.data", "rnn_relu.input", "rnn_relu_cell", "rnn_tanh.data", "rnn_tanh.input",
-    "rnn_tanh_cell",
+    "chain_matmul", "einsum", "gru.data", "gru.input", "gru_cell", "linalg_multi_dot", "linalg_vecdot", "linear",
+    "lstm.data", "lstm.input", "lstm_cell", "matmul", "rnn_relu.data", "rnn_relu.input", "rnn_relu_cell",
+    "rnn_tanh.data", "rnn_tanh.input", "rnn_tanh_cell",
 ]  # fmt: skip
 # Source: the same file, AT_FORALL_PROMOTE; but for these and those above, what autocast knows runs in FP32.
 _PROMOTED = [
@@ -48,18 +47,19 @@ _PROMOTED = [
 ]  # fmt: skip
 # What the CPU's half kernels round on the way, or what it has none for, beside transforms of Fourier: FP32, rounded once.
 # Source: a comparison of the operators in PyTorch's OpInfo that have half kernels for CPUs, but for products and linear algebra.
-_WITHOUT_HALF_KERNEL = [
-    "_adaptive_avg_pool3d", "_log_softmax", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "addr", "avg_pool3d",
-    "col2im", "erf", "fft_hfft2", "fft_hfftn", "fft_ihfft2", "fft_ihfftn", "grid_sampler_2d", "grid_sampler_3d", "logit", "mean",
-    "mean.dim", "multi_margin_loss", "polygamma", "prod", "prod.dim_int", "round.decimals", "rrelu", "rsqrt",
-    "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d",
-]  # fmt: skip
-# Whose derivative sums in half precision there, and in FP32 on CUDA: the same, where gradients are on.
-# Source: EmbeddingBackwardKernel.cu, EmbeddingBag.cu, im2col.cuh and layer_norm_kernel.cu of aten/src/ATen/native/cuda.
-_WITHOUT_HALF_DERIVATIVE = ["embedding", "embedding_bag", "embedding_bag.padding_idx", "im2col", "layer_norm"]
+_WITHOUT_HALF = {"both": [
+    "_adaptive_avg_pool3d", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_log_softmax", "_upsample_bicubic2d_aa",
+    "_upsample_bilinear2d_aa", "addr", "avg_pool3d", "col2im", "fft_hfft2", "fft_hfftn", "fft_ihfft2", "fft_ihfftn",
+    "grid_sampler_2d", "grid_sampler_3d", "logit", "mean", "mean.dim", "multi_margin_loss", "multilabel_margin_loss",
+    "nll_loss", "round.decimals", "rrelu", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d",
+]}  # fmt: skip
+# The same; the derivative is made of operators, in half precision on CUDA too, where a step of it may overflow.
+_WITHOUT_HALF["result"] = ["erf", "polygamma", "prod", "prod.dim_int", "rsqrt"]
+# Whose derivative sums in half precision there, and in FP32 on CUDA: the same, where gradients are on. Source: EmbeddingBag.cu,
+# EmbeddingBackwardKernel.cu, ActivationGluKernel.cu, im2col.cuh and layer_norm_kernel.cu of aten/src/ATen/native/cuda.
+_WITHOUT_HALF["backward"] = ["embedding", "embedding_bag", "embedding_bag.padding_idx", "glu", "im2col", "layer_norm"]
 # What PyTorch takes for the whole of an attention, or of an encoder layer, where no gradient is asked for.
 _FUSED = ["_native_multi_head_attention", "_transformer_encoder_layer_fwd"]
-_UNSAFE = ["binary_cross_entropy"]
 _WITHOUT_INFINITY = frozenset([torch.float8_e4m3fn])
 
 
@@ -69,15 +69,13 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype in _WITHOUT_INFINITY:
         facts = torch.finfo(dtype)
         spacing = 2.0 ** math.floor(math.log2(facts.max)) * facts.eps
-        rounded = torch.where(x.abs() < facts.max + spacing / 2, rounded, x * math.inf)
+        return torch.where(x.abs() < facts.max + spacing / 2, rounded, x * math.inf)
     return rounded
 
 
 _LIBRARY = torch.library.Library("hf_amp", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("round_to(Tensor x, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.impl(  # type: ignore[no-untyped-call]
-    "round_to", _rounded, "CompositeExplicitAutograd"
-)
+_LIBRARY.impl("round_to", _rounded, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("hf_amp::round_to", lambda x, _dtype: torch.empty_like(x), lib=_LIBRARY)
 torch.library.register_autograd(
     "hf_amp::round_to",
@@ -315,15 +313,12 @@ def _holds_half(args: Any, kwargs: Any) -> bool:
     return any(x.dtype in HALF_DTYPES for x in tensors_of((args, kwargs)))
 
 
-# ---- kernels -----------------------------------------------------------------------------------------------------
-
-
 class _Kernel:
     """What one operator does inside of the context."""
 
     def __init__(self, operator: Any, policy: Callable[..., Any] | None, lacks: str) -> None:
         self._operator, self.schema = operator, operator._schema
-        self._lacks = lacks  # a kernel of half precision: "", "both" or "backward"
+        self._lacks = lacks  # a kernel of half precision: "", "both", "result" or "backward"
         self._in_fp32 = _attention if operator is torch.ops.aten.scaled_dot_product_attention.default else operator
         self._policy = policy
 
@@ -338,6 +333,15 @@ class _Kernel:
         """The operator as it is; what it is made of is emulated."""
         return self._operator.redispatch(keyset & _REGISTERED[1], *args, **kwargs)
 
+    def opened(self, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+        """The same without autocast in it, which FP8 alone needs there."""
+        on = torch.is_autocast_enabled("cpu")
+        torch.set_autocast_enabled("cpu", on and mode.dtype_in_force() not in HALF_DTYPES)
+        try:
+            return self.plain(keyset, args, kwargs)
+        finally:
+            torch.set_autocast_enabled("cpu", on)
+
     def alone(self, convert: Callable[[Tensor], Tensor], args: Any, kwargs: Any, kernel: str = "FP32") -> Any:
         """The operator on converted tensors; nothing in it is emulated. Also not where torch.func calls it again, layer by layer."""
         args, kwargs = map_tensors(convert, args), map_tensors(convert, kwargs)
@@ -349,8 +353,12 @@ class _Kernel:
             _ACTIVE.kernel = ""
 
     def half_if_lacking(self, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-        lacks = self._lacks == "both" or (self._lacks == "backward" and torch.is_grad_enabled())
+        records = torch.is_grad_enabled()
+        lacks = self._lacks in ("both", "backward" if records else "result")
         result = (self.half if lacks else self.plain)(keyset, args, kwargs)
+        if self._lacks == "result" and records and _holds_half(args, kwargs) and not _is_traced():
+            with torch.no_grad():
+                result.data.copy_(self.half(keyset, args, kwargs))
         widens = self._lacks and _widens(mode, args, kwargs) and not _is_asked_for_dtype(args, kwargs)
         return map_tensors(upcast, result) if widens else result  # an embedding, without a copy of its weight
 
@@ -383,16 +391,11 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
 
 
 def _composite(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    dtype = mode.dtype_in_force()
-    if dtype is not None:
-
-        def convert(x: Tensor) -> Tensor:
-            return mode.operand(x, dtype)
-    elif _widens(mode, args, kwargs):
-        convert = upcast
-    else:
+    dtype = mode.dtype_in_force() or mode.dtype_of_mixed(args, kwargs)
+    if dtype is None and not _widens(mode, args, kwargs):
         return kernel.plain(keyset, args, kwargs)
-    return kernel.plain(keyset, map_tensors(convert, args), map_tensors(convert, kwargs))
+    convert = upcast if dtype is None else functools.partial(mode.operand, dtype=dtype)
+    return kernel.opened(mode, keyset, map_tensors(convert, args), map_tensors(convert, kwargs))
 
 
 def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
@@ -410,7 +413,7 @@ def _promoted(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, 
     on = mode.dtype_in_force() is not None
     if torch.float32 in dtypes and len(dtypes) > 1 and (on or _widens(mode, args, kwargs)):
         return kernel.alone(upcast, args, kwargs)
-    return kernel.half(keyset, args, kwargs) if on else kernel.plain(keyset, args, kwargs)
+    return kernel.opened(mode, keyset, args, kwargs)
 
 
 def _unsafe(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
@@ -442,6 +445,19 @@ def _fourier(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, k
     return result.to(torch.complex32 if result.is_complex() else torch.float16)
 
 
+def _batch_norm(kernel: _Kernel, _mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    """In FP32, results in half precision, as Normalization.cu has it: a CPU rounds the mean, and sums of backward."""
+    dtype, is_training = args[0].dtype, args[5]
+    if not is_training or dtype not in HALF_DTYPES or len({x.dtype for x in tensors_of(args[1:5])}) > 1:
+        return kernel.plain(keyset, args, kwargs)
+    wide = map_tensors(upcast, args)
+    result = _to(kernel.alone(lambda x: x, wide, kwargs, "half"), dtype)
+    for statistic, updated in zip(tensors_of(args[3:5]), tensors_of(wide[3:5]), strict=True):
+        if updated is not statistic:
+            statistic.copy_(updated)
+    return result
+
+
 def _of_another_package(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
     """As torchvision's have it under autocast: in FP32, results in the dtype of the first operand; but for what writes into operands."""
     if not _holds_half(args, kwargs) or kernel.schema.is_mutable:
@@ -460,9 +476,7 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
     def convert(x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             return x
-        if dtype in HALF_DTYPES and not _is_traced():
-            return x.to(dtype)
-        rounded = round_to(x, dtype)
+        rounded = x if dtype in HALF_DTYPES and not _is_traced() else round_to(x, dtype)
         return rounded.to(dtype) if dtype in HALF_DTYPES else rounded
 
     return map_tensors(convert, value)
@@ -493,8 +507,7 @@ def _note_recomputation(mode: EmulatedPrecision) -> None:
     if not mode.autocasts:
         return
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    is_in_function = mode._records_gradients and not torch.is_grad_enabled()
-    if is_in_function or (hooks and "checkpoint" in hooks[0].__qualname__):
+    if (mode._records_gradients and not torch.is_grad_enabled()) or (hooks and "checkpoint" in hooks[0].__qualname__):
         mode._of_thread.recomputed = mode
 
 
@@ -504,13 +517,13 @@ def _register_kernels() -> None:
         if _REGISTERED:
             return
         on_cuda, on_cpu = map(torch._C._dispatch_get_registrations_for_dispatch_key, ("AutocastCUDA", "AutocastCPU"))
-        lacking = {f"aten::{name}": "backward" for name in _WITHOUT_HALF_DERIVATIVE}
-        lacking |= dict.fromkeys([f"aten::{name}" for name in _WITHOUT_HALF_KERNEL], "both")
+        lacking = {f"aten::{name}": what for what, names in _WITHOUT_HALF.items() for name in names}
         policies: dict[str, Any] = dict.fromkeys(on_cpu) | dict.fromkeys(lacking, _Kernel.half_if_lacking)
-        policies |= dict.fromkeys([name for name in policies if name.startswith("aten::fft_")], _fourier)
+        policies |= dict.fromkeys([name for name in policies if "fft_" in name], _fourier)
         policies |= dict.fromkeys(on_cuda, _full)
         for names, policy in (
-            (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted), (_UNSAFE, _unsafe)
+            (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted),
+            (["batch_norm"], _batch_norm), (["binary_cross_entropy"], _unsafe),
         ):  # fmt: skip
             policies |= {f"aten::{name}": policy for name in names}
         others = [name for name in policies if not name.startswith("aten::")]
@@ -521,12 +534,14 @@ def _register_kernels() -> None:
         kernels = [(name, _Kernel(_operator(name), policy, lacking.get(name, ""))) for name, policy in policies.items()]
         fallthrough = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
         fallthrough.fallback(torch.library.fallthrough_kernel, _KEY)  # type: ignore[no-untyped-call]
-        libraries: dict[str, Any] = {}
+        key = getattr(torch._C.DispatchKey, _KEY)  # which `flex_attention`, `cond` and `scan` are to pass by, too
+        torch._ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS.append(key)
+        for operator in torch._ops._higher_order_ops.values():
+            operator.fallthrough(key)  # type: ignore[no-untyped-call]
+        namespaces = {name.partition("::")[0] for name in policies}
+        libraries: Any = {name: torch.library.Library(name, "IMPL") for name in namespaces}  # type: ignore[no-untyped-call]
         for name, kernel in kernels:
-            namespace = name.partition("::")[0]
-            if namespace not in libraries:
-                libraries[namespace] = torch.library.Library(namespace, "IMPL")  # type: ignore[no-untyped-call]
-            libraries[namespace].impl(name, kernel, _KEY, with_keyset=True)
+            libraries[name.partition("::")[0]].impl(name, kernel, _KEY, with_keyset=True)
         below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
         _REGISTERED.extend([libraries, below, fallthrough])
 

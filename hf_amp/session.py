@@ -756,8 +756,7 @@ class AmpSession(EventRecorder):
             return here
         names = [name for name, _ in runner.named_parameters()]
         names += [joined(runner.name_of(model), name) for model in runner.models() for name, _ in model.named_buffers()]
-        flags = torch.tensor([float(name in here) for name in names], device=runner.device)
-        found = all_reduce_max_to_host(flags)
+        found = all_reduce_max_to_host(torch.tensor([float(name in here) for name in names], device=runner.device))
         return [name for name, flag in zip(names, found, strict=True) if flag]
 
     @property
@@ -1023,6 +1022,5 @@ def _explain_uncaught(session: Callable[[], AmpSession | None], former: Any, kin
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile, DataParallel or DistributedDataParallel, whose names have nothing of these before them."""
-    is_parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-    name = "module" if is_parallel else "_orig_mod"
+    name = "module" if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else "_orig_mod"
     return unwrapped(cast(Any, model._modules[name])) if name in model._modules else model

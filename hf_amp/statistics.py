@@ -324,9 +324,7 @@ def filled_groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 def _combined(figures: list[Tensor], device: torch.device, combine: Callable[[Tensor], Tensor]) -> Tensor:
     """One figure out of those of several groups; 0 out of none."""
     here = [to_device(figure, device, torch.float32) for figure in figures]
-    if len(here) == 1:
-        return here[0]
-    return combine(torch.stack(here)) if here else torch.zeros((), device=device)
+    return here[0] if len(here) == 1 else combine(torch.stack(here)) if here else torch.zeros((), device=device)
 
 
 ELEMENTS_COUNTED_AT_ONCE = 2**26

@@ -124,27 +124,33 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     half = {x.dtype for x in tensors} & {torch.float16, torch.bfloat16, torch.complex32}
     aliases = any(result.alias_info is not None for result in func._schema.returns)
+    if half and func._schema.is_mutable and tensors[0].dtype in half:  # what is written is of that dtype
+        args = tree_map(lambda x: x.to(tensors[0].dtype) if _is_scalar(x) and tensors[0].dim() else x, args)
     if not half or aliases or func._schema.is_mutable:
         return func(*args, **kwargs)
     meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
     with torch.no_grad():
         dtypes = [x.dtype for x in tree_leaves(func(*meta[0], **meta[1])) if isinstance(x, Tensor)]
 
-    def operand(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float32 and dtypes[0] in half:
-            return x.to(dtypes[0]).float()  # one of the format's, beside its tensors, on CUDA as on a CPU
-        if isinstance(x, Tensor) and x.dtype in half:
-            return x.to(torch.complex64) if x.is_complex() else x.float()
-        return x
+    def rounded(x: Any) -> Any:
+        return x.to(dtypes[0]) if _is_scalar(x) and dtypes[0] in half else x  # beside the format's tensors, on CUDA
 
-    wide = tree_map(operand, (args, kwargs))
+    def wide(x: Any) -> Any:
+        return x.to(torch.complex64 if x.is_complex() else torch.float32) if x.dtype in half else x
+
+    args, kwargs = tree_map(rounded, (args, kwargs))
+    widened = tree_map(lambda x: wide(x) if isinstance(x, Tensor) else x, (args, kwargs))
     results = iter(dtypes)
     if torch.Tag.pointwise not in func.tags or len(dtypes) != 1:
-        return tree_map(lambda x: x.to(next(results)) if isinstance(x, Tensor) else x, func(*wide[0], **wide[1]))
+        return tree_map(lambda x: x.to(next(results)) if isinstance(x, Tensor) else x, func(*widened[0], **widened[1]))
     result = func(*args, **kwargs)  # for PyTorch's own derivative, whose steps are rounded there, too
     with torch.no_grad():
-        result.data.copy_(func(*wide[0], **wide[1]))
+        result.data.copy_(func(*widened[0], **widened[1]))
     return result
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float32
 
 
 def _cast(func: Any, args: Any, kwargs: Any) -> Any:
@@ -190,7 +196,18 @@ def _histogram(func: Any, args: Any, kwargs: Any) -> Any:
     return func(args[0].float(), *args[1:], **kwargs)
 
 
+def _batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    """CUDA's keeps mean and variance of the batch in FP32, and writes running ones, whatever their dtype."""
+    wide = tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, args)
+    result, *saved = func(*wide, **kwargs)
+    for statistic, updated in zip(args[3:5], wide[3:5], strict=True):
+        if updated is not statistic:
+            statistic.copy_(updated)
+    return result.to(args[0].dtype), *saved
+
+
 _KERNELS = {
+    torch.ops.aten.native_batch_norm.default: _batch_norm,
     torch.ops.aten.histc.default: _histogram,
     torch.ops.aten._to_copy.default: _cast,
     torch.ops.aten._softmax.default: _softmax,

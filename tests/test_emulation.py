@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -435,6 +436,11 @@ def test_a_model_of_half_precision_keeps_nothing_in_fp32() -> None:
         for x in steps.split(5):  # of so few, a CPU's kernels round on the way
             assert torch.equal(x.rsqrt(), x.float().rsqrt().half())
             assert torch.equal(x.erf(), x.float().erf().half())
+            with torch.enable_grad():
+                leaf = x.clone().requires_grad_()
+                assert torch.equal(leaf.rsqrt(), x.float().rsqrt().half())
+        small = torch.tensor([5e-4], dtype=torch.float16, requires_grad=True)
+        assert torch.autograd.grad(small.rsqrt(), small)[0].isinf()  # a step of it is result³
         assert (half @ half.T * 0 + 1).isnan().all()
         with pytest.raises(RuntimeError, match="dtype"):
             half @ torch.ones(300, 2)
@@ -552,6 +558,8 @@ def test_operators_of_other_packages_that_autocast_knows() -> None:
         (lambda x: torch.fft.irfft(torch.fft.rfft(x[:, :8]), n=12), torch.float16, False, "[12]"),
         (lambda x: torch.fft.rfft(x.float()), torch.float16, True, ""),
         (lambda x: torch.fft.rfft(x[:, :8]), torch.bfloat16, False, "Unsupported dtype BFloat16"),
+        (lambda x: torch.view_as_real(torch.stft(x, 8, window=x[0, :8], return_complex=True)), torch.float16, True, ""),
+        (lambda x: torch.stft(x, 6, window=x[0, :6], return_complex=True), torch.float16, False, "[6]"),
     ],
 )
 def test_signals_are_as_long_as_a_device_takes_them(
@@ -562,3 +570,15 @@ def test_signals_are_as_long_as_a_device_takes_them(
         x = nn.functional.linear(torch.randn(4, 8), torch.randn(12, 8))
         with nullcontext() if fits else pytest.raises(RuntimeError, match=re.escape(not_of)):
             assert transform(x).isfinite().all()
+
+
+def test_operators_of_higher_order() -> None:
+    """`flex_attention` and `torch.cond` run inside of the context, with half precision in what they call."""
+    q, layer = torch.randn(1, 2, 16, 16).half(), nn.Linear(8, 8)
+    with torch.no_grad(), hf_amp.emulate(torch.float16, autocast=False):
+        attended = torch.compile(flex_attention, backend="eager")(q, q, q)
+    expected = nn.functional.scaled_dot_product_attention(q.float(), q.float(), q.float())
+    torch.testing.assert_close(attended.float(), expected, rtol=5e-3, atol=5e-3)
+    with hf_amp.emulate():
+        y = torch.cond(torch.tensor(True), lambda x: layer(x), lambda x: layer(-x), (torch.ones(2, 8),))
+    assert y.dtype == torch.float16

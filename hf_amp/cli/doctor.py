@@ -87,9 +87,7 @@ class Device:
     def speed(self, precision: str) -> float | None:
         """How many times as fast as FP32 a matrix product was; None where not measured."""
         seconds = self.product_seconds
-        if precision not in seconds or "FP32" not in seconds:
-            return None
-        return seconds["FP32"] / seconds[precision]
+        return seconds["FP32"] / seconds[precision] if {precision, "FP32"} <= seconds.keys() else None
 
     def products_in_words(self) -> str:
         """The time of a matrix product in FP32, and how much faster or slower the others were."""
@@ -167,8 +165,7 @@ def _product_seconds(device: torch.device) -> dict[str, float]:
             for name, timer in timers.items():
                 taken[name].append(timer.timeit(1).median)
     steady = {name: min(times) for name, times in taken.items() if sorted(times)[1] < STEADY * min(times)}
-    base = steady.get("FP32", 0.0)
-    return {name: seconds for name, seconds in steady.items() if base <= LARGEST_GAIN * seconds}
+    return {name: seconds for name, seconds in steady.items() if steady.get("FP32", 0.0) <= LARGEST_GAIN * seconds}
 
 
 def _has_fused_adamw(device: torch.device) -> bool:

@@ -365,8 +365,7 @@ class FallbackController:
     def __init__(
         self, config: MixedPrecisionConfig, mode: PrecisionMode, hardware: Hardware, steps: CountsSteps
     ) -> None:
-        on_cpu_in_fp16 = hardware.device == "cpu" and mode in (PrecisionMode.MIXED, PrecisionMode.FP16)
-        emulate = config.emulate and on_cpu_in_fp16
+        emulate = config.emulate and hardware.device == "cpu" and mode in (PrecisionMode.MIXED, PrecisionMode.FP16)
         self.runner = PlanRunner(PrecisionEntry(hardware.device, emulate), mode)
         self.recorder = ForwardRecorder(steps, self.runner)
         self.diagnoser = Diagnoser(self.runner, self.recorder)

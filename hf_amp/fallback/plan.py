@@ -80,8 +80,7 @@ def precision_order(mode: PrecisionMode, hardware: Hardware, emulate: bool) -> t
     every machine.
     """
     if mode in (PrecisionMode.MIXED, PrecisionMode.FP16):
-        middle = (PrecisionMode.BF16,) if hardware.bf16 == "native" and not emulate else ()
-        return (mode, *middle, PrecisionMode.FP32)
+        return (mode, *[PrecisionMode.BF16] * (hardware.bf16 == "native" and not emulate), PrecisionMode.FP32)
     return (mode, PrecisionMode.FP32) if mode is PrecisionMode.BF16 else (mode,)
 
 
@@ -92,6 +91,5 @@ def common_to_ranks(hardware: Hardware, device: torch.device) -> Hardware:
     """
     if not is_distributed():
         return hardware
-    lacks_bf16 = torch.tensor([float(hardware.bf16 != "native")], device=device)
-    (somebody_lacks_it,) = all_reduce_max_to_host(lacks_bf16)
+    (somebody_lacks_it,) = all_reduce_max_to_host(torch.tensor([float(hardware.bf16 != "native")], device=device))
     return replace(hardware, bf16="slow") if somebody_lacks_it and hardware.bf16 == "native" else hardware

@@ -467,5 +467,4 @@ def _save_as_json(save_to_json: Any, json_path: str) -> None:
     file = Path(json_path)
     content = json.loads(file.read_text(encoding="utf-8"), parse_constant=found.append)
     if found:
-        valid = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        file.write_text(valid, encoding="utf-8")
+        file.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

@@ -51,8 +51,7 @@ class StallDetector:
         if not outcome.has_gradients:
             self.empty_steps += 1
             reason = f"for {self.empty_steps} steps no parameter that the optimizer holds had a gradient"
-            over = self._patience_is_over()
-            return self.mark_stalled(step, Cause.UNKNOWN, reason, _NO_GRADIENTS) if over else None
+            return self.mark_stalled(step, Cause.UNKNOWN, reason, _NO_GRADIENTS) if self._patience_is_over() else None
         if not outcome.zero_gradients:
             self.skipped_by_cause.clear()
             self.zero_steps, self.empty_steps, self.stalled = 0, 0, False

@@ -277,8 +277,7 @@ def _spread(series: Series) -> list[tuple[int, float]]:
     points = list(series)
     if len(points) <= MARKS_SHOWN:
         return points
-    stride = (len(points) - 1) / (MARKS_SHOWN - 1)
-    return [points[round(i * stride)] for i in range(MARKS_SHOWN)]
+    return [points[round(i * (len(points) - 1) / (MARKS_SHOWN - 1))] for i in range(MARKS_SHOWN)]
 
 
 def _causes(run: RunHistory) -> list[str]:
@@ -475,7 +474,8 @@ def page(runs: Sequence[RunHistory], made_by: str) -> str:
         made_by: version of hf_amp, for the last line.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=_harmless, undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),  # control characters shown
         trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"shown": formatted, "time": _time, "remarks": _remarks, "options": _options}
@@ -510,11 +510,6 @@ def _common_first(pictures: list[tuple[int, str, str, str]], runs: int) -> list[
     """Those first of which every run has one, side by side; those of single runs follow each other. Told apart by the flag."""
     having = Counter(title for _, title, _, _ in pictures)
     return sorted(((having[each[1]] == runs, *each) for each in pictures), key=lambda each: not each[0])
-
-
-def _harmless(value: object) -> str:
-    """Control characters of a run's text made visible; markup stays, in which that has been done."""
-    return value if isinstance(value, Markup) else printable(str(value))
 
 
 def _time(timestamp: str | None) -> str:

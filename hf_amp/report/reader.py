@@ -496,9 +496,7 @@ class RunHistory:
 
 def _number(value: Any) -> float | None:
     """A figure as a log has it, where "nan" and "inf" are words; None for what is none."""
-    if is_real(value) or value in ("nan", "inf", "-inf"):
-        return float(value)
-    return None
+    return float(value) if is_real(value) or value in ("nan", "inf", "-inf") else None
 
 
 def _bound(entries: list[Any]) -> None:

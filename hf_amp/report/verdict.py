@@ -203,9 +203,7 @@ def formatted(value: object) -> str:
     """A figure for people: whole numbers with separators, others with four digits; what is no number as it is."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return str(value)
-    if value == int(value) and abs(value) < 2**53:
-        return f"{int(value):,}"
-    return f"{value:.4g}"
+    return f"{int(value):,}" if value == int(value) and abs(value) < 2**53 else f"{value:.4g}"
 
 
 def figures_of(run: RunHistory) -> dict[str, Any]:

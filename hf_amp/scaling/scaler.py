@@ -575,9 +575,7 @@ class AdvancedGradScaler(torch.amp.GradScaler):
         """The scale that the next backward will use. One GPU-CPU sync."""
         if not self._enabled or self.no_scaling:
             return 1.0
-        if self._state is None:
-            return self._first_scale()
-        return to_host({"scale": cast(Tensor, self._scale)})["scale"]
+        return self._first_scale() if self._state is None else to_host({"scale": cast(Tensor, self._scale)})["scale"]
 
     def set_scale(self, scale: float | Tensor) -> None:
         """Makes `scale`, clamped to the bounds, that of the next backward; where nothing is scaled it stays 1. No sync for a float."""

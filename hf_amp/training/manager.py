@@ -58,8 +58,7 @@ class EpochLosses:
         """Losses, mean over the finite ones by samples, counts and speed. One GPU-CPU sync."""
         losses = to_host_list(self._losses)
         seconds = time.perf_counter() - self._started
-        pairs = zip(losses, self._samples, strict=True)
-        finite = [(loss, samples) for loss, samples in pairs if math.isfinite(loss)]
+        finite = [(loss, samples) for loss, samples in zip(losses, self._samples, strict=True) if math.isfinite(loss)]
         weight = sum(samples for _, samples in finite)
         total = sum(self._samples)
         return {

@@ -230,9 +230,7 @@ class Window:
 
     def may_retry(self) -> bool:
         """Whether another run of the same data may succeed where the newest was skipped."""
-        if self.rewind is None or self.cause is None:
-            return False
-        return self.retries < self.cause.facts.retries
+        return self.rewind is not None and self.cause is not None and self.retries < self.cause.facts.retries
 
 
 class MemoryCalibration:
@@ -271,8 +269,7 @@ class MemoryCalibration:
         if self.estimate is None:
             return None
         peak = peak_bytes(self._devices)
-        measured = {} if peak is None else {"max_memory_allocated": peak}
-        return {**dataclasses.asdict(self.estimate), **measured}
+        return dataclasses.asdict(self.estimate) | ({} if peak is None else {"max_memory_allocated": peak})
 
     def finish(self, model: nn.Module, optimizer: torch.optim.Optimizer, monitor: PrecisionMonitor) -> None:
         """After an applied step, which has made the optimizer's state."""

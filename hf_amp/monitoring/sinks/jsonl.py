@@ -67,8 +67,7 @@ class JsonLinesSink:
 
     def write(self, event: AmpEvent) -> None:
         """Writes one event. Control characters in names and messages are escaped, so they cannot forge a line."""
-        render = self._log.warning if event.kind.needs_attention else self._log.info
-        line: str = render(
+        line: str = (self._log.warning if event.kind.needs_attention else self._log.info)(
             event.kind.value,
             step=event.step,
             cause=event.cause.value if event.cause else None,
