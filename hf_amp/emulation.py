@@ -445,6 +445,15 @@ def _fourier(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, k
     return result.to(torch.complex32 if result.is_complex() else torch.float16)
 
 
+def _norm(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    """A CPU takes FP32 parameters beside half precision; a device does under autocast alone."""
+    dtypes = {x.dtype for x in tensors_of((args, kwargs))}
+    casts = mode.dtype_in_force() or mode.dtype_of_mixed(args, kwargs) or _widens(mode, args, kwargs)
+    if len(dtypes) > 1 and not casts:
+        raise RuntimeError(f"{kernel.schema.name} raises on a device where dtypes differ, without autocast: {dtypes}")
+    return _full(kernel, mode, keyset, args, kwargs)
+
+
 def _batch_norm(kernel: _Kernel, _mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
     """In FP32, results in half precision, as Normalization.cu has it: a CPU rounds the mean, and sums of backward."""
     dtype, is_training = args[0].dtype, args[5]
@@ -523,7 +532,7 @@ def _register_kernels() -> None:
         policies |= dict.fromkeys(on_cuda, _full)
         for names, policy in (
             (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted),
-            (["batch_norm"], _batch_norm), (["binary_cross_entropy"], _unsafe),
+            (["layer_norm", "group_norm"], _norm), (["batch_norm"], _batch_norm), (["binary_cross_entropy"], _unsafe),
         ):  # fmt: skip
             policies |= {f"aten::{name}": policy for name in names}
         others = [name for name in policies if not name.startswith("aten::")]

@@ -444,6 +444,10 @@ def test_a_model_of_half_precision_keeps_nothing_in_fp32() -> None:
         assert (half @ half.T * 0 + 1).isnan().all()
         with pytest.raises(RuntimeError, match="dtype"):
             half @ torch.ones(300, 2)
+        with pytest.raises(RuntimeError, match="aten::layer_norm raises on a device where dtypes differ"):
+            nn.functional.layer_norm(half, (300,), torch.ones(300))
+        with pytest.raises(RuntimeError, match="aten::group_norm raises"):
+            nn.functional.group_norm(half, 2, torch.ones(300))
     with hf_amp.emulate(torch.float16):
         assert half.pow(2).eq(90000.0).all()
         assert half.sum() == 300.0 * 1200
