@@ -58,8 +58,6 @@ _WITHOUT_HALF["result"] = ["erf", "polygamma", "prod", "prod.dim_int", "rsqrt"]
 # Whose derivative sums in half precision there, and in FP32 on CUDA: the same, where gradients are on. Source: EmbeddingBag.cu,
 # EmbeddingBackwardKernel.cu, ActivationGluKernel.cu, im2col.cuh and layer_norm_kernel.cu of aten/src/ATen/native/cuda.
 _WITHOUT_HALF["backward"] = ["embedding", "embedding_bag", "embedding_bag.padding_idx", "glu", "im2col", "layer_norm"]
-# What PyTorch takes for the whole of an attention, or of an encoder layer, where no gradient is asked for.
-_FUSED = ["_native_multi_head_attention", "_transformer_encoder_layer_fwd"]
 _WITHOUT_INFINITY = frozenset([torch.float8_e4m3fn])
 
 
@@ -531,7 +529,7 @@ def _register_kernels() -> None:
         policies |= dict.fromkeys([name for name in policies if "fft_" in name], _fourier)
         policies |= dict.fromkeys(on_cuda, _full)
         for names, policy in (
-            (_REDUCED + _FUSED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted),
+            (_REDUCED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted),
             (["layer_norm", "group_norm"], _norm), (["batch_norm"], _batch_norm), (["binary_cross_entropy"], _unsafe),
         ):  # fmt: skip
             policies |= {f"aten::{name}": policy for name in names}

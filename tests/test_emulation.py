@@ -411,6 +411,23 @@ def test_attention_of_torch_overflows_inside(need_weights: bool, where: str) -> 
     assert finite["emulated"] == finite["real"] or (where == "scores" and not need_weights)
 
 
+def test_inference_of_a_half_encoder_overflows_where_training_does() -> None:
+    """Without gradients PyTorch takes one operator for a whole layer; its hidden values are half precision all the same."""
+    torch.manual_seed(0)
+    layer, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(2, 5, 16)
+    for wide, narrow in (
+        ("linear1.weight", "linear2.weight"),
+        ("self_attn.in_proj_weight", "self_attn.out_proj.weight"),
+    ):
+        large = copy.deepcopy(layer)
+        large.get_parameter(wide).data.mul_(1.5e5)
+        large.get_parameter(narrow).data.mul_(1e-3)
+        for model, finite in ((copy.deepcopy(layer).half(), True), (large.half(), False)):
+            for with_gradients in (False, True):
+                with torch.set_grad_enabled(with_gradients), hf_amp.emulate(torch.float16, autocast=False):
+                    assert bool(model(x.half()).isfinite().all()) == finite, (wide, with_gradients)
+
+
 def test_sums_of_half_precision_overflow() -> None:
     """Two convolutions of 4e4 each, added before a norm, are inf, as with the CPU's half kernels; so is a gated product."""
     a, b, norm = nn.Conv1d(1, 8, 1), nn.Conv1d(1, 8, 1), nn.GroupNorm(1, 8)

@@ -21,7 +21,7 @@ from transformers.integrations import tensor_parallel
 import hf_amp
 from hf_amp.choose import RoundedOperands, has_foreign_hooks, is_float8, torchao_formats
 from hf_amp.device import runs_backward
-from hf_amp.emulation import _COMPOSITE, _FUSED, _PROMOTED, _REDUCED, _WITHOUT_HALF
+from hf_amp.emulation import _COMPOSITE, _PROMOTED, _REDUCED, _WITHOUT_HALF
 from hf_amp.fallback.module_precision import has_compiled
 from hf_amp.integrations._compat import (
     forget_skip,
@@ -64,7 +64,7 @@ def test_torch_has_a_dispatch_key_for_emulation() -> None:
     for device in ("CPU", "CUDA"):
         known = torch._C._dispatch_get_registrations_for_dispatch_key(f"Autocast{device}")
         assert {"aten::linear", "aten::mm", "aten::binary_cross_entropy"} <= set(known)
-    for operator in (*_REDUCED, *_COMPOSITE, *_PROMOTED, *itertools.chain(*_WITHOUT_HALF.values()), *_FUSED):
+    for operator in (*_REDUCED, *_COMPOSITE, *_PROMOTED, *itertools.chain(*_WITHOUT_HALF.values())):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "AutocastIPU"), operator
     assert torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
     for operator in torch._ops._higher_order_ops.values():
