@@ -407,9 +407,13 @@ def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwar
 
 
 def _promoted(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    dtypes = {x.dtype for x in tensors_of((args, kwargs)) if _is_cast(x)}
-    on = mode.dtype_in_force() is not None
-    if torch.float32 in dtypes and len(dtypes) > 1 and (on or _widens(mode, args, kwargs)):
+    dtypes, dtype = [x.dtype for x in tensors_of((args, kwargs)) if _is_cast(x)], mode.dtype_in_force()
+    first = next((each for each in dtypes if each != dtype), torch.float32)
+    if dtype in HALF_DTYPES and first != torch.float32:
+        raise RuntimeError(
+            f"{kernel.schema.name} raises under autocast to {dtype} on a device where it is given {first}."
+        )
+    if torch.float32 in dtypes and len(set(dtypes)) > 1 and (dtype is not None or _widens(mode, args, kwargs)):
         return kernel.alone(upcast, args, kwargs)
     return kernel.opened(mode, keyset, args, kwargs)
 

@@ -25,6 +25,7 @@ from hf_amp.fallback.module_precision import ForwardContext, InnerForwardContext
 from hf_amp.precision import FP32_FORMAT
 from hf_amp.scaling.scaler import AdvancedGradScaler
 from tests.each import for_each
+from tests.reference import OnDevice, cuda_rules
 
 
 def tiny_gpt2(activation: str = "gelu") -> GPT2LMHeadModel:
@@ -499,6 +500,11 @@ def test_what_no_device_does_is_an_error() -> None:
         hf_amp.emulate(torch.float32)
     with hf_amp.emulate(), pytest.raises(RuntimeError, match="binary_cross_entropy_with_logits"):
         nn.functional.binary_cross_entropy(torch.rand(2), torch.rand(2))
+    other, wide = torch.ones(2, dtype=torch.bfloat16), torch.ones(2)
+    for operands, dtype in (((other, other, other), None), ((wide, other, other), torch.float32)):
+        for context, moved in ((cuda_rules(torch.float16), OnDevice), (hf_amp.emulate(), Tensor.clone)):
+            with context, nullcontext() if dtype else pytest.raises(RuntimeError, match=r"Unexpected|addcmul raises"):
+                assert torch.addcmul(*map(moved, operands)).dtype == dtype
 
 
 def test_recurrent_networks_have_half_precision_states() -> None:
