@@ -207,6 +207,7 @@ def _batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 _KERNELS = {
+    torch.ops.aten.nan_to_num.default: lambda func, args, kwargs: func(*args, **kwargs),  # of the format's own limits
     torch.ops.aten.native_batch_norm.default: _batch_norm,
     torch.ops.aten.histc.default: _histogram,
     torch.ops.aten._to_copy.default: _cast,

@@ -233,7 +233,7 @@ def in_place(m: Any, h: Tensor) -> Any:
     h.add_(m.weight[:6]).mul_(300).clamp_(max=6e4)
     h[:, 0] = 0
     h[..., :2] += m.weight[0, :2]
-    return [h.clone().masked_fill_(h > 100, 7.0).div_(2)]
+    return [h.clone().masked_fill_(h > 100, 7.0).div_(2), (h * 1e3).nan_to_num()]
 
 
 def weight() -> nn.Parameter:
