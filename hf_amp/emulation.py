@@ -397,11 +397,13 @@ def _composite(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any,
 
 
 def _full(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-    """In FP32; but for a reduction that is asked for another dtype."""
+    """In FP32; but for a reduction that is asked for another dtype. Where one may be asked for, autocast does so: FP32."""
     on = mode.dtype_in_force() is not None
     if mode.dtype_of_mixed(args, kwargs) is not None:
         return _reduced(kernel, mode, keyset, args, kwargs)
     if (on or _widens(mode, args, kwargs)) and _holds_half(args, kwargs) and not _is_asked_for_dtype(args, kwargs):
+        if on and any(known.name == "dtype" for known in kernel.schema.arguments):
+            return kernel.alone(lambda x: x, args, kwargs | {"dtype": torch.float32})
         return kernel.alone(upcast, args, kwargs)
     return kernel.half_if_lacking(mode, keyset, args, kwargs)
 

@@ -126,7 +126,8 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     aliases = any(result.alias_info is not None for result in func._schema.returns)
     if half and func._schema.is_mutable and tensors[0].dtype in half:  # what is written is of that dtype
         args = tree_map(lambda x: x.to(tensors[0].dtype) if _is_scalar(x) and tensors[0].dim() else x, args)
-    if not half or aliases or func._schema.is_mutable:
+    in_fp32 = kwargs.get("dtype") == torch.float32  # its derivative takes the operand as it is
+    if not half or aliases or func._schema.is_mutable or in_fp32:
         return func(*args, **kwargs)
     meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
     with torch.no_grad():

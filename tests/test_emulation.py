@@ -500,6 +500,10 @@ def test_what_no_device_does_is_an_error() -> None:
         hf_amp.emulate(torch.float32)
     with hf_amp.emulate(), pytest.raises(RuntimeError, match="binary_cross_entropy_with_logits"):
         nn.functional.binary_cross_entropy(torch.rand(2), torch.rand(2))
+    half = torch.randn(4, 4).half()
+    for context, matrix in ((cuda_rules(torch.float16), OnDevice(half)), (hf_amp.emulate(), half)):
+        with context, pytest.raises(RuntimeError, match="Low precision dtypes not supported"):
+            torch.linalg.matrix_norm(matrix, 2)
     other, wide = torch.ones(2, dtype=torch.bfloat16), torch.ones(2)
     for operands, dtype in (((other, other, other), None), ((wide, other, other), torch.float32)):
         for context, moved in ((cuda_rules(torch.float16), OnDevice), (hf_amp.emulate(), Tensor.clone)):
