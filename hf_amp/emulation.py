@@ -5,10 +5,6 @@ operators are half-precision tensors, which the CPU's elementwise kernels comput
 Matrix products, which a CPU without units for the format computes slowly, run in FP32 on operands that hold values of the
 format, and their results are rounded to it; the same in backward. So values beyond 65504 become inf, and values below 2^-25
 become 0, where they do on a device.
-
-It works as autocast does: kernels of operators, between Python and autograd, so that it reaches what composite functions
-(`einsum`, attention, `nn.LSTM`) call inside. They are registered for a dispatch key that no tensor has (a device of which
-PyTorch has the name alone), and run in a thread that has entered the context; elsewhere nothing knows of them.
 """
 
 from __future__ import annotations
@@ -376,6 +372,16 @@ def _reduced(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, k
     return _to(result, dtype)
 
 
+def _convolution(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
+    """The bias is added to rounded sums, as with cuDNN; but where channels stay apart, which has a kernel of its own."""
+    x, weight, bias = [*args, None][:3]
+    dtype = mode.dtype_in_force() or (x.dtype if bias is not None and x.dtype == bias.dtype else None)
+    if bias is None or dtype not in HALF_DTYPES or (weight.shape[1] == 1 < x.shape[1 - weight.dim()]):
+        return _reduced(kernel, mode, keyset, args, kwargs)
+    sums = _reduced(kernel, mode, keyset, (x, weight, None, *args[3:]), kwargs)
+    return sums + mode.operand(bias, dtype).view(-1, *[1] * (weight.dim() - 2))
+
+
 def _attention(*args: Any, **kwargs: Any) -> Any:
     """By its formula where an operand is not finite: of some NaN the CPU's fused kernel makes finite values."""
     try:
@@ -500,13 +506,13 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
 _REGISTERED: list[Any] = []
 _REGISTERING = threading.Lock()
 _KEY = "AutocastIPU"
+_DISPATCH_KEY = getattr(torch._C.DispatchKey, _KEY)
 
 
 def _set_active(active: bool) -> None:
     """Lets operators of this thread go by the kernels of the context, or not."""
-    key = getattr(torch._C.DispatchKey, _KEY)
-    torch._C._dispatch_tls_set_dispatch_key_excluded(key, not active)
-    torch._C._dispatch_tls_set_dispatch_key_included(key, active)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(_DISPATCH_KEY, not active)
+    torch._C._dispatch_tls_set_dispatch_key_included(_DISPATCH_KEY, active)
 
 
 def _is_traced() -> bool:
@@ -535,8 +541,9 @@ def _register_kernels() -> None:
         policies |= dict.fromkeys([name for name in policies if "fft_" in name], _fourier)
         policies |= dict.fromkeys(on_cuda, _full)
         for names, policy in (
-            (_REDUCED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted),
-            (["layer_norm", "group_norm"], _norm), (["batch_norm"], _batch_norm), (["binary_cross_entropy"], _unsafe),
+            (_REDUCED, _reduced), (_COMPOSITE, _composite), (_PROMOTED, _promoted), (["batch_norm"], _batch_norm),
+            ([name for name in _REDUCED if "conv" in name and name != "conv_tbc"], _convolution),
+            (["layer_norm", "group_norm"], _norm), (["binary_cross_entropy"], _unsafe),
         ):  # fmt: skip
             policies |= {f"aten::{name}": policy for name in names}
         others = [name for name in policies if not name.startswith("aten::")]
@@ -547,16 +554,14 @@ def _register_kernels() -> None:
         kernels = [(name, _Kernel(_operator(name), policy, lacking.get(name, ""))) for name, policy in policies.items()]
         fallthrough = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
         fallthrough.fallback(torch.library.fallthrough_kernel, _KEY)  # type: ignore[no-untyped-call]
-        key = getattr(torch._C.DispatchKey, _KEY)  # which `flex_attention`, `cond` and `scan` are to pass by, too
-        torch._ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS.append(key)
-        for operator in torch._ops._higher_order_ops.values():
-            operator.fallthrough(key)  # type: ignore[no-untyped-call]
-        namespaces = {name.partition("::")[0] for name in policies}
-        libraries: Any = {name: torch.library.Library(name, "IMPL") for name in namespaces}  # type: ignore[no-untyped-call]
+        torch._ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS.append(_DISPATCH_KEY)
+        for operator in torch._ops._higher_order_ops.values():  # `flex_attention`, `cond` and `scan`, which pass it by
+            operator.fallthrough(_DISPATCH_KEY)  # type: ignore[no-untyped-call]
+        library: Any = functools.cache(lambda of: torch.library.Library(of, "IMPL"))  # type: ignore[no-untyped-call]
         for name, kernel in kernels:
-            libraries[name.partition("::")[0]].impl(name, kernel, _KEY, with_keyset=True)
+            library(name.partition("::")[0]).impl(name, kernel, _KEY, with_keyset=True)
         below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.AutocastCPU)
-        _REGISTERED.extend([libraries, below, fallthrough])
+        _REGISTERED.extend([library, below, fallthrough])
 
 
 def _operator(name: str) -> Any:

@@ -103,9 +103,7 @@ def _mapping(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) ->
         parse(key_kind, key, f"a key of {where}"): parse(value_kind, item, f"{where}[{safe_repr(key)}]")
         for key, item in value.items()
     }
-    if origin is Counter:
-        return Counter(found)
-    return types.MappingProxyType(found) if origin is Mapping else found
+    return Counter(found) if origin is Counter else types.MappingProxyType(found) if origin is Mapping else found
 
 
 def _sequence(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -105,9 +105,8 @@ class PendingTransfer:
 def _packed(values: Mapping[str, Tensor]) -> Tensor:
     tensors = list(values.values())
     if all(tensor.dtype == torch.float32 for tensor in tensors):
-        if not any(tensor.dim() for tensor in tensors):
-            return torch.stack(tensors)
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        scalars = not any(tensor.dim() for tensor in tensors)
+        return torch.stack(tensors) if scalars else torch.cat([tensor.reshape(-1) for tensor in tensors])
     wide = widest_float(tensors[0].device)
     return torch.cat([tensor.to(wide).reshape(-1) for tensor in tensors])
 

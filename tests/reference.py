@@ -207,7 +207,17 @@ def _batch_norm(func: Any, args: Any, kwargs: Any) -> Any:
     return result.to(args[0].dtype), *saved
 
 
+def _convolution(func: Any, args: Any, kwargs: Any) -> Any:
+    """cuDNN's, to which PyTorch adds the bias in half precision. Source: aten/src/ATen/native/Convolution.cpp."""
+    x, weight, bias, *others = args
+    is_depthwise = weight.shape[1] == 1 and x.shape[1] > 1
+    if bias is None or x.dtype not in (torch.float16, torch.bfloat16) or is_depthwise:
+        return _computed(func, args, kwargs)
+    return _computed(func, (x, weight, None, *others), kwargs) + bias.view(-1, *[1] * (weight.dim() - 2))
+
+
 _KERNELS = {
+    torch.ops.aten.convolution.default: _convolution,
     torch.ops.aten.nan_to_num.default: lambda func, args, kwargs: func(*args, **kwargs),  # of the format's own limits
     torch.ops.aten.native_batch_norm.default: _batch_norm,
     torch.ops.aten.histc.default: _histogram,

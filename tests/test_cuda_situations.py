@@ -90,7 +90,14 @@ def images(m: Any, h: Tensor) -> Any:
     """Convolution, batch norm, pooling, resizing."""
     h = m.norm(m.convolution(h.reshape(2, 3, 4, 8)))
     h = F.interpolate(F.max_pool2d(h.relu(), 2), scale_factor=2, mode="bilinear")
-    return [m.group(h) + F.avg_pool2d(h, 3, 1, 1), F.adaptive_avg_pool2d(h, 1), F.unfold(h, 2), F.pixel_shuffle(h, 2)]
+    beyond = m.biased(h * 0 + 300) / 4  # 72,000, of which a bias would take 10,000
+    return [
+        beyond,
+        m.group(h) + F.avg_pool2d(h, 3, 1, 1),
+        F.adaptive_avg_pool2d(h, 1),
+        F.unfold(h, 2),
+        F.pixel_shuffle(h, 2),
+    ]
 
 
 def spectra(m: Any, h: Tensor) -> Any:
@@ -240,6 +247,13 @@ def weight() -> nn.Parameter:
     return nn.Parameter(torch.randn(16, 16))
 
 
+def biased() -> nn.Conv2d:
+    layer = nn.Conv2d(8, 1, 1)
+    nn.init.constant_(layer.weight, 30.0)
+    nn.init.constant_(layer.bias, -1e4)
+    return layer
+
+
 def expert() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 16))
 
@@ -250,7 +264,7 @@ SITUATIONS: dict[str, Callable[[], Written]] = {
     "losses": lambda: Written(losses),
     "products": lambda: Written(products, weight=weight()),
     "promoted": lambda: Written(promoted, weight=weight()),
-    "images": lambda: Written(images, convolution=nn.Conv2d(3, 8, 3, padding=1, bias=False), norm=nn.BatchNorm2d(8), group=nn.GroupNorm(2, 8)),
+    "images": lambda: Written(images, convolution=nn.Conv2d(3, 8, 3, padding=1, bias=False), norm=nn.BatchNorm2d(8), group=nn.GroupNorm(2, 8), biased=biased()),
     "spectra": lambda: Written(spectra),
     "attention of torch": lambda: Written(
         attention_of_torch,

@@ -331,8 +331,7 @@ class AttachedAccelerator:
     def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> AbstractContextManager[None]:
         """An error where it would let ranks run out of batches one by one: the others would wait for their verdict."""
         accelerator = self._accelerator
-        even = accelerator.even_batches if even_batches is None else even_batches
-        if accelerator.multi_device and not even:
+        if accelerator.multi_device and not (accelerator.even_batches if even_batches is None else even_batches):
             raise AttachError(
                 "join_uneven_inputs without even_batches: hf_amp's ranks agree on every step, so that all of them need "
                 "the same number of batches; use even_batches=True (accelerate's default), or detach hf_amp."

@@ -316,8 +316,7 @@ def convert_parameters(
         return None
     needs_fp32 = mode is PrecisionMode.MIXED or config.precision_mode is PrecisionMode.DYNAMIC
     remedy = config.half_parameters or ("upcast" if needs_fp32 else "warn")
-    sharded = any(map(is_sharded, half.values()))
-    if remedy == "upcast" and sharded:
+    if remedy == "upcast" and any(map(is_sharded, half.values())):
         if config.half_parameters is not None:
             raise AttachError(
                 f'half_parameters="upcast": {_listed(half)} are sharded, and FSDP gives gradients in the precision that it has '
