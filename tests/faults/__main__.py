@@ -1,4 +1,4 @@
-"""Runs the faults and the random examples at full size and writes their table: `python -m tests.faults --out DIR`."""
+"""Runs the faults and what is fuzzed at full size and writes their table: `python -m tests.faults --out DIR`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ class FullSize:
     def __init__(self) -> None:
         self.faults: list[dict[str, Any]] = []
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        from hypothesis import is_hypothesis_test  # by pytest first, as its plugin
-
-        here = Path(__file__).parent
-        items[:] = [
-            item
-            for item in items
-            if here in item.path.parents
-            or "full_size" in getattr(item, "fixturenames", ())
-            or is_hypothesis_test(getattr(item, "obj", None))
-        ]
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
             rows = [row for name, row in report.user_properties if name == "fault"]
@@ -39,8 +27,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for faults.json")
     arguments, plugin = parser.parse_args(), FullSize()
-    tests = str(Path(__file__).parents[1])
-    status = pytest.main([tests, "--full-size", "-q"], plugins=[plugin])
+    tests = Path(__file__).parents[1]
+    status = pytest.main([str(tests / "faults"), str(tests / "fuzz"), "--full-size", "-q"], plugins=[plugin])
     write("faults", {"faults": plugin.faults}, arguments.out)
     for row in plugin.faults:
         print(*(f"{value:>8}" for name, value in row.items() if name != "fault"), row["fault"])
