@@ -399,7 +399,8 @@ class DryRun(FormatCheck):
     """What a step in one format would be like.
 
     Attributes:
-        scale: the largest loss scale, a power of two, with which the gradients are finite, with those modules in FP32; None where there is none.
+        scale: the largest loss scale, a power of two, with which the gradients are finite, with those modules in FP32; in FP8 the larger
+            of two at the most; None where there is none.
         underflow_fraction: share of gradient elements that are lost at that scale, of those that are not zero in FP32; None where
             there is no such scale.
         underflowing: module → the same, where it is above 0.1, worst first.
@@ -491,20 +492,24 @@ def dry_runs(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[DryRun]:
 def _find_scale(step: _Step, wide: _Step, result: DryRun) -> None:
     """The largest scale whose gradients are finite, and what is lost with it.
 
-    Gradients grow with the scale, so that the largest that a backward pass rounds to the format says which scale it takes.
+    Gradients grow with the scale, so that the largest that a backward pass rounds to the format says which scale it takes. In
+    FP8, whose rounding hides what grows in between, a second pass is the last one once a scale fits.
     """
     exact, largest = wide.gradients(1.0), result.number_format.largest
+    is_half, tries = result.number_format in (FP16_FORMAT, BF16_FORMAT), 0
     largest_gradient = wide.largest_gradient(result.overflowing, result.number_format)
     most = 0 if result.number_format is BF16_FORMAT else FIRST_EXPONENT
     fits = math.floor(math.log2(largest / largest_gradient)) if largest_gradient else most
     # `low` is the largest exponent whose gradients are known to be finite, `high` the least whose are not.
     low, high, width, kept = SMALLEST_EXPONENT - 1, most + 1, 4, None
     exponent = max(SMALLEST_EXPONENT, min(fits, most))
-    while exact and high > exponent > low:
-        gradients = step.gradients(2.0**exponent)
+    while exact and high > exponent > low and (is_half or tries < 2 or kept is None):
+        gradients, tries = step.gradients(2.0**exponent), tries + 1
         if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
             low, kept = exponent, gradients
-            room = math.floor(math.log2(largest / step.largest_rounded)) if step.largest_rounded else most - low
+            room = most - low if is_half else int(math.log2(largest / result.number_format.smallest_normal) / 2)
+            if step.largest_rounded:
+                room = math.floor(math.log2(largest / step.largest_rounded))
             exponent = min(high - 1, low + room)
         else:
             high = exponent

@@ -27,6 +27,7 @@ from hf_amp.cli import app
 from hf_amp.cli.preflight import FORMATS, batch_for, dry_runs, half_parameter_warnings, load_model, made_up_batch
 from tests.fallback.rescaled import ZOO, RescaledModel
 from tests.integrations.trainers import tiny_gpt2
+from tests.test_cuda_rules import case, gradient, largest_exponent
 
 BY_NAME = {entry.name: entry for entry in ZOO}
 
@@ -417,6 +418,28 @@ def test_headroom_beside_what_overflows_is_that_of_the_rest() -> None:
         assert found.overflowing == ["2.product"]
         assert found.headroom is not None
         assert found.headroom.amax == pytest.approx(inputs, rel=1e-2)
+
+
+def test_few_passes_are_needed_where_gradients_leave_the_format() -> None:
+    """At most 10 as well, and FP8 is given a scale that fits, within four bits of the largest."""
+    for name in ("gpt2", "gemma3", "t5"):
+        model, batch = case(name, gradient, half=False)
+        passes: list[str] = []
+
+        def note(_module: Any, _arguments: Any, output: Any, passes: list[str] = passes) -> None:
+            passes.append("forward")
+            if output.logits.requires_grad:
+                output.logits.register_hook(lambda _: passes.append("backward"))
+
+        model.register_forward_hook(note)
+        runs = {run.number_format.name: run for run in dry_runs(model, batch)}
+        assert runs["FP16"].scale < 1
+        assert len(passes) <= 10
+        with hf_amp.emulate(torch.float8_e4m3fn):
+            logits = model(**batch).logits
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        fits = largest_exponent(logits.float().square().mean(), parameters)
+        assert fits - 4 <= math.log2(runs["FP8 E4M3"].scale) <= fits, name
 
 
 def test_inference_needs_few_passes() -> None:
