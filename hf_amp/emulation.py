@@ -328,13 +328,15 @@ class _Kernel:
         return self._operator.redispatch(keyset & _REGISTERED[1], *args, **kwargs)
 
     def opened(self, mode: EmulatedPrecision, keyset: Any, args: Any, kwargs: Any) -> Any:
-        """The same without autocast in it, which FP8 alone needs there."""
-        on = torch.is_autocast_enabled("cpu")
-        torch.set_autocast_enabled("cpu", on and mode.dtype_in_force() not in HALF_DTYPES)
+        """The same without autocast in it, which FP8 alone needs there; what has been cast to half precision stays so, in FP32 too."""
+        on, former = torch.is_autocast_enabled("cpu"), _ACTIVE.__dict__.get("opened", False)
+        _ACTIVE.opened = former or mode.dtype_in_force() in HALF_DTYPES
+        torch.set_autocast_enabled("cpu", on and not _ACTIVE.opened)
         try:
             return self.plain(keyset, args, kwargs)
         finally:
             torch.set_autocast_enabled("cpu", on)
+            _ACTIVE.opened = former
 
     def alone(self, convert: Callable[[Tensor], Tensor], args: Any, kwargs: Any, kernel: str = "FP32") -> Any:
         """The operator on converted tensors; nothing in it is emulated. Also not where torch.func calls it again, layer by layer."""
@@ -486,7 +488,8 @@ def _of_another_package(kernel: _Kernel, mode: EmulatedPrecision, keyset: Any, a
 
 
 def _widens(mode: EmulatedPrecision, args: Any, kwargs: Any) -> bool:
-    return mode.number_format.dtype == torch.float32 and _holds_half(args, kwargs)
+    is_wide = mode.number_format.dtype == torch.float32 and not _ACTIVE.__dict__.get("opened")
+    return is_wide and _holds_half(args, kwargs)
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
