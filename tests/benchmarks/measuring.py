@@ -19,11 +19,8 @@ Seconds = list[float]
 Row = dict[str, Any]
 """Column → text, number, or median and quartiles. Every benchmark writes its results as `rows`."""
 
-CLOCKS: dict[str, Callable[[], float]] = {
-    "wall": time.perf_counter, "thread": time.thread_time, "process": time.process_time
-}  # fmt: skip
-"""Time that passes; CPU time of this thread, which on a machine shared with others is steadier, with OMP_NUM_THREADS=1; CPU time
-of all threads of this process, where a contender has some of its own."""
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "thread": time.thread_time}
+"""Time that passes; CPU time of this thread, which on a machine shared with others is steadier, with OMP_NUM_THREADS=1."""
 
 
 def interleaved(contenders: dict[str, Callable[[], None]], rounds: int, clock: str = "wall") -> dict[str, Seconds]:
@@ -86,11 +83,6 @@ def parser(sizes: Sequence[str] = ()) -> argparse.ArgumentParser:
 def device() -> str:
     """Where benchmarks run: a GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def clock_of(device: str) -> str:
-    """What whole steps are timed by: on a CPU the process's own time, which others on the machine hardly change."""
-    return "process" if device == "cpu" else "wall"
 
 
 def write(name: str, result: dict[str, Any], out: Path) -> None:

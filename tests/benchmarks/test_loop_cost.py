@@ -15,7 +15,7 @@ import torch
 
 from hf_amp import AdvancedMixedPrecisionManager, MixedPrecisionConfig, StandardMixedPrecisionTrainer
 from tests.benchmarks import fabric
-from tests.benchmarks.measuring import Row, clock_of, compared, device, interleaved, parser, write
+from tests.benchmarks.measuring import Row, compared, device, interleaved, parser, write
 from tests.benchmarks.models import INIT_SCALE, MEASURED, SIZES, batch, gpt2, stock_fp16
 
 Epoch = Callable[[], None]
@@ -91,7 +91,7 @@ def measure(size: str, rounds: int, device: str, steps: int) -> list[Row]:
     """All ratios at one size; those of what is not installed are missing."""
     loops = {name: loop for name, loop in LOOPS.items() if loop is not by_fabric or fabric.INSTALLED}
     contenders = {name: loop(size, device, steps) for name, loop in loops.items()}
-    rows = compared(interleaved(contenders, rounds, clock_of(device)), "by hand", steps, parameters=size)
+    rows = compared(interleaved(contenders, rounds), "by hand", steps, parameters=size)
     missing = [
         {"parameters": size, "what": name, "over": "by hand", "ratio": "not installed"}
         for name in LOOPS.keys() - loops.keys()

@@ -14,7 +14,7 @@ import torch
 
 from hf_amp import AdvancedGradScaler, AmpSession, MixedPrecisionConfig, PrecisionMode
 from hf_amp.device import probe
-from tests.benchmarks.measuring import Row, clock_of, compared, device, interleaved, parser, write
+from tests.benchmarks.measuring import Row, compared, device, interleaved, parser, write
 from tests.benchmarks.models import INIT_SCALE, MEASURED, SIZES, batch, gpt2
 from tests.host_reads import count_host_reads
 
@@ -59,7 +59,7 @@ def contenders(size: str, device: str, folder: Path) -> dict[str, Callable[[], N
 def measure(size: str, rounds: int, device: str) -> list[Row]:
     """All ratios at one size."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds = interleaved(contenders(size, device, Path(folder)), rounds, clock_of(device))
+        seconds = interleaved(contenders(size, device, Path(folder)), rounds)
     return compared(seconds, "off", STEPS_A_ROUND, parameters=size)
 
 

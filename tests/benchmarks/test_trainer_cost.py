@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer
 from hf_amp import MixedPrecisionCallback
 from hf_amp.emulation import EmulatedPrecision
 from hf_amp.fallback.module_precision import ForwardContext
-from tests.benchmarks.measuring import Row, clock_of, compared, device, interleaved, parser, write
+from tests.benchmarks.measuring import Row, compared, interleaved, parser, write
 from tests.benchmarks.models import INIT_SCALE, MEASURED, SIZES, gpt2
 from tests.integrations.trainers import StockFP16OnCPU, arguments
 
@@ -61,7 +61,7 @@ def measure(size: str, rounds: int, steps: int) -> list[Row]:
             "without": training(size, Path(folder) / "stock", False, steps),
             "with the callback": training(size, Path(folder) / "ours", True, steps),
         }
-        return compared(interleaved(contenders, rounds, clock_of(device())), "without", steps, parameters=size)
+        return compared(interleaved(contenders, rounds), "without", steps, parameters=size)
 
 
 def main() -> None:
