@@ -39,6 +39,15 @@ def test_a_library_is_loaded_by_the_part_that_needs_it() -> None:
     assert "transformers" in after["callback"]
 
 
+def test_a_session_is_loaded_where_one_is_named() -> None:
+    """`import hf_amp` alone loads no session, which is most of the package; its names are there, and load what they need."""
+    program = (
+        "import sys, hf_amp; assert 'hf_amp.session' not in sys.modules; hf_amp.AmpSession; assert 'hf_amp.session' in sys.modules; "
+        "assert all(hasattr(hf_amp, name) for name in hf_amp.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=Path(hf_amp.__file__).parents[1], check=True)
+
+
 BARE = """
 import importlib.util
 import sys

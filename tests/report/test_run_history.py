@@ -214,3 +214,11 @@ def test_a_long_series_is_thinned_and_keeps_its_extremes() -> None:
         assert (series.steps[-1], series.values[-1]) == (points - 1, (points - 1) % 7)
         series.cut_after(points // 2)
         assert series.points == points // 2 + 1
+
+
+def test_figures_of_version_0_1_have_the_names_of_now() -> None:
+    """A metric that hf_amp 0.1 wrote under another name is read under its name of now, and under that alone."""
+    run = history(started(), line("metrics", 4, transitions=2, applied_steps=4), line("hopeless", 4, message="-"))
+    assert dict(run.figures["precision_changes"]) == {4: 2.0}
+    assert "transitions" not in run.figures
+    assert [incident.event for incident in run.incidents] == ["stalled"]
